@@ -1,0 +1,397 @@
+"""The report: what one or more runs measured, as table rows, Markdown and one self-contained HTML page.
+
+A run is a metrics.json as a dict. Runs come in any order and may be of several models; the baseline of a
+model is its run with scheme "none" and may be missing. All text in a run is taken for hostile: names come
+from checkpoints.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+Metrics = Mapping[str, Any]
+MACHINE = ("cpu", "cores", "device", "threads")  # what must agree for speeds to compare
+SpeedPoint = tuple[int, int, int]  # batch, prompt tokens, generated tokens
+Finalize = Callable[[Any], Any]
+DASH = "–"
+# Control characters, invalid in XML, and those that reverse the direction of the text around them.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run and what it is compared to."""
+
+    model: str
+    label: str  # the scheme, with more where one model has it twice
+    title: str  # the label, with the model where there are several
+    run: Metrics
+    baseline: Metrics | None  # None for the baseline itself and where it is absent
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.get("scheme") == "none"
+
+    @property
+    def sample(self) -> tuple[str, str] | None:
+        """The prompt and what followed it."""
+        prompt, text = self.get("sample", "prompt"), self.get("sample", "text")
+        return None if prompt is None or text is None else (prompt, text.removeprefix(prompt))
+
+    def get(self, *path: str) -> Any:
+        return _dig(self.run, *path)
+
+    def perplexities(self) -> tuple[float | None, float | None]:
+        """The run's and the baseline's, the latter from the same process and tokens where the run has it."""
+        before = self.get("quality", "baseline_perplexity")
+        if before is None and _dig(self.baseline, "protocol") == self.get("protocol"):
+            before = _dig(self.baseline, "quality", "perplexity")
+        return self.get("quality", "perplexity"), before
+
+    def size_ratio(self) -> float | None:
+        return _over(self.get("size", "file_bytes"), _dig(self.baseline, "size", "file_bytes"))
+
+    def speed(self, point: SpeedPoint, phase: str) -> tuple[float, float, float] | None:
+        """Tokens per second: median, lowest and highest."""
+        return _speeds(self.run, phase).get(point)
+
+    def speed_against(self, point: SpeedPoint, phase: str) -> tuple[float | None, str]:
+        """The ratio to the baseline and "faster", "slower" or "same" (the spreads of the two overlap).
+
+        Speeds of two machines are not compared: (None, "same").
+        """
+        new, old = self.speed(point, phase), _speeds(self.baseline, phase).get(point)
+        where = [[_dig(run, "machine", key) for key in MACHINE] for run in (self.run, self.baseline)]
+        if new is None or old is None or not old[0] or where[0] != where[1]:
+            return None, "same"
+        overlap = new[1] <= old[2] and old[1] <= new[2]
+        return new[0] / old[0], "same" if overlap else "faster" if new[0] > old[0] else "slower"
+
+
+def summary_rows(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the summary, one row per run, each model's baseline first.
+
+    Missing values are an en dash. Sizes are decimal (1 MB = 10^6 bytes), speeds are tokens per second, and
+    what stands in brackets compares with the baseline.
+    """
+    entries = _entries(runs)
+    points = _points(entries)
+    cuda = any(entry.get("memory", "peak_cuda_bytes") is not None for entry in entries)
+    several = len({entry.model for entry in entries}) > 1
+    header = ["scheme", "method/format", "file size", "bits/weight quantized/all", "perplexity", "mean KL"]
+    header = ["model"] * several + header + ["top-1", "resident", "peak RSS"] + ["peak CUDA"] * cuda
+    header += [f"{phase} tok/s {name}" for name in points.values() for phase in ("prefill", "decode")]
+    rows = []
+    for entry in entries:
+        after, before = entry.perplexities()
+        increase = None if entry.is_baseline else _increase(after, before)
+        bits = [_number(entry.get("size", "bits_per_weight", which)) for which in ("quantized", "all")]
+        how = [entry.get(key) or DASH for key in ("method", "format")]
+        row = [entry.model] * several + [entry.label, DASH if how == [DASH, DASH] else "/".join(how)]
+        row.append(_with(_bytes(entry.get("size", "file_bytes")), _ratio(entry.size_ratio())))
+        row += [" / ".join(bits), _with(_number(after), increase), _small(entry.get("quality", "kl_mean"))]
+        row.append(_percent(entry.get("quality", "top1_agreement")))
+        memory = ["resident_bytes", "peak_rss_bytes"] + ["peak_cuda_bytes"] * cuda
+        row += [_bytes(entry.get("memory", key)) for key in memory]
+        for point in points:
+            for phase in ("prefill", "decode"):
+                speed = entry.speed(point, phase)
+                row.append(_with(_count(speed and speed[0]), _ratio(entry.speed_against(point, phase)[0])))
+        rows.append(row)
+    return header, rows
+
+
+def verdicts(runs: Sequence[Metrics]) -> list[tuple[str, str]]:
+    """One plain sentence per quantized run, as (run, sentence): what it saved and what that cost."""
+    entries = _entries(runs)
+    found = [(entry.title, _verdict(entry)) for entry in entries if not entry.is_baseline]
+    return found or [(entry.title, "the unquantized baseline, for comparison only") for entry in entries]
+
+
+def markdown(runs: Sequence[Metrics]) -> str:
+    """The report as GitHub Markdown, without the plots."""
+    # Jinja's own escaping is for HTML; `finalize` sees every expression, so that nothing is forgotten here.
+    return _render("report.md.j2", runs, autoescape=False, finalize=_markdown_text)
+
+
+def html(runs: Sequence[Metrics]) -> str:
+    """The report as one HTML page that needs no other file, no network and no script."""
+    return _render("report.html.j2", runs, autoescape=True, finalize=None)
+
+
+def _render(name: str, runs: Sequence[Metrics], autoescape: bool, finalize: Finalize | None) -> str:
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=loader, autoescape=autoescape, finalize=finalize, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
+    environment.filters["fenced"] = _fenced
+    environment.globals["figures_of"] = _figures
+    return environment.get_template(name).render(_view(runs)) + "\n"
+
+
+def _view(runs: Sequence[Metrics]) -> dict[str, Any]:
+    """Everything the templates show, in words."""
+    entries = _entries(runs)
+    header, rows = summary_rows(runs)
+    models = list(dict.fromkeys(entry.model for entry in entries))
+    quantized = [entry for entry in entries if not entry.is_baseline]
+    groups = {model: [entry for entry in entries if entry.model == model] for model in models}
+    return {
+        "title": models[0] if len(models) == 1 else f"{len(models)} models",
+        "models": [(model, _facts(own[0].run.get("model")), own) for model, own in groups.items()],
+        "verdicts": verdicts(runs),
+        "without_kl": [(e.title, why) for e in entries if (why := e.get("quality", "kl_skipped"))],
+        "without_baseline": [model for model, own in groups.items() if not any(e.is_baseline for e in own)],
+        "header": header,
+        "rows": [(row, entry.is_baseline) for row, entry in zip(rows, entries, strict=True)],
+        "label_columns": 2 if len(models) > 1 else 1,
+        "quantized": [_checks(entry) for entry in quantized],
+        "kept": _distinct(quantized, lambda run: _kept(_dig(run, "coverage", "kept") or [])),
+        "rejected": _distinct(quantized, lambda run: list((_dig(run, "kernels", "rejected") or {}).items())),
+        "protocols": _distinct(entries, lambda run: _facts(run.get("protocol"))),
+        "machines": _distinct(entries, lambda run: _facts(run.get("machine"))),
+        "versions": _distinct(entries, lambda run: _facts(run.get("versions"))),
+        "commands": _distinct(entries, lambda run: str(run.get("command") or DASH)),
+        "configs": _distinct(entries, lambda run: json.dumps(run.get("config"), indent=2)),
+    }
+
+
+def _entries(runs: Sequence[Metrics]) -> list[Entry]:
+    """The runs in the report's order: by model, the baseline first, then from many bits to few."""
+    runs = _printable(runs)
+    by_model: dict[str, list[Metrics]] = {}
+    ids = {(_dig(run, "model", "id"), _dig(run, "model", "revision")) for run in runs}
+    twice = Counter(name for name, _ in ids)
+    for run in runs:
+        name, revision = _dig(run, "model", "id"), _dig(run, "model", "revision")
+        title = f"{name}@{str(revision)[:8]}" if twice[name] > 1 else str(name)
+        by_model.setdefault(title, []).append(run)
+    entries = []
+    for model, own in sorted(by_model.items()):
+        baseline = next((run for run in own if run.get("scheme") == "none"), None)
+        schemes = Counter(run.get("scheme") for run in own)
+        labels = [_label(run, schemes[run.get("scheme")] > 1) for run in own]
+        for label, run in sorted(zip(labels, own, strict=True), key=_rank):
+            title = label if len(by_model) == 1 else f"{model} · {label}"
+            entries.append(Entry(model, label, title, run, None if run.get("scheme") == "none" else baseline))
+    return entries
+
+
+def _label(run: Metrics, ambiguous: bool) -> str:
+    scheme = "baseline" if run.get("scheme") == "none" else str(run.get("scheme"))
+    more = (str(run.get(key)) for key in ("method", "name") if ambiguous and run.get(key))
+    return " ".join((scheme, *more))
+
+
+def _rank(labelled: tuple[str, Metrics]) -> tuple[bool, float, str]:
+    label, run = labelled
+    return run.get("scheme") != "none", -(_dig(run, "size", "bits_per_weight", "quantized") or 0.0), label
+
+
+def _verdict(entry: Entry) -> str:
+    parts = []
+    if (ratio := entry.size_ratio()) is not None:
+        parts.append(f"{_ratio(ratio)} the size")
+    after, before = entry.perplexities()
+    if after is not None and before is not None:
+        parts.append(f"perplexity {_number(before)} → {_number(after)} ({_increase(after, before)})")
+    elif after is not None:
+        parts.append(f"perplexity {_number(after)}")
+    if (agreement := entry.get("quality", "top1_agreement")) is not None:
+        parts.append(f"same next token {_percent(agreement)} of the time")
+    return ", ".join([*parts, *_speed_words(entry)]) or "nothing was measured"
+
+
+def _speed_words(entry: Entry) -> list[str]:
+    """Decode at the smallest batch, then everything else that became slower."""
+    points = _points([entry])
+    found = [(phase, p, *entry.speed_against(p, phase)) for p in points for phase in ("decode", "prefill")]
+    known = [(phase, points[p], ratio, verdict) for phase, p, ratio, verdict in found if ratio is not None]
+    words, others = [], "slower than the baseline"
+    if known and known[0][0] == "decode":
+        _, _, ratio, verdict = known.pop(0)
+        text = {"faster": "decode {} faster", "same": "decode {} (no clear difference)"}
+        words.append(text.get(verdict, "{} the decode speed: slower than the baseline").format(_ratio(ratio)))
+        others = "also slower" if verdict == "slower" else others
+    slower = [f"{phase} {name} ({_ratio(x)})" for phase, name, x, verdict in known if verdict == "slower"]
+    if slower:
+        more = f" and {len(slower) - 3} more" if len(slower) > 3 else ""
+        words.append(f"{others}: {', '.join(slower[:3])}{more}")
+    return words
+
+
+def _checks(entry: Entry) -> dict[str, Any]:
+    """Coverage, reload check and kernels of one quantized run, in words."""
+    coverage, reload, kernels = (entry.get(key) or {} for key in ("coverage", "reload", "kernels"))
+    layers = coverage.get("layers") or []
+    known = [layer for layer in layers if _finite(layer.get("relative_error"))]
+    worst = max(known, key=lambda layer: layer["relative_error"], default=None)
+    share = coverage.get("share")
+    # Rounding must not claim that everything was quantized.
+    part = "over 99.9%" if share is not None and 0.9995 <= share < 1 else _percent(share)
+    difference, tolerance = reload.get("max_difference"), reload.get("tolerance")
+    passed = None if difference is None or tolerance is None else difference <= tolerance
+    return {
+        "title": entry.title,
+        "share": f"{part} of {_bytes(coverage.get('decoder_bytes'))}",
+        "layers": str(len(layers)) if layers else DASH,
+        "mean_error": _percent(sum(x["relative_error"] for x in known) / len(known), 2) if known else DASH,
+        "worst": f"{worst['name']} ({_percent(worst['relative_error'], 2)})" if worst else DASH,
+        "reload": DASH if passed is None else "passed" if passed else "FAILED",
+        "difference": _small(difference),
+        "tolerance": _small(tolerance),
+        "tokens": _count(reload.get("tokens")),
+        "kernels": ", ".join(f"{name} × {n}" for name, n in (kernels.get("selected") or {}).items()) or DASH,
+    }
+
+
+def _kept(tensors: Iterable[Metrics]) -> list[tuple[str, str, str, str]]:
+    """(name, count, bytes, reason) of what was not quantized, largest first, blocks put together."""
+    groups: dict[tuple[str, str], list[Metrics]] = {}
+    for tensor in tensors:
+        name = str(tensor.get("name"))
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+        reason = str(tensor.get("reason") or DASH).replace(name, pattern)
+        groups.setdefault((pattern, reason), []).append(tensor)
+    rows = []
+    for (pattern, reason), own in groups.items():
+        total = sum(tensor.get("bytes") or 0 for tensor in own)
+        rows.append((-total, str(own[0].get("name")) if len(own) == 1 else pattern, len(own), reason))
+    return [(name, f"{count:,}", _bytes(-total), reason) for total, name, count, reason in sorted(rows)]
+
+
+def _figures(entries: Sequence[Entry], ident: str) -> list[tuple[str, Markup]]:
+    from .figures import model_figures  # here, because only the HTML page needs matplotlib
+
+    return [(caption, Markup(svg)) for caption, svg in model_figures(entries, _points(entries), ident)]
+
+
+def _speeds(run: Metrics | None, phase: str) -> dict[SpeedPoint, tuple[float, float, float]]:
+    speeds = {}
+    for measured in _dig(run, "speed") or []:
+        batch, prompt, generate = (measured.get(key) or 0 for key in ("batch", "prompt", "generate"))
+        if (median := _dig(measured, phase, "median")) is not None:
+            low, high = (_dig(measured, phase, key) for key in ("min", "max"))
+            spread = median if low is None else low, median if high is None else high
+            speeds[batch, prompt, generate] = (median, *spread)
+    return speeds
+
+
+def _points(entries: Iterable[Entry]) -> dict[SpeedPoint, str]:
+    """The measured points by name: the batch, and the lengths where one batch was measured at several."""
+    found = sorted({p for e in entries for phase in ("prefill", "decode") for p in _speeds(e.run, phase)})
+    batches = Counter(batch for batch, _, _ in found)
+    return {p: f"batch {p[0]}" + (f", {p[1]}+{p[2]} tokens" if batches[p[0]] > 1 else "") for p in found}
+
+
+def _distinct(entries: Sequence[Entry], of: Callable[[Metrics], Any]) -> list[tuple[str, Any]]:
+    """What the runs say, each different answer once, with the runs that gave it ("" where all agree)."""
+    answers: dict[str, tuple[list[str], Any]] = {}
+    for entry in entries:
+        answer = of(entry.run)
+        answers.setdefault(repr(answer), ([], answer))[0].append(entry.title)
+    return [("" if len(answers) == 1 else ", ".join(titles), answer) for titles, answer in answers.values()]
+
+
+def _facts(facts: Metrics | None) -> list[tuple[str, str]]:
+    words = []
+    for key, value in (facts or {}).items():
+        if key.endswith("_bytes"):
+            words.append((key[:-6], _bytes(value)))
+        elif isinstance(value, str):
+            words.append((key.replace("_", " "), value))
+        elif value is not None:
+            words.append((key.replace("_", " "), f"{value:,}" if _finite(value) else json.dumps(value)))
+    return words
+
+
+def _printable(value: Any) -> Any:
+    """The same data without characters that would break a page."""
+    if isinstance(value, str):
+        return UNPRINTABLE.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _dig(data: Any, *path: Any) -> Any:
+    """data[path[0]][path[1]]…, or None where anything on the way is absent."""
+    for key in path:
+        if not isinstance(data, Mapping):
+            return None
+        data = data.get(key)
+    return data
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _over(value: float | None, reference: float | None) -> float | None:
+    return value / reference if value is not None and reference else None
+
+
+def _with(text: str, extra: str | None) -> str:
+    return text if extra in (None, DASH) or text == DASH else f"{text} ({extra})"
+
+
+def _number(value: float | None) -> str:
+    """Perplexities and bits: two decimals while they matter."""
+    return DASH if value is None else f"{value:,.{2 if value < 100 else 1 if value < 1000 else 0}f}"
+
+
+def _count(value: float | None) -> str:
+    return DASH if value is None else f"{value:,.{0 if value >= 100 or value % 1 == 0 else 1}f}"
+
+
+def _small(value: float | None) -> str:
+    if value is None:
+        return DASH
+    return f"{value:.2g}" if value < 1e-3 else f"{value:.4f}".rstrip("0").rstrip(".")
+
+
+def _ratio(value: float | None) -> str:
+    return DASH if value is None else f"{value:,.{2 if value < 10 else 0}f}x"
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return DASH if value is None else f"{100 * value:.{digits}f}%"
+
+
+def _increase(after: float | None, before: float | None) -> str | None:
+    if (ratio := _over(after, before)) is None:
+        return None
+    percent = 100 * (ratio - 1)
+    return f"{percent:+,.{2 if abs(percent) < 0.1 else 1 if abs(percent) < 100 else 0}f}%"
+
+
+def _bytes(value: float | None) -> str:
+    """Three digits in decimal units."""
+    if value is None:
+        return DASH
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= 0.9995 * size:
+            scaled = value / size
+            return f"{scaled:,.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f} {unit}"
+    return f"{value:.0f} B"
+
+
+def _markdown_text(value: Any) -> Any:
+    """Text that GitHub Markdown shows as it is, in a table cell too; Markup passes."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    text = re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", " ".join(value.split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _fenced(text: str, language: str = "") -> Markup:
+    """A Markdown code block that its content cannot close."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return Markup(f"{fence}{language}\n{text}\n{fence}")

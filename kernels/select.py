@@ -1,0 +1,76 @@
+"""Which kernel multiplies by a quantized weight, and why each of the others does not."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .qtensor import QTensor
+
+
+class Prepared(nn.Module):
+    """A kernel's own repacking of one QTensor: its tensors are buffers, so they count, and move, with the model."""
+
+    def __init__(self, qtensor: QTensor, **tensors: Tensor):
+        super().__init__()
+        self.scheme, self.shape = qtensor.scheme, qtensor.shape
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+
+class Kernel(Protocol):
+    """One way to compute x @ dequantized_weight.T + bias."""
+
+    name: ClassVar[str]
+
+    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+        """None if this kernel can serve inputs of this dtype on this device, else the reason in a few words."""
+
+    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
+        """Repack once, at load. `qtensor` has passed check() and is on its device already."""
+
+    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
+        """x [..., in_features] floating -> [..., out_features] in x's dtype."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kernel that was chosen, and for each that ranks above it, why it was not."""
+
+    kernel: Kernel
+    rejected: dict[str, str]
+
+
+def registry() -> list[Kernel]:
+    """Every kernel, the fastest first; `reference` serves everything and comes last."""
+    from .bnb import BitsAndBytesNF4
+    from .reference import Reference
+    from .torch_int4 import TorchInt4
+    from .torch_int8 import TorchInt8
+
+    return [TorchInt4(), TorchInt8(), BitsAndBytesNF4(), Reference()]
+
+
+def select(qtensor: QTensor, dtype: torch.dtype, device: torch.device, wanted: str = "auto") -> Selection:
+    """The first kernel that does not reject, or the one asked for by name.
+
+    Raises:
+        ValueError: `wanted` is unknown, or it rejects this weight; the message says why.
+    """
+    kernels = registry()
+    if wanted != "auto":
+        named = [kernel for kernel in kernels if kernel.name == wanted]
+        if not named:
+            known = ", ".join(kernel.name for kernel in kernels)
+            raise ValueError(f"kernel {wanted!r} is unknown; use auto or one of {known}")
+        if reason := named[0].reject(qtensor, dtype, device):
+            raise ValueError(f"kernel {wanted} cannot run {qtensor.scheme.name} here: {reason}; use auto")
+        return Selection(named[0], {})
+    rejected: dict[str, str] = {}
+    for kernel in kernels:
+        reason = kernel.reject(qtensor, dtype, device)
+        if reason is None:
+            return Selection(kernel, rejected)
+        rejected[kernel.name] = reason
+    raise AssertionError("the reference kernel rejects nothing")

@@ -1,0 +1,220 @@
+"""The command line: parses, prints, and maps errors to exit codes; no logic."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .errors import BitpressError
+from .progress import quiet_libraries
+
+app = typer.Typer(
+    help="Press Transformer checkpoints into fewer bits, and know what that cost.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+_out = Console()
+_err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the Hub.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+KernelName = Annotated[str, typer.Option("--kernel", help="auto, or one of `bitpress list`.")]
+
+
+def _news(line: str) -> None:
+    _err.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _table(header: list[str], rows: list[list[str]]) -> None:
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number < 1 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    (_out if _out.is_terminal else Console(width=240)).print(table)
+
+
+@app.command()
+def run(
+    configs: Annotated[
+        list[Path] | None, typer.Argument(help="Config files, or names of shipped ones; demo if none.")
+    ] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="Override a key: eval.windows=10")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize, save, reload, measure and report, for every model and scheme of the configs."""
+    from .config import load_config
+    from .runner import execute, summarize
+
+    runs = [load_config(path, set) for path in configs or [Path("demo")]]  # all are checked before any starts
+    failed = []
+    for config in runs:
+        outcomes = execute(config, shlex.join(["bitpress", *sys.argv[1:]]), _news)
+        page = summarize(config, outcomes)
+        failed += [outcome for outcome in outcomes if outcome.error]
+        if as_json:
+            _print_json([_outcome_json(outcome) for outcome in outcomes])
+        else:
+            _show(outcomes, page)
+    if failed:
+        raise typer.Exit(failed[0].error.exit_code if len(failed) == 1 and failed[0].error else 1)
+
+
+def _outcome_json(outcome: Any) -> dict[str, Any]:
+    error = {"error": str(outcome.error)} if outcome.error else {}
+    return {
+        "model": outcome.model,
+        "scheme": outcome.scheme,
+        "folder": str(outcome.folder),
+        **error,
+        "metrics": outcome.metrics,
+    }
+
+
+def _show(outcomes: list[Any], page: Path | None) -> None:
+    from bitpress.eval.report import summary_rows
+
+    finished = [outcome.metrics for outcome in outcomes if outcome.metrics]
+    if finished:
+        _out.print()
+        _table(*summary_rows(finished))
+    for outcome in outcomes:
+        if outcome.error:
+            _out.print(f"\n[red]failed[/red]  {escape(outcome.model)}  {outcome.scheme}: {escape(str(outcome.error))}")
+    if page:
+        _out.print(f"\nreport: {escape(str(page))}", soft_wrap=True)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    scheme: Annotated[str, typer.Option(help="int4-g128, int3-channel-asym, int8-dynamic, nf4, …")] = "int4-g128",
+    method: Annotated[str, typer.Option(help="auto, or one of `bitpress list`.")] = "auto",
+    format: Annotated[str, typer.Option(help="auto, or one of `bitpress list`.")] = "auto",
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Layers to keep, such as '*.down_proj'; may be repeated.")
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Quantize one checkpoint into a folder that other runtimes load too."""
+    from .api import quantize as quantize_api
+    from .progress import progress
+
+    recipe = {"method": method, "format": format, "skip": skip or []}
+    with progress(f"quantizing to {scheme}") as step:
+        notes = quantize_api(model, scheme, output, revision, recipe, step)
+    for note in notes:
+        _news(note)
+    _out.print(f"{escape(str(output))}: {scheme}; try `bitpress eval {escape(str(output))}`", soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
+    text: Annotated[str, typer.Option(help="A .txt, .jsonl or .parquet file.")] = "builtin:pydoc-topics",
+    context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="How many windows; all by default.")] = None,
+    dtype: Dtype = "auto",
+    kernel: KernelName = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity, memory and speed of one checkpoint."""
+    from .api import evaluate as evaluate_api
+
+    settings = {"text": text, "context": context, "windows": windows, "dtype": dtype, "kernel": kernel}
+    found = evaluate_api(model, revision, device, settings)
+    if as_json:
+        return _print_json(found)
+    protocol, memory = found["protocol"], found["memory"]
+    rows = [
+        ["perplexity", f"{found['quality']['perplexity']:.4f}"],
+        ["protocol", f"gptq, {protocol['windows']} windows of {protocol['context']}, {found['dtype']}"],
+        ["resident weights", f"{memory['resident_bytes'] / 1e6:.1f} MB"],
+        ["peak RSS", f"{memory['peak_rss_bytes'] / 1e6:.0f} MB"],
+    ]
+    for speed in found["speed"]:
+        rates = f"{speed['prefill']['median']:.0f} prefill, {speed['decode']['median']:.1f} decode"
+        rows.append([f"tokens/s, batch {speed['batch']}", rates])
+    rows += [[f"kernel {name}", f"{count} layers"] for name, count in found["kernels"]["selected"].items()]
+    _table([model, ""], rows)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
+    prompt: Annotated[str, typer.Argument()],
+    tokens: Annotated[int, typer.Option(min=1, help="How many at most.")] = 128,
+    dtype: Dtype = "auto",
+    kernel: KernelName = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+) -> None:
+    """Continue a prompt, greedily."""
+    from transformers import TextStreamer
+
+    from .load import load
+
+    loaded, tokenizer = load(model, revision, device, dtype, kernel)
+    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    inputs.pop("token_type_ids", None)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    loaded.generate(  # type: ignore[operator]
+        **inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer, pad_token_id=tokenizer.eos_token_id
+    )
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")], as_json: Json = False) -> None:
+    """What a checkpoint is, from its headers alone."""
+    from .inspection import describe
+
+    found = describe(folder)
+    if as_json:
+        return _print_json(found)
+    rows = [[key, str(value)] for key, value in found.items() if not isinstance(value, list)]
+    rows += [[key, str(item)] for key, value in found.items() if isinstance(value, list) for item in value]
+    _table([str(folder), ""], rows)
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """Methods, formats, and kernels with the reason where one cannot run here."""
+    from .inspection import catalogue
+
+    found = catalogue()
+    if as_json:
+        return _print_json(found)
+    for kind, rows in found.items():
+        _table([kind, ""], [[name, text] for name, text in rows.items()])
+        _out.print()
+
+
+def main() -> None:
+    """The entry point: errors become a sentence and an exit code; --debug shows the traceback."""
+    quiet_libraries()
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except BitpressError as error:
+        if debug:
+            raise
+        _err.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _err.print("interrupted; run the same command again to go on")
+        sys.exit(130)

@@ -1,0 +1,246 @@
+"""YAML -> a checked Run; every problem is found at once and told with its line, its path and the nearest name."""
+
+import difflib
+from collections.abc import Iterator
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+from bitpress.kernels.scheme import Scheme
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
+
+from .errors import ConfigError, listing
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Model(_Strict):
+    """A checkpoint: a Hub id, a local folder, or builtin:demo."""
+
+    id: str = Field(min_length=1)
+    revision: str | None = None  # a branch, tag or commit of the Hub; resolved to a commit and recorded
+
+
+class Quantize(_Strict):
+    method: str = "auto"
+    format: str = "auto"
+    skip: list[str] = []
+
+
+class Dataset(_Strict):
+    """A data set of the Hub."""
+
+    dataset: str
+    config: str | None = None
+    split: str = "test"
+    column: str = "text"
+    revision: str | None = None
+
+
+class Speed(_Strict):
+    prompt: int = Field(512, ge=1)
+    generate: int = Field(128, ge=1)
+    batch: list[int] = Field([1, 8], min_length=1)
+    repeats: int = Field(3, ge=1, le=1000)
+
+    @field_validator("batch")
+    @classmethod
+    def _positive(cls, value: list[int]) -> list[int]:
+        if any(size < 1 for size in value):
+            raise ValueError("batch sizes must be at least 1")
+        return value
+
+
+class Eval(_Strict):
+    text: str | Dataset = "builtin:pydoc-topics"
+    context: int = Field(2048, ge=2)  # cut to what the model can hold
+    windows: int | None = Field(None, ge=1)  # None: the whole text
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kernel: str = "auto"
+    speed: Speed | None = Speed()  # type: ignore[call-arg]
+    prompt: str = "The"  # what the sample in the report continues
+
+
+class Run(_Strict):
+    """A whole config: every model is pressed by every scheme; the unquantized baseline is always measured."""
+
+    name: str = Field(pattern=_NAME)
+    models: list[Model] = Field(min_length=1)
+    schemes: list[str] = Field(min_length=1)
+    quantize: Quantize = Quantize()
+    eval: Eval = Eval()  # type: ignore[call-arg]
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    output: str = "runs"
+
+    @field_validator("schemes")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name != "none":
+                Scheme.parse(name)
+        if len(set(value)) != len(value):
+            raise ValueError("a scheme is listed twice")
+        return value
+
+
+def shipped() -> dict[str, Path]:
+    """The configs that come with bitpress, by name."""
+    spec = find_spec("bitpress.configs")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return {path.stem: path for folder in folders for path in sorted(Path(folder).glob("*.yaml"))}
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Run:
+    """Read and check a config file.
+
+    Args:
+        path: a file, or the name of a shipped config such as "demo".
+        overrides: "key.path=value", the value in YAML; lists by number, as in models.0.id=org/name.
+    Raises:
+        ConfigError: everything that is wrong with the file and the overrides, at once.
+    """
+    if not path.exists() and str(path) in shipped():
+        path = shipped()[str(path)]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{path}: {reason}; shipped configs are {', '.join(shipped())}") from error
+    data, problems = _parse(text)
+    if data is None:
+        raise ConfigError(f"{path} cannot be used:\n{listing(problems)}")
+    for override in overrides or []:
+        problems += _override(data, override)
+    try:
+        run = Run.model_validate(_plain(data))
+    except ValidationError as error:
+        problems += _explained(error, data)
+    if problems:
+        raise ConfigError(f"{path} cannot be used:\n{listing(problems)}")
+    return run
+
+
+def load_eval(settings: dict[str, Any]) -> Eval:
+    """An eval section given as plain values.
+
+    Raises:
+        ConfigError: everything that is wrong with it.
+    """
+    try:
+        return Eval.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(
+            f"these settings cannot be used:\n{listing(_explained(error, CommentedMap(), ('eval',)))}"
+        ) from error
+
+
+def _parse(text: str) -> tuple[CommentedMap | None, list[str]]:
+    problems: list[str] = []
+    yaml = YAML(typ="rt")
+    try:
+        data = yaml.load(StringIO(text))
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        problems.append(f"line {line}: {str(error.problem).split(' with value')[0]}")
+        yaml.allow_duplicate_keys = True
+        data = yaml.load(StringIO(text))
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        return None, [f"{where}not YAML: {getattr(error, 'problem', None) or error}"]
+    if not isinstance(data, CommentedMap):
+        return None, ["line 1: expected keys and values, such as 'name: demo'"]
+    return data, problems
+
+
+def _plain(value: Any) -> Any:
+    """ruamel's annotated values as plain ones, which strict pydantic wants."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _override(data: CommentedMap, override: str) -> list[str]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        return [f"--set {override}: expected key=value, such as eval.windows=10"]
+    node: Any = data
+    *path, last = key.split(".")
+    try:
+        for part in path:
+            if isinstance(node, CommentedMap) and part not in node:
+                node[part] = CommentedMap()
+            node = node[int(part)] if isinstance(node, CommentedSeq) else node[part]
+        node[int(last) if isinstance(node, CommentedSeq) else last] = YAML(typ="safe").load(value)
+    except (ValueError, IndexError, TypeError, KeyError, YAMLError):
+        return [f"--set {override}: there is no {key} to set"]
+    return []
+
+
+def _fields(path: tuple[int | str, ...]) -> Iterator[str]:
+    """The keys that may stand at a path."""
+    kind: Any = Run
+    for part in path:
+        if isinstance(part, int):
+            continue
+        found = kind.model_fields.get(part) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        kind = next((m for m in _models(found.annotation) if m), None) if found else None
+    if kind is not None:
+        yield from kind.model_fields
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models(argument)
+
+
+def _line(data: Any, path: tuple[int | str, ...]) -> int | None:
+    """The line of the deepest part of a path that stands in the file; None for what --set brought."""
+    line = None
+    for part in path:
+        if (isinstance(data, CommentedMap) and part in data) or (
+            isinstance(data, CommentedSeq) and isinstance(part, int) and part < len(data)
+        ):
+            position = data.lc.data.get(part) if data.lc.data else None
+        else:
+            return line
+        line = position[0] + 1 if position else line
+        data = data[part]
+    return line
+
+
+_UNION_TAGS = {"str", "Dataset", "int", "none"}
+
+
+def _explained(error: ValidationError, data: CommentedMap, root: tuple[str, ...] = ()) -> list[str]:
+    problems = []
+    for item in error.errors():
+        path = tuple(part for part in item["loc"] if part not in _UNION_TAGS or part in data)
+        dotted = ".".join(map(str, path))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(path[-1]), list(_fields(root + path[:-1])), 1)
+            message = "unknown key" + (f"; did you mean {near[0]}?" if near else "")
+        elif item["type"] == "missing":
+            message = "is missing"
+        elif not isinstance(item["input"], dict | list):
+            message = f"{message}, got {item['input']!r}"
+        line = _line(data, path)
+        problems.append((line or 0, f"line {line}: {dotted}: {message}" if line else f"{dotted}: {message}"))
+    return [text for _, text in sorted(problems)]

@@ -1,0 +1,88 @@
+"""On-disk formats of quantized checkpoints: one file each, registered here by name."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+from torch import Tensor
+
+
+class Format(Protocol):
+    """How one layer's QTensor lies in safetensors, and what config.json says of it.
+
+    name: as configs call it. marker: the suffix of the tensor that every quantized layer has and no other has.
+    suffixes: of all tensors that a layer may have, `marker` among them (the bias is not the format's).
+    """
+
+    name: str
+    quant_method: str
+    marker: str
+    suffixes: tuple[str, ...]
+
+    def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
+        """Why a weight [out, in] of this scheme cannot be stored so; [] if it can."""
+
+    def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
+        """What scales are stored in, for a checkpoint of `dtype`; codes are computed from scales so rounded."""
+
+    def write(self, qtensor: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """suffix -> tensor."""
+
+    def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
+        """The inverse of write.
+
+        Raises:
+            ValueError, KeyError: the tensors are not a layer of this scheme.
+        """
+
+    def quantization_config(self, scheme: Scheme, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:
+        """For config.json; `kept` names the linear layers that are not quantized."""
+
+    def scheme(self, config: dict[str, Any]) -> Scheme:
+        """From a quantization_config.
+
+        Raises:
+            ValueError: it describes something that bitpress does not read.
+        """
+
+
+def registry() -> dict[str, Format]:
+    """Formats by name, in the order in which they are preferred."""
+    from .bitsandbytes import BitsAndBytes
+    from .compressed_tensors import IntQuantized, PackQuantized
+    from .gptq import GPTQ
+
+    formats: tuple[Format, ...] = (GPTQ(), PackQuantized(), IntQuantized(), BitsAndBytes())
+    return {fmt.name: fmt for fmt in formats}
+
+
+def default_format(scheme: Scheme) -> Format:
+    """The format that most runtimes load for a scheme: GPTQ where it can hold it."""
+    probe = (1024, scheme.group_size * 32 if scheme.group_size else 1024)
+    return next(fmt for fmt in registry().values() if not fmt.problems(scheme, probe))
+
+
+def detect(config: dict[str, Any], names: Iterable[str]) -> Format:
+    """The format of a checkpoint from its quantization_config and tensor names.
+
+    Raises:
+        ValueError: none of ours.
+    """
+    method, names = config.get("quant_method"), list(names)
+    candidates = [fmt for fmt in registry().values() if fmt.quant_method == method]
+    declared = [fmt for fmt in candidates if fmt.name in (config.get("format"), method)]
+    for fmt in [*declared, *candidates]:
+        if any(name.endswith(f".{fmt.marker}") for name in names):
+            return fmt
+    if candidates:
+        raise ValueError(f"says {method}, but no tensor name ends in {' or '.join(f'.{f.marker}' for f in candidates)}")
+    known = sorted({fmt.quant_method for fmt in registry().values()})
+    raise ValueError(f"quant_method is {method!r}; bitpress reads {', '.join(known)}")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds: the check of untrusted tensors."""
+    if not condition:
+        raise ValueError(message)

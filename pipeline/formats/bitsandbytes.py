@@ -1,0 +1,103 @@
+"""bitsandbytes' NF4 as transformers saves it: plain tensors and a small JSON, so the package is not needed to write it."""
+
+import json
+from typing import Any
+
+import torch
+from bitpress.kernels.qtensor import NESTED_BLOCK, NF4_CODEBOOK, NestedScales, QTensor
+from bitpress.kernels.scheme import NF4_BLOCK, Scheme
+from torch import Tensor
+
+from . import require
+
+_STATE = "weight.quant_state.bitsandbytes__nf4"
+_STATE_LIMIT = 4096  # bytes of JSON
+
+
+class BitsAndBytes:
+    """weight uint8 [ceil(out * in / 2), 1], the even element in the high nibble; weight.absmax per block of 64 of the
+    flattened matrix; with double quantization, absmax is uint8 and weight.nested_* tell how to decode it."""
+
+    name = "bitsandbytes"
+    quant_method = "bitsandbytes"
+    marker = _STATE
+    suffixes = (
+        "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", _STATE,
+    )  # fmt: skip
+
+    def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
+        return [] if scheme.code == "nf4" else [f"{self.name} holds nf4, not {scheme.name}"]
+
+    def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def write(self, qtensor: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        state: dict[str, Any] = {
+            "quant_type": "nf4",
+            "blocksize": NF4_BLOCK,
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": list(qtensor.shape),
+        }
+        tensors = {
+            "weight": qtensor.codes.unsqueeze(1),
+            "weight.absmax": qtensor.scales,
+            "weight.quant_map": torch.tensor(NF4_CODEBOOK),
+        }
+        if (nested := qtensor.nested) is not None:
+            state |= {
+                "nested_blocksize": NESTED_BLOCK,
+                "nested_dtype": "float32",
+                "nested_offset": nested.offset.item(),
+            }
+            tensors["weight.nested_absmax"] = nested.absmax
+            tensors["weight.nested_quant_map"] = nested.codebook
+        tensors[_STATE] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+        return tensors
+
+    def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
+        packed = tensors[_STATE]
+        require(packed.dtype == torch.uint8 and packed.numel() <= _STATE_LIMIT, "the quant_state is not a short JSON")
+        state = json.loads(bytes(packed.tolist()))
+        require(isinstance(state, dict), "the quant_state is not a JSON object")
+        require(state.get("quant_type") == "nf4", f"quant_type is {state.get('quant_type')!r}, expected 'nf4'")
+        require(state.get("blocksize") == NF4_BLOCK, f"blocksize is {state.get('blocksize')!r}, expected {NF4_BLOCK}")
+        shape = state.get("shape")
+        fits = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
+        require(fits, f"shape is {shape!r}")
+        quant_map = tensors["weight.quant_map"].flatten()
+        require(torch.equal(quant_map, torch.tensor(NF4_CODEBOOK)), "weight.quant_map is not NF4's code book")
+        return QTensor(
+            scheme, (shape[0], shape[1]), tensors["weight"].flatten(), tensors["weight.absmax"].flatten(),
+            nested=self._nested(state, tensors),
+        )  # fmt: skip
+
+    def _nested(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> NestedScales | None:
+        if "weight.nested_absmax" not in tensors:
+            return None
+        size, offset = state.get("nested_blocksize"), state.get("nested_offset")
+        require(size == NESTED_BLOCK, f"nested_blocksize is {size!r}, expected {NESTED_BLOCK}")
+        require(isinstance(offset, float), f"nested_offset is {offset!r}")
+        absmax, codebook = tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"]
+        return NestedScales(absmax, codebook, torch.tensor(offset, dtype=torch.float32))
+
+    def quantization_config(self, scheme: Scheme, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "quant_method": "bitsandbytes",
+            "_load_in_4bit": True,
+            "_load_in_8bit": False,
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": scheme.double_quant,
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": kept or None,
+            "llm_int8_threshold": 6.0,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+        }
+
+    def scheme(self, config: dict[str, Any]) -> Scheme:
+        kind = config.get("bnb_4bit_quant_type")
+        require(config.get("load_in_4bit") is True and kind == "nf4", f"only NF4 is read, this is {kind or '8-bit'}")
+        return Scheme.parse("nf4-dq" if config.get("bnb_4bit_use_double_quant") else "nf4")

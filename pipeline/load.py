@@ -1,0 +1,252 @@
+"""Files -> a transformers model: quantized layers on our kernels, everything else as transformers has it."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitpress.kernels.qlinear import QExperts, QLinear
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .blocks import Names, Target, linear_kind, replace_module, skeleton
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, ConfigError, listing
+from .formats import Format, detect
+from .source import resolve
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _DenseLinear(nn.Module):
+    """A linear layer that is not quantized, as one piece of an expert."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def dense_layer(weight: Tensor) -> Callable[[Tensor | None], nn.Module]:
+    """For replace_layers: an expert's piece [out, in] that is not quantized."""
+    return lambda bias: _DenseLinear(weight)
+
+
+def load(
+    model: str | Path, revision: str | None = None, device: str = "auto", dtype: str = "auto", kernel: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, from a folder that bitpress wrote, an unquantized one, or a Hub id.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        dtype: of activations and unquantized weights: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
+        kernel: "auto", or the name of one kernel (see `bitpress list`), which then serves or raises.
+    Raises:
+        BitpressError: says what is wrong with the files, the options or the Hub.
+    """
+    folder = resolve(str(model), revision).folder
+    checkpoint = Checkpoint(folder)
+    return load_model(checkpoint, pick_device(device), dtype, kernel), load_tokenizer(folder)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("device cuda was asked for, and torch finds none; use device auto or cpu")
+    return torch.device(name)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise CheckpointError(f"{folder.name}: no tokenizer can be made of its files: {error}") from error
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device, dtype: str, kernel: str = "auto") -> PreTrainedModel:
+    """The model of a checkpoint, quantized or not."""
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; use auto or one of {', '.join(_DTYPES)}")
+    wanted = _DTYPES.get(dtype)
+    if "quantization_config" in checkpoint.config:
+        return _load_quantized(checkpoint, device, wanted, kernel)
+    return load_dense(checkpoint, wanted).to(device)  # type: ignore[arg-type]
+
+
+def load_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """An unquantized checkpoint as transformers itself loads it, its experts one by one (see QExperts)."""
+    checkpoint.config  # noqa: B018  (refuses remote code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"{checkpoint.folder.name}: transformers cannot load it: {error}") from error
+    return model.eval()
+
+
+def replace_layers(
+    model: PreTrainedModel, names: Names, layers: dict[Target, Callable[[Tensor | None], nn.Module]]
+) -> None:
+    """Put a module in the place of each target, linear layers and experts alike.
+
+    Args:
+        layers: target -> a function of the bias (None for experts) that makes the module.
+    """
+    experts: dict[str, dict[int, dict[int, nn.Module]]] = defaultdict(lambda: defaultdict(dict))
+    for target, make in layers.items():
+        if target.expert:
+            expert, piece, _ = target.expert
+            experts[target.parameter][expert][piece] = make(None)
+            continue
+        path = target.parameter.removesuffix(".weight")
+        replace_module(model, path, make(getattr(model.get_submodule(path), "bias", None)))
+    for parameter, table in experts.items():
+        rows = [[table[e][p] for p in sorted(table[e])] for e in sorted(table)]
+        replace_module(model, parameter, QExperts(rows))
+    if experts:
+        model.config._experts_implementation = "eager"  # transformers' other ones want one 3-D tensor
+
+
+def _read_layer(checkpoint: Checkpoint, format: Format, scheme: Scheme, layer: str, device: torch.device) -> QTensor:
+    """One layer's tensors, checked before any kernel sees them."""
+    present = [suffix for suffix in format.suffixes if f"{layer}.{suffix}" in checkpoint.tensors]
+    tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in present}
+    try:
+        qtensor = format.read(scheme, tensors)
+        qtensor.check()
+    except KeyError as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {layer}.{error.args[0]} is missing; get the checkpoint again"
+        ) from error
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise CheckpointError(f"{checkpoint.folder}: {layer}: {error}; get the checkpoint again") from error
+    return qtensor.to(device)
+
+
+def detect_scheme(checkpoint: Checkpoint) -> tuple[Format, Scheme]:
+    """What a quantized checkpoint says it is.
+
+    Raises:
+        CheckpointError: nothing that bitpress reads.
+    """
+    config = checkpoint.config["quantization_config"]
+    try:
+        format = detect(config, checkpoint.tensors)
+        return format, format.scheme(config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: quantization_config: {error}") from error
+
+
+def _load_quantized(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str
+) -> PreTrainedModel:
+    format, scheme = detect_scheme(checkpoint)
+    model = skeleton(checkpoint, dtype)
+    names = Names(model)
+    marker = f".{format.marker}"
+    quantized = [name.removesuffix(marker) for name in checkpoint.tensors if name.endswith(marker)]
+    owned = {f"{layer}.{suffix}" for layer in quantized for suffix in format.suffixes}
+    plain = {name: names.target(name) for name in checkpoint.tensors if name not in owned}
+    experts = {target.parameter for target in map(lambda n: names.target(f"{n}.weight"), quantized) if target.expert}
+    layers: dict[Target, Callable[[Tensor | None], nn.Module]] = {}
+    for name, target in plain.items():
+        if target.expert and target.parameter in experts:
+            layers[target] = dense_layer(checkpoint.read(name).to(device, model.dtype))
+    _fill(checkpoint, model, names, {n: t for n, t in plain.items() if t not in layers}, device)
+    for layer in quantized:
+        target = names.target(f"{layer}.weight")
+        _check_fits(model, names, target, layer, checkpoint)
+        qtensor = _read_layer(checkpoint, format, scheme, layer, device)
+        _check_shape(names, model, target, layer, qtensor)
+        layers[target] = _maker(qtensor, model.dtype, kernel)
+    replace_layers(model, names, layers)
+    return _finish(checkpoint, model, device)
+
+
+def _maker(qtensor: QTensor, dtype: torch.dtype, kernel: str) -> Callable[[Tensor | None], nn.Module]:
+    def make(bias: Tensor | None) -> nn.Module:
+        try:
+            return QLinear(qtensor, bias, dtype, kernel)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    return make
+
+
+def _check_fits(model: PreTrainedModel, names: Names, target: Target, layer: str, checkpoint: Checkpoint) -> None:
+    if not names.known(target.parameter) or linear_kind(model, target) is None:
+        raise CheckpointError(f"{checkpoint.folder}: {layer} is no linear layer of the model in config.json")
+
+
+def _check_shape(names: Names, model: PreTrainedModel, target: Target, layer: str, qtensor: QTensor) -> None:
+    expected = names.shape(target)
+    if linear_kind(model, target) == "conv1d" and expected:
+        expected = expected[::-1]
+    if expected != qtensor.shape:
+        raise CheckpointError(
+            f"{layer}: shape {list(qtensor.shape)} in the file, {list(expected or ())} by config.json"
+        )
+
+
+def _fill(
+    checkpoint: Checkpoint, model: PreTrainedModel, names: Names, plain: dict[str, Target], device: torch.device
+) -> None:
+    """Put the tensors that are not quantized into the skeleton; those that the model does not have are left out."""
+    fused: dict[str, list[tuple[tuple[int, int, int], str]]] = defaultdict(list)
+    for name, target in plain.items():
+        if not names.known(target.parameter):
+            continue
+        if target.expert:
+            fused[target.parameter].append((target.expert, name))
+            continue
+        tensor = checkpoint.read(name)
+        if tuple(tensor.shape) != names.shape(target):
+            raise CheckpointError(
+                f"{name}: shape {list(tensor.shape)}, by config.json {list(names.shape(target) or ())}"
+            )
+        _set(model, target.parameter, tensor, device)
+    for parameter, items in fused.items():
+        pieces = items[0][0][2]
+        tensors = [checkpoint.read(name) for _, name in sorted(items)]
+        rows = [torch.cat(tensors[i : i + pieces]) for i in range(0, len(tensors), pieces)]
+        _set(model, parameter, torch.stack(rows), device)
+
+
+def _set(model: PreTrainedModel, parameter: str, tensor: Tensor, device: torch.device) -> None:
+    path, _, leaf = parameter.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = tensor.to(device, model.dtype) if tensor.is_floating_point() else tensor.to(device)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    model.tie_weights()
+    unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if unfilled:
+        raise CheckpointError(f"{checkpoint.folder}: weights of the model are missing:\n{listing(sorted(unfilled))}")
+    if (checkpoint.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def kernels_used(model: nn.Module) -> dict[str, Any]:
+    """{"selected": kernel -> layers, "rejected": kernel -> reason} over a model's quantized layers."""
+    layers = [module for module in model.modules() if isinstance(module, QLinear)]
+    rejected: dict[str, str] = {}
+    for layer in layers:
+        rejected |= layer.selection.rejected
+    return {"selected": dict(Counter(layer.selection.kernel.name for layer in layers)), "rejected": rejected}

@@ -1,0 +1,76 @@
+"""Round to nearest, each group's scale set by its largest magnitude (symmetric) or its range (asymmetric)."""
+
+import torch
+from bitpress.kernels.packing import pack
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+from torch import Tensor
+
+from . import Diagnostics
+
+_CHUNK = 1 << 19  # weights worked on at a time: their float32 copies stay within the processor's cache
+
+
+def affine_parameters(groups: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of each group: float32 [rows, groups, group_size] -> (scale_dtype, uint8) [rows, groups].
+
+    Symmetric: S = 2 max|w| / (2^n - 1), no zero point stored. Asymmetric: the range widened to hold 0,
+    S = (max - min) / (2^n - 1), Z = round(-min / S). Scales are rounded to the dtype that is stored; a group of
+    zeros gets scale 1, and one too small for the dtype gets the dtype's smallest positive number.
+
+    Raises:
+        ValueError: a scale beyond the dtype's range, or weights that are not finite.
+    """
+    low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
+    spread = high - low if not scheme.symmetric else 2 * torch.maximum(high, -low)
+    scales = (spread / scheme.max_code).to(scale_dtype)
+    if not torch.isfinite(scales).all():
+        raise ValueError(f"a scale of {spread.max().item() / scheme.max_code:.4g} does not fit {scale_dtype}")
+    # torch flushes no subnormals here: 0 comes only from spreads below half of the smallest positive number.
+    smallest = {torch.float16: 2.0**-24}.get(scale_dtype, torch.finfo(scale_dtype).tiny)
+    scales = torch.where(spread == 0, torch.ones_like(scales), scales.clamp(min=smallest))
+    if scheme.symmetric:
+        return scales, None
+    zeros = torch.round(-low / scales.to(torch.float32)).clamp_(0, scheme.max_code)
+    return scales, zeros.to(torch.uint8)
+
+
+def encode(groups: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Nearest codes uint8 and the squared error (a float64 scalar); shapes as in affine_parameters."""
+    wide = scales.to(torch.float32).unsqueeze(-1)
+    zero = scheme.middle if zeros is None else zeros.to(torch.float32).unsqueeze(-1)
+    codes = torch.round(groups / wide).add_(zero).clamp_(0, scheme.max_code)
+    error = torch.linalg.vector_norm((codes - zero).mul_(wide).sub_(groups)).double() ** 2
+    return codes.to(torch.uint8), error
+
+
+class Absmax:
+    name = "absmax"
+    version = 1
+    needs_calibration = False
+
+    def problems(self, scheme: Scheme) -> list[str]:
+        return [] if scheme.code == "int" else [f"absmax produces integer schemes, not {scheme.name}"]
+
+    def quantize(self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[QTensor, Diagnostics]:
+        out_features, in_features = weight.shape
+        count = scheme.groups(in_features)
+        codes, scales, zeros = [], [], []
+        error = norm = torch.zeros((), dtype=torch.float64)
+        for rows in weight.split(max(1, _CHUNK // in_features)):
+            groups = rows.to(torch.float32).unflatten(1, (count, -1))
+            scale, zero = affine_parameters(groups, scheme, scale_dtype)
+            code, squared = encode(groups, scale, zero, scheme)
+            error, norm = error + squared, norm + torch.linalg.vector_norm(groups).double() ** 2
+            codes.append(pack(code.flatten(1), scheme.bits))
+            scales.append(scale)
+            zeros += [] if zero is None else [zero]
+        relative = (error / norm).sqrt().item() if norm else 0.0
+        qtensor = QTensor(
+            scheme,
+            (out_features, in_features),
+            torch.cat(codes),
+            torch.cat(scales),
+            torch.cat(zeros) if zeros else None,
+        )
+        return qtensor, Diagnostics(relative)

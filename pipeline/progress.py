@@ -1,0 +1,49 @@
+"""Progress with the time left, on a terminal; silence elsewhere."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+OnStep = Callable[[int, int], None]
+_PATIENCE = 2.0  # seconds: what is over sooner needs no bar
+
+
+def quiet_libraries() -> None:
+    """For processes of our own: the libraries' bars and hints would drown what bitpress has to say."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("transformers", "bitsandbytes", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[OnStep]:
+    """A function of (done, total) that draws a bar on stderr once the work has taken two seconds."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    start = time.monotonic()
+    bar = Progress(
+        TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+    task = bar.add_task(label, total=None)
+    shown = False
+
+    def step(done: int, total: int) -> None:
+        nonlocal shown
+        if not shown and time.monotonic() - start > _PATIENCE:
+            bar.start()
+            shown = True
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield step
+    finally:
+        bar.stop()

@@ -1,0 +1,169 @@
+"""Runs a config: every model by every scheme, stage by stage, skipping what is done and verified."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import store
+from .checkpoint import Checkpoint, read_json
+from .config import Model, Run
+from .errors import BitpressError
+from .load import load_tokenizer, pick_device
+from .machine import machine
+from .progress import progress
+from .source import Source, resolve
+from .stages import evaluate, report
+from .stages.quantize import MANIFEST, Recipe, check_fingerprint, quantize
+from .text import Text, read_text, tokenize
+from .versions import versions
+
+BASELINE = "none"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one job ended: its metrics, or what stopped it."""
+
+    model: str
+    scheme: str
+    folder: Path
+    metrics: dict[str, Any] | None = None
+    error: BitpressError | None = None
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What all jobs on one model share."""
+
+    source: Source
+    checkpoint: Checkpoint
+    text: Text
+    probe: Tensor
+
+
+def execute(run: Run, command: str, say: Say) -> list[Outcome]:
+    """Every job of a config; a failed one does not stop the others.
+
+    Args:
+        command: what the user typed, for the report.
+        say: takes a line of news.
+    """
+    outcomes: list[Outcome] = []
+    for model in run.models:
+        folder = _model_folder(run, model)
+        schemes = [BASELINE, *(name for name in run.schemes if name != BASELINE)]
+        try:
+            given = _prepare(run, model)
+        except BitpressError as error:
+            outcomes += [Outcome(model.id, scheme, folder / scheme, error=error) for scheme in schemes]
+            continue
+        for scheme in schemes:
+            say(f"{model.id}  {scheme}")
+            outcome = Outcome(model.id, scheme, folder / scheme)
+            try:
+                metrics = _job(run, given, scheme, folder, command, lambda line: say(f"  {line}"))
+                outcome = Outcome(model.id, scheme, folder / scheme, metrics)
+            except BitpressError as error:
+                outcome = Outcome(model.id, scheme, folder / scheme, error=error)
+                say(f"  failed: {error}")
+            outcomes.append(outcome)
+    return outcomes
+
+
+def summarize(run: Run, outcomes: list[Outcome]) -> Path | None:
+    """One report over all jobs that finished; None if none did."""
+    finished = [outcome.metrics for outcome in outcomes if outcome.metrics]
+    return report.write_report(Path(run.output) / run.name, finished) if finished else None
+
+
+def _model_folder(run: Run, model: Model) -> Path:
+    folder = Path(run.output).expanduser() / run.name
+    if len(run.models) == 1:
+        return folder
+    slug = "".join(c if c.isalnum() or c in "._-" else "--" for c in model.id.strip("/.~"))
+    return folder / (f"{slug}@{model.revision}" if model.revision else slug)
+
+
+def _prepare(run: Run, model: Model) -> _Input:
+    """Everything that can be refused before a weight is read."""
+    text = read_text(run.eval.text)
+    for scheme in run.schemes:
+        _recipe(run, scheme)
+    source = resolve(model.id, model.revision)
+    checkpoint = Checkpoint(source.folder)
+    context = min(run.eval.context, checkpoint.config.get("max_position_embeddings") or run.eval.context)
+    ids = tokenize(load_tokenizer(source.folder), text, context)
+    return _Input(source, checkpoint, text, ids[: min(evaluate.PROBE_TOKENS, context)])
+
+
+def _recipe(run: Run, scheme: str) -> Recipe | None:
+    if scheme == BASELINE:
+        return None
+    return Recipe.make(scheme, run.quantize.method, run.quantize.format, run.quantize.skip)
+
+
+def _job(run: Run, given: _Input, scheme: str, parent: Path, command: str, say: Say) -> dict[str, Any]:
+    """One scheme on one model: quantize, check, measure, report; returns the metrics."""
+    folder = parent / scheme
+    store.make_folder(folder)
+    recipe = _recipe(run, scheme)
+    with store.locked(folder):
+        seconds: dict[str, float] = {}
+        if recipe:
+            seconds["quantize"] = _quantize(given, recipe, folder, say)
+        path = folder / "metrics.json"
+        marks = _marks(run, given, folder, recipe)
+        if path.exists():
+            check_fingerprint(path, marks)
+            say("measured before")
+            return read_json(path)
+        measured: dict[str, Any] = {"check": None, "fingerprint": marks, "command": command}
+        if recipe:
+            say("reload in a fresh process, compared with the model in memory")
+            how = {"device": run.device, "dtype": run.eval.dtype}
+            measured["check"] = evaluate.check(given.checkpoint, recipe, folder / "artifact", given.probe, how)
+        say("measure in a fresh process")
+        artifact = folder / "artifact" if recipe else given.source.folder
+        baseline = given.source.folder if recipe else None
+        measured |= evaluate.measure(artifact, baseline, run.eval, run.device, folder)
+        measured["seconds"] = seconds | {"evaluate": measured["seconds"]}
+        metrics = report.assemble(run, given.source, recipe, given.text, folder, measured)
+        report.write_report(folder, _with_baseline(parent, metrics))
+        store.write_json(path, metrics)
+        return metrics
+
+
+def _with_baseline(parent: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    path = parent / BASELINE / "metrics.json"
+    if metrics["scheme"] == BASELINE or not path.exists():
+        return [metrics]
+    return [read_json(path), metrics]
+
+
+def _quantize(given: _Input, recipe: Recipe, folder: Path, say: Say) -> float:
+    start = time.perf_counter()
+    say(f"quantize by {recipe.method.name}, save as {recipe.format.name}")
+    with progress("quantizing") as step:
+        notes = quantize(given.checkpoint, given.source.to_dict(), recipe, folder / "artifact", folder, step)
+    for note in notes:
+        say(note)
+    return time.perf_counter() - start
+
+
+def _marks(run: Run, given: _Input, folder: Path, recipe: Recipe | None) -> dict[str, Any]:
+    """Everything that measurements depend on, flat."""
+    settings = run.eval.model_dump(mode="json")
+    marks = {f"eval.{key}": json.dumps(value, sort_keys=True) for key, value in settings.items()}
+    marks |= {"text.sha256": given.text.sha256, "device": run.device}
+    marks |= {f"versions.{name}": value for name, value in versions().items()}
+    described = machine(pick_device(run.device))
+    marks |= {f"machine.{key}": described[key] for key in ("cpu", "device", "threads")}
+    if recipe:
+        return marks | {"artifact.sha256": store.sha256_file(folder / "artifact" / MANIFEST)}
+    return marks | {f"weights.{name}": value for name, value in given.checkpoint.identity().items()}

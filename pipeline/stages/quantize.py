@@ -1,0 +1,326 @@
+"""Checkpoint -> artifact, one decoder block at a time; what is finished survives any crash, to the byte."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+from torch import Tensor
+
+from .. import store
+from ..checkpoint import INDEX, Checkpoint, read_json
+from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, listing
+from ..formats import Format, default_format
+from ..formats import registry as formats
+from ..methods import Diagnostics, Method, default_method
+from ..methods import registry as methods
+from ..plan import Entry, Plan, Unit, make_plan
+from ..versions import versions
+
+MANIFEST = "bitpress.json"
+FORMAT_VERSION = 1
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantize: scheme, method, format, and the layers to keep; names resolved and found compatible."""
+
+    scheme: Scheme
+    method: Method
+    format: Format
+    skip: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def make(scheme: str, method: str = "auto", format: str = "auto", skip: list[str] | None = None) -> "Recipe":
+        """From names; "auto" is the default method and the most portable format of the scheme.
+
+        Raises:
+            ConfigError: an unknown name, or things that do not go together.
+        """
+        try:
+            parsed = Scheme.parse(scheme)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        for kind, name, known in (("method", method, methods()), ("format", format, formats())):
+            if name != "auto" and name not in known:
+                raise ConfigError(f"{kind} {name!r} is unknown; use auto or one of {', '.join(known)}")
+        chosen = default_method(parsed) if method == "auto" else methods()[method]
+        target = default_format(parsed) if format == "auto" else formats()[format]
+        probe = (1024, 32 * (parsed.group_size or 32))
+        if problems := [*chosen.problems(parsed), *target.problems(parsed, probe)]:
+            raise ConfigError("; ".join(problems))
+        return Recipe(parsed, chosen, target, skip or [])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "scheme": self.scheme.name,
+            "method": self.method.name,
+            "method_version": self.method.version,
+            "format": self.format.name,
+            "skip": list(self.skip),
+        }
+
+
+def fingerprint(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Everything that the artifact's bytes depend on, flat: compared field by field when a run is taken up again."""
+    fields: dict[str, Any] = {f"quantize.{key}": value for key, value in recipe.to_dict().items()}
+    fields |= {f"source.{key}": value for key, value in source.items()}
+    fields |= {f"weights.{name}": value for name, value in checkpoint.identity().items()}
+    used = ["bitpress", "torch", "transformers", "safetensors"]
+    used += ["bitsandbytes"] if recipe.scheme.code == "nf4" else []
+    fields |= {f"versions.{name}": value for name, value in versions().items() if name in used}
+    return fields | {"format_version": FORMAT_VERSION}
+
+
+def check_fingerprint(path: Path, now: dict[str, Any]) -> None:
+    """Refuse to go on from, or trust, what was made from something else.
+
+    Raises:
+        ConfigError: lists the fields that differ.
+    """
+    then = read_json(path).get("fingerprint", {})
+    differing = [
+        f"{key}: was {then.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path.parent} was made from something else; choose another output, or move it away:\n{listing(differing)}"
+        )
+
+
+def _finite(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point() or torch.isfinite(tensor).all():
+        return
+    bad = ~torch.isfinite(tensor)
+    first = [int(i) for i in bad.nonzero()[0]]
+    raise NumericsError(
+        f"{name}: {int(bad.sum())} of {tensor.numel()} values are NaN or infinite, the first at {first}; "
+        "the checkpoint is damaged: get it again"
+    )
+
+
+def quantize_entry(checkpoint: Checkpoint, entry: Entry, recipe: Recipe, dtype: torch.dtype, digest: Any = None):
+    """One weight of the source as a QTensor and what it cost.
+
+    Raises:
+        NumericsError: NaN or infinite values, or values that the format's scales cannot express.
+    """
+    weight = checkpoint.read(entry.info.name, digest)
+    _finite(entry.info.name, weight)
+    weight = weight.t().contiguous() if entry.kind == "conv1d" else weight
+    try:
+        return recipe.method.quantize(weight, recipe.scheme, recipe.format.scale_dtype(recipe.scheme, dtype))
+    except ValueError as error:
+        raise NumericsError(
+            f"{entry.info.name}: {error}; use format compressed-tensors with a bfloat16 or float32 checkpoint, "
+            "or list it under quantize.skip"
+        ) from error
+
+
+def _layer_report(entry: Entry, qtensor: QTensor, diagnostics: Diagnostics, nbytes: int) -> dict[str, Any]:
+    return {
+        "name": entry.module,
+        "block": entry.block,
+        "shape": list(entry.shape),
+        "bytes": nbytes,
+        **asdict(diagnostics),
+    }
+
+
+def _press(checkpoint: Checkpoint, plan: Plan, unit: Unit, recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of one shard, and its line in the journal."""
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    digest = hashlib.sha256()
+    for entry in unit.entries:
+        if entry.kind is None:
+            tensors[entry.info.name] = checkpoint.read(entry.info.name, digest)
+            _finite(entry.info.name, tensors[entry.info.name])
+            continue
+        qtensor, diagnostics = quantize_entry(checkpoint, entry, recipe, plan.dtype, digest)
+        written = recipe.format.write(qtensor, plan.dtype)
+        tensors |= {f"{entry.module}.{suffix}": tensor for suffix, tensor in written.items()}
+        nbytes = sum(tensor.nbytes for tensor in written.values())
+        layers.append(_layer_report(entry, qtensor, diagnostics, nbytes))
+    return tensors, {"unit": unit.name, "source_sha256": digest.hexdigest(), "layers": layers}
+
+
+def _shard_name(number: int, total: int) -> str:
+    return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+
+
+class _Progress:
+    """What the journal says is committed, checked against the disk."""
+
+    def __init__(self, plan: Plan, work: Path, folder: Path):
+        self.plan, self.folder = plan, folder
+        self.journal = store.Journal(work / "journal.jsonl")
+        self.notes: list[str] = []
+        total = len(plan.units)
+        known = {_shard_name(number, total): unit.name for number, unit in enumerate(plan.units)}
+        self.done: dict[str, dict[str, Any]] = {}
+        for line in self.journal.entries:
+            if known.get(line.get("file", "")) != line.get("unit"):
+                raise ConfigError(
+                    f"{self.journal.path} is not of this checkpoint ({line.get('unit')}); move {work} away"
+                )
+            self.done[line["file"]] = line
+        stray = [path.name for path in folder.glob("*.safetensors") if path.name not in self.done]
+        if len(stray) > 1:  # a crash leaves at most one shard whose line was not written yet
+            raise ConfigError(
+                f"{self.journal.path} lacks lines for {len(stray)} finished files, so it was damaged; move {work} away "
+                "and run again"
+            )
+
+    def committed(self, file: str) -> bool:
+        """True if the shard is there, byte for byte as the journal has it; said, and redone, where it is not."""
+        line = self.done.get(file)
+        if line is None:
+            return False
+        path = self.folder / file
+        if path.exists() and path.stat().st_size == line["bytes"] and store.sha256_file(path) == line["sha256"]:
+            return True
+        self.notes.append(f"{file} is not as it was written; made again")
+        return False
+
+
+def _check_source(checkpoint: Checkpoint, unit: Unit, line: dict[str, Any]) -> None:
+    digest = hashlib.sha256()
+    for entry in unit.entries:
+        checkpoint.read(entry.info.name, digest)
+    if digest.hexdigest() != line["source_sha256"]:
+        raise ConfigError(
+            f"the weights of {checkpoint.folder} ({unit.name}) changed since this run began; choose another output"
+        )
+
+
+def _write_rest(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: Path, lines: list[dict[str, Any]]) -> dict:
+    """Index, config and companions; returns file -> {bytes, sha256} of all."""
+    files = {line["file"]: {"bytes": line["bytes"], "sha256": line["sha256"]} for line in lines}
+    weight_map = {name: line["file"] for line in lines for name in Checkpoint.names_in(folder / line["file"])}
+    index = {
+        "metadata": {"total_size": sum(line["bytes"] for line in lines)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    files[INDEX] = store.write_json(folder / INDEX, index)
+    section = recipe.format.quantization_config(recipe.scheme, plan.kept_linear, plan.dtype)
+    config = {key: value for key, value in checkpoint.config.items() if key != "_name_or_path"}
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["dtype"] = str(plan.dtype).removeprefix("torch.")
+    files["config.json"] = store.write_json(folder / "config.json", config | {"quantization_config": section})
+    if recipe.format.quant_method == "gptq":
+        files["quantize_config.json"] = store.write_json(folder / "quantize_config.json", section)
+    for path in checkpoint.other_files():
+        files[path.name] = store.write_file(folder / path.name, [path.read_bytes()])
+    return dict(sorted(files.items()))
+
+
+def _compare_names(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: Path) -> None:
+    """Every tensor of the source is in the output, as it was or quantized, and nothing else is."""
+    found = set(Checkpoint(folder).tensors)
+    expected = {entry.info.name for entry in plan.entries if not entry.kind}
+    layers = {entry.module for entry in plan.quantized}
+    owned = {name for name in found for suffix in recipe.format.suffixes if name.removesuffix(f".{suffix}") in layers}
+    missing = sorted(expected - found)
+    missing += sorted(
+        f"{layer}.{recipe.format.marker}" for layer in layers if f"{layer}.{recipe.format.marker}" not in found
+    )
+    extra = sorted(found - expected - owned)
+    if missing or extra:
+        faults = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in extra]
+        raise CheckpointError(f"{folder}: tensors differ from the source's:\n{listing(faults)}")
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    source: dict[str, Any],
+    recipe: Recipe,
+    out: Path,
+    work: Path,
+    on_step: OnStep = lambda done, total: None,
+) -> list[str]:
+    """Make `out`, an artifact folder that other runtimes load; take up what an earlier, broken call left in `work`.
+
+    Args:
+        source: what to record of where the checkpoint came from ({"id", "revision"}).
+        work: journal.jsonl and the unfinished artifact live here, on the same file system as `out`.
+        on_step: called with (units done, units in all).
+    Returns:
+        Sentences on what happened on the way, such as a damaged shard that was made again.
+    Raises:
+        BitpressError: nothing finished is lost; run again after mending the cause.
+    """
+    marks = fingerprint(checkpoint, source, recipe)
+    if (out / MANIFEST).exists():
+        check_fingerprint(out / MANIFEST, marks)
+        return _verify_finished(out)
+    if out.exists():
+        raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
+    plan = make_plan(checkpoint, recipe.scheme, recipe.format, recipe.skip)
+    folder = work / "artifact.tmp"
+    if (work / "run.json").exists():
+        check_fingerprint(work / "run.json", marks)
+    else:
+        store.write_json(work / "run.json", {"fingerprint": marks})
+    store.make_folder(folder)
+    progress = _Progress(plan, work, folder)
+    total_bytes = sum(entry.info.nbytes for entry in plan.entries)
+    written = sum(line["bytes"] for line in progress.done.values())
+    ratio = recipe.scheme.bits / 16 + 0.1
+    kept = sum(entry.info.nbytes for entry in plan.entries if not entry.kind)
+    store.preflight(work, max(0, int(kept + (total_bytes - kept) * ratio) - written))
+    lines = []
+    for number, unit in enumerate(plan.units):
+        on_step(number, len(plan.units))
+        file = _shard_name(number, len(plan.units))
+        if progress.committed(file):
+            _check_source(checkpoint, unit, progress.done[file])
+            lines.append(progress.done[file])
+            continue
+        tensors, line = _press(checkpoint, plan, unit, recipe)
+        line |= {"file": file, **store.write_safetensors(folder / file, tensors)}
+        progress.journal.append(line)
+        lines.append(line)
+    on_step(len(plan.units), len(plan.units))
+    checkpoint.check_unchanged()
+    _finish(checkpoint, plan, recipe, folder, lines, marks)
+    store.publish_folder(folder, out)
+    return progress.notes
+
+
+def _finish(
+    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: Path, lines: list[dict[str, Any]], marks: dict[str, Any]
+) -> None:
+    files = _write_rest(checkpoint, plan, recipe, folder, lines)
+    _compare_names(checkpoint, plan, recipe, folder)
+    layers = [layer for line in lines for layer in line["layers"]]
+    manifest = {
+        "fingerprint": marks,
+        "recipe": recipe.to_dict(),
+        "coverage": plan.coverage() | {"layers": layers},
+        "files": files,
+    }
+    store.write_json(folder / MANIFEST, manifest)
+
+
+def _verify_finished(out: Path) -> list[str]:
+    """Re-hash a finished artifact.
+
+    Raises:
+        DiskError: names the files that are not as they were written.
+    """
+    damaged = []
+    for name, expected in read_json(out / MANIFEST)["files"].items():
+        path = out / name
+        if not path.is_file() or store.sha256_file(path) != expected["sha256"]:
+            damaged.append(name)
+    if damaged:
+        raise DiskError(f"{out}: {', '.join(damaged)} changed since they were written; move {out} away and run again")
+    return ["finished before, verified"]

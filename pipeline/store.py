@@ -1,0 +1,235 @@
+"""The only writer of run files: every file appears whole or not at all, and survives a power cut once committed."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, DiskError, LockedError
+
+CHUNK = 1 << 22
+_HEADER_ALIGNMENT = 8
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+def _write(descriptor: int, data: bytes | memoryview) -> int:
+    return os.write(descriptor, data)
+
+
+def _fsync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _replace(source: Path, target: Path) -> None:
+    os.replace(source, target)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskError(
+                f"{path}: the disk is full ({error.strerror}); free some space and run the same command again: "
+                "what is finished is kept"
+            ) from error
+        raise DiskError(f"{path}: cannot write: {error.strerror}") from error
+
+
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[_write(descriptor, view[:CHUNK]) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a file atomically and durably: temporary file, fsync, rename, fsync of the folder.
+
+    Returns:
+        {"bytes": size, "sha256": hex digest} of what was written.
+    Raises:
+        DiskError: the file is left as it was before the call.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    digest, size = hashlib.sha256(), 0
+    with _disk_errors(path):
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+        try:
+            for chunk in chunks:
+                _write_all(descriptor, chunk)
+                digest.update(chunk)
+                size += memoryview(chunk).nbytes
+            _fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        _replace(temporary, path)
+        _sync_folder(path.parent)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_json(path: Path, value: Any) -> dict[str, Any]:
+    """A JSON file, indented; see write_file."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_file(path, [text.encode()])
+
+
+def write_text(path: Path, text: str) -> dict[str, Any]:
+    return write_file(path, [text.encode()])
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A safetensors file, the same bytes for the same tensors: names sorted, one metadata key.
+
+    Written here rather than by the safetensors package, whose files come without fsync, with mode 0600, and (through
+    its bytes interface) with two copies of all tensors in memory.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide first keeps all aligned
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.nbytes
+        shape = list(tensor.shape)
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % _HEADER_ALIGNMENT)
+    preamble = struct.pack("<Q", len(encoded)) + encoded
+    return write_file(path, (data for data in [memoryview(preamble), *(_raw(tensors[name]) for name in names)]))
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Give a finished folder its name, durably."""
+    with _disk_errors(final):
+        _sync_folder(temporary)
+        _replace(temporary, final)
+        _sync_folder(final.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that bitpress made and no longer needs."""
+    with _disk_errors(folder):
+        shutil.rmtree(folder)
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Journal:
+    """One JSON object a line; a line that is whole and synced is a commit, and nothing else is."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        if not path.exists():
+            return
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                self.entries.append(json.loads(line))
+            except ValueError as error:
+                raise ConfigError(
+                    f"{path}: line {number} is not JSON, so what is finished cannot be told; "
+                    f"move {path.parent} away and run again"
+                ) from error
+        if len(whole) != len(data):  # the tail was torn by a crash: it was never committed
+            with _disk_errors(path):
+                os.truncate(path, len(whole))
+
+    def append(self, entry: dict[str, Any]) -> None:
+        with _disk_errors(self.path):
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                _write_all(descriptor, json.dumps(entry, allow_nan=False).encode() + b"\n")
+                _fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            _sync_folder(self.path.parent)
+        self.entries.append(entry)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against a second run. flock frees itself when its holder dies, however it dies.
+
+    Raises:
+        LockedError: names the process and host that hold it.
+    """
+    path = folder / ".lock"
+    with _disk_errors(path):
+        file = path.open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise LockedError(f"{folder} is in use by {holder}; wait for it, or choose another output") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def make_folder(folder: Path) -> None:
+    """Create an output folder, or say why not.
+
+    Raises:
+        ConfigError: it is a file, or there is no permission.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot create the output folder {folder}: {error.strerror}; choose another") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"the output folder {folder} is not writable; choose another")
+
+
+def preflight(folder: Path, needed: int) -> None:
+    """Refuse to start what the disk cannot hold; `needed` in bytes.
+
+    Raises:
+        DiskError: says needed and free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskError(
+            f"{folder}: needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free some space or choose "
+            "another output"
+        )
