@@ -1,5 +1,6 @@
 """The library's functions, as small as the command line's."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,4 +65,5 @@ def evaluate(
         settings: the keys of a config's eval section, such as {"text": "wiki.txt", "context": 2048, "windows": 20}.
     """
     source = resolve(str(model), revision)
-    return evaluation.measure(source.folder, None, load_eval(settings or {}), device)
+    with tempfile.TemporaryDirectory(prefix="bitpress-") as folder:
+        return evaluation.measure(source.folder, None, load_eval(settings or {}), device, Path(folder))

@@ -57,6 +57,7 @@ def run(
     from .config import load_config
     from .runner import execute, summarize
 
+    quiet_libraries()
     runs = [load_config(path, set) for path in configs or [Path("demo")]]  # all are checked before any starts
     failed = []
     for config in runs:
@@ -112,6 +113,7 @@ def quantize(
     from .api import quantize as quantize_api
     from .progress import progress
 
+    quiet_libraries()
     recipe = {"method": method, "format": format, "skip": skip or []}
     with progress(f"quantizing to {scheme}") as step:
         notes = quantize_api(model, scheme, output, revision, recipe, step)
@@ -135,6 +137,7 @@ def evaluate(
     """Perplexity, memory and speed of one checkpoint."""
     from .api import evaluate as evaluate_api
 
+    quiet_libraries()
     settings = {"text": text, "context": context, "windows": windows, "dtype": dtype, "kernel": kernel}
     found = evaluate_api(model, revision, device, settings)
     if as_json:
@@ -168,6 +171,7 @@ def generate(
 
     from .load import load
 
+    quiet_libraries()
     loaded, tokenizer = load(model, revision, device, dtype, kernel)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     inputs.pop("token_type_ids", None)
@@ -205,7 +209,6 @@ def list_(as_json: Json = False) -> None:
 
 def main() -> None:
     """The entry point: errors become a sentence and an exit code; --debug shows the traceback."""
-    quiet_libraries()
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ _PATIENCE = 2.0  # seconds: what is over sooner needs no bar
 
 def quiet_libraries() -> None:
     """For processes of our own: the libraries' bars and hints would drown what bitpress has to say."""
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     for name in ("transformers", "bitsandbytes", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

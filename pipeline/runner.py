@@ -126,7 +126,7 @@ def _job(run: Run, given: _Input, scheme: str, parent: Path, command: str, say: 
         measured: dict[str, Any] = {"check": None, "fingerprint": marks, "command": command}
         if recipe:
             say("reload in a fresh process, compared with the model in memory")
-            how = {"device": run.device, "dtype": run.eval.dtype}
+            how: dict[str, str] = {"device": run.device, "dtype": run.eval.dtype}
             measured["check"] = evaluate.check(given.checkpoint, recipe, folder / "artifact", given.probe, how)
         say("measure in a fresh process")
         artifact = folder / "artifact" if recipe else given.source.folder

@@ -38,9 +38,12 @@ def call(task: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    request = json.loads(Path(sys.argv[1]).read_text())
     from . import store
+    from .progress import quiet_libraries
     from .stages import evaluate
+
+    quiet_libraries()
+    request = json.loads(Path(sys.argv[1]).read_text())
 
     tasks = {"check": evaluate.check_task, "measure": evaluate.measure_task}
     try:

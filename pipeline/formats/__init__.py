@@ -16,10 +16,14 @@ class Format(Protocol):
     suffixes: of all tensors that a layer may have, `marker` among them (the bias is not the format's).
     """
 
-    name: str
-    quant_method: str
-    marker: str
-    suffixes: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+    @property
+    def quant_method(self) -> str: ...
+    @property
+    def marker(self) -> str: ...
+    @property
+    def suffixes(self) -> tuple[str, ...]: ...
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
         """Why a weight [out, in] of this scheme cannot be stored so; [] if it can."""

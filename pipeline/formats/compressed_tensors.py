@@ -48,7 +48,7 @@ def _config(format_name: str, weights: Scheme, activations: dict[str, Any] | Non
 
 
 def _only_group(config: dict[str, Any]) -> dict[str, Any]:
-    groups = config.get("config_groups")
+    groups = config.get("config_groups") or {}
     require(
         isinstance(groups, dict) and len(groups) == 1, "config_groups must hold exactly one group (others: not yet)"
     )

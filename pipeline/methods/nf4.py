@@ -38,8 +38,8 @@ class NF4:
         shape = (weight.shape[0], weight.shape[1])
         qtensor = QTensor(scheme, shape, self._keep_zeros(wide, codes), state.absmax, nested=nested)
         norm = torch.linalg.vector_norm(wide)
-        error = torch.linalg.vector_norm(qtensor.dequantize() - wide)
-        return qtensor, Diagnostics((error / norm).item() if norm else 0.0)
+        lost = torch.linalg.vector_norm(qtensor.dequantize() - wide)
+        return qtensor, Diagnostics((lost / norm).item() if norm else 0.0)
 
     def _keep_zeros(self, weight: Tensor, codes: Tensor) -> Tensor:
         """Blocks of zeros get the code of 0.0, whatever the division by their absmax of 0 gave."""

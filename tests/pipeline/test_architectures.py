@@ -1,0 +1,147 @@
+"""Every decoder-only architecture is walked by the same code: quantized, written, reloaded, and the same as in memory."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from bitpress.pipeline.api import quantize
+from bitpress.pipeline.checkpoint import Checkpoint, read_json
+from bitpress.pipeline.errors import ConfigError
+from bitpress.pipeline.load import load_model
+from bitpress.pipeline.stages.evaluate import in_memory_logits
+from bitpress.pipeline.stages.quantize import Recipe
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# all experts serve every token: choosing some would jump at a rounding error
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
+
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "gemma": ("GemmaConfig", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16}),
+    "phi3": ("Phi3Config", {}),
+    "opt": ("OPTConfig", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "mixtral": ("MixtralConfig", MOE),
+    "qwen2_moe": ("Qwen2MoeConfig", MOE | {"shared_expert_intermediate_size": 64}),
+    "qwen3_moe": ("Qwen3MoeConfig", MOE | {"head_dim": 16}),
+}
+
+
+def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A seeded random model of an architecture, saved as transformers saves it."""
+    kind, extra = ARCHITECTURES[name]
+    base = {} if name == "gpt2" else SMALL
+    config = getattr(transformers, kind)(**{**base, "vocab_size": 96, **extra})
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        for parameter in model.parameters():  # biases and norms start as constants, which hide mistakes
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory):
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = save_tiny(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return make
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(3, 96, (24,), generator=torch.Generator().manual_seed(1))
+
+
+def test_experts_are_stored_one_by_one(tiny) -> None:
+    names = Checkpoint(tiny("mixtral")).tensors
+    assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in names
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8-dynamic", "nf4"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_reloads_as_in_memory(name: str, scheme: str, tiny, tmp_path: Path) -> None:
+    source = tiny(name)
+    quantize(source, scheme, tmp_path / "out")
+    recipe = Recipe.make(scheme)
+    expected = in_memory_logits(Checkpoint(source), recipe, ids(), torch.device("cpu"), "auto")
+    model = load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto", "reference")
+    with torch.inference_mode():
+        found = model(input_ids=ids().unsqueeze(0)).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the same weights and operations, in float32
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_is_close_to_the_source_and_says_what_it_kept(name: str, tiny, tmp_path: Path) -> None:
+    """8-bit weights change little: a layer left out, transposed or swapped would show."""
+    source = tiny(name)
+    quantize(source, "int8-g32", tmp_path / "out")
+    dense = AutoModelForCausalLM.from_pretrained(source).eval()
+    model = load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto", "reference")
+    with torch.inference_mode():
+        expected, found = (m(input_ids=ids().unsqueeze(0)).logits[0] for m in (dense, model))
+    assert (found - expected).norm() / expected.norm() < 0.02
+    coverage = read_json(tmp_path / "out" / "bitpress.json")["coverage"]
+    assert coverage["share"] > 0.85
+    assert all(entry["reason"] for entry in coverage["kept"])
+    assert {entry["name"] for entry in coverage["kept"]} | {f"{layer['name']}.weight" for layer in coverage["layers"]} == (
+        set(Checkpoint(source).tensors)
+    )
+
+
+def test_some_experts_may_be_kept(tiny, tmp_path: Path) -> None:
+    source = tiny("mixtral")
+    skip = ["*.experts.1.*", "*.experts.2.w3"]
+    quantize(source, "int4-g32", tmp_path / "out", recipe={"skip": skip})
+    recipe = Recipe.make("int4-g32", skip=skip)
+    expected = in_memory_logits(Checkpoint(source), recipe, ids(), torch.device("cpu"), "auto")
+    model = load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto", "reference")
+    with torch.inference_mode():
+        found = model(input_ids=ids().unsqueeze(0)).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fused_experts_are_refused_by_name_and_may_be_skipped(tiny, tmp_path: Path) -> None:
+    """A checkpoint that holds 3-D expert tensors itself."""
+    source = shutil.copytree(tiny("mixtral"), tmp_path / "fused")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    from safetensors.torch import save_file
+
+    save_file({n: p.detach().clone() for n, p in model.named_parameters()}, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"layers.0.mlp.experts.gate_up_proj.*fused"):
+        quantize(source, "int4-g32", tmp_path / "out")
+    quantize(source, "int4-g32", tmp_path / "out2", recipe={"skip": ["*.experts.*"]})
+    kept = read_json(tmp_path / "out2" / "bitpress.json")["coverage"]["kept"]
+    assert any("gate_up_proj" in entry["name"] and "skip" in entry["reason"] for entry in kept)
+
+
+def test_the_head_of_a_tied_model_is_not_doubled(tiny, tmp_path: Path) -> None:
+    quantize(tiny("gemma"), "int4-g32", tmp_path / "out")
+    names = Checkpoint(tmp_path / "out").tensors
+    assert "lm_head.weight" not in names
+    assert "model.embed_tokens.weight" in names
+    model = load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
