@@ -17,9 +17,21 @@ class QLinear(nn.Module):
     def __init__(self, qtensor: QTensor, bias: Tensor | None, dtype: torch.dtype, kernel: str = "auto"):
         super().__init__()
         self.scheme, (self.out_features, self.in_features) = qtensor.scheme, qtensor.shape
-        self.selection: Selection = select(qtensor, dtype, qtensor.codes.device, kernel)
+        self.dtype, self.device = dtype, qtensor.codes.device
+        self.selection: Selection = select(qtensor, dtype, self.device, kernel)
         self.prepared = self.selection.kernel.prepare(qtensor, dtype)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLinear":
+        """Refuse what .to(), .half(), .cuda() … would break: the weight was repacked for one device and dtype."""
+        before = torch.empty(0, dtype=self.dtype, device=self.device)
+        after = fn(before)
+        if (after.dtype, after.device) != (before.dtype, before.device):
+            raise ValueError(
+                f"this layer was packed for {self.dtype} on {self.device}, not {after.dtype} on {after.device}; "
+                "load the model again with the device and dtype that are wanted"
+            )
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return self.selection.kernel.linear(x, self.prepared, self.bias)
@@ -53,7 +65,7 @@ class _ExpertWeight:
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Tensor:
-        if func is not F.linear or kwargs or len(args) != 2:
+        bias = (kwargs or {}).get("bias", args[2] if len(args) > 2 else None)
+        if func is not F.linear or bias is not None or not isinstance(args[1], cls):
             raise TypeError(f"a quantized expert supports torch.nn.functional.linear(x, weight) only, not {func}")
-        x, weight = args
-        return torch.cat([piece(x) for piece in weight.pieces], -1)
+        return torch.cat([piece(args[0]) for piece in args[1].pieces], -1)

@@ -12,13 +12,13 @@ from .qtensor import QTensor
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric INT8 of each row: x [..., in] -> codes int8 [..., in] in -127..127, scales float32 [..., 1].
 
-    scale = absmax / 127, so that the largest entry of a row is exact; a row of zeros gets scale 1.
-    A row with NaN or infinity keeps such a scale, so that it shows in the output.
+    scale = absmax / 127, so that the largest entry of a row is exact; a row of zeros gets scale 1. A row with NaN or
+    infinity has such a scale too, so that it shows in the output.
     """
-    x = x.to(torch.float32)
-    scales = x.abs().amax(-1, keepdim=True).div_(127)
-    scales.masked_fill_(scales == 0, 1)
-    return (x / scales).round_().clamp_(-127, 127).to(torch.int8), scales
+    scales = x.abs().amax(-1, keepdim=True).to(torch.float32).div_(127)
+    # A subnormal scale is too coarse: entries could reach beyond 127 times it. Such rows count as zero.
+    scales.masked_fill_(scales < torch.finfo(torch.float32).tiny, 1)
+    return (x.to(torch.float32) / scales).round_().to(torch.int8), scales
 
 
 class _Held(nn.Module):

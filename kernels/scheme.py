@@ -36,6 +36,8 @@ class Scheme:
             raise ValueError(f"int{self.bits} is not a scheme: bits must be one of {', '.join(map(str, INT_BITS))}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size {self.group_size} is not a positive number")
+        if self.activations and (self.code, self.bits, self.group_size, self.symmetric) != ("int", 8, None, True):
+            raise ValueError("quantized activations go with symmetric 8-bit weights, one scale per channel")
 
     @property
     def name(self) -> str:

@@ -131,7 +131,7 @@ def _multiply_dequantized(x: Tensor, prepared: _Packed, block: int) -> Tensor:
     """bfloat16 x [rows, in] -> [rows, padded out], the weight dequantized a piece at a time from the packed layout."""
     in_features = x.shape[1]
     scales, zeros = prepared.scales_and_zeros.movedim(-1, 0).contiguous()
-    # (8 - z) s / s is within 2^-6 of an integer, so rounding undoes what bfloat16 lost: the codes are centred exactly.
+    # zero / scale is within 2^-4 of the integer 8 - z, so rounding undoes what bfloat16 lost.
     offsets = (8 - torch.round(zeros / scales).nan_to_num_(0)).to(torch.int8)
     y = x.new_empty(len(x), scales.shape[1])
     for start in range(0, scales.shape[1], _PIECE):

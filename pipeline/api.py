@@ -8,7 +8,7 @@ from typing import Any
 from . import store
 from .checkpoint import Checkpoint
 from .config import load_eval
-from .errors import ConfigError
+from .errors import BitpressError, ConfigError
 from .load import load
 from .source import resolve
 from .stages import evaluate as evaluation
@@ -47,7 +47,11 @@ def quantize(
     work = out.with_name(f"{out.name}.partial")
     store.make_folder(work)
     with store.locked(work):
-        notes = quantize_checkpoint(Checkpoint(source.folder), source.to_dict(), chosen, out, work, on_step)
+        try:
+            notes = quantize_checkpoint(Checkpoint(source.folder), source.to_dict(), chosen, out, work, on_step)
+        except BitpressError:
+            store.remove_unused(work)
+            raise
         store.remove_folder(work)
     return notes
 

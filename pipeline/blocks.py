@@ -57,11 +57,12 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
         with init_empty_weights(include_buffers=False):
             chosen = dtype or config.dtype or torch.float32
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=chosen)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:  # whatever an untrusted config makes transformers stumble over
         kind = checkpoint.config.get("model_type", "no model_type")
+        reason = str(error).strip() or type(error).__name__
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'}: transformers builds no causal language model from it ({kind}): "
-            f"{str(error).splitlines()[0]}"
+            f"{reason.splitlines()[0]}"
         ) from error
     return model.eval()
 

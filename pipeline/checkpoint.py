@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,13 @@ from .store import SAFETENSORS_DTYPES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_JSON_LIMIT = 64 << 20  # the largest tokenizer.json in use is 33 MB
+_INDEX_LIMIT = 64 << 20  # bytes; the largest in use, of 92 thousand tensors, has 9 MB
+_CONFIG_LIMIT = 4 << 20
+_NAME_LIMIT = 255  # characters of a file name
+_SAMPLE = 4096
+_FEW_LAYERS = 256  # such sizes are cheap to build, and some configs carry them unused
+_MOST_FUSED_EXPERTS = 1024
+_MOST_POSITIONS = 1 << 27
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_SUFFIXES = (*_PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".index.json")
 
@@ -36,14 +43,15 @@ class TensorInfo:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        duplicate = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {duplicate!r} stands there twice")
-    return dict(pairs)
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} stands there twice")
+        result[key] = value
+    return result
 
 
-def read_json(path: Path, limit: int = _JSON_LIMIT) -> dict[str, Any]:
+def read_json(path: Path, limit: int = _INDEX_LIMIT) -> dict[str, Any]:
     """A JSON object from an untrusted file: bounded in size and depth, no duplicate keys.
 
     Raises:
@@ -71,7 +79,10 @@ def regular_file(path: Path) -> Path:
         CheckpointError: it is a pipe, a device or a folder, or a link that leads out.
         FileNotFoundError: there is no such file.
     """
-    target = path.resolve(strict=True)
+    try:
+        target = path.resolve(strict=True)
+    except RuntimeError:  # Python up to 3.12
+        raise CheckpointError(f"{path} is a link that leads back to itself; get the file again") from None
     folder = path.parent.resolve()
     allowed = [folder]
     if folder.parent.name == "snapshots":
@@ -111,9 +122,32 @@ def _shard_problem(value: object) -> str | None:
         return f"{value!r} is not a file name"
     if any(mark in value for mark in ("/", "\\", ":", "\0")) or value in ("", ".", ".."):
         return f"{value!r} is not a plain file name in the checkpoint's folder"
+    if len(value) > _NAME_LIMIT or not value.isprintable():
+        return f"{value[:40]!r}… is not a file name"
     if not value.endswith(".safetensors"):
         return f"{value!r} is not a safetensors file"
     return None
+
+
+def _implausible(config: Any, tensors: dict[str, TensorInfo], path: str = "") -> Iterator[str]:
+    """Sizes that no model of these files can have; building it would take all memory, or for ever."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _implausible(value, tensors, f"{path}.{key}" if path else key)
+    if not isinstance(config, int) or isinstance(config, bool):
+        return
+    key = path.rpartition(".")[2]
+    widest = max((size for info in tensors.values() for size in info.shape), default=0)
+    for words, limit, what in (
+        (("layers", "n_layer", "blocks"), max(len(tensors), _FEW_LAYERS), f"the files hold {len(tensors)} tensors"),
+        (("experts",), max(len(tensors), _MOST_FUSED_EXPERTS), f"the files hold {len(tensors)} tensors"),
+        (("size", "dim", "heads", "n_head", "n_embd", "n_inner"), max(widest, 1 << 16), f"no tensor is wider than {widest}"),
+        (("position", "n_ctx"), _MOST_POSITIONS, f"at most {_MOST_POSITIONS} is plausible"),
+    ):  # fmt: skip
+        if any(word in key for word in words):
+            if not -1 <= config <= limit:
+                yield f"{path}: {config}, but {what}"
+            return
 
 
 class Checkpoint:
@@ -136,6 +170,8 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         if (folder / INDEX).exists():
             self._read_sharded()
+            if (folder / SINGLE).exists() and folder / SINGLE not in self.files:
+                raise CheckpointError(f"{folder} has both {SINGLE} and {INDEX}; remove the one that is not meant")
         elif (folder / SINGLE).exists():
             self.files = [folder / SINGLE]
             self.tensors = _header(self.files[0])
@@ -179,13 +215,20 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json; refused where it wants to run code of its own."""
-        config = read_json(self.folder / "config.json")
+        """config.json; refused where it wants to run code of its own, or names sizes that the files contradict."""
+        path = self.folder / "config.json"
+        config = read_json(path, _CONFIG_LIMIT)
         if "auto_map" in config:
             raise CheckpointError(
-                f"{self.folder / 'config.json'} asks for code of its own (auto_map: {config['auto_map']}), which bitpress "
+                f"{path} asks for code of its own (auto_map: {config['auto_map']}), which bitpress "
                 "never runs; use a checkpoint of an architecture that transformers has"
             )
+        try:
+            problems = list(_implausible(config, self.tensors))
+        except RecursionError:
+            raise CheckpointError(f"{path}: nested too deeply to be a config") from None
+        if problems:
+            raise CheckpointError(f"{path} does not fit the weight files:\n{listing(problems)}")
         return config
 
     @classmethod
@@ -203,7 +246,10 @@ class Checkpoint:
     def read(self, name: str, digest: "hashlib._Hash | None" = None) -> Tensor:
         """One tensor, copied into memory; `digest` is fed its bytes."""
         info = self.tensors[name]
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        try:
+            buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise CheckpointError(f"{name}: {info.nbytes / 1e9:.0f} GB do not fit into memory") from error
         view = buffer.numpy().data
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.offset)
@@ -218,24 +264,31 @@ class Checkpoint:
         return buffer.view(info.dtype).reshape(info.shape)
 
     def identity(self) -> dict[str, str]:
-        """File name -> a hash of its header and size: tells checkpoints apart without reading the weights."""
+        """File name -> a hash of its header, its size, and both ends of each tensor.
+
+        Tells a retrained checkpoint from the one before, without reading all of it.
+        """
         result = {}
         for file in self.files:
             with file.open("rb") as handle:
                 head = handle.read(8)
-                head += handle.read(int.from_bytes(head, "little"))
-            size = file.stat().st_size
-            result[file.name] = hashlib.sha256(head + str(size).encode()).hexdigest()
+                digest = hashlib.sha256(head + handle.read(int.from_bytes(head, "little")))
+                digest.update(str(file.stat().st_size).encode())
+                for info in sorted((i for i in self.tensors.values() if i.file == file), key=lambda i: i.offset):
+                    for start in (0, max(0, info.nbytes - _SAMPLE)):
+                        handle.seek(info.offset + start)
+                        digest.update(handle.read(min(_SAMPLE, info.nbytes)))
+            result[file.name] = digest.hexdigest()
         return result
 
     def _stat(self) -> dict[str, tuple[int, int, int]]:
-        stats = {file.name: os.stat(file) for file in self.files}
+        stats = {path.name: path.stat() for path in self.folder.iterdir() if path.is_file()}
         return {name: (value.st_ino, value.st_size, value.st_mtime_ns) for name, value in stats.items()}
 
     def check_unchanged(self) -> None:
-        """Raises CheckpointError if a weight file was replaced or written since it was opened."""
+        """Raises CheckpointError if a file of the folder was replaced or written since the checkpoint was opened."""
         now = self._stat()
-        changed = [name for name, value in self._stats.items() if now[name] != value]
+        changed = [name for name, value in self._stats.items() if now.get(name) != value]
         if changed:
             raise CheckpointError(
                 f"{self.folder}: {', '.join(changed)} changed while it was being read; run again once it is at rest"
@@ -244,7 +297,10 @@ class Checkpoint:
     def other_files(self) -> list[Path]:
         """Every non-weight file of the folder that comes along: tokenizer, generation config, licence, …
 
-        Left out: hidden files, code, folders and links that lead elsewhere.
+        Left out: hidden files, code and folders.
+
+        Raises:
+            CheckpointError: one is a link that leads elsewhere.
         """
         found = []
         for path in sorted(self.folder.iterdir()):

@@ -191,7 +191,8 @@ def _tied_copies(checkpoint: Checkpoint, targets: dict[str, Target], model: PreT
         copy, original = by_parameter.get(parameter), by_parameter.get(origin)
         if copy is None or original is None or copy == original:
             continue
-        if not torch.equal(checkpoint.read(copy), checkpoint.read(original)):
+        same_shape = checkpoint.tensors[copy].shape == checkpoint.tensors[original].shape
+        if not same_shape or not torch.equal(checkpoint.read(copy), checkpoint.read(original)):
             raise CheckpointError(
                 f"{copy} differs from {original}, though config.json ties them; set tie_word_embeddings to false in "
                 "config.json if both are meant"
@@ -209,8 +210,8 @@ def make_plan(checkpoint: Checkpoint, scheme: Scheme, format: Format, skip: list
         CheckpointError: tensors that do not fit config.json, missing or fused ones, all at once.
         ConfigError: weights that the scheme or the format cannot hold, or a skip pattern that matches nothing.
     """
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
+    if section := checkpoint.config.get("quantization_config"):
+        method = section.get("quant_method", "unknown") if isinstance(section, dict) else section
         raise CheckpointError(f"{checkpoint.folder.name} is quantized already ({method}); give the original checkpoint")
     model = skeleton(checkpoint)
     names = Names(model)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from .errors import ConfigError, DiskError, LockedError
 
 CHUNK = 1 << 22
 _HEADER_ALIGNMENT = 8
+_LOCK = ".lock"
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -54,9 +56,28 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 def _write_all(descriptor: int, data: bytes | memoryview) -> None:
-    view = memoryview(data).cast("B")
+    view = memoryview(data)
     while view:
-        view = view[_write(descriptor, view[:CHUNK]) :]
+        view = view[_write(descriptor, view) :]
+
+
+def _pieces(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """Small chunks joined, large ones cut: few system calls, at most CHUNK bytes each."""
+    pending = bytearray()
+    for chunk in chunks:
+        if not memoryview(chunk).nbytes:
+            continue  # a memoryview of nothing cannot be cast
+        view = memoryview(chunk).cast("B")
+        if len(pending) + len(view) > CHUNK and pending:
+            yield bytes(pending)
+            pending.clear()
+        if len(view) < CHUNK:
+            pending += view
+            continue
+        for start in range(0, len(view), CHUNK):
+            yield view[start : start + CHUNK]
+    if pending:
+        yield bytes(pending)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -80,14 +101,18 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
     with _disk_errors(path):
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
         try:
-            for chunk in chunks:
-                _write_all(descriptor, chunk)
-                digest.update(chunk)
-                size += memoryview(chunk).nbytes
-            _fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        _replace(temporary, path)
+            try:
+                for piece in _pieces(chunks):
+                    _write_all(descriptor, piece)
+                    digest.update(piece)
+                    size += len(piece)
+                _fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            _replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # half a file must not fill a full disk
+            raise
         _sync_folder(path.parent)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
@@ -125,11 +150,11 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % _HEADER_ALIGNMENT)
     preamble = struct.pack("<Q", len(encoded)) + encoded
-    return write_file(path, (data for data in [memoryview(preamble), *(_raw(tensors[name]) for name in names)]))
+    return write_file(path, itertools.chain([preamble], (_raw(tensors[name]) for name in names)))
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name, durably."""
+    """Give a finished folder its name, durably; an empty folder of that name gives way."""
     with _disk_errors(final):
         _sync_folder(temporary)
         _replace(temporary, final)
@@ -150,8 +175,22 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def remove_unused(folder: Path) -> None:
+    """Delete an output folder in which nothing was written yet but its lock."""
+    if {path.name for path in folder.iterdir()} <= {_LOCK}:
+        remove_folder(folder)
+
+
+def _seal(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, allow_nan=False).encode()).hexdigest()[:16]
+
+
 class Journal:
-    """One JSON object a line; a line that is whole and synced is a commit, and nothing else is."""
+    """One JSON object a line, sealed by a hash; a line that is whole and synced is a commit, and nothing else is.
+
+    Raises:
+        ConfigError: a line is not as it was written.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -162,12 +201,16 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                self.entries.append(json.loads(line))
-            except ValueError as error:
+                entry = json.loads(line)
+                intact = entry.pop("seal") == _seal(entry)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                intact = False
+            if not intact:
                 raise ConfigError(
-                    f"{path}: line {number} is not JSON, so what is finished cannot be told; "
+                    f"{path}: line {number} is not as it was written, so what is finished cannot be told; "
                     f"move {path.parent} away and run again"
-                ) from error
+                )
+            self.entries.append(entry)
         if len(whole) != len(data):  # the tail was torn by a crash: it was never committed
             with _disk_errors(path):
                 os.truncate(path, len(whole))
@@ -176,7 +219,7 @@ class Journal:
         with _disk_errors(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             try:
-                _write_all(descriptor, json.dumps(entry, allow_nan=False).encode() + b"\n")
+                _write_all(descriptor, json.dumps({**entry, "seal": _seal(entry)}).encode() + b"\n")
                 _fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -191,7 +234,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         LockedError: names the process and host that hold it.
     """
-    path = folder / ".lock"
+    path = folder / _LOCK
     with _disk_errors(path):
         file = path.open("a+")
     with file:
@@ -201,9 +244,12 @@ def locked(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise LockedError(f"{folder} is in use by {holder}; wait for it, or choose another output") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        except OSError as error:
+            raise DiskError(f"{path}: cannot be locked: {error.strerror}; choose an output on another disk") from error
+        with _disk_errors(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield
 
 

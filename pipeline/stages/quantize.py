@@ -23,6 +23,7 @@ from ..versions import versions
 
 MANIFEST = "bitpress.json"
 FORMAT_VERSION = 1
+_PIECE = 1 << 22
 OnStep = Callable[[int, int], None]
 
 
@@ -71,6 +72,8 @@ def fingerprint(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe) 
     fields: dict[str, Any] = {f"quantize.{key}": value for key, value in recipe.to_dict().items()}
     fields |= {f"source.{key}": value for key, value in source.items()}
     fields |= {f"weights.{name}": value for name, value in checkpoint.identity().items()}
+    companions = [checkpoint.folder / "config.json", *checkpoint.other_files()]
+    fields |= {f"files.{path.name}": store.sha256_file(path) for path in companions}
     used = ["bitpress", "torch", "transformers", "safetensors"]
     used += ["bitsandbytes"] if recipe.scheme.code == "nf4" else []
     fields |= {f"versions.{name}": value for name, value in versions().items() if name in used}
@@ -96,7 +99,10 @@ def check_fingerprint(path: Path, now: dict[str, Any]) -> None:
 
 
 def _finite(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point() or torch.isfinite(tensor).all():
+    if not tensor.is_floating_point():
+        return
+    pieces = tensor.flatten().split(_PIECE)  # a mask of all of it would take as much memory again
+    if all(torch.isfinite(torch.stack(torch.aminmax(piece))).all() for piece in pieces if piece.numel()):
         return
     bad = ~torch.isfinite(tensor)
     first = [int(i) for i in bad.nonzero()[0]]
@@ -218,7 +224,8 @@ def _write_rest(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: Path
     if recipe.format.quant_method == "gptq":
         files["quantize_config.json"] = store.write_json(folder / "quantize_config.json", section)
     for path in checkpoint.other_files():
-        files[path.name] = store.write_file(folder / path.name, [path.read_bytes()])
+        with path.open("rb") as file:
+            files[path.name] = store.write_file(folder / path.name, iter(lambda: file.read(store.CHUNK), b""))
     return dict(sorted(files.items()))
 
 
@@ -236,6 +243,17 @@ def _compare_names(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: P
     if missing or extra:
         faults = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in extra]
         raise CheckpointError(f"{folder}: tensors differ from the source's:\n{listing(faults)}")
+
+
+def _open_run(work: Path, marks: dict[str, Any]) -> None:
+    """Record what this run makes, or compare with the run that is taken up again."""
+    path = work / "run.json"
+    if path.exists():
+        check_fingerprint(path, marks)
+    elif (work / "journal.jsonl").exists():
+        raise ConfigError(f"{path} is missing, so it cannot be told what {work} was made from; move it away")
+    else:
+        store.write_json(path, {"fingerprint": marks})
 
 
 def quantize(
@@ -261,14 +279,11 @@ def quantize(
     if (out / MANIFEST).exists():
         check_fingerprint(out / MANIFEST, marks)
         return _verify_finished(out)
-    if out.exists():
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
     plan = make_plan(checkpoint, recipe.scheme, recipe.format, recipe.skip)
     folder = work / "artifact.tmp"
-    if (work / "run.json").exists():
-        check_fingerprint(work / "run.json", marks)
-    else:
-        store.write_json(work / "run.json", {"fingerprint": marks})
+    _open_run(work, marks)
     store.make_folder(folder)
     progress = _Progress(plan, work, folder)
     total_bytes = sum(entry.info.nbytes for entry in plan.entries)
@@ -286,6 +301,7 @@ def quantize(
             continue
         tensors, line = _press(checkpoint, plan, unit, recipe)
         line |= {"file": file, **store.write_safetensors(folder / file, tensors)}
+        del tensors  # before the next shard's are made
         progress.journal.append(line)
         lines.append(line)
     on_step(len(plan.units), len(plan.units))
