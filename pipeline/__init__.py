@@ -6,7 +6,20 @@ quantize("org/model", "int4-g128", "model-int4")
 model, tokenizer = load("model-int4")
 """
 
-from .api import evaluate, load, quantize
+from typing import TYPE_CHECKING, Any
+
 from .errors import BitpressError
 
+if TYPE_CHECKING:
+    from .api import evaluate, load, quantize
+
 __all__ = ["BitpressError", "evaluate", "load", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    """The functions bring torch and transformers, which take seconds to import: only when they are used."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import api
+
+    return getattr(api, name)

@@ -8,8 +8,8 @@ from typing import Any
 from . import store
 from .checkpoint import Checkpoint
 from .config import load_eval
-from .errors import BitpressError, ConfigError
-from .load import load
+from .errors import BitpressError
+from .loading import load
 from .source import resolve
 from .stages import evaluate as evaluation
 from .stages.quantize import Recipe
@@ -42,8 +42,7 @@ def quantize(
     chosen = Recipe.make(scheme, **(recipe or {}))
     source = resolve(str(model), revision)
     out = Path(output).expanduser()
-    if _inside(out, source.folder):
-        raise ConfigError(f"the output {out} lies in the checkpoint's own folder; choose another")
+    source.check_output(out)
     work = out.with_name(f"{out.name}.partial")
     store.make_folder(work)
     with store.locked(work):
@@ -54,10 +53,6 @@ def quantize(
             raise
         store.remove_folder(work)
     return notes
-
-
-def _inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
 
 
 def evaluate(

@@ -46,9 +46,9 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
         CheckpointError: transformers has no causal language model for this config, or the config is not sane.
     """
     layers = checkpoint.config.get("num_hidden_layers", checkpoint.config.get("n_layer", 1))
-    if not isinstance(layers, int) or layers > len(checkpoint.tensors):
+    if not isinstance(layers, int) or not 1 <= layers <= len(checkpoint.tensors):
         raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: {layers!r} layers, but the files hold {len(checkpoint.tensors)} tensors"
+            f"{checkpoint.folder / 'config.json'}: {layers!r} layers, the files hold {len(checkpoint.tensors)} tensors"
         )
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)

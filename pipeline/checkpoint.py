@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError, listing
-from .store import SAFETENSORS_DTYPES
+from .store import SAFETENSORS_DTYPES, sha256_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -25,7 +24,7 @@ _NAME_LIMIT = 255  # characters of a file name
 _SAMPLE = 4096
 _FEW_LAYERS = 256  # such sizes are cheap to build, and some configs carry them unused
 _MOST_FUSED_EXPERTS = 1024
-_MOST_POSITIONS = 1 << 27
+_MOST_POSITIONS = 1 << 24
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_SUFFIXES = (*_PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".index.json")
 
@@ -104,7 +103,9 @@ def _header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length), object_pairs_hook=_pairs)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; download the checkpoint again") from None
-    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+    except MemoryError:
+        raise CheckpointError(f"{path}: {path.stat().st_size / 1e9:.0f} GB do not fit into memory") from None
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: truncated or corrupt: {error}; download it again") from error
     header.pop("__metadata__", None)
     infos = {}
@@ -141,7 +142,7 @@ def _implausible(config: Any, tensors: dict[str, TensorInfo], path: str = "") ->
     for words, limit, what in (
         (("layers", "n_layer", "blocks"), max(len(tensors), _FEW_LAYERS), f"the files hold {len(tensors)} tensors"),
         (("experts",), max(len(tensors), _MOST_FUSED_EXPERTS), f"the files hold {len(tensors)} tensors"),
-        (("size", "dim", "heads", "n_head", "n_embd", "n_inner"), max(widest, 1 << 16), f"no tensor is wider than {widest}"),
+        (("size", "dim", "heads", "n_head", "n_embd", "n_inner"), max(widest, 1 << 16), f"no tensor exceeds {widest}"),
         (("position", "n_ctx"), _MOST_POSITIONS, f"at most {_MOST_POSITIONS} is plausible"),
     ):  # fmt: skip
         if any(word in key for word in words):
@@ -168,6 +169,7 @@ class Checkpoint:
                 f"{folder} is not a folder; give a local checkpoint folder or a Hub id such as org/name"
             )
         self.tensors: dict[str, TensorInfo] = {}
+        self.files: list[Path] = []
         if (folder / INDEX).exists():
             self._read_sharded()
             if (folder / SINGLE).exists() and folder / SINGLE not in self.files:
@@ -251,24 +253,26 @@ class Checkpoint:
         except RuntimeError as error:
             raise CheckpointError(f"{name}: {info.nbytes / 1e9:.0f} GB do not fit into memory") from error
         view = buffer.numpy().data
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            filled = 0
-            while filled < info.nbytes:
-                count = file.readinto(view[filled:])
-                if not count:
-                    raise CheckpointError(f"{info.file}: ends within {name}; it changed while it was read")
-                filled += count
+        try:
+            with info.file.open("rb", buffering=0) as file:
+                file.seek(info.offset)
+                filled = 0
+                while filled < info.nbytes:
+                    count = file.readinto(view[filled:])
+                    if not count:
+                        raise CheckpointError(f"{info.file}: ends within {name}; it changed while it was read")
+                    filled += count
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot be read any more: {error.strerror}; run again") from error
         if digest is not None:
             digest.update(view)
         return buffer.view(info.dtype).reshape(info.shape)
 
     def identity(self) -> dict[str, str]:
-        """File name -> a hash of its header, its size, and both ends of each tensor.
-
-        Tells a retrained checkpoint from the one before, without reading all of it.
-        """
-        result = {}
+        """File name -> hash: of the whole for config.json and companions; of header, size and both ends of each tensor
+        for weight files, which tells a retrained checkpoint from the one before without reading all of it."""
+        self.config  # noqa: B018  (refuses what is no regular file)
+        result = {path.name: sha256_file(path) for path in (self.folder / "config.json", *self.other_files())}
         for file in self.files:
             with file.open("rb") as handle:
                 head = handle.read(8)

@@ -2,7 +2,9 @@
 
 import json
 import shlex
+import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +94,8 @@ def _show(outcomes: list[Any], page: Path | None) -> None:
         _table(*summary_rows(finished))
     for outcome in outcomes:
         if outcome.error:
-            _out.print(f"\n[red]failed[/red]  {escape(outcome.model)}  {outcome.scheme}: {escape(str(outcome.error))}")
+            line = f"{escape(outcome.model)}  {outcome.scheme}: {escape(str(outcome.error))}"
+            _out.print(f"\n[red]failed[/red]  {line}", soft_wrap=True)
     if page:
         _out.print(f"\nreport: {escape(str(page))}", soft_wrap=True)
 
@@ -141,7 +144,8 @@ def evaluate(
     settings = {"text": text, "context": context, "windows": windows, "dtype": dtype, "kernel": kernel}
     found = evaluate_api(model, revision, device, settings)
     if as_json:
-        return _print_json(found)
+        _print_json(found)
+        return
     protocol, memory = found["protocol"], found["memory"]
     rows = [
         ["perplexity", f"{found['quality']['perplexity']:.4f}"],
@@ -169,7 +173,7 @@ def generate(
     """Continue a prompt, greedily."""
     from transformers import TextStreamer
 
-    from .load import load
+    from .loading import load
 
     quiet_libraries()
     loaded, tokenizer = load(model, revision, device, dtype, kernel)
@@ -188,7 +192,8 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")]
 
     found = describe(folder)
     if as_json:
-        return _print_json(found)
+        _print_json(found)
+        return
     rows = [[key, str(value)] for key, value in found.items() if not isinstance(value, list)]
     rows += [[key, str(item)] for key, value in found.items() if isinstance(value, list) for item in value]
     _table([str(folder), ""], rows)
@@ -201,23 +206,34 @@ def list_(as_json: Json = False) -> None:
 
     found = catalogue()
     if as_json:
-        return _print_json(found)
+        _print_json(found)
+        return
     for kind, rows in found.items():
         _table([kind, ""], [[name, text] for name, text in rows.items()])
         _out.print()
 
 
+_INTERRUPTED = 130
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """The entry point: errors become a sentence and an exit code; --debug shows the traceback."""
+    signal.signal(signal.SIGTERM, _interrupt)
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()
     except BitpressError as error:
         if debug:
-            raise
+            traceback.print_exc()
         _err.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # typer turns the one into the other
+        if isinstance(stop, SystemExit) and stop.code != _INTERRUPTED:
+            raise
         _err.print("interrupted; run the same command again to go on")
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)

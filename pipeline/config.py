@@ -1,22 +1,63 @@
 """YAML -> a checked Run; every problem is found at once and told with its line, its path and the nearest name."""
 
-import difflib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from bitpress.kernels.scheme import Scheme
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
-from .errors import ConfigError, listing
+from bitpress.kernels.scheme import INT_BITS, Scheme
+
+from .errors import ConfigError, listing, nearest
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+_COMMON_SCHEMES = [
+    "none", "int8-dynamic", "nf4", "nf4-dq",
+    *(f"int{bits}-{group}" for bits in INT_BITS for group in ("g32", "g64", "g128", "channel", "g128-asym")),
+]  # fmt: skip
+
+
+def _registered(kind: str, name: str) -> str:
+    """`name`, if there is such a method, format or kernel. The registries bring torch along, so they are asked late."""
+    if name == "auto":
+        return name
+    if kind == "kernel":
+        from bitpress.kernels.select import registry as kernels
+
+        known = [kernel.name for kernel in kernels()]
+    elif kind == "method":
+        from .methods import registry as methods
+
+        known = list(methods())
+    else:
+        from .formats import registry as formats
+
+        known = list(formats())
+    if name not in known:
+        hint = nearest(name, known) or f"; use auto or one of {', '.join(known)}"
+        raise ValueError(f"unknown {kind}{hint}")
+    return name
+
+
+def _scheme(name: str) -> str:
+    try:
+        return name if name == "none" else Scheme.parse(name).name
+    except ValueError as error:
+        raise ValueError(f"{error}{nearest(name, _COMMON_SCHEMES)}") from error
+
+
+MethodName = Annotated[str, AfterValidator(lambda name: _registered("method", name))]
+FormatName = Annotated[str, AfterValidator(lambda name: _registered("format", name))]
+KernelName = Annotated[str, AfterValidator(lambda name: _registered("kernel", name))]
+SchemeName = Annotated[str, AfterValidator(_scheme)]
 
 
 class _Strict(BaseModel):
@@ -31,8 +72,8 @@ class Model(_Strict):
 
 
 class Quantize(_Strict):
-    method: str = "auto"
-    format: str = "auto"
+    method: MethodName = "auto"
+    format: FormatName = "auto"
     skip: list[str] = []
 
 
@@ -65,7 +106,7 @@ class Eval(_Strict):
     context: int = Field(2048, ge=2)  # cut to what the model can hold
     windows: int | None = Field(None, ge=1)  # None: the whole text
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    kernel: str = "auto"
+    kernel: KernelName = "auto"
     speed: Speed | None = Speed()  # type: ignore[call-arg]
     prompt: str = "The"  # what the sample in the report continues
 
@@ -75,7 +116,7 @@ class Run(_Strict):
 
     name: str = Field(pattern=_NAME)
     models: list[Model] = Field(min_length=1)
-    schemes: list[str] = Field(min_length=1)
+    schemes: list[SchemeName] = Field(min_length=1)
     quantize: Quantize = Quantize()
     eval: Eval = Eval()  # type: ignore[call-arg]
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -83,10 +124,7 @@ class Run(_Strict):
 
     @field_validator("schemes")
     @classmethod
-    def _known(cls, value: list[str]) -> list[str]:
-        for name in value:
-            if name != "none":
-                Scheme.parse(name)
+    def _distinct(cls, value: list[str]) -> list[str]:
         if len(set(value)) != len(value):
             raise ValueError("a scheme is listed twice")
         return value
@@ -124,6 +162,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Run:
         run = Run.model_validate(_plain(data))
     except ValidationError as error:
         problems += _explained(error, data)
+    except RecursionError:
+        problems.append("nested too deeply, or an alias that holds itself")
     if problems:
         raise ConfigError(f"{path} cannot be used:\n{listing(problems)}")
     return run
@@ -145,18 +185,22 @@ def load_eval(settings: dict[str, Any]) -> Eval:
 
 def _parse(text: str) -> tuple[CommentedMap | None, list[str]]:
     problems: list[str] = []
-    yaml = YAML(typ="rt")
+    parser = YAML(typ="rt")
     try:
-        data = yaml.load(StringIO(text))
-    except DuplicateKeyError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        problems.append(f"line {line}: {str(error.problem).split(' with value')[0]}")
-        yaml.allow_duplicate_keys = True
-        data = yaml.load(StringIO(text))
+        try:
+            data = parser.load(StringIO(text))
+        except DuplicateKeyError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else "?"
+            problems.append(f"line {line}: {str(error.problem).split(' with value')[0]}")
+            parser = YAML(typ="rt")
+            parser.allow_duplicate_keys = True
+            data = parser.load(StringIO(text))
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        return None, [f"{where}not YAML: {getattr(error, 'problem', None) or error}"]
+        return None, [*problems, f"{where}not YAML: {getattr(error, 'problem', None) or error}"]
+    except RecursionError:
+        return None, [*problems, "nested too deeply"]
     if not isinstance(data, CommentedMap):
         return None, ["line 1: expected keys and values, such as 'name: demo'"]
     return data, problems
@@ -228,18 +272,28 @@ def _line(data: Any, path: tuple[int | str, ...]) -> int | None:
 _UNION_TAGS = {"str", "Dataset", "int", "none"}
 
 
+def _other_branch(item: Any) -> bool:
+    """Of a value that may be a string or a mapping, only what it is not meant to be complains here."""
+    if not any(part in ("str", "Dataset") for part in item["loc"]):
+        return False
+    return item["type"] == ("string_type" if isinstance(item["input"], dict) else "model_type")
+
+
 def _explained(error: ValidationError, data: CommentedMap, root: tuple[str, ...] = ()) -> list[str]:
     problems = []
     for item in error.errors():
+        if _other_branch(item):
+            continue
         path = tuple(part for part in item["loc"] if part not in _UNION_TAGS or part in data)
         dotted = ".".join(map(str, path))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(path[-1]), list(_fields(root + path[:-1])), 1)
-            message = "unknown key" + (f"; did you mean {near[0]}?" if near else "")
+            message = "unknown key" + nearest(str(path[-1]), _fields(root + path[:-1]))
         elif item["type"] == "missing":
             message = "is missing"
-        elif not isinstance(item["input"], dict | list):
+        elif item["type"] == "model_type":
+            message = f"expected keys and values ({', '.join(_fields(root + path))}), got {item['input']!r}"
+        elif not isinstance(item["input"], dict | list) and repr(item["input"]) not in message:
             message = f"{message}, got {item['input']!r}"
         line = _line(data, path)
         problems.append((line or 0, f"line {line}: {dotted}: {message}" if line else f"{dotted}: {message}"))

@@ -1,5 +1,8 @@
 """What can go wrong, and the exit code of each kind. A message says what, got, expected, and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class BitpressError(Exception):
     """A problem that the user can act on; printed without a traceback."""
@@ -41,6 +44,12 @@ class LockedError(BitpressError):
     """Another run holds the output folder."""
 
     exit_code = 7
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question that names the known word closest to `name`; "" if none is close."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def listing(problems: list[str], limit: int = 20) -> str:

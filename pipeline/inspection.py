@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.select import registry as kernels
 
 from .checkpoint import Checkpoint
 from .formats import registry as formats
-from .load import detect_scheme
+from .loading import detect_scheme
 from .methods import registry as methods
 
 _SCHEMES = ("int4-g128", "int4-g128-asym", "int4-channel", "int8-dynamic", "nf4", "nf4-dq")

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from bitpress.kernels.scheme import Scheme
 from transformers import PreTrainedModel
+
+from bitpress.kernels.scheme import Scheme
 
 from .blocks import Names, Target, linear_kind, skeleton, tied
 from .checkpoint import Checkpoint, TensorInfo

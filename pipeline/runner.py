@@ -13,7 +13,7 @@ from . import store
 from .checkpoint import Checkpoint, read_json
 from .config import Model, Run
 from .errors import BitpressError
-from .load import load_tokenizer, pick_device
+from .loading import load_tokenizer, pick_device
 from .machine import machine
 from .progress import progress
 from .source import Source, resolve
@@ -96,6 +96,7 @@ def _prepare(run: Run, model: Model) -> _Input:
     for scheme in run.schemes:
         _recipe(run, scheme)
     source = resolve(model.id, model.revision)
+    source.check_output(_model_folder(run, model))
     checkpoint = Checkpoint(source.folder)
     context = min(run.eval.context, checkpoint.config.get("max_position_embeddings") or run.eval.context)
     ids = tokenize(load_tokenizer(source.folder), text, context)
@@ -166,4 +167,4 @@ def _marks(run: Run, given: _Input, folder: Path, recipe: Recipe | None) -> dict
     marks |= {f"machine.{key}": described[key] for key in ("cpu", "device", "threads")}
     if recipe:
         return marks | {"artifact.sha256": store.sha256_file(folder / "artifact" / MANIFEST)}
-    return marks | {f"weights.{name}": value for name, value in given.checkpoint.identity().items()}
+    return marks | {f"files.{name}": value for name, value in given.checkpoint.identity().items()}

@@ -34,6 +34,11 @@ class Source:
     def to_dict(self) -> dict[str, Any]:
         return {"id": self.id, "revision": self.revision}
 
+    def check_output(self, out: Path) -> None:
+        """Raises ConfigError if `out` would lie among the checkpoint's own files."""
+        if out.resolve().is_relative_to(self.folder.resolve()):
+            raise ConfigError(f"the output {out} lies in the checkpoint's own folder; choose another")
+
 
 def resolve(model: str, revision: str | None = None) -> Source:
     """Find a model, downloading it from the Hub where it is not a local folder.

@@ -50,6 +50,8 @@ def main() -> None:
         answer = tasks[request["task"]](request)
     except BitpressError as error:
         answer = {"error": str(error), "kind": type(error).__name__}
+    except KeyboardInterrupt:  # a terminal sends it to both processes: the other one says so
+        sys.exit(130)
     store.write_json(Path(request["answer"]), answer)
 
 

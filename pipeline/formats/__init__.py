@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
-from torch import Tensor
 
 
 class Format(Protocol):

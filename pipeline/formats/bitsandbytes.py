@@ -4,9 +4,10 @@ import json
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from bitpress.kernels.qtensor import NESTED_BLOCK, NF4_CODEBOOK, NestedScales, QTensor
 from bitpress.kernels.scheme import NF4_BLOCK, Scheme
-from torch import Tensor
 
 from . import require
 

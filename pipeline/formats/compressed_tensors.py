@@ -6,10 +6,11 @@ Written from the format's description; vLLM, SGLang and transformers (with the c
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from bitpress.kernels.packing import pack, unpack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
-from torch import Tensor
 
 from . import require
 

@@ -8,10 +8,11 @@ g_idx int32 [in], the group of each input feature.
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from bitpress.kernels.packing import pack, unpack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
-from torch import Tensor
 
 from . import require
 

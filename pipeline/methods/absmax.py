@@ -1,14 +1,18 @@
 """Round to nearest, each group's scale set by its largest magnitude (symmetric) or its range (asymmetric)."""
 
+import math
+
 import torch
+from torch import Tensor
+
 from bitpress.kernels.packing import pack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
-from torch import Tensor
 
+from ..threads import map_threads
 from . import Diagnostics
 
-_CHUNK = 1 << 19  # weights worked on at a time: their float32 copies stay within the processor's cache
+_CHUNK = 1 << 20  # weights that a thread works on at a time: few enough for the cache, enough to outweigh the calls
 
 
 def affine_parameters(groups: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -35,13 +39,19 @@ def affine_parameters(groups: Tensor, scheme: Scheme, scale_dtype: torch.dtype) 
     return scales, zeros.to(torch.uint8)
 
 
-def encode(groups: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Nearest codes uint8 and the squared error (a float64 scalar); shapes as in affine_parameters."""
-    wide = scales.to(torch.float32).unsqueeze(-1)
-    zero = scheme.middle if zeros is None else zeros.to(torch.float32).unsqueeze(-1)
-    codes = torch.round(groups / wide).add_(zero).clamp_(0, scheme.max_code)
-    error = torch.linalg.vector_norm((codes - zero).mul_(wide).sub_(groups)).double() ** 2
-    return codes.to(torch.uint8), error
+def encode(groups: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> tuple[Tensor, float]:
+    """Nearest codes uint8, and the squared error; shapes as in affine_parameters."""
+    wide = scales.to(torch.float32)
+    exact = groups / wide.unsqueeze(-1)
+    codes = torch.round(exact)
+    if zeros is None:
+        codes.clamp_(-scheme.middle, scheme.max_code - scheme.middle)
+        zero: Tensor | int = scheme.middle
+    else:
+        zero = zeros.to(torch.float32).unsqueeze(-1)
+        codes.clamp_(-zero, scheme.max_code - zero)
+    error = torch.linalg.vector_norm(torch.linalg.vector_norm(exact.sub_(codes), dim=-1).mul_(wide))
+    return codes.add_(zero).to(torch.uint8), error.item() ** 2
 
 
 class Absmax:
@@ -55,22 +65,17 @@ class Absmax:
     def quantize(self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[QTensor, Diagnostics]:
         out_features, in_features = weight.shape
         count = scheme.groups(in_features)
-        codes, scales, zeros = [], [], []
-        error = norm = torch.zeros((), dtype=torch.float64)
-        for rows in weight.split(max(1, _CHUNK // in_features)):
+
+        def press(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
             groups = rows.to(torch.float32).unflatten(1, (count, -1))
-            scale, zero = affine_parameters(groups, scheme, scale_dtype)
-            code, squared = encode(groups, scale, zero, scheme)
-            error, norm = error + squared, norm + torch.linalg.vector_norm(groups).double() ** 2
-            codes.append(pack(code.flatten(1), scheme.bits))
-            scales.append(scale)
-            zeros += [] if zero is None else [zero]
-        relative = (error / norm).sqrt().item() if norm else 0.0
-        qtensor = QTensor(
-            scheme,
-            (out_features, in_features),
-            torch.cat(codes),
-            torch.cat(scales),
-            torch.cat(zeros) if zeros else None,
-        )
+            scales, zeros = affine_parameters(groups, scheme, scale_dtype)
+            codes, error = encode(groups, scales, zeros, scheme)
+            norm = torch.linalg.vector_norm(groups).item() ** 2
+            return pack(codes.flatten(1), scheme.bits), scales, zeros, error, norm
+
+        chunks = map_threads(press, weight.split(max(1, _CHUNK // in_features)))
+        codes, scales, zeros, errors, norms = zip(*chunks)
+        relative = math.sqrt(sum(errors) / sum(norms)) if sum(norms) else 0.0
+        together = None if scheme.symmetric else torch.cat(zeros)
+        qtensor = QTensor(scheme, (out_features, in_features), torch.cat(codes), torch.cat(scales), together)
         return qtensor, Diagnostics(relative)

@@ -1,9 +1,10 @@
 """NF4 (QLoRA, arXiv 2305.14314) by the bitsandbytes package, whose format it is."""
 
 import torch
+from torch import Tensor
+
 from bitpress.kernels.qtensor import NestedScales, QTensor
 from bitpress.kernels.scheme import NF4_BLOCK, Scheme
-from torch import Tensor
 
 from ..errors import ConfigError
 from . import Diagnostics

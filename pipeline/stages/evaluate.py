@@ -7,16 +7,17 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
+
 from bitpress.eval import memory, quality, speed
 from bitpress.kernels.qlinear import QLinear
-from torch import Tensor
 
 from .. import store
 from ..blocks import Names, Target
 from ..checkpoint import Checkpoint
 from ..config import Eval
 from ..errors import NumericsError
-from ..load import kernels_used, load_dense, load_model, load_tokenizer, pick_device, replace_layers
+from ..loading import kernels_used, load_dense, load_model, load_tokenizer, pick_device, replace_layers
 from ..machine import machine
 from ..plan import make_plan
 from ..progress import progress
@@ -40,7 +41,7 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
     with progress("quantizing in memory") as step:
         for number, entry in enumerate(plan.quantized):
             step(number, len(plan.quantized))
-            qtensor, _ = quantize_entry(checkpoint, entry, recipe, plan.dtype)
+            qtensor, _ = quantize_entry(entry, checkpoint.read(entry.info.name), recipe, plan.dtype)
             qtensor = qtensor.to(device)
             layers[entry.target] = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")
     _keep_experts_whole(layers, plan.model, checkpoint)
@@ -50,7 +51,7 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
 
 def _keep_experts_whole(layers: dict[Target, Any], model: Any, checkpoint: Checkpoint) -> None:
     """Experts of which only some are quantized keep the others as they are in the checkpoint."""
-    from ..load import dense_layer
+    from ..loading import dense_layer
 
     names = Names(model)
     touched = {target.parameter for target in layers if target.expert}

@@ -1,19 +1,21 @@
 """Checkpoint -> artifact, one decoder block at a time; what is finished survives any crash, to the byte."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
-from torch import Tensor
 
 from .. import store
 from ..checkpoint import INDEX, Checkpoint, read_json
-from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, listing
+from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, listing, nearest
 from ..formats import Format, default_format
 from ..formats import registry as formats
 from ..methods import Diagnostics, Method, default_method
@@ -49,7 +51,8 @@ class Recipe:
             raise ConfigError(str(error)) from error
         for kind, name, known in (("method", method, methods()), ("format", format, formats())):
             if name != "auto" and name not in known:
-                raise ConfigError(f"{kind} {name!r} is unknown; use auto or one of {', '.join(known)}")
+                hint = nearest(name, known) or f"; use auto or one of {', '.join(known)}"
+                raise ConfigError(f"{kind} {name!r} is unknown{hint}")
         chosen = default_method(parsed) if method == "auto" else methods()[method]
         target = default_format(parsed) if format == "auto" else formats()[format]
         probe = (1024, 32 * (parsed.group_size or 32))
@@ -71,9 +74,7 @@ def fingerprint(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe) 
     """Everything that the artifact's bytes depend on, flat: compared field by field when a run is taken up again."""
     fields: dict[str, Any] = {f"quantize.{key}": value for key, value in recipe.to_dict().items()}
     fields |= {f"source.{key}": value for key, value in source.items()}
-    fields |= {f"weights.{name}": value for name, value in checkpoint.identity().items()}
-    companions = [checkpoint.folder / "config.json", *checkpoint.other_files()]
-    fields |= {f"files.{path.name}": store.sha256_file(path) for path in companions}
+    fields |= {f"files.{name}": value for name, value in checkpoint.identity().items()}
     used = ["bitpress", "torch", "transformers", "safetensors"]
     used += ["bitsandbytes"] if recipe.scheme.code == "nf4" else []
     fields |= {f"versions.{name}": value for name, value in versions().items() if name in used}
@@ -112,13 +113,14 @@ def _finite(name: str, tensor: Tensor) -> None:
     )
 
 
-def quantize_entry(checkpoint: Checkpoint, entry: Entry, recipe: Recipe, dtype: torch.dtype, digest: Any = None):
-    """One weight of the source as a QTensor and what it cost.
+def quantize_entry(
+    entry: Entry, weight: Tensor, recipe: Recipe, dtype: torch.dtype
+) -> tuple[QTensor, Diagnostics]:
+    """One weight of the source, as it was read, as a QTensor, and what that cost.
 
     Raises:
         NumericsError: NaN or infinite values, or values that the format's scales cannot express.
     """
-    weight = checkpoint.read(entry.info.name, digest)
     _finite(entry.info.name, weight)
     weight = weight.t().contiguous() if entry.kind == "conv1d" else weight
     try:
@@ -140,17 +142,28 @@ def _layer_report(entry: Entry, qtensor: QTensor, diagnostics: Diagnostics, nbyt
     }
 
 
+def _read_ahead(checkpoint: Checkpoint, unit: Unit, digest: Any) -> Iterator[tuple[Entry, Tensor]]:
+    """Each entry with its tensor; the next one is read, and hashed, while this one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(checkpoint.read, unit.entries[0].info.name, digest)
+        for entry, following in zip(unit.entries, [*unit.entries[1:], None]):
+            tensor = ahead.result()
+            if following:
+                ahead = pool.submit(checkpoint.read, following.info.name, digest)
+            yield entry, tensor
+
+
 def _press(checkpoint: Checkpoint, plan: Plan, unit: Unit, recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of one shard, and its line in the journal."""
     tensors: dict[str, Tensor] = {}
     layers = []
     digest = hashlib.sha256()
-    for entry in unit.entries:
+    for entry, tensor in _read_ahead(checkpoint, unit, digest):
         if entry.kind is None:
-            tensors[entry.info.name] = checkpoint.read(entry.info.name, digest)
-            _finite(entry.info.name, tensors[entry.info.name])
+            _finite(entry.info.name, tensor)
+            tensors[entry.info.name] = tensor
             continue
-        qtensor, diagnostics = quantize_entry(checkpoint, entry, recipe, plan.dtype, digest)
+        qtensor, diagnostics = quantize_entry(entry, tensor, recipe, plan.dtype)
         written = recipe.format.write(qtensor, plan.dtype)
         tensors |= {f"{entry.module}.{suffix}": tensor for suffix, tensor in written.items()}
         nbytes = sum(tensor.nbytes for tensor in written.values())
@@ -305,8 +318,8 @@ def quantize(
         progress.journal.append(line)
         lines.append(line)
     on_step(len(plan.units), len(plan.units))
-    checkpoint.check_unchanged()
     _finish(checkpoint, plan, recipe, folder, lines, marks)
+    checkpoint.check_unchanged()
     store.publish_folder(folder, out)
     return progress.notes
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
 from bitpress.kernels.packing import pack
 from bitpress.kernels.qtensor import NESTED_BLOCK, NestedScales, QTensor
 from bitpress.kernels.scheme import NF4_BLOCK, Scheme

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.reference import quantize_rows
 from bitpress.kernels.select import Kernel, registry, select
-from torch import Tensor
 
 Make = Callable[..., QTensor]
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from bitpress.kernels.packing import pack, unpack, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from bitpress.kernels.packing import pack, unpack, words
 
 
 def stream_words(codes: list[int], bits: int) -> list[int]:

@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from bitpress.kernels.packing import unpack
 from bitpress.kernels.qtensor import NF4_CODEBOOK, QTensor
-from torch import Tensor
 
 Make = Callable[..., QTensor]
 

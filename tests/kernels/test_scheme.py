@@ -1,4 +1,5 @@
 import pytest
+
 from bitpress.kernels.scheme import Scheme
 
 NAMES = [

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.checkpoint import Checkpoint, read_json
 from bitpress.pipeline.errors import ConfigError
-from bitpress.pipeline.load import load_model
+from bitpress.pipeline.loading import load_model
 from bitpress.pipeline.stages.evaluate import in_memory_logits
 from bitpress.pipeline.stages.quantize import Recipe
 
@@ -107,9 +107,9 @@ def test_is_close_to_the_source_and_says_what_it_kept(name: str, tiny, tmp_path:
     coverage = read_json(tmp_path / "out" / "bitpress.json")["coverage"]
     assert coverage["share"] > 0.85
     assert all(entry["reason"] for entry in coverage["kept"])
-    assert {entry["name"] for entry in coverage["kept"]} | {f"{layer['name']}.weight" for layer in coverage["layers"]} == (
-        set(Checkpoint(source).tensors)
-    )
+    assert {entry["name"] for entry in coverage["kept"]} | {
+        f"{layer['name']}.weight" for layer in coverage["layers"]
+    } == (set(Checkpoint(source).tensors))
 
 
 def test_some_experts_may_be_kept(tiny, tmp_path: Path) -> None:
@@ -130,7 +130,9 @@ def test_fused_experts_are_refused_by_name_and_may_be_skipped(tiny, tmp_path: Pa
     model = AutoModelForCausalLM.from_pretrained(source)
     from safetensors.torch import save_file
 
-    save_file({n: p.detach().clone() for n, p in model.named_parameters()}, source / "model.safetensors", {"format": "pt"})
+    save_file(
+        {n: p.detach().clone() for n, p in model.named_parameters()}, source / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(ConfigError, match=r"layers.0.mlp.experts.gate_up_proj.*fused"):
         quantize(source, "int4-g32", tmp_path / "out")
     quantize(source, "int4-g32", tmp_path / "out2", recipe={"skip": ["*.experts.*"]})
