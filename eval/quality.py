@@ -93,7 +93,9 @@ def compare(baseline: nn.Module, model: nn.Module, data: Tensor, on_step: OnStep
         for log_p, log_q, target in pairs:
             base_nll += _nll(log_p, target)
             nll += _nll(log_q, target)
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            p = log_p.exp()
+            # a token that the baseline rules out adds nothing, even if its logit is minus infinity
+            kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
             divergence += kl.double().sum().item()
             largest = max(largest, kl.max().item())
             same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())

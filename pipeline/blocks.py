@@ -17,7 +17,6 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     rename_source_key,
 )
 from transformers.pytorch_utils import Conv1D
@@ -114,7 +113,9 @@ class Names:
                 f"{name}: transformers loads it through {steps}, which bitpress does not follow; "
                 "this architecture is not supported yet"
             )
-        found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), apply_renamings(name, self._renamings))
+        for renaming in self._renamings:
+            name, _ = renaming.rename_source_key(name)
+        found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
         if found is None:
             return Target(renamed)
         pieces = converter.source_patterns

@@ -9,6 +9,8 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -16,11 +18,13 @@ from huggingface_hub.errors import (
 )
 
 from .checkpoint import INDEX, SINGLE, read_json
-from .errors import ConfigError, HubError
+from .errors import BitpressError, CheckpointError, ConfigError, DiskError, HubError
 
 DEMO = "builtin:demo"
 _COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
-HUB_ERRORS = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HFValidationError)
+# HTTPError: the transport's own (no connection, broken off). OSError: most of huggingface_hub's, and the disk's.
+# RuntimeError: Xet's. ValueError: an answer that is not the Hub's, such as a log-in page.
+HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ def resolve(model: str, revision: str | None = None) -> Source:
 
     Raises:
         ConfigError: it is neither a folder nor a Hub id. HubError: the Hub refused or could not be reached.
+        CheckpointError: it holds no safetensors. DiskError: the Hub's cache cannot be written.
     """
     if model == DEMO:
         return Source(DEMO, None, Path(__file__).parent / "demo_model")
@@ -62,31 +67,65 @@ def _from_hub(model: str, revision: str | None) -> Source:
     """The commit is settled by the first, small download; what is in the local cache serves where the Hub is away."""
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=_COMPANIONS))
-        weights = [SINGLE]
-        if (folder / INDEX).exists():
-            weights = sorted({str(name) for name in read_json(folder / INDEX).get("weight_map", {}).values()})
-        folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=[*weights, *_COMPANIONS]))
+        wanted = [*_COMPANIONS, *_weight_files(folder)]
+        folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=wanted))
     except HUB_ERRORS as error:
-        raise HubError(explain_hub(error, model, revision)) from error
+        raise hub_error(error, model, revision) from error
+    if not (folder / INDEX).exists() and not (folder / SINGLE).exists():
+        raise CheckpointError(
+            f"{model} has no {SINGLE} on the Hub, sharded or not, and bitpress reads nothing else (pickles can run code); "
+            "choose a model or a revision that has it"
+        )
     return Source(model, folder.name, folder)
 
 
-def explain_hub(error: Exception, name: str, revision: str | None = None) -> str:
+def _weight_files(folder: Path) -> list[str]:
+    """Names to ask for; what else is wrong with an index is for Checkpoint to say."""
+    if not (folder / INDEX).exists():
+        return [SINGLE]
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    return sorted(name for name in names if not set("*?[") & set(name))  # they are taken for patterns
+
+
+def hub_error(error: Exception, name: str, revision: str | None = None) -> BitpressError:
+    """What the Hub's failure is to the user; the disk's, on which the cache lies, is one of its own."""
+    error = _cause(error)
+    if isinstance(error, HFValidationError):
+        return ConfigError(f"{name} is not a Hub id: {error}")
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+        return DiskError(f"{error.filename or name}: cannot be written to the Hub's cache: {error.strerror}")
+    return HubError(_explained(error, name, revision))
+
+
+def _cause(error: Exception) -> Exception:
+    """huggingface_hub says "not in the cache" of everything; why it had to look there is the cause."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        incomplete = isinstance(error, IncompleteSnapshotError)
+        return error if incomplete and isinstance(error.__cause__, OfflineModeIsEnabled) else error.__cause__
+    return error
+
+
+def _explained(error: Exception, name: str, revision: str | None) -> str:
     """A sentence on why the Hub did not give something, and what to do."""
     if isinstance(error, GatedRepoError):
         return f"{name} is gated: accept its terms on its page, then `hf auth login` with an account that may read it"
     if isinstance(error, RevisionNotFoundError):
         return f"{name} has no revision {revision}; look up its branches, tags and commits on its page"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{name} is not on the Hub, or is private: check the spelling, or `hf auth login`"
+        return f"{name} is no folder here, and not on the Hub or private: check the spelling, or `hf auth login`"
     if isinstance(error, HfHubHTTPError):
-        return f"the Hub answered {error.response.status_code} for {name}; try again later"
-    if isinstance(error, HFValidationError):
-        return f"{name} is not a Hub id: {error}"
+        code = error.response.status_code
+        advice = "your token is not accepted; `hf auth login` again" if code in (401, 403) else "try again later"
+        return f"the Hub answered {code} for {name}; {advice}"
+    if isinstance(error, IncompleteSnapshotError):
+        return f"{name} is in the local cache only in part, and HF_HUB_OFFLINE forbids fetching the rest; unset it"
     if isinstance(error, OfflineModeIsEnabled):
         return (
             f"{name} is not in the local cache, and HF_HUB_OFFLINE forbids asking the Hub; unset it, or give a folder"
         )
-    return (
-        f"the Hub could not be reached for {name} ({type(error).__name__}); check the network, or give a local folder"
-    )
+    if isinstance(error, HTTPError):
+        kind = type(error).__name__
+        return f"the Hub could not be reached for {name} ({kind}); check the network, or give a local folder"
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return f"the download of {name} failed: {first}; run again to go on from there"

@@ -2,20 +2,22 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HTTPError
 from torch import Tensor
 
 from .config import Dataset
 from .errors import ConfigError, HubError, NumericsError
-from .source import explain_hub
 
 PYDOC_TOPICS = "builtin:pydoc-topics"
 _JOIN = "\n\n"  # GPTQ's protocol joins documents by a blank line
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which JSON's \\u escapes can bring, and UTF-8 cannot hold
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def read_text(source: str | Dataset) -> Text:
     """
     if isinstance(source, Dataset):
         name = "/".join(filter(None, (source.dataset, source.config, source.split)))
-        content = _JOIN.join(_dataset(source))
+        content = _joined(_dataset(source), name)
     elif source == PYDOC_TOPICS:
         from pydoc_data.topics import topics
 
@@ -47,6 +49,8 @@ def read_text(source: str | Dataset) -> Text:
         name, content = Path(source).name, _file(Path(source).expanduser())
     if not content.strip():
         raise NumericsError(f"{name} holds no text; give a file with some")
+    if match := _SURROGATE.search(content):
+        raise NumericsError(f"{name}: half a surrogate pair (U+{ord(match[0]):04X}) is no text; mend it first")
     return Text(name, content)
 
 
@@ -54,37 +58,58 @@ def _file(path: Path) -> str:
     if not path.is_file():
         raise ConfigError(f"{path}: no such text file; give a .txt, .jsonl or .parquet file, or {PYDOC_TOPICS}")
     if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError as error:
-            raise ConfigError(f"{path}: parquet needs the pyarrow package; pip install 'bitpress[hub]'") from error
-        return _JOIN.join(pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist())
+        return _joined(_parquet(path), str(path))
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise NumericsError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from error
-    if path.suffix != ".jsonl":
-        return content
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    return _joined(_json_lines(path, content), str(path)) if path.suffix == ".jsonl" else content
+
+
+def _parquet(path: Path) -> list[Any]:
     try:
-        return _JOIN.join(_strings(json.loads(line)["text"] for line in content.splitlines() if line.strip()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise NumericsError(f'{path}: every line must be a JSON object with a "text": {error}') from error
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(f"{path}: parquet needs the pyarrow package; pip install 'bitpress[hub]'") from error
+    try:
+        return pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+    except (pyarrow.ArrowException, KeyError, OSError) as error:
+        raise NumericsError(f'{path}: not a parquet file with a column "text": {error}') from error
 
 
-def _strings(values: Iterable[Any]) -> list[str]:
-    return [value if isinstance(value, str) else str(value) for value in values]
+def _json_lines(path: Path, content: str) -> list[Any]:
+    documents = []
+    for number, line in enumerate(content.split("\n"), 1):  # splitlines() would also split at U+2028, within strings
+        try:
+            documents += [json.loads(line)["text"]] if line.strip() else []
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise NumericsError(f'{path}, line {number}: expected a JSON object with a "text": {error}') from error
+    return documents
 
 
-def _dataset(source: Dataset) -> list[str]:
+def _joined(documents: Iterable[Any], name: str) -> str:
+    documents = list(documents)
+    for number, document in enumerate(documents, 1):
+        if not isinstance(document, str):
+            raise NumericsError(f"{name}: row {number} holds {document!r:.40}, expected text")
+    return _JOIN.join(documents)
+
+
+def _dataset(source: Dataset) -> list[Any]:
     try:
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise ConfigError("a Hub data set needs the datasets package; pip install 'bitpress[hub]'") from error
     try:
         rows = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
-        return _strings(rows[source.column])
-    except (OSError, RuntimeError) as error:  # datasets' own and huggingface_hub's errors are among these
-        raise HubError(explain_hub(error, source.dataset, source.revision)) from error
+        return list(rows[source.column])
+    except (DatasetsError, HTTPError, OSError, RuntimeError) as error:
+        first = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise HubError(f"data set {source.dataset}: {first}; check its name, the network and `hf auth login`") from error
     except (KeyError, ValueError) as error:
         raise ConfigError(f"data set {source.dataset}: {error}") from error
 
