@@ -105,14 +105,14 @@ def compare(baseline: nn.Module, model: nn.Module, data: Tensor, on_step: OnStep
         _perplexity(nll, tokens),
         data.shape[0],
         tokens,
-        _perplexity(base_nll, tokens),
+        _perplexity(base_nll, tokens, "baseline"),
         divergence / tokens,
         largest,
         same / tokens,
     )
 
 
-def _perplexity(nll: float, tokens: int) -> float:
+def _perplexity(nll: float, tokens: int, whose: str = "model") -> float:
     if math.isnan(nll):
-        raise ValueError("the model's logits are NaN")
+        raise ValueError(f"the {whose}'s logits are NaN")
     return math.exp(min(nll / tokens, 700.0))

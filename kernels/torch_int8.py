@@ -10,6 +10,7 @@ from .qtensor import QTensor
 from .reference import quantize_rows
 from .select import Prepared
 
+_CPU_MIN_ROWS = 4  # for one or two rows of a small matrix oneDNN falls to a plain loop, 20 times slower
 _CUDA_MIN_ROWS = 17  # torch._int_mm on CUDA wants more than 16 rows, and multiples of 8 for the other dimensions
 
 
@@ -70,10 +71,13 @@ class TorchInt8:
 
 def _product_cpu(codes: Tensor, prepared: _Int8) -> Tensor:
     """int8 [rows, in] -> float32 [rows, out], the channels' scales applied."""
-    return torch.ops.onednn.qlinear_pointwise(
+    rows = len(codes)
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, max(_CPU_MIN_ROWS - rows, 0)))
+    product = torch.ops.onednn.qlinear_pointwise(
         codes.contiguous(), 1.0, 0, prepared.weight, prepared.scales, prepared.zeros,
         None, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
+    return product[:rows]
 
 
 def _product_cuda(codes: Tensor, prepared: _Int8) -> Tensor:

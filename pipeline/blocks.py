@@ -133,6 +133,11 @@ class Names:
             return tuple(parameter.shape)
         return (parameter.shape[1] // target.expert[2], *parameter.shape[2:])
 
+    def floating(self, target: Target) -> bool:
+        """Whether the model computes with the tensor as floating-point numbers."""
+        parameter = self._state.get(target.parameter)
+        return isinstance(parameter, torch.Tensor) and parameter.is_floating_point()
+
     def block(self, parameter: str) -> int | None:
         """The decoder block that a parameter of the model belongs to."""
         rest = parameter.removeprefix(f"{self._blocks}.")

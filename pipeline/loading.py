@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +159,10 @@ def _load_quantized(
     format, scheme = detect_scheme(checkpoint)
     model = skeleton(checkpoint, dtype)
     names = Names(model)
-    marker = f".{format.marker}"
-    quantized = [name.removesuffix(marker) for name in checkpoint.tensors if name.endswith(marker)]
+    quantized = _quantized_layers(checkpoint, format, model, names)
     owned = {f"{layer}.{suffix}" for layer in quantized for suffix in format.suffixes}
     plain = {name: names.target(name) for name in checkpoint.tensors if name not in owned}
+    _check_plain(checkpoint, names, plain, set(quantized))
     experts = {target.parameter for target in map(lambda n: names.target(f"{n}.weight"), quantized) if target.expert}
     layers: dict[Target, Callable[[Tensor | None], nn.Module]] = {}
     for name, target in plain.items():
@@ -178,6 +179,41 @@ def _load_quantized(
     return _finish(checkpoint, model, device)
 
 
+def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: Names) -> list[str]:
+    """Every layer with the format's marker, and every linear layer that has lost it but not the rest."""
+    telling = [f".{suffix}" for suffix in format.suffixes if suffix != "weight"]
+    candidates = dict.fromkeys(
+        name.removesuffix(suffix) for name in checkpoint.tensors for suffix in telling if name.endswith(suffix)
+    )
+    return [
+        layer
+        for layer in candidates
+        if f"{layer}.{format.marker}" in checkpoint.tensors or _is_linear(model, names, names.target(f"{layer}.weight"))
+    ]
+
+
+def _check_plain(checkpoint: Checkpoint, names: Names, plain: dict[str, Target], quantized: set[str]) -> None:
+    """Nothing that quantization left behind is taken for a weight, or left out though it would change the numbers.
+
+    Raises:
+        CheckpointError: integers where the model has floats, or an unknown tensor of a quantized layer.
+    """
+    faults = []
+    for name, target in plain.items():
+        dtype = checkpoint.tensors[name].dtype
+        if names.floating(target) and not dtype.is_floating_point:
+            faults.append(f"{name}: dtype {dtype}, expected floating-point numbers; its scales are missing")
+        owner = next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in quantized), None)
+        if owner and name != f"{owner}.bias":
+            faults.append(f"{name} does not belong to a quantized layer of this format")
+    if faults:
+        raise CheckpointError(f"{checkpoint.folder} is not a whole quantized checkpoint:\n{listing(faults)}")
+
+
+def _is_linear(model: PreTrainedModel, names: Names, target: Target) -> bool:
+    return names.known(target.parameter) and linear_kind(model, target) is not None
+
+
 def _maker(qtensor: QTensor, dtype: torch.dtype, kernel: str) -> Callable[[Tensor | None], nn.Module]:
     def make(bias: Tensor | None) -> nn.Module:
         try:
@@ -189,7 +225,7 @@ def _maker(qtensor: QTensor, dtype: torch.dtype, kernel: str) -> Callable[[Tenso
 
 
 def _check_fits(model: PreTrainedModel, names: Names, target: Target, layer: str, checkpoint: Checkpoint) -> None:
-    if not names.known(target.parameter) or linear_kind(model, target) is None:
+    if not _is_linear(model, names, target):
         raise CheckpointError(f"{checkpoint.folder}: {layer} is no linear layer of the model in config.json")
 
 

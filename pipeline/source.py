@@ -73,8 +73,8 @@ def _from_hub(model: str, revision: str | None) -> Source:
         raise hub_error(error, model, revision) from error
     if not (folder / INDEX).exists() and not (folder / SINGLE).exists():
         raise CheckpointError(
-            f"{model} has no {SINGLE} on the Hub, sharded or not, and bitpress reads nothing else (pickles can run code); "
-            "choose a model or a revision that has it"
+            f"{model} has no {SINGLE} on the Hub, sharded or not, and bitpress reads nothing else (pickles can run "
+            "code); choose a model or a revision that has it"
         )
     return Source(model, folder.name, folder)
 

@@ -36,7 +36,7 @@ def read_text(source: str | Dataset) -> Text:
     """Text from a file (.txt, .md, .jsonl or .parquet with a "text" column), a Hub data set, or Python itself.
 
     Raises:
-        ConfigError: no such file or kind. HubError: the data set could not be had. NumericsError: there is no text in it.
+        ConfigError: no such file or kind. HubError: the data set could not be had. NumericsError: it holds no text.
     """
     if isinstance(source, Dataset):
         name = "/".join(filter(None, (source.dataset, source.config, source.split)))
@@ -109,7 +109,7 @@ def _dataset(source: Dataset) -> list[Any]:
         return list(rows[source.column])
     except (DatasetsError, HTTPError, OSError, RuntimeError) as error:
         first = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise HubError(f"data set {source.dataset}: {first}; check its name, the network and `hf auth login`") from error
+        raise HubError(f"data set {source.dataset}: {first}; check name, network and `hf auth login`") from error
     except (KeyError, ValueError) as error:
         raise ConfigError(f"data set {source.dataset}: {error}") from error
 

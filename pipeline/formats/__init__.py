@@ -87,6 +87,18 @@ def detect(config: dict[str, Any], names: Iterable[str]) -> Format:
     raise ValueError(f"quant_method is {method!r}; bitpress reads {', '.join(known)}")
 
 
+def integer_scheme(bits: Any, group_size: Any, symmetric: Any) -> Scheme:
+    """A weight-only integer scheme from a config's values, which may be anything.
+
+    Raises:
+        ValueError: they are not of their types, or no scheme.
+    """
+    require(type(bits) is int, f"bits is {bits!r}, expected a whole number")
+    require(group_size is None or type(group_size) is int, f"group_size is {group_size!r}, expected a whole number")
+    require(isinstance(symmetric, bool), f"symmetric is {symmetric!r}, expected true or false")
+    return Scheme("int", bits, group_size, symmetric)
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless the condition holds: the check of untrusted tensors."""
     if not condition:

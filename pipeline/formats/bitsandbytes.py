@@ -58,7 +58,7 @@ class BitsAndBytes:
     def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
         packed = tensors[_STATE]
         require(packed.dtype == torch.uint8 and packed.numel() <= _STATE_LIMIT, "the quant_state is not a short JSON")
-        state = json.loads(bytes(packed.tolist()))
+        state = json.loads(bytes(packed.flatten().tolist()))
         require(isinstance(state, dict), "the quant_state is not a JSON object")
         require(state.get("quant_type") == "nf4", f"quant_type is {state.get('quant_type')!r}, expected 'nf4'")
         require(state.get("blocksize") == NF4_BLOCK, f"blocksize is {state.get('blocksize')!r}, expected {NF4_BLOCK}")
@@ -73,7 +73,7 @@ class BitsAndBytes:
         )  # fmt: skip
 
     def _nested(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> NestedScales | None:
-        if "weight.nested_absmax" not in tensors:
+        if not {"weight.nested_absmax", "weight.nested_quant_map"} & tensors.keys():
             return None
         size, offset = state.get("nested_blocksize"), state.get("nested_offset")
         require(size == NESTED_BLOCK, f"nested_blocksize is {size!r}, expected {NESTED_BLOCK}")

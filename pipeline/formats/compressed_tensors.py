@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress.kernels.packing import pack, unpack
+from bitpress.kernels.packing import pack, unpack, words
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
-from . import require
+from . import integer_scheme, require
 
 _VERSION = "0.15.0"  # of the layout: the oldest release whose readers take what is written here
 
@@ -58,6 +58,7 @@ def _only_group(config: dict[str, Any]) -> dict[str, Any]:
     require(
         group["weights"].get("type") == "int", f"weights of type {group['weights'].get('type')!r} are not supported"
     )
+    require(not config.get("transform_config"), "transform_config is not supported")
     require(group["weights"].get("actorder") in (None, "static", "weight"), "actorder 'group' is not supported")
     return group
 
@@ -90,14 +91,20 @@ class PackQuantized:
         return tensors
 
     def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
-        shape = tensors["weight_shape"].tolist()
-        require(isinstance(shape, list) and len(shape) == 2 and min(shape) > 0, f"weight_shape is {shape}")
+        stored = tensors["weight_shape"]
+        require(
+            stored.dtype in (torch.int64, torch.int32) and stored.shape == (2,) and bool((stored > 0).all()),
+            f"weight_shape is {stored}, expected two positive whole numbers",
+        )
+        shape = stored.tolist()
         zeros = None
         if (packed := tensors.get("weight_zero_point")) is not None:
-            require(packed.dim() == 2, f"weight_zero_point has shape {list(packed.shape)}")
             require(not scheme.symmetric, "weight_zero_point does not belong to a symmetric scheme")
-            words = -(-shape[0] * scheme.bits // 32)
-            require(packed.shape[0] == words, f"weight_zero_point has {packed.shape[0]} rows, expected {words}")
+            size = (words(shape[0], scheme.bits), scheme.groups(shape[1]))
+            require(packed.dtype == torch.int32, f"weight_zero_point has dtype {packed.dtype}, expected torch.int32")
+            require(
+                packed.shape == size, f"weight_zero_point has shape {list(packed.shape)}, expected {list(size)}"
+            )
             zeros = unpack(packed.t(), scheme.bits, shape[0]).t().contiguous()
         return QTensor(scheme, (shape[0], shape[1]), tensors["weight_packed"], tensors["weight_scale"], zeros)
 
@@ -108,8 +115,10 @@ class PackQuantized:
         group = _only_group(config)
         weights = group["weights"]
         require(group.get("input_activations") is None, "quantized activations with packed weights are not supported")
-        size = weights.get("group_size") if weights.get("strategy") == "group" else None
-        return Scheme("int", weights["num_bits"], size, weights["symmetric"])
+        strategy = weights.get("strategy")
+        require(strategy in ("group", "channel"), f"strategy {strategy!r} is not supported, only group and channel")
+        size = weights["group_size"] if strategy == "group" else None
+        return integer_scheme(weights["num_bits"], size, weights["symmetric"])
 
 
 class IntQuantized:

@@ -10,19 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress.kernels.packing import pack, unpack
+from bitpress.kernels.packing import pack, unpack, words
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
-from . import require
+from . import integer_scheme, require
 
 _PER_WORD = 32  # every bit width packs a multiple of 32 codes into whole words
-
-
-def _group_size(config: dict[str, Any]) -> int | None:
-    size = config["group_size"]
-    require(isinstance(size, int) and (size > 0 or size == -1), f"group_size is {size!r}")
-    return None if size == -1 else size
 
 
 class GPTQ:
@@ -58,17 +52,19 @@ class GPTQ:
 
     def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
         qweight, qzeros, scales, g_idx = (tensors[suffix] for suffix in self.suffixes)
-        require(
-            scales.dim() == 2 and g_idx.dim() == 1 and qweight.dim() == 2, "scales, g_idx or qweight has a wrong rank"
-        )
+        ranks = [tensor.dim() for tensor in (qweight, qzeros, scales, g_idx)]
+        require(ranks == [2, 2, 2, 1], f"{', '.join(self.suffixes)} have {ranks} dimensions, expected [2, 2, 2, 1]")
+        dtypes = {qzeros.dtype, g_idx.dtype}
+        require(dtypes == {torch.int32}, "qzeros or g_idx is not of dtype torch.int32")
         out_features, in_features = scales.shape[1], g_idx.numel()
         groups = scheme.groups(in_features)
         expected = torch.arange(in_features, dtype=torch.int32) // max(in_features // groups, 1) if groups else g_idx
         require(
             torch.equal(g_idx, expected), "g_idx is not in order (activation order with groups is not supported yet)"
         )
+        size = (scales.shape[0], words(out_features, scheme.bits))
+        require(qzeros.shape == size, f"qzeros has shape {list(qzeros.shape)}, expected {list(size)}")
         zeros = unpack(qzeros, scheme.bits, out_features)
-        require(zeros.shape == scales.shape, f"qzeros has shape {list(qzeros.shape)} for scales {list(scales.shape)}")
         # Some files are tagged version 1 and hold version 2's zeros; a symmetric scheme has one value for all.
         require(
             bool((zeros == scheme.middle - 1).all()),
@@ -98,4 +94,5 @@ class GPTQ:
         version = config.get("checkpoint_format", "gptq")
         require(version == "gptq", f"checkpoint_format {version!r} is not supported yet, only 'gptq'")
         require(config.get("sym") is True, "asymmetric GPTQ (sym: false) is not supported yet")
-        return Scheme("int", config["bits"], _group_size(config))
+        size = config["group_size"]
+        return integer_scheme(config["bits"], None if size == -1 else size, True)
