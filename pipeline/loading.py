@@ -163,7 +163,8 @@ def _load_quantized(
     owned = {f"{layer}.{suffix}" for layer in quantized for suffix in format.suffixes}
     plain = {name: names.target(name) for name in checkpoint.tensors if name not in owned}
     _check_plain(checkpoint, names, plain, set(quantized))
-    experts = {target.parameter for target in map(lambda n: names.target(f"{n}.weight"), quantized) if target.expert}
+    targets = [names.target(f"{layer}.weight") for layer in quantized]
+    experts = {target.parameter for target in targets if target.expert}
     layers: dict[Target, Callable[[Tensor | None], nn.Module]] = {}
     for name, target in plain.items():
         if target.expert and target.parameter in experts:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from bitpress.kernels.scheme import Scheme
 
@@ -64,12 +66,14 @@ class Plan:
 
     @property
     def kept_linear(self) -> list[str]:
-        """Linear layers that stay as they are, by name: other runtimes must be told."""
-        return [
-            entry.module
-            for entry in self.entries
-            if not entry.kind and entry.info.name.endswith(".weight") and linear_kind_or_none(self.model, entry.target)
-        ] + [name.removesuffix(".weight") for name in self.dropped]
+        """Linear layers that stay as they are, by name, a tied head among them: other runtimes must be told."""
+        named = {entry.target.parameter: entry for entry in self.entries}
+        kept = []
+        for path, module in self.model.named_modules():
+            entry = named.get(f"{path}.weight")
+            if isinstance(module, nn.Linear | Conv1D) and not (entry and entry.kind):
+                kept.append(entry.module if entry else path)
+        return kept
 
     def coverage(self) -> dict[str, object]:
         """Which share of the decoder's weight bytes is quantized, and what is kept and why."""
@@ -98,13 +102,6 @@ class Plan:
             for name in self.dropped
         ]
         return {"decoder_bytes": total, "quantized_bytes": done, "share": done / total if total else 0.0, "kept": kept}
-
-
-def linear_kind_or_none(model: PreTrainedModel, target: Target) -> str | None:
-    try:
-        return linear_kind(model, target)
-    except AttributeError:
-        return None  # a tensor that the model has no module for
 
 
 def _skipped(name: str, skip: list[str]) -> str | None:

@@ -10,7 +10,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
-    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -54,12 +53,12 @@ def resolve(model: str, revision: str | None = None) -> Source:
     if model == DEMO:
         return Source(DEMO, None, Path(__file__).parent / "demo_model")
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         if revision:
             raise ConfigError(f"{model} is a local folder, which has no revision {revision}; leave revision out")
         return Source(path.resolve().name, None, path)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise ConfigError(f"{model} is neither a folder nor a Hub id such as org/name")
+        raise ConfigError(f"{model!r} is neither a folder nor a Hub id such as org/name")
     return _from_hub(model, revision)
 
 
@@ -100,10 +99,8 @@ def hub_error(error: Exception, name: str, revision: str | None = None) -> Bitpr
 
 def _cause(error: Exception) -> Exception:
     """huggingface_hub says "not in the cache" of everything; why it had to look there is the cause."""
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        incomplete = isinstance(error, IncompleteSnapshotError)
-        return error if incomplete and isinstance(error.__cause__, OfflineModeIsEnabled) else error.__cause__
-    return error
+    told = isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception)
+    return error.__cause__ if told else error  # type: ignore[return-value]
 
 
 def _explained(error: Exception, name: str, revision: str | None) -> str:
@@ -118,14 +115,10 @@ def _explained(error: Exception, name: str, revision: str | None) -> str:
         code = error.response.status_code
         advice = "your token is not accepted; `hf auth login` again" if code in (401, 403) else "try again later"
         return f"the Hub answered {code} for {name}; {advice}"
-    if isinstance(error, IncompleteSnapshotError):
-        return f"{name} is in the local cache only in part, and HF_HUB_OFFLINE forbids fetching the rest; unset it"
     if isinstance(error, OfflineModeIsEnabled):
-        return (
-            f"{name} is not in the local cache, and HF_HUB_OFFLINE forbids asking the Hub; unset it, or give a folder"
-        )
+        return f"{name} is not wholly in the local cache, and HF_HUB_OFFLINE forbids asking the Hub; unset it"
     if isinstance(error, HTTPError):
         kind = type(error).__name__
-        return f"the Hub could not be reached for {name} ({kind}); check the network, or give a local folder"
+        return f"the connection to the Hub failed for {name} ({kind}); check the network and run again"
     first = next(iter(str(error).splitlines()), "") or type(error).__name__
     return f"the download of {name} failed: {first}; run again to go on from there"

@@ -1,4 +1,4 @@
-"""bitsandbytes' NF4 as transformers saves it: plain tensors and a small JSON, so the package is not needed to write it."""
+"""bitsandbytes' NF4 as transformers saves it: plain tensors and a small JSON; writing needs no package."""
 
 import json
 from typing import Any

@@ -102,9 +102,7 @@ class PackQuantized:
             require(not scheme.symmetric, "weight_zero_point does not belong to a symmetric scheme")
             size = (words(shape[0], scheme.bits), scheme.groups(shape[1]))
             require(packed.dtype == torch.int32, f"weight_zero_point has dtype {packed.dtype}, expected torch.int32")
-            require(
-                packed.shape == size, f"weight_zero_point has shape {list(packed.shape)}, expected {list(size)}"
-            )
+            require(packed.shape == size, f"weight_zero_point has shape {list(packed.shape)}, expected {list(size)}")
             zeros = unpack(packed.t(), scheme.bits, shape[0]).t().contiguous()
         return QTensor(scheme, (shape[0], shape[1]), tensors["weight_packed"], tensors["weight_scale"], zeros)
 
