@@ -167,7 +167,7 @@ def _error_lines(figure: Figure, axes: Axes, series: Mapping[str, Mapping[int, f
             ls="-" if index < len(COLOURS) else "--",
             label=_clean(kind, 22),
         )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.05)  # the highest marker stays whole
     axes.set_ylabel("relative error (%)")
     _grid(axes)
     figure.set_figheight(2.5 + 0.19 * math.ceil(len(series) / 3))

@@ -38,13 +38,41 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+# What a narrow terminal does without first; the report has it all.
+_DISPENSABLE = (
+    "peak RSS",
+    "resident",
+    "method/format",
+    "batch 8",
+    "top-1",
+    "prefill",
+    "batch",
+    "bits/weight",
+    "file size",
+)
+
+
+def _fitting(header: list[str], rows: list[list[str]], width: int) -> list[int]:
+    """The columns that fit, the most dispensable given up first."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    columns = list(range(len(header)))
+    for mark in _DISPENSABLE:
+        for column in reversed([c for c in columns if mark in header[c]]):
+            if sum(widths[c] + 2 for c in columns) <= width:
+                return columns
+            columns.remove(column)
+    return columns
+
+
 def _table(header: list[str], rows: list[list[str]]) -> None:
+    console = _out if _out.is_terminal else Console(width=1000)
+    columns = _fitting(header, rows, console.width)
     table = Table(header_style="bold", box=None, pad_edge=False)
-    for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number < 1 else "right", overflow="fold")
+    for number, column in enumerate(columns):
+        table.add_column(header[column], justify="right" if number and len(header) > 2 else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    (_out if _out.is_terminal else Console(width=240)).print(table)
+        table.add_row(*(escape(row[column]) for column in columns))
+    console.print(table)
 
 
 @app.command()
@@ -204,6 +232,7 @@ def list_(as_json: Json = False) -> None:
     """Methods, formats, and kernels with the reason where one cannot run here."""
     from .inspection import catalogue
 
+    quiet_libraries()
     found = catalogue()
     if as_json:
         _print_json(found)

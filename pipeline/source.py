@@ -1,5 +1,6 @@
 """Where a model comes from: a local folder, the Hugging Face Hub, or bitpress itself."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ def resolve(model: str, revision: str | None = None) -> Source:
     """
     if model == DEMO:
         return Source(DEMO, None, Path(__file__).parent / "demo_model")
-    path = Path(model).expanduser()
-    if model and path.is_dir():
+    path = Path(os.path.expanduser(model))  # unlike Path.expanduser, it lets an unknown ~user be
+    if model and os.path.isdir(path):
         if revision:
             raise ConfigError(f"{model} is a local folder, which has no revision {revision}; leave revision out")
         return Source(path.resolve().name, None, path)
@@ -92,7 +93,7 @@ def hub_error(error: Exception, name: str, revision: str | None = None) -> Bitpr
     error = _cause(error)
     if isinstance(error, HFValidationError):
         return ConfigError(f"{name} is not a Hub id: {error}")
-    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
         return DiskError(f"{error.filename or name}: cannot be written to the Hub's cache: {error.strerror}")
     return HubError(_explained(error, name, revision))
 
@@ -113,7 +114,7 @@ def _explained(error: Exception, name: str, revision: str | None) -> str:
         return f"{name} is no folder here, and not on the Hub or private: check the spelling, or `hf auth login`"
     if isinstance(error, HfHubHTTPError):
         code = error.response.status_code
-        advice = "your token is not accepted; `hf auth login` again" if code in (401, 403) else "try again later"
+        advice = "your token is not accepted: `hf auth login` again" if code in (401, 403) else "try again later"
         return f"the Hub answered {code} for {name}; {advice}"
     if isinstance(error, OfflineModeIsEnabled):
         return f"{name} is not wholly in the local cache, and HF_HUB_OFFLINE forbids asking the Hub; unset it"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def read_text(source: str | Dataset) -> Text:
 
         name, content = source, _JOIN.join(topics[key] for key in sorted(topics))
     else:
-        name, content = Path(source).name, _file(Path(source).expanduser())
+        name, content = Path(source).name, _file(Path(os.path.expanduser(source)))
     if not content.strip():
         raise NumericsError(f"{name} holds no text; give a file with some")
     if match := _SURROGATE.search(content):
@@ -55,7 +56,7 @@ def read_text(source: str | Dataset) -> Text:
 
 
 def _file(path: Path) -> str:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such text file; give a .txt, .jsonl or .parquet file, or {PYDOC_TOPICS}")
     if path.suffix == ".parquet":
         return _joined(_parquet(path), str(path))

@@ -99,8 +99,12 @@ def train_tokenizer(documents):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    bytes_first = {"special_tokens": [END], "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, show_progress=False, **bytes_first)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        show_progress=False,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator(documents, trainer)
     marks = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
     return PreTrainedTokenizerFast(
@@ -117,7 +121,6 @@ def encode(tokenizer, documents):
 def build_model(vocabulary, seed):
     """Build the model with seeded weights; dropout on what enters the residual stream, in training only."""
     torch.manual_seed(seed)
-    marks = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=256,
@@ -128,10 +131,12 @@ def build_model(vocabulary, seed):
         head_dim=64,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
-        **marks,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(**marks)
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
     blocks = [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in model.model.layers]
     for module in (model.model.embed_tokens, *sum(blocks, ())):
         module.register_forward_hook(lambda m, _, out: functional.dropout(out, DROPOUT, m.training))
@@ -180,7 +185,7 @@ def sample_windows(tokens, step, generator):
 def build_optimizer(model):
     """Return AdamW with weight decay on the matrices only."""
     matrices, vectors = ([p for p in model.parameters() if p.dim() == n] for n in (2, 1))
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
 
 

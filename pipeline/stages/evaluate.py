@@ -77,7 +77,7 @@ def check_task(request: dict[str, Any]) -> dict[str, Any]:
     tolerance = _TOLERANCE[model.dtype]
     if not difference <= tolerance:
         raise NumericsError(
-            f"{artifact.folder.name}: reloaded from its files it gives other logits than it did in memory: they differ by "
+            f"{artifact.folder.name}: reloaded from its files it gives other logits than in memory: they differ by "
             f"{difference:.3g} of the largest, expected at most {tolerance:.3g}; please report this as a bug"
         )
     return {"tokens": ids.numel(), "max_difference": difference, "tolerance": tolerance}

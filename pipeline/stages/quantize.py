@@ -113,9 +113,7 @@ def _finite(name: str, tensor: Tensor) -> None:
     )
 
 
-def quantize_entry(
-    entry: Entry, weight: Tensor, recipe: Recipe, dtype: torch.dtype
-) -> tuple[QTensor, Diagnostics]:
+def quantize_entry(entry: Entry, weight: Tensor, recipe: Recipe, dtype: torch.dtype) -> tuple[QTensor, Diagnostics]:
     """One weight of the source, as it was read, as a QTensor, and what that cost.
 
     Raises:

@@ -99,9 +99,8 @@ def main() -> None:
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         written = sum(path.stat().st_size for path in (work / "out").iterdir())
         print(f"source      {total / 1e9:.2f} GB, read alone at {rate / 1e9:.2f} GB/s: {total / rate:.1f} s")
-        print(
-            f"{options.scheme:11} {written / 1e9:.2f} GB in {found['seconds']:.1f} s: {total / found['seconds'] / 1e9:.2f} GB/s"
-        )
+        pace = total / found["seconds"] / 1e9
+        print(f"{options.scheme:11} {written / 1e9:.2f} GB in {found['seconds']:.1f} s: {pace:.2f} GB/s of the source")
         print(f"peak RSS    {found['peak'] / 1e9:.2f} GB")
     finally:
         shutil.rmtree(work, ignore_errors=True)

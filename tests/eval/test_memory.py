@@ -93,7 +93,8 @@ def test_the_peak_grows_and_stays():
 
 def test_the_peak_is_this_process_alone():
     """A process that starts another hands down its own ru_maxrss; what is measured must not be the parent's."""
-    program = f"import subprocess, sys; block = bytearray(b'1') * (600 << 20); subprocess.run([sys.executable, '-c', {CHILD!r}])"
+    start = f"subprocess.run([sys.executable, '-c', {CHILD!r}])"
+    program = f"import subprocess, sys; block = bytearray(b'1') * (600 << 20); {start}"
     parent = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     before = int(parent.stdout.split()[0])
     alone = subprocess.run([sys.executable, "-c", CHILD], check=True, capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """Perplexity and divergence against plain computations: the paper's loop, float64 by hand, and known distributions."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -49,7 +50,7 @@ def by_hand(base, model, data):
     """Perplexity and per-token KL in float64, nothing shared with the code under test."""
     nll, divergences, same = 0.0, [], 0
     for window in data.tolist():
-        for here, following in zip(window, window[1:]):
+        for here, following in pairwise(window):
             p = base.table[here].double().softmax(-1)
             q = model.table[here].double().softmax(-1)
             nll -= q[following].log().item()

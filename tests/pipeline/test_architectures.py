@@ -1,4 +1,4 @@
-"""Every decoder-only architecture is walked by the same code: quantized, written, reloaded, and the same as in memory."""
+"""Every decoder-only architecture is walked by the same code: written, reloaded, and the same as in memory."""
 
 import shutil
 from pathlib import Path

@@ -21,7 +21,7 @@ from bitpress.pipeline.source import resolve
 from bitpress.pipeline.stages import evaluate
 
 SCHEMES = ["int4-g128", "int8-dynamic"]
-CONTEXT, WINDOWS = 128, 4
+CONTEXT, WINDOWS = 128, 16
 KEYS: dict[str, set[str]] = {
     "": {
         "format_version", "name", "model", "scheme", "method", "format", "protocol", "quality", "size", "memory",

@@ -212,7 +212,7 @@ class TestDataset:
     def test_what_the_hub_refuses(self, stand_in, error):
         stand_in(error)
         with pytest.raises(
-            HubError, match="data set Salesforce/wikitext: (Couldn't reach it|Dataset scripts)"
+            HubError, match=r"data set Salesforce/wikitext: (Couldn't reach it|Dataset scripts)"
         ) as caught:
             read_text(WIKITEXT)
         assert caught.value.exit_code == 6
