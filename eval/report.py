@@ -86,14 +86,14 @@ def summary_rows(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]]]:
     points = _points(entries)
     cuda = any(entry.get("memory", "peak_cuda_bytes") is not None for entry in entries)
     several = len({entry.model for entry in entries}) > 1
-    header = ["scheme", "method/format", "file size", "bits/weight quantized/all", "perplexity", "mean KL"]
+    header = ["scheme", "method/format", "file size", "bits/weight quantized/blocks/all", "perplexity", "mean KL"]
     header = ["model"] * several + header + ["top-1", "resident", "peak RSS"] + ["peak CUDA"] * cuda
     header += [f"{phase} tok/s {name}" for name in points.values() for phase in ("prefill", "decode")]
     rows = []
     for entry in entries:
         after, before = entry.perplexities()
         increase = None if entry.is_baseline else _increase(after, before)
-        bits = [_number(entry.get("size", "bits_per_weight", which)) for which in ("quantized", "all")]
+        bits = [_number(entry.get("size", "bits_per_weight", which)) for which in ("quantized", "decoder", "all")]
         how = [entry.get(key) or DASH for key in ("method", "format")]
         row = [entry.model] * several + [entry.label, DASH if how == [DASH, DASH] else "/".join(how)]
         row.append(_with(_bytes(entry.get("size", "file_bytes")), _ratio(entry.size_ratio())))

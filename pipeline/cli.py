@@ -113,6 +113,13 @@ def _outcome_json(outcome: Any) -> dict[str, Any]:
     }
 
 
+def _protocol(found: dict[str, Any]) -> str:
+    return (
+        f"perplexity by protocol {found['name']} on {found['text']}: {found['windows']} windows of {found['context']} "
+        f"tokens, {found['tokens']} scored, in {found['dtype']}"
+    )
+
+
 def _show(outcomes: list[Any], page: Path | None) -> None:
     from bitpress.eval.report import summary_rows
 
@@ -120,6 +127,8 @@ def _show(outcomes: list[Any], page: Path | None) -> None:
     if finished:
         _out.print()
         _table(*summary_rows(finished))
+        for protocol in {_protocol(metrics["protocol"]): None for metrics in finished}:
+            _out.print(f"\n{escape(protocol)}", highlight=False)
     for outcome in outcomes:
         if outcome.error:
             line = f"{escape(outcome.model)}  {outcome.scheme}: {escape(str(outcome.error))}"
@@ -174,10 +183,10 @@ def evaluate(
     if as_json:
         _print_json(found)
         return
-    protocol, memory = found["protocol"], found["memory"]
+    memory = found["memory"]
     rows = [
         ["perplexity", f"{found['quality']['perplexity']:.4f}"],
-        ["protocol", f"gptq, {protocol['windows']} windows of {protocol['context']}, {found['dtype']}"],
+        ["", _protocol({"name": "gptq", "text": Path(text).name, "dtype": found["dtype"], **found["protocol"]})],
         ["resident weights", f"{memory['resident_bytes'] / 1e6:.1f} MB"],
         ["peak RSS", f"{memory['peak_rss_bytes'] / 1e6:.0f} MB"],
     ]

@@ -66,7 +66,8 @@ class BitsAndBytes:
         fits = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
         require(fits, f"shape is {shape!r}")
         quant_map = tensors["weight.quant_map"].flatten()
-        require(torch.equal(quant_map, torch.tensor(NF4_CODEBOOK)), "weight.quant_map is not NF4's code book")
+        same = quant_map.dtype == torch.float32 and torch.equal(quant_map, torch.tensor(NF4_CODEBOOK))
+        require(same, "weight.quant_map is not NF4's code book in float32")
         return QTensor(
             scheme, (shape[0], shape[1]), tensors["weight"].flatten(), tensors["weight.absmax"].flatten(),
             nested=self._nested(state, tensors),

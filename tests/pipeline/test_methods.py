@@ -249,7 +249,7 @@ def rounded(value: float) -> set[int]:
     dtype=st.sampled_from(DTYPES),
 )
 def test_the_formulas_number_by_number(row: list[float], bits: int, symmetric: bool, dtype: torch.dtype) -> None:
-    """Design: S = (max - min) / (2^n - 1), Z = round(-min / S), q = clamp(round(w / S) + Z, 0, 2^n - 1), w' = S (q - Z)."""
+    """S = (max - min) / (2^n - 1), Z = round(-min / S), q = clamp(round(w / S) + Z, 0, 2^n - 1), w' = S (q - Z)."""
     scheme, last = Scheme("int", bits, None, symmetric), 2**bits - 1
     q, _ = Absmax().quantize(torch.tensor([row]), scheme, dtype)
     q.check()

@@ -173,7 +173,9 @@ class TestLocal:
         with pytest.raises(ConfigError, match="is a local folder, which has no revision main; leave revision out"):
             resolve(str(tiny_llama), "main")
 
-    @pytest.mark.parametrize("name", ["gone", "/gone/away", "./gone", "../gone", "~/gone", "a/b/c", "", "org/na me"])
+    @pytest.mark.parametrize(
+        "name", ["gone", "/gone/away", "../gone", "~/gone", "~nobody-here/x", "a/b/c", "", "org/na me", "a" * 5000]
+    )
     def test_neither_folder_nor_id(self, name: str, hub: Hub):
         with pytest.raises(ConfigError, match=r"is (neither a folder nor|not) a Hub id") as caught:
             resolve(name)
@@ -259,7 +261,7 @@ class TestRefusals:
 
     def test_a_token_that_is_not_accepted(self, hub: Hub):
         hub.refuse["/api/models/"] = Answer(403)
-        assert refusal() == f"the Hub answered 403 for {MODEL}; your token is not accepted; `hf auth login` again"
+        assert refusal() == f"the Hub answered 403 for {MODEL}; your token is not accepted: `hf auth login` again"
 
     def test_no_such_revision(self, hub: Hub):
         assert refusal(revision="v9") == (

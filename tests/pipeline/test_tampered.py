@@ -256,7 +256,7 @@ def group(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         ("int4-g32", lambda section: section.update(group_size=64), LAYER),
         ("int4-g32", lambda section: section.update(group_size=-1), LAYER),
         ("int4-g32", lambda section: section.update(group_size=48), LAYER),
-        ("int4-g32", lambda section: section.update(group_size=-7), "group_size -7"),
+        ("int4-g32", lambda section: section.update(group_size=-7), "group_size: -7"),
         ("int4-g32", lambda section: section.update(sym=False), "sym"),
         ("int4-g32", lambda section: section.update(checkpoint_format="gptq_v2"), "gptq_v2"),
         ("int4-g32", lambda section: section.update(quant_method="awq"), "awq"),

@@ -154,12 +154,17 @@ def test_not_utf8(tmp_path, name):
     assert caught.value.exit_code == 4
 
 
-@pytest.mark.parametrize("name", ["gone.txt", "", "a folder"])
+@pytest.mark.parametrize("name", ["gone.txt", "", "a folder", "a" * 5000])
 def test_no_such_file(tmp_path, name):
     (tmp_path / "a folder").mkdir()
     with pytest.raises(ConfigError, match=f"no such text file; give .* or {PYDOC_TOPICS}") as caught:
         read_text(str(tmp_path / name))
     assert caught.value.exit_code == 2
+
+
+def test_no_such_user():
+    with pytest.raises(ConfigError, match="no such text file"):
+        read_text("~nobody-here/a.txt")
 
 
 class TestDataset:
