@@ -15,9 +15,12 @@ _PATIENCE = 2.0  # seconds: what is over sooner needs no bar
 
 def quiet_libraries() -> None:
     """For processes of our own: the libraries' bars and hints would drown what bitpress has to say."""
+    from huggingface_hub.utils import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if not sys.stderr.isatty():  # on a terminal, downloads show how long they take
+        disable_progress_bars()
     for name in ("transformers", "bitsandbytes", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

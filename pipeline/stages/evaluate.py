@@ -1,5 +1,7 @@
 """Artifact -> metrics: reloaded in a fresh process, proven to be what was quantized, and measured."""
 
+import inspect
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -131,14 +133,17 @@ def _quality(
                 return asdict(quality.score(model, data, step)), reason
         dense = load_model(source, model.device, settings.dtype)
         with progress("perplexity and divergence") as step:
-            return asdict(quality.compare(dense, model, data, step)), None
+            found = quality.compare(dense, model, data, step)
+        if not math.isfinite(found.kl_mean or 0.0):
+            raise ValueError("the divergence is infinite: it rules out tokens that the baseline allows")
+        return asdict(found), None
     except ValueError as error:
         raise NumericsError(f"{checkpoint.folder.name}: {error}") from error
 
 
 def _speeds(model: Any, ids: Tensor, settings: Any) -> list[dict[str, Any]]:
-    if settings is None:
-        return []
+    if settings is None or "past_key_values" not in inspect.signature(model.forward).parameters:
+        return []  # models that keep a state instead of keys and values decode by other calls
     limit = getattr(model.config, "max_position_embeddings", None) or settings.prompt + settings.generate
     prompt, generate = speed.fit(limit, settings.prompt, settings.generate)
     results = []

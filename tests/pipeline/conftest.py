@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,17 @@ from bitpress.pipeline.checkpoint import read_json
 from bitpress.pipeline.errors import BitpressError, CheckpointError
 
 Refused = Callable[..., str]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Here and in fresh processes: the matrices are small, and threads would mostly wait for each other."""
+    was = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(was)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ MODEL = "org/tiny"
 COMMIT, OLDER = "c0ffee" + "0" * 34, "0" * 34 + "facade"
 DECOYS = {"pytorch_model.bin": b"pickle", "consolidated.safetensors": b"copy", "original/model.00.pth": b"pickle"}
 OFFLINE = f"{MODEL} is not wholly in the local cache, and HF_HUB_OFFLINE forbids asking the Hub; unset it"
+NOWHERE = ("gone", "/gone/away", "./gone", "../gone", "~/gone", "~nobody-here/x", "a/b/c", "", "org/na me", "a" * 5000)
 MAIN = "from bitpress.pipeline.cli import main; main()"
 
 
@@ -173,9 +174,7 @@ class TestLocal:
         with pytest.raises(ConfigError, match="is a local folder, which has no revision main; leave revision out"):
             resolve(str(tiny_llama), "main")
 
-    @pytest.mark.parametrize(
-        "name", ["gone", "/gone/away", "../gone", "~/gone", "~nobody-here/x", "a/b/c", "", "org/na me", "a" * 5000]
-    )
+    @pytest.mark.parametrize("name", NOWHERE, ids=range(len(NOWHERE)))
     def test_neither_folder_nor_id(self, name: str, hub: Hub):
         with pytest.raises(ConfigError, match=r"is (neither a folder nor|not) a Hub id") as caught:
             resolve(name)
