@@ -89,15 +89,16 @@ def run(
 
     quiet_libraries()
     runs = [load_config(path, set) for path in configs or [Path("demo")]]  # all are checked before any starts
-    failed = []
+    everything = []
     for config in runs:
         outcomes = execute(config, shlex.join(["bitpress", *sys.argv[1:]]), _news)
         page = summarize(config, outcomes)
-        failed += [outcome for outcome in outcomes if outcome.error]
-        if as_json:
-            _print_json([_outcome_json(outcome) for outcome in outcomes])
-        else:
+        everything += outcomes
+        if not as_json:
             _show(outcomes, page)
+    if as_json:
+        _print_json([_outcome_json(outcome) for outcome in everything])
+    failed = [outcome for outcome in everything if outcome.error]
     if failed:
         raise typer.Exit(failed[0].error.exit_code if len(failed) == 1 and failed[0].error else 1)
 

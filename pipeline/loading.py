@@ -207,6 +207,8 @@ def _check_plain(checkpoint: Checkpoint, names: Names, plain: dict[str, Target],
         owner = next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in quantized), None)
         if owner and name != f"{owner}.bias":
             faults.append(f"{name} does not belong to a quantized layer of this format")
+        elif owner and not names.known(target.parameter) and checkpoint.read(name).any():  # AutoGPTQ wrote zeros
+            faults.append(f"{name}: the layer has no bias by config.json, and this one is not zero")
     if faults:
         raise CheckpointError(f"{checkpoint.folder} is not a whole quantized checkpoint:\n{listing(faults)}")
 

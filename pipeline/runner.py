@@ -2,6 +2,7 @@
 
 import json
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,10 @@ def execute(run: Run, command: str, say: Say) -> list[Outcome]:
             except BitpressError as error:
                 outcome = Outcome(model.id, scheme, folder / scheme, error=error)
                 say(f"  failed: {error}")
+            except Exception as error:  # a bug, or want of memory: the other jobs are not to blame
+                unexpected = BitpressError(f"unexpected {type(error).__name__}: {error}; please report it")
+                outcome = Outcome(model.id, scheme, folder / scheme, error=unexpected)
+                say(traceback.format_exc())
             outcomes.append(outcome)
     return outcomes
 

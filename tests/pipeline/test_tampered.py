@@ -82,6 +82,7 @@ GPTQ: list[Fault] = [
     ("g_idx: empty", replaced("g_idx", lambda t: t[:0]), "is empty"),
     ("g_idx: floats", replaced("g_idx", lambda t: t.float()), "dtype"),
     ("g_idx: missing", without("g_idx"), "g_idx is missing"),
+    ("a bias that the model does not have", with_extra("bias", torch.ones(64)), "the layer has no bias"),
     ("a weight beside it", with_extra("weight", torch.zeros(64, 128)), "does not belong"),
     ("a tensor of another format", with_extra("weight_zero_point"), "does not belong"),
 ]
@@ -303,6 +304,15 @@ def test_a_layer_that_the_model_does_not_have(
     edit_tensors(folder / file, lambda tensors: tensors.update({name: tensors[f"{LAYER}.qweight"].clone()}))
     with pytest.raises(CheckpointError, match=r"model\.layers\.7\.mlp\.down_proj is no linear layer"):
         load_reference(folder)
+
+
+def test_a_bias_of_zeros_is_nothing(
+    artifacts: dict[str, Path], copy_of: Callable[..., Path], edit_tensors: Any
+) -> None:
+    """AutoGPTQ wrote one for layers that have none."""
+    folder = copy_of(artifacts["int4-g32"])
+    tamper(folder, with_extra("bias"), edit_tensors)
+    load_reference(folder)
 
 
 @pytest.mark.parametrize("scheme", FAULTS)
