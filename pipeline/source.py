@@ -52,7 +52,7 @@ def resolve(model: str, revision: str | None = None) -> Source:
         CheckpointError: it holds no safetensors. DiskError: the Hub's cache cannot be written.
     """
     if model == DEMO:
-        return Source(DEMO, None, Path(__file__).parent / "demo_model")
+        return Source(DEMO, None, (Path(__file__).parent / "demo_model" / "config.json").resolve().parent)
     path = Path(os.path.expanduser(model))  # unlike Path.expanduser, it lets an unknown ~user be
     if model and os.path.isdir(path):
         if revision:
