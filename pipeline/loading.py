@@ -1,7 +1,7 @@
 """Files -> a transformers model: quantized layers on our kernels, everything else as transformers has it."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from .errors import CheckpointError, ConfigError, listing
 from .formats import Format, detect
 from .source import resolve
 
+MakeLayer = Callable[[Tensor | None], nn.Module]  # of the bias, None for experts
+OnStep = Callable[[int, int], None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,7 +36,7 @@ class _DenseLinear(nn.Module):
         return nn.functional.linear(x, self.weight)
 
 
-def dense_layer(weight: Tensor) -> Callable[[Tensor | None], nn.Module]:
+def dense_layer(weight: Tensor) -> MakeLayer:
     """For replace_layers: an expert's piece [out, in] that is not quantized."""
     return lambda bias: _DenseLinear(weight)
 
@@ -74,13 +76,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{folder.name}: no tokenizer can be made of its files: {error}") from error
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: str, kernel: str = "auto") -> PreTrainedModel:
-    """The model of a checkpoint, quantized or not."""
+def load_model(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: str,
+    kernel: str = "auto",
+    on_step: OnStep = lambda done, total: None,
+) -> PreTrainedModel:
+    """The model of a checkpoint, quantized or not.
+
+    Args:
+        on_step: called with (quantized layers done, layers in all).
+    """
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; use auto or one of {', '.join(_DTYPES)}")
     wanted = _DTYPES.get(dtype)
     if "quantization_config" in checkpoint.config:
-        return _load_quantized(checkpoint, device, wanted, kernel)
+        return _load_quantized(checkpoint, device, wanted, kernel, on_step)
     return load_dense(checkpoint, wanted).to(device)  # type: ignore[arg-type]
 
 
@@ -100,16 +112,14 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreT
     return model.eval()
 
 
-def replace_layers(
-    model: PreTrainedModel, names: Names, layers: dict[Target, Callable[[Tensor | None], nn.Module]]
-) -> None:
-    """Put a module in the place of each target, linear layers and experts alike.
+def replace_layers(model: PreTrainedModel, names: Names, layers: Iterable[tuple[Target, MakeLayer]]) -> None:
+    """Put a module in the place of each target, linear layers and experts alike, one after the other.
 
     Args:
-        layers: target -> a function of the bias (None for experts) that makes the module.
+        layers: targets, each with a function of the bias (None for experts) that makes the module.
     """
     experts: dict[str, dict[int, dict[int, nn.Module]]] = defaultdict(lambda: defaultdict(dict))
-    for target, make in layers.items():
+    for target, make in layers:
         if target.expert:
             expert, piece, _ = target.expert
             experts[target.parameter][expert][piece] = make(None)
@@ -154,7 +164,7 @@ def detect_scheme(checkpoint: Checkpoint) -> tuple[Format, Scheme]:
 
 
 def _load_quantized(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str, on_step: OnStep
 ) -> PreTrainedModel:
     format, scheme = detect_scheme(checkpoint)
     model = skeleton(checkpoint, dtype)
@@ -165,19 +175,25 @@ def _load_quantized(
     _check_plain(checkpoint, names, plain, set(quantized))
     targets = [names.target(f"{layer}.weight") for layer in quantized]
     experts = {target.parameter for target in targets if target.expert}
-    layers: dict[Target, Callable[[Tensor | None], nn.Module]] = {}
-    for name, target in plain.items():
-        if target.expert and target.parameter in experts:
-            layers[target] = dense_layer(checkpoint.read(name).to(device, model.dtype))
-    _fill(checkpoint, model, names, {n: t for n, t in plain.items() if t not in layers}, device)
-    for layer in quantized:
-        target = names.target(f"{layer}.weight")
+    pieces = {n: t for n, t in plain.items() if t.expert and t.parameter in experts}  # of experts not all quantized
+    _fill(checkpoint, model, names, {n: t for n, t in plain.items() if n not in pieces}, device)
+
+    layers = {t: dense_layer(checkpoint.read(n).to(device, model.dtype)) for n, t in pieces.items()}
+    for number, (layer, target) in enumerate(zip(quantized, targets)):  # all are checked before any is used
+        on_step(number, len(quantized))
         _check_fits(model, names, target, layer, checkpoint)
         qtensor = _read_layer(checkpoint, format, scheme, layer, device)
         _check_shape(names, model, target, layer, qtensor)
         layers[target] = _maker(qtensor, model.dtype, kernel)
-    replace_layers(model, names, layers)
+    replace_layers(model, names, _emptied(layers))
+    on_step(len(quantized), len(quantized))
     return _finish(checkpoint, model, device)
+
+
+def _emptied(layers: dict[Target, MakeLayer]) -> Iterator[tuple[Target, MakeLayer]]:
+    """Each in turn, and let go of: what a kernel has repacked need not be held twice."""
+    while layers:
+        yield layers.popitem()
 
 
 def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: Names) -> list[str]:
@@ -217,7 +233,7 @@ def _is_linear(model: PreTrainedModel, names: Names, target: Target) -> bool:
     return names.known(target.parameter) and linear_kind(model, target) is not None
 
 
-def _maker(qtensor: QTensor, dtype: torch.dtype, kernel: str) -> Callable[[Tensor | None], nn.Module]:
+def _maker(qtensor: QTensor, dtype: torch.dtype, kernel: str) -> MakeLayer:
     def make(bias: Tensor | None) -> nn.Module:
         try:
             return QLinear(qtensor, bias, dtype, kernel)

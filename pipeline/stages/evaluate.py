@@ -47,7 +47,7 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
             qtensor = qtensor.to(device)
             layers[entry.target] = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")
     _keep_experts_whole(layers, plan.model, checkpoint)
-    replace_layers(model, Names(plan.model), layers)
+    replace_layers(model, Names(plan.model), layers.items())
     return model(input_ids=ids.unsqueeze(0).to(device), use_cache=False).logits[0].cpu()
 
 
@@ -71,7 +71,8 @@ def check_task(request: dict[str, Any]) -> dict[str, Any]:
         NumericsError: they differ by more than the order of sums explains.
     """
     artifact = Checkpoint(Path(request["artifact"]))
-    model = load_model(artifact, pick_device(request["device"]), request["dtype"], "reference")
+    with progress("loading") as step:
+        model = load_model(artifact, pick_device(request["device"]), request["dtype"], "reference", step)
     expected_file = Checkpoint.single(Path(request["expected"]))
     ids, expected = expected_file.read("ids"), expected_file.read("logits")
     found = model(input_ids=ids.unsqueeze(0).to(model.device), use_cache=False).logits[0].cpu()
@@ -100,7 +101,8 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
     device = pick_device(request["device"])
     checkpoint = Checkpoint(Path(request["artifact"]))
     tokenizer = load_tokenizer(checkpoint.folder)
-    model = load_model(checkpoint, device, settings.dtype, settings.kernel)
+    with progress("loading") as step:
+        model = load_model(checkpoint, device, settings.dtype, settings.kernel, step)
     context = min(settings.context, getattr(model.config, "max_position_embeddings", None) or settings.context)
     ids = tokenize(tokenizer, read_text(settings.text), context)
     data = quality.windows(ids, context, settings.windows).to(device)

@@ -289,7 +289,7 @@ def quantize(
     marks = fingerprint(checkpoint, source, recipe)
     if (out / MANIFEST).exists():
         check_fingerprint(out / MANIFEST, marks)
-        return _verify_finished(out)
+        return _verify_finished(out, on_step)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
     plan = make_plan(checkpoint, recipe.scheme, recipe.format, recipe.skip)
@@ -337,14 +337,16 @@ def _finish(
     store.write_json(folder / MANIFEST, manifest)
 
 
-def _verify_finished(out: Path) -> list[str]:
+def _verify_finished(out: Path, on_step: OnStep) -> list[str]:
     """Re-hash a finished artifact.
 
     Raises:
         DiskError: names the files that are not as they were written.
     """
     damaged = []
-    for name, expected in read_json(out / MANIFEST)["files"].items():
+    files = read_json(out / MANIFEST)["files"]
+    for number, (name, expected) in enumerate(files.items()):
+        on_step(number, len(files))
         path = out / name
         if not path.is_file() or store.sha256_file(path) != expected["sha256"]:
             damaged.append(name)
