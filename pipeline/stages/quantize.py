@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,11 @@ class _Progress:
         self.notes.append(f"{file} is not as it was written; made again")
         return False
 
+    def commit(self, line: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Write a shard and, once it is safe, its line; `line` gains the file's size and hash."""
+        line |= store.write_safetensors(self.folder / line["file"], tensors)
+        self.journal.append(line)
+
 
 def _check_source(checkpoint: Checkpoint, unit: Unit, line: dict[str, Any]) -> None:
     digest = hashlib.sha256()
@@ -302,24 +307,41 @@ def quantize(
     ratio = recipe.scheme.bits / 16 + 0.1
     kept = sum(entry.info.nbytes for entry in plan.entries if not entry.kind)
     store.preflight(work, max(0, int(kept + (total_bytes - kept) * ratio) - written))
-    lines = []
-    for number, unit in enumerate(plan.units):
-        on_step(number, len(plan.units))
-        file = _shard_name(number, len(plan.units))
-        if progress.committed(file):
-            _check_source(checkpoint, unit, progress.done[file])
-            lines.append(progress.done[file])
-            continue
-        tensors, line = _press(checkpoint, plan, unit, recipe)
-        line |= {"file": file, **store.write_safetensors(folder / file, tensors)}
-        del tensors  # before the next shard's are made
-        progress.journal.append(line)
-        lines.append(line)
-    on_step(len(plan.units), len(plan.units))
+    lines = _write_units(checkpoint, plan, recipe, progress, on_step)
     _finish(checkpoint, plan, recipe, folder, lines, marks)
     checkpoint.check_unchanged()
     store.publish_folder(folder, out)
     return progress.notes
+
+
+def _write_units(
+    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, progress: _Progress, on_step: OnStep
+) -> list[dict[str, Any]]:
+    """Every unit's shard, but for those that are there; the journal's lines in the units' order.
+
+    A shard is written, synced and journaled by a thread while the next one is made, one at a time and in order.
+    """
+    lines: dict[str, dict[str, Any]] = {}
+    total = len(plan.units)
+    with ThreadPoolExecutor(1) as writer:
+        pending: Future[None] | None = None
+        for number, unit in enumerate(plan.units):
+            on_step(number, total)
+            file = _shard_name(number, total)
+            if progress.committed(file):
+                lines[file] = progress.done[file]
+                _check_source(checkpoint, unit, lines[file])
+                continue
+            tensors, line = _press(checkpoint, plan, unit, recipe)
+            if pending:
+                pending.result()
+            lines[file] = line | {"file": file}
+            pending = writer.submit(progress.commit, lines[file], tensors)
+            del tensors  # the writer's alone, which lets go of them
+        if pending:
+            pending.result()
+    on_step(total, total)
+    return [lines[file] for file in sorted(lines)]
 
 
 def _finish(

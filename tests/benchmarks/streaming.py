@@ -76,12 +76,12 @@ def read_speed(folder: Path) -> float:
 
 
 _CHILD = """
-import json, resource, sys, time
+import json, sys, time
+from bitpress.eval.memory import peak_rss_bytes
 from bitpress.pipeline import quantize
 start = time.perf_counter()
 quantize(sys.argv[1], sys.argv[2], sys.argv[3])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak}))
+print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_rss_bytes()}))
 """
 
 
