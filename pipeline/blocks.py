@@ -4,6 +4,7 @@ The model is built from config.json alone, its parameters on the meta device, an
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -66,8 +67,8 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
     return model.eval()
 
 
-def decoder(model: nn.Module) -> tuple[str, int]:
-    """The name of the list of decoder blocks, such as "model.layers", and its length: the outermost largest list.
+def decoder(model: nn.Module) -> str:
+    """The name of the list of decoder blocks, such as "model.layers": the outermost largest list.
 
     Raises:
         CheckpointError: the model has no list of blocks.
@@ -76,8 +77,7 @@ def decoder(model: nn.Module) -> tuple[str, int]:
     if not lists:
         raise CheckpointError(f"{type(model).__name__} has no list of decoder blocks to walk")
     sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists}
-    name, module = max(lists, key=lambda item: (sizes[item[0]], -len(item[0])))
-    return name, len(module)
+    return max(sizes, key=lambda name: (sizes[name], -len(name)))
 
 
 class Names:
@@ -88,10 +88,12 @@ class Names:
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = model.base_model_prefix
-        self._state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for name, origin in model.all_tied_weights_keys.items():
+        self._parameters = dict(model.named_parameters())
+        self._tied = tied(model)
+        self._state = {**self._parameters, **dict(model.named_buffers())}
+        for name, origin in self._tied.items():
             self._state.setdefault(name, self._state[origin])
-        self._blocks, self.block_count = decoder(model)
+        self._blocks = decoder(model)
 
     def target(self, name: str) -> Target:
         """The parameter that `name` fills; a name that the model does not have comes back as it is.
@@ -138,6 +140,24 @@ class Names:
         parameter = self._state.get(target.parameter)
         return isinstance(parameter, torch.Tensor) and parameter.is_floating_point()
 
+    def missing(self, targets: Iterable[Target]) -> list[str]:
+        """Parameters of the model that none of the targets fills, or not with every piece of every expert."""
+        filled: dict[str, set[tuple[int, int] | None]] = defaultdict(set)
+        pieces: dict[str, int] = {}
+        for target in targets:
+            filled[target.parameter].add(target.expert[:2] if target.expert else None)
+            if target.expert:
+                pieces[target.parameter] = target.expert[2]
+        problems = []
+        for name, parameter in self._parameters.items():
+            if name in pieces:
+                wanted = {(expert, piece) for expert in range(parameter.shape[0]) for piece in range(pieces[name])}
+                if filled[name] != wanted:
+                    problems.append(f"{name}: {len(filled[name])} expert tensors in the files, expected {len(wanted)}")
+            elif name not in filled and name not in self._tied:
+                problems.append(f"{name}: no tensor in the files")
+        return problems
+
     def block(self, parameter: str) -> int | None:
         """The decoder block that a parameter of the model belongs to."""
         rest = parameter.removeprefix(f"{self._blocks}.")
@@ -168,8 +188,3 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 def tied(model: PreTrainedModel) -> dict[str, str]:
     """Parameter -> the parameter whose storage it shares, such as lm_head.weight -> model.embed_tokens.weight."""
     return dict(model.all_tied_weights_keys)
-
-
-def module_names(names: Iterable[str]) -> list[str]:
-    """`names` without a trailing ".weight", sorted."""
-    return sorted({name.removesuffix(".weight") for name in names})

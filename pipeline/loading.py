@@ -175,6 +175,8 @@ def _load_quantized(
     _check_plain(checkpoint, names, plain, set(quantized))
     targets = [names.target(f"{layer}.weight") for layer in quantized]
     experts = {target.parameter for target in targets if target.expert}
+    if missing := names.missing([*plain.values(), *targets]):
+        raise CheckpointError(f"{checkpoint.folder}: weights of the model are missing:\n{listing(missing)}")
     pieces = {n: t for n, t in plain.items() if t.expert and t.parameter in experts}  # of experts not all quantized
     _fill(checkpoint, model, names, {n: t for n, t in plain.items() if n not in pieces}, device)
 
@@ -266,15 +268,12 @@ def _fill(
     for name, target in plain.items():
         if not names.known(target.parameter):
             continue
+        if (shape := checkpoint.tensors[name].shape) != names.shape(target):
+            raise CheckpointError(f"{name}: shape {list(shape)}, by config.json {list(names.shape(target) or ())}")
         if target.expert:
             fused[target.parameter].append((target.expert, name))
-            continue
-        tensor = checkpoint.read(name)
-        if tuple(tensor.shape) != names.shape(target):
-            raise CheckpointError(
-                f"{name}: shape {list(tensor.shape)}, by config.json {list(names.shape(target) or ())}"
-            )
-        _set(model, target.parameter, tensor, device)
+        else:
+            _set(model, target.parameter, checkpoint.read(name), device)
     for parameter, items in fused.items():
         pieces = items[0][0][2]
         tensors = [checkpoint.read(name) for _, name in sorted(items)]
@@ -294,9 +293,6 @@ def _set(model: PreTrainedModel, parameter: str, tensor: Tensor, device: torch.d
 
 def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     model.tie_weights()
-    unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if unfilled:
-        raise CheckpointError(f"{checkpoint.folder}: weights of the model are missing:\n{listing(sorted(unfilled))}")
     if (checkpoint.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     return model.to(device)  # type: ignore[arg-type]

@@ -159,24 +159,6 @@ def _units(entries: list[Entry]) -> list[Unit]:
     return units + [Unit(f"block {b}", [e for e in entries if e.block == b]) for b in blocks]
 
 
-def _missing(entries: list[Entry], names: Names, model: PreTrainedModel) -> list[str]:
-    """Parameters of the model that no tensor fills; experts by the piece."""
-    filled: dict[str, set[tuple[int, int]]] = {}
-    pieces: dict[str, int] = {}
-    for entry in entries:
-        spot = entry.target.expert
-        filled.setdefault(entry.target.parameter, set()).add(spot[:2] if spot else (0, 0))
-        pieces[entry.target.parameter] = spot[2] if spot else 0
-    problems = []
-    for name, parameter in model.named_parameters():
-        if name not in filled and name not in tied(model):
-            problems.append(f"{name}: no tensor in the files")
-        elif pieces.get(name) and len(filled[name]) != parameter.shape[0] * pieces[name]:
-            expected = parameter.shape[0] * pieces[name]
-            problems.append(f"{name}: {len(filled[name])} expert tensors in the files, expected {expected}")
-    return problems
-
-
 def _tied_copies(checkpoint: Checkpoint, targets: dict[str, Target], model: PreTrainedModel) -> list[str]:
     """Names of tensors that repeat a weight they are tied to.
 
@@ -233,7 +215,7 @@ def make_plan(checkpoint: Checkpoint, scheme: Scheme, format: Format, skip: list
         if kind:
             for problem in scheme.problems(entry.shape) or format.problems(scheme, entry.shape):
                 unfit.append(f"{entry.module}: {problem}, or list it under quantize.skip")
-    broken += _missing(entries, names, model) if not broken and not unfit else []
+    broken += names.missing(entry.target for entry in entries) if not broken and not unfit else []
     if broken:
         raise CheckpointError(f"{checkpoint.folder} does not match its config.json:\n{listing(broken)}")
     if unused := [p for p in skip if not any(_skipped(name, [p]) for name in checkpoint.tensors)]:

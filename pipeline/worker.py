@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import errors
+from . import errors, store
 from .errors import BitpressError
 
 
@@ -19,8 +19,6 @@ def call(task: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         BitpressError: the one that the task raised, or that the process died.
     """
-    from . import store
-
     paths = {name: folder / f".{task}.{name}.json" for name in ("request", "answer")}
     paths["answer"].unlink(missing_ok=True)
     store.write_json(paths["request"], {"task": task, "answer": str(paths["answer"].resolve()), **request})
@@ -38,7 +36,6 @@ def call(task: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    from . import store
     from .progress import quiet_libraries
     from .stages import evaluate
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from bitpress.eval import memory, quality, speed
 from bitpress.kernels.qlinear import QLinear
 
-from .. import store
+from .. import store, worker
 from ..blocks import Names, Target
 from ..checkpoint import Checkpoint
 from ..config import Eval
 from ..errors import NumericsError
-from ..loading import kernels_used, load_dense, load_model, load_tokenizer, pick_device, replace_layers
+from ..loading import dense_layer, kernels_used, load_model, load_tokenizer, pick_device, replace_layers
 from ..machine import machine
 from ..plan import make_plan
 from ..progress import progress
@@ -37,8 +37,7 @@ _SAMPLE_TOKENS = 48
 def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device: torch.device, dtype: str) -> Tensor:
     """Logits [tokens, vocabulary] of the source model, quantized here and never written, by the reference kernel."""
     plan = make_plan(checkpoint, recipe.scheme, recipe.format, recipe.skip)
-    wanted = None if dtype == "auto" else getattr(torch, dtype)
-    model = load_dense(checkpoint, wanted).to(device)  # type: ignore[arg-type]
+    model = load_model(checkpoint, device, dtype)
     layers: dict[Target, Any] = {}
     with progress("quantizing in memory") as step:
         for number, entry in enumerate(plan.quantized):
@@ -46,21 +45,19 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
             qtensor, _ = quantize_entry(entry, checkpoint.read(entry.info.name), recipe, plan.dtype)
             qtensor = qtensor.to(device)
             layers[entry.target] = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")
-    _keep_experts_whole(layers, plan.model, checkpoint)
-    replace_layers(model, Names(plan.model), layers.items())
+    names = Names(plan.model)
+    _keep_experts_whole(layers, names, checkpoint, model)
+    replace_layers(model, names, layers.items())
     return model(input_ids=ids.unsqueeze(0).to(device), use_cache=False).logits[0].cpu()
 
 
-def _keep_experts_whole(layers: dict[Target, Any], model: Any, checkpoint: Checkpoint) -> None:
+def _keep_experts_whole(layers: dict[Target, Any], names: Names, checkpoint: Checkpoint, model: Any) -> None:
     """Experts of which only some are quantized keep the others as they are in the checkpoint."""
-    from ..loading import dense_layer
-
-    names = Names(model)
     touched = {target.parameter for target in layers if target.expert}
     for name in checkpoint.tensors:
         target = names.target(name)
         if target.expert and target.parameter in touched and target not in layers:
-            layers[target] = dense_layer(checkpoint.read(name).to(model.dtype))
+            layers[target] = dense_layer(checkpoint.read(name).to(model.device, model.dtype))
 
 
 @torch.inference_mode()
@@ -86,13 +83,13 @@ def check_task(request: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": ids.numel(), "max_difference": difference, "tolerance": tolerance}
 
 
-def _fits(checkpoints: list[Checkpoint], device: torch.device) -> str | None:
-    """Why the models cannot be held side by side; None if they can."""
-    needed = sum(info.nbytes for c in checkpoints for info in c.tensors.values())
+def _crowding(baseline: Checkpoint, device: torch.device) -> str | None:
+    """Why the baseline cannot be held beside the model that is there; None if it can."""
+    needed = sum(info.nbytes for info in baseline.tensors.values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed * 1.2 < free:
         return None
-    return f"both models need about {needed * 1.2 / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return f"the baseline needs about {needed * 1.2 / 1e9:.1f} GB beside it, {free / 1e9:.1f} GB are free"
 
 
 def measure_task(request: dict[str, Any]) -> dict[str, Any]:
@@ -126,11 +123,9 @@ def _quality(
     model: Any, data: Tensor, checkpoint: Checkpoint, baseline: str | None, settings: Eval
 ) -> tuple[dict[str, Any], str | None]:
     try:
-        if baseline is None:
-            with progress("perplexity") as step:
-                return asdict(quality.score(model, data, step)), None
-        source = Checkpoint(Path(baseline))
-        if reason := _fits([source], model.device):
+        source = Checkpoint(Path(baseline)) if baseline else None
+        reason = _crowding(source, model.device) if source else None
+        if source is None or reason:
             with progress("perplexity") as step:
                 return asdict(quality.score(model, data, step)), reason
         dense = load_model(source, model.device, settings.dtype)
@@ -171,13 +166,11 @@ def check(checkpoint: Checkpoint, recipe: Recipe, artifact: Path, ids: Tensor, r
     Args:
         run: {"device", "dtype"}.
     """
-    from ..worker import call
-
     expected = artifact.parent / ".expected.safetensors"
     logits = in_memory_logits(checkpoint, recipe, ids, pick_device(run["device"]), run["dtype"])
     store.write_safetensors(expected, {"ids": ids, "logits": logits})
     try:
-        return call(
+        return worker.call(
             "check", {"artifact": str(artifact.resolve()), "expected": str(expected.resolve()), **run}, artifact.parent
         )
     finally:
@@ -186,8 +179,6 @@ def check(checkpoint: Checkpoint, recipe: Recipe, artifact: Path, ids: Tensor, r
 
 def measure(artifact: Path, baseline: Path | None, settings: Eval, device: str, folder: Path) -> dict[str, Any]:
     """Everything that is measured of one model, in a fresh process; `seconds` is what it took in all."""
-    from ..worker import call
-
     start = time.perf_counter()
     request = {
         "artifact": str(artifact.resolve()),
@@ -195,4 +186,4 @@ def measure(artifact: Path, baseline: Path | None, settings: Eval, device: str, 
         "eval": settings.model_dump(),
         "device": device,
     }
-    return {**call("measure", request, folder), "seconds": time.perf_counter() - start}
+    return {**worker.call("measure", request, folder), "seconds": time.perf_counter() - start}

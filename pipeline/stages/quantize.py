@@ -177,7 +177,7 @@ class _Progress:
     """What the journal says is committed, checked against the disk."""
 
     def __init__(self, plan: Plan, work: Path, folder: Path):
-        self.plan, self.folder = plan, folder
+        self.folder = folder
         self.journal = store.Journal(work / "journal.jsonl")
         self.notes: list[str] = []
         total = len(plan.units)

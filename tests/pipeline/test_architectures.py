@@ -1,16 +1,18 @@
 """Every decoder-only architecture is walked by the same code: written, reloaded, and the same as in memory."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bitpress.pipeline.api import quantize
-from bitpress.pipeline.checkpoint import Checkpoint, read_json
-from bitpress.pipeline.errors import ConfigError
+from bitpress.pipeline.checkpoint import INDEX, Checkpoint, read_json
+from bitpress.pipeline.errors import CheckpointError, ConfigError
 from bitpress.pipeline.loading import load_model
 from bitpress.pipeline.stages.evaluate import in_memory_logits
 from bitpress.pipeline.stages.quantize import Recipe
@@ -124,12 +126,23 @@ def test_some_experts_may_be_kept(tiny, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("skip", [[], ["*.experts.0.*"]])
+def test_an_expert_that_is_missing_is_refused_not_replaced_by_the_next(skip: list[str], tiny, tmp_path: Path) -> None:
+    quantize(tiny("mixtral"), "int4-g32", tmp_path / "out", recipe={"skip": skip})
+    index = read_json(tmp_path / "out" / INDEX)
+    lost = [name for name in index["weight_map"] if "layers.1." in name and ".experts.1." in name]
+    (shard,) = {index["weight_map"].pop(name) for name in lost}
+    tensors = load_file(tmp_path / "out" / shard)
+    save_file({n: t for n, t in tensors.items() if n not in lost}, tmp_path / "out" / shard, {"format": "pt"})
+    (tmp_path / "out" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.experts.gate_up_proj: 6 expert tensors .* expected 8"):
+        load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto", "reference")
+
+
 def test_fused_experts_are_refused_by_name_and_may_be_skipped(tiny, tmp_path: Path) -> None:
     """A checkpoint that holds 3-D expert tensors itself."""
     source = shutil.copytree(tiny("mixtral"), tmp_path / "fused")
     model = AutoModelForCausalLM.from_pretrained(source)
-    from safetensors.torch import save_file
-
     save_file(
         {n: p.detach().clone() for n, p in model.named_parameters()}, source / "model.safetensors", {"format": "pt"}
     )
