@@ -1,13 +1,16 @@
 """Quantization algorithms: one file each, registered here by name."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
+
+from ..errors import nearest
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,10 @@ class Diagnostics:
 
 
 class Method(Protocol):
-    """One algorithm. `version` goes up whenever the same input would give other bytes."""
+    """One algorithm. `version` goes up whenever the same input would give other bytes.
+
+    A method with options is a pydantic dataclass, its fields the options.
+    """
 
     name: str
     version: int
@@ -48,3 +54,29 @@ def registry() -> dict[str, Method]:
 
 def default_method(scheme: Scheme) -> Method:
     return next(method for method in registry().values() if not method.problems(scheme))
+
+
+def options_of(method: Method) -> dict[str, Any]:
+    """The options of a method and their values; {} for a method that has none."""
+    return {field.name: getattr(method, field.name) for field in fields(method)} if is_dataclass(method) else {}
+
+
+def with_options(method: Method, options: dict[str, Any]) -> Method:
+    """The method with these options in place of its defaults.
+
+    Raises:
+        ValueError: everything that is wrong with them, one sentence per line.
+    """
+    known = options_of(method)
+    problems = [
+        f"{method.name} has no option {name!r}"
+        + (nearest(name, known) or (f"; it has {', '.join(known)}" if known else "; it has none"))
+        for name in options
+        if name not in known
+    ]
+    try:
+        if not problems:
+            return type(method)(**options)
+    except ValidationError as error:
+        problems = [f"{item['loc'][0]}: {item['msg']}, got {item['input']!r}" for item in error.errors()]
+    raise ValueError("\n".join(problems))

@@ -14,11 +14,12 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
 from .. import store
+from ..calibration import Calibration
 from ..checkpoint import INDEX, Checkpoint, read_json
 from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, listing, nearest
 from ..formats import Format, default_format
 from ..formats import registry as formats
-from ..methods import Diagnostics, Method, default_method
+from ..methods import Diagnostics, Method, default_method, options_of, with_options
 from ..methods import registry as methods
 from ..plan import Entry, Plan, Unit, make_plan
 from ..versions import versions
@@ -31,16 +32,29 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize: scheme, method, format, and the layers to keep; names resolved and found compatible."""
+    """How to quantize: scheme, method, format, and the layers to keep; names resolved and found compatible.
+
+    calibration: the tokens that the method learns from; None for a method that needs none.
+    """
 
     scheme: Scheme
     method: Method
     format: Format
     skip: list[str] = field(default_factory=list)
+    calibration: Calibration | None = None
 
     @staticmethod
-    def make(scheme: str, method: str = "auto", format: str = "auto", skip: list[str] | None = None) -> "Recipe":
+    def make(
+        scheme: str,
+        method: str = "auto",
+        format: str = "auto",
+        skip: list[str] | None = None,
+        algorithm: dict[str, Any] | None = None,
+    ) -> "Recipe":
         """From names; "auto" is the default method and the most portable format of the scheme.
+
+        Args:
+            algorithm: options of the method, such as {"damping": 1e-3} of gptq.
 
         Raises:
             ConfigError: an unknown name, or things that do not go together.
@@ -54,6 +68,10 @@ class Recipe:
                 hint = nearest(name, known) or f"; use auto or one of {', '.join(known)}"
                 raise ConfigError(f"{kind} {name!r} is unknown{hint}")
         chosen = default_method(parsed) if method == "auto" else methods()[method]
+        try:
+            chosen = with_options(chosen, algorithm or {})
+        except ValueError as error:
+            raise ConfigError(f"algorithm: {error}") from error
         target = default_format(parsed) if format == "auto" else formats()[format]
         probe = (1024, 32 * (parsed.group_size or 32))
         if problems := [*chosen.problems(parsed), *target.problems(parsed, probe)]:
@@ -61,13 +79,17 @@ class Recipe:
         return Recipe(parsed, chosen, target, skip or [])
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        described = {
             "scheme": self.scheme.name,
             "method": self.method.name,
             "method_version": self.method.version,
             "format": self.format.name,
             "skip": list(self.skip),
         }
+        described |= {f"algorithm.{name}": value for name, value in options_of(self.method).items()}
+        if self.calibration:
+            described |= {f"calibration.{name}": value for name, value in self.calibration.to_dict().items()}
+        return described
 
 
 def fingerprint(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
