@@ -1,12 +1,15 @@
 # make demo: see what it does.  make test: the test suite.  make check: what CI holds a change to.
+# make interop: the files of bitpress in other programs, and theirs in bitpress.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # mypy finds the packages of a strict editable install; the ordinary one, which sees new files too, comes back after it
 EDITABLE := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 INSTALLED := $(VENV)/.installed
+# The other programs want versions of torch and transformers that exclude each other: an environment for each.
+PEERS := gptqmodel llmcompressor transformers
 
-.PHONY: demo test check clean
+.PHONY: demo test check interop clean
 
 demo: $(INSTALLED)
 	$(BIN)/bitpress run configs/demo.yaml
@@ -20,6 +23,15 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest
 	$(EDITABLE) --config-settings editable_mode=strict && $(BIN)/mypy; status=$$?; $(EDITABLE) && exit $$status
 
+interop: $(INSTALLED) $(PEERS:%=.venv-%/.installed)
+	$(BIN)/python -m pytest tests/interop/interop.py
+	cat runs/interop.md
+
+.venv-%/.installed: tests/interop/%.txt
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
 # torch comes first and by its version: left to pip, a platform's default build may bring gigabytes of CUDA
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bitpress needs Python 3.10 or newer")'
@@ -30,4 +42,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info
+	rm -rf $(VENV) $(PEERS:%=.venv-%) build runs *.egg-info

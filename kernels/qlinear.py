@@ -1,6 +1,7 @@
 """Modules that stand where a model had its dense weights."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +13,19 @@ from .select import Selection, select
 
 
 class QLinear(nn.Module):
-    """A linear layer (nn.Linear or Conv1D) whose weight is quantized; input [..., in], output [..., out]."""
+    """A linear layer (nn.Linear or Conv1D) whose weight is quantized; input [..., in], output [..., out].
+
+    Kernels know nothing of a QTensor's order: the inputs are put into it here, before the kernel reads them.
+    """
+
+    order: Tensor | None
 
     def __init__(self, qtensor: QTensor, bias: Tensor | None, dtype: torch.dtype, kernel: str = "auto"):
         super().__init__()
         self.scheme, (self.out_features, self.in_features) = qtensor.scheme, qtensor.shape
         self.dtype, self.device = dtype, qtensor.codes.device
+        self.register_buffer("order", qtensor.order, persistent=False)  # so that its bytes count with the model's
+        qtensor = replace(qtensor, order=None)
         self.selection: Selection = select(qtensor, dtype, self.device, kernel)
         self.prepared = self.selection.kernel.prepare(qtensor, dtype)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -34,10 +42,12 @@ class QLinear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.order is None else x.index_select(-1, self.order)
         return self.selection.kernel.linear(x, self.prepared, self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, {self.scheme.name}, {self.selection.kernel.name}"
+        ordered = "" if self.order is None else ", inputs reordered"
+        return f"{self.in_features} -> {self.out_features}, {self.scheme.name}, {self.selection.kernel.name}{ordered}"
 
 
 class QExperts(nn.Module):

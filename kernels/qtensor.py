@@ -38,7 +38,9 @@ class QTensor:
     """A quantized weight [out_features, in_features] = shape.
 
     Integer codes: `codes` int32 [out, ceil(in * bits / 32)] (see packing), `scales` floating [out, groups],
-        `zeros` uint8 [out, groups] or None where the scheme is symmetric.
+        `zeros` uint8 [out, groups] or None where the scheme is symmetric. `order` int32 [in], a permutation, where the
+        inputs were quantized in another order ("act-order"): column k of codes and its group's scales and zeros are
+        of column order[k] of the weight, so that groups lie together whatever the order. None where it is theirs.
     NF4: `codes` uint8 [ceil(out * in / 2)], the even element in the high nibble; `scales` float32
         [ceil(out * in / 64)], or uint8 of that shape with `nested` where the scheme is double-quantized.
     """
@@ -49,6 +51,7 @@ class QTensor:
     scales: Tensor
     zeros: Tensor | None = None
     nested: NestedScales | None = None
+    order: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that this stands for, [out, in]; computed in float32. The definition of truth for kernels."""
@@ -59,7 +62,8 @@ class QTensor:
         centred = codes.to(torch.float32)
         centred -= self.scheme.middle if self.zeros is None else self.zeros.unsqueeze(-1)
         centred *= self.scales.to(torch.float32).unsqueeze(-1)
-        return centred.view(out_features, in_features).to(dtype)
+        weight = centred.view(out_features, in_features).to(dtype)
+        return weight if self.order is None else torch.empty_like(weight).index_copy_(1, self.order.long(), weight)
 
     def _dequantize_nf4(self, dtype: torch.dtype) -> Tensor:
         count = self.shape[0] * self.shape[1]
@@ -121,6 +125,18 @@ class QTensor:
                 raise ValueError(f"{name} has {(~torch.isfinite(tensor)).sum().item()} NaN or infinite values")
         if self.zeros is not None and int(self.zeros.max()) > self.scheme.max_code:
             raise ValueError(f"zero point {int(self.zeros.max())} is out of range 0..{self.scheme.max_code}")
+        if self.order is not None:
+            self._check_order(self.order)
+
+    @staticmethod
+    def _check_order(order: Tensor) -> None:
+        """Raises ValueError unless the inputs' order names each of them once: kernels read memory by it."""
+        count = order.numel()
+        low, high = int(order.min()), int(order.max())
+        if low < 0 or high >= count:
+            raise ValueError(f"order holds {low if low < 0 else high}, which is out of range 0..{count - 1}")
+        if twice := int((torch.bincount(order, minlength=count) > 1).sum()):
+            raise ValueError(f"order is no permutation: {twice} of {count} inputs are there more than once")
 
     def _layout(self) -> Iterator[tuple[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]]:
         out_features, in_features = self.shape
@@ -130,6 +146,8 @@ class QTensor:
             yield "scales", ((out_features, groups), (torch.float16, torch.bfloat16, torch.float32))
             if not self.scheme.symmetric:
                 yield "zeros", ((out_features, groups), (torch.uint8,))
+            if self.order is not None:
+                yield "order", ((in_features,), (torch.int32,))
             return
         blocks = -(-out_features * in_features // NF4_BLOCK)
         yield "codes", ((-(-out_features * in_features // 2),), (torch.uint8,))

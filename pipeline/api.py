@@ -2,20 +2,23 @@
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import store
+from .calibration import calibrate
 from .checkpoint import Checkpoint
-from .config import load_eval
-from .errors import BitpressError
-from .loading import load
+from .config import NOTHING_LEARNS, load_calibration, load_eval
+from .conversion import convert as convert_checkpoint
+from .errors import BitpressError, ConfigError
+from .loading import load, load_tokenizer
+from .recipe import Recipe
 from .source import resolve
 from .stages import evaluate as evaluation
-from .stages.quantize import Recipe
 from .stages.quantize import quantize as quantize_checkpoint
 
-__all__ = ["evaluate", "load", "quantize"]
+__all__ = ["convert", "evaluate", "load", "quantize"]
 
 OnStep = Callable[[int, int], None]
 
@@ -26,6 +29,7 @@ def quantize(
     output: str | Path,
     revision: str | None = None,
     recipe: dict[str, Any] | None = None,
+    calibration: str | dict[str, Any] | None = None,
     on_step: OnStep = lambda done, total: None,
 ) -> list[str]:
     """Quantize a model into a folder that bitpress and other runtimes load; call again to go on after a crash.
@@ -33,13 +37,19 @@ def quantize(
     Args:
         model: a Hub id or a local folder.
         scheme: such as "int4-g128", "int3-channel-asym", "int8-dynamic", "nf4", "nf4-dq".
-        recipe: "method", "format" and "skip" where the defaults are not wanted.
+        recipe: "method", "format", "skip", "algorithm" (the method's options) and "max_fallback_layers", where the
+            defaults are not wanted.
+        calibration: what a method such as "gptq" learns from: a file, a Hub data set such as "org/name:config:split",
+            or the keys of a config's quantize.calibration, such as {"text": "wiki.txt", "windows": 64}.
     Returns:
         Notes on what happened on the way.
     Raises:
         BitpressError: what, got, expected, and what to do; nothing finished is lost.
     """
     chosen = Recipe.make(scheme, **(recipe or {}))
+    settings = load_calibration(calibration or {})
+    if calibration and not chosen.method.needs_calibration and (recipe or {}).get("method", "auto") == "auto":
+        raise ConfigError(f"calibration: {NOTHING_LEARNS}")
     source = resolve(str(model), revision)
     out = Path(output).expanduser()
     source.check_output(out)
@@ -47,7 +57,11 @@ def quantize(
     store.make_folder(work)
     with store.locked(work):
         try:
-            notes = quantize_checkpoint(Checkpoint(source.folder), source.to_dict(), chosen, out, work, on_step)
+            checkpoint, notes = Checkpoint(source.folder), []
+            if chosen.method.needs_calibration:
+                learned = calibrate(settings, load_tokenizer(source.folder), checkpoint)
+                chosen, notes = replace(chosen, calibration=learned), [f"calibrated on {learned}"]
+            notes += quantize_checkpoint(checkpoint, source.to_dict(), chosen, out, work, on_step)
         except BitpressError:
             store.remove_unused(work)
             raise
@@ -66,3 +80,20 @@ def evaluate(
     source = resolve(str(model), revision)
     with tempfile.TemporaryDirectory(prefix="bitpress-") as folder:
         return evaluation.measure(source.folder, None, load_eval(settings or {}), device, Path(folder))
+
+
+def convert(model: str | Path, to: str, output: str | Path, on_step: OnStep = lambda done, total: None) -> list[str]:
+    """A quantized checkpoint in another format, its weights the same to the bit.
+
+    Args:
+        model: a folder, or a Hub id.
+        to: "compressed-tensors", "gptq" or "gptq-v2".
+    Returns:
+        Sentences on what was done.
+    Raises:
+        BitpressError: why that format cannot hold it; nothing was written.
+    """
+    source = resolve(str(model))
+    out = Path(output).expanduser()
+    source.check_output(out)
+    return convert_checkpoint(Checkpoint(source.folder), source.to_dict(), to, out, on_step)

@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .errors import BitpressError
+from . import bench
+from .errors import BitpressError, CheckpointError
 from .progress import quiet_libraries
 
 app = typer.Typer(
     help="Press Transformer checkpoints into fewer bits, and know what that cost.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
+app.add_typer(bench.app, name="bench")
 _out = Console()
 _err = Console(stderr=True)
 
@@ -148,16 +150,33 @@ def quantize(
     skip: Annotated[
         list[str] | None, typer.Option(help="Layers to keep, such as '*.down_proj'; may be repeated.")
     ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="What gptq learns from: a file, or org/name:config:split; wikitext-2 by default.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="How many windows of it; 128 by default.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per window; 2048 by default.")] = None,
+    seed: Annotated[
+        str | None, typer.Option(help="Draws the windows; 0 by default, null for the text's first ones.")
+    ] = None,
+    algorithm: Annotated[
+        list[str] | None, typer.Option(help="key=value, an option of the method; may be repeated.")
+    ] = None,
+    max_fallback_layers: Annotated[int, typer.Option(min=0, help="Layers that may fall back to absmax.")] = 0,
     revision: Revision = None,
 ) -> None:
     """Quantize one checkpoint into a folder that other runtimes load too."""
     from .api import quantize as quantize_api
+    from .config import load_options
     from .progress import progress
 
     quiet_libraries()
-    recipe = {"method": method, "format": format, "skip": skip or []}
+    recipe = {"method": method, "format": format, "skip": skip or [], "max_fallback_layers": max_fallback_layers}
+    recipe["algorithm"] = load_options(algorithm or [])
+    typed = {"text": calibration, "windows": windows, "context": context}
+    learn = {key: value for key, value in typed.items() if value is not None}
+    learn |= load_options([f"seed={seed}"] if seed else [])
     with progress(f"quantizing to {scheme}") as step:
-        notes = quantize_api(model, scheme, output, revision, recipe, step)
+        notes = quantize_api(model, scheme, output, revision, recipe, learn, step)
     for note in notes:
         _news(note)
     _out.print(f"{escape(str(output))}: {scheme}; try `bitpress eval {escape(str(output))}`", soft_wrap=True)
@@ -235,6 +254,63 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")]
     rows = [[key, str(value)] for key, value in found.items() if not isinstance(value, list)]
     rows += [[key, str(item)] for key, value in found.items() if isinstance(value, list) for item in value]
     _table([str(folder), ""], rows)
+
+
+@app.command()
+def doctor(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")], as_json: Json = False) -> None:
+    """Whether a checkpoint is sound, and which runtimes load it; exit code 3 where it is not."""
+    from .doctor import diagnose
+    from .progress import progress
+
+    quiet_libraries()
+    with progress("reading every tensor") as step:
+        found = diagnose(folder, step)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _show_diagnosis(found)
+    if not found.sound:
+        raise typer.Exit(CheckpointError.exit_code)
+
+
+def _show_diagnosis(found: Any) -> None:
+    what = [[key, str(value)] for key, value in found.what.items() if not isinstance(value, list)]
+    _table([found.folder, ""], what)
+    _out.print("\n[green]sound[/green]" if found.sound else "\n[red]unsound[/red]")
+    for line in [*found.faults, *(f"note: {note}" for note in found.notes)]:
+        _out.print(escape(f"    {line}"), highlight=False, soft_wrap=True)
+    for name, verdict in found.runtimes.items():
+        needs = f" (needs {verdict['needs']})" if verdict["needs"] else ""
+        _reasons(f"{name}: {verdict['loads']}{needs}", verdict["why"])
+    for ways, split in found.tensor_parallel.items():
+        gpus = f"{ways} GPU{'s' if ways != '1' else ''}"
+        _reasons(f"{gpus}, every layer on vLLM's and SGLang's fast kernel: {split['loads']}", split["why"])
+
+
+def _reasons(line: str, reasons: list[str]) -> None:
+    _out.print(escape(line), highlight=False, soft_wrap=True)
+    for reason in reasons[:3]:
+        _out.print(escape(f"    {reason}"), highlight=False, soft_wrap=True)
+    if len(reasons) > 3:
+        _out.print(f"    … and {len(reasons) - 3} more: see --json", highlight=False)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A quantized folder, or a Hub id.")],
+    to: Annotated[str, typer.Option(help="compressed-tensors, gptq or gptq-v2.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+) -> None:
+    """A quantized checkpoint in another format, its weights the same to the bit, or a refusal that says why."""
+    from .api import convert as convert_api
+    from .progress import progress
+
+    quiet_libraries()
+    with progress(f"converting to {to}") as step:
+        notes = convert_api(model, to, output, step)
+    for note in notes:
+        _news(note)
+    _out.print(f"{escape(str(output))}: {to}; try `bitpress doctor {escape(str(output))}`", soft_wrap=True)
 
 
 @app.command("list")

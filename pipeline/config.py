@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
@@ -15,7 +15,9 @@ from ruamel.yaml.error import YAMLError
 from bitpress.kernels.scheme import INT_BITS, Scheme
 
 from .errors import ConfigError, listing, nearest
+from .problems import Several, explained
 
+NOTHING_LEARNS = "method auto learns from no text: name a method that does, such as gptq, or leave calibration out"
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -47,6 +49,23 @@ def _registered(kind: str, name: str) -> str:
     return name
 
 
+def _misfits(method: str, options: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is wrong with a method's options: with each by itself, or else with them together."""
+    from .methods import registry, with_options
+
+    def problem(some: dict[str, Any]) -> str | None:
+        try:
+            with_options(registry()[method], some)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    single = {name: problem({name: value}) for name, value in options.items()}
+    yield from (((name,), said.removeprefix(f"{name}: ")) for name, said in single.items() if said)
+    if not any(single.values()) and (said := problem(options)):
+        yield (), said
+
+
 def _scheme(name: str) -> str:
     try:
         return name if name == "none" else Scheme.parse(name).name
@@ -71,12 +90,6 @@ class Model(_Strict):
     revision: str | None = None  # a branch, tag or commit of the Hub; resolved to a commit and recorded
 
 
-class Quantize(_Strict):
-    method: MethodName = "auto"
-    format: FormatName = "auto"
-    skip: list[str] = []
-
-
 class Dataset(_Strict):
     """A data set of the Hub."""
 
@@ -85,6 +98,41 @@ class Dataset(_Strict):
     split: str = "test"
     column: str = "text"
     revision: str | None = None
+
+
+class TrainingSet(Dataset):
+    """A data set to learn from."""
+
+    split: str = "train"  # "train[:2000]" is a part of it
+    column: str = "auto"  # "text", or of a chat "messages" or "conversations", whichever is there
+
+
+class Calibrate(_Strict):
+    """What a method such as gptq learns from; methods that need none leave it alone."""
+
+    text: str | TrainingSet = TrainingSet(dataset="Salesforce/wikitext", config="wikitext-2-raw-v1")
+    windows: int = Field(128, ge=1)
+    context: int = Field(2048, ge=2)  # cut to what the model can hold
+    seed: int | None = Field(0, ge=0)  # None: the first windows of the text, in order
+
+
+class Quantize(_Strict):
+    method: MethodName = "auto"
+    format: FormatName = "auto"
+    skip: list[str] = []
+    algorithm: dict[str, Any] = {}  # options of the method
+    calibration: Calibrate | None = None  # None: the defaults above, where the method needs any
+    max_fallback_layers: int = Field(0, ge=0)  # where more layers than that fall back to absmax, the job fails
+
+    @field_validator("algorithm")
+    @classmethod
+    def _options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        method = info.data.get("method")  # missing where it was refused itself
+        if value and method == "auto":
+            raise ValueError("these are options of one method, and method is auto: name it, as in method: gptq")
+        if value and method and (problems := list(_misfits(method, value))):
+            raise Several(problems)
+        return value
 
 
 class Speed(_Strict):
@@ -117,7 +165,7 @@ class Run(_Strict):
     name: str = Field(pattern=_NAME)
     models: list[Model] = Field(min_length=1)
     schemes: list[SchemeName] = Field(min_length=1)
-    quantize: Quantize = Quantize()
+    quantize: Quantize = Quantize()  # type: ignore[call-arg]
     eval: Eval = Eval()  # type: ignore[call-arg]
     device: Literal["auto", "cpu", "cuda"] = "auto"
     output: str = "runs"
@@ -128,6 +176,31 @@ class Run(_Strict):
         if len(set(value)) != len(value):
             raise ValueError("a scheme is listed twice")
         return value
+
+    @field_validator("quantize")
+    @classmethod
+    def _fitting(cls, value: Quantize, info: ValidationInfo) -> Quantize:
+        """What is named must be able to make every scheme; what "auto" picks is."""
+        schemes = [name for name in info.data.get("schemes", []) if name != "none"]
+        if (value.method, value.format, value.calibration) == ("auto", "auto", None):
+            return value
+        from .recipe import Recipe
+
+        problems: list[tuple[tuple[str, ...], str]] = []
+        learns = False
+        for name in schemes:
+            try:
+                learns |= Recipe.make(name, value.method, value.format).method.needs_calibration
+            except ConfigError as error:
+                problems.append((("format" if value.method == "auto" else "method",), f"{name}: {error}"))
+        if value.calibration and value.method == "auto" and schemes and not problems and not learns:
+            problems.append((("calibration",), NOTHING_LEARNS))
+        if problems:
+            raise Several(problems)
+        return value
+
+
+_Section = TypeVar("_Section", bound=_Strict)
 
 
 def shipped() -> dict[str, Path]:
@@ -161,7 +234,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Run:
     try:
         run = Run.model_validate(_plain(data))
     except ValidationError as error:
-        problems += _explained(error, data)
+        problems += explained(error, data, Run)
     except RecursionError:
         problems.append("nested too deeply, or an alias that holds itself")
     if problems:
@@ -175,12 +248,44 @@ def load_eval(settings: dict[str, Any]) -> Eval:
     Raises:
         ConfigError: everything that is wrong with it.
     """
+    return _section(Eval, settings, ("eval",))
+
+
+def load_calibration(settings: str | dict[str, Any]) -> Calibrate:
+    """A quantize.calibration section given as plain values, or as its text alone.
+
+    Raises:
+        ConfigError: everything that is wrong with it.
+    """
+    return _section(
+        Calibrate, settings if isinstance(settings, dict) else {"text": settings}, ("quantize", "calibration")
+    )
+
+
+def _section(kind: type[_Section], settings: dict[str, Any], path: tuple[str, ...]) -> _Section:
     try:
-        return Eval.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(
-            f"these settings cannot be used:\n{listing(_explained(error, CommentedMap(), ('eval',)))}"
-        ) from error
+        problems = explained(error, CommentedMap(), Run, path)
+        raise ConfigError(f"these settings cannot be used:\n{listing(problems)}") from error
+
+
+def load_options(assignments: list[str]) -> dict[str, Any]:
+    """Options typed as "key=value", the values in YAML, such as "damping=1e-3".
+
+    Raises:
+        ConfigError: one is no such thing.
+    """
+    options = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        try:
+            options[key] = YAML(typ="safe").load(value)
+        except YAMLError as error:
+            raise ConfigError(f"{assignment}: the value is not YAML") from error
+        if not equals or not key:
+            raise ConfigError(f"{assignment}: expected key=value, such as damping=1e-3")
+    return options
 
 
 def _parse(text: str) -> tuple[CommentedMap | None, list[str]]:
@@ -233,68 +338,3 @@ def _override(data: CommentedMap, override: str) -> list[str]:
     except (ValueError, IndexError, TypeError, KeyError, YAMLError):
         return [f"--set {override}: there is no {key} to set"]
     return []
-
-
-def _fields(path: tuple[int | str, ...]) -> Iterator[str]:
-    """The keys that may stand at a path."""
-    kind: Any = Run
-    for part in path:
-        if isinstance(part, int):
-            continue
-        found = kind.model_fields.get(part) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-        kind = next((m for m in _models(found.annotation) if m), None) if found else None
-    if kind is not None:
-        yield from kind.model_fields
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from _models(argument)
-
-
-def _line(data: Any, path: tuple[int | str, ...]) -> int | None:
-    """The line of the deepest part of a path that stands in the file; None for what --set brought."""
-    line = None
-    for part in path:
-        if (isinstance(data, CommentedMap) and part in data) or (
-            isinstance(data, CommentedSeq) and isinstance(part, int) and part < len(data)
-        ):
-            position = data.lc.data.get(part) if data.lc.data else None
-        else:
-            return line
-        line = position[0] + 1 if position else line
-        data = data[part]
-    return line
-
-
-_UNION_TAGS = {"str", "Dataset", "int", "none"}
-
-
-def _other_branch(item: Any) -> bool:
-    """Of a value that may be a string or a mapping, only what it is not meant to be complains here."""
-    if not any(part in ("str", "Dataset") for part in item["loc"]):
-        return False
-    return item["type"] == ("string_type" if isinstance(item["input"], dict) else "model_type")
-
-
-def _explained(error: ValidationError, data: CommentedMap, root: tuple[str, ...] = ()) -> list[str]:
-    problems = []
-    for item in error.errors():
-        if _other_branch(item):
-            continue
-        path = tuple(part for part in item["loc"] if part not in _UNION_TAGS or part in data)
-        dotted = ".".join(map(str, path))
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "unknown key" + nearest(str(path[-1]), _fields(root + path[:-1]))
-        elif item["type"] == "missing":
-            message = "is missing"
-        elif item["type"] == "model_type":
-            message = f"expected keys and values ({', '.join(_fields(root + path))}), got {item['input']!r}"
-        elif not isinstance(item["input"], dict | list) and repr(item["input"]) not in message:
-            message = f"{message}, got {item['input']!r}"
-        line = _line(data, path)
-        problems.append((line or 0, f"line {line}: {dotted}: {message}" if line else f"{dotted}: {message}"))
-    return [text for _, text in sorted(problems)]

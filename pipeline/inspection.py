@@ -12,7 +12,7 @@ from bitpress.kernels.select import registry as kernels
 
 from .checkpoint import Checkpoint
 from .formats import registry as formats
-from .loading import detect_scheme
+from .layout import detect_scheme
 from .methods import registry as methods
 
 _SCHEMES = ("int4-g128", "int4-g128-asym", "int4-channel", "int8-dynamic", "nf4", "nf4-dq")

@@ -2,7 +2,6 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from bitpress.kernels.qlinear import QExperts, QLinear
 from bitpress.kernels.qtensor import QTensor
-from bitpress.kernels.scheme import Scheme
 
-from .blocks import Names, Target, linear_kind, replace_module, skeleton
+from .blocks import Names, Target, replace_module
 from .checkpoint import Checkpoint
-from .errors import CheckpointError, ConfigError, listing
-from .formats import Format, detect
+from .errors import CheckpointError, ConfigError
+from .layout import check_shape, read_layer, read_layout
 from .source import resolve
 
 MakeLayer = Callable[[Tensor | None], nn.Module]  # of the bias, None for experts
@@ -133,59 +131,20 @@ def replace_layers(model: PreTrainedModel, names: Names, layers: Iterable[tuple[
         model.config._experts_implementation = "eager"  # transformers' other ones want one 3-D tensor
 
 
-def _read_layer(checkpoint: Checkpoint, format: Format, scheme: Scheme, layer: str, device: torch.device) -> QTensor:
-    """One layer's tensors, checked before any kernel sees them."""
-    present = [suffix for suffix in format.suffixes if f"{layer}.{suffix}" in checkpoint.tensors]
-    tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in present}
-    try:
-        qtensor = format.read(scheme, tensors)
-        qtensor.check()
-    except KeyError as error:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {layer}.{error.args[0]} is missing; get the checkpoint again"
-        ) from error
-    except (ValueError, RuntimeError, IndexError) as error:
-        raise CheckpointError(f"{checkpoint.folder}: {layer}: {error}; get the checkpoint again") from error
-    return qtensor.to(device)
-
-
-def detect_scheme(checkpoint: Checkpoint) -> tuple[Format, Scheme]:
-    """What a quantized checkpoint says it is.
-
-    Raises:
-        CheckpointError: nothing that bitpress reads.
-    """
-    config = checkpoint.config["quantization_config"]
-    try:
-        format = detect(config, checkpoint.tensors)
-        return format, format.scheme(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: quantization_config: {error}") from error
-
-
 def _load_quantized(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str, on_step: OnStep
 ) -> PreTrainedModel:
-    format, scheme = detect_scheme(checkpoint)
-    model = skeleton(checkpoint, dtype)
-    names = Names(model)
-    quantized = _quantized_layers(checkpoint, format, model, names)
-    owned = {f"{layer}.{suffix}" for layer in quantized for suffix in format.suffixes}
-    plain = {name: names.target(name) for name in checkpoint.tensors if name not in owned}
-    _check_plain(checkpoint, names, plain, set(quantized))
-    targets = [names.target(f"{layer}.weight") for layer in quantized]
-    experts = {target.parameter for target in targets if target.expert}
-    if missing := names.missing([*plain.values(), *targets]):
-        raise CheckpointError(f"{checkpoint.folder}: weights of the model are missing:\n{listing(missing)}")
-    pieces = {n: t for n, t in plain.items() if t.expert and t.parameter in experts}  # of experts not all quantized
-    _fill(checkpoint, model, names, {n: t for n, t in plain.items() if n not in pieces}, device)
+    layout = read_layout(checkpoint, dtype)
+    model, names, quantized = layout.model, layout.names, layout.quantized
+    experts = {target.parameter for target in quantized.values() if target.expert}
+    pieces = {n: t for n, t in layout.plain.items() if t.expert and t.parameter in experts}  # of experts not all
+    _fill(checkpoint, model, names, {n: t for n, t in layout.plain.items() if n not in pieces}, device)
 
     layers = {t: dense_layer(checkpoint.read(n).to(device, model.dtype)) for n, t in pieces.items()}
-    for number, (layer, target) in enumerate(zip(quantized, targets)):  # all are checked before any is used
+    for number, (layer, target) in enumerate(quantized.items()):  # all are checked before any is used
         on_step(number, len(quantized))
-        _check_fits(model, names, target, layer, checkpoint)
-        qtensor = _read_layer(checkpoint, format, scheme, layer, device)
-        _check_shape(names, model, target, layer, qtensor)
+        qtensor = read_layer(checkpoint, layout.format, layout.scheme, layer).to(device)
+        check_shape(layout, layer, qtensor)
         layers[target] = _maker(qtensor, model.dtype, kernel)
     replace_layers(model, names, _emptied(layers))
     on_step(len(quantized), len(quantized))
@@ -198,43 +157,6 @@ def _emptied(layers: dict[Target, MakeLayer]) -> Iterator[tuple[Target, MakeLaye
         yield layers.popitem()
 
 
-def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: Names) -> list[str]:
-    """Every layer with the format's marker, and every linear layer that has lost it but not the rest."""
-    telling = [f".{suffix}" for suffix in format.suffixes if suffix != "weight"]
-    candidates = dict.fromkeys(
-        name.removesuffix(suffix) for name in checkpoint.tensors for suffix in telling if name.endswith(suffix)
-    )
-    return [
-        layer
-        for layer in candidates
-        if f"{layer}.{format.marker}" in checkpoint.tensors or _is_linear(model, names, names.target(f"{layer}.weight"))
-    ]
-
-
-def _check_plain(checkpoint: Checkpoint, names: Names, plain: dict[str, Target], quantized: set[str]) -> None:
-    """Nothing that quantization left behind is taken for a weight, or left out though it would change the numbers.
-
-    Raises:
-        CheckpointError: integers where the model has floats, or an unknown tensor of a quantized layer.
-    """
-    faults = []
-    for name, target in plain.items():
-        dtype = checkpoint.tensors[name].dtype
-        if names.floating(target) and not dtype.is_floating_point:
-            faults.append(f"{name}: dtype {dtype}, expected floating-point numbers; its scales are missing")
-        owner = next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in quantized), None)
-        if owner and name != f"{owner}.bias":
-            faults.append(f"{name} does not belong to a quantized layer of this format")
-        elif owner and not names.known(target.parameter) and checkpoint.read(name).any():  # AutoGPTQ wrote zeros
-            faults.append(f"{name}: the layer has no bias by config.json, and this one is not zero")
-    if faults:
-        raise CheckpointError(f"{checkpoint.folder} is not a whole quantized checkpoint:\n{listing(faults)}")
-
-
-def _is_linear(model: PreTrainedModel, names: Names, target: Target) -> bool:
-    return names.known(target.parameter) and linear_kind(model, target) is not None
-
-
 def _maker(qtensor: QTensor, dtype: torch.dtype, kernel: str) -> MakeLayer:
     def make(bias: Tensor | None) -> nn.Module:
         try:
@@ -243,21 +165,6 @@ def _maker(qtensor: QTensor, dtype: torch.dtype, kernel: str) -> MakeLayer:
             raise ConfigError(str(error)) from error
 
     return make
-
-
-def _check_fits(model: PreTrainedModel, names: Names, target: Target, layer: str, checkpoint: Checkpoint) -> None:
-    if not _is_linear(model, names, target):
-        raise CheckpointError(f"{checkpoint.folder}: {layer} is no linear layer of the model in config.json")
-
-
-def _check_shape(names: Names, model: PreTrainedModel, target: Target, layer: str, qtensor: QTensor) -> None:
-    expected = names.shape(target)
-    if linear_kind(model, target) == "conv1d" and expected:
-        expected = expected[::-1]
-    if expected != qtensor.shape:
-        raise CheckpointError(
-            f"{layer}: shape {list(qtensor.shape)} in the file, {list(expected or ())} by config.json"
-        )
 
 
 def _fill(
@@ -273,15 +180,16 @@ def _fill(
         if target.expert:
             fused[target.parameter].append((target.expert, name))
         else:
-            _set(model, target.parameter, checkpoint.read(name), device)
+            set_tensor(model, target.parameter, checkpoint.read(name), device)
     for parameter, items in fused.items():
         pieces = items[0][0][2]
         tensors = [checkpoint.read(name) for _, name in sorted(items)]
         rows = [torch.cat(tensors[i : i + pieces]) for i in range(0, len(tensors), pieces)]
-        _set(model, parameter, torch.stack(rows), device)
+        set_tensor(model, parameter, torch.stack(rows), device)
 
 
-def _set(model: PreTrainedModel, parameter: str, tensor: Tensor, device: torch.device) -> None:
+def set_tensor(model: PreTrainedModel, parameter: str, tensor: Tensor, device: torch.device) -> None:
+    """Put a tensor where the model has a parameter or buffer of this name, in the model's dtype."""
     path, _, leaf = parameter.rpartition(".")
     module = model.get_submodule(path)
     tensor = tensor.to(device, model.dtype) if tensor.is_floating_point() else tensor.to(device)

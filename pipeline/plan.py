@@ -51,6 +51,10 @@ class Unit:
     name: str
     entries: list[Entry]
 
+    @property
+    def block(self) -> int | None:
+        return self.entries[0].block
+
 
 @dataclass(frozen=True)
 class Plan:

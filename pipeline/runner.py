@@ -4,22 +4,24 @@ import json
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from . import store
+from .calibration import calibrate
 from .checkpoint import Checkpoint, read_json
-from .config import Model, Run
+from .config import Model, Run, load_calibration
 from .errors import BitpressError
 from .loading import load_tokenizer, pick_device
 from .machine import machine
 from .progress import progress
+from .recipe import MANIFEST, Recipe, check_fingerprint
 from .source import Source, resolve
 from .stages import evaluate, report
-from .stages.quantize import MANIFEST, Recipe, check_fingerprint, quantize
+from .stages.quantize import quantize
 from .text import Text, read_text, tokenize
 from .versions import versions
 
@@ -40,12 +42,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Input:
-    """What all jobs on one model share."""
+    """What all jobs on one model share. recipes: by scheme, the baseline's left out."""
 
     source: Source
     checkpoint: Checkpoint
     text: Text
     probe: Tensor
+    recipes: dict[str, Recipe]
 
 
 def execute(run: Run, command: str, say: Say) -> list[Outcome]:
@@ -98,27 +101,32 @@ def _model_folder(run: Run, model: Model) -> Path:
 def _prepare(run: Run, model: Model) -> _Input:
     """Everything that can be refused before a weight is read."""
     text = read_text(run.eval.text)
-    for scheme in run.schemes:
-        _recipe(run, scheme)
+    recipes = {scheme: _recipe(run, scheme) for scheme in run.schemes if scheme != BASELINE}
     source = resolve(model.id, model.revision)
     source.check_output(_model_folder(run, model))
     checkpoint = Checkpoint(source.folder)
     context = min(run.eval.context, checkpoint.config.get("max_position_embeddings") or run.eval.context)
-    ids = tokenize(load_tokenizer(source.folder), text, context)
-    return _Input(source, checkpoint, text, ids[: min(evaluate.PROBE_TOKENS, context)])
+    tokenizer = load_tokenizer(source.folder)
+    ids = tokenize(tokenizer, text, context)
+    learning = [scheme for scheme, recipe in recipes.items() if recipe.method.needs_calibration]
+    if learning:
+        calibration = calibrate(run.quantize.calibration or load_calibration({}), tokenizer, checkpoint)
+        recipes |= {scheme: replace(recipes[scheme], calibration=calibration) for scheme in learning}
+    return _Input(source, checkpoint, text, ids[: min(evaluate.PROBE_TOKENS, context)], recipes)
 
 
-def _recipe(run: Run, scheme: str) -> Recipe | None:
-    if scheme == BASELINE:
-        return None
-    return Recipe.make(scheme, run.quantize.method, run.quantize.format, run.quantize.skip)
+def _recipe(run: Run, scheme: str) -> Recipe:
+    how = run.quantize
+    return Recipe.make(
+        scheme, how.method, how.format, how.skip, how.algorithm, max_fallback_layers=how.max_fallback_layers
+    )
 
 
 def _job(run: Run, given: _Input, scheme: str, parent: Path, command: str, say: Say) -> dict[str, Any]:
     """One scheme on one model: quantize, check, measure, report; returns the metrics."""
     folder = parent / scheme
     store.make_folder(folder)
-    recipe = _recipe(run, scheme)
+    recipe = given.recipes.get(scheme)
     with store.locked(folder):
         seconds: dict[str, float] = {}
         if recipe:
@@ -154,7 +162,10 @@ def _with_baseline(parent: Path, metrics: dict[str, Any]) -> list[dict[str, Any]
 
 def _quantize(given: _Input, recipe: Recipe, folder: Path, say: Say) -> float:
     start = time.perf_counter()
-    say(f"quantize by {recipe.method.name}, save as {recipe.format.name}")
+    learned = f", calibrated on {recipe.calibration}" if recipe.calibration else ""
+    say(f"quantize by {recipe.method.name}{learned}, save as {recipe.format.name}")
+    if recipe.calibration and recipe.calibration.name == given.text.name:
+        say(f"{given.text.name} is also what is measured, so the figures will flatter: give eval.text another text")
     with progress("quantizing") as step:
         notes = quantize(given.checkpoint, given.source.to_dict(), recipe, folder / "artifact", folder, step)
     for note in notes:

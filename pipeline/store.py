@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import socket
@@ -147,10 +148,25 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         shape = list(tensor.shape)
         header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
+    return write_file(path, itertools.chain([_preamble(header)], (_raw(tensors[name]) for name in names)))
+
+
+def write_rows(
+    path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Iterable[Tensor]
+) -> dict[str, Any]:
+    """A safetensors file of one tensor that comes in parts, along its first dimension, and is never held whole."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    entry = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [0, nbytes]}
+    preamble = _preamble({"__metadata__": {"format": "pt"}, name: entry})
+    written = write_file(path, itertools.chain([preamble], map(_raw, parts)))
+    assert written["bytes"] == len(preamble) + nbytes, "the parts do not add up to the shape"
+    return written
+
+
+def _preamble(header: dict[str, Any]) -> bytes:
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % _HEADER_ALIGNMENT)
-    preamble = struct.pack("<Q", len(encoded)) + encoded
-    return write_file(path, itertools.chain([preamble], (_raw(tensors[name]) for name in names)))
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def publish_folder(temporary: Path, final: Path) -> None:

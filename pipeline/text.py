@@ -1,10 +1,10 @@
-"""Text to measure on, and its tokens."""
+"""Text to measure on or to learn from, and its tokens."""
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,73 +33,113 @@ class Text:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Rows:
+    """One column of a source: documents, or conversations. name: of the source, as reports call it."""
+
+    name: str
+    column: str
+    values: list[Any]
+
+
 def read_text(source: str | Dataset) -> Text:
     """Text from a file (.txt, .md, .jsonl or .parquet with a "text" column), a Hub data set, or Python itself.
 
     Raises:
         ConfigError: no such file or kind. HubError: the data set could not be had. NumericsError: it holds no text.
     """
-    if isinstance(source, Dataset):
-        name = "/".join(filter(None, (source.dataset, source.config, source.split)))
-        content = _joined(_dataset(source), name)
-    elif source == PYDOC_TOPICS:
-        from pydoc_data.topics import topics
+    return join(read_rows(source, (source.column if isinstance(source, Dataset) else "text",)))
 
-        name, content = source, _JOIN.join(topics[key] for key in sorted(topics))
-    else:
-        name, content = Path(source).name, _file(Path(os.path.expanduser(source)))
+
+def join(rows: Rows) -> Text:
+    """Documents as one text.
+
+    Raises:
+        NumericsError: a row that is no text, or nothing but whitespace in all of them.
+    """
+    for number, document in enumerate(rows.values, 1):
+        if not isinstance(document, str):
+            raise NumericsError(f"{rows.name}: row {number} holds {document!r:.40}, expected text")
+    content = _JOIN.join(rows.values)
     if not content.strip():
-        raise NumericsError(f"{name} holds no text; give a file with some")
+        raise NumericsError(f"{rows.name} holds no text; give a file with some")
+    check_unicode(rows.name, content)
+    return Text(rows.name, content)
+
+
+def check_unicode(name: str, content: str) -> None:
+    """Raises NumericsError for half a surrogate pair, which no tokenizer takes."""
     if match := _SURROGATE.search(content):
         raise NumericsError(f"{name}: half a surrogate pair (U+{ord(match[0]):04X}) is no text; mend it first")
-    return Text(name, content)
 
 
-def _file(path: Path) -> str:
+def read_rows(source: str | Dataset, columns: tuple[str, ...]) -> Rows:
+    """A source's rows, of the first of `columns` that it has; a text file is one row of "text".
+
+    Raises:
+        As read_text.
+    """
+    if isinstance(source, Dataset):
+        name = "/".join(filter(None, (source.dataset, source.config, source.split)))
+        return Rows(name, *_dataset(source, columns))
+    if source == PYDOC_TOPICS:
+        from pydoc_data.topics import topics
+
+        return Rows(source, "text", [topics[key] for key in sorted(topics)])
+    return Rows(Path(source).name, *_file(Path(os.path.expanduser(source)), columns))
+
+
+def _first(columns: tuple[str, ...], present: Container[str]) -> str:
+    return next((column for column in columns if column in present), columns[0])
+
+
+def _quoted(columns: tuple[str, ...]) -> str:
+    return " or ".join(f'"{column}"' for column in columns)
+
+
+def _file(path: Path, columns: tuple[str, ...]) -> tuple[str, list[Any]]:
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such text file; give a .txt, .jsonl or .parquet file, or {PYDOC_TOPICS}")
     if path.suffix == ".parquet":
-        return _joined(_parquet(path), str(path))
+        return _parquet(path, columns)
     try:
         content = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise NumericsError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    return _joined(_json_lines(path, content), str(path)) if path.suffix == ".jsonl" else content
+    return _json_lines(path, content, columns) if path.suffix == ".jsonl" else ("text", [content])
 
 
-def _parquet(path: Path) -> list[Any]:
+def _parquet(path: Path, columns: tuple[str, ...]) -> tuple[str, list[Any]]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(f"{path}: parquet needs the pyarrow package; pip install 'bitpress[hub]'") from error
     try:
-        return pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+        column = _first(columns, pyarrow.parquet.read_schema(path).names)
+        return column, pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist()
     except (pyarrow.ArrowException, KeyError, OSError) as error:
-        raise NumericsError(f'{path}: not a parquet file with a column "text": {error}') from error
+        raise NumericsError(f"{path}: not a parquet file with a column {_quoted(columns)}: {error}") from error
 
 
-def _json_lines(path: Path, content: str) -> list[Any]:
-    documents = []
+def _json_lines(path: Path, content: str, columns: tuple[str, ...]) -> tuple[str, list[Any]]:
+    column, values = "", []
     for number, line in enumerate(content.split("\n"), 1):  # splitlines() would also split at U+2028, within strings
+        if not line.strip():
+            continue
         try:
-            documents += [json.loads(line)["text"]] if line.strip() else []
+            row = json.loads(line)
+            column = column or _first(columns, row)
+            values.append(row[column])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise NumericsError(f'{path}, line {number}: expected a JSON object with a "text": {error}') from error
-    return documents
+            wanted = _quoted((column,) if values else columns)
+            raise NumericsError(f"{path}, line {number}: expected a JSON object with a {wanted}: {error}") from error
+    return column or columns[0], values
 
 
-def _joined(documents: Iterable[Any], name: str) -> str:
-    documents = list(documents)
-    for number, document in enumerate(documents, 1):
-        if not isinstance(document, str):
-            raise NumericsError(f"{name}: row {number} holds {document!r:.40}, expected text")
-    return _JOIN.join(documents)
-
-
-def _dataset(source: Dataset) -> list[Any]:
+def _dataset(source: Dataset, columns: tuple[str, ...]) -> tuple[str, list[Any]]:
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
@@ -107,7 +147,8 @@ def _dataset(source: Dataset) -> list[Any]:
         raise ConfigError("a Hub data set needs the datasets package; pip install 'bitpress[hub]'") from error
     try:
         rows = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
-        return list(rows[source.column])
+        column = _first(columns, rows.column_names) if len(columns) > 1 else columns[0]
+        return column, list(rows[column])
     except (DatasetsError, HTTPError, OSError, RuntimeError) as error:
         first = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise HubError(f"data set {source.dataset}: {first}; check name, network and `hf auth login`") from error
@@ -115,13 +156,18 @@ def _dataset(source: Dataset) -> list[Any]:
         raise ConfigError(f"data set {source.dataset}: {error}") from error
 
 
+def encode(tokenizer: Any, text: Text) -> Tensor:
+    """Token ids int64 [n], in one tokenization."""
+    return torch.tensor(tokenizer(text.content, verbose=False)["input_ids"], dtype=torch.int64)
+
+
 def tokenize(tokenizer: Any, text: Text, context: int) -> Tensor:
-    """Token ids int64 [n], in one tokenization.
+    """As encode, and enough to measure on.
 
     Raises:
         NumericsError: it fills no window of `context` tokens.
     """
-    ids = torch.tensor(tokenizer(text.content, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = encode(tokenizer, text)
     if ids.numel() < context:
         raise NumericsError(
             f"{text.name} has {ids.numel()} tokens, at least one window of {context} is needed; "

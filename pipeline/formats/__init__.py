@@ -15,6 +15,8 @@ class Format(Protocol):
 
     name: as configs call it. marker: the suffix of the tensor that every quantized layer has and no other has.
     suffixes: of all tensors that a layer may have, `marker` among them (the bias is not the format's).
+    quant_method, tags: what config.json calls it, `tags` under "checkpoint_format" or "format".
+    holds_order: whether it can say in what order the inputs were quantized (see QTensor.order).
     """
 
     @property
@@ -22,9 +24,13 @@ class Format(Protocol):
     @property
     def quant_method(self) -> str: ...
     @property
+    def tags(self) -> tuple[str, ...]: ...
+    @property
     def marker(self) -> str: ...
     @property
     def suffixes(self) -> tuple[str, ...]: ...
+    @property
+    def holds_order(self) -> bool: ...
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
         """Why a weight [out, in] of this scheme cannot be stored so; [] if it can."""
@@ -57,9 +63,9 @@ def registry() -> dict[str, Format]:
     """Formats by name, in the order in which they are preferred."""
     from .bitsandbytes import BitsAndBytes
     from .compressed_tensors import IntQuantized, PackQuantized
-    from .gptq import GPTQ
+    from .gptq import GPTQ, GPTQv2
 
-    formats: tuple[Format, ...] = (GPTQ(), PackQuantized(), IntQuantized(), BitsAndBytes())
+    formats: tuple[Format, ...] = (GPTQ(), PackQuantized(), IntQuantized(), BitsAndBytes(), GPTQv2())
     return {fmt.name: fmt for fmt in formats}
 
 
@@ -75,9 +81,10 @@ def detect(config: dict[str, Any], names: Iterable[str]) -> Format:
     Raises:
         ValueError: none of ours.
     """
-    method, names = config.get("quant_method"), list(names)
+    method, names = config.get("quant_method", config.get("method")), list(names)  # GPTQModel writes either name
+    tag = config.get("checkpoint_format", config.get("format"))
     candidates = [fmt for fmt in registry().values() if fmt.quant_method == method]
-    declared = [fmt for fmt in candidates if fmt.name in (config.get("format"), method)]
+    declared = [fmt for fmt in candidates if tag in fmt.tags]
     for fmt in [*declared, *candidates]:
         if any(name.endswith(f".{fmt.marker}") for name in names):
             return fmt

@@ -21,6 +21,8 @@ class BitsAndBytes:
 
     name = "bitsandbytes"
     quant_method = "bitsandbytes"
+    tags = ("bitsandbytes",)
+    holds_order = False
     marker = _STATE
     suffixes = (
         "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", _STATE,

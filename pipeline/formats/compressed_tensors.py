@@ -13,7 +13,9 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
 from . import integer_scheme, require
+from .act_order import gather_codes, read_order
 
+ORDER_SUFFIX = "weight_g_idx"
 _VERSION = "0.15.0"  # of the layout: the oldest release whose readers take what is written here
 
 
@@ -59,18 +61,28 @@ def _only_group(config: dict[str, Any]) -> dict[str, Any]:
         group["weights"].get("type") == "int", f"weights of type {group['weights'].get('type')!r} are not supported"
     )
     require(not config.get("transform_config"), "transform_config is not supported")
-    require(group["weights"].get("actorder") in (None, "static", "weight"), "actorder 'group' is not supported")
+    actorder = group["weights"].get("actorder")
+    require(actorder in (None, "static", "weight", "group"), f"actorder {actorder!r} is not supported")
     return group
+
+
+def scattered(config: dict[str, Any]) -> bool:
+    """Whether the members of a group lie scattered, so that every layer must have its ORDER_SUFFIX."""
+    return bool(config.get("config_groups")) and _only_group(config)["weights"].get("actorder") == "group"
 
 
 class PackQuantized:
     """weight_packed int32 [out, ceil(in * bits / 32)], weight_scale [out, groups], weight_shape int64 [2];
-    weight_zero_point int32 [ceil(out * bits / 32), groups] where asymmetric."""
+    weight_zero_point int32 [ceil(out * bits / 32), groups] where asymmetric.
+
+    weight_g_idx int32 [in], where actorder was "group", is read and never written: newer readers know it no more."""
 
     name = "compressed-tensors"
     quant_method = "compressed-tensors"
+    tags = ("pack-quantized",)
     marker = "weight_packed"
-    suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", ORDER_SUFFIX)
+    holds_order = False
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
         if scheme.code != "int" or scheme.activations:
@@ -81,6 +93,7 @@ class PackQuantized:
         return dtype
 
     def write(self, qtensor: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        assert qtensor.order is None, "holds_order says that this format has no place for it"
         tensors = {
             "weight_packed": qtensor.codes,
             "weight_scale": qtensor.scales,
@@ -104,7 +117,13 @@ class PackQuantized:
             require(packed.dtype == torch.int32, f"weight_zero_point has dtype {packed.dtype}, expected torch.int32")
             require(packed.shape == size, f"weight_zero_point has shape {list(packed.shape)}, expected {list(size)}")
             zeros = unpack(packed.t(), scheme.bits, shape[0]).t().contiguous()
-        return QTensor(scheme, (shape[0], shape[1]), tensors["weight_packed"], tensors["weight_scale"], zeros)
+        codes, order = tensors["weight_packed"], None
+        if (g_idx := tensors.get(ORDER_SUFFIX)) is not None:
+            found = list(g_idx.shape)
+            require(found == shape[1:], f"{ORDER_SUFFIX} has shape {found}, expected {shape[1:]}")
+            order = read_order(ORDER_SUFFIX, g_idx, scheme)
+            codes = gather_codes(codes, order, scheme.bits)
+        return QTensor(scheme, (shape[0], shape[1]), codes, tensors["weight_scale"], zeros, order=order)
 
     def quantization_config(self, scheme: Scheme, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:
         return _config("pack-quantized", scheme, None, kept)
@@ -124,6 +143,8 @@ class IntQuantized:
 
     name = "int-quantized"
     quant_method = "compressed-tensors"
+    tags = ("int-quantized",)
+    holds_order = False
     marker = "weight_scale"
     suffixes = ("weight", "weight_scale")
 

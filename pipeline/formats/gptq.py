@@ -1,8 +1,8 @@
-"""GPTQ's format, version 1: the layout that AutoGPTQ began and GPTQModel, vLLM, SGLang and transformers load.
+"""GPTQ's format, versions 1 and 2: the layout that AutoGPTQ began and GPTQModel, vLLM, SGLang and transformers load.
 
 Per layer: qweight int32 [ceil(in * bits / 32), out], codes packed along the inputs; qzeros int32
-[groups, ceil(out * bits / 32)], zero points MINUS ONE packed along the outputs; scales float16 [groups, out];
-g_idx int32 [in], the group of each input feature.
+[groups, ceil(out * bits / 32)], zero points packed along the outputs, in version 1 MINUS ONE; scales float16
+[groups, out]; g_idx int32 [in], the group of each input feature.
 """
 
 from typing import Any
@@ -15,21 +15,31 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
 from . import integer_scheme, require
+from .act_order import gather_codes, read_order, scatter_codes, write_groups
 
 _PER_WORD = 32  # every bit width packs a multiple of 32 codes into whole words
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a word with a 1 in the place of every code
 
 
 class GPTQ:
+    """Version 1; symmetric only, because a stored zero point of -1 runs into its neighbour's bits."""
+
     name = "gptq"
     quant_method = "gptq"
+    tags: tuple[str, ...] = ("gptq",)
     marker = "qweight"
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
+    holds_order = True
+    offset = 1  # what zero points are stored minus
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
         if scheme.code != "int" or scheme.activations:
             return [f"{self.name} holds weight-only integers, not {scheme.name}"]
-        if not scheme.symmetric:
-            return [f"{self.name} version 1 cannot hold a zero point of 0; use format compressed-tensors"]
+        if self.offset and not scheme.symmetric:
+            return [
+                f"{self.name} version 1 cannot hold a zero point of 0; use format compressed-tensors"
+                " or, for runtimes that read it, gptq-v2"
+            ]
         if any(size % _PER_WORD for size in shape):
             return [
                 f"{self.name} needs multiples of {_PER_WORD}, got shape {list(shape)}; use format compressed-tensors"
@@ -40,47 +50,73 @@ class GPTQ:
         return torch.float16
 
     def write(self, qtensor: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        assert not (self.offset and qtensor.zeros is not None), "problems() refuses what would wrap around below"
         out_features, in_features = qtensor.shape
         scheme, groups = qtensor.scheme, qtensor.scales.shape[1]
-        zeros = torch.full((groups, out_features), scheme.middle - 1, dtype=torch.uint8)
+        zeros = torch.full((groups, out_features), scheme.middle, dtype=torch.uint8)
+        if qtensor.zeros is not None:
+            zeros = qtensor.zeros.t()
         return {
-            "qweight": qtensor.codes.t().contiguous(),
-            "qzeros": pack(zeros, scheme.bits),
+            "qweight": scatter_codes(qtensor.codes, qtensor.order, scheme.bits).t().contiguous(),
+            "qzeros": pack(zeros - self.offset, scheme.bits),
             "scales": qtensor.scales.t().contiguous(),
-            "g_idx": torch.arange(in_features, dtype=torch.int32) // (in_features // groups),
+            "g_idx": write_groups(qtensor.order, in_features, groups),
         }
 
     def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
         qweight, qzeros, scales, g_idx = (tensors[suffix] for suffix in self.suffixes)
         ranks = [tensor.dim() for tensor in (qweight, qzeros, scales, g_idx)]
         require(ranks == [2, 2, 2, 1], f"{', '.join(self.suffixes)} have {ranks} dimensions, expected [2, 2, 2, 1]")
-        dtypes = {qzeros.dtype, g_idx.dtype}
-        require(dtypes == {torch.int32}, "qzeros or g_idx is not of dtype torch.int32")
         out_features, in_features = scales.shape[1], g_idx.numel()
-        groups = scheme.groups(in_features)
-        expected = torch.arange(in_features, dtype=torch.int32) // max(in_features // groups, 1) if groups else g_idx
-        require(
-            torch.equal(g_idx, expected), "g_idx is not in order (activation order with groups is not supported yet)"
-        )
+        order = read_order("g_idx", g_idx, scheme)
+        require(qzeros.dtype == torch.int32, f"qzeros has dtype {qzeros.dtype}, expected torch.int32")
         size = (scales.shape[0], words(out_features, scheme.bits))
         require(qzeros.shape == size, f"qzeros has shape {list(qzeros.shape)}, expected {list(size)}")
-        zeros = unpack(qzeros, scheme.bits, out_features)
-        # Some files are tagged version 1 and hold version 2's zeros; a symmetric scheme has one value for all.
+        zeros = None
+        if scheme.symmetric:
+            self.stored_zero(scheme, qzeros, out_features)
+        else:
+            zeros = self._zeros(qzeros, scheme.bits, out_features).t().contiguous()
+        codes = gather_codes(qweight.t().contiguous(), order, scheme.bits)
+        return QTensor(scheme, (out_features, in_features), codes, scales.t().contiguous(), zeros, order=order)
+
+    @staticmethod
+    def stored_zero(scheme: Scheme, qzeros: Tensor, out_features: int) -> int | None:
+        """The one zero point that a symmetric layer stores, whatever version its file claims; None without groups.
+
+        Some files are tagged version 1 and hold version 2's zeros, or the reverse. Symmetric zeros are known, so
+        either is read right.
+
+        Raises:
+            ValueError: they differ, or are neither version's.
+        """
+        found = unpack(qzeros, scheme.bits, out_features).unique().tolist()
+        expected = (scheme.middle - 1, scheme.middle)
         require(
-            bool((zeros == scheme.middle - 1).all()),
-            f"qzeros hold {sorted(set(zeros.flatten().tolist()))[:4]}, expected {scheme.middle - 1} everywhere "
-            f"(symmetric, version 1); {scheme.middle} would be version 2",
+            found in ([], [expected[0]], [expected[1]]),
+            f"qzeros hold {', '.join(map(str, found[:4]))}, expected {expected[0]} (version 1) or {expected[1]} "
+            "(version 2) everywhere, as the scheme is symmetric",
         )
-        return QTensor(scheme, (out_features, in_features), qweight.t().contiguous(), scales.t().contiguous())
+        return found[0] if found else None
+
+    def _zeros(self, qzeros: Tensor, bits: int, out_features: int) -> Tensor:
+        """uint8 [groups, out]. Version 1's writers subtract from whole words, so a borrow is undone by adding to them.
+
+        3-bit codes straddle words; they were subtracted from one by one.
+        """
+        if self.offset and bits in _ONES:
+            qzeros = qzeros + _ONES[bits]
+        zeros = unpack(qzeros, bits, out_features)
+        return (zeros + 1) & 7 if self.offset and bits == 3 else zeros
 
     def quantization_config(self, scheme: Scheme, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:
         inside = [name for name in kept if name != "lm_head"]
         config: dict[str, Any] = {
             "quant_method": "gptq",
-            "checkpoint_format": "gptq",
+            "checkpoint_format": self.tags[0],
             "bits": scheme.bits,
             "group_size": scheme.group_size or -1,
-            "sym": True,
+            "sym": scheme.symmetric,
             "desc_act": False,
             "lm_head": False,
             "pack_dtype": "int32",
@@ -91,8 +127,21 @@ class GPTQ:
         return config
 
     def scheme(self, config: dict[str, Any]) -> Scheme:
-        version = config.get("checkpoint_format", "gptq")
-        require(version == "gptq", f"checkpoint_format {version!r} is not supported yet, only 'gptq'")
-        require(config.get("sym") is True, "asymmetric GPTQ (sym: false) is not supported yet")
+        version = config.get("checkpoint_format", config.get("format", "gptq"))
+        require(version in self.tags, f"checkpoint_format {version!r} is not supported, only 'gptq' and 'gptq_v2'")
+        dynamic = config.get("dynamic") or {}
+        require(isinstance(dynamic, dict), f"dynamic is {dynamic!r}, expected an object")
+        mixed = [pattern for pattern in dynamic if not pattern.startswith("-:")]
+        require(
+            not mixed, f"dynamic gives layers like {', '.join(mixed[:3])} settings of their own, which is not supported"
+        )
         size = config["group_size"]
-        return integer_scheme(config["bits"], None if size == -1 else size, True)
+        return integer_scheme(config["bits"], None if size == -1 else size, config["sym"])
+
+
+class GPTQv2(GPTQ):
+    """Version 2: zero points as they are, so asymmetric layers too."""
+
+    name = "gptq-v2"
+    tags = ("gptq_v2",)
+    offset = 0

@@ -11,6 +11,7 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import nearest
+from .hessian import Hessian
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,18 @@ class Diagnostics:
     """What quantizing one weight did to it.
 
     relative_error: ||W - W'|| / ||W||, Frobenius norms; 0 for a weight of zeros.
+    output_error: ||(W - W') X|| / ||W X|| over the calibration tokens X.
+    tokens: how many of those the layer saw. damping: what its Hessian needed.
+    fallback: why the method could not be used and the weight was rounded by absmax instead.
+    note: what else there is to say.
     """
 
     relative_error: float
+    output_error: float | None = None
+    tokens: int | None = None
+    damping: float | None = None
+    fallback: str | None = None
+    note: str | None = None
 
 
 class Method(Protocol):
@@ -36,8 +46,13 @@ class Method(Protocol):
     def problems(self, scheme: Scheme) -> list[str]:
         """Why the method cannot produce this scheme; [] if it can."""
 
-    def quantize(self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[QTensor, Diagnostics]:
+    def quantize(
+        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, hessian: Hessian | None = None
+    ) -> tuple[QTensor, Diagnostics]:
         """weight [out, in], bfloat16, float16 or float32, finite -> its codes and what they cost.
+
+        Args:
+            hessian: of the layer's inputs, for a method that needs calibration.
 
         Raises:
             ValueError: the values do not fit, such as a scale beyond float16's range.
@@ -47,9 +62,10 @@ class Method(Protocol):
 def registry() -> dict[str, Method]:
     """Methods by name; the first that can produce a scheme is its default."""
     from .absmax import Absmax
+    from .gptq import GPTQ
     from .nf4 import NF4
 
-    return {method.name: method for method in (Absmax(), NF4())}
+    return {method.name: method for method in (Absmax(), NF4(), GPTQ())}
 
 
 def default_method(scheme: Scheme) -> Method:

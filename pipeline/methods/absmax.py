@@ -11,6 +11,7 @@ from bitpress.kernels.scheme import Scheme
 
 from ..threads import map_threads
 from . import Diagnostics
+from .hessian import Hessian
 
 _CHUNK = 1 << 20  # weights that a thread works on at a time: few enough for the cache, enough to outweigh the calls
 
@@ -62,7 +63,9 @@ class Absmax:
     def problems(self, scheme: Scheme) -> list[str]:
         return [] if scheme.code == "int" else [f"absmax produces integer schemes, not {scheme.name}"]
 
-    def quantize(self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[QTensor, Diagnostics]:
+    def quantize(
+        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, hessian: Hessian | None = None
+    ) -> tuple[QTensor, Diagnostics]:
         out_features, in_features = weight.shape
         count = scheme.groups(in_features)
 

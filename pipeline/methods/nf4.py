@@ -8,6 +8,7 @@ from bitpress.kernels.scheme import NF4_BLOCK, Scheme
 
 from ..errors import ConfigError
 from . import Diagnostics
+from .hessian import Hessian
 
 _ZERO_PAIR = 0x77  # two codes of 0.0
 
@@ -20,7 +21,9 @@ class NF4:
     def problems(self, scheme: Scheme) -> list[str]:
         return [] if scheme.code == "nf4" else [f"nf4 produces nf4 and nf4-dq, not {scheme.name}"]
 
-    def quantize(self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[QTensor, Diagnostics]:
+    def quantize(
+        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, hessian: Hessian | None = None
+    ) -> tuple[QTensor, Diagnostics]:
         try:
             from bitsandbytes.functional import quantize_4bit
         except ImportError as error:

@@ -18,13 +18,15 @@ from .. import store, worker
 from ..blocks import Names, Target
 from ..checkpoint import Checkpoint
 from ..config import Eval
-from ..errors import NumericsError
+from ..errors import ConfigError, NumericsError
 from ..loading import dense_layer, kernels_used, load_model, load_tokenizer, pick_device, replace_layers
 from ..machine import machine
 from ..plan import make_plan
 from ..progress import progress
+from ..recipe import Recipe
 from ..text import read_text, tokenize
-from .quantize import Recipe, quantize_entry
+from .calibrated import WITNESS
+from .press import quantize_entry
 
 PROBE_TOKENS = 64
 # How far apart two forwards of the same weights may be, relative to the largest logit: nothing differs but which
@@ -161,20 +163,29 @@ def _sample(model: Any, tokenizer: Any, prompt: str) -> dict[str, str]:
 
 
 def check(checkpoint: Checkpoint, recipe: Recipe, artifact: Path, ids: Tensor, run: dict[str, str]) -> dict[str, Any]:
-    """The artifact, reloaded in a fresh process, against the same quantization done in memory here.
+    """The artifact, reloaded in a fresh process, against the quantized model that was never saved and loaded: the one
+    in which a method that learns did its work, or else the same quantization, done in memory here.
 
     Args:
         run: {"device", "dtype"}.
     """
+    if recipe.calibration:
+        return _compare(artifact, artifact.parent / WITNESS, run)
     expected = artifact.parent / ".expected.safetensors"
     logits = in_memory_logits(checkpoint, recipe, ids, pick_device(run["device"]), run["dtype"])
     store.write_safetensors(expected, {"ids": ids, "logits": logits})
     try:
-        return worker.call(
-            "check", {"artifact": str(artifact.resolve()), "expected": str(expected.resolve()), **run}, artifact.parent
-        )
+        return _compare(artifact, expected, run)
     finally:
         expected.unlink()
+
+
+def _compare(artifact: Path, expected: Path, run: dict[str, str]) -> dict[str, Any]:
+    if not expected.exists():
+        raise ConfigError(f"{expected} is missing, with which the artifact is checked; move {artifact.parent} away")
+    dtype = str(Checkpoint.single(expected).tensors["logits"].dtype).removeprefix("torch.")
+    request = {"artifact": str(artifact.resolve()), "expected": str(expected.resolve()), **run, "dtype": dtype}
+    return worker.call("check", request, artifact.parent)
 
 
 def measure(artifact: Path, baseline: Path | None, settings: Eval, device: str, folder: Path) -> dict[str, Any]:

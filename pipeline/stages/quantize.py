@@ -1,194 +1,23 @@
 """Checkpoint -> artifact, one decoder block at a time; what is finished survives any crash, to the byte."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from bitpress.kernels.qtensor import QTensor
-from bitpress.kernels.scheme import Scheme
-
 from .. import store
-from ..calibration import Calibration
 from ..checkpoint import INDEX, Checkpoint, read_json
-from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, listing, nearest
-from ..formats import Format, default_format
-from ..formats import registry as formats
-from ..methods import Diagnostics, Method, default_method, options_of, with_options
-from ..methods import registry as methods
-from ..plan import Entry, Plan, Unit, make_plan
-from ..versions import versions
+from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, listing
+from ..plan import Plan, Unit, make_plan
+from ..recipe import MANIFEST, Recipe, check_fingerprint, fingerprint
+from .calibrated import CalibratedBlocks
+from .press import press
 
-MANIFEST = "bitpress.json"
-FORMAT_VERSION = 1
-_PIECE = 1 << 22
 OnStep = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to quantize: scheme, method, format, and the layers to keep; names resolved and found compatible.
-
-    calibration: the tokens that the method learns from; None for a method that needs none.
-    """
-
-    scheme: Scheme
-    method: Method
-    format: Format
-    skip: list[str] = field(default_factory=list)
-    calibration: Calibration | None = None
-
-    @staticmethod
-    def make(
-        scheme: str,
-        method: str = "auto",
-        format: str = "auto",
-        skip: list[str] | None = None,
-        algorithm: dict[str, Any] | None = None,
-    ) -> "Recipe":
-        """From names; "auto" is the default method and the most portable format of the scheme.
-
-        Args:
-            algorithm: options of the method, such as {"damping": 1e-3} of gptq.
-
-        Raises:
-            ConfigError: an unknown name, or things that do not go together.
-        """
-        try:
-            parsed = Scheme.parse(scheme)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        for kind, name, known in (("method", method, methods()), ("format", format, formats())):
-            if name != "auto" and name not in known:
-                hint = nearest(name, known) or f"; use auto or one of {', '.join(known)}"
-                raise ConfigError(f"{kind} {name!r} is unknown{hint}")
-        chosen = default_method(parsed) if method == "auto" else methods()[method]
-        try:
-            chosen = with_options(chosen, algorithm or {})
-        except ValueError as error:
-            raise ConfigError(f"algorithm: {error}") from error
-        target = default_format(parsed) if format == "auto" else formats()[format]
-        probe = (1024, 32 * (parsed.group_size or 32))
-        if problems := [*chosen.problems(parsed), *target.problems(parsed, probe)]:
-            raise ConfigError("; ".join(problems))
-        return Recipe(parsed, chosen, target, skip or [])
-
-    def to_dict(self) -> dict[str, Any]:
-        described = {
-            "scheme": self.scheme.name,
-            "method": self.method.name,
-            "method_version": self.method.version,
-            "format": self.format.name,
-            "skip": list(self.skip),
-        }
-        described |= {f"algorithm.{name}": value for name, value in options_of(self.method).items()}
-        if self.calibration:
-            described |= {f"calibration.{name}": value for name, value in self.calibration.to_dict().items()}
-        return described
-
-
-def fingerprint(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Everything that the artifact's bytes depend on, flat: compared field by field when a run is taken up again."""
-    fields: dict[str, Any] = {f"quantize.{key}": value for key, value in recipe.to_dict().items()}
-    fields |= {f"source.{key}": value for key, value in source.items()}
-    fields |= {f"files.{name}": value for name, value in checkpoint.identity().items()}
-    used = ["bitpress", "torch", "transformers", "safetensors"]
-    used += ["bitsandbytes"] if recipe.scheme.code == "nf4" else []
-    fields |= {f"versions.{name}": value for name, value in versions().items() if name in used}
-    return fields | {"format_version": FORMAT_VERSION}
-
-
-def check_fingerprint(path: Path, now: dict[str, Any]) -> None:
-    """Refuse to go on from, or trust, what was made from something else.
-
-    Raises:
-        ConfigError: lists the fields that differ.
-    """
-    then = read_json(path).get("fingerprint", {})
-    differing = [
-        f"{key}: was {then.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key)
-    ]
-    if differing:
-        raise ConfigError(
-            f"{path.parent} was made from something else; choose another output, or move it away:\n{listing(differing)}"
-        )
-
-
-def _finite(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        return
-    pieces = tensor.flatten().split(_PIECE)  # a mask of all of it would take as much memory again
-    if all(torch.isfinite(torch.stack(torch.aminmax(piece))).all() for piece in pieces if piece.numel()):
-        return
-    bad = ~torch.isfinite(tensor)
-    first = [int(i) for i in bad.nonzero()[0]]
-    raise NumericsError(
-        f"{name}: {int(bad.sum())} of {tensor.numel()} values are NaN or infinite, the first at {first}; "
-        "the checkpoint is damaged: get it again"
-    )
-
-
-def quantize_entry(entry: Entry, weight: Tensor, recipe: Recipe, dtype: torch.dtype) -> tuple[QTensor, Diagnostics]:
-    """One weight of the source, as it was read, as a QTensor, and what that cost.
-
-    Raises:
-        NumericsError: NaN or infinite values, or values that the format's scales cannot express.
-    """
-    _finite(entry.info.name, weight)
-    weight = weight.t().contiguous() if entry.kind == "conv1d" else weight
-    try:
-        return recipe.method.quantize(weight, recipe.scheme, recipe.format.scale_dtype(recipe.scheme, dtype))
-    except ValueError as error:
-        raise NumericsError(
-            f"{entry.info.name}: {error}; use format compressed-tensors with a bfloat16 or float32 checkpoint, "
-            "or list it under quantize.skip"
-        ) from error
-
-
-def _layer_report(entry: Entry, qtensor: QTensor, diagnostics: Diagnostics, nbytes: int) -> dict[str, Any]:
-    return {
-        "name": entry.module,
-        "block": entry.block,
-        "shape": list(entry.shape),
-        "bytes": nbytes,
-        **asdict(diagnostics),
-    }
-
-
-def _read_ahead(checkpoint: Checkpoint, unit: Unit, digest: Any) -> Iterator[tuple[Entry, Tensor]]:
-    """Each entry with its tensor; the next one is read, and hashed, while this one is worked on."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(checkpoint.read, unit.entries[0].info.name, digest)
-        for entry, following in zip(unit.entries, [*unit.entries[1:], None]):
-            tensor = ahead.result()
-            if following:
-                ahead = pool.submit(checkpoint.read, following.info.name, digest)
-            yield entry, tensor
-
-
-def _press(checkpoint: Checkpoint, plan: Plan, unit: Unit, recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of one shard, and its line in the journal."""
-    tensors: dict[str, Tensor] = {}
-    layers = []
-    digest = hashlib.sha256()
-    for entry, tensor in _read_ahead(checkpoint, unit, digest):
-        if entry.kind is None:
-            _finite(entry.info.name, tensor)
-            tensors[entry.info.name] = tensor
-            continue
-        qtensor, diagnostics = quantize_entry(entry, tensor, recipe, plan.dtype)
-        written = recipe.format.write(qtensor, plan.dtype)
-        tensors |= {f"{entry.module}.{suffix}": tensor for suffix, tensor in written.items()}
-        nbytes = sum(tensor.nbytes for tensor in written.values())
-        layers.append(_layer_report(entry, qtensor, diagnostics, nbytes))
-    return tensors, {"unit": unit.name, "source_sha256": digest.hexdigest(), "layers": layers}
 
 
 def _shard_name(number: int, total: int) -> str:
@@ -233,6 +62,17 @@ class _Progress:
         """Write a shard and, once it is safe, its line; `line` gains the file's size and hash."""
         line |= store.write_safetensors(self.folder / line["file"], tensors)
         self.journal.append(line)
+
+    def finished_blocks(self, blocks: CalibratedBlocks, files: list[str]) -> int:
+        """How many blocks need not be made again: all up to the last one, if its outputs are there for the next."""
+        count = next((n for n, file in enumerate(files) if not self.committed(file)), len(files))
+        if not 0 < count < len(files):
+            return count
+        path, expected = blocks.state(count), self.done[files[count - 1]]["state"]
+        if path.exists() and store.sha256_file(path) == expected["sha256"]:
+            return count
+        self.notes.append(f"{path.name}, the inputs of block {count}, is not as it was written; all blocks made again")
+        return 0
 
 
 def _check_source(checkpoint: Checkpoint, unit: Unit, line: dict[str, Any]) -> None:
@@ -321,6 +161,7 @@ def quantize(
         raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
     plan = make_plan(checkpoint, recipe.scheme, recipe.format, recipe.skip)
     folder = work / "artifact.tmp"
+    blocks = CalibratedBlocks(checkpoint, plan, recipe, work) if recipe.calibration else None
     _open_run(work, marks)
     store.make_folder(folder)
     progress = _Progress(plan, work, folder)
@@ -328,42 +169,93 @@ def quantize(
     written = sum(line["bytes"] for line in progress.done.values())
     ratio = recipe.scheme.bits / 16 + 0.1
     kept = sum(entry.info.nbytes for entry in plan.entries if not entry.kind)
-    store.preflight(work, max(0, int(kept + (total_bytes - kept) * ratio) - written))
-    lines = _write_units(checkpoint, plan, recipe, progress, on_step)
+    needed = max(0, int(kept + (total_bytes - kept) * ratio) - written) + (blocks.nbytes() if blocks else 0)
+    store.preflight(work, needed)
+    lines = _write_units(_Job(checkpoint, plan, recipe, blocks), progress, on_step)
     _finish(checkpoint, plan, recipe, folder, lines, marks)
     checkpoint.check_unchanged()
     store.publish_folder(folder, out)
-    return progress.notes
+    if blocks:
+        blocks.clear()
+    return [*progress.notes, *_remarks(lines)]
 
 
-def _write_units(
-    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, progress: _Progress, on_step: OnStep
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Job:
+    """What is to be done. blocks: for a method that learns, which takes the decoder's blocks one after the other."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    recipe: Recipe
+    blocks: CalibratedBlocks | None
+
+    def press(self, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if self.blocks and unit.block is not None:
+            return self.blocks.press(unit)
+        return press(self.checkpoint, self.plan, unit, self.recipe)
+
+    def finished(self, progress: _Progress) -> set[str]:
+        """The files that need not be made again."""
+        files = {_shard_name(n, len(self.plan.units)): unit.block for n, unit in enumerate(self.plan.units)}
+        if self.blocks is None:
+            return {file for file in files if progress.committed(file)}
+        inside = [file for file, block in files.items() if block is not None]
+        outside = {file for file, block in files.items() if block is None and progress.committed(file)}
+        return outside | set(inside[: progress.finished_blocks(self.blocks, inside)])
+
+    def commit(self, progress: _Progress, unit: Unit, line: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        progress.commit(line, tensors)
+        if self.blocks and unit.block is not None:
+            self.blocks.committed(unit.block)
+
+
+def _write_units(job: _Job, progress: _Progress, on_step: OnStep) -> list[dict[str, Any]]:
     """Every unit's shard, but for those that are there; the journal's lines in the units' order.
 
     A shard is written, synced and journaled by a thread while the next one is made, one at a time and in order.
     """
     lines: dict[str, dict[str, Any]] = {}
-    total = len(plan.units)
+    finished, total = job.finished(progress), len(job.plan.units)
     with ThreadPoolExecutor(1) as writer:
         pending: Future[None] | None = None
-        for number, unit in enumerate(plan.units):
+        for number, unit in enumerate(job.plan.units):
             on_step(number, total)
             file = _shard_name(number, total)
-            if progress.committed(file):
+            if file in finished:
                 lines[file] = progress.done[file]
-                _check_source(checkpoint, unit, lines[file])
+                _check_source(job.checkpoint, unit, lines[file])
                 continue
-            tensors, line = _press(checkpoint, plan, unit, recipe)
+            tensors, line = job.press(unit)
             if pending:
                 pending.result()
             lines[file] = line | {"file": file}
-            pending = writer.submit(progress.commit, lines[file], tensors)
+            pending = writer.submit(job.commit, progress, unit, lines[file], tensors)
             del tensors  # the writer's alone, which lets go of them
+            _check_fallbacks(lines.values(), job.recipe.max_fallback_layers)
         if pending:
             pending.result()
     on_step(total, total)
     return [lines[file] for file in sorted(lines)]
+
+
+def _layers(lines: Iterable[dict[str, Any]], mark: str) -> list[str]:
+    """A sentence for each layer whose report has a mark."""
+    return [f"{layer['name']}: {layer[mark]}" for line in lines for layer in line["layers"] if mark in layer]
+
+
+def _check_fallbacks(lines: Iterable[dict[str, Any]], most: int) -> None:
+    if len(fallen := _layers(lines, "fallback")) > most:
+        raise NumericsError(
+            f"{len(fallen)} layers fell back to absmax, max_fallback_layers is {most}; give more or other calibration "
+            f"text, keep them by quantize.skip, or raise max_fallback_layers to go on:\n{listing(fallen)}"
+        )
+
+
+def _remarks(lines: list[dict[str, Any]]) -> list[str]:
+    """What the user should know of layers that were not quantized as asked."""
+    fallen, noted = _layers(lines, "fallback"), _layers(lines, "note")
+    remarks = [f"{len(fallen)} layers fell back to absmax:\n{listing(fallen)}"] if fallen else []
+    return remarks + ([f"{len(noted)} layers are special:\n{listing(noted)}"] if noted else [])
 
 
 def _finish(

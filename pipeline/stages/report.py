@@ -10,10 +10,10 @@ from .. import store
 from ..blocks import Names, skeleton
 from ..checkpoint import Checkpoint, read_json
 from ..config import Run
+from ..recipe import MANIFEST, Recipe
 from ..source import Source
 from ..text import Text
 from ..versions import versions
-from .quantize import MANIFEST, Recipe
 
 FORMAT_VERSION = 1
 NO_COVERAGE: dict[str, Any] = {"decoder_bytes": 0, "quantized_bytes": 0, "share": 0.0, "layers": [], "kept": []}

@@ -30,7 +30,8 @@ def one_by_one(q: QTensor) -> Tensor:
                 code = int(unpack(q.codes, q.scheme.bits, in_features)[row, column])
                 group = column // q.scheme.group_size if q.scheme.group_size else 0
                 zero = q.scheme.middle if q.zeros is None else int(q.zeros[row, group])
-                weight[row, column] = float(q.scales[row, group]) * (code - zero)
+                place = column if q.order is None else int(q.order[column])
+                weight[row, place] = float(q.scales[row, group]) * (code - zero)
     return weight
 
 
@@ -57,6 +58,17 @@ def test_dequantize_is_what_the_docstring_says(make_qtensor: Make, name: str, sh
     assert torch.equal(q.dequantize(torch.bfloat16), q.dequantize().to(torch.bfloat16))
 
 
+@pytest.mark.parametrize(("name", "in_features"), [("int3-g32-asym", 96), ("int4-g32", 64), ("int8-channel", 31)])
+def test_an_order_is_undone(make_qtensor: Make, generator: torch.Generator, name: str, in_features: int) -> None:
+    q = make_qtensor(name, 3, in_features)
+    q = replace(q, order=torch.randperm(in_features, generator=generator).to(torch.int32))
+    q.check()
+    torch.testing.assert_close(q.dequantize().double(), one_by_one(q), rtol=2**-22, atol=2**-22)  # float32's rounding
+    assert torch.equal(q.dequantize()[:, q.order], replace(q, order=None).dequantize())
+    assert q.nbytes == replace(q, order=None).nbytes + 4 * in_features
+    assert q.to("meta").order.device.type == "meta"  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_scale_dtypes(make_qtensor: Make, dtype: torch.dtype) -> None:
     q = make_qtensor("int4-g32", 3, 64, dtype)
@@ -80,6 +92,18 @@ def with_nan(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def ordered(*changes: tuple[int, int], dtype: torch.dtype = torch.int32) -> Callable[[QTensor], QTensor]:
+    """With the order of the inputs as they are, but for some entries."""
+
+    def spoil(q: QTensor) -> QTensor:
+        order = torch.arange(q.shape[1], dtype=dtype)
+        for place, value in changes:
+            order[place] = value
+        return replace(q, order=order)
+
+    return spoil
+
+
 INT_FAULTS: dict[str, tuple[Callable[[QTensor], QTensor], str]] = {
     "codes shape": (lambda q: replace(q, codes=q.codes[:, :-1]), r"codes has shape \[4, 7\], expected \[4, 8\]"),
     "codes dtype": (lambda q: replace(q, codes=q.codes.long()), "codes has dtype torch.int64, expected torch.int32"),
@@ -99,6 +123,15 @@ INT_FAULTS: dict[str, tuple[Callable[[QTensor], QTensor], str]] = {
     "zeros extra": (
         lambda q: replace(q, scheme=replace(q.scheme, symmetric=True)),
         "zeros does not belong to scheme int4-g32",
+    ),
+    "order twice": (ordered((3, 4)), "order is no permutation: 1 of 64 inputs are there more than once"),
+    "order range": (ordered((63, 64)), r"order holds 64, which is out of range 0\.\.63"),
+    "order negative": (ordered((0, -1)), "order holds -1, which is out of range"),
+    "order dtype": (ordered(dtype=torch.int64), "order has dtype torch.int64, expected torch.int32"),
+    "order shape": (lambda q: replace(q, order=torch.arange(32, dtype=torch.int32)), r"order has shape \[32\]"),
+    "order rank": (
+        lambda q: replace(q, order=torch.arange(64, dtype=torch.int32).view(1, -1)),
+        r"order has shape \[1, 64\], expected \[64\]",
     ),
     "shape": (lambda q: replace(q, shape=(5, 64)), r"expected \[5, 8\]"),
     "empty": (lambda q: replace(q, shape=(0, 64)), "is empty"),
@@ -139,6 +172,7 @@ NF4_FAULTS: dict[str, tuple[Callable[[QTensor], QTensor], str]] = {
         "nested.codebook has shape",
     ),
     "zeros extra": (lambda q: replace(q, zeros=torch.zeros(4, 1, dtype=torch.uint8)), "zeros does not belong"),
+    "order extra": (ordered(), "order does not belong to scheme nf4-dq"),
 }
 
 

@@ -4,14 +4,18 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from bitpress.pipeline.api import load, quantize
 from bitpress.pipeline.checkpoint import read_json
 from bitpress.pipeline.errors import BitpressError, CheckpointError
+from bitpress.pipeline.methods import registry
+from bitpress.pipeline.methods.absmax import Absmax
 
 Refused = Callable[..., str]
 
@@ -25,6 +29,27 @@ def one_thread() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(was)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A method that needs calibration and has options."""
+
+    name: ClassVar[str] = "student"
+    version: ClassVar[int] = 1
+    needs_calibration: ClassVar[bool] = True
+    damping: float = Field(0.01, gt=0)
+    order: Literal["plain", "activation"] = "plain"
+
+    problems = Absmax.problems
+    quantize = Absmax.quantize
+
+
+@pytest.fixture
+def student(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method "student" is registered."""
+    for name in ("bitpress.pipeline.methods.registry", "bitpress.pipeline.recipe.methods"):
+        monkeypatch.setattr(name, lambda: {**registry(), "student": Student()})
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from bitpress.pipeline.api import quantize
 from bitpress.pipeline.checkpoint import INDEX, Checkpoint, read_json
 from bitpress.pipeline.errors import CheckpointError, ConfigError
 from bitpress.pipeline.loading import load_model
+from bitpress.pipeline.recipe import Recipe
 from bitpress.pipeline.stages.evaluate import in_memory_logits
-from bitpress.pipeline.stages.quantize import Recipe
 
 SMALL = {
     "vocab_size": 96,

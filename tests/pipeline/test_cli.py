@@ -179,6 +179,45 @@ class TestOptions:
         assert "Traceback" not in found.err
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.usefixtures("student")
+    @pytest.mark.parametrize(
+        ("arguments", "code", "said"),
+        [
+            (["--algorithm", "dampin=1"], 2, "student has no option 'dampin'; did you mean damping?"),
+            (["--algorithm", "damping=0"], 2, "algorithm: damping: Input should be greater than 0, got 0"),
+            (["--algorithm", "damping"], 2, "damping: expected key=value, such as damping=1e-3"),
+            (["--calibration", "gone.txt"], 2, "gone.txt: no such text file"),
+            (["--windows", 0], 2, "windows: Input should be greater than or equal to 1, got 0"),
+            (["--context", 1], 2, "context: Input should be greater than or equal to 2, got 1"),
+            (["--seed", "x"], 2, "seed: Input should be a valid integer, got 'x'"),
+            (["--max-fallback-layers", -1], 2, "max-fallback-layers"),
+            (["--calibration", __file__, "--context", 64, "--windows", 9999], 4, "calibration needs 639936"),
+            (["--calibration", "a.txt", "--method", "auto"], 2, "method auto learns from no text"),
+        ],
+    )
+    def test_quantize_refuses_what_there_is_to_learn(
+        self, bitpress: Bitpress, tiny_llama: Path, tmp_path: Path, arguments: list[Any], code: int, said: str
+    ):
+        found = bitpress("quantize", tiny_llama, "-o", tmp_path / "out", "--method", "student", *arguments)
+        assert found.code == code
+        assert said in found.err
+        assert "Traceback" not in found.err
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.usefixtures("student")
+    def test_quantize_passes_on_what_was_typed(
+        self, bitpress: Bitpress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        given: list[Any] = []
+        monkeypatch.setattr("bitpress.pipeline.api.quantize", lambda *arguments: given.extend(arguments) or [])
+        options = ["--calibration", "a.txt", "--windows", 3, "--context", 64, "--seed", "null"]
+        options += ["--algorithm", "damping=1e-3", "--algorithm", "order=plain", "--max-fallback-layers", 2]
+        assert bitpress("quantize", "model", "-o", tmp_path, "--method", "student", *options).code == 0
+        recipe, calibration = given[4:6]
+        assert recipe["algorithm"] == {"damping": 1e-3, "order": "plain"}
+        assert (recipe["method"], recipe["max_fallback_layers"]) == ("student", 2)
+        assert calibration == {"text": "a.txt", "windows": 3, "context": 64, "seed": None}
+
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [

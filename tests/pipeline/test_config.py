@@ -9,7 +9,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bitpress.pipeline.config import Dataset, Run, load_config, load_eval, shipped
+from bitpress.pipeline.config import (
+    Dataset,
+    Run,
+    TrainingSet,
+    load_calibration,
+    load_config,
+    load_eval,
+    load_options,
+    shipped,
+)
 from bitpress.pipeline.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -255,6 +264,132 @@ def test_eval_settings_by_themselves():
     assert load_eval({"windows": 3}).windows == 3
     with pytest.raises(ConfigError, match=re.escape("windws: unknown key; did you mean windows?")):
         load_eval({"windws": 3})
+
+
+class TestCalibration:
+    """quantize.calibration, quantize.algorithm and what goes with them; the method `student` has two options."""
+
+    def with_section(self, folder: Path, section: str, schemes: str = "[int4-g128]") -> Path:
+        old = 'quantize:\n  skip: ["*.down_proj"]'
+        assert old in GOOD
+        return write(folder, GOOD.replace(old, f"quantize:\n{section}").replace("[int4-g128]", schemes))
+
+    def test_defaults(self, tmp_path: Path):
+        found = load_config(write(tmp_path, GOOD)).quantize
+        assert (found.algorithm, found.calibration, found.max_fallback_layers) == ({}, None, 0)
+        text = TrainingSet(dataset="Salesforce/wikitext", config="wikitext-2-raw-v1", split="train")
+        chosen = load_calibration({})
+        assert (chosen.text, chosen.windows, chosen.context, chosen.seed) == (text, 128, 2048, 0)
+
+    @pytest.mark.usefixtures("student")
+    def test_good_one(self, tmp_path: Path):
+        section = """\
+  method: student
+  algorithm: {damping: 1e-3, order: activation}
+  max_fallback_layers: 2
+  calibration: {text: {dataset: org/chat, column: messages}, windows: 64, context: 512, seed: null}"""
+        found = load_config(self.with_section(tmp_path, section)).quantize
+        assert (found.algorithm, found.max_fallback_layers) == ({"damping": 1e-3, "order": "activation"}, 2)
+        assert found.calibration is not None
+        assert found.calibration.text == TrainingSet(dataset="org/chat", split="train", column="messages")
+        assert (found.calibration.windows, found.calibration.context, found.calibration.seed) == (64, 512, None)
+
+    @pytest.mark.usefixtures("student")
+    @pytest.mark.parametrize(
+        ("section", "line", "said"),
+        [
+            ("  calibration: {windws: 1}", 6, "quantize.calibration.windws: unknown key; did you mean windows?"),
+            (
+                "  calibration:\n    windows: 0",
+                7,
+                "quantize.calibration.windows: Input should be greater than or equal",
+            ),
+            ("  calibration: {context: 1}", 6, "quantize.calibration.context: Input should be greater than or equal"),
+            ("  calibration: {seed: -1}", 6, "quantize.calibration.seed: Input should be greater than or equal to 0"),
+            ("  calibration: {seed: x}", 6, "quantize.calibration.seed: Input should be a valid integer, got 'x'"),
+            ("  calibration: {text: 5}", 6, "quantize.calibration.text: Input should be a valid string, got 5"),
+            ("  calibration: {text: {dataset: a, colum: b}}", 6, "text.colum: unknown key; did you mean column?"),
+            (
+                "  calibration: a.txt",
+                6,
+                "quantize.calibration: expected keys and values (text, windows, context, seed)",
+            ),
+            (
+                "  max_fallback_layers: -1",
+                6,
+                "quantize.max_fallback_layers: Input should be greater than or equal to 0",
+            ),
+            ("  max_fallback_layer: 1", 6, "unknown key; did you mean max_fallback_layers?"),
+            ("  algorithm: {damping: 1}", 6, "quantize.algorithm: these are options of one method, and method is auto"),
+            ("  algorithm: 5", 6, "quantize.algorithm: Input should be a valid dictionary, got 5"),
+            (
+                "  method: student\n  algorithm:\n    order: plain\n    dampin: 1",
+                9,
+                "quantize.algorithm.dampin: student has no option 'dampin'; did you mean damping?",
+            ),
+            (
+                "  method: student\n  algorithm:\n    damping: 0",
+                8,
+                "quantize.algorithm.damping: Input should be greater than 0, got 0",
+            ),
+            ("  method: absmax\n  algorithm: {a: 1}", 7, "algorithm.a: absmax has no option 'a'; it has none"),
+            ("  calibration: {text: a.txt}", 6, "quantize.calibration: method auto learns from no text: name a method"),
+        ],
+    )
+    def test_one_fault(self, tmp_path: Path, section: str, line: int, said: str):
+        lines = refused(self.with_section(tmp_path, section))
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(f"line {line}: "), lines
+        assert said in lines[0], lines
+
+    @pytest.mark.usefixtures("student")
+    def test_with_all_the_others(self, tmp_path: Path):
+        section = """\
+  method: student
+  algorithm: {damping: -1, ordr: plain}
+  max_fallback_layers: x
+  calibration: {windows: 0}"""
+        path = self.with_section(tmp_path, section, "[int4-g128, nf5]")
+        starts = [
+            "line 4: schemes.1: 'nf5' is not a scheme",
+            "line 7: quantize.algorithm.damping: Input should be greater than 0, got -1",
+            "line 7: quantize.algorithm.ordr: student has no option 'ordr'; did you mean order?",
+            "line 8: quantize.max_fallback_layers: Input should be a valid integer, got 'x'",
+            "line 9: quantize.calibration.windows: Input should be greater than or equal to 1, got 0",
+        ]
+        lines = refused(path)
+        assert len(lines) == len(starts), lines
+        assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), lines
+
+    @pytest.mark.usefixtures("student")
+    def test_a_method_that_cannot_make_a_scheme(self, tmp_path: Path):
+        path = self.with_section(tmp_path, "  method: student", "[int4-g128, none, nf4]")
+        [line] = refused(path, ["eval.windows=3"])
+        assert line.startswith("line 6: quantize.method: nf4: "), line
+
+    def test_a_format_that_cannot_hold_a_scheme(self, tmp_path: Path):
+        [line] = refused(self.with_section(tmp_path, "  format: gptq", "[int4-g128, nf4]"))
+        assert line.startswith("line 6: quantize.format: nf4: "), line
+
+    def test_a_named_method_without_need_of_calibration_ignores_it(self, tmp_path: Path):
+        """So that `--set quantize.method=absmax` is all that a comparison takes."""
+        section = "  method: auto\n  calibration: {text: a.txt}"
+        assert load_config(self.with_section(tmp_path, section), ["quantize.method=absmax"])
+
+    def test_by_itself(self):
+        assert load_calibration("a.txt").text == "a.txt"
+        assert load_calibration({"seed": None}).seed is None
+        with pytest.raises(ConfigError, match=re.escape("windws: unknown key; did you mean windows?")):
+            load_calibration({"windws": 3})
+
+    def test_options(self):
+        found = load_options(["damping=1e-3", "order=plain", "on=true", "name=a=b", "none="])
+        assert found == {"damping": 1e-3, "order": "plain", "on": True, "name": "a=b", "none": None}
+        for wrong in ("damping", "=1", ""):
+            with pytest.raises(ConfigError, match=re.escape(f"{wrong}: expected key=value, such as damping=1e-3")):
+                load_options([wrong])
+        with pytest.raises(ConfigError, match=re.escape("a=[: the value is not YAML")):
+            load_options(["a=["])
 
 
 @pytest.mark.parametrize("text", ["models: &a [*a]", "models: &a {id: *a}", "name: &a [*a]"])

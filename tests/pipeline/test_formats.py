@@ -71,15 +71,19 @@ def stream(words: Iterable[int], bits: int) -> list[int]:
     return [(whole >> (bits * j)) & (2**bits - 1) for j in range(32 * len(words) // bits)]
 
 
-def read_gptq(stored: Stored, scheme: Scheme) -> np.ndarray:
+def read_gptq(stored: Stored, scheme: Scheme, minus: int = 1) -> np.ndarray:
     scales, g_idx = stored["scales"].float().numpy(), stored["g_idx"].tolist()
     columns = [stream(column, scheme.bits) for column in stored["qweight"].t().tolist()]
     zeros = [stream(row, scheme.bits) for row in stored["qzeros"].tolist()]
     weight = np.zeros((scales.shape[1], len(g_idx)), np.float32)
     for n, k in np.ndindex(*weight.shape):
         group = g_idx[k]
-        weight[n, k] = scales[group, n] * np.float32(columns[n][k] - (zeros[group][n] + 1))
+        weight[n, k] = scales[group, n] * np.float32(columns[n][k] - (zeros[group][n] + minus))
     return weight
+
+
+def read_gptq_v2(stored: Stored, scheme: Scheme) -> np.ndarray:
+    return read_gptq(stored, scheme, 0)
 
 
 def read_packed(stored: Stored, scheme: Scheme) -> np.ndarray:
@@ -90,8 +94,11 @@ def read_packed(stored: Stored, scheme: Scheme) -> np.ndarray:
     if "weight_zero_point" in stored:
         zeros = [stream(column, scheme.bits) for column in stored["weight_zero_point"].t().tolist()]
     weight = np.zeros((rows, columns), np.float32)
+    groups = [k // (columns // scales.shape[1]) for k in range(columns)]
+    if "weight_g_idx" in stored:
+        groups = stored["weight_g_idx"].tolist()
     for n, k in np.ndindex(rows, columns):
-        group = k // (columns // scales.shape[1])
+        group = groups[k]
         weight[n, k] = scales[n, group] * np.float32((codes[n][k] - offset) - (zeros[group][n] - offset))
     return weight
 
@@ -121,6 +128,7 @@ def read_nf4(stored: Stored, scheme: Scheme) -> np.ndarray:
 
 READERS: dict[str, Callable[[Stored, Scheme], np.ndarray]] = {
     "gptq": read_gptq,
+    "gptq-v2": read_gptq_v2,
     "compressed-tensors": read_packed,
     "int-quantized": read_int8,
     "bitsandbytes": read_nf4,
@@ -168,7 +176,7 @@ class TestEveryFormat:
         _, stored = written(format, scheme, SHAPE, torch.bfloat16)
         assert detect(config, [f"model.layers.0.q_proj.{suffix}" for suffix in stored]).name == format.name
         every = [*KEPT, "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate"]
-        always = {"lm_head"} if format.name == "gptq" else set()  # its readers leave the head alone unasked
+        always = {"lm_head"} if format.quant_method == "gptq" else set()  # its readers leave the head alone unasked
         assert told_to_keep(config, every) == set(kept) | always
 
 
@@ -211,7 +219,75 @@ class TestGPTQ:
     def test_shapes_and_zero_points_that_it_cannot_hold(self) -> None:
         gptq = registry()["gptq"]
         assert "multiples of 32" in gptq.problems(Scheme.parse("int4-channel"), (33, 64))[0]
+        assert "multiples of 32" in registry()["gptq-v2"].problems(Scheme.parse("int4-channel"), (33, 64))[0]
         assert "zero point of 0" in gptq.problems(Scheme.parse("int4-g32-asym"), SHAPE)[0]
+
+    def test_version_2_is_no_default(self) -> None:
+        assert default_format(Scheme.parse("int4-g32")).name == "gptq"
+        assert default_format(Scheme.parse("int4-g32-asym")).name == "compressed-tensors"
+
+    @pytest.mark.parametrize(("bits", "word"), [(2, 0xAAAAAAAA), (4, 0x88888888), (8, 0x80808080)])
+    def test_zero_points_of_version_2_are_stored_as_they_are(self, bits: int, word: int) -> None:
+        _, stored = written(registry()["gptq-v2"], Scheme("int", bits, 32), SHAPE, torch.float16)
+        assert {value & 0xFFFFFFFF for value in stored["qzeros"].flatten().tolist()} == {word}
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    def test_symmetric_files_under_the_other_version_s_tag_are_read_right(self, bits: int) -> None:
+        first, second = registry()["gptq"], registry()["gptq-v2"]
+        for writer, reader in ((first, second), (second, first)):
+            q, stored = written(writer, Scheme("int", bits, 32), SHAPE, torch.float16)
+            assert_same(reader.read(q.scheme, stored), q)
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    def test_asymmetric_version_1_whose_zero_points_borrow_from_their_neighbours(self, bits: int) -> None:
+        """Its writers take version 2's words as numbers and subtract a 1 in the place of every code; 3-bit codes
+        straddle words, and are subtracted from one by one."""
+        q, _ = written(registry()["gptq-v2"], Scheme("int", bits, 32, symmetric=False), SHAPE, torch.float16)
+        assert q.zeros is not None
+        q.zeros[::3] = 0  # where the borrow comes from
+        stored = registry()["gptq-v2"].write(q, torch.float16)
+        ones = sum(1 << place for place in range(0, 32, bits))
+        rows = stored["qzeros"].tolist()
+        if bits == 3:
+            codes = torch.tensor([[(code - 1) & 7 for code in stream(row, 3)] for row in rows], dtype=torch.uint8)
+            stored["qzeros"] = pack(codes, 3)
+        else:
+            less = [[((word & 0xFFFFFFFF) - ones) % 2**32 for word in row] for row in rows]
+            stored["qzeros"] = torch.tensor(less).to(torch.int32)
+        assert_same(registry()["gptq"].read(q.scheme, stored), q)
+
+    def config(self, **changes: Any) -> dict[str, Any]:
+        return registry()["gptq"].quantization_config(Scheme.parse("int4-g128"), [], torch.float16) | changes
+
+    def test_gptqmodel_s_other_names(self) -> None:
+        config = self.config(method="gptq", format="gptq_v2")
+        del config["quant_method"], config["checkpoint_format"]
+        found = detect(config, ["a.qweight"])
+        assert found.name == "gptq-v2"
+        assert found.scheme(config) == Scheme.parse("int4-g128")
+
+    def test_layers_left_alone_are_fine_and_layers_with_settings_of_their_own_are_refused(self) -> None:
+        gptq = registry()["gptq"]
+        assert gptq.scheme(self.config(dynamic={"-:^lm_head$": {}})) == Scheme.parse("int4-g128")
+        assert gptq.scheme(self.config(dynamic=None)) == Scheme.parse("int4-g128")
+        for pattern in (r"+:.*\.down_proj", r".*\.down_proj"):
+            with pytest.raises(ValueError, match=r"dynamic gives layers like \+?:?\.\*"):
+                gptq.scheme(self.config(dynamic={"-:^lm_head$": {}, pattern: {"bits": 8}}))
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported"),
+            ({"checkpoint_format": ["gptq"]}, "checkpoint_format"),
+            ({"sym": None}, "symmetric is None"),
+            ({"bits": "4"}, "bits is '4'"),
+            ({"dynamic": ["x"]}, "dynamic is"),
+        ],
+    )
+    def test_configs_that_are_not_read(self, change: dict[str, Any], said: str) -> None:
+        config = self.config(**change)
+        with pytest.raises(ValueError, match=said):
+            detect(config, ["a.qweight"]).scheme(config)
 
 
 class TestCompressedTensors:
@@ -257,7 +333,7 @@ class TestCompressedTensors:
             ({"group_size": 0}, "group_size 0"),
             ({"symmetric": "yes"}, "symmetric is 'yes'"),
             ({"strategy": "tensor"}, "strategy 'tensor'"),
-            ({"actorder": "group"}, "actorder 'group'"),
+            ({"actorder": "shuffled"}, "actorder 'shuffled'"),
             ({"type": "float"}, "type 'float'"),
         ],
     )

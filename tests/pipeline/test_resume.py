@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitpress.pipeline import cli, store
+from bitpress.pipeline import cli, recipe, store
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.errors import BitpressError, CheckpointError, ConfigError, DiskError
 from bitpress.pipeline.stages import quantize as stage
@@ -155,8 +155,8 @@ class TestKilled:
     def test_what_was_committed_is_not_made_again(self, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
         broken_after(source, out, 2)
         made: list[str] = []
-        original = stage._press
-        monkeypatch.setattr(stage, "_press", lambda *a: made.append(a[2].name) or original(*a))
+        original = stage.press
+        monkeypatch.setattr(stage, "press", lambda *a: made.append(a[2].name) or original(*a))
         quantize(source, SCHEME, out)
         assert made == ["block 1"]
 
@@ -292,8 +292,8 @@ class TestChanged:
     @pytest.mark.parametrize("package", ["torch", "bitpress", "transformers"])
     def test_versions(self, source: Path, out: Path, package: str, monkeypatch: pytest.MonkeyPatch):
         broken_after(source, out, 1)
-        now = stage.versions()
-        monkeypatch.setattr(stage, "versions", lambda: {**now, package: "99.0"})
+        now = recipe.versions()
+        monkeypatch.setattr(recipe, "versions", lambda: {**now, package: "99.0"})
         with pytest.raises(ConfigError, match=rf"versions\.{package}: was .*, is '99\.0'"):
             quantize(source, SCHEME, out)
 

@@ -72,12 +72,13 @@ GPTQ: list[Fault] = [
     ("qzeros: a word more", replaced("qzeros", lambda t: torch.cat([t, t], 1)), "qzeros has shape"),
     ("qzeros: scalar", replaced("qzeros", lambda t: t[0, 0]), "dimensions"),
     ("qzeros: int64", replaced("qzeros", lambda t: t.long()), "dtype"),
-    ("qzeros: of version 2", replaced("qzeros", lambda t: t + 0x11111111), "would be version 2"),
+    ("qzeros: of no version", replaced("qzeros", lambda t: t - 0x11111111), "qzeros hold 6, expected 7"),
+    ("qzeros: of both versions", replaced("qzeros", lambda t: t + 0x11111111 * torch.eye(*t.shape).int()), "hold 7, 8"),
     ("qzeros: one of them changed", replaced("qzeros", lambda t: t ^ torch.eye(*t.shape).int()), "expected 7"),
     ("qzeros: missing", without("qzeros"), "qzeros is missing"),
-    ("g_idx: out of order", replaced("g_idx", lambda t: t.flip(0)), "g_idx is not in order"),
-    ("g_idx: out of range", replaced("g_idx", lambda t: t + 1000), "g_idx is not in order"),
-    ("g_idx: negative", replaced("g_idx", lambda t: t - 1), "g_idx is not in order"),
+    ("g_idx: unbalanced", replaced("g_idx", lambda t: t // 2), "g_idx gives group 0 64 members, expected 32"),
+    ("g_idx: out of range", replaced("g_idx", lambda t: t + 1000), "g_idx holds group 1003, which is out of range"),
+    ("g_idx: negative", replaced("g_idx", lambda t: t - 1), "g_idx holds group -1, which is out of range"),
     ("g_idx: too short", replaced("g_idx", lambda t: t[:-32]), "codes has shape"),
     ("g_idx: empty", replaced("g_idx", lambda t: t[:0]), "is empty"),
     ("g_idx: floats", replaced("g_idx", lambda t: t.float()), "dtype"),
@@ -106,7 +107,9 @@ PACKED: list[Fault] = [
     ("zero point: a group less", replaced("weight_zero_point", lambda t: t[:, :-1]), "weight_zero_point has shape"),
     ("zero point: int64", replaced("weight_zero_point", lambda t: t.long()), "weight_zero_point has dtype"),
     ("zero point: missing", without("weight_zero_point"), "zeros missing"),
-    ("a permutation", with_extra("weight_g_idx", torch.arange(128)), "does not belong"),
+    ("g_idx: int64", with_extra("weight_g_idx", torch.arange(128) // 32), "weight_g_idx has dtype"),
+    ("g_idx: out of range", with_extra("weight_g_idx", torch.arange(128).int()), "weight_g_idx holds group 127"),
+    ("g_idx: too short", with_extra("weight_g_idx", torch.arange(96).int() // 32), "weight_g_idx has shape"),
     ("a weight beside it", with_extra("weight", torch.zeros(64, 128)), "does not belong"),
 ]
 INT8: list[Fault] = [
@@ -258,8 +261,9 @@ def group(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         ("int4-g32", lambda section: section.update(group_size=-1), LAYER),
         ("int4-g32", lambda section: section.update(group_size=48), LAYER),
         ("int4-g32", lambda section: section.update(group_size=-7), "group_size: -7"),
-        ("int4-g32", lambda section: section.update(sym=False), "sym"),
-        ("int4-g32", lambda section: section.update(checkpoint_format="gptq_v2"), "gptq_v2"),
+        ("int4-g32", lambda section: section.update(sym="no"), "symmetric is 'no'"),
+        ("int4-g32", lambda section: section.update(checkpoint_format="marlin"), "'marlin' is not supported"),
+        ("int4-g32", lambda section: section.update(dynamic={"+:.*down.*": {"bits": 8}}), "settings of their own"),
         ("int4-g32", lambda section: section.update(quant_method="awq"), "awq"),
         ("int4-g32", lambda section: section.update(quant_method="bitsandbytes"), "no tensor name ends in"),
         ("int4-g32-asym", group(num_bits=8), LAYER),
@@ -267,6 +271,7 @@ def group(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         ("int4-g32-asym", group(strategy="channel"), LAYER),
         ("int4-g32-asym", group(symmetric=True), LAYER),
         ("int4-g32-asym", group(num_bits=[4]), "bits is [4]"),
+        ("int4-g32-asym", group(actorder="group"), "these tensors are missing"),
         ("int4-g32-asym", lambda section: section.update(config_groups=[]), "config_groups"),
         ("int8-dynamic", group(num_bits=4), "int-quantized is read for 8-bit"),
         ("int8-dynamic", group(strategy="group"), "int-quantized is read for 8-bit"),
@@ -313,6 +318,22 @@ def test_a_bias_of_zeros_is_nothing(
     folder = copy_of(artifacts["int4-g32"])
     tamper(folder, with_extra("bias"), edit_tensors)
     load_reference(folder)
+
+
+@pytest.mark.parametrize("tag", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("shift", [0, 0x11111111])
+def test_symmetric_zero_points_of_either_version_count_the_same(
+    artifacts: dict[str, Path], copy_of: Callable[..., Path], edit_tensors: Any, tag: str, shift: int
+) -> None:
+    """Files are about that are tagged with one version and hold the other's; there is no doubt what they mean."""
+    folder = copy_of(artifacts["int4-g32"])
+    config = read_json(folder / "config.json")
+    config["quantization_config"]["checkpoint_format"] = tag
+    (folder / "config.json").write_text(json.dumps(config))
+    tamper(folder, replaced("qzeros", lambda t: t + shift), edit_tensors)
+    layer = load_reference(folder).get_submodule(LAYER)
+    expected = load_reference(artifacts["int4-g32"]).get_submodule(LAYER)
+    assert torch.equal(layer.prepared.qtensor.dequantize(), expected.prepared.qtensor.dequantize())
 
 
 @pytest.mark.parametrize("scheme", FAULTS)

@@ -1,0 +1,238 @@
+"""GPTQ (arXiv 2210.17323): columns are rounded one by one, and those still to come make up for each error.
+
+On top of the paper's algorithm:
+- Columns go by descending activation, with groups as they lie in the file, so that no runtime needs a g_idx.
+- Scales are searched, not taken from the largest weight: each group's scale is the one with the least squared error
+  among shrunken ranges, where column j's error counts 1 / U_jj^2 (U: the Cholesky factor of the inverse Hessian):
+  what is left of it after all later columns have made up for it as well as they can.
+- What is rounded in the end is not the weight but the weight with the compensations of earlier columns. So the scales
+  are searched again, on just those values, and the columns rounded again (`rounds`).
+- Coordinate descent (`passes`) then goes over scales and codes, each set to its best value given all others.
+"""
+
+import math
+from dataclasses import replace
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from bitpress.kernels.packing import pack
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+
+from ..threads import map_threads
+from . import Diagnostics
+from .absmax import Absmax, affine_parameters
+from .hessian import Factor, Hessian
+
+_BLOCK = 128  # columns whose compensations reach all later ones by one matrix product
+_ROWS = 1024  # rows that a thread works on at a time
+_RATIOS = tuple(1.0 - 0.04 * step for step in range(16))  # of a group's full range: 1 down to 0.4
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True))
+class GPTQ:
+    """damping: added to the Hessian's diagonal, as a fraction of its mean; raised tenfold where it is not enough.
+    act_order: columns by descending activation, else as they lie.
+    rounds: how often scales are searched and columns rounded.
+    passes: of coordinate descent over scales and codes afterwards.
+    true_sequential: within a block, each layer learns from inputs that the quantized layers before it made.
+    """
+
+    damping: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    act_order: bool = True
+    rounds: Annotated[int, Field(ge=1, le=10)] = 2
+    passes: Annotated[int, Field(ge=0, le=10)] = 1
+    true_sequential: bool = False
+
+    name: ClassVar[str] = "gptq"
+    version: ClassVar[int] = 1
+    needs_calibration: ClassVar[bool] = True
+
+    def problems(self, scheme: Scheme) -> list[str]:
+        fits = scheme.code == "int" and not scheme.activations
+        return [] if fits else [f"gptq produces weight-only integer schemes, not {scheme.name}"]
+
+    def quantize(
+        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, hessian: Hessian | None = None
+    ) -> tuple[QTensor, Diagnostics]:
+        assert hessian is not None, "gptq was given no inputs to learn from"
+        factor = hessian.factor(self.damping, self.act_order)
+        if factor is None:
+            qtensor, diagnostics = Absmax().quantize(weight, scheme, scale_dtype)
+            reason = "its inputs were always 0" if hessian.dead().all() else "its Hessian is not positive definite"
+            return qtensor, Diagnostics(diagnostics.relative_error, tokens=hessian.tokens, fallback=reason)
+        solver = _Solver(scheme, scale_dtype, hessian, factor, self)
+        share = -(-weight.shape[0] // torch.get_num_threads())
+        chunks = map_threads(solver.solve, weight.split(min(_ROWS, share)))
+        codes, scales, zeros, sums = zip(*chunks)
+        together = None if scheme.symmetric else torch.cat(zeros)
+        qtensor = QTensor(scheme, (weight.shape[0], weight.shape[1]), torch.cat(codes), torch.cat(scales), together)
+        lost, norm, output_lost, output_norm = (math.fsum(column) for column in zip(*sums))
+        return qtensor, Diagnostics(
+            math.sqrt(lost / norm) if norm else 0.0,
+            output_error=math.sqrt(max(output_lost, 0.0) / output_norm) if output_norm else 0.0,
+            tokens=hessian.tokens,
+            damping=factor.damping,
+        )
+
+
+@dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
+class _Grid:
+    """The values that weights may take, for G groups of R rows: scales [G, R] as stored, zeros uint8 [G, R] or None;
+    wide: the scales in float32; low, high: the least and largest centred code (code - zero point), float32 [G, R]."""
+
+    scales: Tensor
+    zeros: Tensor | None
+    wide: Tensor
+    low: Tensor
+    high: Tensor
+
+
+class _Solver:
+    """One layer's problem; rows are independent of each other, and solved transposed: a column is contiguous then.
+
+    Shapes below: K inputs, R rows of the weight at a time, G groups of g inputs. Codes are centred and float32.
+    """
+
+    def __init__(self, scheme: Scheme, scale_dtype: torch.dtype, hessian: Hessian, factor: Factor, options: GPTQ):
+        self.scheme, self.scale_dtype, self.options = scheme, scale_dtype, options
+        self.matrix, self.dead, self.factor = hessian.matrix(), hessian.dead(), factor
+        self.groups = scheme.groups(len(self.matrix))
+        self.group_size = len(self.matrix) // self.groups
+        self.order = factor.order.tolist()
+        self.pivots = factor.upper.diagonal().tolist()
+        self.inverse = factor.order.argsort()
+        importance = factor.upper.diagonal().pow(-2)[self.inverse]
+        self.importance = (importance / importance.mean()).view(self.groups, self.group_size, 1)
+        self.added = factor.damping * self.matrix.diagonal().mean().item()
+
+    def solve(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, float, float, float]]:
+        """rows [R, K] of the weight -> packed codes, scales [R, G], zeros [R, G] or None, and the sums of squares of
+        the weight's error, the weight, the output's error, the output."""
+        weight = rows.to(torch.float32).t().contiguous()
+        pinned = (self.grouped(weight) == 0).all(1)  # groups of zeros stay zeros
+        target = weight
+        for _ in range(self.options.rounds):
+            grid = self.search(target, pinned)
+            codes, target = self.round(weight, grid)
+        for _ in range(self.options.passes):
+            codes, grid = self.descend(weight, codes, grid)
+        error = weight - self.values(codes, grid)
+        sums = [error.pow(2).sum().item(), weight.pow(2).sum().item()]
+        for part in (error, weight):
+            part = part.masked_fill(self.dead.unsqueeze(1), 0)
+            sums.append((self.matrix @ part).mul_(part).sum().item())
+        stored = (self.grouped(codes) - grid.low.unsqueeze(1)).view_as(codes)
+        if pinned.any():  # their lowest code is not 0
+            stored = torch.where(pinned.repeat_interleave(self.group_size, 0), self.resting(), stored)
+        packed = pack(stored.t().to(torch.uint8), self.scheme.bits)
+        zeros = None if grid.zeros is None else grid.zeros.t().contiguous()
+        return packed, grid.scales.t().contiguous(), zeros, (sums[0], sums[1], sums[2], sums[3])
+
+    def resting(self) -> float:
+        """The code that stands for 0 in a group of zeros."""
+        return float(self.scheme.middle if self.scheme.symmetric else 0)
+
+    def grouped(self, columns: Tensor) -> Tensor:
+        """[K, R] as [G, g, R]."""
+        return columns.view(self.groups, self.group_size, -1)
+
+    def values(self, codes: Tensor, grid: _Grid) -> Tensor:
+        """What codes [K, R] stand for."""
+        return (self.grouped(codes) * grid.wide.unsqueeze(1)).view_as(codes)
+
+    def grid(self, scales: Tensor, zeros: Tensor | None) -> _Grid:
+        wide = scales.to(torch.float32)
+        offset = torch.full_like(wide, self.scheme.middle) if zeros is None else zeros.to(torch.float32)
+        return _Grid(scales, zeros, wide, -offset, self.scheme.max_code - offset)
+
+    def search(self, target: Tensor, pinned: Tensor) -> _Grid:
+        """The grid, among those of _RATIOS of each group's range, with the least squared error, by importance, of
+        target [K, R]; pinned groups [G, R] hold nothing but 0."""
+        found = [self.search_group(group, weight) for group, weight in zip(self.grouped(target), self.importance)]
+        scales = torch.stack([scale for scale, _ in found]).masked_fill_(pinned, 1)
+        zeros = None
+        if not self.scheme.symmetric:
+            zeros = torch.stack([zero for _, zero in found if zero is not None]).masked_fill_(pinned, 0)
+        grid = self.grid(scales, zeros)
+        return replace(grid, low=grid.low.masked_fill(pinned, 0), high=grid.high.masked_fill(pinned, 0))
+
+    def search_group(self, group: Tensor, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+        """group [g, R], importance [g, 1] -> scale [R] and zero [R]."""
+        reach = torch.stack([group.amin(0), group.amax(0)], -1)
+        best: tuple[Tensor, Tensor | None] = affine_parameters(reach, self.scheme, self.scale_dtype)
+        least = torch.full_like(reach[:, 0], math.inf)
+        for ratio in _RATIOS:
+            scale, zero = affine_parameters(reach * ratio, self.scheme, self.scale_dtype)
+            grid = self.grid(scale, zero)
+            codes = torch.div(group, grid.wide).round_().clamp_(grid.low, grid.high)
+            error = codes.mul_(grid.wide).sub_(group).square_().mul_(importance).sum(0)
+            better = error < least
+            least = torch.where(better, error, least)
+            chosen = None if zero is None or best[1] is None else torch.where(better, zero, best[1])
+            best = torch.where(better, scale, best[0]), chosen
+        return best
+
+    def round(self, weight: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+        """GPTQ proper: weight [K, R] -> codes [K, R], and what was rounded: the weight with the compensations."""
+        upper, left = self.factor.upper, weight[self.factor.order]
+        codes, errors = torch.empty_like(left), torch.empty(min(_BLOCK, len(left)), left.shape[1], device=left.device)
+        for start in range(0, len(left), _BLOCK):
+            end = min(start + _BLOCK, len(left))
+            for j in range(start, end):
+                group = self.order[j] // self.group_size
+                scale = grid.wide[group]
+                code = torch.div(left[j], scale, out=codes[j]).round_().clamp_(grid.low[group], grid.high[group])
+                error = torch.addcmul(left[j], code, scale, value=-1, out=errors[j - start]).div_(self.pivots[j])
+                left[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
+            left[end:].addmm_(upper[start:end, end:].t(), errors[: end - start], alpha=-1)
+        return codes[self.inverse], left[self.inverse]
+
+    def descend(self, weight: Tensor, codes: Tensor, grid: _Grid) -> tuple[Tensor, _Grid]:
+        """One pass of coordinate descent on ||(W - W') X||^2: each group's scale, then each of its codes, is set to its
+        best value with all others as they are. Zero points stay."""
+        error = weight - self.values(codes, grid)
+        slope = torch.addmm(error, self.matrix, error, beta=self.added)  # minus half the gradient of the loss
+        fitted = []
+        for group, start in enumerate(range(0, len(weight), self.group_size)):
+            part = slice(start, start + self.group_size)
+            inner = self.matrix[part, part].clone()
+            inner.diagonal().add_(self.added)
+            before = codes[part] * grid.wide[group]
+            scale = self.refit(codes[part], slope[part], inner, grid.wide[group])
+            moved = (scale - grid.wide[group]) * codes[part]
+            local = torch.addmm(slope[part], inner, moved, alpha=-1)
+            _settle(codes[part], local, inner, scale, (grid.low[group], grid.high[group]))
+            change = codes[part] * scale - before
+            slope.addmm_(self.matrix[:, part], change, alpha=-1)
+            slope[part].sub_(change, alpha=self.added)
+            fitted.append(scale)
+        wide = torch.stack(fitted)
+        return codes, replace(grid, scales=wide.to(self.scale_dtype), wide=wide)
+
+    def refit(self, codes: Tensor, slope: Tensor, inner: Tensor, scale: Tensor) -> Tensor:
+        """The best scale [R] of a group for its codes [g, R], rounded to what is stored; the old one if no better."""
+        rise = (codes * slope).sum(0)
+        bend = (codes * (inner @ codes)).sum(0)
+        fitted = (scale + rise / bend).to(self.scale_dtype).to(torch.float32)
+        step = fitted - scale
+        better = (fitted > 0) & torch.isfinite(fitted) & (step * (2 * rise - step * bend) > 0)
+        return torch.where(better, fitted, scale)
+
+
+def _settle(codes: Tensor, slope: Tensor, inner: Tensor, scale: Tensor, limits: tuple[Tensor, Tensor]) -> None:
+    """Set the codes [g, R] of a group, one after the other and in place, to the best for the slope [g, R] there is."""
+    for start in range(0, len(codes), _BLOCK):
+        end = min(start + _BLOCK, len(codes))
+        changes = torch.empty_like(codes[start:end])
+        for j in range(start, end):
+            ideal = torch.addcdiv(codes[j], slope[j], scale, value=1 / inner[j, j].item())
+            code = ideal.round_().clamp_(*limits)
+            change = torch.mul(code - codes[j], scale, out=changes[j - start])
+            codes[j] = code
+            slope[j + 1 : end].addr_(inner[j, j + 1 : end], change, alpha=-1)
+        slope[end:].addmm_(inner[end:, start:end], changes, alpha=-1)

@@ -1,0 +1,146 @@
+"""What a layer's inputs say about its weights: H = X^T X over all calibration tokens, and its factors."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMPING_CAP = 1.0  # of the mean diagonal: beyond it hardly anything of the Hessian is left
+_PANEL = 1024  # columns that are multiplied at a time; what lies below the diagonal is never computed
+
+
+@contextlib.contextmanager
+def _bfloat16_products(values: Tensor) -> Iterator[None]:
+    """Lets a CPU multiply float32 matrices as bfloat16 with float32 sums, where the values are bfloat16 numbers.
+
+    Products of two bfloat16 numbers are exact in float32, so nothing is lost, and processors with matrix units gain.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if values.dtype == torch.bfloat16 and values.device.type == "cpu":
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The upper Cholesky factor of the inverse of a damped Hessian, its columns in the order given.
+
+    order: int64 [in]; upper: float32 [in, in] with (H[order][:, order] + damping * I)^-1 = upper^T upper.
+    damping: what was added to the diagonal, as a fraction of its mean.
+    """
+
+    order: Tensor
+    upper: Tensor
+    damping: float
+
+
+class Hessian:
+    """X^T X of a linear layer's inputs, float32 [in, in], summed in the order in which they come.
+
+    tokens: rows that were summed. dropped: rows left out because they were not finite.
+    """
+
+    def __init__(self, in_features: int, device: torch.device):
+        self.tokens = 0
+        self.dropped = 0
+        self._sum = torch.zeros(in_features, in_features, device=device)  # on and above the diagonal only, until asked
+        self._dead: Tensor | None = None
+        self._factors: dict[tuple[float, bool], Factor | None] = {}
+
+    def add(self, inputs: Tensor) -> None:
+        """inputs [..., in], floating. Rows with NaN or infinite values are left out, and counted."""
+        assert self._dead is None, "a Hessian that was used takes no more inputs"
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        finite = torch.isfinite(rows).all(1)
+        if not finite.all():
+            self.dropped += int((~finite).sum())
+            rows = rows[finite]
+        self.tokens += rows.shape[0]
+        wide = rows.to(torch.float32)
+        with _bfloat16_products(rows):
+            for start in range(0, wide.shape[1], _PANEL):
+                panel = wide[:, start : start + _PANEL]
+                self._sum[start : start + _PANEL, start:].addmm_(panel.t(), wide[:, start:])
+
+    def matrix(self) -> Tensor:
+        """float32 [in, in], symmetric; dead columns (inputs that were always 0) have the mean on the diagonal.
+
+        Rounding errors of a dead column can then neither be made up for by others nor make up for theirs.
+        """
+        if self._dead is None:
+            matrix, size = self._sum, self._sum.shape[0]
+            for start in range(0, size, _PANEL):
+                end = start + _PANEL
+                matrix[end:, start:end] = matrix[start:end, end:].t()
+                corner = matrix[start:end, start:end]
+                corner.copy_(corner.triu() + corner.triu(1).t())
+            diagonal = matrix.diagonal()
+            self._dead = diagonal == 0
+            diagonal[self._dead] = diagonal.mean()
+        return self._sum
+
+    def dead(self) -> Tensor:
+        """bool [in]: the inputs that were always 0."""
+        self.matrix()
+        assert self._dead is not None
+        return self._dead
+
+    def factor(self, damping: float, act_order: bool) -> Factor | None:
+        """The factor at the least damping that works: `damping`, then ten times as much, up to DAMPING_CAP; at each,
+        float32 and then float64 is tried. None if none works, or no input was ever anything but 0.
+
+        Args:
+            damping: as a fraction of the mean of the diagonal.
+            act_order: columns by descending diagonal (GPTQ's "act-order"), or as they are.
+        """
+        key = (damping, act_order)
+        if key not in self._factors:
+            self._factors[key] = self._factored(*key)
+        return self._factors[key]
+
+    def _factored(self, damping: float, act_order: bool) -> Factor | None:
+        matrix = self.matrix()
+        diagonal = matrix.diagonal()
+        if not torch.isfinite(diagonal).all() or self.dead().all():
+            return None
+        order = torch.arange(matrix.shape[0], device=matrix.device)
+        if act_order:
+            order = diagonal.argsort(descending=True, stable=True)
+        mean = diagonal.mean().item()
+        while damping <= DAMPING_CAP:
+            for dtype in (torch.float32, torch.float64):
+                upper = _inverse_factor(matrix, order, damping * mean, dtype)
+                if upper is not None:
+                    return Factor(order, upper, damping)
+            damping *= 10
+        return None
+
+
+def _inverse_factor(matrix: Tensor, order: Tensor, added: float, dtype: torch.dtype) -> Tensor | None:
+    """U, upper triangular float32, with M^-1 = U^T U for M = matrix[order][:, order] + added * I; None if M is not
+    positive definite.
+
+    By the Cholesky factor of M flipped in both directions, J M J = L L^T: then M = (J L J)(J L J)^T with J L J upper
+    triangular, and U is its inverse. One factorization and one triangular inverse; no inverse is factorized.
+    """
+    flipped = order.flip(0)
+    damped = matrix[flipped][:, flipped].to(dtype)
+    damped.diagonal().add_(added)
+    lower, info = torch.linalg.cholesky_ex(damped)
+    del damped
+    if int(info) or not torch.isfinite(lower.diagonal()).all():
+        return None
+    size = lower.shape[0]
+    upper = torch.zeros(size, size, device=matrix.device)
+    for start in range(0, size, _PANEL):  # panel by panel: a whole identity and a whole inverse would be two more
+        rest = size - start
+        identity = torch.eye(rest, min(_PANEL, rest), dtype=dtype, device=matrix.device)
+        columns = torch.linalg.solve_triangular(lower[start:, start:], identity, upper=False)
+        upper[:rest, max(0, rest - _PANEL) : rest] = columns.flip(0, 1).to(torch.float32)
+    return upper if torch.isfinite(upper).all() else None

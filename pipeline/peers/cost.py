@@ -1,0 +1,68 @@
+"""What a process and all that it starts cost: wall time, processor time, memory."""
+
+import resource
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from typing import IO
+
+import psutil
+
+_PERIOD = 0.2  # seconds between looks at memory: looking takes some milliseconds of a core that is being measured
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of the clock and of processors, and bytes: the highest sum of the processes' resident memory seen."""
+
+    wall: float
+    cpu: float
+    peak_rss_bytes: int
+
+
+def measured(command: list[str], log: IO[bytes]) -> tuple[int, Cost]:
+    """Run a command, its output into `log`: exit code and cost. One at a time: the children's times are counted."""
+    before, start = _children_seconds(), time.perf_counter()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    ended, peak = threading.Event(), [0]
+
+    def watch() -> None:
+        while not ended.wait(_PERIOD):
+            peak[0] = max(peak[0], _resident(process.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    finally:
+        wall = time.perf_counter() - start
+        ended.set()
+        watcher.join()
+    return code, Cost(wall, _children_seconds() - before, peak[0])
+
+
+def _children_seconds() -> float:
+    """Processor seconds of all children that have been waited for, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _resident(pid: int) -> int:
+    """Bytes of a process and its descendants; pages that they share are counted once for each."""
+    try:
+        root = psutil.Process(pid)
+        processes = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    total = 0
+    for process in processes:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:  # it ended meanwhile
+            continue
+    return total

@@ -1,0 +1,116 @@
+"""How to quantize, settled and checked before any weight is read; and what a finished artifact is known by."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitpress.kernels.scheme import Scheme
+
+from .calibration import Calibration
+from .checkpoint import Checkpoint, read_json
+from .errors import ConfigError, listing, nearest
+from .formats import Format, default_format
+from .formats import registry as formats
+from .methods import Method, default_method, options_of, with_options
+from .methods import registry as methods
+from .versions import versions
+
+MANIFEST = "bitpress.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantize: scheme, method, format, and the layers to keep; names resolved and found compatible.
+
+    calibration: the tokens that the method learns from; None for a method that needs none.
+    """
+
+    scheme: Scheme
+    method: Method
+    format: Format
+    skip: list[str] = field(default_factory=list)
+    calibration: Calibration | None = None
+    max_fallback_layers: int = 0  # where more layers than that fall back to absmax, the job fails
+    device: str = "cpu"  # where a method that learns does its work
+
+    @staticmethod
+    def make(
+        scheme: str,
+        method: str = "auto",
+        format: str = "auto",
+        skip: list[str] | None = None,
+        algorithm: dict[str, Any] | None = None,
+        max_fallback_layers: int = 0,
+    ) -> "Recipe":
+        """From names; "auto" is the default method and the most portable format of the scheme.
+
+        Args:
+            algorithm: options of the method, such as {"damping": 1e-3} of gptq.
+        Raises:
+            ConfigError: an unknown name, or things that do not go together.
+        """
+        try:
+            parsed = Scheme.parse(scheme)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        for kind, name, known in (("method", method, methods()), ("format", format, formats())):
+            if name != "auto" and name not in known:
+                hint = nearest(name, known) or f"; use auto or one of {', '.join(known)}"
+                raise ConfigError(f"{kind} {name!r} is unknown{hint}")
+        chosen = default_method(parsed) if method == "auto" else methods()[method]
+        try:
+            chosen = with_options(chosen, algorithm or {})
+        except ValueError as error:
+            raise ConfigError(f"algorithm: {error}") from error
+        target = default_format(parsed) if format == "auto" else formats()[format]
+        probe = (1024, 32 * (parsed.group_size or 32))
+        if problems := [*chosen.problems(parsed), *target.problems(parsed, probe)]:
+            raise ConfigError("; ".join(problems))
+        return Recipe(parsed, chosen, target, skip or [], max_fallback_layers=max_fallback_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        described = {
+            "scheme": self.scheme.name,
+            "method": self.method.name,
+            "method_version": self.method.version,
+            "format": self.format.name,
+            "skip": list(self.skip),
+        }
+        described |= {f"algorithm.{name}": value for name, value in options_of(self.method).items()}
+        if self.calibration:
+            described |= {f"calibration.{name}": value for name, value in self.calibration.to_dict().items()}
+        return described
+
+
+def fingerprint(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Everything that the artifact's bytes depend on, flat: compared field by field when a run is taken up again."""
+    fields: dict[str, Any] = {f"quantize.{key}": value for key, value in recipe.to_dict().items()}
+    fields |= {f"source.{key}": value for key, value in source.items()}
+    fields |= {f"files.{name}": value for name, value in checkpoint.identity().items()}
+    used = ["bitpress", "torch", "transformers", "safetensors"]
+    used += ["bitsandbytes"] if recipe.scheme.code == "nf4" else []
+    fields |= {f"versions.{name}": value for name, value in versions().items() if name in used}
+    if recipe.calibration:  # the order of float sums, and with it a code now and then, depends on them
+        fields |= {"device": recipe.device, "threads": torch.get_num_threads()}
+    return fields | {"format_version": FORMAT_VERSION}
+
+
+def check_fingerprint(path: Path, now: dict[str, Any]) -> None:
+    """Refuse to go on from, or trust, what was made from something else.
+
+    Raises:
+        ConfigError: lists the fields that differ.
+    """
+    then = read_json(path).get("fingerprint", {})
+    differing = [
+        f"{key}: was {then.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path.parent} was made from something else; choose another output, or move it away:\n{listing(differing)}"
+        )

@@ -1,0 +1,254 @@
+"""Runs a model on calibration tokens one decoder block at a time, with one block's weights in memory.
+
+Blocks are called just as the model itself calls them: their places in the model are taken by stand-ins that note the
+arguments, so there is no code for any one architecture.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitpress.kernels.qlinear import QExperts
+
+from .blocks import Names, decoder, skeleton
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, NumericsError
+from .loading import dense_layer, replace_layers, set_tensor
+from .methods.hessian import Hessian
+from .plan import Entry
+
+_BATCH_TOKENS = 4096  # that go through a block at a time
+_MOST_DROPPED = 0.01  # of a layer's tokens may have infinite activations
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a block is called with, besides the hidden states."""
+
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class _Passed(Tensor):
+    """A stand-in's output: some models take a block's output as it is, others take [0] of it, and this serves both."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __getitem__(self, index: Any) -> Tensor:
+        plain = self.as_subclass(Tensor)
+        return plain if isinstance(index, int) and index == 0 else plain[index]
+
+
+class _Done(Exception):
+    """The last block was reached: what comes after it need not run."""
+
+
+class _StandIn(nn.Module):
+    """In the place of a block: passes its input on."""
+
+    def __init__(self, walk: "Walk", number: int):
+        super().__init__()
+        self._note = lambda hidden, call: walk._passed(number, hidden, call)
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return self._note(hidden_states, _Call(arguments, options)).as_subclass(_Passed)
+
+
+class Walk:
+    """The blocks of a checkpoint's model, and what each is called with for the token ids [windows, context].
+
+    `embed` comes first; then `enter`, any of the block's methods, and `leave`, for block after block.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, outside: Iterable[Entry], ids: Tensor, dtype: torch.dtype, device: str):
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
+        self.model = skeleton(checkpoint, dtype)
+        self.names = Names(self.model)
+        blocks = self.model.get_submodule(decoder(self.model))
+        assert isinstance(blocks, nn.ModuleList)
+        self._blocks, self._path = blocks, decoder(self.model)
+        self._real: list[nn.Module | None] = list(blocks)
+        for number in range(len(blocks)):
+            blocks[number] = _StandIn(self, number)
+        for module in self.model.modules():
+            module._buffers.update({name: b.to(self.device) for name, b in module._buffers.items() if b is not None})
+        self._outside = list(outside)
+        self.batches = ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))
+        self._calls: list[list[_Call]] = []
+        self._first: Tensor | None = None  # block 0's inputs, as last seen
+        self._ending: Tensor | None = None  # the last block's outputs, to be passed on
+
+    def _passed(self, number: int, hidden: Tensor, call: _Call) -> Tensor:
+        last = number == len(self._blocks) - 1
+        if self._ending is not None:
+            return self._ending if last else hidden
+        if number == 0:
+            self._first = hidden
+        seen = self._calls[0][number] if len(self._calls) > 1 else None
+        self._calls[-1].append(_shared(call, seen))
+        if last:
+            raise _Done
+        return hidden
+
+    @contextlib.contextmanager
+    def _ends(self) -> Iterator[None]:
+        """What lies outside the blocks, embeddings and head, is in memory for as long as this lasts."""
+        held = []
+        for entry in self._outside:
+            if self.names.known(entry.target.parameter):
+                set_tensor(self.model, entry.target.parameter, self.checkpoint.read(entry.info.name), self.device)
+                held.append(entry.target.parameter)
+        self.model.tie_weights()
+        try:
+            yield
+        finally:
+            for name in {*held, *dict(self.model.all_tied_weights_keys)}:
+                path, _, leaf = name.rpartition(".")
+                module = self.model.get_submodule(path)
+                if (parameter := module._parameters.get(leaf)) is not None:
+                    module._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    @torch.no_grad()
+    def embed(self) -> Iterator[Tensor]:
+        """The inputs of block 0, [windows, context, hidden] batch by batch; notes what every block is called with."""
+        self._calls.clear()
+        with self._ends():
+            for batch in self.batches:
+                self._calls.append([])
+                with contextlib.suppress(_Done):
+                    self.model(input_ids=batch.to(self.device), use_cache=False)
+                if len(self._calls[-1]) != len(self._blocks) or self._first is None:
+                    raise CheckpointError(
+                        f"{type(self.model).__name__} does not call its blocks one after the other, so what they read "
+                        "cannot be told; use a method that needs no calibration"
+                    )
+                yield self._first
+
+    @torch.no_grad()
+    def logits(self, outputs: Tensor) -> Tensor:
+        """What the model makes of the last block's outputs for the first windows: [windows, context, vocabulary]."""
+        self._ending = outputs.to(self.device)
+        try:
+            with self._ends():
+                ids = self.batches[0][: len(outputs)].to(self.device)
+                return self.model(input_ids=ids, use_cache=False).logits.cpu()
+        finally:
+            self._ending = None
+
+    def enter(self, number: int, weights: Iterable[tuple[Entry, Tensor]]) -> None:
+        """Give a block its weights, and the place that is its own."""
+        block = self._real[number]
+        assert block is not None, "a block is entered once"
+        self._blocks[number] = block
+        experts = {}
+        for entry, tensor in weights:
+            if entry.target.expert:
+                experts[entry.target] = dense_layer(tensor.to(self.device, self.dtype))
+            elif self.names.known(entry.target.parameter):
+                set_tensor(self.model, entry.target.parameter, tensor, self.device)
+        replace_layers(self.model, self.names, experts.items())
+        self._block, self._number = block, number
+
+    def leave(self) -> None:
+        self._blocks[self._number] = _StandIn(self, self._number)
+        self._real[self._number] = None
+        del self._block
+
+    @torch.no_grad()
+    def forward(self, batch: int, inputs: Tensor) -> Tensor:
+        """The block's outputs for its inputs [windows, context, hidden] of one batch."""
+        call = self._calls[batch][self._number]
+        found = self._block(inputs.to(self.device), *call.arguments, **call.options)
+        return found[0] if isinstance(found, tuple) else found
+
+    def layer(self, entry: Entry) -> nn.Module:
+        """The module that multiplies by an entry's weight."""
+        if entry.target.expert is None:
+            return self.model.get_submodule(entry.target.parameter.removesuffix(".weight"))
+        experts = self.model.get_submodule(entry.target.parameter)
+        assert isinstance(experts, QExperts)
+        expert, piece, _ = entry.target.expert
+        return experts.experts[expert][piece]  # type: ignore[index, return-value]
+
+    def set_weight(self, entry: Entry, weight: Tensor) -> None:
+        """Replace a layer's weight by `weight` [out, in]."""
+        stored = weight.t().contiguous() if entry.kind == "conv1d" else weight
+        self.layer(entry).weight = nn.Parameter(stored.to(self.device, self.dtype), requires_grad=False)
+
+    def sharing(self, entries: list[Entry], inputs: Tensor) -> list[list[Entry]]:
+        """The entries that read the very same inputs, together, in the order in which the block calls them.
+
+        Args:
+            inputs: of one batch. Experts that none of its tokens reach count as called last.
+        """
+        seen: list[tuple[Any, Tensor | None, list[Entry]]] = []
+
+        def note(entry: Entry, x: Tensor | None) -> None:
+            expert = entry.target.expert
+            key = (entry.target.parameter, expert[0]) if expert else None
+            for known, tensor, group in seen:
+                if known == key if key else (known is None and tensor is x):
+                    group.append(entry) if entry not in group else None
+                    return
+            seen.append((key, x, [entry]))
+
+        with self._hooked(entries, note):
+            self.forward(0, inputs)
+        called = {id(entry) for _, _, group in seen for entry in group}
+        for entry in entries:
+            if id(entry) not in called:
+                note(entry, torch.empty(0))
+        return [group for _, _, group in seen]
+
+    def hessians(self, groups: list[list[Entry]], inputs: Iterable[Tensor]) -> list[Hessian]:
+        """Of each group's inputs, over all batches.
+
+        Raises:
+            NumericsError: more than 1% of a layer's inputs are NaN or infinite.
+        """
+        found = {id(group[0]): Hessian(group[0].shape[1], self.device) for group in groups}
+        with self._hooked([group[0] for group in groups], lambda entry, x: found[id(entry)].add(x)):
+            for batch, hidden in enumerate(inputs):
+                self.forward(batch, hidden)
+        for group in groups:
+            hessian = found[id(group[0])]
+            if hessian.dropped > _MOST_DROPPED * (hessian.dropped + hessian.tokens):
+                raise NumericsError(
+                    f"{group[0].module}: {hessian.dropped} of {hessian.dropped + hessian.tokens} calibration tokens "
+                    "gave it NaN or infinite inputs; use a float32 or bfloat16 checkpoint, or other calibration text"
+                )
+        return [found[id(group[0])] for group in groups]
+
+    @contextlib.contextmanager
+    def _hooked(self, entries: list[Entry], note: Any) -> Iterator[None]:
+        """note(entry, inputs) at each call of an entry's layer."""
+        handles = [
+            self.layer(entry).register_forward_pre_hook(lambda _, inputs, entry=entry: note(entry, inputs[0]))
+            for entry in entries
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _shared(call: _Call, seen: _Call | None) -> _Call:
+    """The call, its tensors replaced by equal ones of an earlier call: masks and positions are the same for all."""
+
+    def same(value: Any, known: Any) -> Any:
+        if isinstance(value, Tensor):
+            equal = isinstance(known, Tensor) and value.shape == known.shape and torch.equal(value, known)
+            return known if equal else value
+        if isinstance(value, tuple) and isinstance(known, tuple) and len(value) == len(known):
+            return tuple(map(same, value, known))
+        return value
+
+    if seen is None:
+        return call
+    options = {name: same(value, seen.options.get(name)) for name, value in call.options.items()}
+    return _Call(same(call.arguments, seen.arguments), options)

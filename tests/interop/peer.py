@@ -1,0 +1,104 @@
+"""Run by another program's Python, with nothing of bitpress: `python peer.py PROGRAM REQUEST.json`.
+
+gptqmodel and transformers load a checkpoint and answer with its logits and greedy continuation; bitsandbytes quantizes
+one to NF4 and has transformers save it. The answers are safetensors and JSON files named in the request.
+"""
+
+import json
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+Request = dict[str, Any]
+PACKAGES = ("gptqmodel", "optimum", "llmcompressor", "compressed-tensors", "bitsandbytes", "transformers", "torch")
+
+
+def load_gptqmodel(request: Request) -> Any:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with a single one it refuses to start
+    from gptqmodel import BACKEND, GPTQModel
+
+    return GPTQModel.load(request["folder"], device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=request["dtype"]).model
+
+
+def load_transformers(request: Request) -> Any:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=request["dtype"], device_map="cpu")
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            compute_in(module, request["dtype"])
+    return model
+
+
+def compute_in(layer: Any, dtype: torch.dtype) -> None:
+    """bitsandbytes' layer computes in the dtypes that the files name, and its fused CPU kernel, which rounds the scales
+    too, in bfloat16; whatever was asked for."""
+    layer.compute_dtype = dtype
+    layer.weight.quant_state.dtype = dtype
+    layer.support_avx512bf16_for_cpu = False
+
+
+def write_bitsandbytes(request: Request) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=request["double"],
+        bnb_4bit_compute_dtype=request["dtype"],
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        request["model"], dtype="auto", quantization_config=config, device_map="cpu"
+    )
+    model.save_pretrained(request["output"])
+    AutoTokenizer.from_pretrained(request["model"]).save_pretrained(request["output"])
+
+
+def layer_class(model: Any) -> str:
+    """What the loader made of a quantized layer: proof that it did not leave it as an ordinary one unasked."""
+    return type(model.model.layers[0].mlp.up_proj).__name__
+
+
+@torch.inference_mode()
+def answer(model: Any, request: Request) -> dict[str, torch.Tensor]:
+    ids = load_file(request["ids"])["ids"]
+    model.eval()
+    logits = model(input_ids=ids, use_cache=False).logits
+    # never stops early, so that all 32 tokens are compared
+    greedy = model.generate(
+        input_ids=ids[:1], do_sample=False, max_new_tokens=request["tokens"], min_new_tokens=request["tokens"]
+    )
+    return {"logits": logits.float().contiguous(), "greedy": greedy[0, ids.shape[1] :].contiguous()}
+
+
+def installed() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    program, request = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+    request["dtype"] = getattr(torch, request["dtype"])
+    told = {"versions": installed()}
+    if program == "bitsandbytes":
+        write_bitsandbytes(request)
+    else:
+        model = load_gptqmodel(request) if program == "gptqmodel" else load_transformers(request)
+        told["layer"] = layer_class(model)
+        save_file(answer(model, request), request["output"])
+    Path(request["answer"]).write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
