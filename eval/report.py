@@ -17,11 +17,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from . import wording as say
+from .wording import DASH
+
 Metrics = Mapping[str, Any]
 MACHINE = ("cpu", "cores", "device", "threads")  # what must agree for speeds to compare
 SpeedPoint = tuple[int, int, int]  # batch, prompt tokens, generated tokens
 Finalize = Callable[[Any], Any]
-DASH = "–"
 # Control characters, invalid in XML, and those that reverse the direction of the text around them.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 
@@ -57,7 +59,7 @@ class Entry:
         return self.get("quality", "perplexity"), before
 
     def size_ratio(self) -> float | None:
-        return _over(self.get("size", "file_bytes"), _dig(self.baseline, "size", "file_bytes"))
+        return say.over(self.get("size", "file_bytes"), _dig(self.baseline, "size", "file_bytes"))
 
     def speed(self, point: SpeedPoint, phase: str) -> tuple[float, float, float] | None:
         """Tokens per second: median, lowest and highest."""
@@ -92,19 +94,19 @@ def summary_rows(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for entry in entries:
         after, before = entry.perplexities()
-        increase = None if entry.is_baseline else _increase(after, before)
-        bits = [_number(entry.get("size", "bits_per_weight", which)) for which in ("quantized", "decoder", "all")]
+        increase = None if entry.is_baseline else say.increase(after, before)
+        bits = [say.number(entry.get("size", "bits_per_weight", which)) for which in ("quantized", "decoder", "all")]
         how = [entry.get(key) or DASH for key in ("method", "format")]
         row = [entry.model] * several + [entry.label, DASH if how == [DASH, DASH] else "/".join(how)]
-        row.append(_with(_bytes(entry.get("size", "file_bytes")), _ratio(entry.size_ratio())))
-        row += [" / ".join(bits), _with(_number(after), increase), _small(entry.get("quality", "kl_mean"))]
-        row.append(_percent(entry.get("quality", "top1_agreement")))
+        row.append(say.followed(say.size(entry.get("size", "file_bytes")), say.ratio(entry.size_ratio())))
+        row += [" / ".join(bits), say.followed(say.number(after), increase), say.small(entry.get("quality", "kl_mean"))]
+        row.append(say.percent(entry.get("quality", "top1_agreement")))
         memory = ["resident_bytes", "peak_rss_bytes"] + ["peak_cuda_bytes"] * cuda
-        row += [_bytes(entry.get("memory", key)) for key in memory]
+        row += [say.size(entry.get("memory", key)) for key in memory]
         for point in points:
             for phase in ("prefill", "decode"):
                 speed = entry.speed(point, phase)
-                row.append(_with(_count(speed and speed[0]), _ratio(entry.speed_against(point, phase)[0])))
+                row.append(say.followed(say.count(speed and speed[0]), say.ratio(entry.speed_against(point, phase)[0])))
         rows.append(row)
     return header, rows
 
@@ -119,7 +121,7 @@ def verdicts(runs: Sequence[Metrics]) -> list[tuple[str, str]]:
 def markdown(runs: Sequence[Metrics]) -> str:
     """The report as GitHub Markdown, without the plots."""
     # Jinja's own escaping is for HTML; `finalize` sees every expression, so that nothing is forgotten here.
-    return _render("report.md.j2", runs, autoescape=False, finalize=_markdown_text)
+    return _render("report.md.j2", runs, autoescape=False, finalize=say.markdown_text)
 
 
 def html(runs: Sequence[Metrics]) -> str:
@@ -131,7 +133,7 @@ def _render(name: str, runs: Sequence[Metrics], autoescape: bool, finalize: Fina
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=loader, autoescape=autoescape, finalize=finalize, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters["fenced"] = _fenced
+    environment.filters["fenced"] = say.fenced
     environment.globals["figures_of"] = _figures
     return environment.get_template(name).render(_view(runs)) + "\n"
 
@@ -153,6 +155,8 @@ def _view(runs: Sequence[Metrics]) -> dict[str, Any]:
         "rows": [(row, entry.is_baseline) for row, entry in zip(rows, entries, strict=True)],
         "label_columns": 2 if len(models) > 1 else 1,
         "quantized": [_checks(entry) for entry in quantized],
+        "learned": _distinct(quantized, lambda run: _facts(run.get("calibration"))),
+        "special": [(entry.title, special) for entry in quantized if (special := _special(entry))],
         "kept": _distinct(quantized, lambda run: _kept(_dig(run, "coverage", "kept") or [])),
         "rejected": _distinct(quantized, lambda run: list((_dig(run, "kernels", "rejected") or {}).items())),
         "protocols": _distinct(entries, lambda run: _facts(run.get("protocol"))),
@@ -198,14 +202,14 @@ def _rank(labelled: tuple[str, Metrics]) -> tuple[bool, float, str]:
 def _verdict(entry: Entry) -> str:
     parts = []
     if (ratio := entry.size_ratio()) is not None:
-        parts.append(f"{_ratio(ratio)} the size")
+        parts.append(f"{say.ratio(ratio)} the size")
     after, before = entry.perplexities()
     if after is not None and before is not None:
-        parts.append(f"perplexity {_number(before)} → {_number(after)} ({_increase(after, before)})")
+        parts.append(f"perplexity {say.number(before)} → {say.number(after)} ({say.increase(after, before)})")
     elif after is not None:
-        parts.append(f"perplexity {_number(after)}")
+        parts.append(f"perplexity {say.number(after)}")
     if (agreement := entry.get("quality", "top1_agreement")) is not None:
-        parts.append(f"same next token {_percent(agreement)} of the time")
+        parts.append(f"same next token {say.percent(agreement)} of the time")
     return ", ".join([*parts, *_speed_words(entry)]) or "nothing was measured"
 
 
@@ -218,9 +222,9 @@ def _speed_words(entry: Entry) -> list[str]:
     if known and known[0][0] == "decode":
         _, _, ratio, verdict = known.pop(0)
         text = {"faster": "decode {} faster", "same": "decode {} (no clear difference)"}
-        words.append(text.get(verdict, "{} the decode speed: slower than the baseline").format(_ratio(ratio)))
+        words.append(text.get(verdict, "{} the decode speed: slower than the baseline").format(say.ratio(ratio)))
         others = "also slower" if verdict == "slower" else others
-    slower = [f"{phase} {name} ({_ratio(x)})" for phase, name, x, verdict in known if verdict == "slower"]
+    slower = [f"{phase} {name} ({say.ratio(x)})" for phase, name, x, verdict in known if verdict == "slower"]
     if slower:
         more = f" and {len(slower) - 3} more" if len(slower) > 3 else ""
         words.append(f"{others}: {', '.join(slower[:3])}{more}")
@@ -233,23 +237,32 @@ def _checks(entry: Entry) -> dict[str, Any]:
     layers = coverage.get("layers") or []
     known = [layer for layer in layers if _finite(layer.get("relative_error"))]
     worst = max(known, key=lambda layer: layer["relative_error"], default=None)
+    outputs = [x["output_error"] for x in layers if _finite(x.get("output_error"))]
     share = coverage.get("share")
     # Rounding must not claim that everything was quantized.
-    part = "over 99.9%" if share is not None and 0.9995 <= share < 1 else _percent(share)
+    part = "over 99.9%" if share is not None and 0.9995 <= share < 1 else say.percent(share)
     difference, tolerance = reload.get("max_difference"), reload.get("tolerance")
     passed = None if difference is None or tolerance is None else difference <= tolerance
     return {
         "title": entry.title,
-        "share": f"{part} of {_bytes(coverage.get('decoder_bytes'))}",
+        "share": f"{part} of {say.size(coverage.get('decoder_bytes'))}",
         "layers": str(len(layers)) if layers else DASH,
-        "mean_error": _percent(sum(x["relative_error"] for x in known) / len(known), 2) if known else DASH,
-        "worst": f"{worst['name']} ({_percent(worst['relative_error'], 2)})" if worst else DASH,
+        "mean_error": say.percent(sum(x["relative_error"] for x in known) / len(known), 2) if known else DASH,
+        "output_error": say.percent(sum(outputs) / len(outputs), 2) if outputs else DASH,
+        "worst": f"{worst['name']} ({say.percent(worst['relative_error'], 2)})" if worst else DASH,
         "reload": DASH if passed is None else "passed" if passed else "FAILED",
-        "difference": _small(difference),
-        "tolerance": _small(tolerance),
-        "tokens": _count(reload.get("tokens")),
+        "difference": say.small(difference),
+        "tolerance": say.small(tolerance),
+        "tokens": say.count(reload.get("tokens")),
         "kernels": ", ".join(f"{name} × {n}" for name, n in (kernels.get("selected") or {}).items()) or DASH,
     }
+
+
+def _special(entry: Entry) -> list[str]:
+    """Layers that were not quantized as asked, and why."""
+    layers = entry.get("coverage", "layers") or []
+    fallen = [f"{x['name']} fell back to absmax: {x['fallback']}" for x in layers if x.get("fallback")]
+    return fallen + [f"{x['name']}: {x['note']}" for x in layers if x.get("note")]
 
 
 def _kept(tensors: Iterable[Metrics]) -> list[tuple[str, str, str, str]]:
@@ -264,7 +277,7 @@ def _kept(tensors: Iterable[Metrics]) -> list[tuple[str, str, str, str]]:
     for (pattern, reason), own in groups.items():
         total = sum(tensor.get("bytes") or 0 for tensor in own)
         rows.append((-total, str(own[0].get("name")) if len(own) == 1 else pattern, len(own), reason))
-    return [(name, f"{count:,}", _bytes(-total), reason) for total, name, count, reason in sorted(rows)]
+    return [(name, f"{count:,}", say.size(-total), reason) for total, name, count, reason in sorted(rows)]
 
 
 def _figures(entries: Sequence[Entry], ident: str) -> list[tuple[str, Markup]]:
@@ -304,7 +317,7 @@ def _facts(facts: Metrics | None) -> list[tuple[str, str]]:
     words = []
     for key, value in (facts or {}).items():
         if key.endswith("_bytes"):
-            words.append((key[:-6], _bytes(value)))
+            words.append((key[:-6], say.size(value)))
         elif isinstance(value, str):
             words.append((key.replace("_", " "), value))
         elif value is not None:
@@ -332,66 +345,3 @@ def _dig(data: Any, *path: Any) -> Any:
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _over(value: float | None, reference: float | None) -> float | None:
-    return value / reference if value is not None and reference else None
-
-
-def _with(text: str, extra: str | None) -> str:
-    return text if extra in (None, DASH) or text == DASH else f"{text} ({extra})"
-
-
-def _number(value: float | None) -> str:
-    """Perplexities and bits: two decimals while they matter."""
-    return DASH if value is None else f"{value:,.{2 if value < 100 else 1 if value < 1000 else 0}f}"
-
-
-def _count(value: float | None) -> str:
-    return DASH if value is None else f"{value:,.{0 if value >= 100 or value % 1 == 0 else 1}f}"
-
-
-def _small(value: float | None) -> str:
-    if value is None:
-        return DASH
-    return f"{value:.2g}" if value < 1e-3 else f"{value:.4f}".rstrip("0").rstrip(".")
-
-
-def _ratio(value: float | None) -> str:
-    return DASH if value is None else f"{value:,.{2 if value < 10 else 0}f}x"
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return DASH if value is None else f"{100 * value:.{digits}f}%"
-
-
-def _increase(after: float | None, before: float | None) -> str | None:
-    if (ratio := _over(after, before)) is None:
-        return None
-    percent = 100 * (ratio - 1)
-    return f"{percent:+,.{2 if abs(percent) < 0.1 else 1 if abs(percent) < 100 else 0}f}%"
-
-
-def _bytes(value: float | None) -> str:
-    """Three digits in decimal units."""
-    if value is None:
-        return DASH
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= 0.9995 * size:
-            scaled = value / size
-            return f"{scaled:,.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f} {unit}"
-    return f"{value:.0f} B"
-
-
-def _markdown_text(value: Any) -> Any:
-    """Text that GitHub Markdown shows as it is, in a table cell too; Markup passes."""
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    text = re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", " ".join(value.split()))
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _fenced(text: str, language: str = "") -> Markup:
-    """A Markdown code block that its content cannot close."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return Markup(f"{fence}{language}\n{text}\n{fence}")

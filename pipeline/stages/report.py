@@ -10,6 +10,7 @@ from .. import store
 from ..blocks import Names, skeleton
 from ..checkpoint import Checkpoint, read_json
 from ..config import Run
+from ..methods import options_of
 from ..recipe import MANIFEST, Recipe
 from ..source import Source
 from ..text import Text
@@ -51,6 +52,13 @@ def sizes(source: Checkpoint, artifact: Checkpoint | None, coverage: dict[str, A
     }
 
 
+def _learned(recipe: Recipe | None) -> dict[str, Any] | None:
+    """The tokens that a method learned from, and its options."""
+    if recipe is None or recipe.calibration is None:
+        return None
+    return {**recipe.calibration.to_dict(), "method": recipe.method.name, **options_of(recipe.method)}
+
+
 def assemble(
     run: Run, source: Source, recipe: Recipe | None, text: Text, folder: Path, measured: dict[str, Any]
 ) -> dict[str, Any]:
@@ -76,6 +84,7 @@ def assemble(
         },
         "scheme": recipe.scheme.name if recipe else "none",
         "method": recipe.method.name if recipe else None,
+        "calibration": _learned(recipe),
         "format": recipe.format.name if recipe else None,
         "protocol": {
             "name": "gptq",

@@ -30,18 +30,20 @@ def load_transformers(request: Request) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=request["dtype"], device_map="cpu")
-    for module in model.modules():
-        if hasattr(module, "compute_dtype"):
-            compute_in(module, request["dtype"])
+    compute_in(model, request["dtype"])
     return model
 
 
-def compute_in(layer: Any, dtype: torch.dtype) -> None:
-    """bitsandbytes' layer computes in the dtypes that the files name, and its fused CPU kernel, which rounds the scales
-    too, in bfloat16; whatever was asked for."""
-    layer.compute_dtype = dtype
-    layer.weight.quant_state.dtype = dtype
-    layer.support_avx512bf16_for_cpu = False
+def compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Whatever is asked for, bitsandbytes' layers compute in the dtypes that the files name, their fused CPU kernel in
+    bfloat16, to which it rounds the scales too; and beside them transformers leaves everything in the files' dtype."""
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = module.weight.quant_state.dtype = dtype
+            module.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def write_bitsandbytes(request: Request) -> None:

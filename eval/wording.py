@@ -1,0 +1,71 @@
+"""Numbers and texts as the report shows them; what was not measured is a dash."""
+
+import re
+from typing import Any
+
+from markupsafe import Markup
+
+DASH = "–"
+
+
+def over(value: float | None, reference: float | None) -> float | None:
+    return value / reference if value is not None and reference else None
+
+
+def followed(text: str, extra: str | None) -> str:
+    return text if extra in (None, DASH) or text == DASH else f"{text} ({extra})"
+
+
+def number(value: float | None) -> str:
+    """Perplexities and bits: two decimals while they matter."""
+    return DASH if value is None else f"{value:,.{2 if value < 100 else 1 if value < 1000 else 0}f}"
+
+
+def count(value: float | None) -> str:
+    return DASH if value is None else f"{value:,.{0 if value >= 100 or value % 1 == 0 else 1}f}"
+
+
+def small(value: float | None) -> str:
+    if value is None:
+        return DASH
+    return f"{value:.2g}" if value < 1e-3 else f"{value:.4f}".rstrip("0").rstrip(".")
+
+
+def ratio(value: float | None) -> str:
+    return DASH if value is None else f"{value:,.{2 if value < 10 else 0}f}x"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return DASH if value is None else f"{100 * value:.{digits}f}%"
+
+
+def increase(after: float | None, before: float | None) -> str | None:
+    if (quotient := over(after, before)) is None:
+        return None
+    change = 100 * (quotient - 1)
+    return f"{change:+,.{2 if abs(change) < 0.1 else 1 if abs(change) < 100 else 0}f}%"
+
+
+def size(value: float | None) -> str:
+    """Three digits in decimal units."""
+    if value is None:
+        return DASH
+    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= 0.9995 * one:
+            scaled = value / one
+            return f"{scaled:,.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f} {unit}"
+    return f"{value:.0f} B"
+
+
+def markdown_text(value: Any) -> Any:
+    """Text that GitHub Markdown shows as it is, in a table cell too; Markup passes."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    text = re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", " ".join(value.split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def fenced(text: str, language: str = "") -> Markup:
+    """A Markdown code block that its content cannot close."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return Markup(f"{fence}{language}\n{text}\n{fence}")
