@@ -37,8 +37,8 @@ def quantize(
     Args:
         model: a Hub id or a local folder.
         scheme: such as "int4-g128", "int3-channel-asym", "int8-dynamic", "nf4", "nf4-dq".
-        recipe: "method", "format", "skip", "algorithm" (the method's options) and "max_fallback_layers", where the
-            defaults are not wanted.
+        recipe: "method", "format", "skip", "algorithm" (the method's options), "device" and "max_fallback_layers",
+            where the defaults are not wanted.
         calibration: what a method such as "gptq" learns from: a file, a Hub data set such as "org/name:config:split",
             or the keys of a config's quantize.calibration, such as {"text": "wiki.txt", "windows": 64}.
     Returns:

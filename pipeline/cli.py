@@ -162,6 +162,7 @@ def quantize(
         list[str] | None, typer.Option(help="key=value, an option of the method; may be repeated.")
     ] = None,
     max_fallback_layers: Annotated[int, typer.Option(min=0, help="Layers that may fall back to absmax.")] = 0,
+    device: Device = "auto",
     revision: Revision = None,
 ) -> None:
     """Quantize one checkpoint into a folder that other runtimes load too."""
@@ -171,7 +172,7 @@ def quantize(
 
     quiet_libraries()
     recipe = {"method": method, "format": format, "skip": skip or [], "max_fallback_layers": max_fallback_layers}
-    recipe["algorithm"] = load_options(algorithm or [])
+    recipe |= {"algorithm": load_options(algorithm or []), "device": device}
     typed = {"text": calibration, "windows": windows, "context": context}
     learn = {key: value for key, value in typed.items() if value is not None}
     learn |= load_options([f"seed={seed}"] if seed else [])

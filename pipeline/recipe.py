@@ -13,6 +13,7 @@ from .checkpoint import Checkpoint, read_json
 from .errors import ConfigError, listing, nearest
 from .formats import Format, default_format
 from .formats import registry as formats
+from .loading import pick_device
 from .methods import Method, default_method, options_of, with_options
 from .methods import registry as methods
 from .versions import versions
@@ -44,11 +45,13 @@ class Recipe:
         skip: list[str] | None = None,
         algorithm: dict[str, Any] | None = None,
         max_fallback_layers: int = 0,
+        device: str = "auto",
     ) -> "Recipe":
         """From names; "auto" is the default method and the most portable format of the scheme.
 
         Args:
             algorithm: options of the method, such as {"damping": 1e-3} of gptq.
+            device: "cpu", "cuda" or "auto", for methods that learn; the others work on the CPU.
         Raises:
             ConfigError: an unknown name, or things that do not go together.
         """
@@ -69,7 +72,8 @@ class Recipe:
         probe = (1024, 32 * (parsed.group_size or 32))
         if problems := [*chosen.problems(parsed), *target.problems(parsed, probe)]:
             raise ConfigError("; ".join(problems))
-        return Recipe(parsed, chosen, target, skip or [], max_fallback_layers=max_fallback_layers)
+        where = str(pick_device(device))
+        return Recipe(parsed, chosen, target, skip or [], max_fallback_layers=max_fallback_layers, device=where)
 
     def to_dict(self) -> dict[str, Any]:
         described = {

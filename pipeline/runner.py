@@ -117,9 +117,7 @@ def _prepare(run: Run, model: Model) -> _Input:
 
 def _recipe(run: Run, scheme: str) -> Recipe:
     how = run.quantize
-    return Recipe.make(
-        scheme, how.method, how.format, how.skip, how.algorithm, max_fallback_layers=how.max_fallback_layers
-    )
+    return Recipe.make(scheme, how.method, how.format, how.skip, how.algorithm, how.max_fallback_layers, run.device)
 
 
 def _job(run: Run, given: _Input, scheme: str, parent: Path, command: str, say: Say) -> dict[str, Any]:

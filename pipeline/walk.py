@@ -34,13 +34,24 @@ class _Call:
 
 
 class _Passed(Tensor):
-    """A stand-in's output: some models take a block's output as it is, others take [0] of it, and this serves both."""
+    """A stand-in's output: some models take a block's output as it is, others take [0] of it, and this serves both.
+
+    Raises:
+        TypeError: more than that is wanted, which only the block could give.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def __getitem__(self, index: Any) -> Tensor:
         plain = self.as_subclass(Tensor)
-        return plain if isinstance(index, int) and index == 0 else plain[index]
+        if not isinstance(index, int):
+            return plain[index]
+        if index:
+            raise TypeError(f"output {index} of a block is wanted")
+        return plain
+
+    def __iter__(self) -> Iterator[Tensor]:
+        raise TypeError("several outputs of a block are wanted")
 
 
 class _Done(Exception):
@@ -50,8 +61,10 @@ class _Done(Exception):
 class _StandIn(nn.Module):
     """In the place of a block: passes its input on."""
 
-    def __init__(self, walk: "Walk", number: int):
+    def __init__(self, walk: "Walk", number: int, block: nn.Module):
         super().__init__()
+        plain = {name: value for name, value in vars(block).items() if not name.startswith("_")}
+        vars(self).update(plain)  # a model may ask its blocks what they are, as for the mask that is theirs
         self._note = lambda hidden, call: walk._passed(number, hidden, call)
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -71,11 +84,11 @@ class Walk:
         blocks = self.model.get_submodule(decoder(self.model))
         assert isinstance(blocks, nn.ModuleList)
         self._blocks, self._path = blocks, decoder(self.model)
-        self._real: list[nn.Module | None] = list(blocks)
-        for number in range(len(blocks)):
-            blocks[number] = _StandIn(self, number)
+        self._real = list(blocks)
         for module in self.model.modules():
             module._buffers.update({name: b.to(self.device) for name, b in module._buffers.items() if b is not None})
+        for number, block in enumerate(self._real):
+            blocks[number] = _StandIn(self, number, block)
         self._outside = list(outside)
         self.batches = ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))
         self._calls: list[list[_Call]] = []
@@ -87,7 +100,14 @@ class Walk:
         if self._ending is not None:
             return self._ending if last else hidden
         if number == 0:
-            self._first = hidden
+            self._first, self._version = hidden, hidden._version
+        if (
+            number != len(self._calls[-1])
+            or self._first is None
+            or (hidden.data_ptr(), hidden.shape, hidden._version)
+            != (self._first.data_ptr(), self._first.shape, self._version)
+        ):
+            raise TypeError(f"block {number} reads something else than what the block before it puts out")
         seen = self._calls[0][number] if len(self._calls) > 1 else None
         self._calls[-1].append(_shared(call, seen))
         if last:
@@ -119,14 +139,30 @@ class Walk:
         with self._ends():
             for batch in self.batches:
                 self._calls.append([])
-                with contextlib.suppress(_Done):
-                    self.model(input_ids=batch.to(self.device), use_cache=False)
-                if len(self._calls[-1]) != len(self._blocks) or self._first is None:
-                    raise CheckpointError(
-                        f"{type(self.model).__name__} does not call its blocks one after the other, so what they read "
-                        "cannot be told; use a method that needs no calibration"
-                    )
+                self._trace(batch)
+                assert self._first is not None
                 yield self._first
+
+    def _trace(self, batch: Tensor) -> None:
+        """Note what the blocks are called with for a batch of token ids.
+
+        Raises:
+            CheckpointError: the model does more between its blocks than to hand on what one puts out to the next.
+        """
+        reason = "not all of them are called"
+        try:
+            self.model(input_ids=batch.to(self.device), use_cache=False)
+        except _Done:
+            shape = tuple(self._first.shape) if self._first is not None else ()
+            if shape[:-1] == batch.shape:
+                return
+            reason = f"they read tensors of shape {list(shape)} for {list(batch.shape)} tokens"
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # what a stand-in is not good enough for
+            reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{type(self.model).__name__} is no plain chain of blocks ({reason}), so what each reads cannot be told; "
+            "use a method that needs no calibration"
+        )
 
     @torch.no_grad()
     def logits(self, outputs: Tensor) -> Tensor:
@@ -141,9 +177,7 @@ class Walk:
 
     def enter(self, number: int, weights: Iterable[tuple[Entry, Tensor]]) -> None:
         """Give a block its weights, and the place that is its own."""
-        block = self._real[number]
-        assert block is not None, "a block is entered once"
-        self._blocks[number] = block
+        self._blocks[number] = block = self._real[number]
         experts = {}
         for entry, tensor in weights:
             if entry.target.expert:
@@ -154,8 +188,7 @@ class Walk:
         self._block, self._number = block, number
 
     def leave(self) -> None:
-        self._blocks[self._number] = _StandIn(self, self._number)
-        self._real[self._number] = None
+        self._blocks[self._number] = self._real[self._number] = _StandIn(self, self._number, self._block)
         del self._block
 
     @torch.no_grad()
@@ -163,7 +196,7 @@ class Walk:
         """The block's outputs for its inputs [windows, context, hidden] of one batch."""
         call = self._calls[batch][self._number]
         found = self._block(inputs.to(self.device), *call.arguments, **call.options)
-        return found[0] if isinstance(found, tuple) else found
+        return found[0] if isinstance(found, tuple | list) else found
 
     def layer(self, entry: Entry) -> nn.Module:
         """The module that multiplies by an entry's weight."""

@@ -29,7 +29,7 @@ from .absmax import Absmax, affine_parameters
 from .hessian import Factor, Hessian
 
 _BLOCK = 128  # columns whose compensations reach all later ones by one matrix product
-_ROWS = 1024  # rows that a thread works on at a time
+_ROWS = (512, 1024)  # that a thread works on: fewer would wait for the interpreter, more for the memory
 _RATIOS = tuple(1.0 - 0.04 * step for step in range(16))  # of a group's full range: 1 down to 0.4
 
 
@@ -67,7 +67,7 @@ class GPTQ:
             return qtensor, Diagnostics(diagnostics.relative_error, tokens=hessian.tokens, fallback=reason)
         solver = _Solver(scheme, scale_dtype, hessian, factor, self)
         share = -(-weight.shape[0] // torch.get_num_threads())
-        chunks = map_threads(solver.solve, weight.split(min(_ROWS, share)))
+        chunks = map_threads(solver.solve, weight.split(min(max(share, _ROWS[0]), _ROWS[1])))
         codes, scales, zeros, sums = zip(*chunks)
         together = None if scheme.symmetric else torch.cat(zeros)
         qtensor = QTensor(scheme, (weight.shape[0], weight.shape[1]), torch.cat(codes), torch.cat(scales), together)

@@ -78,7 +78,7 @@ THEIRS = [
     ("llm-compressor", "RTN, pack-quantized", "int4-g128", {"algorithm": "rtn"}, LLMCOMPRESSOR),
     ("llm-compressor", "GPTQ, pack-quantized", "int4-g128-asym", {}, LLMCOMPRESSOR),
     ("llm-compressor", "RTN, pack-quantized", "int4-g128-asym", {"algorithm": "rtn"}, LLMCOMPRESSOR),
-    ("llm-compressor", "RTN, int-quantized", "int8-channel", W8A8, LLMCOMPRESSOR),
+    ("llm-compressor", "RTN, int-quantized", "int8-dynamic", W8A8, LLMCOMPRESSOR),
     ("bitsandbytes", "bitsandbytes", "nf4", {}, TRANSFORMERS),
     ("bitsandbytes", "bitsandbytes", "nf4-dq", {}, TRANSFORMERS),
 ]
