@@ -58,7 +58,7 @@ def quantize(
         print(json.dumps({**about, "results": [result.to_dict() for result in results]}, indent=2, ensure_ascii=False))
         return
     _show(*rows(results))
-    print(f"\n{job.calibration}; {where['cores']} cores of {where['cpu']}")
+    print(f"\n{job.calibration}; {where['cores']} cores of {where['cpu']}, {where['threads']} threads")
 
 
 def _show(header: list[str], body: list[list[str]]) -> None:

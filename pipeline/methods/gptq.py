@@ -2,11 +2,11 @@
 
 On top of the paper's algorithm:
 - Columns go by descending activation, with groups as they lie in the file, so that no runtime needs a g_idx.
-- Scales are searched, not taken from the largest weight: each group's scale is the one with the least squared error
-  among shrunken ranges, where column j's error counts 1 / U_jj^2 (U: the Cholesky factor of the inverse Hessian):
-  what is left of it after all later columns have made up for it as well as they can.
-- What is rounded in the end is not the weight but the weight with the compensations of earlier columns. So the scales
-  are searched again, on just those values, and the columns rounded again (`rounds`).
+- Scales are searched, on what is really rounded: the weight with the compensations of earlier columns, as a first round
+  with absmax scales finds it. Each group's scale is the one with the least squared error among shrunken ranges, where
+  column j's error counts 1 / U_jj^2 (U: the Cholesky factor of the inverse Hessian), which is what is left of it after
+  all later columns have made up for it as well as they can. The columns are then rounded again (`rounds`), and each
+  row keeps its best round.
 - Coordinate descent (`passes`) then goes over scales and codes, each set to its best value given all others.
 """
 
@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from bitpress.kernels import triton_gptq
 from bitpress.kernels.packing import pack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
@@ -30,6 +31,7 @@ from .hessian import Factor, Hessian
 
 _BLOCK = 128  # columns whose compensations reach all later ones by one matrix product
 _ROWS = (512, 1024)  # that a thread works on: fewer would wait for the interpreter, more for the memory
+_CUDA_WEIGHTS = 1 << 26  # worked on at a time: with all that is kept beside them, 2 to 3 GB
 _RATIOS = tuple(1.0 - 0.04 * step for step in range(16))  # of a group's full range: 1 down to 0.4
 
 
@@ -37,7 +39,7 @@ _RATIOS = tuple(1.0 - 0.04 * step for step in range(16))  # of a group's full ra
 class GPTQ:
     """damping: added to the Hessian's diagonal, as a fraction of its mean; raised tenfold where it is not enough.
     act_order: columns by descending activation, else as they lie.
-    rounds: how often scales are searched and columns rounded.
+    rounds: how often columns are rounded: first with absmax's scales, then with scales searched on what was rounded.
     passes: of coordinate descent over scales and codes afterwards.
     true_sequential: within a block, each layer learns from inputs that the quantized layers before it made.
     """
@@ -66,8 +68,11 @@ class GPTQ:
             reason = "its inputs were always 0" if hessian.dead().all() else "its Hessian is not positive definite"
             return qtensor, Diagnostics(diagnostics.relative_error, tokens=hessian.tokens, fallback=reason)
         solver = _Solver(scheme, scale_dtype, hessian, factor, self)
-        share = -(-weight.shape[0] // torch.get_num_threads())
-        chunks = map_threads(solver.solve, weight.split(min(max(share, _ROWS[0]), _ROWS[1])))
+        if weight.is_cuda:
+            chunks = [solver.solve(rows) for rows in weight.split(max(1, _CUDA_WEIGHTS // weight.shape[1]))]
+        else:
+            share = -(-weight.shape[0] // torch.get_num_threads())
+            chunks = map_threads(solver.solve, weight.split(min(max(share, _ROWS[0]), _ROWS[1])))
         codes, scales, zeros, sums = zip(*chunks)
         together = None if scheme.symmetric else torch.cat(zeros)
         qtensor = QTensor(scheme, (weight.shape[0], weight.shape[1]), torch.cat(codes), torch.cat(scales), together)
@@ -91,6 +96,13 @@ class _Grid:
     low: Tensor
     high: Tensor
 
+    def where(self, chosen: Tensor, other: "_Grid") -> "_Grid":
+        """The other's in the rows that are chosen, bool [R]."""
+        zeros = None if self.zeros is None or other.zeros is None else torch.where(chosen, other.zeros, self.zeros)
+        pairs = ((self.scales, other.scales), (self.wide, other.wide), (self.low, other.low), (self.high, other.high))
+        scales, wide, low, high = (torch.where(chosen, new, old) for old, new in pairs)
+        return _Grid(scales, zeros, wide, low, high)
+
 
 class _Solver:
     """One layer's problem; rows are independent of each other, and solved transposed: a column is contiguous then.
@@ -104,6 +116,7 @@ class _Solver:
         self.groups = scheme.groups(len(self.matrix))
         self.group_size = len(self.matrix) // self.groups
         self.order = factor.order.tolist()
+        self.group_of = (factor.order // self.group_size).to(torch.int32)
         self.pivots = factor.upper.diagonal().tolist()
         self.inverse = factor.order.argsort()
         importance = factor.upper.diagonal().pow(-2)[self.inverse]
@@ -115,10 +128,14 @@ class _Solver:
         the weight's error, the weight, the output's error, the output."""
         weight = rows.to(torch.float32).t().contiguous()
         pinned = (self.grouped(weight) == 0).all(1)  # groups of zeros stay zeros
-        target = weight
-        for _ in range(self.options.rounds):
-            grid = self.search(target, pinned)
-            codes, target = self.round(weight, grid)
+        grid = self.search(weight, pinned, _RATIOS[:1])
+        codes, target, loss = self.round(weight, grid)
+        for _ in range(self.options.rounds - 1):
+            other = self.search(target, pinned, _RATIOS)
+            others, target, its_loss = self.round(weight, other)
+            better = its_loss < loss
+            codes, loss = torch.where(better, others, codes), torch.where(better, its_loss, loss)
+            grid = grid.where(better, other)
         for _ in range(self.options.passes):
             codes, grid = self.descend(weight, codes, grid)
         error = weight - self.values(codes, grid)
@@ -150,10 +167,11 @@ class _Solver:
         offset = torch.full_like(wide, self.scheme.middle) if zeros is None else zeros.to(torch.float32)
         return _Grid(scales, zeros, wide, -offset, self.scheme.max_code - offset)
 
-    def search(self, target: Tensor, pinned: Tensor) -> _Grid:
-        """The grid, among those of _RATIOS of each group's range, with the least squared error, by importance, of
+    def search(self, target: Tensor, pinned: Tensor, ratios: tuple[float, ...]) -> _Grid:
+        """The grid, among those of these ratios of each group's range, with the least squared error, by importance, of
         target [K, R]; pinned groups [G, R] hold nothing but 0."""
-        found = [self.search_group(group, weight) for group, weight in zip(self.grouped(target), self.importance)]
+        groups = zip(self.grouped(target), self.importance)
+        found = [self.search_group(group, importance, ratios) for group, importance in groups]
         scales = torch.stack([scale for scale, _ in found]).masked_fill_(pinned, 1)
         zeros = None
         if not self.scheme.symmetric:
@@ -161,12 +179,14 @@ class _Solver:
         grid = self.grid(scales, zeros)
         return replace(grid, low=grid.low.masked_fill(pinned, 0), high=grid.high.masked_fill(pinned, 0))
 
-    def search_group(self, group: Tensor, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+    def search_group(
+        self, group: Tensor, importance: Tensor, ratios: tuple[float, ...]
+    ) -> tuple[Tensor, Tensor | None]:
         """group [g, R], importance [g, 1] -> scale [R] and zero [R]."""
         reach = torch.stack([group.amin(0), group.amax(0)], -1)
         best: tuple[Tensor, Tensor | None] = affine_parameters(reach, self.scheme, self.scale_dtype)
         least = torch.full_like(reach[:, 0], math.inf)
-        for ratio in _RATIOS:
+        for ratio in ratios:
             scale, zero = affine_parameters(reach * ratio, self.scheme, self.scale_dtype)
             grid = self.grid(scale, zero)
             codes = torch.div(group, grid.wide).round_().clamp_(grid.low, grid.high)
@@ -177,20 +197,33 @@ class _Solver:
             best = torch.where(better, scale, best[0]), chosen
         return best
 
-    def round(self, weight: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
-        """GPTQ proper: weight [K, R] -> codes [K, R], and what was rounded: the weight with the compensations."""
+    def round(self, weight: Tensor, grid: _Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """GPTQ proper: weight [K, R] -> codes [K, R], what was rounded (the weight with the compensations), and the
+        loss of each row [R], ||(W - W') X||^2 with the damping."""
         upper, left = self.factor.upper, weight[self.factor.order]
         codes, errors = torch.empty_like(left), torch.empty(min(_BLOCK, len(left)), left.shape[1], device=left.device)
+        loss = torch.zeros_like(left[0])
         for start in range(0, len(left), _BLOCK):
             end = min(start + _BLOCK, len(left))
-            for j in range(start, end):
-                group = self.order[j] // self.group_size
-                scale = grid.wide[group]
-                code = torch.div(left[j], scale, out=codes[j]).round_().clamp_(grid.low[group], grid.high[group])
-                error = torch.addcmul(left[j], code, scale, value=-1, out=errors[j - start]).div_(self.pivots[j])
-                left[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
+            self.round_block(slice(start, end), left, grid, codes, errors)
+            loss += errors[: end - start].square().sum(0)
             left[end:].addmm_(upper[start:end, end:].t(), errors[: end - start], alpha=-1)
-        return codes[self.inverse], left[self.inverse]
+        return codes[self.inverse], left[self.inverse], loss
+
+    def round_block(self, part: slice, left: Tensor, grid: _Grid, codes: Tensor, errors: Tensor) -> None:
+        """Round these columns of left [K, R], one after the other, each with the compensations of those before it."""
+        upper, start, end = self.factor.upper, part.start, part.stop
+        if triton_gptq.problem(left.device) is None:
+            steps = (grid.wide, grid.low, grid.high)
+            block, groups = upper[part, part], self.group_of[part]
+            triton_gptq.round_columns(left[part], block, steps, groups, codes[part], errors[: end - start])
+            return
+        for j in range(start, end):
+            group = self.order[j] // self.group_size
+            scale = grid.wide[group]
+            code = torch.div(left[j], scale, out=codes[j]).round_().clamp_(grid.low[group], grid.high[group])
+            error = torch.addcmul(left[j], code, scale, value=-1, out=errors[j - start]).div_(self.pivots[j])
+            left[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
 
     def descend(self, weight: Tensor, codes: Tensor, grid: _Grid) -> tuple[Tensor, _Grid]:
         """One pass of coordinate descent on ||(W - W') X||^2: each group's scale, then each of its codes, is set to its
@@ -229,10 +262,24 @@ def _settle(codes: Tensor, slope: Tensor, inner: Tensor, scale: Tensor, limits: 
     for start in range(0, len(codes), _BLOCK):
         end = min(start + _BLOCK, len(codes))
         changes = torch.empty_like(codes[start:end])
-        for j in range(start, end):
-            ideal = torch.addcdiv(codes[j], slope[j], scale, value=1 / inner[j, j].item())
-            code = ideal.round_().clamp_(*limits)
-            change = torch.mul(code - codes[j], scale, out=changes[j - start])
-            codes[j] = code
-            slope[j + 1 : end].addr_(inner[j, j + 1 : end], change, alpha=-1)
+        _settle_block(slice(start, end), codes, slope, inner, (scale, *limits), changes)
         slope[end:].addmm_(inner[end:, start:end], changes, alpha=-1)
+
+
+def _settle_block(
+    part: slice, codes: Tensor, slope: Tensor, inner: Tensor, grid: tuple[Tensor, Tensor, Tensor], changes: Tensor
+) -> None:
+    """The same for these columns alone; changes [columns, R] receives what that made of their values."""
+    start, end = part.start, part.stop
+    if triton_gptq.problem(codes.device) is None:
+        scale, low, high = (each.unsqueeze(0) for each in grid)
+        groups = torch.zeros(end - start, dtype=torch.int32, device=codes.device)
+        triton_gptq.settle_columns(slope[part], inner[part, part], (scale, low, high), groups, codes[part], changes)
+        return
+    scale, *limits = grid
+    for j in range(start, end):
+        ideal = torch.addcdiv(codes[j], slope[j], scale, value=1 / inner[j, j].item())
+        code = ideal.round_().clamp_(*limits)
+        change = torch.mul(code - codes[j], scale, out=changes[j - start])
+        codes[j] = code
+        slope[j + 1 : end].addr_(inner[j, j + 1 : end], change, alpha=-1)

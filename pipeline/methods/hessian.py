@@ -62,11 +62,15 @@ class Hessian:
             self.dropped += int((~finite).sum())
             rows = rows[finite]
         self.tokens += rows.shape[0]
-        wide = rows.to(torch.float32)
+        halves = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)  # tensor cores take them as they are
+        wide = rows if halves else rows.to(torch.float32)
         with _bfloat16_products(rows):
             for start in range(0, wide.shape[1], _PANEL):
-                panel = wide[:, start : start + _PANEL]
-                self._sum[start : start + _PANEL, start:].addmm_(panel.t(), wide[:, start:])
+                panel, total = wide[:, start : start + _PANEL], self._sum[start : start + _PANEL, start:]
+                if halves:
+                    total.add_(torch.mm(panel.t(), wide[:, start:], out_dtype=torch.float32))
+                else:
+                    total.addmm_(panel.t(), wide[:, start:])
 
     def matrix(self) -> Tensor:
         """float32 [in, in], symmetric; dead columns (inputs that were always 0) have the mean on the diagonal.

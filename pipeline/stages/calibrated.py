@@ -30,6 +30,7 @@ WITNESS = "witness.safetensors"
 WITNESS_TOKENS = 64
 _FEW = 2  # times its inputs: an expert that saw fewer tokens is rounded by absmax
 _HIDDEN = "hidden"
+_STATES = "states"
 
 
 class CalibratedBlocks:
@@ -38,7 +39,7 @@ class CalibratedBlocks:
     def __init__(self, checkpoint: Checkpoint, plan: Plan, recipe: Recipe, work: Path):
         assert recipe.calibration is not None
         self.checkpoint, self.plan, self.recipe = checkpoint, plan, recipe
-        self.states, self.witness = work / "states", work / WITNESS
+        self.states, self.witness = work / _STATES, work / WITNESS
         # float16 activations overflow in many models that were trained in bfloat16
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
         outside = [entry for entry in plan.entries if entry.block is None]
@@ -53,12 +54,15 @@ class CalibratedBlocks:
 
     def nbytes(self) -> int:
         """What the states take on the disk, at most three at a time."""
-        width = getattr(self.plan.model.config, "hidden_size", 0)
+        width = getattr(self.plan.model.config.get_text_config(), "hidden_size", 0)
         return 3 * self.ids.numel() * width * self.walk.dtype.itemsize
 
     def _start(self, block: int) -> None:
         """Find out what blocks are called with, and block 0's inputs."""
         store.make_folder(self.states)
+        for path in self.states.iterdir():  # what a run that was broken off did not come to delete
+            if path != self.state(block):
+                path.unlink()
         inputs = self.walk.embed()
         if block == 0:
             self._write(0, inputs)
@@ -157,7 +161,8 @@ class CalibratedBlocks:
         """What the block read is not needed any more."""
         self.state(block).unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """The artifact is finished; only the witness is kept."""
-        if self.states.exists():
-            store.remove_folder(self.states)
+
+def clear_states(work: Path) -> None:
+    """The artifact is finished; of what it took to make it, only the witness is kept."""
+    if (states := work / _STATES).exists():
+        store.remove_folder(states)

@@ -14,7 +14,7 @@ from ..checkpoint import INDEX, Checkpoint, read_json
 from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, listing
 from ..plan import Plan, Unit, make_plan
 from ..recipe import MANIFEST, Recipe, check_fingerprint, fingerprint
-from .calibrated import CalibratedBlocks
+from .calibrated import CalibratedBlocks, clear_states
 from .press import press
 
 OnStep = Callable[[int, int], None]
@@ -156,6 +156,8 @@ def quantize(
     marks = fingerprint(checkpoint, source, recipe)
     if (out / MANIFEST).exists():
         check_fingerprint(out / MANIFEST, marks)
+        _check_fallbacks([read_json(out / MANIFEST)["coverage"]], recipe.max_fallback_layers)
+        clear_states(work)
         return _verify_finished(out, on_step)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
@@ -175,8 +177,7 @@ def quantize(
     _finish(checkpoint, plan, recipe, folder, lines, marks)
     checkpoint.check_unchanged()
     store.publish_folder(folder, out)
-    if blocks:
-        blocks.clear()
+    clear_states(work)
     return [*progress.notes, *_remarks(lines)]
 
 
@@ -224,13 +225,13 @@ def _write_units(job: _Job, progress: _Progress, on_step: OnStep) -> list[dict[s
             if file in finished:
                 lines[file] = progress.done[file]
                 _check_source(job.checkpoint, unit, lines[file])
-                continue
-            tensors, line = job.press(unit)
-            if pending:
-                pending.result()
-            lines[file] = line | {"file": file}
-            pending = writer.submit(job.commit, progress, unit, lines[file], tensors)
-            del tensors  # the writer's alone, which lets go of them
+            else:
+                tensors, line = job.press(unit)
+                if pending:
+                    pending.result()
+                lines[file] = line | {"file": file}
+                pending = writer.submit(job.commit, progress, unit, lines[file], tensors)
+                del tensors  # the writer's alone, which lets go of them
             _check_fallbacks(lines.values(), job.recipe.max_fallback_layers)
         if pending:
             pending.result()

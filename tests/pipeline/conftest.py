@@ -8,8 +8,10 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
+import transformers
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from transformers import AutoModelForCausalLM
 
 from bitpress.pipeline.api import load, quantize
 from bitpress.pipeline.checkpoint import read_json
@@ -18,6 +20,40 @@ from bitpress.pipeline.methods import registry
 from bitpress.pipeline.methods.absmax import Absmax
 
 Refused = Callable[..., str]
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# all experts serve every token: choosing some would jump at a rounding error
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
+GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GLOBAL_AND_LOCAL = {"attention_types": [[["global", "local"], 1]], "window_size": 8, "num_layers": 2, "num_heads": 4}
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "gemma": ("GemmaConfig", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 8}),
+    "phi3": ("Phi3Config", {}),
+    "opt": ("OPTConfig", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "gpt2": ("GPT2Config", GPT),
+    "gpt_neo": ("GPTNeoConfig", GLOBAL_AND_LOCAL),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "falcon": ("FalconConfig", {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": True}),
+    "mixtral": ("MixtralConfig", MOE),
+    "qwen2_moe": ("Qwen2MoeConfig", MOE | {"shared_expert_intermediate_size": 64}),
+    "qwen3_moe": ("Qwen3MoeConfig", MOE | {"head_dim": 16}),
+}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,6 +65,40 @@ def one_thread() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(was)
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Every architecture in turn."""
+    return request.param
+
+
+def save_tiny(name: str, folder: Path, **changes: Any) -> Path:
+    """A seeded random model of an architecture, saved as transformers saves it."""
+    kind, extra = ARCHITECTURES[name]
+    base = SMALL if "n_embd" not in extra else {"vocab_size": 96}
+    config = getattr(transformers, kind)(**{**base, **extra, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = AutoModelForCausalLM.from_config(config).to(torch.float32)
+        for parameter in model.parameters():  # biases and norms start as constants, which hide mistakes
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny(architecture, key=value): the folder of a float32 model, some keys of its config changed. Read only."""
+    made: dict[str, Path] = {}
+
+    def make(name: str, **changes: Any) -> Path:
+        key = f"{name} {changes}"
+        if key not in made:
+            made[key] = save_tiny(name, tmp_path_factory.mktemp(name), **changes)
+        return made[key]
+
+    return make
 
 
 @dataclass(frozen=True)

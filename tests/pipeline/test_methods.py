@@ -1,4 +1,4 @@
-"""Every method that needs no calibration, by every scheme that it can produce: error bounds, zeros, odd shapes, and the formulas one by one."""
+"""Methods that need no calibration, by every scheme that they produce: error bounds, zeros, odd shapes, formulas."""
 
 import math
 from itertools import product
