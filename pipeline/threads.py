@@ -1,6 +1,7 @@
 """Row-wise work spread over threads."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -10,15 +11,23 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """function of each item, in order; as many items at a time as torch has threads, each on one of them.
+@contextlib.contextmanager
+def pool(workers: int) -> Iterator[Callable[[Callable[[Item], Result], Iterable[Item]], list[Result]]]:
+    """A function that maps as map_threads does, on the same `workers` threads each time, which share torch's threads.
 
     Many short tensor operations run so much better than with all threads on one operation at a time, as each
-    operation would end by waiting for its slowest thread. Results do not depend on the number of threads.
+    operation would end by waiting for its slowest thread. Results do not depend on the number of workers.
     """
     count = torch.get_num_threads()
+    share = (max(1, count // workers),)
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, items))
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=share) as executor:
+            yield lambda function, items: list(executor.map(function, items))
     finally:
         torch.set_num_threads(count)  # what a thread sets for itself is also the start of every new thread
+
+
+def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """function of each item, in order; as many items at a time as torch has threads, each on one of them."""
+    with pool(torch.get_num_threads()) as run:
+        return run(function, items)

@@ -5,8 +5,10 @@ arguments, so there is no code for any one architecture.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,10 +20,13 @@ from .blocks import Names, decoder, skeleton
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, NumericsError
 from .loading import dense_layer, replace_layers, set_tensor
-from .methods.hessian import Hessian
+from .methods.hessian import Hessian, bfloat16_products
 from .plan import Entry
+from .threads import pool
 
-_BATCH_TOKENS = 4096  # that go through a block at a time
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time: what caches and memory like best
+_MOST_AT_A_TIME = 4  # batches: one for each core where there are few, but their activations are all in memory
+_WIDE = 4096  # inputs from which on a Hessian is best summed by all threads together
 _MOST_DROPPED = 0.01  # of a layer's tokens may have infinite activations
 
 
@@ -40,7 +45,7 @@ class _Passed(Tensor):
         TypeError: more than that is wanted, which only the block could give.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> Tensor:
         plain = self.as_subclass(Tensor)
@@ -90,7 +95,8 @@ class Walk:
         for number, block in enumerate(self._real):
             blocks[number] = _StandIn(self, number, block)
         self._outside = list(outside)
-        self.batches = ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))
+        self.batches = ids.split(max(1, _BATCH_TOKENS[self.device.type] // ids.shape[1]))
+        self._workers = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
         self._calls: list[list[_Call]] = []
         self._first: Tensor | None = None  # block 0's inputs, as last seen
         self._ending: Tensor | None = None  # the last block's outputs, to be passed on
@@ -205,7 +211,7 @@ class Walk:
         experts = self.model.get_submodule(entry.target.parameter)
         assert isinstance(experts, QExperts)
         expert, piece, _ = entry.target.expert
-        return experts.experts[expert][piece]  # type: ignore[index, return-value]
+        return experts.experts[expert][piece]  # type: ignore[index]
 
     def set_weight(self, entry: Entry, weight: Tensor) -> None:
         """Replace a layer's weight by `weight` [out, in]."""
@@ -244,9 +250,29 @@ class Walk:
             NumericsError: more than 1% of a layer's inputs are NaN or infinite.
         """
         found = {id(group[0]): Hessian(group[0].shape[1], self.device) for group in groups}
-        with self._hooked([group[0] for group in groups], lambda entry, x: found[id(entry)].add(x)):
-            for batch, hidden in enumerate(inputs):
-                self.forward(batch, hidden)
+        seen = threading.local()
+
+        def collect(batch: tuple[int, Tensor]) -> list[tuple[int, Tensor]]:
+            seen.inputs = []
+            self.forward(*batch)
+            return seen.inputs
+
+        leaders = [group[0] for group in groups]
+        hooked = self._hooked(leaders, lambda entry, x: seen.inputs.append((id(entry), x)))
+        with hooked, pool(self._workers) as run:
+            for wave in self._waves(inputs):
+                collected = [item for batch in run(collect, wave) for item in batch]
+
+                def add(entry: Entry, given: list[tuple[int, Tensor]] = collected) -> None:
+                    for layer, x in given:
+                        if layer == id(entry):
+                            found[layer].add(x)
+
+                with bfloat16_products(x.dtype for _, x in collected):
+                    run(add, [entry for entry in leaders if entry.shape[1] <= _WIDE])
+                    for entry in leaders:
+                        if entry.shape[1] > _WIDE:
+                            add(entry)
         for group in groups:
             hessian = found[id(group[0])]
             if hessian.dropped > _MOST_DROPPED * (hessian.dropped + hessian.tokens):
@@ -255,6 +281,18 @@ class Walk:
                     "gave it NaN or infinite inputs; use a float32 or bfloat16 checkpoint, or other calibration text"
                 )
         return [found[id(group[0])] for group in groups]
+
+    def outputs(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The block's outputs, batch by batch."""
+        with pool(self._workers) as run:
+            for wave in self._waves(inputs):
+                yield from run(lambda batch: self.forward(*batch), wave)
+
+    def _waves(self, inputs: Iterable[Tensor]) -> Iterator[list[tuple[int, Tensor]]]:
+        """Numbered batches, as many as are worked on at a time."""
+        batches = enumerate(inputs)
+        while wave := list(islice(batches, self._workers)):
+            yield wave
 
     @contextlib.contextmanager
     def _hooked(self, entries: list[Entry], note: Any) -> Iterator[None]:

@@ -39,9 +39,14 @@ class Method(Protocol):
     A method with options is a pydantic dataclass, its fields the options.
     """
 
-    name: str
-    version: int
-    needs_calibration: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def needs_calibration(self) -> bool: ...
 
     def problems(self, scheme: Scheme) -> list[str]:
         """Why the method cannot produce this scheme; [] if it can."""

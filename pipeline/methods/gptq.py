@@ -30,7 +30,7 @@ from .absmax import Absmax, affine_parameters
 from .hessian import Factor, Hessian
 
 _BLOCK = 128  # columns whose compensations reach all later ones by one matrix product
-_ROWS = (512, 1024)  # that a thread works on: fewer would wait for the interpreter, more for the memory
+_ROWS = (1024, 2048)  # that a thread works on: fewer would wait for the interpreter, more for the memory
 _CUDA_WEIGHTS = 1 << 26  # worked on at a time: with all that is kept beside them, 2 to 3 GB
 _RATIOS = tuple(1.0 - 0.04 * step for step in range(16))  # of a group's full range: 1 down to 0.4
 

@@ -1,25 +1,26 @@
 """What a layer's inputs say about its weights: H = X^T X over all calibration tokens, and its factors."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 DAMPING_CAP = 1.0  # of the mean diagonal: beyond it hardly anything of the Hessian is left
-_PANEL = 1024  # columns that are multiplied at a time; what lies below the diagonal is never computed
+_PANEL = 256  # columns that are multiplied at a time; what lies below the diagonal is not computed
+_INVERTED = 1024  # columns of a factor that are inverted at a time
 
 
 @contextlib.contextmanager
-def _bfloat16_products(values: Tensor) -> Iterator[None]:
-    """Lets a CPU multiply float32 matrices as bfloat16 with float32 sums, where the values are bfloat16 numbers.
+def bfloat16_products(dtypes: Iterable[torch.dtype]) -> Iterator[None]:
+    """Lets a CPU multiply float32 matrices as bfloat16 with float32 sums, if all inputs to be added are bfloat16.
 
     Products of two bfloat16 numbers are exact in float32, so nothing is lost, and processors with matrix units gain.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    if values.dtype == torch.bfloat16 and values.device.type == "cpu":
+    if all(dtype == torch.bfloat16 for dtype in dtypes):
         matmul.fp32_precision = "bf16"
     try:
         yield
@@ -57,20 +58,19 @@ class Hessian:
         """inputs [..., in], floating. Rows with NaN or infinite values are left out, and counted."""
         assert self._dead is None, "a Hessian that was used takes no more inputs"
         rows = inputs.reshape(-1, inputs.shape[-1])
-        finite = torch.isfinite(rows).all(1)
-        if not finite.all():
+        if not torch.isfinite(rows.sum(dtype=torch.float32)):  # far cheaper than to look at each
+            finite = torch.isfinite(rows).all(1)
             self.dropped += int((~finite).sum())
             rows = rows[finite]
         self.tokens += rows.shape[0]
         halves = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)  # tensor cores take them as they are
         wide = rows if halves else rows.to(torch.float32)
-        with _bfloat16_products(rows):
-            for start in range(0, wide.shape[1], _PANEL):
-                panel, total = wide[:, start : start + _PANEL], self._sum[start : start + _PANEL, start:]
-                if halves:
-                    total.add_(torch.mm(panel.t(), wide[:, start:], out_dtype=torch.float32))
-                else:
-                    total.addmm_(panel.t(), wide[:, start:])
+        for start in range(0, wide.shape[1], _PANEL):
+            panel, total = wide[:, start : start + _PANEL], self._sum[start : start + _PANEL, start:]
+            if halves:
+                total.add_(torch.mm(panel.t(), wide[:, start:], out_dtype=torch.float32))
+            else:
+                total.addmm_(panel.t(), wide[:, start:])
 
     def matrix(self) -> Tensor:
         """float32 [in, in], symmetric; dead columns (inputs that were always 0) have the mean on the diagonal.
@@ -142,9 +142,9 @@ def _inverse_factor(matrix: Tensor, order: Tensor, added: float, dtype: torch.dt
         return None
     size = lower.shape[0]
     upper = torch.zeros(size, size, device=matrix.device)
-    for start in range(0, size, _PANEL):  # panel by panel: a whole identity and a whole inverse would be two more
+    for start in range(0, size, _INVERTED):  # panel by panel: a whole identity and a whole inverse would be two more
         rest = size - start
-        identity = torch.eye(rest, min(_PANEL, rest), dtype=dtype, device=matrix.device)
+        identity = torch.eye(rest, min(_INVERTED, rest), dtype=dtype, device=matrix.device)
         columns = torch.linalg.solve_triangular(lower[start:, start:], identity, upper=False)
-        upper[:rest, max(0, rest - _PANEL) : rest] = columns.flip(0, 1).to(torch.float32)
+        upper[:rest, max(0, rest - _INVERTED) : rest] = columns.flip(0, 1).to(torch.float32)
     return upper if torch.isfinite(upper).all() else None

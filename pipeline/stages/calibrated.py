@@ -7,6 +7,7 @@ them, and a run that was broken off goes on from exactly the same numbers.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,7 @@ class CalibratedBlocks:
             tensors |= {f"{entry.module}.{suffix}": tensor for suffix, tensor in written.items()}
             nbytes = sum(tensor.nbytes for tensor in written.values())
             reports[entry.module] = layer_report(entry, qtensor, diagnostics, nbytes)
-        outputs = (self.walk.forward(batch, inputs) for batch, inputs in enumerate(self._inputs(block)))
-        state = self._write(block + 1, outputs)
+        state = self._write(block + 1, self.walk.outputs(self._inputs(block)))
         self.walk.leave()
         if block == self.last:
             self._bear_witness()
@@ -145,10 +145,8 @@ class CalibratedBlocks:
             qtensor, found = quantize_entry(entry, weight, self.recipe, self.plan.dtype, Absmax().quantize)
             note = f"rounded by absmax: it saw fewer than {_FEW * entry.shape[1]} tokens"
             return qtensor, replace(found, tokens=hessian.tokens, note=note)
-        return quantize_entry(
-            entry, weight.to(self.walk.device), self.recipe, self.plan.dtype,
-            lambda *given: self.recipe.method.quantize(*given, hessian),
-        )  # fmt: skip
+        learned = partial(self.recipe.method.quantize, hessian=hessian)
+        return quantize_entry(entry, weight.to(self.walk.device), self.recipe, self.plan.dtype, learned)
 
     def _bear_witness(self) -> None:
         """The logits that this very model, never saved and loaded, gives: what the reloaded one is compared with."""

@@ -163,8 +163,8 @@ def quantize(
         raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
     plan = make_plan(checkpoint, recipe.scheme, recipe.format, recipe.skip)
     folder = work / "artifact.tmp"
-    blocks = CalibratedBlocks(checkpoint, plan, recipe, work) if recipe.calibration else None
     _open_run(work, marks)
+    blocks = CalibratedBlocks(checkpoint, plan, recipe, work) if recipe.calibration else None
     store.make_folder(folder)
     progress = _Progress(plan, work, folder)
     total_bytes = sum(entry.info.nbytes for entry in plan.entries)

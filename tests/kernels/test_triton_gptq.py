@@ -29,7 +29,7 @@ needs_triton = pytest.mark.skipif(
     not TRITON or INTERPRETED, reason="Triton is not installed; there is none but on Linux"
 )
 GROUPS = 3
-SHAPES = [(1, 1), (1, 17), (7, 1), (15, 16), (16, 13), (17, 33), (127, 17), (MAX_COLUMNS, 15)]  # columns, rows
+SHAPES = [(1, 1), (1, 17), (7, 1), (15, 16), (16, 13), (17, 33), (127, 13), (MAX_COLUMNS, 15)]  # columns, rows
 EVERY = pytest.mark.parametrize(("columns", "rows"), SHAPES)
 EPSILON = 2.0**-23
 
@@ -137,14 +137,15 @@ def test_settling(columns: int, rows: int, symmetric: bool):
 
 @runs
 def test_ties_go_to_the_even_code():
-    """Multiples of 1/2 and whole factors: nothing is rounded but the codes, so all is as in float64, to the bit."""
+    """Multiples of 1/2, and whole factors and scales: nothing is rounded but the codes, so all is as in float64, to the
+    bit. A product with 1 / scale would miss some ties."""
     columns, rows, generator = 64, 37, torch.Generator().manual_seed(0)
-    weight = torch.randint(-40, 40, (columns, rows), generator=generator) / 2
     sparse = torch.rand(columns, columns, generator=generator) < 0.05
     upper = (torch.randint(-1, 2, (columns, columns), generator=generator) * sparse).triu(1) + torch.eye(columns)
-    scale = 2.0 ** torch.randint(0, 2, (GROUPS, rows), generator=generator)
+    scale = 2.0 * torch.randint(0, 30, (GROUPS, rows), generator=generator) + 1
     grid = (scale, torch.full_like(scale, -1000), torch.full_like(scale, 1000))
     groups = torch.randint(0, GROUPS, (columns,), dtype=torch.int32, generator=generator)
+    weight = (torch.randint(-20, 20, (columns, rows), generator=generator) + 0.5) * scale[groups.long()]
     left = weight.to(DEVICE, copy=True)
     codes, errors = torch.full_like(left, float("nan")), torch.full_like(left, float("nan"))
     round_columns(left, upper.to(DEVICE), tuple(table.to(DEVICE) for table in grid), groups.to(DEVICE), codes, errors)

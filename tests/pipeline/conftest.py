@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,11 +14,15 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from transformers import AutoModelForCausalLM
 
+from bitpress.pipeline import store
 from bitpress.pipeline.api import load, quantize
-from bitpress.pipeline.checkpoint import read_json
+from bitpress.pipeline.calibration import Calibration
+from bitpress.pipeline.checkpoint import Checkpoint, read_json
 from bitpress.pipeline.errors import BitpressError, CheckpointError
 from bitpress.pipeline.methods import registry
 from bitpress.pipeline.methods.absmax import Absmax
+from bitpress.pipeline.recipe import Recipe
+from bitpress.pipeline.stages.quantize import quantize as quantize_checkpoint
 
 Refused = Callable[..., str]
 
@@ -130,8 +135,26 @@ def source(tiny_llama: Path, copy_of: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def digests() -> Callable[[Path], dict[str, str]]:
-    """digests(folder): file name -> sha256."""
-    return lambda folder: {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    """digests(folder): file name -> sha256, of what is in a folder and not a folder itself."""
+    return lambda folder: {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()
+    }
+
+
+@pytest.fixture
+def learn() -> Callable[..., list[str]]:
+    """learn(source, out, field=value): notes of the stage, by gptq from four windows of 16 tokens, some fields of the
+    recipe changed; its work folder, <out>.partial, stays."""
+
+    def press(source: Path, out: Path, on_step: Any = lambda done, total: None, **changes: Any) -> list[str]:
+        ids = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(changes.pop("seed", 0)))
+        recipe = Recipe.make(changes.pop("scheme", "int4-g32"), "gptq", algorithm=changes.pop("algorithm", None))
+        recipe = replace(recipe, **{"calibration": Calibration("a text", ids, 0), **changes})
+        work = out.with_name(f"{out.name}.partial")
+        store.make_folder(work)
+        return quantize_checkpoint(Checkpoint(source), {}, recipe, out, work, on_step)
+
+    return press
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bitpress.pipeline.api import quantize
+from bitpress.pipeline.calibration import Calibration
 from bitpress.pipeline.checkpoint import INDEX, Checkpoint, read_json
 from bitpress.pipeline.errors import CheckpointError, ConfigError
 from bitpress.pipeline.loading import load_model
 from bitpress.pipeline.recipe import Recipe
-from bitpress.pipeline.stages.evaluate import in_memory_logits
+from bitpress.pipeline.stages.evaluate import check_task, in_memory_logits
 
 
 def ids() -> torch.Tensor:
@@ -36,6 +38,18 @@ def test_reloads_as_in_memory(architecture: str, scheme: str, tiny, tmp_path: Pa
     with torch.inference_mode():
         found = model(input_ids=ids().unsqueeze(0)).logits[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the same weights and operations, in float32
+
+
+@pytest.mark.parametrize("method", [{}, {"algorithm": {"true_sequential": True}, "scheme": "int3-g32"}])
+def test_learned_reloads_as_in_memory(architecture: str, method: dict[str, Any], tiny, learn, tmp_path: Path) -> None:
+    """By gptq, against the logits of the very model that it worked on; what it knows of the inputs pays."""
+    text = Calibration("a text", torch.randint(3, 96, (16, 16), generator=torch.Generator().manual_seed(2)), 0)
+    assert learn(tiny(architecture), tmp_path / "out", calibration=text, **method) == []
+    witness = str(tmp_path / "out.partial" / "witness.safetensors")
+    request = {"artifact": str(tmp_path / "out"), "expected": witness, "device": "cpu", "dtype": "float32"}
+    assert check_task(request)["tokens"] == 16
+    layers = read_json(tmp_path / "out" / "bitpress.json")["coverage"]["layers"]
+    assert all(layer["tokens"] == 256 and 0 < layer["output_error"] < layer["relative_error"] for layer in layers)
 
 
 def test_is_close_to_the_source_and_says_what_it_kept(architecture: str, tiny, tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ class TestThePapersAlgorithm:
         for name, value in {"_BLOCK": block, "_ROWS": (rows, rows)}.items():
             monkeypatch.setattr(gptq, name, value)
         monkeypatch.setattr("bitpress.pipeline.methods.hessian._PANEL", panel)
+        monkeypatch.setattr("bitpress.pipeline.methods.hessian._INVERTED", panel)
         q, _ = press(weight, inputs, "int4-g32", GPTQ(rounds=1, passes=0, damping=1e-2))
         assert papers_misses(weight, q, matrix, order).max().item() < 2e-3
         full, _ = press(weight, inputs, "int4-g32", GPTQ(damping=1e-2))

@@ -16,6 +16,7 @@ from bitpress.pipeline import cli, recipe, store
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.errors import BitpressError, CheckpointError, ConfigError, DiskError
 from bitpress.pipeline.stages import quantize as stage
+from bitpress.pipeline.stages.calibrated import CalibratedBlocks
 
 SCHEME = "int4-g32"
 STEPS = ("_write", "_fsync", "_replace")
@@ -159,6 +160,48 @@ class TestKilled:
         monkeypatch.setattr(stage, "press", lambda *a: made.append(a[2].name) or original(*a))
         quantize(source, SCHEME, out)
         assert made == ["block 1"]
+
+
+class TestKilledWhileLearning:
+    """Each block is pressed from the outputs of the quantized ones before it, which lie on the disk."""
+
+    def test_at_every_write_sync_and_rename(
+        self,
+        tiny_llama: Path,
+        tmp_path: Path,
+        digests: Callable[[Path], dict[str, str]],
+        learn: Callable[..., list[str]],
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        quick = {"skip": ["*.[kvo]_proj", "*.up_proj", "*.gate_proj"], "algorithm": {"rounds": 1, "passes": 0}}
+        learn(tiny_llama, tmp_path / "unbroken", **quick)
+        expected = digests(tmp_path / "unbroken") | digests(tmp_path / "unbroken.partial")
+        assert "witness.safetensors" in expected
+        made: list[str] = []
+        counts = set()
+        original = CalibratedBlocks.press
+        monkeypatch.setattr(CalibratedBlocks, "press", lambda *a: made.append(a[1].name) or original(*a))
+
+        def job() -> None:
+            die_at(call)
+            learn(tiny_llama, out, **quick)
+
+        for call in itertools.count(1):
+            out = tmp_path / f"out-{call}"
+            code = in_child(job)
+            made.clear()
+            assert "made again" not in str(learn(tiny_llama, out, **quick))
+            counts.add(len(made))
+            work = out.with_name(f"{out.name}.partial")
+            assert digests(out) | digests(work) == expected, f"killed at call {call}"
+            assert not (work / "states").exists()
+            shutil.rmtree(out)
+            shutil.rmtree(work)
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL
+        assert call > 50
+        assert counts == {0, 1, 2}, "at times none of the blocks was there, at times some or all"
 
 
 class TestInterrupted:

@@ -27,7 +27,7 @@ Tiny = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two windows and one of one."""
-    monkeypatch.setattr(module, "_BATCH_TOKENS", 2 * CONTEXT)
+    monkeypatch.setattr(module, "_BATCH_TOKENS", {"cpu": 2 * CONTEXT, "meta": 2 * CONTEXT})
 
 
 def ids() -> Tensor:
@@ -53,7 +53,7 @@ def blocks(walk: Walk, plan: Plan, states: list[Tensor]) -> Iterator[list[Entry]
         if unit.block is not None:
             walk.enter(unit.block, ((entry, walk.checkpoint.read(entry.info.name)) for entry in unit.entries))
             yield [entry for entry in unit.entries if entry.kind]
-            states[:] = [walk.forward(number, batch) for number, batch in enumerate(states)]
+            states[:] = [*walk.outputs(states)]
             walk.leave()
 
 
@@ -117,6 +117,28 @@ def test_block_by_block_as_the_whole_model(architecture: str, tiny: Tiny, monkey
     # the same operations in float32, on two windows at a time rather than three
     torch.testing.assert_close(walk.logits(states[0]), expected[:2], rtol=1e-5, atol=1e-5)
     assert torch.equal(walk.logits(states[0][:1]), walk.logits(states[0])[:1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_on_several_threads(name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches go through a block side by side, and are summed in their order all the same."""
+    monkeypatch.setattr(module, "_BATCH_TOKENS", {"cpu": CONTEXT})
+    made: list[list[Tensor]] = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            (walk, plan), states, hessians = start(tiny(name)), [], []
+            for entries in blocks(walk, plan, states):
+                groups = walk.sharing(entries, states[0])
+                hessians += [hessian.matrix() for hessian in walk.hessians(groups, states)]
+            assert torch.get_num_threads() == threads
+            made.append([*hessians, *states])
+    finally:
+        torch.set_num_threads(1)
+    for one, two, three in zip(*made):
+        # each product may be summed in another order; float32
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(three, one, rtol=1e-4, atol=1e-4)
 
 
 SHARING = {
