@@ -12,8 +12,9 @@ Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
-def pool(workers: int) -> Iterator[Callable[[Callable[[Item], Result], Iterable[Item]], list[Result]]]:
-    """A function that maps as map_threads does, on the same `workers` threads each time, which share torch's threads.
+def pool(workers: int) -> Iterator[Callable[[Callable[[Item], Result], Iterable[Item]], Iterator[Result]]]:
+    """A function that starts function(item) for every item, on always the same `workers` threads, which share torch's;
+    the results come in order.
 
     Many short tensor operations run so much better than with all threads on one operation at a time, as each
     operation would end by waiting for its slowest thread. Results do not depend on the number of workers.
@@ -22,7 +23,7 @@ def pool(workers: int) -> Iterator[Callable[[Callable[[Item], Result], Iterable[
     share = (max(1, count // workers),)
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=share) as executor:
-            yield lambda function, items: list(executor.map(function, items))
+            yield executor.map
     finally:
         torch.set_num_threads(count)  # what a thread sets for itself is also the start of every new thread
 
@@ -30,4 +31,4 @@ def pool(workers: int) -> Iterator[Callable[[Callable[[Item], Result], Iterable[
 def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """function of each item, in order; as many items at a time as torch has threads, each on one of them."""
     with pool(torch.get_num_threads()) as run:
-        return run(function, items)
+        return list(run(function, items))

@@ -24,7 +24,7 @@ from .methods.hessian import Hessian, bfloat16_products
 from .plan import Entry
 from .threads import pool
 
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time: what caches and memory like best
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time: what caches, and what memory likes
 _MOST_AT_A_TIME = 4  # batches: one for each core where there are few, but their activations are all in memory
 _WIDE = 4096  # inputs from which on a Hessian is best summed by all threads together
 _MOST_DROPPED = 0.01  # of a layer's tokens may have infinite activations
@@ -60,7 +60,7 @@ class _Passed(Tensor):
 
 
 class _Done(Exception):
-    """The last block was reached: what comes after it need not run."""
+    """What was wanted of a forward is there: what comes after need not run."""
 
 
 class _StandIn(nn.Module):
@@ -95,7 +95,7 @@ class Walk:
         for number, block in enumerate(self._real):
             blocks[number] = _StandIn(self, number, block)
         self._outside = list(outside)
-        self.batches = ids.split(max(1, _BATCH_TOKENS[self.device.type] // ids.shape[1]))
+        self.batches = ids.split(max(1, _BATCH_TOKENS.get(self.device.type, 2048) // ids.shape[1]))
         self._workers = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
         self._calls: list[list[_Call]] = []
         self._first: Tensor | None = None  # block 0's inputs, as last seen
@@ -252,14 +252,20 @@ class Walk:
         found = {id(group[0]): Hessian(group[0].shape[1], self.device) for group in groups}
         seen = threading.local()
 
+        leaders = [group[0] for group in groups]
+
+        def note(entry: Entry, x: Tensor) -> None:
+            seen.inputs.append((id(entry), x))
+            if entry is leaders[-1] and not entry.target.expert:
+                raise _Done
+
         def collect(batch: tuple[int, Tensor]) -> list[tuple[int, Tensor]]:
             seen.inputs = []
-            self.forward(*batch)
+            with contextlib.suppress(_Done):
+                self.forward(*batch)
             return seen.inputs
 
-        leaders = [group[0] for group in groups]
-        hooked = self._hooked(leaders, lambda entry, x: seen.inputs.append((id(entry), x)))
-        with hooked, pool(self._workers) as run:
+        with self._hooked(leaders, note), pool(self._workers) as run:
             for wave in self._waves(inputs):
                 collected = [item for batch in run(collect, wave) for item in batch]
 
@@ -269,7 +275,7 @@ class Walk:
                             found[layer].add(x)
 
                 with bfloat16_products(x.dtype for _, x in collected):
-                    run(add, [entry for entry in leaders if entry.shape[1] <= _WIDE])
+                    list(run(add, [entry for entry in leaders if entry.shape[1] <= _WIDE]))
                     for entry in leaders:
                         if entry.shape[1] > _WIDE:
                             add(entry)
@@ -284,9 +290,13 @@ class Walk:
 
     def outputs(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
         """The block's outputs, batch by batch."""
+        ahead: Iterator[Tensor] = iter(())
         with pool(self._workers) as run:
             for wave in self._waves(inputs):
-                yield from run(lambda batch: self.forward(*batch), wave)
+                following = run(lambda batch: self.forward(*batch), wave)
+                yield from ahead  # while the next ones are made
+                ahead = following
+            yield from ahead
 
     def _waves(self, inputs: Iterable[Tensor]) -> Iterator[list[tuple[int, Tensor]]]:
         """Numbered batches, as many as are worked on at a time."""

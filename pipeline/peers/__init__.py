@@ -14,6 +14,7 @@ Python as `python SCRIPT REQUEST.json`. The request's keys:
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ def find(pythons: list[str]) -> list[Program]:
         if name not in peers() or not separator or not python:
             hint = nearest(name, peers()) if name not in peers() else ""
             raise ConfigError(f"peer {text!r}: expected NAME=PYTHON, NAME one of {', '.join(peers())}{hint}")
-        chosen[name] = python
+        chosen[name] = str(Path(python).absolute()) if os.sep in python else python
     found = []
     for name, (module, script) in peers().items():
         program = Program(name, module, script, chosen.get(name, sys.executable))
@@ -117,7 +118,7 @@ def run(program: Program, asked: dict[str, Any]) -> tuple[dict[str, Any], Cost]:
     path, log = answer.with_suffix(".request.json"), answer.with_suffix(".log")
     store.write_json(path, {**asked, "options": program.options})
     with log.open("wb") as file:
-        code, cost = measured([program.python, str(program.script), str(path)], file)
+        code, cost = measured([program.python, str(program.script), str(path)], file, answer.parent)
     if code or not answer.exists():
         words = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
         raise BitpressError(f"{program.name} ended with exit code {code}:\n{words}")

@@ -5,6 +5,7 @@ import subprocess
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 import psutil
@@ -21,10 +22,14 @@ class Cost:
     peak_rss_bytes: int
 
 
-def measured(command: list[str], log: IO[bytes]) -> tuple[int, Cost]:
-    """Run a command, its output into `log`: exit code and cost. One at a time: the children's times are counted."""
+def measured(command: list[str], log: IO[bytes], folder: Path | None = None) -> tuple[int, Cost]:
+    """Run a command, its output into `log`: exit code and cost. One at a time: the children's times are counted.
+
+    Args:
+        folder: to run it in, for programs that leave files where they are.
+    """
     before, start = _children_seconds(), time.perf_counter()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     ended, peak = threading.Event(), [0]
 
     def watch() -> None:

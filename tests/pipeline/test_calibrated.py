@@ -77,9 +77,11 @@ class TestTakenUpAgain:
     ) -> None:
         work = broken(source, 2)
         assert [path.name for path in (work / "states").iterdir()] == ["00001.safetensors"]
-        (work / "states" / "00007.safetensors").write_text("left behind")
+        stray, seen = work / "states" / "00007.safetensors", []
+        stray.write_text("left behind")
         made.clear()
-        assert learn(source, out) == []
+        assert learn(source, out, lambda done, total: seen.append(stray.exists())) == []
+        assert (seen[0], seen[-1]) == (True, False)
         assert made == ["block 1"]
         learn(source, tmp_path / "unbroken")
         assert digests(out) == digests(tmp_path / "unbroken")
