@@ -115,9 +115,7 @@ class _Solver:
         self.matrix, self.dead, self.factor = hessian.matrix(), hessian.dead(), factor
         self.groups = scheme.groups(len(self.matrix))
         self.group_size = len(self.matrix) // self.groups
-        self.order = factor.order.tolist()
         self.group_of = (factor.order // self.group_size).to(torch.int32)
-        self.pivots = factor.upper.diagonal().tolist()
         self.inverse = factor.order.argsort()
         importance = factor.upper.diagonal().pow(-2)[self.inverse]
         self.importance = (importance / importance.mean()).view(self.groups, self.group_size, 1)
@@ -218,12 +216,15 @@ class _Solver:
             block, groups = upper[part, part], self.group_of[part]
             triton_gptq.round_columns(left[part], block, steps, groups, codes[part], errors[: end - start])
             return
-        for j in range(start, end):
-            group = self.order[j] // self.group_size
-            scale = grid.wide[group]
-            code = torch.div(left[j], scale, out=codes[j]).round_().clamp_(grid.low[group], grid.high[group])
-            error = torch.addcmul(left[j], code, scale, value=-1, out=errors[j - start]).div_(self.pivots[j])
-            left[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
+        pivots = upper[part, part].diagonal().unsqueeze(1)
+        unit, errors, groups = upper[part, part] / pivots, errors[: end - start], self.group_of[part]
+        given = (left[part], codes[part], errors, unit, *(each[groups] for each in (grid.wide, grid.low, grid.high)))
+        columns = zip(*(each.unbind(0) for each in given))  # one call each: views cost as much as the arithmetic
+        for j, (column, code, error, row, scale, low, high) in enumerate(columns, 1):
+            torch.div(column, scale, out=code).round_().clamp_(low, high)
+            torch.addcmul(column, code, scale, value=-1, out=error)
+            left[start + j : end].addr_(row[j:], error, alpha=-1)
+        errors.div_(pivots)
 
     def descend(self, weight: Tensor, codes: Tensor, grid: _Grid) -> tuple[Tensor, _Grid]:
         """One pass of coordinate descent on ||(W - W') X||^2: each group's scale, then each of its codes, is set to its
@@ -277,9 +278,10 @@ def _settle_block(
         triton_gptq.settle_columns(slope[part], inner[part, part], (scale, low, high), groups, codes[part], changes)
         return
     scale, *limits = grid
-    for j in range(start, end):
-        ideal = torch.addcdiv(codes[j], slope[j], scale, value=1 / inner[j, j].item())
-        code = ideal.round_().clamp_(*limits)
-        change = torch.mul(code - codes[j], scale, out=changes[j - start])
-        codes[j] = code
-        slope[j + 1 : end].addr_(inner[j, j + 1 : end], change, alpha=-1)
+    pivots = inner[part, part].diagonal().tolist()
+    columns = zip(pivots, *(each.unbind(0) for each in (codes[part], slope[part], inner[part, part], changes)))
+    for j, (pivot, code, rise, row, change) in enumerate(columns, 1):
+        better = torch.addcdiv(code, rise, scale, value=1 / pivot).round_().clamp_(*limits)
+        torch.sub(better, code, out=change).mul_(scale)
+        code.copy_(better)
+        slope[start + j : end].addr_(row[j:], change, alpha=-1)

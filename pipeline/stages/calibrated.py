@@ -111,12 +111,15 @@ class CalibratedBlocks:
             tensors |= {f"{entry.module}.{suffix}": tensor for suffix, tensor in written.items()}
             nbytes = sum(tensor.nbytes for tensor in written.values())
             reports[entry.module] = layer_report(entry, qtensor, diagnostics, nbytes)
-        state = self._write(block + 1, self.walk.outputs(self._inputs(block)))
-        self.walk.leave()
-        if block == self.last:
-            self._bear_witness()
         layers = [reports[entry.module] for entry in unit.entries if entry.kind]
-        line = {"unit": unit.name, "source_sha256": digest.hexdigest(), "layers": layers, "state": state}
+        line = {"unit": unit.name, "source_sha256": digest.hexdigest(), "layers": layers}
+        if block == self.last:
+            outputs = self.walk.forward(0, next(self._inputs(block)))
+            self.walk.leave()
+            self._bear_witness(outputs)
+        else:
+            line["state"] = self._write(block + 1, self.walk.outputs(self._inputs(block)))
+            self.walk.leave()
         return tensors, line
 
     def _quantized(
@@ -148,9 +151,13 @@ class CalibratedBlocks:
         learned = partial(self.recipe.method.quantize, hessian=hessian)
         return quantize_entry(entry, weight.to(self.walk.device), self.recipe, self.plan.dtype, learned)
 
-    def _bear_witness(self) -> None:
-        """The logits that this very model, never saved and loaded, gives: what the reloaded one is compared with."""
-        logits = self.walk.logits(next(self._inputs(self.last + 1))[:1])
+    def _bear_witness(self, outputs: Tensor) -> None:
+        """The logits that this very model, never saved and loaded, gives: what the reloaded one is compared with.
+
+        Args:
+            outputs: of the last block, for the first batch.
+        """
+        logits = self.walk.logits(outputs[:1])
         count = min(WITNESS_TOKENS, self.ids.shape[1])
         tensors = {"ids": self.ids[0, :count].clone(), "logits": logits[0, :count].clone()}
         store.write_safetensors(self.witness, tensors)
