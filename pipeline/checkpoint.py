@@ -3,7 +3,7 @@
 import hashlib
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,6 +116,21 @@ def _header(path: Path) -> dict[str, TensorInfo]:
         dtype = SAFETENSORS_DTYPES[entry["dtype"]]
         infos[name] = TensorInfo(name, path, dtype, tuple(entry["shape"]), 8 + length + begin, end - begin)
     return infos
+
+
+def _read_into(buffer: Tensor, info: TensorInfo, offset: int) -> None:
+    """Fill a buffer of bytes from the tensor's file."""
+    view, filled = buffer.numpy().data, 0
+    try:
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while filled < len(view):
+                count = file.readinto(view[filled:])
+                if not count:
+                    raise CheckpointError(f"{info.file}: ends within {info.name}; it changed while it was read")
+                filled += count
+    except OSError as error:
+        raise CheckpointError(f"{info.file}: cannot be read any more: {error.strerror}; run again") from error
 
 
 def _shard_problem(value: object) -> str | None:
@@ -252,21 +267,20 @@ class Checkpoint:
             buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         except RuntimeError as error:
             raise CheckpointError(f"{name}: {info.nbytes / 1e9:.0f} GB do not fit into memory") from error
-        view = buffer.numpy().data
-        try:
-            with info.file.open("rb", buffering=0) as file:
-                file.seek(info.offset)
-                filled = 0
-                while filled < info.nbytes:
-                    count = file.readinto(view[filled:])
-                    if not count:
-                        raise CheckpointError(f"{info.file}: ends within {name}; it changed while it was read")
-                    filled += count
-        except OSError as error:
-            raise CheckpointError(f"{info.file}: cannot be read any more: {error.strerror}; run again") from error
+        _read_into(buffer, info, info.offset)
         if digest is not None:
-            digest.update(view)
+            digest.update(buffer.numpy().data)
         return buffer.view(info.dtype).reshape(info.shape)
+
+    def read_rows(self, name: str, counts: Iterable[int]) -> Iterator[Tensor]:
+        """One tensor in parts along its first dimension, each of so many rows, one after the other."""
+        info = self.tensors[name]
+        size, offset = info.nbytes // info.shape[0], info.offset
+        for count in counts:
+            buffer = torch.empty(count * size, dtype=torch.uint8)
+            _read_into(buffer, info, offset)
+            offset += count * size
+            yield buffer.view(info.dtype).reshape(count, *info.shape[1:])
 
     def identity(self) -> dict[str, str]:
         """File name -> hash: of the whole for config.json and companions; of header, size and both ends of each tensor

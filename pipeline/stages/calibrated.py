@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
@@ -83,13 +82,8 @@ class CalibratedBlocks:
         return store.write_rows(self.state(block), _HIDDEN, width.dtype, shape, whole())
 
     def _inputs(self, block: int) -> Iterator[Tensor]:
-        """A block's inputs, batch by batch; the file is opened for each, so that it counts as memory only so long."""
-        start = 0
-        for batch in self.walk.batches:
-            with safe_open(self.state(block), "pt") as file:
-                part = file.get_slice(_HIDDEN)[start : start + len(batch)].clone()
-            start += len(batch)
-            yield part
+        """A block's inputs, batch by batch."""
+        return Checkpoint.single(self.state(block)).read_rows(_HIDDEN, map(len, self.walk.batches))
 
     def press(self, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors of a block's shard and its line in the journal; the next block's inputs are on the disk then."""
