@@ -96,7 +96,11 @@ def model_figures(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str]
     for number, entry in enumerate(entries):
         layers = [x for x in entry.get("coverage", "layers") or [] if _finite(x.get("relative_error"))]
         if layers:
-            caption = f"{entry.label}: relative error of the quantized layers, by depth."
+            measured = "relative error of the quantized layers"
+            if all(_finite(x.get("output_error")) for x in layers):  # what a method that learns keeps small
+                layers = [{**x, "relative_error": x["output_error"]} for x in layers]
+                measured = "relative error of the quantized layers' outputs"
+            caption = f"{entry.label}: {measured}, by depth."
             drawn.append((caption, error_plot(layers, f"{ident}-error{number}")))
     if points:
         caption = (

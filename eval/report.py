@@ -318,6 +318,8 @@ def _facts(facts: Metrics | None) -> list[tuple[str, str]]:
     for key, value in (facts or {}).items():
         if key.endswith("_bytes"):
             words.append((key[:-6], say.size(value)))
+        elif isinstance(value, bool):
+            words.append((key.replace("_", " "), "yes" if value else "no"))
         elif isinstance(value, str):
             words.append((key.replace("_", " "), value))
         elif value is not None:
