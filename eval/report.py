@@ -24,8 +24,6 @@ Metrics = Mapping[str, Any]
 MACHINE = ("cpu", "cores", "device", "threads")  # what must agree for speeds to compare
 SpeedPoint = tuple[int, int, int]  # batch, prompt tokens, generated tokens
 Finalize = Callable[[Any], Any]
-# Control characters, invalid in XML, and those that reverse the direction of the text around them.
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ def _view(runs: Sequence[Metrics]) -> dict[str, Any]:
 
 def _entries(runs: Sequence[Metrics]) -> list[Entry]:
     """The runs in the report's order: by model, the baseline first, then from many bits to few."""
-    runs = _printable(runs)
+    runs = say.printable(runs)
     by_model: dict[str, list[Metrics]] = {}
     ids = {(_dig(run, "model", "id"), _dig(run, "model", "revision")) for run in runs}
     twice = Counter(name for name, _ in ids)
@@ -325,15 +323,6 @@ def _facts(facts: Metrics | None) -> list[tuple[str, str]]:
         elif value is not None:
             words.append((key.replace("_", " "), f"{value:,}" if _finite(value) else json.dumps(value)))
     return words
-
-
-def _printable(value: Any) -> Any:
-    """The same data without characters that would break a page."""
-    if isinstance(value, str):
-        return UNPRINTABLE.sub("\ufffd", value)
-    if isinstance(value, Mapping):
-        return {_printable(key): _printable(item) for key, item in value.items()}
-    return [_printable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _dig(data: Any, *path: Any) -> Any:

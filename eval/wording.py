@@ -1,11 +1,14 @@
 """Numbers and texts as the report shows them; what was not measured is a dash."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
 
 DASH = "–"
+# Control characters, invalid in XML, and those that reverse the direction of the text around them.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 
 
 def over(value: float | None, reference: float | None) -> float | None:
@@ -69,3 +72,12 @@ def fenced(text: str, language: str = "") -> Markup:
     """A Markdown code block that its content cannot close."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return Markup(f"{fence}{language}\n{text}\n{fence}")
+
+
+def printable(value: Any) -> Any:
+    """The same data without characters that would break a page."""
+    if isinstance(value, str):
+        return _UNPRINTABLE.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {printable(key): printable(item) for key, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, list | tuple) else value

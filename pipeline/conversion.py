@@ -140,7 +140,7 @@ def _write(job: _Job, source: dict[str, Any], folder: Path, on_step: OnStep) -> 
     weight_map: dict[str, str] = {}
     for number, items in enumerate(units):
         on_step(number, len(units))
-        file = f"model-{number + 1:05d}-of-{len(units):05d}.safetensors"
+        file = store.shard_name(number, len(units))
         tensors = _converted(job, items)
         files[file] = store.write_safetensors(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
@@ -232,8 +232,7 @@ def _write_companions(job: _Job, folder: Path) -> dict[str, Any]:
     for path in job.checkpoint.other_files():
         if path.name == MANIFEST:  # it has the hashes of files that are others now
             continue
-        with path.open("rb") as file:
-            files[path.name] = store.write_file(folder / path.name, iter(lambda: file.read(store.CHUNK), b""))
+        files[path.name] = store.copy_file(path, folder / path.name)
     return files
 
 

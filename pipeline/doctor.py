@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitpress.eval.report import UNPRINTABLE
+from bitpress.eval.wording import printable
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
@@ -86,17 +86,8 @@ def diagnose(folder: Path, on_step: OnStep = lambda done, total: None) -> Diagno
         raise CheckpointError(f"{folder} is not a folder; give a local checkpoint folder")
     found = _examine(folder, on_step)
     for name in ("what", "faults", "notes", "runtimes", "tensor_parallel"):
-        setattr(found, name, _printable(getattr(found, name)))
+        setattr(found, name, printable(getattr(found, name)))  # tensor names are the checkpoint's, and terminals obey
     return found
-
-
-def _printable(value: Any) -> Any:
-    """Names of tensors are the checkpoint's, and a terminal obeys some characters."""
-    if isinstance(value, str):
-        return UNPRINTABLE.sub("\ufffd", value)
-    if isinstance(value, dict):
-        return {key: _printable(item) for key, item in value.items()}
-    return [_printable(item) for item in value] if isinstance(value, list) else value
 
 
 def _examine(folder: Path, on_step: OnStep) -> Diagnosis:

@@ -124,6 +124,17 @@ def write_json(path: Path, value: Any) -> dict[str, Any]:
     return write_file(path, [text.encode()])
 
 
+def copy_file(source: Path, target: Path) -> dict[str, Any]:
+    """A copy of a small file or a large one, a piece at a time; see write_file."""
+    with source.open("rb") as file:
+        return write_file(target, iter(lambda: file.read(CHUNK), b""))
+
+
+def shard_name(number: int, total: int) -> str:
+    """What transformers calls the number-th, from 0, of so many weight files."""
+    return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+
+
 def write_text(path: Path, text: str) -> dict[str, Any]:
     return write_file(path, [text.encode()])
 

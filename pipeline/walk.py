@@ -88,14 +88,13 @@ class Walk:
         self.names = Names(self.model)
         blocks = self.model.get_submodule(decoder(self.model))
         assert isinstance(blocks, nn.ModuleList)
-        self._blocks, self._path = blocks, decoder(self.model)
-        self._real = list(blocks)
+        self._blocks, self._real = blocks, list(blocks)
         for module in self.model.modules():
             module._buffers.update({name: b.to(self.device) for name, b in module._buffers.items() if b is not None})
         for number, block in enumerate(self._real):
             blocks[number] = _StandIn(self, number, block)
         self._outside = list(outside)
-        self.batches = ids.split(max(1, _BATCH_TOKENS.get(self.device.type, 2048) // ids.shape[1]))
+        self.batches = ids.split(max(1, _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"]) // ids.shape[1]))
         self._workers = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
         self._calls: list[list[_Call]] = []
         self._first: Tensor | None = None  # block 0's inputs, as last seen

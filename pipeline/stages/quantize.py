@@ -20,10 +20,6 @@ from .press import press
 OnStep = Callable[[int, int], None]
 
 
-def _shard_name(number: int, total: int) -> str:
-    return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
-
-
 class _Progress:
     """What the journal says is committed, checked against the disk."""
 
@@ -32,7 +28,7 @@ class _Progress:
         self.journal = store.Journal(work / "journal.jsonl")
         self.notes: list[str] = []
         total = len(plan.units)
-        known = {_shard_name(number, total): unit.name for number, unit in enumerate(plan.units)}
+        known = {store.shard_name(number, total): unit.name for number, unit in enumerate(plan.units)}
         self.done: dict[str, dict[str, Any]] = {}
         for line in self.journal.entries:
             if known.get(line.get("file", "")) != line.get("unit"):
@@ -102,8 +98,7 @@ def _write_rest(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: Path
     if recipe.format.quant_method == "gptq":
         files["quantize_config.json"] = store.write_json(folder / "quantize_config.json", section)
     for path in checkpoint.other_files():
-        with path.open("rb") as file:
-            files[path.name] = store.write_file(folder / path.name, iter(lambda: file.read(store.CHUNK), b""))
+        files[path.name] = store.copy_file(path, folder / path.name)
     return dict(sorted(files.items()))
 
 
@@ -197,7 +192,7 @@ class _Job:
 
     def finished(self, progress: _Progress) -> set[str]:
         """The files that need not be made again."""
-        files = {_shard_name(n, len(self.plan.units)): unit.block for n, unit in enumerate(self.plan.units)}
+        files = {store.shard_name(n, len(self.plan.units)): unit.block for n, unit in enumerate(self.plan.units)}
         if self.blocks is None:
             return {file for file in files if progress.committed(file)}
         inside = [file for file, block in files.items() if block is not None]
@@ -221,7 +216,7 @@ def _write_units(job: _Job, progress: _Progress, on_step: OnStep) -> list[dict[s
         pending: Future[None] | None = None
         for number, unit in enumerate(job.plan.units):
             on_step(number, total)
-            file = _shard_name(number, total)
+            file = store.shard_name(number, total)
             if file in finished:
                 lines[file] = progress.done[file]
                 _check_source(job.checkpoint, unit, lines[file])
