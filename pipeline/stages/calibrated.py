@@ -106,7 +106,7 @@ class CalibratedBlocks:
             nbytes = sum(tensor.nbytes for tensor in written.values())
             reports[entry.module] = layer_report(entry, qtensor, diagnostics, nbytes)
         layers = [reports[entry.module] for entry in unit.entries if entry.kind]
-        line = {"unit": unit.name, "source_sha256": digest.hexdigest(), "layers": layers}
+        line: dict[str, Any] = {"unit": unit.name, "source_sha256": digest.hexdigest(), "layers": layers}
         if block == self.last:
             outputs = self.walk.forward(0, next(self._inputs(block)))
             self.walk.leave()
