@@ -41,6 +41,7 @@ class BitsAndBytesNF4:
     """
 
     name: ClassVar[str] = "bnb-nf4"
+    quantizes_inputs: ClassVar[bool] = False
 
     def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         if qtensor.scheme.code != "nf4":

@@ -35,6 +35,7 @@ class Reference:
     """Dequantize, then multiply in the input's dtype; activations of dynamic schemes are rounded to INT8 and back."""
 
     name: ClassVar[str] = "reference"
+    quantizes_inputs: ClassVar[bool] = False
 
     def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         return None

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from .qtensor import QTensor
 
+AUTOMATIC = ("auto", "auto-bf16")
+
 
 class Prepared(nn.Module):
     """A kernel's own repacking of one QTensor: its tensors are buffers, so they count, and move, with the model."""
@@ -23,6 +25,7 @@ class Kernel(Protocol):
     """One way to compute x @ dequantized_weight.T + bias."""
 
     name: ClassVar[str]
+    quantizes_inputs: ClassVar[bool]  # of weight-only schemes: faster, and a little less exact
 
     def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """None if this kernel can serve inputs of this dtype on this device, else the reason in a few words."""
@@ -45,31 +48,37 @@ class Selection:
 def registry() -> list[Kernel]:
     """Every kernel, the fastest first; `reference` serves everything and comes last."""
     from .bnb import BitsAndBytesNF4
+    from .native_cpu import NativeExact, NativeInt8
     from .reference import Reference
     from .torch_int4 import TorchInt4
     from .torch_int8 import TorchInt8
 
-    return [TorchInt4(), TorchInt8(), BitsAndBytesNF4(), Reference()]
+    return [NativeInt8(), NativeExact(), TorchInt4(), TorchInt8(), BitsAndBytesNF4(), Reference()]
 
 
 def select(qtensor: QTensor, dtype: torch.dtype, device: torch.device, wanted: str = "auto") -> Selection:
     """The first kernel that does not reject, or the one asked for by name.
 
+    Args:
+        wanted: a kernel's name; "auto"; or "auto-bf16" for kernels that leave the inputs of weight-only schemes alone.
+
     Raises:
         ValueError: `wanted` is unknown, or it rejects this weight; the message says why.
     """
     kernels = registry()
-    if wanted != "auto":
+    if wanted not in AUTOMATIC:
         named = [kernel for kernel in kernels if kernel.name == wanted]
         if not named:
             known = ", ".join(kernel.name for kernel in kernels)
-            raise ValueError(f"kernel {wanted!r} is unknown; use auto or one of {known}")
+            raise ValueError(f"kernel {wanted!r} is unknown; use {' or '.join(AUTOMATIC)}, or one of {known}")
         if reason := named[0].reject(qtensor, dtype, device):
             raise ValueError(f"kernel {wanted} cannot run {qtensor.scheme.name} here: {reason}; use auto")
         return Selection(named[0], {})
     rejected: dict[str, str] = {}
     for kernel in kernels:
         reason = kernel.reject(qtensor, dtype, device)
+        if wanted == "auto-bf16" and kernel.quantizes_inputs and not qtensor.scheme.activations:
+            reason = "quantizes its inputs, which are to stay as they are"
         if reason is None:
             return Selection(kernel, rejected)
         rejected[kernel.name] = reason

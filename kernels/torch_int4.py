@@ -40,6 +40,7 @@ class TorchInt4:
     """int4-g<multiple of 32> and int4-channel, symmetric or not, bfloat16 inputs."""
 
     name: ClassVar[str] = "torch-int4"
+    quantizes_inputs: ClassVar[bool] = False
 
     def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme, in_features = qtensor.scheme, qtensor.shape[1]

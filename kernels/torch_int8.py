@@ -26,6 +26,7 @@ class TorchInt8:
     """int8-dynamic: oneDNN's prepacked product on CPUs with VNNI, `torch._int_mm` on CUDA."""
 
     name: ClassVar[str] = "torch-int8"
+    quantizes_inputs: ClassVar[bool] = False
 
     def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme = qtensor.scheme

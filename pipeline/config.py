@@ -6,7 +6,16 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
@@ -32,9 +41,10 @@ def _registered(kind: str, name: str) -> str:
     if name == "auto":
         return name
     if kind == "kernel":
+        from bitpress.kernels.select import AUTOMATIC
         from bitpress.kernels.select import registry as kernels
 
-        known = [kernel.name for kernel in kernels()]
+        known = [*AUTOMATIC[1:], *(kernel.name for kernel in kernels())]
     elif kind == "method":
         from .methods import registry as methods
 
@@ -159,6 +169,10 @@ class Eval(_Strict):
     prompt: str = "The"  # what the sample in the report continues
 
 
+class Cpu(_Strict):
+    activations: Literal["int8", "bf16"] = "int8"  # what weight-only kernels make of a layer's inputs; bf16: nothing
+
+
 class Run(_Strict):
     """A whole config: every model is pressed by every scheme; the unquantized baseline is always measured."""
 
@@ -167,8 +181,15 @@ class Run(_Strict):
     schemes: list[SchemeName] = Field(min_length=1)
     quantize: Quantize = Quantize()  # type: ignore[call-arg]
     eval: Eval = Eval()  # type: ignore[call-arg]
+    cpu: Cpu = Cpu()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     output: str = "runs"
+
+    @model_validator(mode="after")
+    def _kernel_for_activations(self) -> "Run":
+        if self.cpu.activations == "bf16" and self.eval.kernel == "auto":
+            self.eval = self.eval.model_copy(update={"kernel": "auto-bf16"})
+        return self
 
     @field_validator("schemes")
     @classmethod

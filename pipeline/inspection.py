@@ -72,7 +72,8 @@ def _serves(kernel: Any, schemes: list[Scheme], device: torch.device) -> str:
         reasons[scheme.name] = kernel.reject(probe, torch.bfloat16, device)
     usable = [name for name, reason in reasons.items() if reason is None]
     own = [reason for name, reason in reasons.items() if reason]
-    return f"{', '.join(usable)} (bfloat16)" if usable else f"not here: {own[-1]}"
+    about = f"; {kernel.about()}" if usable and hasattr(kernel, "about") else ""
+    return f"{', '.join(usable)} (bfloat16){about}" if usable else f"not here: {own[-1]}"
 
 
 def _probe(scheme: Scheme) -> QTensor:

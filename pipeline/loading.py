@@ -15,6 +15,7 @@ from bitpress.kernels.qtensor import QTensor
 from .blocks import Names, Target, replace_module
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ConfigError
+from .fusing import fuse
 from .layout import check_shape, read_layer, read_layout
 from .source import resolve
 
@@ -148,7 +149,10 @@ def _load_quantized(
         layers[target] = _maker(qtensor, model.dtype, kernel)
     replace_layers(model, names, _emptied(layers))
     on_step(len(quantized), len(quantized))
-    return _finish(checkpoint, model, device)
+    model = _finish(checkpoint, model, device)
+    if device.type == "cpu":
+        model.fusing = fuse(model)  # type: ignore[assignment]
+    return model
 
 
 def _emptied(layers: dict[Target, MakeLayer]) -> Iterator[tuple[Target, MakeLayer]]:

@@ -1,0 +1,406 @@
+/* What Python calls: packing, multiplying, and which instruction sets there are. */
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "bitpress.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define MAGIC 0x3173736572706962 /* "bipress1" */
+#define FEW_ROWS 64
+#define MOST_ROWS 256
+#define SUM_BYTES (512 << 10)   /* sums of a task, which stay in a core's second cache */
+#define TASK_BYTES (512 << 10)
+#define PIECE (16 << 10)         /* words of 8 bytes that are read at a time */
+#define MIN_PARALLEL (32 << 10)  /* inputs that are worth waking threads for */
+
+static const Kernels *const all_kernels[] = {
+#if defined(__x86_64__)
+    &amx_kernels, &avx512_kernels, &avx2_kernels,
+#elif defined(__aarch64__)
+    &neon_kernels,
+#endif
+    &portable_kernels};
+
+EXPORT int bitpress_kernel_count(void) { return sizeof all_kernels / sizeof *all_kernels; }
+EXPORT const char *bitpress_kernel_name(int index) { return all_kernels[index]->name; }
+EXPORT int bitpress_kernel_available(int index) { return all_kernels[index]->available(); }
+
+/* ---- threads ---- */
+
+typedef void (*Body)(void *);
+static void (*fork_join)(Body, void *, unsigned, unsigned);
+
+/* GOMP_parallel of the OpenMP runtime that torch uses: its threads then serve here too, and do not spin while ours
+ * work. Without it, threads are started for each call. */
+EXPORT void bitpress_set_fork_join(void *function) { *(void **)&fork_join = function; }
+
+typedef struct {
+    Body body;
+    void *context;
+} Call;
+
+static void *started(void *call) {
+    ((Call *)call)->body(((Call *)call)->context);
+    return NULL;
+}
+
+void parallel(Body body, void *context, int threads) {
+    if (threads <= 1) {
+        body(context);
+    } else if (fork_join) {
+        fork_join(body, context, (unsigned)threads, 0);
+    } else {
+        enum { MOST = 64 };
+        pthread_t others[MOST];
+        int running = 0;
+        Call call = {body, context};
+        while (running < threads - 1 && running < MOST && !pthread_create(&others[running], NULL, started, &call))
+            running++;
+        body(context); /* takes whatever tasks no thread has taken */
+        while (running) pthread_join(others[--running], NULL);
+    }
+}
+
+/* Asks for huge pages for memory that has not been written yet. Where they are refused nothing is lost but speed. */
+EXPORT void bitpress_use_huge_pages(void *start, int64_t bytes) {
+#if defined(__linux__)
+    const uintptr_t page = 2 << 20, first = ((uintptr_t)start + page - 1) / page * page;
+    const uintptr_t last = ((uintptr_t)start + (uintptr_t)bytes) / page * page;
+    if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}
+
+/* ---- packed weights: a header, then the tensors that Weight names ---- */
+
+typedef struct {
+    int64_t magic, out_features, in_features, padded, group, step, code, zero;
+    int64_t codes, scales, zeros, multiplier; /* bytes from the header's start; 0: there is none */
+    int64_t bytes, unused[3];
+} Header;
+
+static Weight weight_of(const void *packed) {
+    const Header *h = packed;
+    const char *base = packed;
+    return (Weight){.out_features = h->out_features, .in_features = h->in_features, .padded = h->padded,
+                    .group = h->group, .step = h->step, .code = h->code, .zero = h->zero,
+                    .codes = (const uint8_t *)(base + h->codes),
+                    .scales = h->scales ? (const uint16_t *)(base + h->scales) : NULL,
+                    .zeros = h->zeros ? (const uint8_t *)(base + h->zeros) : NULL,
+                    .multiplier = (const float *)(base + h->multiplier)};
+}
+
+static int64_t blocks_of(const Weight *w) { return (w->out_features + PAIR - 1) / PAIR * 2; }
+static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
+static int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Fills the header; returns the bytes that the whole takes, -1 where the numbers do not fit together. */
+EXPORT int64_t bitpress_layout(void *packed, int64_t out_features, int64_t in_features, int64_t group, int64_t step,
+                               int64_t code, int64_t zero, int64_t has_scales, int64_t has_zeros) {
+    if (out_features < 1 || in_features < 1 || step < 32 || step % 32 || group % step || code < INT4 || code > INT8)
+        return -1;
+    const int64_t padded = (in_features + group - 1) / group * group;
+    const Weight w = {.out_features = out_features, .padded = padded, .code = code};
+    const int64_t outputs = blocks_of(&w) * BLOCK, groups = padded / group;
+    Header h = {.magic = MAGIC, .out_features = out_features, .in_features = in_features, .padded = padded,
+                .group = group, .step = step, .code = code, .zero = zero};
+    int64_t end = sizeof(Header);
+    h.codes = end, end = aligned(end + outputs * padded / code_bytes(&w));
+    if (has_scales) h.scales = end, end = aligned(end + outputs * groups * 2);
+    if (has_zeros) h.zeros = end, end = aligned(end + outputs * groups);
+    h.multiplier = end, end = aligned(end + outputs * 4);
+    h.bytes = end;
+    memcpy(packed, &h, sizeof h);
+    return end;
+}
+
+typedef struct {
+    Weight w;
+    const uint8_t *from;
+    int64_t row_bytes, high_first;
+    uint8_t *to;
+    atomic_llong next;
+} Packing;
+
+/* Eight 4-bit codes, the first lowest -> bytes of codes 0 and 4, 1 and 5, 2 and 6, 3 and 7. */
+static uint32_t interleaved(uint32_t codes) {
+    uint32_t low = (codes & 0xff) | (codes & 0xff00) << 8, high = (codes >> 16 & 0xff) | (codes >> 8 & 0xff0000);
+    low = (low | low << 4) & 0x0f0f0f0f;
+    high = (high | high << 4) & 0x0f0f0f0f;
+    return low | high << 4;
+}
+
+static void pack_blocks(void *context) {
+    Packing *p = context;
+    const Weight *w = &p->w;
+    const int64_t blocks = blocks_of(w), per_word = w->code == INT8 ? 4 : 8, words = w->padded / per_word;
+    for (int64_t block; (block = atomic_fetch_add(&p->next, 1)) < blocks;) {
+        uint8_t *to = p->to + block * words * BLOCK * 4;
+        for (int64_t n = 0; n < BLOCK; n++) {
+            const int64_t o = block * BLOCK + n;
+            for (int64_t i = 0; i < words; i++) {
+                uint32_t word = 0;
+                const int64_t at = i * 4, left = o < w->out_features ? p->row_bytes - at : 0;
+                if (left > 0) memcpy(&word, p->from + o * p->row_bytes + at, (size_t)minimum(left, 4));
+                if (p->high_first) word = (word & 0x0f0f0f0f) << 4 | (word >> 4 & 0x0f0f0f0f);
+                if (w->code != INT8) word = interleaved(word);
+                memcpy(to + (i * BLOCK + n) * 4, &word, 4);
+            }
+        }
+    }
+}
+
+/* Codes [out_features][row_bytes], as a stream along the inputs, two codes per byte (the first in the low nibble, or
+ * the high one) or one -> the header's codes. Assumes a little-endian machine. */
+EXPORT void bitpress_pack(void *packed, const void *codes, int64_t row_bytes, int64_t high_first, int threads) {
+    Packing p = {.w = weight_of(packed), .from = codes, .row_bytes = row_bytes, .high_first = high_first};
+    p.to = (uint8_t *)p.w.codes;
+    atomic_init(&p.next, 0);
+    parallel(pack_blocks, &p, threads);
+}
+
+/* ---- linear ---- */
+
+typedef struct {
+    const Kernels *k;
+    Weight w;
+    Input in;
+    const void *x;
+    const float *bias;
+    char *y;
+    int64_t dtype, item, stride, blocks_per_task, rows_per_task;
+    int exact, tiled;
+    atomic_llong next;
+    atomic_int failed;
+} Product;
+
+static void prepare_row(const Product *p, int64_t row, float *wide) {
+    const Input *in = &p->in;
+    const Weight *w = &p->w;
+    const char *x = (const char *)p->x + row * w->in_features * p->item;
+    if (p->exact) {
+        float *values = in->values + row * in->padded;
+        p->k->widen(x, (DType)p->dtype, w->in_features, values);
+        memset(values + w->in_features, 0, (size_t)(in->padded - w->in_features) * 4);
+        for (int64_t g = 0; w->zeros && g < in->groups; g++) {
+            float sum = 0;
+            for (int64_t i = g * w->group; i < (g + 1) * w->group; i++) sum += values[i];
+            in->value_sums[row * in->groups + g] = sum;
+        }
+        return;
+    }
+    const float *values = (const float *)x;
+    if (p->dtype != FLOAT32) {
+        p->k->widen(x, (DType)p->dtype, w->in_features, wide);
+        values = wide;
+    }
+    const int64_t tile_bytes = PAIR * CHUNK;
+    int8_t *codes = p->tiled ? in->codes + row / PAIR * tile_bytes * chunks(in->padded) + row % PAIR * CHUNK
+                             : in->codes + row * in->padded;
+    const int64_t at = p->tiled ? row / PAIR * in->steps * PAIR + row % PAIR : row * in->steps;
+    p->k->quantize(values, w->in_features, in->padded, w->step, codes, p->tiled ? tile_bytes : CHUNK, in->scales + at,
+                   in->sums + at, p->tiled ? PAIR : 1);
+}
+
+static void prepare_rows(void *context) {
+    Product *p = context;
+    float *wide = malloc((size_t)p->w.padded * 4);
+    if (!wide) {
+        p->failed = 1;
+        return;
+    }
+    for (int64_t row; (row = atomic_fetch_add(&p->next, 1)) < p->in.rows;) prepare_row(p, row, wide);
+    free(wide);
+}
+
+static void finish_rows(const Product *p, int64_t block, int64_t row, int64_t count, const float *out) {
+    const int64_t o = block * BLOCK, outputs = minimum(PAIR, p->w.out_features - o);
+    if (outputs <= 0) return;
+    for (int64_t m = 0; m < count; m++)
+        p->k->finish(out + m * PAIR, p->w.multiplier + o, p->bias ? p->bias + o : NULL, outputs, (DType)p->dtype,
+                     p->y + ((row + m) * p->w.out_features + o) * p->item);
+}
+
+static void multiply_rows(const Product *p, int64_t block, int64_t blocks, int64_t row, int64_t rows) {
+    float out[MAX_ROWS * PAIR];
+    for (int64_t b = block; b < block + blocks; b += 2)
+        for (int64_t m = row; m < row + rows; m += MAX_ROWS) {
+            const int64_t count = minimum(MAX_ROWS, row + rows - m);
+            (p->exact ? p->k->exact : p->k->rows)(&p->w, &p->in, b, m, count, out);
+            finish_rows(p, b, m, count, out);
+        }
+}
+
+/* A stretch of features at a time: its weights, unpacked, stay in the first cache while all rows pass by, its inputs in
+ * the second while the blocks do. Where rows are few, codes are read in the order in which they lie. */
+static void multiply_tiles(const Product *p, int64_t block, int64_t blocks, int64_t row, int64_t rows, char *scratch) {
+    const Weight *w = &p->w;
+    const int64_t stretch = w->step == 96 ? 384 : STRETCH, at_once = rows > FEW_ROWS ? blocks : 2;
+    const int64_t ahead = at_once == 2 ? stretch * BLOCK / code_bytes(w) : PAIR * w->padded / code_bytes(w);
+    int8_t *panel = (int8_t *)scratch;
+    float *sums = (float *)(scratch + PAIR * STRETCH);
+    int64_t configured = 0;
+    for (int64_t first = 0; first < blocks; first += at_once)
+        for (int64_t from = 0; from < w->padded; from += stretch) {
+            const int64_t to = minimum(from + stretch, w->padded);
+            for (int64_t b = first; b < first + at_once; b += 2) {
+                p->k->unpack(w, block + b, from, to, ahead, panel);
+                for (int64_t m = 0; m < rows; m += PAIR) {
+                    const int64_t count = minimum(PAIR, rows - m);
+                    if (count != configured) p->k->begin(w, configured = count);
+                    p->k->tile(w, &p->in, block + b, from, to, panel, row + m, count,
+                               sums + (b * BLOCK * rows + m * PAIR));
+                }
+            }
+        }
+    p->k->end();
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t b = 0; b < blocks; b += 2)
+            finish_rows(p, block + b, row + m, 1, sums + (b * BLOCK * rows + m * PAIR));
+}
+
+static void multiply(void *context) {
+    Product *p = context;
+    const int64_t blocks = blocks_of(&p->w), across = (blocks + p->blocks_per_task - 1) / p->blocks_per_task;
+    const int64_t down = (p->in.rows + p->rows_per_task - 1) / p->rows_per_task;
+    char *scratch = NULL;
+    if (p->tiled && !(scratch = aligned_alloc(64, (size_t)(PAIR * STRETCH + p->blocks_per_task * BLOCK * p->rows_per_task * 4)))) {
+        p->failed = 1;
+        return;
+    }
+    for (int64_t task; (task = atomic_fetch_add(&p->next, 1)) < across * down;) {
+        const int64_t block = task % across * p->blocks_per_task, row = task / across * p->rows_per_task;
+        const int64_t width = minimum(p->blocks_per_task, blocks - block);
+        const int64_t rows = minimum(p->rows_per_task, p->in.rows - row);
+        if (p->tiled) multiply_tiles(p, block, width, row, rows, scratch);
+        else multiply_rows(p, block, width, row, rows);
+    }
+    free(scratch);
+}
+
+/* Tasks large enough to be worth claiming and to use what is in cache, small enough that threads end together. */
+static void split(Product *p, int threads) {
+    const int64_t pairs = blocks_of(&p->w) / 2, rows = p->in.rows;
+    p->rows_per_task = p->tiled ? minimum(rows, MOST_ROWS) : rows;
+    const int64_t down = (rows + p->rows_per_task - 1) / p->rows_per_task;
+    int64_t per_task = p->tiled ? SUM_BYTES / (PAIR * p->rows_per_task * 4)
+                                : TASK_BYTES / (PAIR * p->w.padded / code_bytes(&p->w));
+    per_task = maximum(1, minimum(per_task, pairs * down / (threads * 4)));
+    p->blocks_per_task = 2 * minimum(per_task, pairs);
+    if (pairs < threads * 4 && rows > 2 * PAIR * threads) /* a narrow weight: rows are split too */
+        p->rows_per_task = minimum(p->rows_per_task, (rows / (4 * threads) + PAIR) / PAIR * PAIR);
+}
+
+static int carve(Product *p, char **memory) {
+    Input *in = &p->in;
+    const int64_t padded_rows = (in->rows + PAIR - 1) / PAIR * PAIR;
+    const int64_t code = aligned(p->exact ? 0 : padded_rows * chunks(in->padded) * CHUNK);
+    const int64_t numbers = aligned(padded_rows * (p->exact ? in->groups : in->steps) * 4);
+    const int64_t value = aligned(p->exact ? in->rows * in->padded * 4 : 0);
+    const int64_t total = code + 2 * numbers + value;
+    if (!(*memory = aligned_alloc(64, (size_t)total + 64))) return 1;
+    in->codes = (int8_t *)*memory;
+    in->scales = (float *)(*memory + code);
+    in->sums = (int32_t *)(*memory + code + numbers);
+    in->value_sums = (float *)(*memory + code);
+    in->values = (float *)(*memory + code + 2 * numbers);
+    return 0;
+}
+
+/* y [rows][out_features] = x [rows][in_features] times the weight + bias (float32 [out_features], or NULL).
+ *
+ * x and y have the dtype. exact: inputs are not quantized. Returns 0; 1: out of memory; 2: no such weight or kernel.
+ */
+EXPORT int bitpress_linear(const void *packed, const void *x, int64_t rows, int64_t dtype, const float *bias, void *y,
+                           int exact, int kernel, int threads) {
+    if (((const Header *)packed)->magic != MAGIC || kernel < 0 || kernel >= bitpress_kernel_count()) return 2;
+    Product p = {.k = all_kernels[kernel], .w = weight_of(packed), .x = x, .bias = bias, .y = y, .dtype = dtype,
+                 .item = dtype == FLOAT32 ? 4 : 2, .exact = exact};
+    p.in = (Input){.rows = rows, .padded = p.w.padded, .steps = p.w.padded / p.w.step,
+                   .groups = p.w.padded / p.w.group};
+    p.tiled = !exact && p.k->tile_from && rows >= p.k->tile_from;
+    if (!rows) return 0;
+    char *memory;
+    if (carve(&p, &memory)) return 1;
+    if (p.w.out_features * p.w.in_features * rows < MIN_PARALLEL) threads = 1;
+    atomic_init(&p.next, 0);
+    parallel(prepare_rows, &p, rows > 1 && rows * p.w.in_features >= MIN_PARALLEL ? threads : 1);
+    split(&p, threads);
+    atomic_init(&p.next, 0);
+    if (!p.failed) parallel(multiply, &p, threads);
+    free(memory);
+    return p.failed;
+}
+
+/* ---- the weight itself ---- */
+
+typedef struct {
+    const Kernels *k;
+    Weight w;
+    int64_t dtype, first, last; /* blocks */
+    char *out;
+    atomic_llong next;
+} Restoring;
+
+enum { RESTORED = 128 }; /* features at a time, so that they stay in the first cache */
+
+static void restore_blocks(void *context) {
+    Restoring *r = context;
+    const Weight *w = &r->w;
+    const int64_t item = r->dtype == FLOAT32 ? 4 : 2;
+    float values[BLOCK * RESTORED];
+    for (int64_t block; (block = r->first + atomic_fetch_add(&r->next, 1)) < r->last;)
+        for (int64_t from = 0; from < w->in_features; from += RESTORED) {
+            const int64_t width = minimum(RESTORED, w->padded - from), wanted = minimum(width, w->in_features - from);
+            r->k->dequantize(w, block, from, from + width, values);
+            for (int64_t n = 0; n < BLOCK && block * BLOCK + n < w->out_features; n++)
+                r->k->finish(values + n * width, NULL, NULL, wanted, (DType)r->dtype,
+                             r->out + (((block - r->first) * BLOCK + n) * w->in_features + from) * item);
+        }
+}
+
+/* Output features first .. first + count (first a multiple of 16): out [count][in_features], in dtype. Returns 0, or 2:
+ * no such weight or kernel. */
+EXPORT int bitpress_dequantize(const void *packed, int64_t first, int64_t count, int64_t dtype, void *out, int kernel,
+                               int threads) {
+    if (((const Header *)packed)->magic != MAGIC || kernel < 0 || kernel >= bitpress_kernel_count()) return 2;
+    Restoring r = {.k = all_kernels[kernel], .w = weight_of(packed), .dtype = dtype, .out = out, .first = first / BLOCK,
+                   .last = (first + count + BLOCK - 1) / BLOCK};
+    atomic_init(&r.next, 0);
+    parallel(restore_blocks, &r, threads);
+    return 0;
+}
+
+/* ---- how fast memory is read ---- */
+
+typedef struct {
+    const Kernels *k;
+    const uint64_t *from;
+    int64_t pieces;
+    atomic_llong next;
+    atomic_ullong sum;
+} Reading;
+
+static void read_pieces(void *context) {
+    Reading *r = context;
+    uint64_t sum = 0;
+    for (int64_t piece; (piece = atomic_fetch_add(&r->next, 1)) < r->pieces;)
+        sum ^= r->k->read(r->from + piece * PIECE, PIECE);
+    atomic_fetch_xor(&r->sum, sum);
+}
+
+/* Reads whole pieces of 128 KiB and returns their words' exclusive or, so that nothing can be left out. */
+EXPORT uint64_t bitpress_read(const void *from, int64_t bytes, int kernel, int threads) {
+    Reading r = {.k = all_kernels[kernel], .from = from, .pieces = bytes / (PIECE * 8)};
+    atomic_init(&r.next, 0);
+    atomic_init(&r.sum, 0);
+    parallel(read_pieces, &r, threads);
+    return r.sum;
+}

@@ -1,0 +1,302 @@
+/* AVX512 with VNNI: 16 outputs in the lanes of a register, four inputs at a time in each lane's bytes. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "generic.h"
+
+#define AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define AVX512_INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define WIDEST 2
+#define AHEAD 2048 /* bytes that codes are fetched ahead: the hardware's own fetching stops at the end of a page */
+
+static int available(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+AVX512_INLINE __m512i four_inputs(const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+}
+
+AVX512_INLINE __m512 group_scales(const Weight *w, int64_t index) {
+    if (!w->scales) return _mm512_set1_ps(1);
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w->scales + index * BLOCK)));
+}
+
+AVX512_INLINE __m512 group_zeros(const Weight *w, int64_t index) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->zeros + index * BLOCK))));
+}
+
+/* dpbusd multiplies unsigned bytes by signed ones: weights are unsigned, and zero * sum(x codes) is taken off.
+ *
+ * `count` rows, `wide` blocks side by side: more sums at a time hide the instructions' latency, and more streams of
+ * codes the memory's. These and `kind` are constants wherever this is used, so that each gets code of its own. */
+AVX512_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_t row, const int count,
+                           const int wide, const Code kind, float *out) {
+    const int64_t groups = w->padded / w->group, steps = w->group / w->step;
+    const int64_t apart = BLOCK * (w->padded / code_bytes(w)); /* bytes from one block's codes to the next one's */
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const __m512i codebook = _mm512_xor_si512(
+        _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)nf4_codes)), _mm512_set1_epi8((char)0x80));
+    const uint8_t *codes = w->codes + block * apart;
+    const int8_t *x = in->codes + row * in->padded;
+    const float *scales = in->scales + row * in->steps;
+    const int32_t *sums = in->sums + row * in->steps;
+    const int32_t zero = w->zeros ? 0 : (int32_t)w->zero;
+    __m512 totals[WIDEST * MAX_ROWS];
+    for (int i = 0; i < wide * count; i++) totals[i] = _mm512_setzero_ps();
+
+    for (int64_t s = 0; s < groups * steps; s++) {
+        __m512i even[WIDEST * MAX_ROWS], odd[WIDEST * MAX_ROWS];
+        for (int m = 0; m < count; m++)
+            for (int j = 0; j < wide; j++) {
+                even[m * wide + j] = _mm512_set1_epi32(-zero * sums[m * in->steps]);
+                odd[m * wide + j] = _mm512_setzero_si512();
+            }
+        for (int64_t k = 0; k < w->step; k += 8) {
+            __m512i first[WIDEST], second[WIDEST];
+            for (int j = 0; j < wide; j++) {
+                const uint8_t *at = codes + j * apart;
+                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+                if (kind == INT8) {
+                    first[j] = _mm512_loadu_si512(at);
+                    second[j] = _mm512_loadu_si512(at + 64);
+                    _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
+                    continue;
+                }
+                const __m512i both = _mm512_loadu_si512(at);
+                first[j] = _mm512_and_si512(both, nibble);
+                second[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+                if (kind == NF4) {
+                    first[j] = _mm512_shuffle_epi8(codebook, first[j]);
+                    second[j] = _mm512_shuffle_epi8(codebook, second[j]);
+                }
+            }
+            codes += kind == INT8 ? 128 : 64;
+            for (int m = 0; m < count; m++) {
+                const __m512i x_first = four_inputs(x + m * in->padded + k);
+                const __m512i x_second = four_inputs(x + m * in->padded + k + 4);
+                for (int j = 0; j < wide; j++) {
+                    even[m * wide + j] = _mm512_dpbusd_epi32(even[m * wide + j], first[j], x_first);
+                    odd[m * wide + j] = _mm512_dpbusd_epi32(odd[m * wide + j], second[j], x_second);
+                }
+            }
+        }
+        for (int j = 0; j < wide; j++) {
+            const int64_t at = (block + j) * groups + s / steps;
+            const __m512 group_scale = group_scales(w, at);
+            const __m512 zeros = w->zeros ? group_zeros(w, at) : _mm512_setzero_ps();
+            for (int m = 0; m < count; m++) {
+                __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(even[m * wide + j], odd[m * wide + j]));
+                if (w->zeros) sum = _mm512_fnmadd_ps(zeros, _mm512_set1_ps((float)sums[m * in->steps]), sum);
+                const __m512 scale = _mm512_mul_ps(group_scale, _mm512_set1_ps(scales[m * in->steps]));
+                totals[m * wide + j] = _mm512_fmadd_ps(sum, scale, totals[m * wide + j]);
+            }
+        }
+        x += w->step;
+        scales++;
+        sums++;
+    }
+    for (int m = 0; m < count; m++)
+        for (int j = 0; j < wide; j++) {
+            __m512 total = totals[m * wide + j];
+            if (kind == NF4) total = _mm512_mul_ps(total, _mm512_set1_ps(1 / NF4_STEPS));
+            _mm512_storeu_ps(out + m * PAIR + j * BLOCK, total);
+        }
+}
+
+/* Looks codes up, or converts them, and multiplies in float32: nothing about the inputs is rounded. */
+AVX512_INLINE void exact_of(const Weight *w, const Input *in, int64_t block, int64_t row, const int count,
+                            const Code kind, float *out) {
+    const int64_t groups = w->padded / w->group;
+    const float zero = w->zeros || kind == NF4 ? 0 : (float)w->zero;
+    __m512 values = _mm512_sub_ps(
+        _mm512_cvtepi32_ps(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)), _mm512_set1_ps(zero));
+    if (kind == NF4) values = _mm512_loadu_ps(nf4_codebook);
+    const uint8_t *codes = w->codes + block * BLOCK * (w->padded / code_bytes(w));
+    const float *x = in->values + row * in->padded;
+    __m512 totals[MAX_ROWS];
+    for (int m = 0; m < count; m++) totals[m] = _mm512_setzero_ps();
+
+    for (int64_t g = 0; g < groups; g++) {
+        __m512 sums[MAX_ROWS];
+        for (int m = 0; m < count; m++) sums[m] = _mm512_setzero_ps();
+        const int per_load = kind == INT8 ? 4 : 8;
+        for (int64_t k = 0; k < w->group; k += per_load, codes += 64) {
+            const __m512i quad = _mm512_loadu_si512(codes);
+            _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
+            for (int b = 0; b < per_load; b++) { /* lanes are rotated so that their next code comes to the low bits */
+                __m512i next = kind == INT8 ? _mm512_srli_epi32(quad, 8 * b)
+                                            : _mm512_srli_epi32(quad, 8 * (b % 4) + 4 * (b / 4));
+                __m512 value;
+                if (kind == INT8)
+                    value = _mm512_sub_ps(
+                        _mm512_cvtepi32_ps(_mm512_and_si512(next, _mm512_set1_epi32(255))), _mm512_set1_ps(zero));
+                else
+                    value = _mm512_permutexvar_ps(next, values);
+                for (int m = 0; m < count; m++)
+                    sums[m] = _mm512_fmadd_ps(value, _mm512_set1_ps(x[m * in->padded + k + b]), sums[m]);
+            }
+        }
+        for (int m = 0; m < count; m++) {
+            if (w->zeros) {
+                const float value_sum = in->value_sums[(row + m) * in->groups + g];
+                sums[m] = _mm512_fnmadd_ps(group_zeros(w, block * groups + g), _mm512_set1_ps(value_sum), sums[m]);
+            }
+            totals[m] = _mm512_fmadd_ps(sums[m], group_scales(w, block * groups + g), totals[m]);
+        }
+        x += w->group;
+    }
+    for (int m = 0; m < count; m++) _mm512_storeu_ps(out + m * PAIR, totals[m]);
+}
+
+/* `wide` blocks at once while their sums fit the registers. */
+#define ROWS(count, wide, kind)                                                                          \
+    for (int64_t j = 0; j < 2; j += wide) rows_of(w, in, block + j, row, count, wide, kind, out + j * BLOCK); \
+    break
+#define EXACT(count, kind)                                                                       \
+    for (int64_t j = 0; j < 2; j++) exact_of(w, in, block + j, row, count, kind, out + j * BLOCK); \
+    break
+#define EACH_ROWS(kind)                \
+    switch (count) {                   \
+    case 1: ROWS(1, 2, kind);          \
+    case 2: ROWS(2, 2, kind);          \
+    case 3: ROWS(3, 2, kind);          \
+    case 4: ROWS(4, 2, kind);          \
+    case 5: ROWS(5, 1, kind);          \
+    case 6: ROWS(6, 1, kind);          \
+    case 7: ROWS(7, 1, kind);          \
+    default: ROWS(8, 1, kind);         \
+    }
+#define EACH_EXACT(kind)         \
+    switch (count) {             \
+    case 1: EXACT(1, kind);      \
+    case 2: EXACT(2, kind);      \
+    case 3: EXACT(3, kind);      \
+    case 4: EXACT(4, kind);      \
+    case 5: EXACT(5, kind);      \
+    case 6: EXACT(6, kind);      \
+    case 7: EXACT(7, kind);      \
+    default: EXACT(8, kind);     \
+    }
+
+AVX512 static void rows(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
+    if (w->code == INT4) EACH_ROWS(INT4)
+    else if (w->code == NF4) EACH_ROWS(NF4)
+    else EACH_ROWS(INT8)
+}
+
+AVX512 static void exact(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
+    if (w->code == INT4) EACH_EXACT(INT4)
+    else if (w->code == NF4) EACH_EXACT(NF4)
+    else EACH_EXACT(INT8)
+}
+
+/* See generic_quantize. Sixteen at a time; dividing is slow, so x times 1 / scale is rounded instead, and divided only
+ * where that comes so close to a half that the two could be rounded differently. */
+AVX512 static void quantize(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes,
+                            int64_t stride, float *scales, int32_t *sums, int64_t apart) {
+    const __m512i sign_off = _mm512_set1_epi32(0x7fffffff);
+    for (int64_t start = 0, s = 0; start < padded; start += step, s++) {
+        const int64_t end = start + step < in_features ? start + step : in_features;
+        __m512i most = _mm512_setzero_si512();
+        for (int64_t i = start; i < end; i += 16) {
+            const __mmask16 here = end - i < 16 ? (__mmask16)((1 << (end - i)) - 1) : 0xffff;
+            most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_maskz_loadu_epi32(here, x + i), sign_off));
+        }
+        const uint32_t top = _mm512_reduce_max_epu32(most);
+        float scale = bits_to_float(top) / 127;
+        if (scale < 0x1p-126f) scale = 1;
+        const int finite = top < 0x7f800000;
+        const __m512 divisor = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(1 / scale), half = _mm512_set1_ps(0.5f);
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t i = start; i < start + step; i += 16) {
+            const int64_t left = finite ? end - i : 0;
+            const __mmask16 here = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1 << left) - 1);
+            const __m512 value = _mm512_maskz_loadu_ps(here, x + i);
+            __m512 scaled = _mm512_mul_ps(value, inverse);
+            const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            const __m512 distance = _mm512_abs_ps(_mm512_sub_ps(_mm512_abs_ps(_mm512_sub_ps(scaled, whole)), half));
+            if (_mm512_cmp_ps_mask(distance, _mm512_set1_ps(1e-4f), _CMP_LT_OQ)) scaled = _mm512_div_ps(value, divisor);
+            const __m512i code = _mm512_cvtps_epi32(scaled);
+            sum = _mm512_add_epi32(sum, code);
+            _mm_storeu_si128((__m128i *)(codes + i / CHUNK * stride + i % CHUNK), _mm512_cvtepi32_epi8(code));
+        }
+        scales[s * apart] = scale;
+        sums[s * apart] = _mm512_reduce_add_epi32(sum);
+    }
+}
+
+AVX512 static void widen(const void *x, DType dtype, int64_t count, float *out) {
+    if (dtype != FLOAT16) {
+        generic_widen(x, dtype, count, out);
+        return;
+    }
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16)
+        _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((const uint16_t *)x + i))));
+    for (; i < count; i++) out[i] = from_half(((const uint16_t *)x)[i]);
+}
+
+AVX512 static void finish(const float *values, const float *multiplier, const float *bias, int64_t count, DType dtype,
+                          void *y) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        __m512 sum = _mm512_loadu_ps(values + i);
+        if (multiplier) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(multiplier + i));
+        if (bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(bias + i));
+        if (dtype == FLOAT32) {
+            _mm512_storeu_ps((float *)y + i, sum);
+        } else if (dtype == FLOAT16) {
+            _mm256_storeu_si256((__m256i *)((uint16_t *)y + i), _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
+        } else {
+            const __m512i bits = _mm512_castps_si512(sum);
+            const __m512i tie = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+            __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), tie));
+            const __mmask16 nan = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q);
+            rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+            _mm256_storeu_si256((__m256i *)((uint16_t *)y + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+        }
+    }
+    const int64_t item = dtype == FLOAT32 ? 4 : 2;
+    generic_finish(values + i, multiplier ? multiplier + i : NULL, bias ? bias + i : NULL, count - i, dtype,
+                   (char *)y + i * item);
+}
+
+/* 16 outputs' values at one input, as `exact` reads them, each to its own row. */
+AVX512 static void dequantize(const Weight *w, int64_t block, int64_t from, int64_t to, float *out) {
+    const int64_t groups = w->padded / w->group;
+    const __m512 codebook = _mm512_loadu_ps(nf4_codebook);
+    const __m512i rows = _mm512_mullo_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)(to - from)));
+    const uint8_t *codes = w->codes + block * BLOCK * (w->padded / code_bytes(w)) + from * BLOCK / code_bytes(w);
+    const int64_t left = w->out_features - block * BLOCK;
+    const __mmask16 real = left >= BLOCK ? 0xffff : (__mmask16)((1 << left) - 1);
+    const __m512 multiplier = _mm512_maskz_loadu_ps(real, w->multiplier + block * BLOCK);
+    const int per_load = w->code == INT8 ? 4 : 8;
+    __m512 scale = multiplier, zero = _mm512_set1_ps((float)w->zero);
+    for (int64_t k = from; k < to; k += per_load, codes += 64) {
+        if (k == from || k % w->group == 0) {
+            scale = _mm512_mul_ps(multiplier, group_scales(w, block * groups + k / w->group));
+            if (w->zeros) zero = group_zeros(w, block * groups + k / w->group);
+        }
+        const __m512i quad = _mm512_loadu_si512(codes);
+        for (int b = 0; b < per_load; b++) {
+            const int shift = w->code == INT8 ? 8 * b : 8 * (b % 4) + 4 * (b / 4);
+            const __m512i mask = _mm512_set1_epi32(w->code == INT8 ? 255 : 15);
+            const __m512i code = _mm512_and_si512(_mm512_srl_epi32(quad, _mm_cvtsi32_si128(shift)), mask);
+            const __m512 value = w->code == NF4 ? _mm512_permutexvar_ps(code, codebook)
+                                                : _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero);
+            _mm512_i32scatter_ps(out + k - from + b, rows, _mm512_mul_ps(value, scale), 4);
+        }
+    }
+}
+
+AVX512 static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
+
+const Kernels avx512_kernels = {.name = "avx512-vnni", .available = available, .rows = rows, .exact = exact,
+                                .quantize = quantize, .widen = widen, .finish = finish, .read = read_words, .dequantize = dequantize};
+#endif

@@ -1,0 +1,109 @@
+/* Multiplication by quantized weights on the CPU: what the files of this library share.
+ *
+ * api.c is what Python calls: it packs weights, splits the work over threads and picks an instruction set.
+ * portable.c, avx2.c, avx512.c, amx.c and neon.c hold one set of kernels each.
+ */
+#ifndef BITPRESS_H
+#define BITPRESS_H
+
+#include <stdint.h>
+
+#define BLOCK 16    /* output features that lie together: int32 lanes of a 512-bit register, columns of an AMX tile */
+#define PAIR 32     /* blocks come in pairs, so that two tiles share their inputs */
+#define CHUNK 64    /* input features of an AMX tile */
+#define STRETCH 512 /* input features of a panel of unpacked weights: 16 KiB, a third of a first cache */
+#define MAX_ROWS 8  /* input rows that a rows kernel takes at once */
+
+typedef enum { INT4, NF4, INT8 } Code;
+typedef enum { FLOAT32, FLOAT16, BFLOAT16 } DType;
+
+/* A weight [out_features, in_features], as bitpress_pack lays it out.
+ *
+ * The value of output o and input k is multiplier[o] * scale[o, k / group] * (code - zero[o, k / group]), and of NF4
+ * multiplier[o] * scale[o, k / group] * nf4_codebook[code].
+ *
+ * codes: of 4 bits, uint8 [blocks][padded / 8][BLOCK][4]: byte b has input 8p + b in its low nibble, 8p + 4 + b in its
+ *   high one; of 8 bits, uint8 [blocks][padded / 4][BLOCK][4]. blocks is even, padded a multiple of step.
+ * scales: float16 [blocks][padded / group][BLOCK], or NULL: 1 everywhere. zeros: uint8, likewise, or NULL: `zero`.
+ * multiplier: float32 [out_features].
+ * step: the inputs that share an activation scale, a multiple of 32 that divides group; group divides padded.
+ */
+typedef struct {
+    int64_t out_features, in_features, padded, group, step, code, zero;
+    const uint8_t *codes;
+    const uint16_t *scales;
+    const uint8_t *zeros;
+    const float *multiplier;
+} Weight;
+
+/* Rows of inputs as kernels read them, filled with zeros up to `padded` features.
+ *
+ * Either int8: x = codes * scales, with sums[step] of the codes; codes int8 [rows][padded], or if tiled
+ * [rows / 32][ceil(padded / 64)][32][64]; scales float32 and sums int32 [rows][steps], or [rows / 32][steps][32].
+ * Or float32: values [rows][padded], with sums of each group, [rows][padded / group].
+ */
+typedef struct {
+    int64_t rows, padded, steps, groups;
+    int8_t *codes;
+    float *scales;
+    int32_t *sums;
+    float *values, *value_sums;
+} Input;
+
+typedef struct {
+    const char *name;
+    int (*available)(void);
+    int64_t tile_from; /* input rows from which on `tile` is faster than `rows`; 0: there is no `tile` */
+    /* Rows row .. row + count (at most MAX_ROWS) times a pair of blocks: out float32 [count][PAIR], without the
+     * multiplier. `rows` takes int8 inputs, `exact` float32 ones. */
+    void (*rows)(const Weight *, const Input *, int64_t block, int64_t row, int64_t count, float *out);
+    void (*exact)(const Weight *, const Input *, int64_t block, int64_t row, int64_t count, float *out);
+    /* For many rows, or NULL: `unpack` features from .. to of a pair of blocks, int8 [ceil((to - from) / 64)][2][16]
+     * [BLOCK][4]; `tile` multiplies up to 32 rows of tiled codes by it (8-bit weights need no panel) and adds to out float32 [count][PAIR], or sets
+     * it where from is 0; `ahead` bytes after these codes are those that come next. `begin` and `end` surround their use on each thread. */
+    void (*unpack)(const Weight *, int64_t block, int64_t from, int64_t to, int64_t ahead, int8_t *panel);
+    void (*tile)(const Weight *, const Input *, int64_t block, int64_t from, int64_t to, const int8_t *panel,
+                 int64_t row, int64_t count, float *out);
+    void (*begin)(const Weight *, int64_t count);
+    void (*end)(void);
+    /* One row to int8: 64 codes, then the next 64 `stride` bytes on; scales and sums of each step, `apart` numbers
+     * from those of the next. */
+    void (*quantize)(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes, int64_t stride,
+                     float *scales, int32_t *sums, int64_t apart);
+    void (*widen)(const void *x, DType dtype, int64_t count, float *out);
+    /* y = values * multiplier (NULL: 1) + bias (NULL: 0), in dtype. */
+    void (*finish)(const float *values, const float *multiplier, const float *bias, int64_t count, DType dtype, void *y);
+    /* Exclusive or of `words` words, a multiple of 64. */
+    uint64_t (*read)(const uint64_t *from, int64_t words);
+    /* Features from .. to, multiples of 8, of one block of the weight, float32 [BLOCK][to - from]. */
+    void (*dequantize)(const Weight *, int64_t block, int64_t from, int64_t to, float *out);
+} Kernels;
+
+/* api.c: `body` on each of so many threads at once, which share its tasks among them; and what else Python calls. */
+void parallel(void (*body)(void *), void *context, int threads);
+int bitpress_kernel_count(void);
+const char *bitpress_kernel_name(int index);
+int bitpress_linear(const void *packed, const void *x, int64_t rows, int64_t dtype, const float *bias, void *y,
+                    int exact, int kernel, int threads);
+
+extern const Kernels portable_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels, avx512_kernels, amx_kernels;
+#elif defined(__aarch64__)
+extern const Kernels neon_kernels;
+#endif
+
+/* The NF4 code book (QLoRA, arXiv 2305.14314, appendix E), and rounded to steps of 1 / NF4_STEPS: of the step sizes that
+ * fit int8 the one whose largest error is least, 0.0028. */
+#define NF4_STEPS 123.26f
+static const float nf4_codebook[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+static const int8_t nf4_codes[16] = {-123, -86, -65, -49, -35, -23, -11, 0, 10, 20, 30, 42, 54, 69, 89, 123};
+
+static inline int64_t chunks(int64_t padded) { return (padded + CHUNK - 1) / CHUNK; }
+static inline int64_t code_bytes(const Weight *w) { return w->code == INT8 ? 1 : 2; } /* codes per byte */
+
+#endif

@@ -1,0 +1,126 @@
+/* Plain C bodies that each instruction set compiles for itself: the compiler turns their loops into its vectors. */
+#ifndef GENERIC_H
+#define GENERIC_H
+
+#include <math.h>
+#include <string.h>
+
+#include "bitpress.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float bits_to_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+INLINE float from_half(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
+    if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+    /* 2^112 moves the exponent's bias from 15 to 127, subnormal numbers included */
+    return bits_to_float(float_to_bits(bits_to_float(rest << 13) * 0x1p112f) | sign);
+}
+
+/* Rounded to nearest, ties to even; too large becomes infinite. */
+INLINE uint16_t to_half(float value) {
+    uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+    if (rest > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (rest >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+    if (rest < 0x38800000) return (uint16_t)(sign | (float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
+}
+
+INLINE uint16_t to_bfloat(float value) {
+    uint32_t bits = float_to_bits(value);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE void generic_widen(const void *x, DType dtype, int64_t count, float *out) {
+    if (dtype == FLOAT32) memcpy(out, x, (size_t)count * 4);
+    else if (dtype == FLOAT16) for (int64_t i = 0; i < count; i++) out[i] = from_half(((const uint16_t *)x)[i]);
+    else for (int64_t i = 0; i < count; i++) out[i] = bits_to_float((uint32_t)((const uint16_t *)x)[i] << 16);
+}
+
+INLINE void generic_finish(const float *values, const float *multiplier, const float *bias, int64_t count, DType dtype,
+                           void *y) {
+    for (int64_t i = 0; i < count; i++) {
+        const float sum = values[i] * (multiplier ? multiplier[i] : 1) + (bias ? bias[i] : 0);
+        if (dtype == FLOAT32) ((float *)y)[i] = sum;
+        else ((uint16_t *)y)[i] = dtype == FLOAT16 ? to_half(sum) : to_bfloat(sum);
+    }
+}
+
+/* Symmetric int8 of each step: scale = absmax / 127, codes = x / scale rounded, ties to even. A step of zeros, or so
+ * small that its scale would be subnormal, gets codes 0; one with NaN or infinity codes 0 and a scale that shows it. */
+INLINE void generic_quantize(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes,
+                             int64_t stride, float *scales, int32_t *sums, int64_t apart) {
+    for (int64_t start = 0, s = 0; start < padded; start += step, s++) {
+        int64_t end = start + step < in_features ? start + step : in_features;
+        uint32_t most = 0; /* bits of absolute values are in the order of the values, NaN last */
+        for (int64_t i = start; i < end; i++) {
+            uint32_t bits = float_to_bits(x[i]) & 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        float scale = bits_to_float(most) / 127;
+        if (scale < 0x1p-126f) scale = 1;
+        int finite = most < 0x7f800000;
+        int32_t sum = 0;
+        for (int64_t i = start; i < start + step; i++) {
+            int32_t code = i < end && finite ? (int32_t)rintf(x[i] / scale) : 0;
+            codes[i / CHUNK * stride + i % CHUNK] = (int8_t)code;
+            sum += code;
+        }
+        scales[s * apart] = scale;
+        sums[s * apart] = sum;
+    }
+}
+
+INLINE uint64_t generic_read(const uint64_t *from, int64_t words) {
+    uint64_t lanes[32] = {0}, all = 0;
+    for (int64_t i = 0; i < words; i += 32) {
+        for (int j = 0; j < 32; j += 8) __builtin_prefetch(from + i + 512 + j);
+        for (int j = 0; j < 32; j++) lanes[j] ^= from[i + j];
+    }
+    for (int j = 0; j < 32; j++) all ^= lanes[j];
+    return all;
+}
+
+/* The code at input k of output n of a block, or of those after it, as it is stored. */
+INLINE int32_t code_at(const Weight *w, int64_t block, int64_t n, int64_t k) {
+    block += n / BLOCK, n %= BLOCK;
+    if (w->code == INT8) return w->codes[((block * (w->padded / 4) + k / 4) * BLOCK + n) * 4 + k % 4];
+    uint8_t both = w->codes[((block * (w->padded / 8) + k / 8) * BLOCK + n) * 4 + k % 4];
+    return k % 8 < 4 ? both & 15 : both >> 4;
+}
+
+INLINE float scale_at(const Weight *w, int64_t block, int64_t n, int64_t k) {
+    block += n / BLOCK, n %= BLOCK;
+    return w->scales ? from_half(w->scales[(block * (w->padded / w->group) + k / w->group) * BLOCK + n]) : 1;
+}
+
+INLINE int32_t zero_at(const Weight *w, int64_t block, int64_t n, int64_t k) {
+    block += n / BLOCK, n %= BLOCK;
+    return w->zeros ? w->zeros[(block * (w->padded / w->group) + k / w->group) * BLOCK + n] : (int32_t)w->zero;
+}
+
+INLINE void generic_dequantize(const Weight *w, int64_t block, int64_t from, int64_t to, float *out) {
+    for (int64_t n = 0; n < BLOCK; n++) {
+        int64_t o = block * BLOCK + n;
+        float multiplier = o < w->out_features ? w->multiplier[o] : 0;
+        for (int64_t k = from; k < to; k++) {
+            int32_t code = code_at(w, block, n, k);
+            float value = w->code == NF4 ? nf4_codebook[code] : (float)(code - zero_at(w, block, n, k));
+            out[n * (to - from) + k - from] = multiplier * scale_at(w, block, n, k) * value;
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,137 @@
+/* One decoder layer on one row: what a Llama-like layer does for each new token, from its input to its output.
+ *
+ * Between those two everything is float32, where a model rounds to its own dtype after every operation.
+ */
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "generic.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define TOGETHER 4 /* query heads of one key head that read its keys and values together */
+#define POSITIONS 64 /* whose values stay in the first cache while all features of a head pass by */
+#define MIN_ATTENTION (256 << 10) /* products that are worth waking threads for */
+
+typedef enum { SILU, GELU_TANH } Activation;
+
+/* packed: as bitpress_pack made it. bias: [out], or NULL. order: [in], the input that comes in each place, or NULL. */
+typedef struct {
+    const void *packed;
+    const float *bias;
+    const int32_t *order;
+    int64_t in, out;
+} Linear;
+
+/* Weights of norms: input_norm and post_norm [hidden], q_norm and k_norm [dim] or NULL. eps: of each of these four. */
+typedef struct {
+    Linear q, k, v, o, gate, up, down;
+    const float *input_norm, *post_norm, *q_norm, *k_norm;
+    int64_t heads, key_heads, dim, activation, exact, kernel;
+    float eps[4], scale;
+} Layer;
+
+/* keys and values [key_heads][capacity][dim], `length` of them filled; this token's are appended. cos and sin [dim];
+ * these, x and y [hidden] have the dtype too. */
+typedef struct {
+    const void *x, *cos, *sin;
+    void *keys, *values, *y;
+    int64_t length, capacity, dtype;
+    int threads;
+} Step;
+
+/* q and out [heads][dim]; scores [heads + TOGETHER][stride]. */
+typedef struct {
+    const float *q;
+    const void *keys, *values;
+    float *scores, *out;
+    int64_t heads, key_heads, dim, length, capacity, stride;
+    DType dtype;
+    float scale;
+    atomic_llong next;
+} Attention;
+
+/* Cephes' expf: a polynomial on [-ln 2 / 2, ln 2 / 2], relative error 2e-7. No branches, so that loops become vectors. */
+INLINE float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    const float shifted = x * 1.44269504f + 0x1.8p23f, whole = shifted - 0x1.8p23f; /* rounds to an integer */
+    const float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1;
+    return p * bits_to_float((float_to_bits(shifted) + 127) << 23);
+}
+
+INLINE float activated(float gate, const Activation activation) {
+    const float inner = activation == SILU ? gate : 1.5957691216f * (gate + 0.044715f * gate * gate * gate);
+    return gate / (1 + exponential(-inner));
+}
+
+INLINE void narrow(const float *values, int64_t count, DType dtype, void *out) {
+    if (dtype == FLOAT32) memcpy(out, values, (size_t)count * 4);
+    else if (dtype == FLOAT16) for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[i] = to_half(values[i]);
+    else for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[i] = to_bfloat(values[i]);
+}
+
+/* Rotates each head's halves (RoFormer, arXiv 2104.09864, in the order of GPT-NeoX). */
+INLINE void rotate(float *x, int64_t heads, int64_t dim, const float *cosine, const float *sine) {
+    for (float *end = x + heads * dim, *low = x; low < end; low += dim) {
+        float *high = low + dim / 2;
+        for (int64_t i = 0, j = dim / 2; i < dim / 2; i++, j++) {
+            const float a = low[i], b = high[i];
+            low[i] = a * cosine[i] - b * sine[i];
+            high[i] = b * cosine[j] + a * sine[j];
+        }
+    }
+}
+
+INLINE void append(const float *from, const Layer *l, const Step *s, void *to) {
+    const int64_t item = s->dtype == FLOAT32 ? 4 : 2;
+    for (int64_t h = 0; h < l->key_heads; h++)
+        narrow(from + h * l->dim, l->dim, (DType)s->dtype, (char *)to + (h * s->capacity + s->length) * l->dim * item);
+}
+
+/* y = x times the weight + bias; `room` has space for x. */
+static int multiply(const Layer *l, const Linear *linear, const float *x, float *y, float *room, int threads) {
+    if (linear->order) {
+        for (int64_t i = 0; i < linear->in; i++) room[i] = x[linear->order[i]];
+        x = room;
+    }
+    return bitpress_linear(linear->packed, x, 1, FLOAT32, linear->bias, y, (int)l->exact, (int)l->kernel, threads);
+}
+
+#if defined(__x86_64__)
+#define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
+#define NAME(name) name##_avx512
+#define LANES 16
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#include "layer_step.h"
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define NAME(name) name##_avx2
+#define LANES 8
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#include "layer_step.h"
+#endif
+#define TARGET
+#define NAME(name) name##_plain
+#define LANES 4
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
+#include "layer_step.h"
+
+/* Returns 0; 1: out of memory; 2: no such weight or kernel. */
+EXPORT int bitpress_layer_step(const Layer *l, const Step *s) {
+    if (l->kernel < 0 || l->kernel >= bitpress_kernel_count()) return 2;
+#if defined(__x86_64__)
+    const char *name = bitpress_kernel_name((int)l->kernel);
+    if (!strncmp(name, "amx", 3) || !strncmp(name, "avx512", 6)) return layer_avx512(l, s);
+    if (!strncmp(name, "avx2", 4)) return layer_avx2(l, s);
+#endif
+    return layer_plain(l, s);
+}

@@ -1,0 +1,64 @@
+/* Any CPU: plain loops. What the other files compute, in the fewest words. */
+#include "generic.h"
+
+static int available(void) { return 1; }
+
+/* A code as the signed number that the input's code is multiplied by; what its group's zero point adds is in `zero`. */
+INLINE int32_t signed_code(const Weight *w, int64_t block, int64_t n, int64_t k) {
+    int32_t code = code_at(w, block, n, k);
+    return w->code == NF4 ? nf4_codes[code] : code - zero_at(w, block, n, k);
+}
+
+static void rows(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
+    for (int64_t m = 0; m < count; m++) {
+        const int8_t *x = in->codes + (row + m) * in->padded;
+        for (int64_t n = 0; n < PAIR; n++) {
+            float total = 0;
+            for (int64_t s = 0; s < in->steps; s++) {
+                int32_t sum = 0;
+                for (int64_t k = s * w->step; k < (s + 1) * w->step; k++) sum += x[k] * signed_code(w, block, n, k);
+                total += (float)sum * (scale_at(w, block, n, s * w->step) * in->scales[(row + m) * in->steps + s]);
+            }
+            out[m * PAIR + n] = w->code == NF4 ? total / NF4_STEPS : total;
+        }
+    }
+}
+
+static void exact(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
+    for (int64_t m = 0; m < count; m++) {
+        const float *x = in->values + (row + m) * in->padded;
+        for (int64_t n = 0; n < PAIR; n++) {
+            float total = 0;
+            for (int64_t start = 0; start < w->padded; start += w->group) {
+                float sum = 0;
+                for (int64_t k = start; k < start + w->group; k++) {
+                    int32_t code = code_at(w, block, n, k);
+                    sum += x[k] * (w->code == NF4 ? nf4_codebook[code] : (float)(code - zero_at(w, block, n, k)));
+                }
+                total += sum * scale_at(w, block, n, start);
+            }
+            out[m * PAIR + n] = total;
+        }
+    }
+}
+
+static void quantize(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes, int64_t stride,
+                     float *scales, int32_t *sums, int64_t apart) {
+    generic_quantize(x, in_features, padded, step, codes, stride, scales, sums, apart);
+}
+
+static void widen(const void *x, DType dtype, int64_t count, float *out) { generic_widen(x, dtype, count, out); }
+
+static void finish(const float *values, const float *multiplier, const float *bias, int64_t count, DType dtype,
+                   void *y) {
+    generic_finish(values, multiplier, bias, count, dtype, y);
+}
+
+static void dequantize(const Weight *w, int64_t block, int64_t from, int64_t to, float *out) {
+    generic_dequantize(w, block, from, to, out);
+}
+
+static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
+
+const Kernels portable_kernels = {.name = "portable", .available = available, .rows = rows, .exact = exact,
+                                  .quantize = quantize, .widen = widen, .finish = finish, .read = read_words, .dequantize = dequantize};

@@ -1,0 +1,130 @@
+"""The shared library of csrc/: built when bitpress was installed or, where there was no compiler then, on first use."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+_FLAGS = [
+    "-O3",
+    "-std=gnu11",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+]
+_POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+@dataclass(frozen=True)
+class Library:
+    """The library, and its sets of kernels: the fastest first, `best` the first that this machine can run."""
+
+    lib: ctypes.CDLL
+    path: Path
+    instructions: tuple[str, ...]
+    available: tuple[bool, ...]
+    origin: str  # "built at installation", …
+
+    @property
+    def best(self) -> int:
+        return self.available.index(True)
+
+    @property
+    def runnable(self) -> list[str]:
+        return [name for name, there in zip(self.instructions, self.available) if there]
+
+
+@functools.cache
+def library() -> Library | str:
+    """The library, or why there is none."""
+    if sys.byteorder != "little":
+        return "written for little-endian machines"
+    built = sorted(_HERE.glob("_native*.so"))
+    try:
+        return _load(built[0], "built at installation") if built else _load(_build(), "built on first use")
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        return f"no native library: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError) and error.stderr:
+        lines = error.stderr.strip().splitlines()
+        return f"the compiler failed: {next((line for line in lines if 'error' in line), lines[-1])}"
+    return str(error)
+
+
+def compiler() -> str | None:
+    return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+def _build() -> Path:
+    """Compile csrc/ into the user's cache, once for each state of the sources.
+
+    Raises:
+        OSError: there is no compiler, or no folder to write to.
+        subprocess.SubprocessError: the compiler failed.
+    """
+    command = compiler()
+    if command is None:
+        raise OSError("none came with the installation, and there is no C compiler here (cc, gcc or clang)")
+    sources = sorted((_HERE / "csrc").glob("*.[ch]"))
+    digest = hashlib.sha256("\0".join([command, platform.machine(), *_FLAGS]).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitpress"
+    target = cache / f"native-{digest.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        made = Path(folder) / target.name
+        units = [str(source) for source in sources if source.suffix == ".c"]
+        subprocess.run(
+            [command, *_FLAGS, "-shared", "-o", str(made), *units, "-lm", "-lpthread"],
+            check=True, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        os.replace(made, target)
+    return target
+
+
+def _load(path: Path, origin: str) -> Library:
+    lib = ctypes.CDLL(str(path))
+    lib.bitpress_kernel_name.restype = ctypes.c_char_p
+    lib.bitpress_layout.argtypes = [_POINTER, *[_INT64] * 8]
+    lib.bitpress_layout.restype = _INT64
+    lib.bitpress_use_huge_pages.argtypes = [_POINTER, _INT64]
+    lib.bitpress_pack.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT]
+    lib.bitpress_linear.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER, _INT, _INT, _INT]
+    lib.bitpress_dequantize.argtypes = [_POINTER, _INT64, _INT64, _INT64, _POINTER, _INT, _INT]
+    lib.bitpress_read.argtypes = [_POINTER, _INT64, _INT, _INT]
+    lib.bitpress_read.restype = ctypes.c_uint64
+    lib.bitpress_set_fork_join(_torchs_threads())
+    kernels = range(lib.bitpress_kernel_count())
+    names = tuple(lib.bitpress_kernel_name(index).decode() for index in kernels)
+    available = tuple(bool(lib.bitpress_kernel_available(index)) for index in kernels)
+    return Library(lib, path, names, available, origin)
+
+
+def _torchs_threads() -> ctypes.c_void_p:
+    """GOMP_parallel of the OpenMP runtime that torch has loaded: its threads serve the library too.
+
+    NULL where there is none: the library then starts threads of its own, call by call.
+    """
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    loaded = {line.split(maxsplit=5)[5] for line in lines if "omp" in line.rpartition("/")[2] and ".so" in line}
+    for path in sorted(loaded, key=lambda path: ("/torch" not in path, path)):
+        function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p)
+    return ctypes.c_void_p(None)
