@@ -100,6 +100,10 @@ def _speed(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str]) -> Ta
     rows = []
     for entry in entries:
         for measured in entry.get("speed") or []:
+            if "skipped" in measured:
+                load = f"batch {measured['batch']}, {measured['prompt']}+{measured['generate']} tokens"
+                rows.append([entry.title, load, *[say.DASH] * 4, f"not measured: {measured['skipped']}"])
+                continue
             point = (measured.get("batch") or 0, measured.get("prompt") or 0, measured.get("generate") or 0)
             if point not in points or "first_token_seconds" not in measured:
                 continue

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +51,11 @@ def peak_cuda_bytes() -> int | None:
     """The most memory that torch has allocated on the current CUDA device so far, or since a Peak began; None without
     one."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be allocated on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 class Peak:

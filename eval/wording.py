@@ -116,6 +116,9 @@ def facts_of(found: Mapping[str, Any]) -> list[list[str]]:
     rows += [["resident weights", size(memory["resident_bytes"])], ["peak RSS", size(memory["peak_rss_bytes"])]]
     rows += [["cache per token", size(memory["kv_cache_bytes_per_token"])]]
     for speed in found["speed"]:
+        if "skipped" in speed:
+            rows.append([f"tokens/s, batch {speed['batch']}, prompt {speed['prompt']}", speed["skipped"]])
+            continue
         rates = f"{speed['prefill']['median']:.0f} prefill, {speed['decode']['median']:.1f} decode"
         rows.append([f"tokens/s, batch {speed['batch']}, prompt {speed['prompt']}", rates])
     return rows + [[f"kernel {name}", f"{layers} layers"] for name, layers in found["kernels"]["selected"].items()]

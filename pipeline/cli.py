@@ -103,9 +103,8 @@ def run(
             _show(outcomes, page)
     if as_json:
         _print_json([_outcome_json(outcome) for outcome in everything])
-    failed = [outcome for outcome in everything if outcome.error]
-    if failed:
-        raise typer.Exit(failed[0].error.exit_code if len(failed) == 1 and failed[0].error else 1)
+    if codes := {outcome.error.exit_code for outcome in everything if outcome.error}:
+        raise typer.Exit(codes.pop() if len(codes) == 1 else 1)
 
 
 def _outcome_json(outcome: Any) -> dict[str, Any]:

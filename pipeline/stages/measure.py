@@ -4,12 +4,11 @@ import contextlib
 import gc
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from bitpress.eval import depth, energy, memory, predictions, quality, speed, statistics, tasks
@@ -28,7 +27,7 @@ from ..progress import progress
 from ..text import longest, read_text, windows
 from ..windows import Windows
 
-_ROOM = 1.2  # times a baseline's weights: what it takes beside the model, activations and all
+_ROOM = 1.2  # times a baseline's weights, or a cache: what it takes with the activations that come along
 _FAR = 1 << 40  # a context that no model has
 _SAMPLE = "sample.json"
 
@@ -86,8 +85,7 @@ class _Job:
         if self.baseline is None:
             return None
         needed = _ROOM * sum(info.nbytes for info in self.baseline.tensors.values())
-        cuda = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available
+        free = memory.free_bytes(self.device)
         if needed < free:
             return None
         return f"the baseline needs about {needed / 1e9:.1f} GB beside it, {free / 1e9:.1f} GB are free"
@@ -200,10 +198,21 @@ def _speeds(model: Any, text: list[Window], settings: Speed | None, cache: float
     for batch in settings.batch:
         for prompt, generate in lengths:
             load = speed.Load(batch, prompt, generate, settings.repeats)
+            if reason := _too_large(load, cache, model.device):
+                results.append({**asdict(load), "skipped": reason})
+                continue
             with progress(f"speed, batch {batch}, prompt {prompt}") as step:
                 found = speed.measure(model, ids, load, meter, step)
             results.append(found | speed.traffic(found, weights, cache, bandwidth))
     return {"speed": results, "bandwidth": bandwidth, "energy_meter": meter.name if meter else None}
+
+
+def _too_large(load: speed.Load, cache: float | None, device: torch.device) -> str | None:
+    """Why a load would not fit into memory; None where it does, or cannot be told."""
+    needed = _ROOM * (cache or 0.0) * load.batch * (load.prompt + load.generate)
+    if needed < (free := memory.free_bytes(device)):
+        return None
+    return f"its cache needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
 def _tasks(job: _Job, model: Any) -> list[dict[str, Any]]:

@@ -180,6 +180,14 @@ def test_a_prompt_that_the_model_cannot_hold_is_cut(ask: Any) -> None:
     assert [line["prompt"] + line["generate"] <= 256 for line in found["speed"]] == [True, True]
 
 
+def test_a_load_that_does_not_fit_is_told_and_not_tried(ask: Any) -> None:
+    speed = {"prompt": 4, "generate": 3, "batch": [1, 10**12], "repeats": 1}
+    fits, too_large = ask(baseline=False, windows=1, speed=speed)["speed"]
+    assert "skipped" not in fits
+    assert "GB are free" in too_large["skipped"]
+    assert (too_large["batch"], too_large["prompt"], "decode" in too_large) == (10**12, 4, False)
+
+
 def test_tasks_without_lm_eval_are_refused_before_any_work(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
