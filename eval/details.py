@@ -35,8 +35,8 @@ def _divergence(entries: Sequence["Entry"]) -> Table:
         row.append(say.plus_minus(found.get("perplexity_ratio"), found.get("perplexity_ratio_se"), say.fine))
         row.append(say.plus_minus(found.get("kl_mean"), found.get("kl_mean_se"), say.small))
         row += [say.small(found.get(key)) for key in ("kl_median", "kl_p99", "kl_max")]
-        row.append(say.plus_minus(found.get("top1_agreement"), found.get("top1_agreement_se"), say.percent))
-        row.append(say.plus_minus(found.get("rms_dp"), found.get("rms_dp_se"), say.percent))
+        row.append(say.plus_minus(found.get("top1_agreement"), found.get("top1_agreement_se"), say.hundredths))
+        row.append(say.plus_minus(found.get("rms_dp"), found.get("rms_dp_se"), say.hundredths))
         row.append(f"{how}; mean KL within {say.small(bound)} of the exact one" if bound else how)
         rows.append(row)
     note = (

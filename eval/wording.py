@@ -53,6 +53,11 @@ def percent(value: float | None, digits: int = 1) -> str:
     return DASH if value is None else f"{100 * value:.{digits}f}%"
 
 
+def hundredths(value: float | None) -> str:
+    """Shares beside their errors, which are small."""
+    return percent(value, 2)
+
+
 def increase(after: float | None, before: float | None) -> str | None:
     if (quotient := over(after, before)) is None:
         return None

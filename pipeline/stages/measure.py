@@ -161,7 +161,7 @@ def _free() -> None:
 def _costs(job: _Job, model: Any, text: list[Window], loading: memory.Peak) -> dict[str, Any]:
     """Memory and speed."""
     resident = memory.resident_bytes(model)
-    prompt, reading = memory.prefill(model, text[0].ids)
+    prompt, reading = memory.prefill(model, max((window.ids for window in text), key=len))
     rates = _speeds(model, text, job.settings.speed, prompt["kv_cache_bytes_per_token"])
     with memory.Peak(job.device) as scoring:
         quality.score(model, text[:1])
