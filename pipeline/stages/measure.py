@@ -91,6 +91,14 @@ class _Job:
         return f"the baseline needs about {needed / 1e9:.1f} GB beside it, {free / 1e9:.1f} GB are free"
 
     @contextlib.contextmanager
+    def numbers(self) -> Iterator[None]:
+        """NaN and the like are errors of the checkpoint, which is named."""
+        try:
+            yield
+        except ValueError as error:
+            raise NumericsError(f"{self.checkpoint.folder.name}: {error}") from error
+
+    @contextlib.contextmanager
     def finished(self) -> Iterator[tuple[Mapping[int, Scores], quality.Keep]]:
         """Windows that an earlier process finished, and what keeps those of this one."""
         if self.resume is None:
@@ -125,15 +133,13 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
     answer["sample"] = {"prompt": job.settings.prompt, "text": sample(model, job.tokenizer, job.settings.prompt)}
     answer["tasks"] = _tasks(job, model)
     reason = job.crowding()
-    try:
-        if reason:
-            del model  # one after the other, where both do not fit
-            _free()
-            _predict(job, text)
-            model = job.load()
+    if reason:
+        del model  # one after the other, where both do not fit
+        _free()
+        _predict(job, text)
+        model = job.load()
+    with job.numbers():
         answer |= _quality(job, model, text, reason)
-    except ValueError as error:
-        raise NumericsError(f"{job.checkpoint.folder.name}: {error}") from error
     scores = answer.pop("scores")
     answer["quality"] |= statistics.summarize(scores, plan.units)
     answer["sample"] |= {"baseline_text": answer.pop("baseline_text")}
@@ -163,7 +169,7 @@ def _costs(job: _Job, model: Any, text: list[Window], loading: memory.Peak) -> d
     resident = memory.resident_bytes(model)
     prompt, reading = memory.prefill(model, max((window.ids for window in text), key=len))
     rates = _speeds(model, text, job.settings.speed, prompt["kv_cache_bytes_per_token"])
-    with memory.Peak(job.device) as scoring:
+    with memory.Peak(job.device) as scoring, job.numbers():
         quality.score(model, text[:1])
     peaks = (loading, reading, scoring)
     activations = prompt["activation_peak_bytes"]

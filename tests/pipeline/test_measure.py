@@ -11,7 +11,7 @@ from bitpress.eval import predictions, quality
 from bitpress.pipeline import windows
 from bitpress.pipeline.api import evaluate, quantize
 from bitpress.pipeline.config import Eval
-from bitpress.pipeline.errors import ConfigError
+from bitpress.pipeline.errors import ConfigError, NumericsError
 from bitpress.pipeline.stages import measure
 
 TEXT = "All that is gold does not glitter, not all those who wander are lost; 7 * 6 = 42. " * 30
@@ -186,6 +186,23 @@ def test_a_load_that_does_not_fit_is_told_and_not_tried(ask: Any) -> None:
     assert "skipped" not in fits
     assert "GB are free" in too_large["skipped"]
     assert (too_large["batch"], too_large["prompt"], "decode" in too_large) == (10**12, 4, False)
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_a_model_that_gives_nan_is_an_error_with_its_name(
+    ask: Any, artifact: Path, monkeypatch: pytest.MonkeyPatch, baseline: bool
+) -> None:
+    original = measure.load_model
+
+    def spoiled(checkpoint: Any, *rest: Any) -> Any:
+        model = original(checkpoint, *rest)
+        if checkpoint.folder == artifact:
+            model.lm_head.weight.data[3] = float("nan")
+        return model
+
+    monkeypatch.setattr(measure, "load_model", spoiled)
+    with pytest.raises(NumericsError, match="artifact: the model's logits are NaN"):
+        ask(baseline, windows=2)
 
 
 def test_tasks_without_lm_eval_are_refused_before_any_work(
