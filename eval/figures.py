@@ -94,14 +94,7 @@ def model_figures(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str]
         caption = "Perplexity against file size. Best is the lower left corner; the open circle is the baseline."
         drawn.append((caption, size_plot(sizes, f"{ident}-size")))
     for number, entry in enumerate(entries):
-        layers = [x for x in entry.get("coverage", "layers") or [] if _finite(x.get("relative_error"))]
-        if layers:
-            measured = "relative error of the quantized layers"
-            if all(_finite(x.get("output_error")) for x in layers):  # what a method that learns keeps small
-                layers = [{**x, "relative_error": x["output_error"]} for x in layers]
-                measured = "relative error of the quantized layers' outputs"
-            caption = f"{entry.label}: {measured}, by depth."
-            drawn.append((caption, error_plot(layers, f"{ident}-error{number}")))
+        drawn += _error_figures(entry, f"{ident}-error{number}")
     if points:
         caption = (
             "Speed, with the ratio to the baseline: blue is faster, orange slower, grey the same within the "
@@ -110,6 +103,30 @@ def model_figures(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str]
         rows = [(name, _speeds(entries, p, "prefill"), _speeds(entries, p, "decode")) for p, name in points.items()]
         drawn.append((caption, speed_plot(rows, f"{ident}-speed")))
     return drawn
+
+
+def _error_figures(entry: "Entry", ident: str) -> list[tuple[str, str]]:
+    """Where a run is wrong, by depth: in its layers' outputs where these were compared, else in its weights."""
+    compared = [x for x in entry.get("output_errors", "layers") or [] if _finite(x["output_error"]) and _inner(x)]
+    if compared:
+        layers = [{**x, "relative_error": x["output_error"]} for x in compared]
+        caption = f"{entry.label}: relative error of each layer's outputs, on the unquantized model's inputs."
+        drawn = [(caption, error_plot(layers, ident, as_map=True))]
+        blocks = [x for x in entry.get("output_errors", "blocks") if _finite(x["output_error"])]
+        caption = f"{entry.label}: relative error of each block's output: by itself, and with what it inherits."
+        return [*drawn, (caption, depth_plot(blocks, f"{ident}-depth"))] if len(blocks) > 1 else drawn
+    layers = [x for x in entry.get("coverage", "layers") or [] if _finite(x.get("relative_error"))]
+    if not layers:
+        return []
+    measured = "relative error of the quantized layers"
+    if all(_finite(x.get("output_error")) for x in layers):  # what a method that learns keeps small
+        layers = [{**x, "relative_error": x["output_error"]} for x in layers]
+        measured = "relative error of the quantized layers' outputs"
+    return [(f"{entry.label}: {measured}, by depth.", error_plot(layers, ident))]
+
+
+def _inner(layer: Mapping[str, Any]) -> bool:
+    return layer["block"] is not None
 
 
 def size_plot(points: Sequence[Point], ident: str) -> str:
@@ -141,14 +158,29 @@ def size_plot(points: Sequence[Point], ident: str) -> str:
         return _svg(figure, ident, "perplexity against file size")
 
 
-def error_plot(layers: Sequence[Mapping[str, Any]], ident: str) -> str:
+def depth_plot(blocks: Sequence[Mapping[str, Any]], ident: str) -> str:
+    """Relative error of each decoder block's output, its own and with that of the blocks before it."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        series = {
+            name: {x["block"]: x[key] for x in blocks if _finite(x[key])}
+            for name, key in (("by itself", "output_error"), ("with what it inherits", "cumulative_error"))
+        }
+        _error_lines(figure, axes, series)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        axes.set_xlabel("decoder block, first to last")
+        return _svg(figure, ident, "relative error of each block's output by depth")
+
+
+def error_plot(layers: Sequence[Mapping[str, Any]], ident: str, as_map: bool = False) -> str:
     """Relative error by depth for each kind of projection, from a run's `coverage.layers`.
 
-    Lines for a shallow model, a heat map where lines would tangle. Where a block has several layers of one
+    Lines for a shallow model, a heat map where lines would tangle, or if asked. Where a block has several layers of one
     kind (experts), the worst is drawn.
     """
     series = _errors_by_kind(layers)
-    draw = _error_lines if max(map(len, series.values())) <= SHALLOW else _error_map
+    draw = _error_map if as_map or max(map(len, series.values())) > SHALLOW else _error_lines
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         axes = figure.add_subplot()

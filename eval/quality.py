@@ -1,118 +1,158 @@
-"""Perplexity by GPTQ's protocol (arXiv 2210.17323), and the divergence of one model from another on the same tokens.
+"""How well a model predicts a text, token by token, alone or beside the model that it was made from."""
 
-Protocol "gptq": documents joined by a blank line, tokenized once, cut into non-overlapping windows of `context`
-tokens, the tail dropped; in each window every token but the first is scored; perplexity = exp(mean NLL).
-"""
-
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .protocols import Window
+
 OnStep = Callable[[int, int], None]
-PROTOCOL = "gptq"
-_ROWS = 512  # rows of logits that are widened to float32 at a time: a vocabulary of 128k makes 260 MB of them
+# What is found of one window, by name, one value for each scored token; see score, compare and predictions.compare.
+Scores = dict[str, Tensor]
+Keep = Callable[[int, Scores], None]
+# Logits that are worked on at a time: as many as stay in a core's cache, or as keep a GPU busy.
+_CHUNK = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 
-@dataclass(frozen=True)
-class Quality:
-    """What scoring one model, or a model against a baseline, found; sums are in float64.
-
-    tokens: scored tokens. kl_*: KL(baseline || model) per token, in nats. top1_agreement: share of tokens at which
-    both models rank the same next token first. None where there was no baseline.
-    """
-
-    perplexity: float
-    windows: int
-    tokens: int
-    baseline_perplexity: float | None = None
-    kl_mean: float | None = None
-    kl_max: float | None = None
-    top1_agreement: float | None = None
+def logits(model: nn.Module, window: Window) -> Tensor:
+    """What a causal LM predicts of the window's targets: [targets, vocabulary], in the model's dtype."""
+    found = model(input_ids=window.ids.unsqueeze(0), use_cache=False).logits[0]
+    return found[window.first : window.first + window.targets.numel()]
 
 
-def windows(ids: Tensor, context: int, limit: int | None = None) -> Tensor:
-    """Token ids [n] -> windows [count, context], the tail dropped.
+def rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few rows at a time of tensors, the first of them the widest, floating-point ones in float32."""
+    widest = tensors[0]
+    count = max(1, _CHUNK.get(widest.device.type, _CHUNK["cpu"]) // widest.shape[-1])
+    for parts in zip(*(tensor.split(count) for tensor in tensors)):
+        yield tuple(part.float() if part.is_floating_point() else part for part in parts)
+
+
+def best(some: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits [rows, vocabulary]: probabilities, log of the sum of exponentials [rows], and the best token [rows]."""
+    probabilities = torch.softmax(some, -1)
+    highest, token = some.max(-1)
+    # log sum exp x = max x - log softmax(max x): softmax has summed already
+    return probabilities, highest - pick(probabilities, token).log(), token
+
+
+def pick(table: Tensor, columns: Tensor) -> Tensor:
+    """table[i, columns[i]] for each row i."""
+    return table.gather(-1, columns.unsqueeze(-1)).squeeze(-1)
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+
+
+def _score(model: nn.Module, window: Window) -> Scores:
+    parts = []
+    for some, targets in rows(logits(model, window), window.targets):
+        _, total, _ = best(some)
+        parts.append({"nll": total - pick(some, targets)})
+    return _joined(parts)
+
+
+def _divergence(p: Tensor, one: Tensor, other: Tensor, gap: Tensor) -> Tensor:
+    """KL [rows] = sum p (x - y) - (lse x - lse y), of logits x and y [rows, vocabulary], p = softmax(x)."""
+    kl = (p * (one - other)).sum(-1) - gap
+    unclear = ~torch.isfinite(kl)
+    if unclear.any():  # logits of minus infinity: what the baseline rules out adds nothing
+        p, one, other = p[unclear], one[unclear], other[unclear]
+        terms = torch.where(p > 0, p * (F.log_softmax(one, -1) - F.log_softmax(other, -1)), 0.0)
+        kl[unclear] = terms.sum(-1)
+    return kl
+
+
+def _compare(baseline: nn.Module, model: nn.Module, window: Window) -> Scores:
+    parts = []
+    for one, other, targets in rows(logits(baseline, window), logits(model, window), window.targets):
+        p, base_sum, base_best = best(one)
+        _, own_sum, own_best = best(other)
+        parts.append(
+            {
+                "baseline_nll": base_sum - pick(one, targets),
+                "nll": own_sum - pick(other, targets),
+                "kl": _divergence(p, one, other, base_sum - own_sum),
+                "same": base_best == own_best,
+            }
+        )
+    return _joined(parts)
+
+
+def _check(scores: Scores) -> None:
+    for name, whose in (("baseline_nll", "baseline"), ("nll", "model")):
+        if name in scores and scores[name].isnan().any():
+            raise ValueError(f"the {whose}'s logits are NaN")
+        if name in scores and scores[name].isinf().any():
+            raise ValueError(f"the {whose} gives a token of the text no chance: its perplexity is infinite")
+    if "kl" in scores and not scores["kl"].isfinite().all():
+        raise ValueError("the divergence is infinite: the model rules out tokens that the baseline allows")
+
+
+def each(
+    windows: Sequence[Window],
+    find: Callable[[int, Window], Scores],
+    finished: Mapping[int, Scores],
+    keep: Keep,
+    on_step: OnStep,
+) -> list[Scores]:
+    """find(number, window) for every window that is not finished, each kept as soon as it is there; all in order.
 
     Raises:
-        ValueError: the text fills no window.
+        ValueError: what was found is NaN or infinite.
     """
-    count = ids.numel() // context
-    if count == 0:
-        raise ValueError(f"the text has {ids.numel()} tokens, less than one window of {context}")
-    count = min(count, limit) if limit else count
-    return ids[: count * context].view(count, context)
-
-
-def _log_probabilities(model: nn.Module, window: Tensor) -> Iterator[Tensor]:
-    """float32 log-probabilities [rows, vocabulary] of what follows each token but the last, a few rows at a time."""
-    logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, :-1]
-    for rows in logits.split(_ROWS):
-        yield F.log_softmax(rows.float(), -1)
-
-
-def _nll(log_probabilities: Tensor, targets: Tensor) -> float:
-    return -log_probabilities.gather(-1, targets.unsqueeze(-1)).double().sum().item()
+    found = []
+    for number, window in enumerate(windows):
+        on_step(number, len(windows))
+        scores = finished.get(number)
+        if scores is None:
+            scores = find(number, window)
+            _check(scores)
+            keep(number, scores)
+        found.append(scores)
+    on_step(len(windows), len(windows))
+    return found
 
 
 @torch.inference_mode()
-def score(model: nn.Module, data: Tensor, on_step: OnStep = lambda done, total: None) -> Quality:
-    """Perplexity of a causal LM on windows of token ids [count, context].
+def score(
+    model: nn.Module,
+    windows: Sequence[Window],
+    finished: Mapping[int, Scores] | None = None,
+    keep: Keep = lambda number, scores: None,
+    on_step: OnStep = lambda done, total: None,
+) -> list[Scores]:
+    """A causal LM on windows: of each, "nll", minus the log-probability of each target, float32 [targets], in nats.
 
+    Args:
+        windows: on the model's device.
+        finished: what an earlier call found, by the window's number; it is not computed again.
+        keep: called with each window's number and what was found.
     Raises:
-        ValueError: the model gives NaN.
+        ValueError: the model gives NaN, or a token of the text no chance at all.
     """
-    total = 0.0
-    for number, window in enumerate(data):
-        on_step(number, len(data))
-        targets = window[1:].split(_ROWS)
-        for log_q, target in zip(_log_probabilities(model, window), targets):
-            total += _nll(log_q, target)
-    on_step(len(data), len(data))
-    tokens = data.shape[0] * (data.shape[1] - 1)
-    return Quality(_perplexity(total, tokens), data.shape[0], tokens)
+    return each(windows, lambda _, window: _score(model, window), finished or {}, keep, on_step)
 
 
 @torch.inference_mode()
-def compare(baseline: nn.Module, model: nn.Module, data: Tensor, on_step: OnStep = lambda done, total: None) -> Quality:
-    """Both models side by side on windows of token ids [count, context]: no logits are stored.
+def compare(
+    baseline: nn.Module,
+    model: nn.Module,
+    windows: Sequence[Window],
+    finished: Mapping[int, Scores] | None = None,
+    keep: Keep = lambda number, scores: None,
+    on_step: OnStep = lambda done, total: None,
+) -> list[Scores]:
+    """Both models side by side, window by window; no logits are stored. Arguments as of score.
 
-    KL(p || q) = sum p (log p - log q) over the vocabulary, p the baseline's distribution.
-
+    Returns:
+        Of each window, one value for each target: "nll" and "baseline_nll" as of score; "kl", float32, the divergence
+        KL(p || q) = sum p (log p - log q) over the vocabulary, p the baseline's probabilities and q the model's, in
+        nats; and "same", bool, whether both rank the same token first.
     Raises:
-        ValueError: a model gives NaN.
+        ValueError: a model gives NaN or infinite figures.
     """
-    base_nll = nll = divergence = 0.0
-    largest, same = 0.0, 0
-    for number, window in enumerate(data):
-        on_step(number, len(data))
-        pairs = zip(_log_probabilities(baseline, window), _log_probabilities(model, window), window[1:].split(_ROWS))
-        for log_p, log_q, target in pairs:
-            base_nll += _nll(log_p, target)
-            nll += _nll(log_q, target)
-            p = log_p.exp()
-            # a token that the baseline rules out adds nothing, even if its logit is minus infinity
-            kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-            divergence += kl.double().sum().item()
-            largest = max(largest, kl.max().item())
-            same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-    on_step(len(data), len(data))
-    tokens = data.shape[0] * (data.shape[1] - 1)
-    return Quality(
-        _perplexity(nll, tokens),
-        data.shape[0],
-        tokens,
-        _perplexity(base_nll, tokens, "baseline"),
-        divergence / tokens,
-        largest,
-        same / tokens,
-    )
-
-
-def _perplexity(nll: float, tokens: int, whose: str = "model") -> float:
-    if math.isnan(nll):
-        raise ValueError(f"the {whose}'s logits are NaN")
-    return math.exp(min(nll / tokens, 700.0))
+    return each(windows, lambda _, window: _compare(baseline, model, window), finished or {}, keep, on_step)

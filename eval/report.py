@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from . import wording as say
+from .details import tables
 from .wording import DASH
 
 Metrics = Mapping[str, Any]
@@ -147,7 +148,7 @@ def _view(runs: Sequence[Metrics]) -> dict[str, Any]:
         "title": models[0] if len(models) == 1 else f"{len(models)} models",
         "models": [(model, _facts(own[0].run.get("model")), own) for model, own in groups.items()],
         "verdicts": verdicts(runs),
-        "without_kl": [(e.title, why) for e in entries if (why := e.get("quality", "kl_skipped"))],
+        "tables": tables(entries, _points(entries)),
         "without_baseline": [model for model, own in groups.items() if not any(e.is_baseline for e in own)],
         "header": header,
         "rows": [(row, entry.is_baseline) for row, entry in zip(rows, entries, strict=True)],
@@ -206,6 +207,9 @@ def _verdict(entry: Entry) -> str:
         parts.append(f"perplexity {say.number(before)} → {say.number(after)} ({say.increase(after, before)})")
     elif after is not None:
         parts.append(f"perplexity {say.number(after)}")
+    missed = [x["gate"] for x in entry.get("gates", "judged") or [] if not x["passed"]]
+    if missed:
+        parts.insert(0, f"misses {'its gate' if len(missed) == 1 else 'its gates'} {', '.join(missed)}")
     if (agreement := entry.get("quality", "top1_agreement")) is not None:
         parts.append(f"same next token {say.percent(agreement)} of the time")
     return ", ".join([*parts, *_speed_words(entry)]) or "nothing was measured"
@@ -253,6 +257,7 @@ def _checks(entry: Entry) -> dict[str, Any]:
         "tolerance": say.small(tolerance),
         "tokens": say.count(reload.get("tokens")),
         "kernels": ", ".join(f"{name} × {n}" for name, n in (kernels.get("selected") or {}).items()) or DASH,
+        "rounded": say.rounded_inputs(kernels),
     }
 
 

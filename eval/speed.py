@@ -1,4 +1,8 @@
-"""Tokens per second: prefill (reading a prompt) and decode (one token at a time) apart, with a warm-up and a spread."""
+"""Tokens per second: prefill (reading a prompt) and decode (one token at a time) apart, with a warm-up and a spread.
+
+At decode each step reads all weights and the cache once, so bytes per second, set against what the memory can give,
+tell how near to its limit a kernel is.
+"""
 
 import time
 from collections.abc import Callable
@@ -9,12 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .energy import Meter
+from .memory import resident_bytes
+
 OnStep = Callable[[int, int], None]
+_BANDWIDTH_BYTES = 1 << 28
+_BANDWIDTH_REPEATS = 4
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a model at a time: prompts of so many tokens in a batch, and tokens to generate for each."""
+
+    batch: int
+    prompt: int
+    generate: int
+    repeats: int
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of repeated measurements, in tokens per second over the whole batch."""
+    """Of repeated measurements."""
 
     median: float
     min: float
@@ -23,6 +42,12 @@ class Spread:
     @staticmethod
     def of(values: list[float]) -> "Spread":
         return Spread(median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class _Phase:
+    seconds: float
+    joules: float | None
 
 
 def fit(context: int, prompt: int, generate: int) -> tuple[int, int]:
@@ -38,50 +63,116 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _once(model: nn.Module, prompt: Tensor, generate: int) -> tuple[float, float]:
-    """Seconds of the prefill and of the decode; greedy, the model's own key-value cache."""
-    device = prompt.device
-    _synchronize(device)
-    start = time.perf_counter()
+class _Stopwatch:
+    """Phases one after the other, each with its time and, where there is a meter, its energy."""
+
+    def __init__(self, device: torch.device, meter: Meter | None):
+        self._device, self._meter = device, meter
+        self.start()
+
+    def start(self) -> None:
+        _synchronize(self._device)
+        self._reading = self._meter.read() if self._meter else []
+        self._time = time.perf_counter()
+
+    def stop(self) -> _Phase:
+        _synchronize(self._device)
+        seconds = time.perf_counter() - self._time
+        return _Phase(seconds, self._meter.since(self._reading) if self._meter else None)
+
+
+def _once(model: nn.Module, prompt: Tensor, generate: int, meter: Meter | None) -> tuple[_Phase, _Phase]:
+    """The prefill and the decode; greedy, the model's own key-value cache."""
+    watch = _Stopwatch(prompt.device, meter)
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
-    _synchronize(device)
-    middle = time.perf_counter()
+    first = watch.stop()
+    watch.start()
     for _ in range(generate):
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
-    _synchronize(device)
-    return middle - start, time.perf_counter() - middle
+    return first, watch.stop()
 
 
 @torch.inference_mode()
 def measure(
-    model: nn.Module, ids: Tensor, batch: int, prompt: int, generate: int, repeats: int, on_step: OnStep
+    model: nn.Module, ids: Tensor, load: Load, meter: Meter | None, on_step: OnStep = lambda done, total: None
 ) -> dict[str, Any]:
-    """Speed at one batch size, after one warm-up.
+    """Speed under one load, after one warm-up.
 
     Args:
         ids: token ids [n] to take prompts from, wrapped round where they are too few.
-        prompt, generate: tokens per sequence.
         on_step: called with (runs done, runs in all).
     Returns:
-        {"batch", "prompt", "generate", "repeats", "prefill": Spread, "decode": Spread} as plain values.
+        The load's fields; "prefill" and "decode", each a Spread of tokens per second over the whole batch;
+        "first_token_seconds", a Spread; and "joules_per_token", {"prefill", "decode"} on average, None without a meter.
     """
-    positions = torch.arange(batch * prompt) % ids.numel()
-    rows = ids.cpu()[positions].view(batch, prompt).to(ids.device)
-    prefill, decode = [], []
-    for number in range(repeats + 1):
-        on_step(number, repeats + 1)
-        first, rest = _once(model, rows, generate)
-        if number:
-            prefill.append(batch * prompt / first)
-            decode.append(batch * generate / rest)
-    on_step(repeats + 1, repeats + 1)
-    return {
-        "batch": batch,
-        "prompt": prompt,
-        "generate": generate,
-        "repeats": repeats,
-        "prefill": asdict(Spread.of(prefill)),
-        "decode": asdict(Spread.of(decode)),
+    positions = torch.arange(load.batch * load.prompt) % ids.numel()
+    rows = ids.cpu()[positions].view(load.batch, load.prompt).to(ids.device)
+    phases: list[tuple[_Phase, _Phase]] = []
+    for number in range(load.repeats + 1):
+        on_step(number, load.repeats + 1)
+        phases.append(_once(model, rows, load.generate, meter))
+    on_step(load.repeats + 1, load.repeats + 1)
+    del phases[0]  # the warm-up
+    tokens = {"prefill": load.batch * load.prompt, "decode": load.batch * load.generate}
+    rates = {
+        phase: asdict(Spread.of([tokens[phase] / both[which].seconds for both in phases]))
+        for which, phase in enumerate(tokens)
     }
+    joules = {
+        phase: sum(both[which].joules or 0.0 for both in phases) / (load.repeats * tokens[phase])
+        for which, phase in enumerate(tokens)
+    }
+    return {
+        **asdict(load),
+        **rates,
+        "first_token_seconds": asdict(Spread.of([first.seconds for first, _ in phases])),
+        "joules_per_token": joules if meter else None,
+    }
+
+
+def read_bytes(model: Any) -> int | None:
+    """Bytes of weights that a step of decode reads: all but the table of embeddings, of which it looks up a few rows,
+    unless the head is the same table. None for a mixture of experts, which reads those that the tokens choose.
+    """
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return None
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = outputs is not None and getattr(outputs, "weight", None) is inputs.weight
+    return resident_bytes(model) - (0 if tied else inputs.weight.nbytes)
+
+
+def traffic(speed: dict[str, Any], weights: int | None, cache: float | None, bandwidth: float) -> dict[str, Any]:
+    """What decode moves, from a speed as `measure` gives it.
+
+    Args:
+        weights: bytes that a step reads; None where that cannot be told. cache: bytes per token. bandwidth: bytes per
+            second, as `bandwidth` measures it.
+    Returns:
+        {"bytes_per_second", "bandwidth_share"} of decode; more than all of the bandwidth says that a cache of the
+        processor holds the weights.
+    """
+    if weights is None:
+        return {"bytes_per_second": None, "bandwidth_share": None}
+    length = speed["prompt"] + speed["generate"] / 2  # on average over the steps
+    moved = (weights + speed["batch"] * length * (cache or 0.0)) * speed["decode"]["median"] / speed["batch"]
+    return {"bytes_per_second": moved, "bandwidth_share": moved / bandwidth}
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second between memory and the processor or GPU: the better of a copy (counted read and written, as
+    STREAM does) and a sum, the best of a few, over a quarter of a GiB and up, so that few caches hold it.
+    """
+    source = torch.ones(_BANDWIDTH_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for work, moved in ((lambda: target.copy_(source), 2 * source.nbytes), (source.sum, source.nbytes)):
+        for _ in range(_BANDWIDTH_REPEATS):
+            _synchronize(device)
+            start = time.perf_counter()
+            work()
+            _synchronize(device)
+            best = max(best, moved / (time.perf_counter() - start))
+    return best

@@ -1,7 +1,7 @@
 """Numbers and texts as the report shows them; what was not measured is a dash."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -34,12 +34,28 @@ def small(value: float | None) -> str:
     return f"{value:.2g}" if value < 1e-3 else f"{value:.4f}".rstrip("0").rstrip(".")
 
 
+def fine(value: float | None) -> str:
+    """Ratios near 1, and their errors."""
+    return DASH if value is None else f"{value:.4f}"
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return DASH
+    return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
 def ratio(value: float | None) -> str:
     return DASH if value is None else f"{value:,.{2 if value < 10 else 0}f}x"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
     return DASH if value is None else f"{100 * value:.{digits}f}%"
+
+
+def hundredths(value: float | None) -> str:
+    """Shares beside their errors, which are small."""
+    return percent(value, 2)
 
 
 def increase(after: float | None, before: float | None) -> str | None:
@@ -81,3 +97,43 @@ def printable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {printable(key): printable(item) for key, item in value.items()}
     return [printable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def plus_minus(value: float | None, error: float | None, words: Callable[[float | None], str]) -> str:
+    return followed(words(value), None if error is None else f"± {words(error)}")
+
+
+def facts_of(found: Mapping[str, Any]) -> list[list[str]]:
+    """One measured model in lines of a name and a value, for a terminal."""
+    quality, memory = found["quality"], found["memory"]
+    rows = [["perplexity", plus_minus(quality["perplexity"], quality["perplexity_se"], number)]]
+    if quality["path"]:
+        ratio_error = quality["perplexity_ratio_se"]
+        rows += [
+            ["baseline's perplexity", number(quality["baseline_perplexity"])],
+            ["ratio of perplexities", plus_minus(quality["perplexity_ratio"], ratio_error, fine)],
+            ["mean KL", plus_minus(quality["kl_mean"], quality["kl_mean_se"], small)],
+            ["KL: median, 99%, largest", ", ".join(small(quality[f"kl_{key}"]) for key in ("median", "p99", "max"))],
+            ["same next token", plus_minus(quality["top1_agreement"], quality["top1_agreement_se"], percent)],
+            ["compared", quality["path"]],
+        ]
+    rows += [[line["task"], f"{line['metric']} {small(line['value'])}"] for line in found["tasks"]]
+    rows += [["resident weights", size(memory["resident_bytes"])], ["peak RSS", size(memory["peak_rss_bytes"])]]
+    rows += [["cache per token", size(memory["kv_cache_bytes_per_token"])]]
+    for speed in found["speed"]:
+        if "skipped" in speed:
+            rows.append([f"tokens/s, batch {speed['batch']}, prompt {speed['prompt']}", speed["skipped"]])
+            continue
+        rates = f"{speed['prefill']['median']:.0f} prefill, {speed['decode']['median']:.1f} decode"
+        rows.append([f"tokens/s, batch {speed['batch']}, prompt {speed['prompt']}", rates])
+    rows += [[f"kernel {name}", f"{layers} layers"] for name, layers in found["kernels"]["selected"].items()]
+    return rows + ([["inputs", rounded]] if (rounded := rounded_inputs(found["kernels"])) else [])
+
+
+def rounded_inputs(kernels: Mapping[str, Any]) -> str:
+    """What it cost that kernels rounded the inputs of weight-only layers; "" where none did."""
+    cost = kernels.get("rounded_inputs")
+    if not cost:
+        return ""
+    divergence = plus_minus(cost["kl_mean"], cost["kl_mean_se"], small)
+    return f"rounded to 8 bits in {cost['layers']} layers; that alone is a mean KL of {divergence}"

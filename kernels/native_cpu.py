@@ -64,6 +64,10 @@ class NativeInt8:
         found = library()
         return found if isinstance(found, str) else None
 
+    def unrounded(self) -> "NativeExact":
+        """The kernel that reads the same packed weight and leaves inputs as they are."""
+        return NativeExact(self.instructions)
+
     def about(self) -> str:
         """Which instruction set serves, and where the library comes from."""
         found = library()

@@ -1,6 +1,7 @@
 """Modules that stand where a model had its dense weights."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .native_cpu import NativeInt8
 from .qtensor import QTensor
 from .select import Selection, select
 
@@ -48,6 +50,24 @@ class QLinear(nn.Module):
     def extra_repr(self) -> str:
         ordered = "" if self.order is None else ", inputs reordered"
         return f"{self.in_features} -> {self.out_features}, {self.scheme.name}, {self.selection.kernel.name}{ordered}"
+
+
+@contextmanager
+def inputs_left_alone(model: nn.Module) -> Iterator[int]:
+    """Meanwhile, layers of weight-only schemes whose kernel rounds its inputs do not; yields how many these are."""
+    found = []
+    for layer in model.modules():
+        if isinstance(layer, QLinear) and layer.scheme.activations is None:
+            kernel = layer.selection.kernel
+            if isinstance(kernel, NativeInt8) and kernel.quantizes_inputs:
+                found.append((layer, layer.selection, replace(layer.selection, kernel=kernel.unrounded())))
+    try:
+        for layer, _, other in found:
+            layer.selection = other
+        yield len(found)
+    finally:
+        for layer, own, _ in found:
+            layer.selection = own
 
 
 class QExperts(nn.Module):

@@ -70,16 +70,22 @@ def quantize(
 
 
 def evaluate(
-    model: str | Path, revision: str | None = None, device: str = "auto", settings: dict[str, Any] | None = None
+    model: str | Path,
+    revision: str | None = None,
+    device: str = "auto",
+    settings: dict[str, Any] | None = None,
+    baseline: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure any checkpoint, quantized or not: perplexity, memory and speed, in a fresh process.
 
     Args:
         settings: the keys of a config's eval section, such as {"text": "wiki.txt", "context": 2048, "windows": 20}.
+        baseline: the model that it was made from, a Hub id or a folder: how far it is from that is measured too.
     """
     source = resolve(str(model), revision)
+    original = resolve(str(baseline)).folder if baseline else None
     with tempfile.TemporaryDirectory(prefix="bitpress-") as folder:
-        return evaluation.measure(source.folder, None, load_eval(settings or {}), device, Path(folder))
+        return evaluation.measure(source.folder, original, load_eval(settings or {}), device, Path(folder))
 
 
 def convert(model: str | Path, to: str, output: str | Path, on_step: OnStep = lambda done, total: None) -> list[str]:

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from .blocks import skeleton
 from .chats import COLUMNS, rendered
 from .checkpoint import Checkpoint
 from .config import Calibrate, Dataset, TrainingSet
-from .errors import CheckpointError, ConfigError, HubError, NumericsError
-from .text import Rows, Text, encode, join, read_rows
+from .errors import ConfigError, HubError, NumericsError
+from .text import Rows, Text, check_ids, encode, join, longest, read_rows
 
 _FILES = (".txt", ".md", ".jsonl", ".parquet")
 _HUB = re.compile(r"(?P<dataset>\w[\w.-]*/[\w.-]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
@@ -62,12 +63,11 @@ def calibrate(settings: Calibrate, tokenizer: Any, checkpoint: Checkpoint) -> Ca
         CheckpointError: the tokenizer gives ids that the model does not have, or its chat template fails.
     """
     model = skeleton(checkpoint).config.get_text_config()
-    limit = getattr(model, "max_position_embeddings", None)
-    context = min(settings.context, limit) if isinstance(limit, int) and limit > 0 else settings.context
+    context = longest(model, settings.context)
     rows = _rows(settings.text)
     ids = _tokens(rows, tokenizer, settings.windows * context, settings.seed)
     ids = _windows(rows.name, ids, settings.windows, context, settings.seed)
-    _check_ids(rows.name, ids, tokenizer, model.vocab_size)
+    _check_ids(rows.name, ids, tokenizer, model)
     return Calibration(rows.name, ids, settings.seed)
 
 
@@ -135,14 +135,9 @@ def _windows(name: str, ids: Tensor, windows: int, context: int, seed: int | Non
     return ids[: there * context].view(there, context)[list(chosen)]
 
 
-def _check_ids(name: str, ids: Tensor, tokenizer: Any, vocabulary: int) -> None:
+def _check_ids(name: str, ids: Tensor, tokenizer: Any, model: PretrainedConfig) -> None:
     """Raises NumericsError for one token over and over, CheckpointError for one that the model does not have."""
-    highest = int(ids.max())
-    if highest >= vocabulary:
-        raise CheckpointError(
-            f"{name}: the tokenizer gives token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), the model "
-            f"has {vocabulary}; one of them is another model's: mend the checkpoint, or give text without that token"
-        )
+    check_ids(name, int(ids.max()), tokenizer, model)
     counts = torch.bincount(ids.flatten())
     token = int(counts.argmax())
     if counts[token] > _MOST * ids.numel():

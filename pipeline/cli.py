@@ -83,6 +83,9 @@ def run(
         list[Path] | None, typer.Argument(help="Config files, or names of shipped ones; demo if none.")
     ] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="Override a key: eval.windows=10")] = None,
+    override: Annotated[
+        bool, typer.Option("--override", help="Accept what misses a gate; the report records it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Quantize, save, reload, measure and report, for every model and scheme of the configs."""
@@ -93,16 +96,15 @@ def run(
     runs = [load_config(path, set) for path in configs or [Path("demo")]]  # all are checked before any starts
     everything = []
     for config in runs:
-        outcomes = execute(config, shlex.join(["bitpress", *sys.argv[1:]]), _news)
+        outcomes = execute(config, shlex.join(["bitpress", *sys.argv[1:]]), _news, override)
         page = summarize(config, outcomes)
         everything += outcomes
         if not as_json:
             _show(outcomes, page)
     if as_json:
         _print_json([_outcome_json(outcome) for outcome in everything])
-    failed = [outcome for outcome in everything if outcome.error]
-    if failed:
-        raise typer.Exit(failed[0].error.exit_code if len(failed) == 1 and failed[0].error else 1)
+    if codes := {outcome.error.exit_code for outcome in everything if outcome.error}:
+        raise typer.Exit(codes.pop() if len(codes) == 1 else 1)
 
 
 def _outcome_json(outcome: Any) -> dict[str, Any]:
@@ -118,8 +120,8 @@ def _outcome_json(outcome: Any) -> dict[str, Any]:
 
 def _protocol(found: dict[str, Any]) -> str:
     return (
-        f"perplexity by protocol {found['name']} on {found['text']}: {found['windows']} windows of {found['context']} "
-        f"tokens, {found['tokens']} scored, in {found['dtype']}"
+        f"perplexity per {found['unit']} by protocol {found['name']} on {found['text']}: {found['windows']} windows of "
+        f"at most {found['context']} tokens, {found['tokens']} scored, in {found['dtype']}"
     )
 
 
@@ -186,36 +188,33 @@ def quantize(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
+    baseline: Annotated[str | None, typer.Option(help="What it was made from: to compare it with.")] = None,
     text: Annotated[str, typer.Option(help="A .txt, .jsonl or .parquet file.")] = "builtin:pydoc-topics",
-    context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    protocol: Annotated[str, typer.Option(help="gptq, sliding, llama.cpp or word.")] = "gptq",
+    context: Annotated[int | None, typer.Option(help="Tokens per window; the protocol's own by default.")] = None,
+    stride: Annotated[int, typer.Option(help="Between windows, of the protocol sliding.")] = 512,
     windows: Annotated[int | None, typer.Option(help="How many windows; all by default.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="Of lm-eval; may be repeated.")] = None,
     dtype: Dtype = "auto",
     kernel: KernelName = "auto",
     device: Device = "auto",
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity, memory and speed of one checkpoint."""
+    """Perplexity, memory and speed of one checkpoint, and how far it is from its baseline."""
+    from bitpress.eval.wording import facts_of
+
     from .api import evaluate as evaluate_api
 
     quiet_libraries()
-    settings = {"text": text, "context": context, "windows": windows, "dtype": dtype, "kernel": kernel}
-    found = evaluate_api(model, revision, device, settings)
+    settings: dict[str, Any] = {"text": text, "protocol": protocol, "context": context, "stride": stride}
+    settings |= {"windows": windows, "tasks": tasks or [], "dtype": dtype, "kernel": kernel}
+    found = evaluate_api(model, revision, device, settings, baseline)
     if as_json:
         _print_json(found)
         return
-    memory = found["memory"]
-    rows = [
-        ["perplexity", f"{found['quality']['perplexity']:.4f}"],
-        ["", _protocol({"name": "gptq", "text": Path(text).name, "dtype": found["dtype"], **found["protocol"]})],
-        ["resident weights", f"{memory['resident_bytes'] / 1e6:.1f} MB"],
-        ["peak RSS", f"{memory['peak_rss_bytes'] / 1e6:.0f} MB"],
-    ]
-    for speed in found["speed"]:
-        rates = f"{speed['prefill']['median']:.0f} prefill, {speed['decode']['median']:.1f} decode"
-        rows.append([f"tokens/s, batch {speed['batch']}", rates])
-    rows += [[f"kernel {name}", f"{count} layers"] for name, count in found["kernels"]["selected"].items()]
-    _table([model, ""], rows)
+    described = {"text": Path(text).name, "dtype": found["dtype"], **found["protocol"]}
+    _table([model, ""], [["", _protocol(described)], *facts_of(found)])
 
 
 @app.command()

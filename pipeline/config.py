@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -145,15 +146,23 @@ class Quantize(_Strict):
         return value
 
 
+def _positive(value: int | list[int]) -> int | list[int]:
+    if any(size < 1 for size in (value if isinstance(value, list) else [value])):
+        raise ValueError("must be at least 1")
+    return value
+
+
 class Speed(_Strict):
-    prompt: int = Field(512, ge=1)
+    """Every batch size is measured with every prompt length."""
+
+    prompt: Annotated[int | list[int], AfterValidator(_positive)] = 512
     generate: int = Field(128, ge=1)
     batch: list[int] = Field([1, 8], min_length=1)
     repeats: int = Field(3, ge=1, le=1000)
 
     @field_validator("batch")
     @classmethod
-    def _positive(cls, value: list[int]) -> list[int]:
+    def _batches(cls, value: list[int]) -> list[int]:
         if any(size < 1 for size in value):
             raise ValueError("batch sizes must be at least 1")
         return value
@@ -161,16 +170,37 @@ class Speed(_Strict):
 
 class Eval(_Strict):
     text: str | Dataset = "builtin:pydoc-topics"
-    context: int = Field(2048, ge=2)  # cut to what the model can hold
-    windows: int | None = Field(None, ge=1)  # None: the whole text
+    protocol: Literal["gptq", "sliding", "llama.cpp", "word"] = "gptq"
+    context: int | None = Field(None, ge=2)  # None: the protocol's own; cut to what the model can hold
+    stride: int = Field(512, ge=1)  # of the protocol sliding
+    windows: int | None = Field(None, ge=1)  # None: the whole text; pages, of the protocol word
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kernel: KernelName = "auto"
     speed: Speed | None = Speed()  # type: ignore[call-arg]
+    output_errors: int = Field(1, ge=0)  # windows on which each layer's outputs are compared; 0: none
+    tasks: list[str] = []  # of lm-eval, such as arc_easy
+    task_limit: int | None = Field(None, ge=1)  # documents of each task; None: all
     prompt: str = "The"  # what the sample in the report continues
 
 
 class Cpu(_Strict):
     activations: Literal["int8", "bf16"] = "int8"  # what weight-only kernels make of a layer's inputs; bf16: nothing
+
+
+def _share(value: Any) -> Any:
+    """3% as 0.03."""
+    if isinstance(value, str) and value.endswith("%"):
+        return float(value[:-1]) / 100
+    return value
+
+
+class Gates(_Strict):
+    """What a quantized model must reach; a run that misses one fails, once everything is written."""
+
+    kl_mean: float | None = Field(None, ge=0)  # at most, in nats
+    ppl_increase: Annotated[float | None, BeforeValidator(_share)] = None  # at most: 0.03, or 3%
+    top1: Annotated[float | None, BeforeValidator(_share)] = Field(None, ge=0, le=1)  # at least: 0.9, or 90%
+    fallback_layers: int | None = Field(None, ge=0)  # at most
 
 
 class Run(_Strict):
@@ -182,6 +212,7 @@ class Run(_Strict):
     quantize: Quantize = Quantize()  # type: ignore[call-arg]
     eval: Eval = Eval()  # type: ignore[call-arg]
     cpu: Cpu = Cpu()
+    gates: Gates = Gates()  # type: ignore[call-arg]
     device: Literal["auto", "cpu", "cuda"] = "auto"
     output: str = "runs"
 

@@ -46,6 +46,12 @@ class LockedError(BitpressError):
     exit_code = 7
 
 
+class GateError(BitpressError):
+    """A quantized model that misses what the config's gates ask for; everything is written."""
+
+    exit_code = 8
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A question that names the known word closest to `name`; "" if none is close."""
     near = difflib.get_close_matches(name, list(known), 1)

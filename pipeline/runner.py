@@ -10,22 +10,28 @@ from typing import Any
 
 from torch import Tensor
 
-from . import store
+from bitpress.eval import tasks
+
+from . import gates, store
+from .blocks import skeleton
 from .calibration import calibrate
 from .checkpoint import Checkpoint, read_json
 from .config import Model, Run, load_calibration
-from .errors import BitpressError
+from .errors import BitpressError, ConfigError, GateError
 from .loading import load_tokenizer, pick_device
 from .machine import machine
 from .progress import progress
 from .recipe import MANIFEST, Recipe, check_fingerprint
 from .source import Source, resolve
 from .stages import evaluate, report
+from .stages.measure import Resume
 from .stages.quantize import quantize
-from .text import Text, read_text, tokenize
+from .text import Text, read_text, windows
 from .versions import versions
 
 BASELINE = "none"
+_UNFINISHED = "evaluation.partial"  # windows that are evaluated, until all are
+_PREDICTIONS = "predictions.partial"  # of the baseline, until all jobs of its model are done
 Say = Callable[[str], None]
 
 
@@ -51,12 +57,13 @@ class _Input:
     recipes: dict[str, Recipe]
 
 
-def execute(run: Run, command: str, say: Say) -> list[Outcome]:
+def execute(run: Run, command: str, say: Say, override: bool = False) -> list[Outcome]:
     """Every job of a config; a failed one does not stop the others.
 
     Args:
         command: what the user typed, for the report.
         say: takes a line of news.
+        override: missed gates are recorded as overridden, and no error.
     """
     outcomes: list[Outcome] = []
     for model in run.models:
@@ -72,7 +79,8 @@ def execute(run: Run, command: str, say: Say) -> list[Outcome]:
             outcome = Outcome(model.id, scheme, folder / scheme)
             try:
                 metrics = _job(run, given, scheme, folder, command, lambda line: say(f"  {line}"))
-                outcome = Outcome(model.id, scheme, folder / scheme, metrics)
+                missed = _pass(run, metrics, folder, override, lambda line: say(f"  {line}"))
+                outcome = Outcome(model.id, scheme, folder / scheme, metrics, missed)
             except BitpressError as error:
                 outcome = Outcome(model.id, scheme, folder / scheme, error=error)
                 say(f"  failed: {error}")
@@ -81,6 +89,8 @@ def execute(run: Run, command: str, say: Say) -> list[Outcome]:
                 outcome = Outcome(model.id, scheme, folder / scheme, error=unexpected)
                 say(traceback.format_exc())
             outcomes.append(outcome)
+        if all(outcome.metrics for outcome in outcomes if outcome.model == model.id):
+            evaluate.forget(folder / _PREDICTIONS)
     return outcomes
 
 
@@ -100,19 +110,20 @@ def _model_folder(run: Run, model: Model) -> Path:
 
 def _prepare(run: Run, model: Model) -> _Input:
     """Everything that can be refused before a weight is read."""
+    if run.eval.tasks and not tasks.available():
+        raise ConfigError("eval.tasks needs the lm-eval package; pip install 'bitpress[tasks]'")
     text = read_text(run.eval.text)
     recipes = {scheme: _recipe(run, scheme) for scheme in run.schemes if scheme != BASELINE}
     source = resolve(model.id, model.revision)
     source.check_output(_model_folder(run, model))
     checkpoint = Checkpoint(source.folder)
-    context = min(run.eval.context, checkpoint.config.get("max_position_embeddings") or run.eval.context)
     tokenizer = load_tokenizer(source.folder)
-    ids = tokenize(tokenizer, text, context)
+    plan = windows(text, tokenizer, run.eval, skeleton(checkpoint).config)
     learning = [scheme for scheme, recipe in recipes.items() if recipe.method.needs_calibration]
     if learning:
         calibration = calibrate(run.quantize.calibration or load_calibration({}), tokenizer, checkpoint)
         recipes |= {scheme: replace(recipes[scheme], calibration=calibration) for scheme in learning}
-    return _Input(source, checkpoint, text, ids[: min(evaluate.PROBE_TOKENS, context)], recipes)
+    return _Input(source, checkpoint, text, plan.windows[0].ids[: evaluate.PROBE_TOKENS], recipes)
 
 
 def _recipe(run: Run, scheme: str) -> Recipe:
@@ -130,7 +141,7 @@ def _job(run: Run, given: _Input, scheme: str, parent: Path, command: str, say: 
         if recipe:
             seconds["quantize"] = _quantize(given, recipe, folder, say)
         path = folder / "metrics.json"
-        marks = _marks(run, given, folder, recipe)
+        marks = _marks(run, given, folder / "artifact" if recipe else None)
         if path.exists():
             check_fingerprint(path, marks)
             say("measured before")
@@ -143,12 +154,36 @@ def _job(run: Run, given: _Input, scheme: str, parent: Path, command: str, say: 
         say("measure in a fresh process")
         artifact = folder / "artifact" if recipe else given.source.folder
         baseline = given.source.folder if recipe else None
-        measured |= evaluate.measure(artifact, baseline, run.eval, run.device, folder)
+        resume = Resume(*_place(folder / _UNFINISHED, marks), *_place(parent / _PREDICTIONS, _marks(run, given)))
+        measured |= evaluate.measure(artifact, baseline, run.eval, run.device, folder, resume)
         measured["seconds"] = seconds | {"evaluate": measured["seconds"]}
         metrics = report.assemble(run, given.source, recipe, given.text, folder, measured)
         report.write_report(folder, _with_baseline(parent, metrics))
         store.write_json(path, metrics)
+        evaluate.forget(folder / _UNFINISHED)
         return metrics
+
+
+def _place(folder: Path, marks: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return str(folder.resolve()), marks
+
+
+def _pass(run: Run, metrics: dict[str, Any], parent: Path, override: bool, say: Say) -> GateError | None:
+    """The gates' verdict, recorded with the measurements: gates may change without measuring again."""
+    if metrics["scheme"] == BASELINE:
+        return None
+    judged = gates.judge(run.gates, metrics)
+    missed = gates.missed(judged)
+    verdict = {"passed": not missed, "overridden": bool(missed) and override, "judged": judged} if judged else None
+    if verdict != metrics["gates"]:
+        folder = parent / metrics["scheme"]
+        with store.locked(folder):
+            metrics |= {"gates": verdict, "config": {**metrics["config"], "gates": run.gates.model_dump(mode="json")}}
+            report.write_report(folder, _with_baseline(parent, metrics))
+            store.write_json(folder / "metrics.json", metrics)
+    for sentence in missed:
+        say(f"gate missed{' (overridden)' if override else ''}: {sentence}")
+    return GateError("; ".join(missed)) if missed and not override else None
 
 
 def _with_baseline(parent: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -171,14 +206,14 @@ def _quantize(given: _Input, recipe: Recipe, folder: Path, say: Say) -> float:
     return time.perf_counter() - start
 
 
-def _marks(run: Run, given: _Input, folder: Path, recipe: Recipe | None) -> dict[str, Any]:
-    """Everything that measurements depend on, flat."""
+def _marks(run: Run, given: _Input, artifact: Path | None = None) -> dict[str, Any]:
+    """Everything that measurements depend on, flat; of the baseline, where there is no artifact."""
     settings = run.eval.model_dump(mode="json")
     marks = {f"eval.{key}": json.dumps(value, sort_keys=True) for key, value in settings.items()}
     marks |= {"text.sha256": given.text.sha256, "device": run.device}
     marks |= {f"versions.{name}": value for name, value in versions().items()}
     described = machine(pick_device(run.device))
     marks |= {f"machine.{key}": described[key] for key in ("cpu", "device", "threads")}
-    if recipe:
-        return marks | {"artifact.sha256": store.sha256_file(folder / "artifact" / MANIFEST)}
+    if artifact:
+        return marks | {"artifact.sha256": store.sha256_file(artifact / MANIFEST)}
     return marks | {f"files.{name}": value for name, value in given.checkpoint.identity().items()}

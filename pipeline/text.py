@@ -5,16 +5,19 @@ import json
 import os
 import re
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HTTPError
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from .config import Dataset
-from .errors import ConfigError, HubError, NumericsError
+from bitpress.eval.protocols import CONTEXTS, Plan, make_plan
+
+from .config import Dataset, Eval
+from .errors import CheckpointError, ConfigError, HubError, NumericsError
 
 PYDOC_TOPICS = "builtin:pydoc-topics"
 _JOIN = "\n\n"  # GPTQ's protocol joins documents by a blank line
@@ -23,10 +26,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # which JSON's \\u escapes can bring
 
 @dataclass(frozen=True)
 class Text:
-    """name: what the report calls it; sha256: of its UTF-8 bytes."""
+    """name: what the report calls it; content: its documents, joined by a blank line; sha256: of its UTF-8 bytes."""
 
     name: str
     content: str
+    documents: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def sha256(self) -> str:
@@ -64,7 +68,7 @@ def join(rows: Rows) -> Text:
     if not content.strip():
         raise NumericsError(f"{rows.name} holds no text; give a file with some")
     check_unicode(rows.name, content)
-    return Text(rows.name, content)
+    return Text(rows.name, content, tuple(rows.values))
 
 
 def check_unicode(name: str, content: str) -> None:
@@ -161,16 +165,35 @@ def encode(tokenizer: Any, text: Text) -> Tensor:
     return torch.tensor(tokenizer(text.content, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def tokenize(tokenizer: Any, text: Text, context: int) -> Tensor:
-    """As encode, and enough to measure on.
+def longest(model: PretrainedConfig, context: int) -> int:
+    """`context`, cut to the positions that the model has; its config may call them n_positions, say."""
+    limit = getattr(model.get_text_config(), "max_position_embeddings", None)
+    return min(context, limit) if isinstance(limit, int) and limit > 0 else context
+
+
+def check_ids(name: str, highest: int, tokenizer: Any, model: PretrainedConfig) -> None:
+    """Raises CheckpointError for a token that the model does not have."""
+    vocabulary = model.get_text_config().vocab_size
+    if highest >= vocabulary:
+        raise CheckpointError(
+            f"{name}: the tokenizer gives token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), the model "
+            f"has {vocabulary}; one of them is another model's: mend the checkpoint, or give text without that token"
+        )
+
+
+def windows(text: Text, tokenizer: Any, settings: Eval, model: PretrainedConfig) -> Plan:
+    """What a model reads of a text and what is scored of it, by the protocol that the settings name.
 
     Raises:
-        NumericsError: it fills no window of `context` tokens.
+        NumericsError: the text fills no window. CheckpointError: a token that the model does not have.
     """
-    ids = encode(tokenizer, text)
-    if ids.numel() < context:
-        raise NumericsError(
-            f"{text.name} has {ids.numel()} tokens, at least one window of {context} is needed; "
-            "give more text, or set eval.context lower"
+    context = longest(model, settings.context or CONTEXTS[settings.protocol])
+    stride = min(settings.stride, context)
+    try:
+        plan = make_plan(
+            settings.protocol, text.documents or [text.content], tokenizer, context, stride, settings.windows
         )
-    return ids
+    except ValueError as error:
+        raise NumericsError(f"{text.name} has {error}; give more text, or set eval.context lower") from error
+    check_ids(text.name, plan.highest, tokenizer, model)
+    return plan

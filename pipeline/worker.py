@@ -37,12 +37,12 @@ def call(task: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     from .progress import quiet_libraries
-    from .stages import evaluate
+    from .stages import evaluate, measure
 
     quiet_libraries()
     request = json.loads(Path(sys.argv[1]).read_text())
 
-    tasks = {"check": evaluate.check_task, "measure": evaluate.measure_task}
+    tasks = {"check": evaluate.check_task, "measure": measure.measure_task}
     try:
         answer = tasks[request["task"]](request)
     except BitpressError as error:

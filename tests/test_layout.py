@@ -189,7 +189,7 @@ def test_works_without_what_is_optional():
     """bitsandbytes and datasets are extras, and Triton comes with CUDA builds of torch alone."""
     run(f"""
 import sys
-for name in ("bitsandbytes", "triton", "datasets", "pyarrow"):
+for name in ("bitsandbytes", "triton", "datasets", "pyarrow", "lm_eval", "pynvml"):
     sys.modules[name] = None
 import importlib
 for module in {MODULES}:

@@ -16,8 +16,15 @@ from ..source import Source
 from ..text import Text
 from ..versions import versions
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NO_COVERAGE: dict[str, Any] = {"decoder_bytes": 0, "quantized_bytes": 0, "share": 0.0, "layers": [], "kept": []}
+_NOT_COMPARED: dict[str, Any] = dict.fromkeys(
+    (
+        "baseline_perplexity", "baseline_perplexity_se", "perplexity_ratio", "perplexity_ratio_se", "kl_mean",
+        "kl_mean_se", "kl_median", "kl_p99", "kl_max", "kl_mean_bound", "kl_token_bound", "top1_agreement",
+        "top1_agreement_se", "rms_dp", "rms_dp_se",
+    )
+)  # fmt: skip
 
 
 def _bits(nbytes: int, weights: int) -> float | None:
@@ -72,7 +79,6 @@ def assemble(
     artifact = Checkpoint(folder / "artifact") if recipe else None
     coverage = read_json(folder / "artifact" / MANIFEST)["coverage"] if recipe else NO_COVERAGE
     config = checkpoint.config
-    found = measured["quality"]
     return {
         "format_version": FORMAT_VERSION,
         "name": run.name,
@@ -87,23 +93,21 @@ def assemble(
         "calibration": _learned(recipe),
         "format": recipe.format.name if recipe else None,
         "protocol": {
-            "name": "gptq",
+            "name": measured["protocol"]["name"],
             "text": text.name,
             "text_sha256": text.sha256,
             **measured["protocol"],
             "dtype": measured["dtype"],
         },
-        "quality": {
-            "perplexity": found["perplexity"],
-            "baseline_perplexity": found["baseline_perplexity"],
-            "kl_mean": found["kl_mean"],
-            "kl_max": found["kl_max"],
-            "top1_agreement": found["top1_agreement"],
-            "kl_skipped": measured["skipped"],
-        },
+        "quality": {**_NOT_COMPARED, **measured["quality"]},
+        "gates": None,
         "size": sizes(checkpoint, artifact, coverage),
         "memory": measured["memory"],
         "speed": measured["speed"],
+        "bandwidth": measured["bandwidth"],
+        "energy_meter": measured["energy_meter"],
+        "output_errors": measured["output_errors"],
+        "tasks": measured["tasks"],
         "coverage": coverage,
         "reload": measured["check"],
         "kernels": measured["kernels"] if recipe else {},

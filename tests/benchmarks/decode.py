@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from bitpress.eval.speed import measure
+from bitpress.eval.speed import Load, measure
 from bitpress.pipeline import fusing, quantize
 from bitpress.pipeline.api import load
 
@@ -75,7 +75,7 @@ def in_torch(folder: Path, prompt: int, generate: int) -> dict[str, Measure]:
     ids = torch.randint(SHAPE["vocab_size"], (prompt,), generator=torch.Generator().manual_seed(0))
 
     def speed(model: torch.nn.Module) -> tuple[float, float]:
-        found = measure(model, ids, 1, prompt, generate, 1, lambda done, total: None)
+        found = measure(model, ids, Load(1, prompt, generate, 1), None)
         return found["prefill"]["median"], found["decode"]["median"]
 
     def plain() -> tuple[float, float]:

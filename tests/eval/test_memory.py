@@ -104,3 +104,66 @@ def test_the_peak_is_this_process_alone():
 def test_no_cuda_is_no_figure(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert memory.peak_cuda_bytes() is None
+
+
+def test_a_peak_is_what_rose_within_it_and_no_more():
+    program = """
+import torch
+from bitpress.eval.memory import Peak
+before = bytearray(b"1") * (200 << 20)
+del before
+with Peak(torch.device("cpu")) as peak:
+    block = bytearray(b"1") * (64 << 20)
+    del block
+print(peak.growth or -1, peak.rss)
+"""
+    growth, rss = map(int, subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout.split())  # fmt: skip
+    assert rss >= 200 * MEBIBYTE, "the process's own peak is kept"
+    if growth == -1:
+        pytest.skip("this system does not let a process start its peak anew")
+    assert 60 * MEBIBYTE <= growth <= 80 * MEBIBYTE  # of 64: pages come and go by cores' batches
+
+
+def test_a_peak_that_cannot_be_told_is_no_figure(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path)  # a folder: it cannot be written
+    with memory.Peak(torch.device("cpu")) as peak:
+        pass
+    assert peak.growth is None
+    assert peak.rss > MEBIBYTE
+
+
+def test_a_prompts_cache(tiny_llama):
+    """Keys and values of two blocks in bfloat16: heads x width x 2 bytes each."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    config = model.config
+    found, peak = memory.prefill(model, torch.arange(40))
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    assert (found["prompt"], found["kv_cache_bytes_per_token"]) == (40, per_token)
+    assert found["activation_peak_bytes"] is None or found["activation_peak_bytes"] >= 0
+    assert peak.rss > MEBIBYTE
+
+
+def test_a_model_that_keeps_no_cache():
+    class Stateful(nn.Module):
+        def forward(self, input_ids):
+            raise AssertionError("not called")
+
+    found, _ = memory.prefill(Stateful(), torch.arange(4))
+    assert found == {"prompt": 4, "kv_cache_bytes_per_token": None, "activation_peak_bytes": None}
+
+
+def test_what_fits_on_which_card():
+    """An 8B model of 4 bits, 5.7 GB, its cache 128 KiB a token, activations 32 KiB a token."""
+    gib, weights = 1 << 30, 5_700_000_000
+    found = {entry["card_gib"]: entry["context"] for entry in memory.fitting(weights, 131072, 32768, 131072)}
+    assert list(found) == [8, 12, 16, 24, 48, 80]
+    assert found[8] == (7 * gib - weights) // 163840 == 11085
+    assert found[24] == (23 * gib - weights) // 163840
+    assert found[48] == found[80] == 131072  # what the model can hold
+    assert memory.fitting(weights, 131072, None, None)[0]["context"] == (7 * gib - weights) // 131072
+    assert memory.fitting(8 * gib, 131072, 0, 4096)[0]["context"] == 0
+    assert memory.fitting(weights, None, None, 4096)[0]["context"] is None

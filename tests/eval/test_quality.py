@@ -1,5 +1,6 @@
 """Perplexity and divergence against plain computations: the paper's loop, float64 by hand, and known distributions."""
 
+import contextlib
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from bitpress.eval import quality
+from bitpress.eval.protocols import Window, halves
+from bitpress.eval.statistics import summarize
 
 VOCABULARY, CONTEXT = 11, 8
 
@@ -33,7 +36,19 @@ def toy(seed=0, scale=2.0):
 @pytest.fixture
 def data():
     ids = torch.randint(VOCABULARY, (5 * CONTEXT,), generator=torch.Generator().manual_seed(7))
-    return quality.windows(ids, CONTEXT)
+    return halves(ids, CONTEXT, 0)
+
+
+def figures(scores):
+    return SimpleNamespace(**summarize(scores, sum(window["nll"].numel() for window in scores)))
+
+
+def score(model, data):
+    return figures(quality.score(model, data))
+
+
+def compare(base, model, data):
+    return figures(quality.compare(base, model, data))
 
 
 @pytest.fixture
@@ -49,8 +64,8 @@ def small_vocabulary(tiny_llama):
 def by_hand(base, model, data):
     """Perplexity and per-token KL in float64, nothing shared with the code under test."""
     nll, divergences, same = 0.0, [], 0
-    for window in data.tolist():
-        for here, following in pairwise(window):
+    for window in data:
+        for here, following in pairwise(window.ids.tolist()):
             p = base.table[here].double().softmax(-1)
             q = model.table[here].double().softmax(-1)
             nll -= q[following].log().item()
@@ -58,21 +73,6 @@ def by_hand(base, model, data):
             same += p.argmax() == q.argmax()
     count = len(divergences)
     return math.exp(nll / count), sum(divergences) / count, max(divergences), int(same) / count
-
-
-def test_windows_drop_the_tail():
-    assert torch.equal(quality.windows(torch.arange(11), 4), torch.arange(8).view(2, 4))
-
-
-def test_windows_stop_at_the_limit():
-    assert torch.equal(quality.windows(torch.arange(11), 4, limit=1), torch.arange(4).view(1, 4))
-    assert quality.windows(torch.arange(11), 4, limit=9).shape == (2, 4)
-
-
-def test_windows_of_too_short_a_text():
-    with pytest.raises(ValueError, match="3 tokens, less than one window of 4"):
-        quality.windows(torch.arange(3), 4)
-    assert quality.windows(torch.arange(4), 4).shape == (1, 4)
 
 
 def test_perplexity_is_the_papers(small_vocabulary):
@@ -89,22 +89,21 @@ def test_perplexity_is_the_papers(small_vocabulary):
             loss = loss_of(shifted.view(-1, shifted.size(-1)), batch[:, 1:].view(-1))
             losses.append(loss.float() * length)
     expected = torch.exp(torch.stack(losses).sum() / (count * length)).item()
-    found = quality.score(model, quality.windows(ids, length))
+    found = score(model, halves(ids, length, 0))
     assert found.perplexity == pytest.approx(expected, rel=1e-6)
-    assert (found.windows, found.tokens) == (6, 6 * 31)
-    assert found.kl_mean is None
-    assert found.top1_agreement is None
+    assert found.windows["tokens"] == 6 * [31]
+    assert not hasattr(found, "kl_mean")
 
 
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(data):
-    found = quality.score(Toy(torch.zeros(VOCABULARY, VOCABULARY)), data)
+    found = score(Toy(torch.zeros(VOCABULARY, VOCABULARY)), data)
     assert found.perplexity == pytest.approx(VOCABULARY, rel=1e-6)
 
 
 def test_compare_against_float64_by_hand(data):
     base, model = toy(0), toy(1)
     perplexity, mean, largest, same = by_hand(base, model, data)
-    found = quality.compare(base, model, data)
+    found = compare(base, model, data)
     assert found.perplexity == pytest.approx(perplexity, rel=1e-5)
     assert found.baseline_perplexity == pytest.approx(by_hand(model, base, data)[0], rel=1e-5)
     assert found.kl_mean == pytest.approx(mean, rel=1e-5)
@@ -116,9 +115,10 @@ def test_compare_against_torch_distributions(data):
     from torch.distributions import Categorical, kl_divergence
 
     base, model = toy(2), toy(3)
-    p, q = (Categorical(logits=m.table[data[:, :-1]].double()) for m in (base, model))
+    ids = torch.stack([window.ids for window in data])
+    p, q = (Categorical(logits=m.table[ids[:, :-1]].double()) for m in (base, model))
     expected = kl_divergence(p, q)
-    found = quality.compare(base, model, data)
+    found = compare(base, model, data)
     assert found.kl_mean == pytest.approx(expected.mean().item(), rel=1e-5)
     assert found.kl_max == pytest.approx(expected.max().item(), rel=1e-5)
 
@@ -127,15 +127,15 @@ def test_the_baseline_comes_first(data):
     """KL(p || q) of a sharp and a flat distribution is not KL(q || p)."""
     sharp = Toy(torch.tensor([9.0] + [0.0] * (VOCABULARY - 1)).repeat(VOCABULARY, 1))
     flat = Toy(torch.zeros(VOCABULARY, VOCABULARY))
-    assert quality.compare(sharp, flat, data).kl_mean == pytest.approx(by_hand(sharp, flat, data)[1], rel=1e-5)
-    assert quality.compare(flat, sharp, data).kl_mean == pytest.approx(by_hand(flat, sharp, data)[1], rel=1e-5)
+    assert compare(sharp, flat, data).kl_mean == pytest.approx(by_hand(sharp, flat, data)[1], rel=1e-5)
+    assert compare(flat, sharp, data).kl_mean == pytest.approx(by_hand(flat, sharp, data)[1], rel=1e-5)
 
 
 def test_a_known_divergence():
     """p = (3/4, 1/4) against q = (1/2, 1/2): 3/4 ln 3/2 + 1/4 ln 1/2."""
     p = Toy(torch.tensor([0.75, 0.25]).log().repeat(2, 1))
     q = Toy(torch.zeros(2, 2))
-    found = quality.compare(p, q, torch.tensor([[0, 1, 0, 0]]))
+    found = compare(p, q, halves(torch.tensor([0, 1, 0, 0]), 4, 0))
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert found.kl_mean == pytest.approx(expected, rel=1e-6)
     assert found.kl_max == pytest.approx(expected, rel=1e-6)
@@ -144,38 +144,38 @@ def test_a_known_divergence():
 
 def test_a_model_against_itself(small_vocabulary):
     model, ids = small_vocabulary
-    data = quality.windows(ids, 32)
-    found = quality.compare(model, model, data)
+    data = halves(ids, 32, 0)
+    found = compare(model, model, data)
     assert (found.kl_mean, found.kl_max, found.top1_agreement) == (0.0, 0.0, 1.0)
-    assert found.perplexity == found.baseline_perplexity == quality.score(model, data).perplexity
+    assert found.perplexity == found.baseline_perplexity == score(model, data).perplexity
 
 
 def test_compare_scores_as_score_does(data):
     base, model = toy(4), toy(5)
-    found = quality.compare(base, model, data)
-    assert found.perplexity == quality.score(model, data).perplexity
-    assert found.baseline_perplexity == quality.score(base, data).perplexity
+    found = compare(base, model, data)
+    assert found.perplexity == score(model, data).perplexity
+    assert found.baseline_perplexity == score(base, data).perplexity
 
 
-@pytest.mark.parametrize("rows", [1, 3, CONTEXT - 1, CONTEXT])
+@pytest.mark.parametrize("rows", [0, 1, 3, CONTEXT - 1, CONTEXT])
 def test_rows_at_a_time_change_nothing(data, rows, monkeypatch):
     base, model = toy(4), toy(5)
-    whole = quality.compare(base, model, data)
-    monkeypatch.setattr(quality, "_ROWS", rows)
-    parts = quality.compare(base, model, data)
+    whole = compare(base, model, data)
+    monkeypatch.setitem(quality._CHUNK, "cpu", rows * VOCABULARY)
+    parts = compare(base, model, data)
     # each row is on its own; only the order of the float64 sums differs
     assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-12)
     assert parts.kl_mean == pytest.approx(whole.kl_mean, rel=1e-12)
     assert (parts.kl_max, parts.top1_agreement) == (whole.kl_max, whole.top1_agreement)
-    assert parts.tokens == whole.tokens
-    assert quality.score(model, data).perplexity == pytest.approx(whole.perplexity, rel=1e-12)
+    assert parts.windows["tokens"] == whole.windows["tokens"]
+    assert score(model, data).perplexity == pytest.approx(whole.perplexity, rel=1e-12)
 
 
 def test_half_precision_is_widened(data):
     """A softmax in bfloat16 has three digits; the figures of bfloat16 logits must be those of float32 arithmetic."""
     base, model = (Toy(toy(seed).table.bfloat16()) for seed in (0, 1))
     perplexity, mean, _, _ = by_hand(base, model, data)
-    found = quality.compare(base, model, data)
+    found = compare(base, model, data)
     assert found.perplexity == pytest.approx(perplexity, rel=1e-5)
     assert found.kl_mean == pytest.approx(mean, rel=1e-5)
 
@@ -186,7 +186,7 @@ def test_tokens_ruled_out_by_both_add_nothing(data):
     shown = by_hand(base, model, data)
     for table in (base, model):
         table.table = torch.cat([table.table, torch.full((VOCABULARY, 3), -math.inf)], -1)
-    found = quality.compare(base, model, data)
+    found = compare(base, model, data)
     assert found.kl_mean == pytest.approx(shown[1], rel=1e-5)
     assert found.kl_max == pytest.approx(shown[2], rel=1e-5)
 
@@ -194,24 +194,80 @@ def test_tokens_ruled_out_by_both_add_nothing(data):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_stops(data, value):
     broken = toy()
-    broken.table[data[-1, -2]] = value
+    broken.table[data[-1].ids[-2]] = value
     with pytest.raises(ValueError, match="the model's logits are NaN"):
-        quality.score(broken, data)
+        score(broken, data)
     with pytest.raises(ValueError, match="the model's logits are NaN"):
-        quality.compare(toy(), broken, data)
+        compare(toy(), broken, data)
     with pytest.raises(ValueError, match="the baseline's logits are NaN"):
-        quality.compare(broken, toy(), data)
+        compare(broken, toy(), data)
 
 
 def test_a_perplexity_beyond_float_stays_finite(data):
     """Of a model that rules out what comes: exp would overflow."""
     table = torch.zeros(VOCABULARY, VOCABULARY)
-    table[:, data[0, 1]] = -1e6
-    assert math.isfinite(quality.score(Toy(table), data).perplexity)
+    table[:, data[0].ids[1]] = -1e6
+    assert math.isfinite(score(Toy(table), data).perplexity)
 
 
-@pytest.mark.parametrize("measure", [quality.score, lambda m, d, s: quality.compare(m, m, d, s)])
+def test_what_the_baseline_allows_and_the_model_rules_out(data):
+    model = toy()
+    model.table = model.table.clone()
+    model.table[:, data[0].targets[0]] = -math.inf
+    with pytest.raises(ValueError, match="the model gives a token of the text no chance"):
+        score(model, data)
+    unseen = torch.cat([toy().table, torch.zeros(VOCABULARY, 1)], -1)
+    ruled_out = torch.cat([toy().table, torch.full((VOCABULARY, 1), -math.inf)], -1)
+    with pytest.raises(ValueError, match="the divergence is infinite"):
+        compare(Toy(unseen), Toy(ruled_out), data)
+    assert math.isfinite(compare(Toy(ruled_out), Toy(unseen), data).kl_mean)
+
+
+def both(baseline, model):
+    return {
+        "score": lambda data, *rest: quality.score(model, data, *rest),
+        "compare": lambda data, *rest: quality.compare(baseline, model, data, *rest),
+    }
+
+
+@pytest.mark.parametrize("measure", ["score", "compare"])
 def test_steps_are_told(data, measure):
     steps = []
-    measure(toy(), data, lambda done, total: steps.append((done, total)))
+    both(toy(), toy())[measure](data, None, lambda number, scores: None, lambda *step: steps.append(step))
     assert steps == [(number, 5) for number in range(6)]
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("measure", ["score", "compare"])
+@pytest.mark.parametrize("after", range(6))
+def test_what_is_finished_is_not_computed_again_and_the_rest_is_the_same_to_the_bit(data, measure, after):
+    whole = both(toy(0), toy(1))[measure](data)
+    finished, seen = {}, []
+
+    class Dying(Toy):
+        def forward(self, input_ids, use_cache):
+            if len(finished) == after:
+                raise Broken
+            return super().forward(input_ids, use_cache)
+
+    with contextlib.suppress(Broken):
+        both(toy(0), Dying(toy(1).table))[measure](data, finished, finished.__setitem__)
+    assert len(finished) == min(after, 5)
+    found = both(toy(0), toy(1))[measure](data, finished, lambda number, scores: seen.append(number))
+    assert seen == list(range(after, 5))
+    for one, other in zip(found, whole, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_only_the_targets_are_scored(data):
+    """The logits at first, first + 1, … against the targets, whatever else the window holds."""
+    model = toy()
+    ids = data[0].ids
+    [found] = quality.score(model, [Window(ids, torch.tensor([3, 4]), 2)])
+    log_p = model.table.double().log_softmax(-1)
+    expected = [-log_p[ids[2], 3].item(), -log_p[ids[3], 4].item()]
+    assert found["nll"].tolist() == pytest.approx(expected, rel=1e-5)

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from bitpress.eval import report
+from bitpress.eval.slowdown import because
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 HOSTILE = "<script>alert(1)</script>|`x`\"'\n# boom\n\x1b[31m\u202e$x_{2}$"
@@ -126,13 +127,13 @@ def test_rows_against_hand_computed_ratios():
 
 
 def test_missing_values_are_a_dash_and_never_zero():
-    quality = {"perplexity": None, "baseline_perplexity": 40.0, "kl_mean": None, "kl_skipped": "too big"}
+    quality = {"perplexity": None, "baseline_perplexity": 40.0, "kl_mean": None}
     bare = {"scheme": "nf4", "model": {"id": "builtin:demo"}, "quality": quality}
     rows = table([metrics(), bare])
     cells = [cell for column, cell in rows["nf4"].items() if column != "scheme"]
     assert set(cells) == {"–", "– / – / –"}
     for render in (report.html, report.markdown):
-        assert "too big" in render([metrics(), bare])
+        assert "How sure" in render([metrics(), bare])
 
 
 def test_peak_cuda_appears_where_measured():
@@ -269,6 +270,69 @@ def test_a_deep_model_gets_a_heat_map():
     page = report.html([metrics("nf4", blocks=32)])
     assert "QuadMesh" in page
     assert "data:image" not in page
+
+
+def measured(blocks=3):
+    """A run with all that is measured beside the summary's figures."""
+    run = metrics("int4-g128", blocks=blocks)
+    run["protocol"]["name"] = "sliding-512/64"
+    run["quality"] |= {"perplexity_se": 0.5, "perplexity_ratio": 1.025, "perplexity_ratio_se": 0.0021}
+    run["quality"] |= {"kl_mean_se": 0.0003, "kl_median": 0.002, "kl_p99": 0.04, "kl_max": 0.7, "rms_dp": 0.0143}
+    run["quality"] |= {"path": "256 stored", "kl_mean_bound": 2e-5, "top1_agreement_se": 0.002, "rms_dp_se": 0.0004}
+    run["gates"] = {"passed": False, "overridden": False, "judged": [
+        {"gate": "kl_mean", "limit": 0.001, "found": 0.0052, "passed": False, "said": "mean KL is 0.0052, but"}
+    ]}  # fmt: skip
+    run["tasks"] = [{"task": "arc_easy", "metric": "acc", "value": 0.5, "standard_error": 0.05, "samples": 100}]
+    run["memory"] |= {"loading_peak_bytes": 9_000_000, "kv_cache_bytes_per_token": 3072, "activation_peak_bytes": None}
+    run["memory"]["fits"] = [{"card_gib": 8, "context": 0}, {"card_gib": 24, "context": 4096}]
+    for line in run["speed"]:
+        line |= {"first_token_seconds": {"median": 0.064, "min": 0.06, "max": 0.07}, "joules_per_token": None}
+        line |= {"bytes_per_second": 3e9, "bandwidth_share": 0.2}
+    layers = run["coverage"]["layers"]
+    run["output_errors"] = {
+        "tokens": 512,
+        "layers": [
+            {"name": x["name"], "block": x["block"], "output_error": 0.04, "worst_channels": []} for x in layers
+        ],
+        "blocks": [{"block": b, "output_error": 0.02, "cumulative_error": 0.02 * (b + 1)} for b in range(blocks)],
+    }
+    return run
+
+
+def test_what_was_measured_beside_the_summary_is_told():
+    for render in (report.html, report.markdown):
+        page = render([metrics(), measured()]).replace("\\", "")
+        for words in (
+            "41.00 (± 0.50)", "1.0250 (± 0.0021)", "0.0052 (± 0.0003)", "1.43% (± 0.04%)", "within 2e-05",
+            "misses its gate kl_mean", "MISSED", "mean KL is 0.0052, but", "arc_easy", "0.5 (± 0.05)", "9.00 MB",
+            "3.07 kB", "4,096", "64 ms", "3.00 GB/s", "20%", "prefill: a prompt is limited by arithmetic",
+        ):  # fmt: skip
+            assert words in page, words
+
+
+def test_errors_of_outputs_are_a_map_and_by_depth_lines():
+    page = report.html([metrics(), measured()])
+    assert "QuadMesh" in page
+    assert "with what it inherits" in page
+    assert page.count("<svg") == 4
+    assert report.html([metrics(), measured(1)]).count("<svg") == 3  # one block has no depth
+    assert "data:image" not in page
+
+
+@pytest.mark.parametrize(
+    ("phase", "kernels", "share", "said"),
+    [
+        ("prefill", {"torch-int4": 8}, 0.5, "a prompt is limited by arithmetic"),
+        ("decode", {"reference": 3, "torch-int4": 5}, 0.5, "3 of 8 layers run on the reference kernel"),
+        ("decode", {"torch-int8": 8}, 0.5, "activations are quantized before each product"),
+        ("decode", {"torch-int4": 8}, 0.1, "it uses 10% of the memory's bandwidth"),
+        ("decode", {"torch-int4": 8}, 3.0, "the weights lie in the processor's cache"),
+        ("decode", {"torch-int4": 8}, None, None),
+    ],
+)
+def test_why_it_is_slower(phase, kernels, share, said):
+    found = because({"kernels": {"selected": kernels}}, {"bandwidth_share": share}, phase)
+    assert found is None if said is None else said in found
 
 
 def test_two_renderings_are_the_same_bytes_in_any_order():

@@ -49,7 +49,7 @@ def clock(monkeypatch):
 
 
 def run(clock, seconds, **changes):
-    settings = {"batch": 2, "prompt": 4, "generate": 3, "repeats": 3, "on_step": lambda done, total: None, **changes}
+    settings = {"load": speed.Load(2, 4, 3, 3), "meter": None, **changes}
     model = Fake(clock, seconds)
     return model, speed.measure(model, torch.arange(7) % VOCABULARY, **settings)
 
@@ -114,11 +114,63 @@ def test_steps_are_told(clock):
     assert steps == [(number, 4) for number in range(5)]
 
 
+class Counter:
+    """Energy that grows with the clock: 5 watts at prefill, as at decode."""
+
+    name = "a test's"
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def read(self):
+        return [5 * self.clock.now]
+
+    def since(self, reading):
+        return self.read()[0] - reading[0]
+
+
+def test_time_to_the_first_token_and_energy(clock):
+    _, found = run(clock, [9.0, 1.0, 4.0, 2.0], meter=Counter(clock))
+    assert found["first_token_seconds"] == pytest.approx({"median": 2.0, "min": 1.0, "max": 4.0})
+    # of the three repeats: 7 seconds for 3 x 8 tokens, 3 steps of a tenth of that for 3 x 6
+    expected = {"prefill": 5 * 7 / 24, "decode": 5 * 3 * 0.7 / 18}
+    assert found["joules_per_token"] == pytest.approx(expected)
+    assert run(clock, [1.0] * 4)[1]["joules_per_token"] is None
+
+
+def test_what_decode_moves():
+    """Each step reads the weights once and each sequence's cache; a batch of two shares the weights."""
+    found = {"batch": 2, "prompt": 100, "generate": 20, "decode": {"median": 60.0}}
+    moved = speed.traffic(found, 1000, 3.0, 1e6)
+    steps = 60.0 / 2
+    assert moved["bytes_per_second"] == pytest.approx(steps * (1000 + 2 * 3.0 * (100 + 10)))
+    assert moved["bandwidth_share"] == pytest.approx(moved["bytes_per_second"] / 1e6)
+    assert speed.traffic(found, None, 3.0, 1e6) == {"bytes_per_second": None, "bandwidth_share": None}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_step_reads(save_model, llama_config, tmp_path, tied):
+    from transformers import AutoModelForCausalLM
+
+    folder = save_model(llama_config(tie_word_embeddings=tied), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    table = model.get_input_embeddings().weight
+    whole = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    assert speed.read_bytes(model) == whole - (0 if tied else table.nbytes)
+    model.config.num_experts = 4
+    assert speed.read_bytes(model) is None
+
+
+def test_bandwidth_is_that_of_memory(monkeypatch):
+    monkeypatch.setattr(speed, "_BANDWIDTH_BYTES", 1 << 22)
+    assert 1e8 < speed.bandwidth(torch.device("cpu")) < 1e13
+
+
 def test_a_real_model(tiny_llama):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     ids = torch.arange(50) % model.config.vocab_size
-    found = speed.measure(model, ids, 2, 16, 4, 2, lambda done, total: None)
+    found = speed.measure(model, ids, speed.Load(2, 16, 4, 2), None)
     for phase in ("prefill", "decode"):
         assert 0 < found[phase]["min"] <= found[phase]["median"] <= found[phase]["max"]

@@ -27,7 +27,7 @@ from bitpress.pipeline.loading import load_tokenizer
 from bitpress.pipeline.methods.gptq import GPTQ
 from bitpress.pipeline.peers import Program, peers, request, run
 from bitpress.pipeline.source import DEMO, resolve
-from bitpress.pipeline.text import PYDOC_TOPICS, read_text, tokenize
+from bitpress.pipeline.text import PYDOC_TOPICS, encode, read_text
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -125,7 +125,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..., P
     )  # fmt: skip
     demo = resolve(DEMO).folder
     models = {"demo": demo, "qwen2": save_model(config, folder / "qwen2")}
-    ids = tokenize(load_tokenizer(demo), read_text(PYDOC_TOPICS), 1)
+    ids = encode(load_tokenizer(demo), read_text(PYDOC_TOPICS))
     random = torch.randint(255, (4, 64), generator=torch.Generator().manual_seed(0))
     prompts = {"demo": ids[: 4 * 64].view(4, 64), "qwen2": random}
     for name, prompt in prompts.items():

@@ -17,7 +17,7 @@ from bitpress.pipeline.errors import ConfigError, HubError, NumericsError
 from bitpress.pipeline.loading import load_model
 from bitpress.pipeline.methods.absmax import Absmax
 from bitpress.pipeline.recipe import Recipe
-from bitpress.pipeline.stages import evaluate
+from bitpress.pipeline.stages import evaluate, measure
 from bitpress.pipeline.stages.calibrated import CalibratedBlocks
 from bitpress.pipeline.walk import Walk
 
@@ -337,7 +337,7 @@ class TestJobs:
     @pytest.fixture
     def here(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What a fresh process would do is done in this one."""
-        tasks = {"check": evaluate.check_task, "measure": evaluate.measure_task}
+        tasks = {"check": evaluate.check_task, "measure": measure.measure_task}
         monkeypatch.setattr(worker, "call", lambda task, request, folder: tasks[task](request))
 
     @pytest.mark.usefixtures("here")

@@ -18,6 +18,7 @@ from bitpress.pipeline.errors import (
     CheckpointError,
     ConfigError,
     DiskError,
+    GateError,
     HubError,
     LockedError,
     NumericsError,
@@ -72,7 +73,7 @@ def config(folder: Path, model: Path, **changes: Any) -> Path:
 class TestExitCodes:
     def test_each_kind_has_its_own(self):
         kinds = [BitpressError, ConfigError, CheckpointError, NumericsError, DiskError, HubError, LockedError]
-        assert [kind.exit_code for kind in kinds] == [1, 2, 3, 4, 5, 6, 7]
+        assert [kind.exit_code for kind in [*kinds, GateError]] == [1, 2, 3, 4, 5, 6, 7, 8]
 
     @pytest.mark.parametrize("kind", [ConfigError, CheckpointError, NumericsError, DiskError, HubError, LockedError])
     def test_errors_are_a_sentence(
@@ -154,6 +155,29 @@ class TestExitCodes:
         assert found.returncode == 3
         assert found.stderr.startswith("error: ")
         assert found.stdout == ""
+
+
+def test_eval_beside_its_baseline(bitpress: Bitpress, tiny_llama: Path, artifact: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
+    options = [
+        "--text",
+        tmp_path / "text.txt",
+        "--context",
+        64,
+        "--windows",
+        3,
+        "--protocol",
+        "sliding",
+        "--stride",
+        32,
+    ]
+    found = bitpress("eval", artifact, "--baseline", tiny_llama, *options)
+    assert found.code == 0
+    assert "perplexity per token by protocol sliding-64/32 on text.txt: 3 windows" in found.out
+    for name in ("ratio of perplexities", "mean KL", "same next token", "side by side", "cache per token"):
+        assert name in found.out
+    wrong = bitpress("eval", artifact, "--protocol", "slding")
+    assert (wrong.code, "protocol: Input should be 'gptq', 'sliding'" in wrong.err) == (2, True)
 
 
 class TestOptions:

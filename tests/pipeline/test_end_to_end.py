@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bitpress.eval import quality
+from bitpress.eval import quality, statistics
+from bitpress.eval.protocols import halves
 from bitpress.pipeline import store, worker
 from bitpress.pipeline.config import Eval, Model, Run
 from bitpress.pipeline.errors import ConfigError, DiskError, NumericsError
@@ -120,7 +121,7 @@ class TestFinished:
             assert keys <= (found[path] if path else found).keys(), path
         assert found["protocol"]["tokens"] == WINDOWS * (CONTEXT - 1)
         assert (found["protocol"]["context"], found["protocol"]["windows"]) == (CONTEXT, WINDOWS)
-        assert found["protocol"]["dtype"] == "float32"
+        assert (found["protocol"]["name"], found["protocol"]["dtype"]) == (f"gptq-{CONTEXT}", "float32")
         assert found["model"]["dtype"] == "bfloat16"
         assert found["size"]["bits_per_weight"].keys() == {"quantized", "decoder", "all"}
         assert found["seconds"].keys() == {"evaluate"} | ({"quantize"} if scheme != "none" else set())
@@ -258,8 +259,9 @@ def test_figures_agree_with_a_plain_computation(
         divergence = (base.exp() * (base - log_probabilities(model, tokens))).sum(-1)
     for kernel in ("reference", "auto-bf16") if scheme != "int8-dynamic" else ("reference",):
         loaded, _ = load(finished[0] / "demo" / scheme / "artifact", device="cpu", dtype="float32", kernel=kernel)
-        found_again = quality.compare(plain_model(), loaded, tokens).kl_mean
-        assert found_again == pytest.approx(divergence.mean().item(), rel=1e-4)
+        windows = halves(tokens.flatten(), CONTEXT, 0)
+        again = statistics.summarize(quality.compare(plain_model(), loaded, windows), tokens.numel())
+        assert again["kl_mean"] == pytest.approx(divergence.mean().item(), rel=1e-4)
 
 
 class TestAgain:

@@ -5,11 +5,11 @@ import json
 import sys
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BloomConfig, GPT2Config, LlamaConfig
 
-from bitpress.pipeline.config import Dataset
-from bitpress.pipeline.errors import ConfigError, HubError, NumericsError
-from bitpress.pipeline.text import PYDOC_TOPICS, Text, read_text, tokenize
+from bitpress.pipeline.config import Dataset, Eval
+from bitpress.pipeline.errors import CheckpointError, ConfigError, HubError, NumericsError
+from bitpress.pipeline.text import PYDOC_TOPICS, Text, encode, longest, read_text, windows
 
 WIKITEXT = Dataset(dataset="Salesforce/wikitext", config="wikitext-2-raw-v1", split="test")
 
@@ -230,22 +230,64 @@ class TestDataset:
                 read_text(WIKITEXT)
 
 
-class TestTokenize:
+class Letters:
+    """One token for each letter: its code."""
+
+    bos_token_id, eos_token_id = None, 0
+
+    def __call__(self, text, **settings):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def convert_ids_to_tokens(self, number):
+        return chr(number)
+
+
+def cut(text, config=None, **settings):
+    return windows(text, Letters(), Eval(**settings), config or LlamaConfig(vocab_size=200))
+
+
+class TestWindows:
+    def test_documents_are_joined_as_the_protocol_says(self):
+        text = Text("a", "ab\n\ncd", ("ab", "cd"))
+        assert [w.ids.tolist() for w in cut(text, context=6).windows] == [[ord(letter) for letter in "ab\n\ncd"]]
+        llama_cpp = cut(text, protocol="llama.cpp", context=6)
+        assert [w.ids.tolist() for w in llama_cpp.windows] == [[ord(letter) for letter in "ab\ncd\n"]]
+        assert cut(Text("a", "ab\n\ncd"), context=6).tokens == 5
+
     def test_one_tokenization_of_the_whole(self, tiny_llama):
         tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
         content = "Grüße " * 50
-        ids = tokenize(tokenizer, Text("a.txt", content), 8)
+        ids = encode(tokenizer, Text("a.txt", content))
         assert str(ids.dtype) == "torch.int64"
-        assert ids.shape == (len(content.encode()),)
         assert tokenizer.decode(ids) == content
 
-    def test_one_window_is_enough(self):
-        ids = tokenize(lambda content, verbose: {"input_ids": [1, 2, 3]}, Text("a.txt", "x"), 3)
-        assert ids.tolist() == [1, 2, 3]
+    @pytest.mark.parametrize(
+        ("protocol", "name"),
+        [("gptq", "gptq-8"), ("sliding", "sliding-8/8"), ("llama.cpp", "llama.cpp-8"), ("word", "word-8")],
+    )
+    def test_the_context_is_cut_to_what_the_model_holds(self, protocol, name):
+        config = LlamaConfig(vocab_size=200, max_position_embeddings=8)
+        assert cut(Text("a", "b" * 20), config, protocol=protocol).name == name
+
+    def test_by_whatever_name_its_config_calls_that(self):
+        config = GPT2Config(vocab_size=200, n_positions=8)
+        assert cut(Text("a", "b" * 20), config).name == "gptq-8"
+        assert longest(config, 5) == 5
+        assert longest(BloomConfig(), 10**6) == 10**6  # alibi: any length
+
+    @pytest.mark.parametrize(("protocol", "context"), [("gptq", 2048), ("llama.cpp", 512)])
+    def test_a_protocols_own_context(self, protocol, context):
+        plan = cut(Text("a", "b" * 5000), LlamaConfig(vocab_size=200, max_position_embeddings=9999), protocol=protocol)
+        assert plan.name == f"{protocol}-{context}"
 
     def test_too_few_tokens(self):
         with pytest.raises(
             NumericsError, match=r"a\.txt has 3 tokens, at least one window of 4 is needed; .*eval\.context lower"
         ) as caught:
-            tokenize(lambda content, verbose: {"input_ids": [1, 2, 3]}, Text("a.txt", "x"), 4)
+            cut(Text("a.txt", "abc"), context=4)
         assert caught.value.exit_code == 4
+
+    def test_a_token_that_the_model_does_not_have(self):
+        assert cut(Text("a.txt", "abcdefgh"), LlamaConfig(vocab_size=ord("h") + 1), context=8).highest == ord("h")
+        with pytest.raises(CheckpointError, match=r"a\.txt: the tokenizer gives token 104 \('h'\), the model has 104"):
+            cut(Text("a.txt", "abcdefgh"), LlamaConfig(vocab_size=ord("h")), context=8)

@@ -1,0 +1,18 @@
+"""What a model writes: one greedy continuation, by which a broken model is seen at a glance."""
+
+from typing import Any
+
+import torch
+
+SAMPLE_TOKENS = 48
+
+
+@torch.inference_mode()
+def sample(model: Any, tokenizer: Any, prompt: str) -> str:
+    """The prompt and SAMPLE_TOKENS greedy tokens after it, decoded."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    output = model.generate(
+        **inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
