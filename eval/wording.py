@@ -127,6 +127,9 @@ def facts_of(found: Mapping[str, Any]) -> list[list[str]]:
         rates = f"{speed['prefill']['median']:.0f} prefill, {speed['decode']['median']:.1f} decode"
         rows.append([f"tokens/s, batch {speed['batch']}, prompt {speed['prompt']}", rates])
     rows += [[f"kernel {name}", f"{layers} layers"] for name, layers in found["kernels"]["selected"].items()]
+    if fused := found["kernels"].get("fused"):
+        why = "; ".join(f"{count}: {reason}" for reason, count in fused["why"].items())
+        rows.append(["decoder layers in one call", f"{fused['fused']} of {fused['of']}{f' ({why})' if why else ''}"])
     return rows + ([["inputs", rounded]] if (rounded := rounded_inputs(found["kernels"])) else [])
 
 

@@ -6,7 +6,7 @@ for int8-dynamic, as that scheme has it), products summed in int32 and scaled in
 
 import functools
 import mmap
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class NativeInt8:
         """Which instruction set serves, and where the library comes from."""
         found = library()
         assert isinstance(found, Library)
-        return f"{found.instructions[self._instructions()]}, {found.origin}"
+        return f"{found.instructions[self.chosen()]}, {found.origin}"
 
     def _reject_scheme(self, qtensor: QTensor) -> str | None:
         scheme, in_features = qtensor.scheme, qtensor.shape[1]
@@ -88,7 +88,7 @@ class NativeInt8:
         found = library()
         assert isinstance(found, Library)
         prepared = _Packed(qtensor, packed=_pack(found, qtensor))
-        prepared.instructions = self._instructions()
+        prepared.instructions = self.chosen()
         return prepared
 
     def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
@@ -100,7 +100,8 @@ class NativeInt8:
             x, prepared.packed, bias, prepared.shape[0], self.exact, prepared.instructions
         )
 
-    def _instructions(self) -> int:
+    def chosen(self) -> int:
+        """Which set of instructions serves, as the library counts them."""
         found = library()
         assert isinstance(found, Library)
         return found.instructions.index(self.instructions) if self.instructions else found.best
@@ -260,3 +261,19 @@ _ops.impl("linear_cpu", _linear, "CPU")
 @torch.library.register_fake("bitpress::linear_cpu", lib=_ops)
 def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, exact: bool, instructions: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, *_, instructions = inputs
+    ctx.save_for_backward(packed)
+    ctx.in_features, ctx.instructions = x.shape[-1], instructions
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The weight and the bias are constants; inputs that were rounded count as if they had not been."""
+    (packed,) = ctx.saved_tensors
+    weight = dequantize(packed, grad.dtype, ctx.instructions, 0, grad.shape[-1], ctx.in_features)
+    return grad @ weight, None, None, None, None, None
+
+
+torch.library.register_autograd("bitpress::linear_cpu", _backward, setup_context=_remember, lib=_ops)

@@ -144,7 +144,7 @@ class NativeLayer:
                 layer.norms[place], layer.eps[place] = self._pointer(norm.weight), norm.eps
         layer.heads, layer.key_heads = parts.linears[0].out_features // parts.dim, self.key_heads
         layer.dim, layer.activation, layer.scale = parts.dim, ACTIVATIONS.index(parts.activation), parts.scale
-        layer.exact, layer.kernel = kernel.exact, kernel._instructions()
+        layer.exact, layer.kernel = kernel.exact, kernel.chosen()
         return layer
 
     def _pointer(self, tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +212,12 @@ def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device
 
 
 def kernels_used(model: nn.Module) -> dict[str, Any]:
-    """{"selected": kernel -> layers, "rejected": kernel -> reason} over a model's quantized layers."""
+    """{"selected": kernel -> layers, "rejected": kernel -> reason} over a model's quantized layers, and "fused": how
+    many decoder layers decode in one call, and why others do not (None where it was not tried)."""
     layers = [module for module in model.modules() if isinstance(module, QLinear)]
     rejected: dict[str, str] = {}
     for layer in layers:
         rejected |= layer.selection.rejected
-    return {"selected": dict(Counter(layer.selection.kernel.name for layer in layers)), "rejected": rejected}
+    selected = dict(Counter(layer.selection.kernel.name for layer in layers))
+    fusing = getattr(model, "fusing", None)
+    return {"selected": selected, "rejected": rejected, "fused": asdict(fusing) if fusing else None}

@@ -198,7 +198,7 @@ static void dequantize(const Weight *w, int64_t block, int64_t from, int64_t to,
 
 static uint64_t read_words(const uint64_t *from, int64_t words) { return avx512_kernels.read(from, words); }
 
-const Kernels amx_kernels = {.name = "amx-int8", .available = available, .tile_from = 8, .rows = rows, .exact = exact,
+const Kernels amx_kernels = {.name = "amx-int8", .available = available, .tile_from = MAX_ROWS + 1, .rows = rows, .exact = exact,
                              .unpack = unpack, .tile = tile, .begin = begin, .end = end, .quantize = quantize,
                              .widen = widen, .finish = finish, .read = read_words, .dequantize = dequantize};
 #endif

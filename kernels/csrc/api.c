@@ -21,8 +21,6 @@
 static const Kernels *const all_kernels[] = {
 #if defined(__x86_64__)
     &amx_kernels, &avx512_kernels, &avx2_kernels,
-#elif defined(__aarch64__)
-    &neon_kernels,
 #endif
     &portable_kernels};
 

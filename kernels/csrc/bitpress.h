@@ -1,7 +1,7 @@
 /* Multiplication by quantized weights on the CPU: what the files of this library share.
  *
  * api.c is what Python calls: it packs weights, splits the work over threads and picks an instruction set.
- * portable.c, avx2.c, avx512.c, amx.c and neon.c hold one set of kernels each.
+ * portable.c, avx2.c, avx512.c and amx.c hold one set of kernels each; layer.c runs a whole decoder layer.
  */
 #ifndef BITPRESS_H
 #define BITPRESS_H
@@ -89,8 +89,6 @@ int bitpress_linear(const void *packed, const void *x, int64_t rows, int64_t dty
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels, avx512_kernels, amx_kernels;
-#elif defined(__aarch64__)
-extern const Kernels neon_kernels;
 #endif
 
 /* The NF4 code book (QLoRA, arXiv 2305.14314, appendix E), and rounded to steps of 1 / NF4_STEPS: of the step sizes that

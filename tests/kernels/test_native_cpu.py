@@ -171,9 +171,11 @@ def test_op_is_sound_under_compilation(make_qtensor: Make) -> None:
     found_library()
     q, kernel = make_qtensor("int4-g32", 48, 64), NativeInt8()
     prepared, x = kernel.prepare(q, torch.float32), torch.randn(2, 3, 64)
-    arguments = (x, prepared.get_buffer("packed"), None, 48, False, kernel._instructions())
+    arguments = (x, prepared.get_buffer("packed"), None, 48, False, kernel.chosen())
     torch.library.opcheck(
-        torch.ops.bitpress.linear_cpu.default, arguments, test_utils=("test_schema", "test_faketensor")
+        torch.ops.bitpress.linear_cpu.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
     compiled = torch.compile(lambda x: kernel.linear(x, prepared, None), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), kernel.linear(x, prepared, None))
@@ -187,6 +189,17 @@ def test_inputs_that_do_not_fit(make_qtensor: Make) -> None:
         kernel.linear(torch.zeros(2, 63), prepared, None)
     with pytest.raises(ValueError, match=r"of torch.float64"):
         kernel.linear(torch.zeros(2, 64, dtype=torch.float64), prepared, None)
+
+
+@pytest.mark.parametrize("kind", [NativeInt8, NativeExact])
+def test_gradients_of_the_inputs(make_qtensor: Make, kind: type[NativeInt8]) -> None:
+    """Those of a product with the dequantized weight, as adapters that are trained beside it need them."""
+    found_library()
+    q, kernel = make_qtensor("int4-g64-asym", 33, 128, torch.float16), kind()
+    x = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = kernel.linear(x, kernel.prepare(q, torch.float32), None)
+    y.square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * y.detach() @ q.dequantize(), rtol=1e-4, atol=1e-4)  # sums in another order
 
 
 def test_touch_reads_everything() -> None:
