@@ -1,6 +1,5 @@
 """Who takes part in the kernel benchmark: kernels, torch's dense layer, and torch's operators that no kernel uses."""
 
-import copy
 import itertools
 import math
 import time
@@ -123,8 +122,8 @@ class Local:
         self.nbytes = getattr(first, "nbytes", 0) or sum(buffer.nbytes for buffer in first.buffers())
         self.copies = copies(self.nbytes, qtensor.codes.device)
         self.longest = self.copies - 1  # the copy that wakes the threads is not used again
-        others = (_duplicate(first, kernel, qtensor, dtype) for _ in range(self.copies - 1))
-        self.prepared = [first, *others]
+        # Each prepared by itself, as a model's layers are: a copy of the tensors would lie in other kinds of pages.
+        self.prepared = [first, *(kernel.prepare(qtensor, dtype) for _ in range(self.copies - 1))]
         self._turns = itertools.cycle(self.prepared)
 
     def error(self, x: Tensor, expected: Tensor) -> float:
@@ -200,14 +199,6 @@ def cuda_seconds(work: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
-
-
-def _duplicate(prepared: nn.Module, kernel: Kernel, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
-    """The same in other memory; prepared anew where a library's packed form cannot be copied."""
-    try:
-        return copy.deepcopy(prepared)
-    except (NotImplementedError, TypeError, RuntimeError):
-        return kernel.prepare(qtensor, dtype)
 
 
 class Dense:
