@@ -7,19 +7,16 @@ from checkpoints.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from . import pages
 from . import wording as say
 from .details import tables
 from .entries import Entry, Metrics, dig, distinct, entries_of, facts_of, finite, points_of
 from .wording import DASH
-
-Finalize = Callable[[Any], Any]
 
 
 def summary_rows(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]]]:
@@ -64,22 +61,12 @@ def verdicts(runs: Sequence[Metrics]) -> list[tuple[str, str]]:
 
 def markdown(runs: Sequence[Metrics]) -> str:
     """The report as GitHub Markdown, without the plots."""
-    # Jinja's own escaping is for HTML; `finalize` sees every expression, so that nothing is forgotten here.
-    return _render("report.md.j2", runs, autoescape=False, finalize=say.markdown_text)
+    return pages.markdown("report", _view(runs))
 
 
 def html(runs: Sequence[Metrics]) -> str:
-    """The report as one HTML page that needs no other file, no network and no script."""
-    return _render("report.html.j2", runs, autoescape=True, finalize=None)
-
-
-def _render(name: str, runs: Sequence[Metrics], autoescape: bool, finalize: Finalize | None) -> str:
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(loader=loader, autoescape=autoescape, finalize=finalize, undefined=StrictUndefined)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters["fenced"] = say.fenced
-    environment.globals["figures_of"] = _figures
-    return environment.get_template(name).render(_view(runs)) + "\n"
+    """The report as one HTML page that needs no other file and no network."""
+    return pages.html("report", {**_view(runs), "figures_of": _figures})
 
 
 def _view(runs: Sequence[Metrics]) -> dict[str, Any]:
