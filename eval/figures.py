@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,39 @@ def size_plot(points: Sequence[Point], ident: str) -> str:
         figure.draw_without_rendering()  # settles the layout, so that data coordinates become places
         label_points(axes, points)
         return svg(figure, ident, "perplexity against file size")
+
+
+def front_plot(points: Sequence[Point], members: Collection[str], quantity: tuple[str, str, float], ident: str) -> str:
+    """Divergence from the unquantized model against what it is paid with; the Pareto front is filled and joined.
+
+    Args:
+        points: y is a mean KL, in nats; that of a baseline is 0, so a dashed line at its x stands for it.
+        members: labels of those on the front.
+        quantity: of x: its name for a screen reader, the axis' words, and what x is divided by.
+    """
+    name, words, divisor = quantity
+    points = [replace(point, x=point.x / divisor) for point in points]
+    runs = [point for point in points if not point.baseline]
+    best = sorted((point for point in runs if point.label in members), key=lambda point: (point.x, point.y))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.9 + 0.1 * max(0, len(runs) - 8)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([p.x for p in best], [p.y for p in best], color=COLOURS[0], lw=1.2, alpha=0.6)
+        for point in runs:
+            colour = COLOURS[0] if point.label in members else COLOURS[-1]
+            axes.plot(point.x, point.y, "o", ms=6, mec=colour, mfc=colour if point.label in members else "none")
+        for point in points:
+            if point.baseline:
+                axes.axvline(point.x, color=INK, alpha=0.35, lw=0.8, ls=(0, (4, 3)))
+        log_if_wide(axes, [point.y for point in runs])
+        axes.margins(0.14, 0.16)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.set_xlabel(words)
+        axes.set_ylabel("mean KL (nats), lower is better")
+        grid(axes)
+        figure.draw_without_rendering()
+        label_points(axes, runs)
+        return svg(figure, ident, f"mean KL against {name}")
 
 
 def depth_plot(blocks: Sequence[Mapping[str, Any]], ident: str) -> str:
