@@ -49,10 +49,8 @@ def choices(runs: Sequence["Candidate"], differ: Differ, budgets: Sequence[Budge
     cards = [Budget(f"{card} GB", card * (1 << 30) - memory.RESERVE) for card in CARDS]
     steps = max(map(_need, known)) <= cards[0].bytes
     if steps:
-        cards = [
-            Budget(f"from {say.size(need)}", need)
-            for need in sorted({_need(run) for run in known if not run.missed_gates})
-        ]
+        needs = sorted({_need(run) for run in known if not run.missed_gates})
+        cards = [Budget(f"from {say.size(need)}", need) for need in needs]
     merged = []
     for _, same in groupby((_choose(card, known, differ) for card in cards), key=lambda choice: choice.run):
         first, *others = same
@@ -73,9 +71,10 @@ def _choose(budget: Budget, runs: Sequence["Candidate"], differ: Differ) -> Choi
     if better := [run for run in passing if _kl(run) < _kl(best)]:
         following = min(better, key=_need)
         why.append(f"{following.run} would be closer, but needs {say.size(following.memory_bytes)}")
-    if chosen.decode and (faster := _fastest(fitting, chosen)):
-        times = say.ratio(say.over(faster.decode[0], chosen.decode[0]))  # type: ignore[index]
-        why.append(f"for speed, {faster.run} decodes {times} as fast at a KL of {say.small(faster.kl_mean)}")
+    if faster := _faster(fitting, chosen):
+        why.append(
+            f"for speed, {faster.run} decodes {_times(faster, chosen)} as fast at a KL of {say.small(faster.kl_mean)}"
+        )
     return Choice(budget.name, budget.bytes, chosen.run, "; ".join(why))
 
 
@@ -85,7 +84,7 @@ def _merit(chosen: "Candidate", best: "Candidate") -> str:
         return f"it fits unquantized ({need}), and nothing is lost"
     if chosen is best:
         divergence = say.plus_minus(chosen.kl_mean, chosen.kl_mean_se, say.small)
-        return f"the least KL of what fits, {divergence}, in {need}"
+        return f"it has the least KL of what fits, {divergence}, in {need}"
     return f"its KL does not differ from that of {best.run}, the least of what fits, and it is smaller ({need})"
 
 
@@ -96,11 +95,16 @@ def _nothing(passing: Sequence["Candidate"], budget: Budget) -> str:
     return f"nothing fits: the smallest, {least.run}, needs {say.size(least.memory_bytes)}"
 
 
-def _fastest(fitting: Sequence["Candidate"], chosen: "Candidate") -> "Candidate | None":
-    """The fastest, where its slowest repeat beats the fastest of the chosen."""
-    timed = [run for run in fitting if run.decode]
-    fastest = max(timed, key=lambda run: (run.decode or (0,))[0])
-    return fastest if fastest.decode and chosen.decode and fastest.decode[1] > chosen.decode[2] else None
+def _faster(fitting: Sequence["Candidate"], chosen: "Candidate") -> "Candidate | None":
+    """The closest of those whose slowest repeat beats the fastest of the chosen."""
+    clearly = [run for run in fitting if run.decode and chosen.decode and run.decode[1] > chosen.decode[2]]
+    return min(clearly, key=lambda run: (_kl(run), run.run), default=None)
+
+
+def _times(run: "Candidate", other: "Candidate") -> str:
+    assert run.decode
+    assert other.decode
+    return say.ratio(say.over(run.decode[0], other.decode[0]))
 
 
 def _need(run: "Candidate") -> float:
