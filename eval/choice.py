@@ -46,16 +46,16 @@ def choices(runs: Sequence["Candidate"], differ: Differ, budgets: Sequence[Budge
         return []
     if budgets:
         return [_choose(budget, known, differ) for budget in sorted(budgets, key=lambda budget: budget.bytes)]
-    cards = [Budget(f"{card} GB", card * (1 << 30) - memory.RESERVE) for card in CARDS]
-    steps = max(map(_need, known)) <= cards[0].bytes
+    room = [Budget(f"{card} GB", card * (1 << 30) - memory.RESERVE) for card in CARDS]
+    steps = max(map(_need, known)) <= room[0].bytes
     if steps:
         needs = sorted({_need(run) for run in known if not run.missed_gates})
-        cards = [Budget(f"from {say.size(need)}", need) for need in needs]
+        room = [Budget(f"from {say.size(need)}", need) for need in needs]
     merged = []
-    for _, same in groupby((_choose(card, known, differ) for card in cards), key=lambda choice: choice.run):
+    for _, same in groupby((_choose(budget, known, differ) for budget in room), key=lambda choice: choice.run):
         first, *others = same
-        name = f"{first.budget} to {others[-1].budget}" if others and not steps else first.budget
-        merged.append(replace(first, budget=name))
+        name = f"{first.budget} to {others[-1].budget} cards" if others else f"{first.budget} card"
+        merged.append(first if steps else replace(first, budget=name))
     return merged
 
 
@@ -90,9 +90,9 @@ def _merit(chosen: "Candidate", best: "Candidate") -> str:
 
 def _nothing(passing: Sequence["Candidate"], budget: Budget) -> str:
     if not passing:
-        return "no run passes its gates"
+        return "none passes its gates"
     least = min(passing, key=_need)
-    return f"nothing fits: the smallest, {least.run}, needs {say.size(least.memory_bytes)}"
+    return f"the smallest, {least.run}, needs {say.size(least.memory_bytes)}"
 
 
 def _faster(fitting: Sequence["Candidate"], chosen: "Candidate") -> "Candidate | None":

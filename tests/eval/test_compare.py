@@ -99,17 +99,17 @@ def test_choice_by_cards_counts_the_cache_and_a_reserve():
     """With 4096 tokens of 0.1 MB: 16.4, 8.4, 5.4 and 4.9 GB needed; a 6 GB card leaves 5.37 GB, a 4 GB one 3.22."""
     sections = compare(four())
     assert chosen(sections) == {
-        "4 GB": None, "6 GB": "int4-g128", "8 GB": "int4-g32", "12 GB to 16 GB": "int8-dynamic",
-        "24 GB to 80 GB": "baseline",
+        "4 GB card": None, "6 GB card": "int4-g128", "8 GB card": "int4-g32", "12 GB to 16 GB cards": "int8-dynamic",
+        "24 GB to 80 GB cards": "baseline",
     }  # fmt: skip
     why = {choice.budget: choice.why for choice in sections[0].choices}
-    assert why["4 GB"] == "nothing fits: the smallest, int4-g128, needs 4.91 GB"
-    assert why["8 GB"] == (
+    assert why["4 GB card"] == "the smallest, int4-g128, needs 4.91 GB"
+    assert why["8 GB card"] == (
         "it has the least KL of what fits, 0.01 (± 0), in 5.41 GB; int8-dynamic would be closer, but needs 8.41 GB; "
         "for speed, int4-g128 decodes 1.09x as fast at a KL of 0.03"
     )
-    assert why["24 GB to 80 GB"].startswith("it fits unquantized (16.4 GB), and nothing is lost")
-    assert "int8-dynamic decodes 1.80x as fast at a KL of 0.001" in why["24 GB to 80 GB"]
+    assert why["24 GB to 80 GB cards"].startswith("it fits unquantized (16.4 GB), and nothing is lost")
+    assert "int8-dynamic decodes 1.80x as fast at a KL of 0.001" in why["24 GB to 80 GB cards"]
 
 
 def test_choice_by_budgets_and_context():
@@ -239,7 +239,7 @@ def test_markdown_html_and_json_agree():
     text = compare_page.markdown(sections).replace("\\", "")
     page = compare_page.html(sections)
     for choice in found["choices"]:
-        assert f"| {choice['budget']} | **{choice['run'] or '–'}** | {choice['why']} |" in text
+        assert f"| {choice['budget']} | **{choice['run'] or 'nothing'}** | {choice['why']} |" in text
         assert f"{choice['budget']}: <b>{choice['run'] or 'nothing'}</b>, because {choice['why']}." in page
     for line in found["runs"]:
         (row,) = [row for row in text.splitlines() if row.startswith(f"| {line['run']} |") and row.count("|") > 8]
