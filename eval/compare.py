@@ -239,13 +239,16 @@ def _differences(entries: Sequence[Entry], runs: Sequence[Candidate], windows: i
     """Of every two quantized runs, the worse first."""
     if not windows:
         return []
-    kept = {entry.label: _sums(entry, windows) for entry in entries if not entry.is_baseline}
-    order = sorted((r.kl_mean, r.run) for r in runs if r.run in kept and kept[r.run][0] is not None)
+    kept: dict[str, torch.Tensor] = {}
+    for entry in entries:
+        sums, counts = _sums(entry, windows)
+        if sums is not None and not entry.is_baseline:
+            kept[entry.label], tokens = sums, counts  # the same tokens for all: see _common_windows
+    order = sorted((r.kl_mean, r.run) for r in runs if r.run in kept)
     found = []
     for place, (_, other) in enumerate(order):
         for _, run in order[place + 1 :]:
-            (worse, counts), (better, _) = kept[run], kept[other]
-            found.append(Difference(run, other, *ratio_and_error(worse - better, counts)))
+            found.append(Difference(run, other, *ratio_and_error(kept[run] - kept[other], tokens)))
     return found
 
 
