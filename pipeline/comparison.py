@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bitpress.eval import compare_page
 from bitpress.eval.choice import Budget
@@ -11,9 +10,8 @@ from bitpress.eval.compare import Incomparable
 from bitpress.eval.compare import compare as compare_runs
 
 from . import store
-from .checkpoint import read_json
-from .errors import CheckpointError, ConfigError
-from .stages.report import FORMAT_VERSION
+from .errors import ConfigError
+from .metrics import read_metrics
 
 METRICS = "metrics.json"
 _DEEP = 4  # folders: output, name, model, scheme
@@ -31,7 +29,7 @@ def compare(paths: Sequence[Path], output: Path, budgets: Sequence[str], context
     """
     room = [Budget(budget, _bytes(budget)) for budget in budgets]
     files = list(dict.fromkeys(file.resolve() for path in paths for file in _metrics(path.expanduser())))
-    runs = [_read(file) for file in files]
+    runs = [read_metrics(file) for file in files]
     try:
         sections = compare_runs(runs, room, context)
     except Incomparable as error:
@@ -59,15 +57,6 @@ def _metrics(path: Path) -> list[Path]:
     if not found:
         raise ConfigError(f"{path} holds no {METRICS}, nor do folders below it; has a run finished there?")
     return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    metrics = read_json(path)
-    if (version := metrics.get("format_version")) != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format_version {version!r}, expected {FORMAT_VERSION}; run it again by this version of bitpress"
-        )
-    return metrics
 
 
 def _bytes(text: str) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from bitpress.pipeline import metrics as shape
 from bitpress.pipeline.cli import app
 from bitpress.pipeline.comparison import compare
 from bitpress.pipeline.errors import CheckpointError, ConfigError
@@ -79,3 +80,26 @@ def test_what_cannot_be_compared_is_a_sentence(runs: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="format_version 1, expected 2"):
         compare([runs], tmp_path / "page", [], 0)
     assert not (tmp_path / "page").exists()
+
+
+def test_the_published_schema_is_that_of_the_types():
+    published = Path(shape.__file__).with_name("metrics.schema.json")
+    assert json.loads(published.read_text()) == shape.schema(), "write schema() to metrics.schema.json"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        ({"memory": {"resident_bytes": "many"}}, "memory.resident_bytes"),
+        ({"quality": {"windows": {"tokens": [1, 2], "nll": [1.0]}}}, "not of one length"),
+        ({"quality": {"kl_mean": float("nan")}}, "quality.kl_mean"),
+        ({"scheme": ["nf4"]}, "scheme"),
+        ({"speed": {"batch": 1}}, "speed"),
+        ({"model": None}, "model"),
+    ],
+)
+def test_what_is_no_metrics_is_told_by_its_field(runs: Path, tmp_path: Path, spoil: dict[str, Any], said: str):
+    path = runs / "demo" / "nf4" / "metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **spoil}))
+    with pytest.raises(CheckpointError, match=f"nf4/metrics.json: not the metrics of a run(.|\n)*{said}"):
+        compare([runs], tmp_path / "page", [], 0)
