@@ -15,22 +15,28 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def html(name: str, view: Mapping[str, Any]) -> str:
-    """One page that needs no other file and no network; its policy allows its own script, by hash, and no other."""
-    script = (_TEMPLATES / "sort.js.j2").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    shared = {"script": Markup(script), "script_hash": f"sha256-{digest}"}
-    return _render(f"{name}.html.j2", {**view, **shared}, autoescape=True, finalize=None)
+    """One page that needs no other file and no network."""
+    return environment(autoescape=True).get_template(f"{name}.html.j2").render({**view, **script()}) + "\n"
 
 
 def markdown(name: str, view: Mapping[str, Any]) -> str:
     """GitHub Markdown."""
     # Jinja's own escaping is for HTML; `finalize` sees every expression, so that nothing is forgotten here.
-    return _render(f"{name}.md.j2", view, autoescape=False, finalize=say.markdown_text)
+    found = environment(autoescape=False, finalize=say.markdown_text)
+    return found.get_template(f"{name}.md.j2").render(view) + "\n"
 
 
-def _render(name: str, view: Mapping[str, Any], autoescape: bool, finalize: Callable[[Any], Any] | None) -> str:
+def script() -> dict[str, str]:
+    """What the base template asks for: the script of every page, and its hash, by which the page's policy allows it
+    and no other."""
+    text = (_TEMPLATES / "sort.js.j2").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"script": Markup(text), "script_hash": f"sha256-{digest}"}
+
+
+def environment(autoescape: bool, finalize: Callable[[Any], Any] | None = None) -> Environment:
     loader = FileSystemLoader(_TEMPLATES)
-    environment = Environment(loader=loader, autoescape=autoescape, finalize=finalize, undefined=StrictUndefined)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters["fenced"] = say.fenced
-    return environment.get_template(name).render(view) + "\n"
+    made = Environment(loader=loader, autoescape=autoescape, finalize=finalize, undefined=StrictUndefined)
+    made.trim_blocks = made.lstrip_blocks = True
+    made.filters["fenced"] = say.fenced
+    return made
