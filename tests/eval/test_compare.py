@@ -31,7 +31,7 @@ def run(scheme="none", gb=16.0, kl=None, decode=50.0, **changes):
         "quality": {"perplexity": 10.0, "kl_mean": each and sum(each) / len(each), "top1_agreement": each and 0.95},
         "gates": None,
         "size": {"file_bytes": int(gb * GB), "bits_per_weight": {"decoder": 4.25}},
-        "memory": {"resident_bytes": int(gb * GB), "kv_cache_bytes_per_token": 1e5, "activation_peak_bytes": 0, "prompt": 9},
+        "memory": {"resident_bytes": int(gb * GB), "kv_cache_bytes_per_token": 1e5, "prompt": 9},
         "speed": [{"batch": 1, "prompt": 512, "generate": 128} | {
             phase: {"median": decode, "min": 0.99 * decode, "max": 1.01 * decode} for phase in ("prefill", "decode")
         }],
