@@ -10,7 +10,7 @@ from . import wording as say
 from .slowdown import because
 
 if TYPE_CHECKING:
-    from .report import Entry, SpeedPoint
+    from .entries import Entry, SpeedPoint
 
 Table = tuple[str, list[str], list[list[str]], str]
 

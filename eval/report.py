@@ -6,75 +6,17 @@ from checkpoints.
 """
 
 import json
-import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from . import pages
 from . import wording as say
 from .details import tables
+from .entries import Entry, Metrics, dig, distinct, entries_of, facts_of, finite, points_of
 from .wording import DASH
-
-Metrics = Mapping[str, Any]
-MACHINE = ("cpu", "cores", "device", "threads")  # what must agree for speeds to compare
-SpeedPoint = tuple[int, int, int]  # batch, prompt tokens, generated tokens
-Finalize = Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One run and what it is compared to."""
-
-    model: str
-    label: str  # the scheme, with more where one model has it twice
-    title: str  # the label, with the model where there are several
-    run: Metrics
-    baseline: Metrics | None  # None for the baseline itself and where it is absent
-
-    @property
-    def is_baseline(self) -> bool:
-        return self.get("scheme") == "none"
-
-    @property
-    def sample(self) -> tuple[str, str] | None:
-        """The prompt and what followed it."""
-        prompt, text = self.get("sample", "prompt"), self.get("sample", "text")
-        return None if prompt is None or text is None else (prompt, text.removeprefix(prompt))
-
-    def get(self, *path: str) -> Any:
-        return _dig(self.run, *path)
-
-    def perplexities(self) -> tuple[float | None, float | None]:
-        """The run's and the baseline's, the latter from the same process and tokens where the run has it."""
-        before = self.get("quality", "baseline_perplexity")
-        if before is None and _dig(self.baseline, "protocol") == self.get("protocol"):
-            before = _dig(self.baseline, "quality", "perplexity")
-        return self.get("quality", "perplexity"), before
-
-    def size_ratio(self) -> float | None:
-        return say.over(self.get("size", "file_bytes"), _dig(self.baseline, "size", "file_bytes"))
-
-    def speed(self, point: SpeedPoint, phase: str) -> tuple[float, float, float] | None:
-        """Tokens per second: median, lowest and highest."""
-        return _speeds(self.run, phase).get(point)
-
-    def speed_against(self, point: SpeedPoint, phase: str) -> tuple[float | None, str]:
-        """The ratio to the baseline and "faster", "slower" or "same" (the spreads of the two overlap).
-
-        Speeds of two machines are not compared: (None, "same").
-        """
-        new, old = self.speed(point, phase), _speeds(self.baseline, phase).get(point)
-        where = [[_dig(run, "machine", key) for key in MACHINE] for run in (self.run, self.baseline)]
-        if new is None or old is None or not old[0] or where[0] != where[1]:
-            return None, "same"
-        overlap = new[1] <= old[2] and old[1] <= new[2]
-        return new[0] / old[0], "same" if overlap else "faster" if new[0] > old[0] else "slower"
 
 
 def summary_rows(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]]]:
@@ -83,8 +25,8 @@ def summary_rows(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]]]:
     Missing values are an en dash. Sizes are decimal (1 MB = 10^6 bytes), speeds are tokens per second, and
     what stands in brackets compares with the baseline.
     """
-    entries = _entries(runs)
-    points = _points(entries)
+    entries = entries_of(runs)
+    points = points_of(entries)
     cuda = any(entry.get("memory", "peak_cuda_bytes") is not None for entry in entries)
     several = len({entry.model for entry in entries}) > 1
     header = ["scheme", "method/format", "file size", "bits/weight quantized/blocks/all", "perplexity", "mean KL"]
@@ -112,90 +54,48 @@ def summary_rows(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]]]:
 
 def verdicts(runs: Sequence[Metrics]) -> list[tuple[str, str]]:
     """One plain sentence per quantized run, as (run, sentence): what it saved and what that cost."""
-    entries = _entries(runs)
+    entries = entries_of(runs)
     found = [(entry.title, _verdict(entry)) for entry in entries if not entry.is_baseline]
     return found or [(entry.title, "the unquantized baseline, for comparison only") for entry in entries]
 
 
 def markdown(runs: Sequence[Metrics]) -> str:
     """The report as GitHub Markdown, without the plots."""
-    # Jinja's own escaping is for HTML; `finalize` sees every expression, so that nothing is forgotten here.
-    return _render("report.md.j2", runs, autoescape=False, finalize=say.markdown_text)
+    return pages.markdown("report", _view(runs))
 
 
 def html(runs: Sequence[Metrics]) -> str:
-    """The report as one HTML page that needs no other file, no network and no script."""
-    return _render("report.html.j2", runs, autoescape=True, finalize=None)
-
-
-def _render(name: str, runs: Sequence[Metrics], autoescape: bool, finalize: Finalize | None) -> str:
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(loader=loader, autoescape=autoescape, finalize=finalize, undefined=StrictUndefined)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters["fenced"] = say.fenced
-    environment.globals["figures_of"] = _figures
-    return environment.get_template(name).render(_view(runs)) + "\n"
+    """The report as one HTML page that needs no other file and no network."""
+    return pages.html("report", {**_view(runs), "figures_of": _figures})
 
 
 def _view(runs: Sequence[Metrics]) -> dict[str, Any]:
     """Everything the templates show, in words."""
-    entries = _entries(runs)
+    entries = entries_of(runs)
     header, rows = summary_rows(runs)
     models = list(dict.fromkeys(entry.model for entry in entries))
     quantized = [entry for entry in entries if not entry.is_baseline]
     groups = {model: [entry for entry in entries if entry.model == model] for model in models}
     return {
         "title": models[0] if len(models) == 1 else f"{len(models)} models",
-        "models": [(model, _facts(own[0].run.get("model")), own) for model, own in groups.items()],
+        "models": [(model, facts_of(own[0].run.get("model")), own) for model, own in groups.items()],
         "verdicts": verdicts(runs),
-        "tables": tables(entries, _points(entries)),
+        "tables": tables(entries, points_of(entries)),
         "without_baseline": [model for model, own in groups.items() if not any(e.is_baseline for e in own)],
         "header": header,
         "rows": [(row, entry.is_baseline) for row, entry in zip(rows, entries, strict=True)],
         "label_columns": 2 if len(models) > 1 else 1,
         "quantized": [_checks(entry) for entry in quantized],
-        "learned": _distinct(quantized, lambda run: _facts(run.get("calibration"))),
+        "learned": distinct(quantized, lambda run: facts_of(run.get("calibration"))),
         "special": [(entry.title, special) for entry in quantized if (special := _special(entry))],
-        "kept": _distinct(quantized, lambda run: _kept(_dig(run, "coverage", "kept") or [])),
-        "rejected": _distinct(quantized, lambda run: list((_dig(run, "kernels", "rejected") or {}).items())),
-        "protocols": _distinct(entries, lambda run: _facts(run.get("protocol"))),
-        "machines": _distinct(entries, lambda run: _facts(run.get("machine"))),
-        "versions": _distinct(entries, lambda run: _facts(run.get("versions"))),
-        "commands": _distinct(entries, lambda run: str(run.get("command") or DASH)),
-        "configs": _distinct(entries, lambda run: json.dumps(run.get("config"), indent=2)),
+        "kept": distinct(quantized, lambda run: _kept(dig(run, "coverage", "kept") or [])),
+        "rejected": distinct(quantized, lambda run: list((dig(run, "kernels", "rejected") or {}).items())),
+        "protocols": distinct(entries, lambda run: facts_of(run.get("protocol"))),
+        "machines": distinct(entries, lambda run: facts_of(run.get("machine"))),
+        "versions": distinct(entries, lambda run: facts_of(run.get("versions"))),
+        "commands": distinct(entries, lambda run: str(run.get("command") or DASH)),
+        "configs": distinct(entries, lambda run: json.dumps(run.get("config"), indent=2)),
     }
-
-
-def _entries(runs: Sequence[Metrics]) -> list[Entry]:
-    """The runs in the report's order: by model, the baseline first, then from many bits to few."""
-    runs = say.printable(runs)
-    by_model: dict[str, list[Metrics]] = {}
-    ids = {(_dig(run, "model", "id"), _dig(run, "model", "revision")) for run in runs}
-    twice = Counter(name for name, _ in ids)
-    for run in runs:
-        name, revision = _dig(run, "model", "id"), _dig(run, "model", "revision")
-        title = f"{name}@{str(revision)[:8]}" if twice[name] > 1 else str(name)
-        by_model.setdefault(title, []).append(run)
-    entries = []
-    for model, own in sorted(by_model.items()):
-        baseline = next((run for run in own if run.get("scheme") == "none"), None)
-        schemes = Counter(run.get("scheme") for run in own)
-        labels = [_label(run, schemes[run.get("scheme")] > 1) for run in own]
-        for label, run in sorted(zip(labels, own, strict=True), key=_rank):
-            title = label if len(by_model) == 1 else f"{model} · {label}"
-            entries.append(Entry(model, label, title, run, None if run.get("scheme") == "none" else baseline))
-    return entries
-
-
-def _label(run: Metrics, ambiguous: bool) -> str:
-    scheme = "baseline" if run.get("scheme") == "none" else str(run.get("scheme"))
-    more = (str(run.get(key)) for key in ("method", "name") if ambiguous and run.get(key))
-    return " ".join((scheme, *more))
-
-
-def _rank(labelled: tuple[str, Metrics]) -> tuple[bool, float, str]:
-    label, run = labelled
-    return run.get("scheme") != "none", -(_dig(run, "size", "bits_per_weight", "quantized") or 0.0), label
 
 
 def _verdict(entry: Entry) -> str:
@@ -217,7 +117,7 @@ def _verdict(entry: Entry) -> str:
 
 def _speed_words(entry: Entry) -> list[str]:
     """Decode at the smallest batch, then everything else that became slower."""
-    points = _points([entry])
+    points = points_of([entry])
     found = [(phase, p, *entry.speed_against(p, phase)) for p in points for phase in ("decode", "prefill")]
     known = [(phase, points[p], ratio, verdict) for phase, p, ratio, verdict in found if ratio is not None]
     words, others = [], "slower than the baseline"
@@ -237,9 +137,9 @@ def _checks(entry: Entry) -> dict[str, Any]:
     """Coverage, reload check and kernels of one quantized run, in words."""
     coverage, reload, kernels = (entry.get(key) or {} for key in ("coverage", "reload", "kernels"))
     layers = coverage.get("layers") or []
-    known = [layer for layer in layers if _finite(layer.get("relative_error"))]
+    known = [layer for layer in layers if finite(layer.get("relative_error"))]
     worst = max(known, key=lambda layer: layer["relative_error"], default=None)
-    outputs = [x["output_error"] for x in layers if _finite(x.get("output_error"))]
+    outputs = [x["output_error"] for x in layers if finite(x.get("output_error"))]
     share = coverage.get("share")
     # Rounding must not claim that everything was quantized.
     part = "over 99.9%" if share is not None and 0.9995 <= share < 1 else say.percent(share)
@@ -286,58 +186,4 @@ def _kept(tensors: Iterable[Metrics]) -> list[tuple[str, str, str, str]]:
 def _figures(entries: Sequence[Entry], ident: str) -> list[tuple[str, Markup]]:
     from .figures import model_figures  # here, because only the HTML page needs matplotlib
 
-    return [(caption, Markup(svg)) for caption, svg in model_figures(entries, _points(entries), ident)]
-
-
-def _speeds(run: Metrics | None, phase: str) -> dict[SpeedPoint, tuple[float, float, float]]:
-    speeds = {}
-    for measured in _dig(run, "speed") or []:
-        batch, prompt, generate = (measured.get(key) or 0 for key in ("batch", "prompt", "generate"))
-        if (median := _dig(measured, phase, "median")) is not None:
-            low, high = (_dig(measured, phase, key) for key in ("min", "max"))
-            spread = median if low is None else low, median if high is None else high
-            speeds[batch, prompt, generate] = (median, *spread)
-    return speeds
-
-
-def _points(entries: Iterable[Entry]) -> dict[SpeedPoint, str]:
-    """The measured points by name: the batch, and the lengths where one batch was measured at several."""
-    found = sorted({p for e in entries for phase in ("prefill", "decode") for p in _speeds(e.run, phase)})
-    batches = Counter(batch for batch, _, _ in found)
-    return {p: f"batch {p[0]}" + (f", {p[1]}+{p[2]} tokens" if batches[p[0]] > 1 else "") for p in found}
-
-
-def _distinct(entries: Sequence[Entry], of: Callable[[Metrics], Any]) -> list[tuple[str, Any]]:
-    """What the runs say, each different answer once, with the runs that gave it ("" where all agree)."""
-    answers: dict[str, tuple[list[str], Any]] = {}
-    for entry in entries:
-        answer = of(entry.run)
-        answers.setdefault(repr(answer), ([], answer))[0].append(entry.title)
-    return [("" if len(answers) == 1 else ", ".join(titles), answer) for titles, answer in answers.values()]
-
-
-def _facts(facts: Metrics | None) -> list[tuple[str, str]]:
-    words = []
-    for key, value in (facts or {}).items():
-        if key.endswith("_bytes"):
-            words.append((key[:-6], say.size(value)))
-        elif isinstance(value, bool):
-            words.append((key.replace("_", " "), "yes" if value else "no"))
-        elif isinstance(value, str):
-            words.append((key.replace("_", " "), value))
-        elif value is not None:
-            words.append((key.replace("_", " "), f"{value:,}" if _finite(value) else json.dumps(value)))
-    return words
-
-
-def _dig(data: Any, *path: Any) -> Any:
-    """data[path[0]][path[1]]…, or None where anything on the way is absent."""
-    for key in path:
-        if not isinstance(data, Mapping):
-            return None
-        data = data.get(key)
-    return data
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return [(caption, Markup(svg)) for caption, svg in model_figures(entries, points_of(entries), ident)]

@@ -32,11 +32,16 @@ def mean_and_error(values: Sequence[Tensor]) -> tuple[float, float | None]:
     """
     sums = torch.stack([window.double().sum() for window in values])
     counts = torch.tensor([window.numel() for window in values], dtype=torch.float64)
+    return ratio_and_error(sums, counts)
+
+
+def ratio_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
+    """Mean and standard error from each window's sum and number of tokens, float64 [windows]."""
     mean = sums.sum() / counts.sum()
-    if len(values) < 2:
+    if len(sums) < 2:
         return mean.item(), None
     residuals = (sums - mean * counts).square().sum()
-    return mean.item(), (residuals * len(values) / (len(values) - 1)).sqrt().item() / counts.sum().item()
+    return mean.item(), (residuals * len(sums) / (len(sums) - 1)).sqrt().item() / counts.sum().item()
 
 
 def perplexity(scores: Sequence[Scores], units: int, of: str = "nll") -> tuple[float, float | None]:

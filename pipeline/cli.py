@@ -218,6 +218,23 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, folders of runs, or metrics.json files.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for compare.html, .md and .json.")],
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Memory for the model, such as 6GB; may be repeated; cards by default.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=0, help="Tokens of cache that memory is counted with.")] = 4096,
+) -> None:
+    """Finished runs on one page: a table, the Pareto fronts, which differ, and which to choose."""
+    from .comparison import compare as compare_runs
+
+    page, choices = compare_runs(runs, output, budget or [], context)
+    _table(["memory", "choose"], choices)
+    _out.print(f"\ncomparison: {escape(str(page))}", soft_wrap=True)
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
     prompt: Annotated[str, typer.Argument()],

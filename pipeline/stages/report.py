@@ -11,12 +11,12 @@ from ..blocks import Names, skeleton
 from ..checkpoint import Checkpoint, read_json
 from ..config import Run
 from ..methods import options_of
+from ..metrics import FORMAT_VERSION
 from ..recipe import MANIFEST, Recipe
 from ..source import Source
 from ..text import Text
 from ..versions import versions
 
-FORMAT_VERSION = 2
 NO_COVERAGE: dict[str, Any] = {"decoder_bytes": 0, "quantized_bytes": 0, "share": 0.0, "layers": [], "kept": []}
 _NOT_COMPARED: dict[str, Any] = dict.fromkeys(
     (

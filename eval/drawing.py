@@ -1,0 +1,163 @@
+"""What the figures share: their style, labels that cover nothing, and the way to SVG that sits inline in a page.
+
+Every figure is one `<svg>` element as text: text stays text in the page's own font, ink is `currentColor` (so
+dark mode works), no width or height (the page scales it), ids carry the caller's prefix, and the same data
+give the same bytes. The figures are small in inches because a phone shows them at about that size.
+"""
+
+import io
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+WIDTH = 4.2  # inches: about a phone's screen, so that 10 pt stay about 10 px there
+FONT = 10.0  # points
+INK = "#010203"  # stands for currentColor until the SVG is written
+# Readable on white and on near-black alike.
+COLOURS = (
+    "#3b7dd8",
+    "#d9730d",
+    "#2e9e5b",
+    "#d64550",
+    "#9461d1",
+    "#1a9aa8",
+    "#b08a1e",
+    "#d05aa5",
+    "#7a9a2a",
+    "#7d8590",
+)
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bitpress",
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",  # ships with matplotlib: layout is the same on every machine
+    "font.size": FONT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.titlesize": FONT,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
+ANGLES = (0, 180, 90, 270, 30, 150, 210, 330, 60, 120, 240, 300)  # of a label from its point, best first
+Box = tuple[float, float, float, float]  # left, bottom, right, top
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run in a plot of one figure against another."""
+
+    label: str
+    x: float
+    y: float
+    baseline: bool = False
+
+
+def grid(axes: Axes) -> None:
+    axes.grid(color=INK, alpha=0.12, lw=0.6)
+    axes.set_axisbelow(True)
+
+
+def unit_of(values: Sequence[float]) -> tuple[str, float]:
+    """The unit for these bytes, and how many bytes it has."""
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    return next((unit, one) for unit, one in units if one == 1e3 or max(values) >= one)
+
+
+def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic y axis where the values span more than a linear one shows."""
+    if min(values) > 0 and max(values) > 4 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
+def label_points(axes: Axes, points: Sequence[Point]) -> None:
+    """Writes each label at the nearest place where it covers no point and no other label.
+
+    Widths are estimated from the number of letters, because the page's font is not known here. A label that
+    fits nowhere is left out: the table beside the figure has it.
+    """
+    scale = 72 / axes.figure.dpi
+    frame = axes.get_window_extent()
+    area = (frame.x0 * scale, frame.y0 * scale, frame.x1 * scale, frame.y1 * scale)
+    places = [axes.transData.transform((p.x, p.y)) * scale for p in points]
+    taken: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    # The baseline's dashed line would strike its label through.
+    taken += [(area[0], y - 1, area[2], y + 1) for p, (_, y) in zip(points, places, strict=True) if p.baseline]
+    for point, (px, py) in zip(points, places, strict=True):
+        label = clean(point.label, 24)
+        width, height = 0.62 * FONT * len(label), 1.25 * FONT
+        for radius, angle in ((r, a) for r in (7, 12, 18, 26, 36, 48, 62, 78, 96) for a in ANGLES):
+            dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
+            # The label hangs on its nearest side: left of it for labels to the right of the point, and so on.
+            side = "center" if angle in (90, 270) else "left" if dx > 0 else "right"
+            left = px + dx - {"left": 0.0, "center": width / 2, "right": width}[side]
+            box = (left, py + dy - height / 2, left + width, py + dy + height / 2)
+            if _inside(box, area) and not any(_overlap(box, other) for other in taken):
+                leader = {
+                    "arrowstyle": "-",
+                    "color": INK,
+                    "alpha": 0.5,
+                    "lw": 0.6,
+                    "shrinkA": 0,
+                    "shrinkB": 3,
+                }
+                axes.annotate(
+                    label,
+                    (point.x, point.y),
+                    (dx, dy),
+                    textcoords="offset points",
+                    ha=side,
+                    va="center",
+                    arrowprops=leader if radius > 12 else None,
+                )
+                taken.append(box)
+                break
+
+
+def _inside(box: Box, area: Box) -> bool:
+    return box[0] >= area[0] and box[1] >= area[1] and box[2] <= area[2] and box[3] <= area[3]
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def clean(text: str, longest: int) -> str:
+    """Text for a figure: matplotlib's font lacks most scripts, and XML refuses control characters."""
+    text = re.sub(r"[^\x20-\x7e]", "?", text)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def svg(figure: Figure, ident: str, title: str) -> str:
+    """The drawing as one `<svg>` element fit for an HTML page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    root = ET.fromstring(buffer.getvalue())
+    for metadata in root.findall("{*}metadata"):
+        root.remove(metadata)
+    for element in root.iter():
+        # HTML knows inline SVG without namespaces, and a page without a URL in it is easier to trust.
+        element.tag = element.tag.partition("}")[2]
+        names = {key: key.partition("}")[2] or key for key in element.attrib}
+        element.attrib = {name: _value(name, element.attrib[key], ident) for key, name in names.items()}
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
+    return ET.tostring(root, encoding="unicode").strip()
+
+
+def _value(name: str, value: str, ident: str) -> str:
+    """An attribute with ids made the figure's own, ink made currentColor, and the font left to the page."""
+    if name == "id":
+        return f"{ident}-{value}"
+    if name == "href":
+        return f"#{ident}-{value[1:]}"
+    value = value.replace("url(#", f"url(#{ident}-").replace(INK, "currentColor")
+    return re.sub(r"\bfont: ([\d.]+px) [^;]*", r"font-size: \1", value)
