@@ -18,7 +18,7 @@ from .qtensor import QTensor
 from .scheme import NF4_BLOCK
 from .select import Prepared
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/ numbers them
 _INT4, _NF4, _INT8 = range(3)
 
 _STEP = 128  # features that share an activation scale, where a group of weights has no fewer
@@ -57,7 +57,7 @@ class NativeInt8:
     def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"runs on CPUs, not on {device.type}"
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             return f"inputs are {dtype}, expected float16, bfloat16 or float32"
         if reason := self._reject_scheme(qtensor):
             return reason
@@ -93,7 +93,7 @@ class NativeInt8:
 
     def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
         assert isinstance(prepared, _Packed)
-        if x.shape[-1] != prepared.shape[1] or x.dtype not in _DTYPES:  # the library trusts them
+        if x.shape[-1] != prepared.shape[1] or x.dtype not in DTYPES:  # the library trusts them
             expected = f"[..., {prepared.shape[1]}] of float16, bfloat16 or float32"
             raise ValueError(f"inputs are {list(x.shape)} of {x.dtype}, expected {expected}")
         return torch.ops.bitpress.linear_cpu(
@@ -217,7 +217,7 @@ def _linear(
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(torch.float32)
     status = _shared().lib.bitpress_linear(
-        packed.data_ptr(), x.data_ptr(), rows, _DTYPES[x.dtype], None if bias is None else bias.data_ptr(),
+        packed.data_ptr(), x.data_ptr(), rows, DTYPES[x.dtype], None if bias is None else bias.data_ptr(),
         y.data_ptr(), exact, instructions, torch.get_num_threads(),
     )  # fmt: skip
     if status:
@@ -245,7 +245,7 @@ def dequantize(
     weight = torch.empty(count, in_features, dtype=dtype)
     threads = torch.get_num_threads()
     status = _shared().lib.bitpress_dequantize(
-        packed.data_ptr(), start, count, _DTYPES[dtype], weight.data_ptr(), instructions, threads
+        packed.data_ptr(), start, count, DTYPES[dtype], weight.data_ptr(), instructions, threads
     )
     assert status == 0
     return weight

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .native_cpu import NativeInt8
+from .native_cpu import DTYPES, NativeInt8
 from .native_library import Library, library
 from .qlinear import QLinear
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _LANES = 16  # of the widest registers

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from bitpress.kernels.native_layer import ACTIVATIONS, DTYPES, NativeLayer, Norm, Parts
+from bitpress.kernels.native_cpu import DTYPES
+from bitpress.kernels.native_layer import ACTIVATIONS, NativeLayer, Norm, Parts
 from bitpress.kernels.qlinear import QLinear
 
 from .blocks import decoder
