@@ -17,6 +17,7 @@ from .blocks import skeleton
 from .calibration import calibrate
 from .checkpoint import Checkpoint, read_json
 from .config import Model, Run, load_calibration
+from .destination import Publish
 from .errors import BitpressError, ConfigError, GateError
 from .loading import load_tokenizer, pick_device
 from .machine import machine
@@ -25,6 +26,7 @@ from .recipe import MANIFEST, Recipe, check_fingerprint
 from .source import Source, resolve
 from .stages import evaluate, report
 from .stages.measure import Resume
+from .stages.publish import prepare, send
 from .stages.quantize import quantize
 from .text import Text, read_text, windows
 from .versions import versions
@@ -44,6 +46,7 @@ class Outcome:
     folder: Path
     metrics: dict[str, Any] | None = None
     error: BitpressError | None = None
+    published: str | None = None  # where on the Hub
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,21 @@ def execute(run: Run, command: str, say: Say, override: bool = False) -> list[Ou
             outcomes.append(outcome)
         if all(outcome.metrics for outcome in outcomes if outcome.model == model.id):
             evaluate.forget(folder / _PREDICTIONS)
-    return outcomes
+    return [_publish(run.publish, outcome, override, say) for outcome in outcomes] if run.publish else outcomes
+
+
+def _publish(where: Publish, outcome: Outcome, override: bool, say: Say) -> Outcome:
+    """What is done and passed its gates goes to the Hub."""
+    if outcome.error or outcome.scheme == BASELINE:
+        return outcome
+    try:
+        shipment = prepare(outcome.folder, where.name_of(outcome.model, outcome.scheme), override)
+        found = send(shipment, where.private, where.collection)
+    except BitpressError as error:
+        say(f"{outcome.model}  {outcome.scheme}  not published: {error}")
+        return replace(outcome, error=error)
+    say(f"{outcome.model}  {outcome.scheme}  {found.state}: {found.url}")
+    return replace(outcome, published=found.url)
 
 
 def summarize(run: Run, outcomes: list[Outcome]) -> Path | None:
@@ -172,9 +189,8 @@ def _pass(run: Run, metrics: dict[str, Any], parent: Path, override: bool, say: 
     """The gates' verdict, recorded with the measurements: gates may change without measuring again."""
     if metrics["scheme"] == BASELINE:
         return None
-    judged = gates.judge(run.gates, metrics)
-    missed = gates.missed(judged)
-    verdict = {"passed": not missed, "overridden": bool(missed) and override, "judged": judged} if judged else None
+    verdict = gates.verdict(run.gates, metrics, override)
+    missed = gates.missed(verdict["judged"]) if verdict else []
     if verdict != metrics["gates"]:
         folder = parent / metrics["scheme"]
         with store.locked(folder):

@@ -1,0 +1,266 @@
+"""A finished run -> a repository on the Hub, in one commit; nothing else of bitpress writes there."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token
+from huggingface_hub.hf_api import RepoFile
+
+from .. import gates, store
+from ..card import origin_of, write_card
+from ..checkpoint import WEIGHT_SUFFIXES, read_json
+from ..config import Gates
+from ..doctor import diagnose
+from ..errors import CheckpointError, ConfigError, GateError, HubError, listing
+from ..hub_errors import ANSWERS, pause, sentence
+from ..metrics import read_metrics
+from ..parcel import CARD, Item, Parcel, pack, seal, without_paths
+from ..recipe import MANIFEST
+from ..redact import has_token
+
+RECEIPT = "publish.json"
+SHOWN = "card.md"  # the card as it lies in the run's folder
+PATIENCE = 60.0  # seconds of silence after which a connection counts as lost
+WAITS = (1, 2, 4)  # seconds before each further try, where the Hub does not say
+OnStep = Callable[[int, int], None]
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What was, or would be, published. state: "dry run", "published" or "already there".
+
+    missed: a sentence for each gate that was missed and overridden. left_out: files of the artifact that stay here,
+    and why. revision: the commit on the Hub.
+    """
+
+    repo: str
+    state: str
+    files: dict[str, int]
+    left_out: dict[str, str]
+    missed: list[str]
+    card: Path
+    url: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """A run that may be published, made ready. verdict: the gates'."""
+
+    run: Path
+    repo: str
+    parcel: Parcel
+    verdict: dict[str, Any] | None
+
+    def publication(self, state: str, url: str | None = None, revision: str | None = None) -> Publication:
+        files = {item.name: item.size for item in self.parcel.items}
+        missed = gates.missed(self.verdict["judged"]) if self.verdict else []
+        return Publication(self.repo, state, files, self.parcel.left_out, missed, self.run / SHOWN, url, revision)
+
+
+def prepare(run: Path, repo: str, override: bool, on_step: OnStep = lambda done, total: None) -> Shipment:
+    """Everything that needs no network: the run is finished and as it was written, the gates, the files, the card.
+
+    Raises:
+        ConfigError: it is no finished run of a scheme. GateError: it misses a gate, and `override` is False.
+        CheckpointError: its artifact is unsound, or a file may not be published.
+    """
+    metrics = _finished(run)
+    verdict = gates.verdict(Gates.model_validate(metrics["config"]["gates"]), metrics, override)
+    if verdict and not (verdict["passed"] or override):
+        missed = "; ".join(gates.missed(verdict["judged"]))
+        raise GateError(f"{missed}; --override publishes it all the same, and its card says so")
+    found = diagnose(run / "artifact", on_step)
+    if not found.sound:
+        raise CheckpointError(f"{run / 'artifact'} is unsound, so it stays here:\n{listing(found.faults)}")
+    parcel = pack(run, metrics["config"])
+    baseline = run.parent / "none" / "metrics.json"
+    runs = [*([_portable(baseline)] if baseline.exists() else []), _portable(run / "metrics.json") | {"gates": verdict}]
+    origin = origin_of(metrics, run / "artifact" / CARD, [item.name for item in parcel.items])
+    card = write_card(repo, runs, origin, found.runtimes, parcel.items)
+    if has_token(card.encode()):
+        raise CheckpointError(f"{run}: its config or command holds a token of the Hub; revoke the token")
+    store.write_text(run / SHOWN, card)
+    parcel.add(CARD, card)
+    seal(parcel, run)
+    return Shipment(run, repo, parcel, verdict)
+
+
+def _finished(run: Path) -> dict[str, Any]:
+    """The metrics of a run that is done, and of the artifact that lies there."""
+    advice = "give the folder of one scheme that `bitpress run` finished, such as runs/demo/int4-g128"
+    if not (run / "metrics.json").is_file():
+        raise ConfigError(f"{run} is no finished run: it has no metrics.json; {advice}")
+    metrics = read_metrics(run / "metrics.json")
+    if metrics["scheme"] == "none":
+        raise ConfigError(f"{run} is the unquantized baseline, which is published already; {advice}")
+    manifest = run / "artifact" / MANIFEST
+    if not manifest.is_file():
+        raise ConfigError(f"{run} has no artifact/{MANIFEST}; {advice}")
+    if store.sha256_file(manifest) != metrics["fingerprint"]["artifact.sha256"]:
+        raise ConfigError(f"{run}: metrics.json is of another artifact than the one beside it; run its config again")
+    store.Journal(run / "journal.jsonl")
+    return metrics
+
+
+def _portable(path: Path) -> dict[str, Any]:
+    """Metrics without this machine's folders."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(without_paths(text, json.loads(text)["config"]))
+
+
+def send(shipment: Shipment, private: bool = False, collection: str | None = None) -> Publication:
+    """Upload what is not there yet in one commit, compare all hashes, and leave a receipt; a rerun goes on.
+
+    Raises:
+        HubError: what stands in the way; nothing on the Hub was overwritten, and what is uploaded is kept there.
+    """
+    path = shipment.run / RECEIPT
+    with store.locked(shipment.run), _bounded_waits():
+        hub = _Hub(shipment.repo)
+        head, there = hub.open(private)
+        receipt = _receipt(shipment, private)
+        files = receipt["files"]
+        missing = [item for item in shipment.parcel.items if not _holds(there.get(item.name), files[item.name])]
+        if missing:
+            _refuse_foreign(shipment.repo, files, read_json(path) if path.exists() else {}, head, there)
+            store.write_json(path, receipt)  # whatever happens next, a rerun knows whose files these are
+            head = hub.commit(missing, head)
+            store.write_json(path, receipt | {"revision": head})
+            there = hub.files(head)
+            if wrong := [name for name, entry in files.items() if not _holds(there.get(name), entry)]:
+                raise HubError(f"{hub.repo} does not hold what was sent: {', '.join(wrong)}; run again to mend that")
+        receipt |= {"revision": head, "time": hub.time(head)}
+        store.write_json(path, receipt)
+        if collection:
+            store.write_json(path, receipt | {"collection": hub.collect(collection, private)})
+        return shipment.publication("published" if missing else "already there", hub.url, head)
+
+
+def _receipt(shipment: Shipment, private: bool) -> dict[str, Any]:
+    """publish.json, as it is before anything is sent: revision is the commit, time the Hub's, once there is one."""
+    items = shipment.parcel.items
+    return {
+        "repo": shipment.repo,
+        "revision": None,
+        "time": None,
+        "private": private,
+        "collection": None,
+        "gates": shipment.verdict,
+        "card_sha256": next(item.sha256 for item in items if item.name == CARD),
+        "files": {item.name: {"bytes": item.size, "sha256": item.sha256, "blob": item.blob()} for item in items},
+        "versions": {name: version(name) for name in ("bitpress", "huggingface_hub")},
+    }
+
+
+def _holds(there: RepoFile | None, entry: dict[str, Any] | None) -> bool:
+    """Whether a file on the Hub is the one that a receipt has."""
+    if there is None or entry is None or there.size != entry["bytes"]:
+        return False
+    return there.lfs.sha256 == entry["sha256"] if there.lfs else there.blob_id == entry["blob"]
+
+
+def _refuse_foreign(
+    repo: str, ours: dict[str, Any], before: dict[str, Any], head: str, there: dict[str, RepoFile]
+) -> None:
+    """Nothing that somebody else put there is overwritten, and no weights are left beside ours.
+
+    Args:
+        ours: what is sent. before: the receipt of what was sent earlier.
+    Raises:
+        HubError: names the files.
+    """
+    earlier = before.get("files", {}) if before.get("repo") == repo else {}
+    strange = {name for name in there if name.endswith(WEIGHT_SUFFIXES) and name not in ours}
+    if not earlier or before["revision"] != head:
+        known = {
+            name for name, file in there.items() if _holds(file, ours.get(name)) or _holds(file, earlier.get(name))
+        }
+        strange |= ours.keys() & there.keys() - known
+    if strange:
+        raise HubError(
+            f"{repo} holds files that are not of this run, or were changed there since: {', '.join(sorted(strange))}; "
+            "nothing was uploaded. Publish to another repository, or delete them there"
+        )
+
+
+@contextlib.contextmanager
+def _bounded_waits() -> Iterator[None]:
+    """The client itself would wait for ever."""
+    session = get_session()
+    was, session.timeout = session.timeout, PATIENCE
+    try:
+        yield
+    finally:
+        session.timeout = was
+
+
+class _Hub:
+    """One repository, by huggingface_hub's client; each failure becomes a sentence."""
+
+    def __init__(self, repo: str):
+        if get_token() is None:
+            raise HubError("there is no token for the Hub: `hf auth login`, or set HF_TOKEN to one that may write")
+        self.repo = repo
+        self.api = HfApi(token=True)  # the client looks it up by itself, each time
+        self.url = f"{self.api.endpoint}/{repo}"
+        self.account = str(self._ask(self.api.whoami)["name"])
+
+    def _ask(self, call: Callable[[], Answer], waits: Sequence[float] = WAITS) -> Answer:
+        """What the client answers, tried again where that may help.
+
+        Raises:
+            HubError: without the client's own error, whose text is the server's.
+        """
+        for wait in (*waits, None):
+            try:
+                return call()
+            except ANSWERS as error:
+                seconds = pause(error, wait)
+                if seconds is None:
+                    account = getattr(self, "account", "")
+                    raise HubError(sentence(error, self.repo, account)) from None
+                time.sleep(seconds)
+        raise AssertionError("the last wait is None")
+
+    def open(self, private: bool) -> tuple[str, dict[str, RepoFile]]:
+        """Its head, and the files there; it is made where there is none."""
+        self._ask(lambda: self.api.create_repo(self.repo, private=private, exist_ok=True))
+        info = self._ask(lambda: self.api.model_info(self.repo))
+        if private and not info.private:
+            raise HubError(f"{self.repo} is public; make it private in its settings, or leave --private out")
+        head = str(info.sha)
+        return head, self.files(head)
+
+    def files(self, revision: str) -> dict[str, RepoFile]:
+        tree = self._ask(lambda: list(self.api.list_repo_tree(self.repo, revision=revision)))
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+    def time(self, revision: str) -> str | None:
+        """When it was last written, by the Hub's clock."""
+        when = self._ask(lambda: self.api.model_info(self.repo, revision=revision)).last_modified
+        return when.isoformat() if when else None
+
+    def commit(self, items: Sequence[Item], parent: str) -> str:
+        """All of them at once: uploaded first, which the client takes up where an earlier call broke off, then
+        committed, unless somebody else committed meanwhile."""
+        contents = [item.content if isinstance(item.content, bytes) else str(item.content) for item in items]
+        added = [CommitOperationAdd(item.name, content) for item, content in zip(items, contents, strict=True)]
+        self._ask(lambda: self.api.preupload_lfs_files(self.repo, added, free_memory=False), waits=())
+        message = f"Published by bitpress {version('bitpress')}"
+        made = self._ask(lambda: self.api.create_commit(self.repo, added, commit_message=message, parent_commit=parent))
+        return made.oid
+
+    def collect(self, title: str, private: bool) -> str:
+        """Put it into a collection of its owner, which is made where there is none; returns that one's slug."""
+        owner = self.repo.split("/")[0]
+        made = self._ask(lambda: self.api.create_collection(title, namespace=owner, private=private, exists_ok=True))
+        self._ask(lambda: self.api.add_collection_item(made.slug, self.repo, "model", exists_ok=True))
+        return made.slug
