@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import validate_repo_id
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -16,6 +15,7 @@ from bitpress.eval import report
 from bitpress.eval.wording import printable
 
 from .config import Calibrate
+from .destination import check_repo
 from .parcel import Item
 from .ways import closed, ways
 
@@ -96,9 +96,9 @@ def write_card(
         runtimes: see runtimes.verdicts.
         files: what else goes up.
     Raises:
-        HFValidationError: `repo` is no repository of the Hub.
+        ValueError: `repo` is no name of a repository.
     """
-    validate_repo_id(repo)  # its name stands in code
+    check_repo(repo)  # it stands in code
     runs = printable(runs)
     metrics = runs[-1]
     asymmetric = metrics["format"] == "compressed-tensors" and metrics["scheme"].endswith("-asym")

@@ -31,19 +31,9 @@ class Publish(BaseModel):
         return value
 
     def name_of(self, model: str, scheme: str) -> str:
-        """The repository of one job.
-
-        Raises:
-            ValueError: the Hub would not take it.
-        """
-        from huggingface_hub.utils import validate_repo_id  # brings the client along
-
+        """The repository of one job; see check_repo for what is raised."""
         short = re.split(r"[/:]", model.rstrip("/"))[-1]
-        name = self.repo.replace("{model}", short).replace("{scheme}", scheme)
-        if name.count("/") != 1:
-            raise ValueError(f"{name!r} is no repository of the Hub; expected owner/name, such as me/{short}-{scheme}")
-        validate_repo_id(name)
-        return name
+        return check_repo(self.repo.replace("{model}", short).replace("{scheme}", scheme))
 
     def check(self, models: Sequence[str], schemes: Sequence[str]) -> None:
         """Raises Several if a job has no repository of its own."""
@@ -55,3 +45,17 @@ class Publish(BaseModel):
         if twice := next((name for name in names if names.count(name) > 1), None):
             said = f"several jobs would go to {twice}; tell them apart by {{model}} and {{scheme}}"
             raise Several([(("repo",), said)])
+
+
+def check_repo(name: str) -> str:
+    """The name of a repository, unchanged.
+
+    Raises:
+        ValueError: the Hub would not take it.
+    """
+    from huggingface_hub.utils import validate_repo_id  # brings the client along
+
+    if name.count("/") != 1:
+        raise ValueError(f"{name!r} is no repository of the Hub; expected owner/name")
+    validate_repo_id(name)
+    return name

@@ -16,6 +16,7 @@ from .. import gates, store
 from ..card import origin_of, write_card
 from ..checkpoint import WEIGHT_SUFFIXES, read_json
 from ..config import Gates
+from ..destination import check_repo
 from ..doctor import diagnose
 from ..errors import CheckpointError, ConfigError, GateError, HubError, listing
 from ..hub_errors import ANSWERS, pause, sentence
@@ -69,9 +70,13 @@ def prepare(run: Path, repo: str, override: bool, on_step: OnStep = lambda done,
     """Everything that needs no network: the run is finished and as it was written, the gates, the files, the card.
 
     Raises:
-        ConfigError: it is no finished run of a scheme. GateError: it misses a gate, and `override` is False.
-        CheckpointError: its artifact is unsound, or a file may not be published.
+        ConfigError: it is no finished run of a scheme, or `repo` no name of a repository. GateError: it misses a gate,
+        and `override` is False. CheckpointError: its artifact is unsound, or a file may not be published.
     """
+    try:
+        check_repo(repo)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     metrics = _finished(run)
     verdict = gates.verdict(Gates.model_validate(metrics["config"]["gates"]), metrics, override)
     if verdict and not (verdict["passed"] or override):
@@ -125,23 +130,37 @@ def send(shipment: Shipment, private: bool = False, collection: str | None = Non
     path = shipment.run / RECEIPT
     with store.locked(shipment.run), _bounded_waits():
         hub = _Hub(shipment.repo)
-        head, there = hub.open(private)
+        hub.make(private)
         receipt = _receipt(shipment, private)
-        files = receipt["files"]
-        missing = [item for item in shipment.parcel.items if not _holds(there.get(item.name), files[item.name])]
+        head, there = hub.head()
+        missing = _missing(receipt, there)
         if missing:
-            _refuse_foreign(shipment.repo, files, read_json(path) if path.exists() else {}, head, there)
+            _refuse_foreign(shipment.repo, receipt["files"], read_json(path) if path.exists() else {}, head, there)
             store.write_json(path, receipt)  # whatever happens next, a rerun knows whose files these are
-            head = hub.commit(missing, head)
+            head = _commit(hub, shipment, receipt, head, missing)
             store.write_json(path, receipt | {"revision": head})
-            there = hub.files(head)
-            if wrong := [name for name, entry in files.items() if not _holds(there.get(name), entry)]:
+            if wrong := _missing(receipt, hub.files(head)):
                 raise HubError(f"{hub.repo} does not hold what was sent: {', '.join(wrong)}; run again to mend that")
         receipt |= {"revision": head, "time": hub.time(head)}
         store.write_json(path, receipt)
         if collection:
             store.write_json(path, receipt | {"collection": hub.collect(collection, private)})
         return shipment.publication("published" if missing else "already there", hub.url, head)
+
+
+def _commit(hub: "_Hub", shipment: Shipment, receipt: dict[str, Any], head: str, missing: list[str]) -> str:
+    """Send what is missing, on top of the commit `head`; returns the new one's id."""
+    try:
+        return hub.commit([item for item in shipment.parcel.items if item.name in missing], head)
+    except HubError:
+        now, there = hub.head()
+        if _missing(receipt, there):
+            raise
+        return now  # it was the answer that got lost, not the commit
+
+
+def _missing(receipt: dict[str, Any], there: dict[str, RepoFile]) -> list[str]:
+    return [name for name, entry in receipt["files"].items() if not _holds(there.get(name), entry)]
 
 
 def _receipt(shipment: Shipment, private: bool) -> dict[str, Any]:
@@ -230,14 +249,16 @@ class _Hub:
                 time.sleep(seconds)
         raise AssertionError("the last wait is None")
 
-    def open(self, private: bool) -> tuple[str, dict[str, RepoFile]]:
-        """Its head, and the files there; it is made where there is none."""
+    def make(self, private: bool) -> None:
+        """It may be there already."""
         self._ask(lambda: self.api.create_repo(self.repo, private=private, exist_ok=True))
-        info = self._ask(lambda: self.api.model_info(self.repo))
-        if private and not info.private:
+        if private and not self._ask(lambda: self.api.model_info(self.repo)).private:
             raise HubError(f"{self.repo} is public; make it private in its settings, or leave --private out")
-        head = str(info.sha)
-        return head, self.files(head)
+
+    def head(self) -> tuple[str, dict[str, RepoFile]]:
+        """Its newest commit, and the files there."""
+        revision = str(self._ask(lambda: self.api.model_info(self.repo)).sha)
+        return revision, self.files(revision)
 
     def files(self, revision: str) -> dict[str, RepoFile]:
         tree = self._ask(lambda: list(self.api.list_repo_tree(self.repo, revision=revision)))

@@ -9,14 +9,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, file_download
-from standin import Hub
+from standin import CANARY, Hub
 
 from bitpress.pipeline import worker
 from bitpress.pipeline.config import Eval, Model, Run
 from bitpress.pipeline.runner import execute
 from bitpress.pipeline.stages import evaluate, measure, publish
 
-CANARY = "hf_CanaryCanaryCanaryCanary0123"
 SCHEMES = ["int4-g32", "int8-dynamic", "nf4"]
 CARD = """---
 license: other
@@ -29,10 +28,16 @@ tags: [not-carried-over]
 """
 
 
-def in_process(task: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+def answer_here(task: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What a fresh process would answer, sooner."""
     tasks = {"check": evaluate.check_task, "measure": measure.measure_task}
     return json.loads(json.dumps(tasks[task](json.loads(json.dumps(request)))))
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs start no processes."""
+    monkeypatch.setattr(worker, "call", answer_here)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +69,7 @@ def finished(make_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFact
     """The folder of the finished runs. Read only; see runs."""
     output = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "call", in_process)
+        patch.setattr(worker, "call", answer_here)
         outcomes = execute(make_run(output), "bitpress run tiny.yaml", lambda line: None)
     assert not [outcome.error for outcome in outcomes if outcome.error]
     return output / "tiny"

@@ -21,6 +21,7 @@ from werkzeug.routing import Map, Rule
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
+CANARY = "hf_CanaryCanaryCanaryCanary0123"  # the token that it takes, which must be found nowhere
 _STALL = 30.0  # seconds, or until the server closes
 _REPO = "/api/models/<owner>/<name>"
 URLS = Map(
@@ -127,8 +128,9 @@ class Failure:
 class Hub:
     """The server. repos, blobs (by sha256) and collections are what it keeps; requests is what it was asked."""
 
-    def __init__(self, token: str, account: str = "user", multipart: int | None = None):
-        self.token, self.account, self.multipart = token, account, multipart
+    def __init__(self, token: str = CANARY, account: str = "user"):
+        self.token, self.account = token, account
+        self.multipart: int | None = None  # bytes of a part, of what is larger
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.parts: dict[tuple[str, int], bytes] = {}
