@@ -63,8 +63,8 @@ class Origin:
 
 def origin_of(metrics: Mapping[str, Any], card: Path, names: Sequence[str]) -> Origin:
     """From the source's own card, where it came along, and the names of the files that go up."""
-    model = printable(metrics["model"])
-    files = [printable(name) for name in names if re.match(r"LICEN[SC]E|NOTICE|USE_POLICY", name)]
+    model = metrics["model"]
+    files = [name for name in names if re.match(r"LICEN[SC]E|NOTICE|USE_POLICY", name)]
     return Origin(model["id"], model.get("revision"), _carried(card), files)
 
 
@@ -76,8 +76,7 @@ def _carried(path: Path) -> dict[str, Any]:
         found = YAML(typ="safe").load(front[1])
     except (YAMLError, ValueError, RecursionError):  # it is the source's: a card that cannot be read says nothing
         return {}
-    found = printable(found) if isinstance(found, dict) else {}
-    return {key: found[key] for key in _LICENCE_KEYS if _plain(found.get(key))}
+    return {key: found[key] for key in _LICENCE_KEYS if isinstance(found, dict) and _plain(found.get(key))}
 
 
 def _plain(value: Any) -> bool:
@@ -116,7 +115,7 @@ def write_card(
         "files": [(item.name, f"{item.size:,}", item.sha256) for item in files],
         "licence": origin.licence(),
     }
-    data = ModelCardData(**_metadata(repo, metrics, origin), eval_results=_results(metrics))
+    data = ModelCardData(**printable(_metadata(repo, metrics, origin)), eval_results=_results(metrics))
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{report.card(runs, page)}"))
 
 

@@ -7,9 +7,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, Of
 from bitpress.eval.wording import printable
 
 from .redact import redact
-from .source import HUB_ERRORS
 
-ANSWERS = (*HUB_ERRORS, LookupError, TypeError)  # the last two: answers that are not the Hub's
 LONGEST_WAIT = 120  # seconds; who asks for more is told to the user
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _KEPT = "run again: what is uploaded is kept"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import RepoSibling
 
 from .. import gates, store
 from ..card import origin_of, write_card
@@ -19,11 +19,12 @@ from ..config import Gates
 from ..destination import check_repo
 from ..doctor import diagnose
 from ..errors import CheckpointError, ConfigError, GateError, HubError, listing
-from ..hub_errors import ANSWERS, pause, sentence
+from ..hub_errors import pause, sentence
 from ..metrics import read_metrics
 from ..parcel import CARD, Item, Parcel, pack, seal, without_paths
 from ..recipe import MANIFEST
 from ..redact import has_token
+from ..source import HUB_ERRORS
 
 RECEIPT = "publish.json"
 SHOWN = "card.md"  # the card as it lies in the run's folder
@@ -131,36 +132,34 @@ def send(shipment: Shipment, private: bool = False, collection: str | None = Non
     with store.locked(shipment.run), _bounded_waits():
         hub = _Hub(shipment.repo)
         hub.make(private)
-        receipt = _receipt(shipment, private)
-        head, there = hub.head()
-        missing = _missing(receipt, there)
-        if missing:
-            _refuse_foreign(shipment.repo, receipt["files"], read_json(path) if path.exists() else {}, head, there)
+        receipt, now = _receipt(shipment, private), hub.state()
+        if missing := _missing(receipt, now):
+            _refuse_foreign(receipt, read_json(path) if path.exists() else {}, now)
             store.write_json(path, receipt)  # whatever happens next, a rerun knows whose files these are
-            head = _commit(hub, shipment, receipt, head, missing)
-            store.write_json(path, receipt | {"revision": head})
-            if wrong := _missing(receipt, hub.files(head)):
+            now = _commit(hub, shipment, receipt, missing, now.revision)
+            store.write_json(path, receipt | {"revision": now.revision})
+            if wrong := _missing(receipt, now):
                 raise HubError(f"{hub.repo} does not hold what was sent: {', '.join(wrong)}; run again to mend that")
-        receipt |= {"revision": head, "time": hub.time(head)}
+        receipt |= {"revision": now.revision, "time": now.time}
         store.write_json(path, receipt)
         if collection:
             store.write_json(path, receipt | {"collection": hub.collect(collection, private)})
-        return shipment.publication("published" if missing else "already there", hub.url, head)
+        return shipment.publication("published" if missing else "already there", hub.url, now.revision)
 
 
-def _commit(hub: "_Hub", shipment: Shipment, receipt: dict[str, Any], head: str, missing: list[str]) -> str:
-    """Send what is missing, on top of the commit `head`; returns the new one's id."""
+def _commit(hub: "_Hub", shipment: Shipment, receipt: dict[str, Any], missing: list[str], parent: str) -> "_State":
+    """Send what is missing, on top of the commit `parent`."""
     try:
-        return hub.commit([item for item in shipment.parcel.items if item.name in missing], head)
+        return hub.state(hub.commit([item for item in shipment.parcel.items if item.name in missing], parent))
     except HubError:
-        now, there = hub.head()
-        if _missing(receipt, there):
+        now = hub.state()
+        if _missing(receipt, now):
             raise
         return now  # it was the answer that got lost, not the commit
 
 
-def _missing(receipt: dict[str, Any], there: dict[str, RepoFile]) -> list[str]:
-    return [name for name, entry in receipt["files"].items() if not _holds(there.get(name), entry)]
+def _missing(receipt: dict[str, Any], state: "_State") -> list[str]:
+    return [name for name, entry in receipt["files"].items() if not _holds(state.files.get(name), entry)]
 
 
 def _receipt(shipment: Shipment, private: bool) -> dict[str, Any]:
@@ -179,34 +178,31 @@ def _receipt(shipment: Shipment, private: bool) -> dict[str, Any]:
     }
 
 
-def _holds(there: RepoFile | None, entry: dict[str, Any] | None) -> bool:
+def _holds(there: RepoSibling | None, entry: dict[str, Any] | None) -> bool:
     """Whether a file on the Hub is the one that a receipt has."""
     if there is None or entry is None or there.size != entry["bytes"]:
         return False
     return there.lfs.sha256 == entry["sha256"] if there.lfs else there.blob_id == entry["blob"]
 
 
-def _refuse_foreign(
-    repo: str, ours: dict[str, Any], before: dict[str, Any], head: str, there: dict[str, RepoFile]
-) -> None:
+def _refuse_foreign(receipt: dict[str, Any], before: dict[str, Any], now: "_State") -> None:
     """Nothing that somebody else put there is overwritten, and no weights are left beside ours.
 
     Args:
-        ours: what is sent. before: the receipt of what was sent earlier.
+        receipt: of what is sent. before: the receipt of what was sent earlier.
     Raises:
         HubError: names the files.
     """
-    earlier = before.get("files", {}) if before.get("repo") == repo else {}
-    strange = {name for name in there if name.endswith(WEIGHT_SUFFIXES) and name not in ours}
-    if not earlier or before["revision"] != head:
-        known = {
-            name for name, file in there.items() if _holds(file, ours.get(name)) or _holds(file, earlier.get(name))
-        }
-        strange |= ours.keys() & there.keys() - known
+    ours, earlier = receipt["files"], before["files"] if before.get("repo") == receipt["repo"] else {}
+    strange = {name for name in now.files if name.endswith(WEIGHT_SUFFIXES) and name not in ours}
+    if not earlier or before["revision"] != now.revision:
+        known = (ours, earlier)
+        met = {name: file for name, file in now.files.items() if name in ours}
+        strange |= {name for name, file in met.items() if not any(_holds(file, one.get(name)) for one in known)}
     if strange:
         raise HubError(
-            f"{repo} holds files that are not of this run, or were changed there since: {', '.join(sorted(strange))}; "
-            "nothing was uploaded. Publish to another repository, or delete them there"
+            f"{receipt['repo']} holds files that are not of this run, or were changed there since: "
+            f"{', '.join(sorted(strange))}; nothing was uploaded. Publish to another repository, or delete them there"
         )
 
 
@@ -221,6 +217,16 @@ def _bounded_waits() -> Iterator[None]:
         session.timeout = was
 
 
+@dataclass(frozen=True)
+class _State:
+    """A repository as of a commit; time is when it was last written, by the Hub's clock."""
+
+    revision: str
+    time: str | None
+    private: bool
+    files: dict[str, RepoSibling]
+
+
 class _Hub:
     """One repository, by huggingface_hub's client; each failure becomes a sentence."""
 
@@ -230,7 +236,7 @@ class _Hub:
         self.repo = repo
         self.api = HfApi(token=True)  # the client looks it up by itself, each time
         self.url = f"{self.api.endpoint}/{repo}"
-        self.account = str(self._ask(self.api.whoami)["name"])
+        self.account = self._ask(lambda: str(self.api.whoami()["name"]))
 
     def _ask(self, call: Callable[[], Answer], waits: Sequence[float] = WAITS) -> Answer:
         """What the client answers, tried again where that may help.
@@ -241,7 +247,7 @@ class _Hub:
         for wait in (*waits, None):
             try:
                 return call()
-            except ANSWERS as error:
+            except HUB_ERRORS as error:
                 seconds = pause(error, wait)
                 if seconds is None:
                     account = getattr(self, "account", "")
@@ -252,22 +258,19 @@ class _Hub:
     def make(self, private: bool) -> None:
         """It may be there already."""
         self._ask(lambda: self.api.create_repo(self.repo, private=private, exist_ok=True))
-        if private and not self._ask(lambda: self.api.model_info(self.repo)).private:
+        if private and not self.state().private:
             raise HubError(f"{self.repo} is public; make it private in its settings, or leave --private out")
 
-    def head(self) -> tuple[str, dict[str, RepoFile]]:
-        """Its newest commit, and the files there."""
-        revision = str(self._ask(lambda: self.api.model_info(self.repo)).sha)
-        return revision, self.files(revision)
+    def state(self, revision: str | None = None) -> "_State":
+        """As of a commit, the newest by default."""
+        return self._ask(lambda: self._state(revision))
 
-    def files(self, revision: str) -> dict[str, RepoFile]:
-        tree = self._ask(lambda: list(self.api.list_repo_tree(self.repo, revision=revision)))
-        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-
-    def time(self, revision: str) -> str | None:
-        """When it was last written, by the Hub's clock."""
-        when = self._ask(lambda: self.api.model_info(self.repo, revision=revision)).last_modified
-        return when.isoformat() if when else None
+    def _state(self, revision: str | None) -> "_State":
+        info = self.api.model_info(self.repo, revision=revision, files_metadata=True, timeout=PATIENCE)
+        if not info.sha or info.siblings is None:
+            raise ValueError("it told no commit, or no files")
+        when = info.last_modified.isoformat() if info.last_modified else None
+        return _State(info.sha, when, bool(info.private), {file.rfilename: file for file in info.siblings})
 
     def commit(self, items: Sequence[Item], parent: str) -> str:
         """All of them at once: uploaded first, which the client takes up where an earlier call broke off, then

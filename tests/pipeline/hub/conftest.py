@@ -1,5 +1,6 @@
 """Finished runs, and the stand-in for the Hub that they are published to, by huggingface_hub's real client."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -81,21 +82,39 @@ def runs(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "tiny")
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The stand-in; the client in this process is turned to it, with the canary for a token and an empty cache."""
-    with Hub(CANARY).serving() as server:
+@contextlib.contextmanager
+def serving(cache: Path) -> Iterator[Hub]:
+    """A stand-in; the client in this process is turned to it, with the canary for a token and an empty cache."""
+    with Hub().serving() as server, pytest.MonkeyPatch.context() as patch:
         huggingface_hub.close_session()
-        monkeypatch.setenv("HF_TOKEN", CANARY)
+        patch.setenv("HF_TOKEN", CANARY)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        patch.setattr(constants, "ENDPOINT", server.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
         yield server
         huggingface_hub.close_session()
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """The stand-in, new for each test."""
+    with serving(tmp_path / "cache") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def published(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A stand-in to which the finished runs were published, as user/tiny-SCHEME."""
+    folder = tmp_path_factory.mktemp("published")
+    shutil.copytree(finished, folder / "runs")
+    with serving(folder / "cache") as server:
+        for scheme in SCHEMES:
+            publish.send(publish.prepare(folder / "runs" / scheme, f"user/tiny-{scheme}", override=False))
+        yield server
 
 
 @pytest.fixture

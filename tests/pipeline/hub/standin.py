@@ -43,7 +43,8 @@ URLS = Map(
         Rule("/lfs/<sha256>/complete", endpoint="complete"),
         Rule("/lfs/<sha256>/part/<int:number>", endpoint="upload_part"),
         Rule("/<owner>/<name>/resolve/<revision>/<path:path>", endpoint="resolve"),
-    ]
+    ],
+    redirect_defaults=False,
 )
 
 
@@ -83,7 +84,13 @@ class File:
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(content)}\n".encode()
         return File(digest, len(content), git_name(pointer if lfs else content), lfs)
 
+    def listed(self, path: str) -> dict[str, Any]:
+        """As one of a repository's siblings."""
+        lfs = {"lfs": {"sha256": self.sha256, "size": self.size, "pointerSize": 130}} if self.lfs else {}
+        return {"rfilename": path, "size": self.size, "blobId": self.name, **lfs}
+
     def told(self, path: str) -> dict[str, Any]:
+        """As an entry of a tree."""
         lfs = {"lfs": {"oid": self.sha256, "size": self.size, "pointerSize": 130}} if self.lfs else {}
         return {"type": "file", "path": path, "size": self.size, "oid": self.name, **lfs}
 
@@ -249,7 +256,9 @@ class Hub:
         oid, files = repo.at(revision)
         when = f"2026-01-01T00:00:{[found for found, _ in repo.commits].index(oid):02}.000Z"
         told = {"id": f"{owner}/{name}", "sha": oid, "private": repo.private, "lastModified": when, "gated": repo.gated}
-        return answer(told | {"siblings": [{"rfilename": path} for path in files]})
+        whole = "blobs" in request.args
+        siblings = [file.listed(path) if whole else {"rfilename": path} for path, file in files.items()]
+        return answer(told | {"siblings": siblings})
 
     def do_tree(self, request: Request, body: bytes, owner: str, name: str, revision: str) -> Response:
         _, files = self._repo(request, owner, name).at(revision)
