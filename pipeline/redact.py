@@ -3,14 +3,14 @@
 import logging
 import re
 
-from huggingface_hub import get_token
-
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{20,}")
 HIDDEN = "<TOKEN>"
 
 
 def redact(text: str) -> str:
     """The text without the token in use, and without anything else that looks like one."""
+    from huggingface_hub import get_token  # which takes its time to import
+
     live = get_token()
     return _TOKEN.sub(HIDDEN, text.replace(live, HIDDEN) if live else text)
 

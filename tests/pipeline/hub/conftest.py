@@ -122,5 +122,4 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Nobody waits: the seconds that somebody would have."""
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
-    monkeypatch.setattr(publish, "PATIENCE", 0.3)
     return waited

@@ -1,9 +1,10 @@
 """Each failure of the Hub: its sentence, its exit code, no token anywhere, and a rerun that finishes."""
 
+import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from werkzeug.wrappers import Response
 
 from bitpress.pipeline import cli
 from bitpress.pipeline.errors import HubError
-from bitpress.pipeline.stages.publish import prepare, send
+from bitpress.pipeline.stages import publish
 
 REPO = "user/tiny-int4"
 ECHO = f"no, not with Bearer {CANARY}"  # a server may repeat what it was given
@@ -63,6 +64,22 @@ FAILURES: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.fixture
+def failing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """with failing("PUT /lfs", status=500): the Hub fails as told; where it stalls, nobody waits long for it."""
+
+    @contextlib.contextmanager
+    def fail(part: str, **how: Any) -> Iterator[None]:
+        hub.fail(part, **{"said": "told to fail", **how})
+        with monkeypatch.context() as patch:
+            if how.get("how") == "stall":
+                patch.setattr(publish, "PATIENCE", 0.6)
+            yield
+        hub.failures.clear()
+
+    return fail
+
+
+@pytest.fixture
 def bitpress(
     hub: Hub, runs: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[[], tuple[int, str]]:
@@ -86,7 +103,6 @@ def bitpress(
 
 def finishes(bitpress: Command, hub: Hub, runs: Path) -> None:
     """What was uploaded is not sent again, and in the end all is there."""
-    hub.failures.clear()
     hub.requests.clear()
     kept = [f"PUT /lfs/{sha256}" for sha256 in hub.blobs]
     assert bitpress()[0] == 0
@@ -100,10 +116,10 @@ def finishes(bitpress: Command, hub: Hub, runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_each(name: str, bitpress: Command, hub: Hub, runs: Path) -> None:
+def test_each(name: str, bitpress: Command, failing: Any, hub: Hub, runs: Path) -> None:
     part, how, said = FAILURES[name]
-    hub.fail(part, **{"said": "told to fail", **how})
-    code, told = bitpress()
+    with failing(part, **how):
+        code, told = bitpress()
     assert (code, said in told) == (6, True), told
     assert "Traceback" in told  # of --debug, in which the token is not either
     assert REPO not in hub.repos or len(hub.repos[REPO].commits) == 1
@@ -125,16 +141,11 @@ def test_each(name: str, bitpress: Command, hub: Hub, runs: Path) -> None:
     ],
 )
 def test_what_passes(
-    part: str,
-    how: dict[str, Any],
-    seconds: float,
-    bitpress: Command,
-    hub: Hub,
-    waits: list[float],
+    part: str, how: dict[str, Any], seconds: float, bitpress: Command, failing: Any, hub: Hub, waits: list[float]
 ) -> None:
     """It is waited for, as long as the Hub asks."""
-    hub.fail(part, **how)
-    assert bitpress()[0] == 0
+    with failing(part, **how):
+        assert bitpress()[0] == 0
     assert seconds in waits
     assert len(hub.repos[REPO].commits) == 2
 
@@ -212,13 +223,13 @@ def test_offline(bitpress: Command, hub: Hub, runs: Path, monkeypatch: pytest.Mo
 
 def test_a_collection_that_cannot_be_made(hub: Hub, runs: Path) -> None:
     """The run is published all the same, which a rerun knows."""
-    shipment = prepare(runs / "int4-g32", REPO, override=False)
+    shipment = publish.prepare(runs / "int4-g32", REPO, override=False)
     for part in ("POST /api/collections", "/items"):
         hub.fail(part, status=403)
         with pytest.raises(HubError, match="may not write"):
-            send(shipment, collection="Tiny things")
+            publish.send(shipment, collection="Tiny things")
         receipt = json.loads((runs / "int4-g32" / "publish.json").read_text())
         assert (receipt["revision"], receipt["collection"]) == (hub.repos[REPO].commits[-1][0], None)
-    assert send(shipment, collection="Tiny things").state == "already there"
+    assert publish.send(shipment, collection="Tiny things").state == "already there"
     [collection] = hub.collections.values()
     assert [item["id"] for item in collection["items"]] == [REPO]

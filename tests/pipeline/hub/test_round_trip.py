@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from standin import CANARY, Hub
 
 from bitpress.pipeline.cli import app
+from bitpress.pipeline.errors import HubError
 from bitpress.pipeline.loading import load
+from bitpress.pipeline.source import resolve
 
 SCHEMES = ["int4-g32", "int8-dynamic", "nf4"]
 IDS = torch.arange(32).unsqueeze(0)
@@ -28,7 +30,6 @@ from bitpress.pipeline import load
 ids = torch.arange(32).unsqueeze(0)
 save_file({name: load(f"user/tiny-{name}")[0](ids).logits.detach() for name in sys.argv[2:]}, sys.argv[1])
 """
-PRIVATE = "from bitpress.pipeline.source import resolve; resolve('user/tiny-nf4')"
 HOOK = "bitpress.pipeline.hf"
 OURS = ("bitpress", "bitpress, on the command line", "transformers, on bitpress's kernels")
 NEEDS = {"int4-g32": "gptqmodel", "int8-dynamic": "compressed_tensors", "nf4": "bitsandbytes"}  # of transformers
@@ -121,12 +122,10 @@ def test_code_for_other_programs_can_be_read(scheme: str, cards: dict[str, Any])
             subprocess.run(["bash", "-n"], input=snippet["code"], text=True, check=True)
 
 
-def test_a_private_one_is_for_its_owner(
-    published: Hub, outside: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the environment alone; who has no token is told so."""
+def test_a_private_one_is_for_its_owner(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(published.repos["user/tiny-nf4"], "private", True)
-    own = outside | {"HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", PRIVATE], env=own, capture_output=True, text=True, check=False)
-    assert "not on the Hub or private: check the spelling, or `hf auth login`" in done.stderr
-    run([sys.executable, "-c", PRIVATE], own | {"HF_TOKEN": CANARY})
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="not on the Hub or private: check the spelling, or `hf auth login`"):
+        resolve("user/tiny-nf4")
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    assert resolve("user/tiny-nf4").revision == published.repos["user/tiny-nf4"].commits[-1][0]
