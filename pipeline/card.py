@@ -14,7 +14,8 @@ from ruamel.yaml.error import YAMLError
 from bitpress.eval import report
 from bitpress.eval.wording import printable
 
-from .config import Calibrate
+from .calibration import source_of
+from .config import Calibrate, Dataset
 from .destination import check_repo
 from .parcel import Item
 from .ways import closed, ways
@@ -22,6 +23,7 @@ from .ways import closed, ways
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _LICENCE_KEYS = ("license", "license_name", "license_link", "language")
 _LONGEST = 200  # characters of a value that is carried over
+_LONGEST_FRONT = 1 << 16  # characters in which a card's metadata is looked for
 _FORMAT_TAGS = {"int-quantized": "compressed-tensors", "gptq-v2": "gptq"}
 
 
@@ -51,9 +53,8 @@ class Origin:
 
     def licence(self) -> str:
         named = self.carried.get("license_name") or self.carried.get("license")
-        words = [
-            f"That of {self.id}" + (f": {', '.join(named) if isinstance(named, list) else named}." if named else ".")
-        ]
+        listed = ", ".join(named) if isinstance(named, list) else named
+        words = [f"That of {self.id}: {listed}." if named else f"That of {self.id}."]
         if self.files:
             words.append(f"Its text is in {', '.join(self.files)}.")
         if not named and not self.files:
@@ -70,7 +71,11 @@ def origin_of(metrics: Mapping[str, Any], card: Path, names: Sequence[str]) -> O
 
 def _carried(path: Path) -> dict[str, Any]:
     """The licence and the languages that a card names; what is no short text is left out."""
-    if not path.is_file() or not (front := _FRONT.search(path.read_text(encoding="utf-8-sig", errors="replace"))):
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        front = _FRONT.search(file.read(_LONGEST_FRONT))
+    if not front:
         return {}
     try:
         found = YAML(typ="safe").load(front[1])
@@ -154,8 +159,9 @@ def _calibration_sets(metrics: Mapping[str, Any]) -> list[str] | None:
     """The data set of the Hub that it learned from."""
     if not metrics["calibration"]:
         return None
-    chosen = metrics["config"]["quantize"]["calibration"] or Calibrate().model_dump()  # type: ignore[call-arg]
-    return [chosen["text"]["dataset"]] if isinstance(chosen["text"], dict) else None
+    chosen = Calibrate.model_validate(metrics["config"]["quantize"]["calibration"] or {})
+    text = source_of(chosen.text)
+    return [text.dataset] if isinstance(text, Dataset) else None
 
 
 def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:

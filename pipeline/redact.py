@@ -3,7 +3,7 @@
 import logging
 import re
 
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{20,}")
+_TOKEN = re.compile(r"\bhf_(?:[a-z]+_)?[A-Za-z0-9]{20,}")
 HIDDEN = "<TOKEN>"
 
 

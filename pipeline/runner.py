@@ -23,6 +23,7 @@ from .loading import load_tokenizer, pick_device
 from .machine import machine
 from .progress import progress
 from .recipe import MANIFEST, Recipe, check_fingerprint
+from .redact import redact
 from .source import Source, resolve
 from .stages import evaluate, report
 from .stages.measure import Resume
@@ -88,13 +89,16 @@ def execute(run: Run, command: str, say: Say, override: bool = False) -> list[Ou
                 outcome = Outcome(model.id, scheme, folder / scheme, error=error)
                 say(f"  failed: {error}")
             except Exception as error:  # a bug, or want of memory: the other jobs are not to blame
-                unexpected = BitpressError(f"unexpected {type(error).__name__}: {error}; please report it")
-                outcome = Outcome(model.id, scheme, folder / scheme, error=unexpected)
+                outcome = Outcome(model.id, scheme, folder / scheme, error=_unexpected(error))
                 say(traceback.format_exc())
             outcomes.append(outcome)
         if all(outcome.metrics for outcome in outcomes if outcome.model == model.id):
             evaluate.forget(folder / _PREDICTIONS)
     return [_publish(run.publish, outcome, override, say) for outcome in outcomes] if run.publish else outcomes
+
+
+def _unexpected(error: Exception) -> BitpressError:
+    return BitpressError(f"unexpected {type(error).__name__}: {redact(str(error))}; please report it")
 
 
 def _publish(where: Publish, outcome: Outcome, override: bool, say: Say) -> Outcome:
@@ -107,6 +111,9 @@ def _publish(where: Publish, outcome: Outcome, override: bool, say: Say) -> Outc
     except BitpressError as error:
         say(f"{outcome.model}  {outcome.scheme}  not published: {error}")
         return replace(outcome, error=error)
+    except Exception as error:
+        say(redact(traceback.format_exc()))
+        return replace(outcome, error=_unexpected(error))
     say(f"{outcome.model}  {outcome.scheme}  {found.state}: {found.url}")
     return replace(outcome, published=found.url)
 

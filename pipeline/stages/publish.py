@@ -9,8 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import get_session
 
 from .. import gates, store
 from ..card import origin_of, write_card
@@ -132,7 +133,7 @@ def send(shipment: Shipment, private: bool = False, collection: str | None = Non
     with store.locked(shipment.run), _bounded_waits():
         hub = _Hub(shipment.repo)
         hub.make(private)
-        receipt, now = _receipt(shipment, private), hub.state()
+        receipt, now = _receipt(shipment), hub.state()
         if missing := _missing(receipt, now):
             _refuse_foreign(receipt, read_json(path) if path.exists() else {}, now)
             store.write_json(path, receipt)  # whatever happens next, a rerun knows whose files these are
@@ -140,7 +141,7 @@ def send(shipment: Shipment, private: bool = False, collection: str | None = Non
             store.write_json(path, receipt | {"revision": now.revision})
             if wrong := _missing(receipt, now):
                 raise HubError(f"{hub.repo} does not hold what was sent: {', '.join(wrong)}; run again to mend that")
-        receipt |= {"revision": now.revision, "time": now.time}
+        receipt |= {"revision": now.revision, "time": now.time, "private": now.private}
         store.write_json(path, receipt)
         if collection:
             store.write_json(path, receipt | {"collection": hub.collect(collection, private)})
@@ -162,14 +163,14 @@ def _missing(receipt: dict[str, Any], state: "_State") -> list[str]:
     return [name for name, entry in receipt["files"].items() if not _holds(state.files.get(name), entry)]
 
 
-def _receipt(shipment: Shipment, private: bool) -> dict[str, Any]:
-    """publish.json, as it is before anything is sent: revision is the commit, time the Hub's, once there is one."""
+def _receipt(shipment: Shipment) -> dict[str, Any]:
+    """publish.json, as it is before anything is sent; the commit, and what the Hub says of it, come later."""
     items = shipment.parcel.items
     return {
         "repo": shipment.repo,
         "revision": None,
         "time": None,
-        "private": private,
+        "private": None,
         "collection": None,
         "gates": shipment.verdict,
         "card_sha256": next(item.sha256 for item in items if item.name == CARD),
@@ -195,7 +196,7 @@ def _refuse_foreign(receipt: dict[str, Any], before: dict[str, Any], now: "_Stat
     """
     ours, earlier = receipt["files"], before["files"] if before.get("repo") == receipt["repo"] else {}
     strange = {name for name in now.files if name.endswith(WEIGHT_SUFFIXES) and name not in ours}
-    if not earlier or before["revision"] != now.revision:
+    if not earlier or before.get("revision") != now.revision:
         known = (ours, earlier)
         met = {name: file for name, file in now.files.items() if name in ours}
         strange |= {name for name, file in met.items() if not any(_holds(file, one.get(name)) for one in known)}
@@ -256,8 +257,8 @@ class _Hub:
         raise AssertionError("the last wait is None")
 
     def make(self, private: bool) -> None:
-        """It may be there already."""
-        self._ask(lambda: self.api.create_repo(self.repo, private=private, exist_ok=True))
+        """It may be there already. Where it is not to be private, the owner's default holds."""
+        self._ask(lambda: self.api.create_repo(self.repo, private=private or None, exist_ok=True))
         if private and not self.state().private:
             raise HubError(f"{self.repo} is public; make it private in its settings, or leave --private out")
 

@@ -124,6 +124,11 @@ class TestMetadata:
         assert metadata(card)["datasets"] == ["Salesforce/wikitext"]  # the default, where the config names none
         assert "calibrated on Salesforce/wikitext/wikitext-2-raw-v1/train" in body(card)
         assert "datasets" not in metadata(write())
+        config = metrics("int4-g32")["config"]
+        for text, names in (("org/set:raw:train", ["org/set"]), ("mine.txt", None)):
+            quantize = config["quantize"] | {"calibration": {"text": text, "windows": 4, "context": 32, "seed": 0}}
+            found = metadata(write(calibration=learned, config=config | {"quantize": quantize}))
+            assert found.get("datasets") == names
 
 
 class TestOrigin:
