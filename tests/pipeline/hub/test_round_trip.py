@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from standin import CANARY, Hub
 
-from bitpress.pipeline.cli import app
+from bitpress.pipeline.cli import app, main
 from bitpress.pipeline.errors import HubError
 from bitpress.pipeline.loading import load
 from bitpress.pipeline.source import resolve
@@ -120,6 +120,14 @@ def test_code_for_other_programs_can_be_read(scheme: str, cards: dict[str, Any])
             ast.parse(snippet["code"])
         else:
             subprocess.run(["bash", "-n"], input=snippet["code"], text=True, check=True)
+
+
+def test_it_generates(published: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bitpress", "generate", "user/tiny-int8-dynamic", "Once upon a time"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    assert capfd.readouterr().out.startswith("Once upon a time")
 
 
 def test_a_private_one_is_for_its_owner(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
