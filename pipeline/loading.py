@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from .blocks import Names, Target, replace_module
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ConfigError
 from .fusing import fuse
-from .layout import check_shape, read_layer, read_layout
+from .layout import Layout, check_shape, read_layer, read_layout
 from .source import resolve
+from .threads import one_ahead
 
 MakeLayer = Callable[[Tensor | None], nn.Module]  # of the bias, None for experts
 OnStep = Callable[[int, int], None]
@@ -91,6 +93,7 @@ def load_model(
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; use auto or one of {', '.join(_DTYPES)}")
     wanted = _DTYPES.get(dtype)
+    checkpoint.fetch()
     if "quantization_config" in checkpoint.config:
         return _load_quantized(checkpoint, device, wanted, kernel, on_step)
     return load_dense(checkpoint, wanted).to(device)  # type: ignore[arg-type]
@@ -137,29 +140,30 @@ def _load_quantized(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str, on_step: OnStep
 ) -> PreTrainedModel:
     layout = read_layout(checkpoint, dtype)
-    model, names, quantized = layout.model, layout.names, layout.quantized
-    experts = {target.parameter for target in quantized.values() if target.expert}
+    model, names = layout.model, layout.names
+    experts = {target.parameter for target in layout.quantized.values() if target.expert}
     pieces = {n: t for n, t in layout.plain.items() if t.expert and t.parameter in experts}  # of experts not all
     _fill(checkpoint, model, names, {n: t for n, t in layout.plain.items() if n not in pieces}, device)
 
-    layers = {t: dense_layer(checkpoint.read(n).to(device, model.dtype)) for n, t in pieces.items()}
-    for number, (layer, target) in enumerate(quantized.items()):  # all are checked before any is used
-        on_step(number, len(quantized))
-        qtensor = read_layer(checkpoint, layout.format, layout.scheme, layer).to(device)
-        check_shape(layout, layer, qtensor)
-        layers[target] = _maker(qtensor, model.dtype, kernel)
-    replace_layers(model, names, _emptied(layers))
-    on_step(len(quantized), len(quantized))
+    kept = ((t, dense_layer(checkpoint.read(n).to(device, model.dtype))) for n, t in pieces.items())
+    replace_layers(model, names, chain(kept, _quantized(checkpoint, layout, device, kernel, on_step)))
     model = _finish(checkpoint, model, device)
     if device.type == "cpu":
         model.fusing = fuse(model)  # type: ignore[assignment]
     return model
 
 
-def _emptied(layers: dict[Target, MakeLayer]) -> Iterator[tuple[Target, MakeLayer]]:
-    """Each in turn, and let go of: what a kernel has repacked need not be held twice."""
-    while layers:
-        yield layers.popitem()
+def _quantized(
+    checkpoint: Checkpoint, layout: Layout, device: torch.device, kernel: str, on_step: OnStep
+) -> Iterator[tuple[Target, MakeLayer]]:
+    """Each quantized layer, checked; the next one is being read while a kernel repacks it."""
+    qtensors = one_ahead(lambda layer: read_layer(checkpoint, layout.format, layout.scheme, layer), layout.quantized)
+    for number, (layer, qtensor) in enumerate(zip(layout.quantized, qtensors)):
+        on_step(number, len(layout.quantized))
+        check_shape(layout, layer, qtensor)
+        yield layout.quantized[layer], _maker(qtensor.to(device), layout.model.dtype, kernel)
+        del qtensor  # its memory serves for the next but one
+    on_step(len(layout.quantized), len(layout.quantized))
 
 
 def _maker(qtensor: QTensor, dtype: torch.dtype, kernel: str) -> MakeLayer:

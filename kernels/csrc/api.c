@@ -11,10 +11,10 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define MAGIC 0x3173736572706962 /* "bipress1" */
-#define FEW_ROWS 64
-#define MOST_ROWS 256
+#define FEW_ROWS 64              /* of a task: up to so many, its weights are read in the order in which they lie */
+#define MOST_ROWS 256            /* of a task, so that its inputs stay in a core's second cache */
 #define SUM_BYTES (512 << 10)   /* sums of a task, which stay in a core's second cache */
-#define TASK_BYTES (512 << 10)
+#define TASK_BYTES (512 << 10)   /* of weights, where these are read once */
 #define PIECE (16 << 10)         /* words of 8 bytes that are read at a time */
 #define MIN_PARALLEL (32 << 10)  /* inputs that are worth waking threads for */
 
@@ -121,8 +121,8 @@ EXPORT int64_t bitpress_layout(void *packed, int64_t out_features, int64_t in_fe
 
 typedef struct {
     Weight w;
-    const uint8_t *from;
-    int64_t row_bytes, high_first;
+    const uint32_t *from;
+    int64_t words, row_stride, word_stride, high_first;
     uint8_t *to;
     atomic_llong next;
 } Packing;
@@ -138,27 +138,29 @@ static uint32_t interleaved(uint32_t codes) {
 static void pack_blocks(void *context) {
     Packing *p = context;
     const Weight *w = &p->w;
-    const int64_t blocks = blocks_of(w), per_word = w->code == INT8 ? 4 : 8, words = w->padded / per_word;
+    const int64_t blocks = blocks_of(w), words = w->padded / (w->code == INT8 ? 4 : 8);
     for (int64_t block; (block = atomic_fetch_add(&p->next, 1)) < blocks;) {
+        const int64_t outputs = maximum(minimum(w->out_features - block * BLOCK, BLOCK), 0);
+        const uint32_t *from = p->from + block * BLOCK * p->row_stride;
         uint8_t *to = p->to + block * words * BLOCK * 4;
-        for (int64_t n = 0; n < BLOCK; n++) {
-            const int64_t o = block * BLOCK + n;
-            for (int64_t i = 0; i < words; i++) {
-                uint32_t word = 0;
-                const int64_t at = i * 4, left = o < w->out_features ? p->row_bytes - at : 0;
-                if (left > 0) memcpy(&word, p->from + o * p->row_bytes + at, (size_t)minimum(left, 4));
-                if (p->high_first) word = (word & 0x0f0f0f0f) << 4 | (word >> 4 & 0x0f0f0f0f);
-                if (w->code != INT8) word = interleaved(word);
-                memcpy(to + (i * BLOCK + n) * 4, &word, 4);
-            }
+        for (int64_t i = 0; i < words; i++) {
+            uint32_t line[BLOCK] = {0};
+            for (int64_t n = 0; i < p->words && n < outputs; n++)
+                line[n] = from[n * p->row_stride + i * p->word_stride];
+            for (int64_t n = 0; p->high_first && n < BLOCK; n++)
+                line[n] = (line[n] & 0x0f0f0f0f) << 4 | (line[n] >> 4 & 0x0f0f0f0f);
+            for (int64_t n = 0; w->code != INT8 && n < BLOCK; n++) line[n] = interleaved(line[n]);
+            memcpy(to + i * sizeof line, line, sizeof line);
         }
     }
 }
 
-/* Codes [out_features][row_bytes], as a stream along the inputs, two codes per byte (the first in the low nibble, or
- * the high one) or one -> the header's codes. Assumes a little-endian machine. */
-EXPORT void bitpress_pack(void *packed, const void *codes, int64_t row_bytes, int64_t high_first, int threads) {
-    Packing p = {.w = weight_of(packed), .from = codes, .row_bytes = row_bytes, .high_first = high_first};
+/* Codes -> the header's codes: word i of output o is codes[o * row_stride + i * word_stride], of `words`, and holds two
+ * codes per byte (the first in the low nibble, or the high one) or one. Assumes a little-endian machine. */
+EXPORT void bitpress_pack(void *packed, const uint32_t *codes, int64_t words, int64_t row_stride, int64_t word_stride,
+                          int64_t high_first, int threads) {
+    Packing p = {.w = weight_of(packed), .from = codes, .words = words, .row_stride = row_stride,
+                 .word_stride = word_stride, .high_first = high_first};
     p.to = (uint8_t *)p.w.codes;
     atomic_init(&p.next, 0);
     parallel(pack_blocks, &p, threads);
@@ -269,7 +271,8 @@ static void multiply(void *context) {
     const int64_t blocks = blocks_of(&p->w), across = (blocks + p->blocks_per_task - 1) / p->blocks_per_task;
     const int64_t down = (p->in.rows + p->rows_per_task - 1) / p->rows_per_task;
     char *scratch = NULL;
-    if (p->tiled && !(scratch = aligned_alloc(64, (size_t)(PAIR * STRETCH + p->blocks_per_task * BLOCK * p->rows_per_task * 4)))) {
+    const int64_t bytes = PAIR * STRETCH + p->blocks_per_task * BLOCK * p->rows_per_task * 4;
+    if (p->tiled && !(scratch = aligned_alloc(64, (size_t)bytes))) {
         p->failed = 1;
         return;
     }
