@@ -206,7 +206,7 @@ def test_gradients_of_the_inputs(make_qtensor: Make, kind: type[NativeInt8]) -> 
 @pytest.mark.parametrize("scheme", ["int3-g32", "int4-g32", "int8-channel-asym"])
 def test_codes_may_lie_transposed(make_qtensor: Make, scheme: str) -> None:
     """As GPTQ's files have them."""
-    qtensor = make_qtensor(scheme, (37, 96))
+    qtensor = make_qtensor(scheme, 37, 96)
     transposed = replace(qtensor, codes=qtensor.codes.t().contiguous().t())
     kernel = NativeInt8()
     packed = [kernel.prepare(q, torch.float32).packed for q in (qtensor, transposed)]  # type: ignore[union-attr]
