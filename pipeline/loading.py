@@ -1,9 +1,7 @@
 """Files -> a transformers model: quantized layers on our kernels, everything else as transformers has it."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from bitpress.kernels.qlinear import QExperts, QLinear
-from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.qlinear import QLinear
 
-from .blocks import Names, Target, replace_module
+from .blocks import Target
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ConfigError
 from .fusing import fuse
-from .layout import Layout, check_shape, read_layer, read_layout
+from .layers import OnStep, experts_of, quantized_layers, replace_layers
+from .layout import Layout, read_layout
+from .quantizer import attach
 from .source import resolve
-from .threads import one_ahead
 
-MakeLayer = Callable[[Tensor | None], nn.Module]  # of the bias, None for experts
-OnStep = Callable[[int, int], None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class _DenseLinear(nn.Module):
-    """A linear layer that is not quantized, as one piece of an expert."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight)
-
-
-def dense_layer(weight: Tensor) -> MakeLayer:
-    """For replace_layers: an expert's piece [out, in] that is not quantized."""
-    return lambda bias: _DenseLinear(weight)
 
 
 def load(
@@ -115,71 +95,23 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreT
     return model.eval()
 
 
-def replace_layers(model: PreTrainedModel, names: Names, layers: Iterable[tuple[Target, MakeLayer]]) -> None:
-    """Put a module in the place of each target, linear layers and experts alike, one after the other.
-
-    Args:
-        layers: targets, each with a function of the bias (None for experts) that makes the module.
-    """
-    experts: dict[str, dict[int, dict[int, nn.Module]]] = defaultdict(lambda: defaultdict(dict))
-    for target, make in layers:
-        if target.expert:
-            expert, piece, _ = target.expert
-            experts[target.parameter][expert][piece] = make(None)
-            continue
-        path = target.parameter.removesuffix(".weight")
-        replace_module(model, path, make(getattr(model.get_submodule(path), "bias", None)))
-    for parameter, table in experts.items():
-        rows = [[table[e][p] for p in sorted(table[e])] for e in sorted(table)]
-        replace_module(model, parameter, QExperts(rows))
-    if experts:
-        model.config._experts_implementation = "eager"  # transformers' other ones want one 3-D tensor
-
-
 def _load_quantized(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str, on_step: OnStep
 ) -> PreTrainedModel:
     layout = read_layout(checkpoint, dtype)
-    model, names = layout.model, layout.names
-    experts = {target.parameter for target in layout.quantized.values() if target.expert}
-    pieces = {n: t for n, t in layout.plain.items() if t.expert and t.parameter in experts}  # of experts not all
-    _fill(checkpoint, model, names, {n: t for n, t in layout.plain.items() if n not in pieces}, device)
-
-    kept = ((t, dense_layer(checkpoint.read(n).to(device, model.dtype))) for n, t in pieces.items())
-    replace_layers(model, names, chain(kept, _quantized(checkpoint, layout, device, kernel, on_step)))
+    model, experts = layout.model, experts_of(layout)
+    _fill(checkpoint, layout, {n: t for n, t in layout.plain.items() if t.parameter not in experts}, device)
+    replace_layers(model, layout.names, quantized_layers(checkpoint, layout, lambda target: device, kernel, on_step))
     model = _finish(checkpoint, model, device)
     if device.type == "cpu":
         model.fusing = fuse(model)  # type: ignore[assignment]
+    attach(model, checkpoint, layout)
     return model
 
 
-def _quantized(
-    checkpoint: Checkpoint, layout: Layout, device: torch.device, kernel: str, on_step: OnStep
-) -> Iterator[tuple[Target, MakeLayer]]:
-    """Each quantized layer, checked; the next one is being read while a kernel repacks it."""
-    qtensors = one_ahead(lambda layer: read_layer(checkpoint, layout.format, layout.scheme, layer), layout.quantized)
-    for number, (layer, qtensor) in enumerate(zip(layout.quantized, qtensors)):
-        on_step(number, len(layout.quantized))
-        check_shape(layout, layer, qtensor)
-        yield layout.quantized[layer], _maker(qtensor.to(device), layout.model.dtype, kernel)
-        del qtensor  # its memory serves for the next but one
-    on_step(len(layout.quantized), len(layout.quantized))
-
-
-def _maker(qtensor: QTensor, dtype: torch.dtype, kernel: str) -> MakeLayer:
-    def make(bias: Tensor | None) -> nn.Module:
-        try:
-            return QLinear(qtensor, bias, dtype, kernel)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-    return make
-
-
-def _fill(
-    checkpoint: Checkpoint, model: PreTrainedModel, names: Names, plain: dict[str, Target], device: torch.device
-) -> None:
+def _fill(checkpoint: Checkpoint, layout: Layout, plain: dict[str, Target], device: torch.device) -> None:
     """Put the tensors that are not quantized into the skeleton; those that the model does not have are left out."""
+    model, names = layout.model, layout.names
     fused: dict[str, list[tuple[tuple[int, int, int], str]]] = defaultdict(list)
     for name, target in plain.items():
         if not names.known(target.parameter):

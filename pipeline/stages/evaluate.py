@@ -15,7 +15,8 @@ from ..blocks import Names, Target
 from ..checkpoint import Checkpoint
 from ..config import Eval
 from ..errors import ConfigError, NumericsError
-from ..loading import dense_layer, load_model, pick_device, replace_layers
+from ..layers import dense_layer, replace_layers
+from ..loading import load_model, pick_device
 from ..plan import make_plan
 from ..progress import progress
 from ..recipe import Recipe

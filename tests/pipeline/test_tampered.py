@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitpress.kernels.qlinear import QLinear
-from bitpress.pipeline import loading
+from bitpress.pipeline import layers
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from bitpress.pipeline.errors import CheckpointError
@@ -211,8 +211,8 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
             pytest.fail("a kernel was about to get a tampered weight")
         return QLinear(qtensor, *arguments)
 
-    monkeypatch.setattr(loading, "read_layer", read)
-    monkeypatch.setattr(loading, "QLinear", guarded)
+    monkeypatch.setattr(layers, "read_layer", read)
+    monkeypatch.setattr(layers, "QLinear", guarded)
 
 
 def tamper(folder: Path, change: Change, edit_tensors: Any) -> None:
