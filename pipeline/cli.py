@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import bench
+from . import bench, talk
 from .errors import BitpressError, CheckpointError
+from .options import Device, Dtype, Json, KernelName, Revision
 from .progress import quiet_libraries
 
 app = typer.Typer(
@@ -24,12 +25,6 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 _out = Console()
 _err = Console(stderr=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")]
-Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the Hub.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-KernelName = Annotated[str, typer.Option("--kernel", help="auto, or one of `bitpress list`.")]
 
 
 def _news(line: str) -> None:
@@ -234,29 +229,8 @@ def compare(
     _out.print(f"\ncomparison: {escape(str(page))}", soft_wrap=True)
 
 
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
-    prompt: Annotated[str, typer.Argument()],
-    tokens: Annotated[int, typer.Option(min=1, help="How many at most.")] = 128,
-    dtype: Dtype = "auto",
-    kernel: KernelName = "auto",
-    device: Device = "auto",
-    revision: Revision = None,
-) -> None:
-    """Continue a prompt, greedily."""
-    from transformers import TextStreamer
-
-    from .loading import load
-
-    quiet_libraries()
-    loaded, tokenizer = load(model, revision, device, dtype, kernel)
-    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
-    inputs.pop("token_type_ids", None)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    loaded.generate(  # type: ignore[operator]
-        **inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer, pad_token_id=tokenizer.eos_token_id
-    )
+app.command()(talk.generate)
+app.command()(talk.chat)
 
 
 @app.command()
