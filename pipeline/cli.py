@@ -229,8 +229,7 @@ def compare(
     _out.print(f"\ncomparison: {escape(str(page))}", soft_wrap=True)
 
 
-app.command()(talk.generate)
-app.command()(talk.chat)
+app.add_typer(talk.app)
 
 
 @app.command()

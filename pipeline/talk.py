@@ -9,7 +9,10 @@ import typer
 from .options import Device, Dtype, KernelName, Revision
 from .progress import quiet_libraries
 
+app = typer.Typer()
 
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
     prompt: Annotated[str, typer.Argument()],
@@ -34,6 +37,7 @@ def generate(
     )
 
 
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
