@@ -92,6 +92,8 @@ def entries_of(runs: Sequence[Metrics]) -> list[Entry]:
 
 def _label(run: Metrics, ambiguous: bool) -> str:
     scheme = "baseline" if run.get("scheme") == "none" else str(run.get("scheme"))
+    if where := dig(run, "checkpoint", "id"):
+        return f"{scheme} {where}"
     more = (str(run.get(key)) for key in ("method", "name") if ambiguous and run.get(key))
     return " ".join((scheme, *more))
 

@@ -18,10 +18,10 @@ from bitpress.eval.quality import Scores
 from bitpress.kernels.qlinear import inputs_left_alone
 
 from .. import store
-from ..blocks import decoder
+from ..blocks import decoder, skeleton
 from ..checkpoint import Checkpoint, read_json
 from ..config import Eval, Speed
-from ..errors import ConfigError, NumericsError
+from ..errors import CheckpointError, ConfigError, NumericsError
 from ..loading import kernels_used, load_model, load_tokenizer, pick_device
 from ..machine import machine
 from ..progress import progress
@@ -72,7 +72,19 @@ class _Job:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.checkpoint.folder)
+        """The baseline's, so that all that is compared with it reads the same tokens."""
+        return load_tokenizer((self.baseline or self.checkpoint).folder)
+
+    def check_vocabulary(self) -> None:
+        """Raises CheckpointError where the baseline is visibly another model."""
+        if self.baseline is None:
+            return
+        own, other = (skeleton(c).config.get_text_config().vocab_size for c in (self.checkpoint, self.baseline))
+        if own != other:
+            raise CheckpointError(
+                f"{self.checkpoint.folder.name} has a vocabulary of {own} tokens, its baseline "
+                f"{self.baseline.folder.name} one of {other}: it was not made from that; give the model that it was"
+            )
 
     def load(self) -> Any:
         with progress("loading") as step:
@@ -125,6 +137,7 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
         BitpressError: of the files, the text or the numbers.
     """
     job = _Job.of(request)
+    job.check_vocabulary()
     with memory.Peak(job.device) as loading:
         model = job.load()
     plan = windows(read_text(job.settings.text), job.tokenizer, job.settings, model.config)

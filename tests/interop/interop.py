@@ -6,7 +6,7 @@ Both sides load the same folder in processes of their own, in the same dtype, an
 One difference is known: of int8-dynamic, compressed-tensors quantizes activations by absmax / 127.5, and bitpress by
 absmax / 127, as vLLM does.
 
-llama.cpp reads other files: it is given the demo's weights in float16, and asked for the perplexity by its own protocol.
+llama.cpp reads other files: it is given the demo's weights in float16 and asked for the perplexity of its own protocol.
 """
 
 import json
