@@ -133,6 +133,7 @@ def _circumstances(run: dict[str, Any]) -> tuple[Source, Eval, str]:
     if read_text(settings.text).sha256 != run["protocol"].get("text_sha256"):
         raise ConfigError(f"the text {settings.text} is not what they read")
     for given in config.get("models", []):
-        if model["id"] in (given["id"], Path(given["id"]).expanduser().resolve().name):
+        folder = Path(given["id"]).expanduser().resolve()  # of a local model, only its name is the model's id
+        if given["id"] == model["id"] or (folder.name == model["id"] and folder.is_dir()):
             return resolve(given["id"], model.get("revision")), settings, config.get("device", "auto")
-    raise ConfigError(f"where their model {model['id']} lies is not recorded")
+    raise ConfigError(f"their model {model['id']} is not where it was")
