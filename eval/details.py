@@ -4,7 +4,7 @@ Each is (title, header, rows, note); one that nothing was measured for is left o
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import wording as say
 from .slowdown import because
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from .entries import Entry, SpeedPoint
 
 Table = tuple[str, list[str], list[list[str]], str]
+_WORST = 3  # layers of each run
 
 
 def tables(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str]) -> list[Table]:
     """All tables of a report's runs."""
-    made = (_divergence(entries), _gates(entries), _tasks(entries), _memory(entries), _speed(entries, points))
-    return [table for table in made if table[2]]
+    made = (_divergence(entries), _gates(entries), _errors(entries), _tasks(entries), _memory(entries))
+    return [table for table in (*made, _speed(entries, points)) if table[2]]
 
 
 def _divergence(entries: Sequence["Entry"]) -> Table:
@@ -44,6 +45,25 @@ def _divergence(entries: Sequence["Entry"]) -> Table:
         "ratio of perplexities is known far better than either. p: the probability given to the true next token."
     )
     return "How sure the figures are", header, rows, note
+
+
+def _errors(entries: Sequence["Entry"]) -> Table:
+    """The layers whose outputs are furthest off; a run that was not asked for them has no row."""
+    rows = []
+    for entry in entries:
+        errors = entry.get("output_errors") or {}
+        if reason := errors.get("skipped"):
+            rows.append([entry.title, say.DASH, say.DASH, f"not measured: {reason}"])
+        known = [layer for layer in errors.get("layers") or [] if layer.get("output_error") is not None]
+        for layer in sorted(known, key=lambda layer: -layer["output_error"])[:_WORST]:
+            channels = [f"{x['channel']} ({say.percent(x['share'], 0)})" for x in layer.get("worst_channels") or []]
+            error = say.percent(layer["output_error"], 2)
+            rows.append([entry.title, str(layer.get("name")), error, ", ".join(channels) or say.DASH])
+    note = (
+        f"The {_WORST} layers of each run whose outputs are furthest off, on the unquantized model's inputs; "
+        "in brackets behind a channel its share in the layer's squared error. All layers are in metrics.json."
+    )
+    return "Where it hurts most", ["run", "layer", "relative error of outputs", "worst channels"], rows, note
 
 
 def _gates(entries: Sequence["Entry"]) -> Table:
@@ -127,9 +147,3 @@ def _speed(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str]) -> Ta
         "decode, of the whole processor or card, where the machine tells."
     )
     return "Speed, further", header, rows, note
-
-
-def worst_layers(errors: Mapping[str, Any] | None, most: int = 5) -> list[Mapping[str, Any]]:
-    """The layers whose outputs are furthest off."""
-    known = [layer for layer in (errors or {}).get("layers") or [] if layer.get("output_error") is not None]
-    return sorted(known, key=lambda layer: -layer["output_error"])[:most]
