@@ -34,7 +34,7 @@ def _divergence(entries: Sequence["Entry"]) -> Table:
         how = found.get("path") or say.DASH
         row = [entry.title, say.plus_minus(found["perplexity"], found.get("perplexity_se"), say.number)]
         row.append(say.plus_minus(found.get("perplexity_ratio"), found.get("perplexity_ratio_se"), say.fine))
-        row.append(say.plus_minus(found.get("kl_mean"), found.get("kl_mean_se"), say.small))
+        row.append(say.divergence(found.get("kl_mean"), found.get("kl_mean_se")))
         row += [say.small(found.get(key)) for key in ("kl_median", "kl_p99", "kl_max")]
         row.append(say.plus_minus(found.get("top1_agreement"), found.get("top1_agreement_se"), say.hundredths))
         row.append(say.plus_minus(found.get("rms_dp"), found.get("rms_dp_se"), say.hundredths))

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from bitpress.eval import compare_page
+from bitpress.eval import compare_page, wording
 from bitpress.eval.choice import Budget
 from bitpress.eval.compare import Incomparable, between, compare, front
 
@@ -108,7 +108,7 @@ def test_choice_by_budgets_and_context():
 def test_a_model_that_fits_anywhere_is_chosen_by_steps():
     runs = [run(gb=0.006), run("int8-dynamic", 0.003, 0.001), run("nf4", 0.002, 0.01), run("int4-g32", 0.0025, 0.02)]
     assert chosen(compare(runs, context=0)) == {
-        "from 2.00 MB": "nf4", "from 3.00 MB": "int8-dynamic", "from 6.00 MB": "baseline",
+        "2.00 MB or more": "nf4", "3.00 MB or more": "int8-dynamic", "6.00 MB or more": "baseline",
     }  # fmt: skip
 
 
@@ -271,3 +271,33 @@ def test_html_needs_nothing_from_outside(parse):
         assert outside not in page
     assert page.count("<svg") == 2
     assert "currentColor" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "said"),
+    [
+        (0.0043512, 5.2e-5, "0.00435 (± 0.00005)"),
+        (0.0013247, 1.83e-5, "0.001325 (± 0.000018)"),
+        (0.15312, 0.003, "0.153 (± 0.003)"),
+        (12.3456, 21.0, "12 (± 21)"),
+        (0.0043512, 0.0, "0.0044 (± 0)"),
+        (0.0043512, None, "0.0044"),
+        (None, None, "–"),
+    ],
+)
+def test_a_divergence_has_the_digits_that_its_error_leaves_it(value, error, said):
+    assert wording.divergence(value, error) == said
+
+
+def test_a_speed_that_is_hardly_higher_is_not_worth_a_word():
+    runs = [run(), run("int8-dynamic", 8.0, 0.001, 100.0), run("nf4", 5.0, 0.01, 104.0)]
+    (choice,) = compare(runs, [Budget("10GB", 10 * GB)])[0].choices
+    assert (choice.run, "for speed" in choice.why) == ("int8-dynamic", False)
+
+
+def test_checkpoints_that_no_run_made_go_by_their_names():
+    sections = compare([*four(), run("nf4", 5.5, 0.02, checkpoint={"id": "org/theirs", "revision": None})])
+    assert "nf4 org/theirs" in [candidate.run for candidate in sections[0].runs]
+    for page in (compare_page.html(sections), compare_page.markdown(sections)):
+        assert "Measured for this page, by the settings of the runs: nf4 org/theirs" in page
+    assert "Measured for this page" not in compare_page.html(compare(four()))
