@@ -70,10 +70,12 @@ def _gates(entries: Sequence["Entry"]) -> Table:
     rows = []
     for entry in entries:
         verdict = entry.get("gates") or {}
-        for judged in verdict.get("judged") or []:
-            word = "passed" if judged["passed"] else "missed, overridden" if verdict.get("overridden") else "MISSED"
-            rows.append([entry.title, str(judged["gate"]), word, str(judged["said"])])
-    return "Gates", ["run", "gate", "verdict", "found"], rows, ""
+        judged = sorted(verdict.get("judged") or [], key=lambda gate: gate["passed"])  # what was missed comes first
+        if judged:
+            word = "missed, overridden" if verdict.get("overridden") else "MISSED"
+            found = "; ".join(str(gate["said"]) for gate in judged)
+            rows.append([entry.title, "passed" if judged[0]["passed"] else word, found])
+    return "Gates", ["run", "verdict", "found"], rows, ""
 
 
 def _tasks(entries: Sequence["Entry"]) -> Table:

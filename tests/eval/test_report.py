@@ -278,7 +278,7 @@ def measured(blocks=3):
 
 def test_what_was_measured_beside_the_summary_is_told():
     for render in (report.html, report.markdown):
-        page = render([metrics(), measured()]).replace("\\", "")
+        page = render([metrics(), measured()]).replace("\\", "").replace("\u00a0", " ")
         for words in (
             "41.00 (± 0.50)", "1.0250 (± 0.0021)", "0.0052 (± 0.0003)", "1.43% (± 0.04%)", "within 2e-05",
             "misses its gate kl_mean", "MISSED", "mean KL is 0.0052, but", "arc_easy", "0.5 (± 0.05)", "9.00 MB",
