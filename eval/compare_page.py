@@ -10,7 +10,7 @@ from . import pages
 from . import wording as say
 from .compare import SURE, Candidate, Section
 from .drawing import Point, unit_of
-from .entries import distinct, facts_of
+from .entries import circumstances
 from .figures import front_plot
 from .wording import DASH
 
@@ -48,10 +48,7 @@ def _view(sections: Sequence[Section]) -> dict[str, Any]:
         "quantized": f"{quantized} quantized run{'' if quantized == 1 else 's'}",
         "sections": [(section, *_table(section), _significance(section)) for section in sections],
         "measured": [entry.title for entry in entries if entry.get("checkpoint")],
-        "protocols": distinct(entries, lambda run: facts_of(run.get("protocol"))),
-        "machines": distinct(entries, lambda run: facts_of(run.get("machine"))),
-        "versions": distinct(entries, lambda run: facts_of(run.get("versions"))),
-        "commands": distinct(entries, lambda run: str(run.get("command") or DASH)),
+        **circumstances(entries),
     }
 
 

@@ -4,10 +4,11 @@ Each is (title, header, rows, note); one that nothing was measured for is left o
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import wording as say
 from .slowdown import because
+from .tasks import difference
 
 if TYPE_CHECKING:
     from .entries import Entry, SpeedPoint
@@ -83,9 +84,20 @@ def _tasks(entries: Sequence["Entry"]) -> Table:
     for entry in entries:
         for line in entry.get("tasks") or []:
             value = say.plus_minus(line.get("value"), line.get("standard_error"), say.small)
-            samples = say.count(line.get("samples"))
-            rows.append([entry.title, str(line.get("task")), str(line.get("metric")), value, samples])
-    return "Tasks, by lm-eval", ["run", "task", "metric", "value", "documents"], rows, "±: one standard error."
+            row = [entry.title, str(line.get("task")), str(line.get("metric")), value, _change(entry, line)]
+            rows.append([*row, say.count(line.get("samples"))])
+    note = "±: one standard error; of the change it is paired, document by document, and so far smaller."
+    return "Tasks, by lm-eval", ["run", "task", "metric", "value", "against the baseline", "documents"], rows, note
+
+
+def _change(entry: "Entry", line: Mapping[str, Any]) -> str:
+    """The difference to the baseline's score."""
+    others = (entry.baseline or {}).get("tasks") or []
+    found = next((change for other in others if (change := difference(line, other))), None)
+    if found is None:
+        return say.DASH
+    words, error = say.known(*found)
+    return say.followed(words if words.startswith("-") else f"+{words}", f"± {error}" if error else None)
 
 
 def _memory(entries: Sequence["Entry"]) -> Table:

@@ -299,5 +299,13 @@ def test_checkpoints_that_no_run_made_go_by_their_names():
     sections = compare([*four(), run("nf4", 5.5, 0.02, checkpoint={"id": "org/theirs", "revision": None})])
     assert "nf4 org/theirs" in [candidate.run for candidate in sections[0].runs]
     for page in (compare_page.html(sections), compare_page.markdown(sections)):
-        assert "Measured for this page, by the settings of the runs: nf4 org/theirs" in page
-    assert "Measured for this page" not in compare_page.html(compare(four()))
+        assert "Checkpoints that no run made, measured in the same way: nf4 org/theirs" in page
+    assert "Checkpoints that no run made" not in compare_page.html(compare(four()))
+
+
+def test_what_it_takes_to_repeat_it_is_there():
+    marks = {"artifact.sha256": "ab" * 32, "text.sha256": "cd" * 32, "device": "cpu"}
+    runs = [run(), run("nf4", 5.0, 0.01, fingerprint=marks, config={"name": "mine"}, command="bitpress run mine.yaml")]
+    for page in (compare_page.html(compare(runs)), compare_page.markdown(compare(runs)).replace("\\", "")):
+        for words in ("ab" * 32, "cd" * 32, "artifact.sha256", "mine.yaml", "name", "0.1.0", "a cpu"):
+            assert words in page, words

@@ -276,9 +276,14 @@ def measured(blocks=3):
     return run
 
 
+def plain(text):
+    """Markdown without its escapes."""
+    return text.replace("\\", "")
+
+
 def test_what_was_measured_beside_the_summary_is_told():
     for render in (report.html, report.markdown):
-        page = render([metrics(), measured()]).replace("\\", "").replace("\u00a0", " ")
+        page = plain(render([metrics(), measured()])).replace("\u00a0", " ")
         for words in (
             "41.00 (± 0.50)", "1.0250 (± 0.0021)", "0.0052 (± 0.0003)", "1.43% (± 0.04%)", "within 2e-05",
             "misses its gate kl_mean", "MISSED", "mean KL is 0.0052, but", "arc_easy", "0.5 (± 0.05)", "9.00 MB",
@@ -287,13 +292,31 @@ def test_what_was_measured_beside_the_summary_is_told():
             assert words in page, words
 
 
+def test_tasks_are_compared_with_the_baselines_in_pairs():
+    """Of 100 documents the baseline has 60, the other lost two of them: error sqrt((2 - 4 / 100) / 99 / 100)."""
+    line = {
+        "task": "arc_easy",
+        "metric": "acc",
+        "filter": "none",
+        "value": 0.6,
+        "standard_error": 0.049,
+        "samples": 100,
+    }
+    base, run = metrics(), metrics("nf4")
+    base["tasks"] = [{**line, "scores": [1.0] * 60 + [0.0] * 40}]
+    run["tasks"] = [{**line, "value": 0.58, "scores": [1.0] * 58 + [0.0] * 42}]
+    assert "| nf4 | arc_easy | acc | 0.58 (± 0.049) | -0.020 (± 0.014) | 100 |" in plain(report.markdown([base, run]))
+    run["tasks"][0]["scores"].pop()  # other documents
+    assert "| nf4 | arc_easy | acc | 0.58 (± 0.049) | – | 100 |" in plain(report.markdown([base, run]))
+
+
 def test_the_layers_that_are_furthest_off_are_named_or_why_not():
     run = measured()
     run["output_errors"]["layers"][5] |= {
         "output_error": 0.25, "worst_channels": [{"channel": 17, "share": 0.433, "error": 1.5}]
     }  # fmt: skip
     run["output_errors"]["layers"][1]["output_error"] = None
-    text = report.markdown([metrics(), run]).replace("\\", "")
+    text = plain(report.markdown([metrics(), run]))
     rows = [line for line in text.splitlines() if line.startswith("| int4-g128 | model.layers")]
     assert len(rows) == 3
     assert rows[0] == "| int4-g128 | model.layers.1.self_attn.v_proj | 25.00% | 17 (43%) |"
