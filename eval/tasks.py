@@ -63,7 +63,7 @@ def _lines(task: str, figures: dict[str, Any], found: dict[str, Any]) -> list[di
 
 def _scores(samples: Sequence[dict[str, Any]], metric: str, by: str) -> list[float] | None:
     ordered = sorted((sample for sample in samples if sample.get("filter", by) == by), key=lambda s: s["doc_id"])
-    scores = [sample.get(metric) for sample in ordered]
+    scores: list[Any] = [sample.get(metric) for sample in ordered]
     return [float(score) for score in scores] if scores and all(map(finite, scores)) else None
 
 
