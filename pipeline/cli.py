@@ -31,6 +31,11 @@ def _news(line: str) -> None:
     _err.print(escape(line), highlight=False, soft_wrap=True)
 
 
+def _typed() -> str:
+    """What the user typed, for reports."""
+    return shlex.join(["bitpress", *sys.argv[1:]])
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -91,7 +96,7 @@ def run(
     runs = [load_config(path, set) for path in configs or [Path("demo")]]  # all are checked before any starts
     everything = []
     for config in runs:
-        outcomes = execute(config, shlex.join(["bitpress", *sys.argv[1:]]), _news, override)
+        outcomes = execute(config, _typed(), _news, override)
         page = summarize(config, outcomes)
         everything += outcomes
         if not as_json:
@@ -194,37 +199,55 @@ def evaluate(
     kernel: KernelName = "auto",
     device: Device = "auto",
     revision: Revision = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder for metrics.json and report.html, to be compared.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity, memory and speed of one checkpoint, and how far it is from its baseline."""
     from bitpress.eval.wording import facts_of
 
     from .api import evaluate as evaluate_api
+    from .config import load_eval
+    from .foreign import Subject, examine
+    from .source import resolve
 
     quiet_libraries()
     settings: dict[str, Any] = {"text": text, "protocol": protocol, "context": context, "stride": stride}
     settings |= {"windows": windows, "tasks": tasks or [], "dtype": dtype, "kernel": kernel}
-    found = evaluate_api(model, revision, device, settings, baseline)
+    if output:
+        original = resolve(baseline) if baseline else None
+        subject = Subject.of(resolve(model, revision), original, load_eval(settings), device)
+        found = examine(subject, output.expanduser(), _typed())
+    else:
+        found = evaluate_api(model, revision, device, settings, baseline)
     if as_json:
         _print_json(found)
         return
-    described = {"text": Path(text).name, "dtype": found["dtype"], **found["protocol"]}
+    described = {"text": Path(text).name, "dtype": found.get("dtype"), **found["protocol"]}
     _table([model, ""], [["", _protocol(described)], *facts_of(found)])
+    if output:
+        _out.print(f"\nreport: {escape(str(output / 'report.html'))}", soft_wrap=True)
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, folders of runs, or metrics.json files.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Runs, folders of runs, and any checkpoints, which are measured as the runs were."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for compare.html, .md and .json.")],
     budget: Annotated[
         list[str] | None, typer.Option(help="Memory for the model, such as 6GB; may be repeated; cards by default.")
     ] = None,
     context: Annotated[int, typer.Option(min=0, help="Tokens of cache that memory is counted with.")] = 4096,
 ) -> None:
-    """Finished runs on one page: a table, the Pareto fronts, which differ, and which to choose."""
+    """Runs and checkpoints on one page: a table, the Pareto fronts, which differ, and which to choose."""
+    from .comparison import Options
     from .comparison import compare as compare_runs
 
-    page, choices = compare_runs(runs, output, budget or [], context)
+    quiet_libraries()
+    page, choices = compare_runs(runs, output.expanduser(), Options(budget or [], context, _typed(), _news))
     _table(["memory", "choose"], choices)
     _out.print(f"\ncomparison: {escape(str(page))}", soft_wrap=True)
 
