@@ -6,7 +6,7 @@ from checkpoints.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -66,6 +66,16 @@ def markdown(runs: Sequence[Metrics]) -> str:
 def html(runs: Sequence[Metrics]) -> str:
     """The report as one HTML page that needs no other file and no network."""
     return pages.html("report", {**_view(runs), "figures_of": _figures})
+
+
+def card(runs: Sequence[Metrics], page: Mapping[str, Any]) -> str:
+    """The body of a model card, as Markdown: the report's words and tables, and what its `page` says besides.
+
+    Args:
+        runs: the run that the card is of, and its baseline where there is one.
+        page: see pipeline/card.py, which makes it.
+    """
+    return pages.markdown("card", {**_view(runs), **say.printable(page)})
 
 
 def _view(runs: Sequence[Metrics]) -> dict[str, Any]:

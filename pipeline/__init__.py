@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from .errors import BitpressError
 
 if TYPE_CHECKING:
-    from .api import convert, evaluate, load, quantize
+    from .api import convert, evaluate, load, publish, quantize
 
-__all__ = ["BitpressError", "convert", "evaluate", "load", "quantize"]
+__all__ = ["BitpressError", "convert", "evaluate", "load", "publish", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,9 +16,10 @@ from .loading import load, load_tokenizer
 from .recipe import Recipe
 from .source import resolve
 from .stages import evaluate as evaluation
+from .stages.publish import Publication, prepare, send
 from .stages.quantize import quantize as quantize_checkpoint
 
-__all__ = ["convert", "evaluate", "load", "quantize"]
+__all__ = ["convert", "evaluate", "load", "publish", "quantize"]
 
 OnStep = Callable[[int, int], None]
 
@@ -103,3 +104,29 @@ def convert(model: str | Path, to: str, output: str | Path, on_step: OnStep = la
     out = Path(output).expanduser()
     source.check_output(out)
     return convert_checkpoint(Checkpoint(source.folder), source.to_dict(), to, out, on_step)
+
+
+def publish(
+    run: str | Path,
+    repo: str,
+    private: bool = False,
+    dry_run: bool = False,
+    override: bool = False,
+    on_step: OnStep = lambda done, total: None,
+) -> Publication:
+    """Put a finished run on the Hub, with a model card; call again to go on after a failure.
+
+    The token is the one in HF_TOKEN, or that of `hf auth login`. A receipt, publish.json, is left in the run's folder.
+
+    Args:
+        run: the folder of one scheme that `bitpress run` finished.
+        repo: owner/name; made where there is none.
+        private: of a repository that is made.
+        dry_run: nothing is sent and nobody asked; the card is written to the run's folder.
+        override: publish although a gate is missed; card and receipt say so.
+        on_step: called with (files and tensors checked, all of them).
+    Raises:
+        BitpressError: what, got, expected, and what to do.
+    """
+    shipment = prepare(Path(run).expanduser(), repo, override, on_step)
+    return shipment.publication("dry run") if dry_run else send(shipment, private)

@@ -17,6 +17,7 @@ from . import bench, talk
 from .errors import BitpressError, CheckpointError
 from .options import Device, Dtype, Json, KernelName, Revision
 from .progress import quiet_libraries
+from .redact import redact
 
 app = typer.Typer(
     help="Press Transformer checkpoints into fewer bits, and know what that cost.",
@@ -114,6 +115,7 @@ def _outcome_json(outcome: Any) -> dict[str, Any]:
         "scheme": outcome.scheme,
         "folder": str(outcome.folder),
         **error,
+        "published": outcome.published,
         "metrics": outcome.metrics,
     }
 
@@ -326,6 +328,32 @@ def convert(
     _out.print(f"{escape(str(output))}: {to}; try `bitpress doctor {escape(str(output))}`", soft_wrap=True)
 
 
+@app.command()
+def publish(
+    run: Annotated[Path, typer.Argument(help="The folder of one finished scheme: runs/NAME/SCHEME.")],
+    repo: Annotated[str, typer.Option(help="owner/name on the Hub; made where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up, and write the card.")] = False,
+    override: Annotated[bool, typer.Option("--override", help="Although it misses a gate; the card says so.")] = False,
+) -> None:
+    """Put a finished run on the Hugging Face Hub, with a model card; again, to go on where it broke off."""
+    from bitpress.eval.wording import size
+
+    from .api import publish as publish_api
+    from .progress import progress
+
+    quiet_libraries()
+    with progress("checking") as step:
+        found = publish_api(run, repo, private, dry_run, override, step)
+    _table(["file", "size"], [[name, size(nbytes)] for name, nbytes in found.files.items()])
+    for name, why in found.left_out.items():
+        _news(f"stays here: {name}, {why}")
+    for sentence in found.missed:
+        _news(f"gate missed (overridden): {sentence}")
+    where = f"{found.url} at {found.revision}" if found.url else f"{found.repo}; its card is {found.card}"
+    _out.print(escape(f"\n{found.state}: {where}"), highlight=False, soft_wrap=True)
+
+
 @app.command("list")
 def list_(as_json: Json = False) -> None:
     """Methods, formats, and kernels with the reason where one cannot run here."""
@@ -357,8 +385,8 @@ def main() -> None:
         app()
     except BitpressError as error:
         if debug:
-            traceback.print_exc()
-        _err.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+            sys.stderr.write(redact(traceback.format_exc()))
+        _err.print(f"[red]error:[/red] {escape(redact(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as stop:  # typer turns the one into the other
         if isinstance(stop, SystemExit) and stop.code != _INTERRUPTED:

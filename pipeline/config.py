@@ -24,13 +24,12 @@ from ruamel.yaml.error import YAMLError
 
 from bitpress.kernels.scheme import INT_BITS, Scheme
 
+from .destination import Publish
 from .errors import ConfigError, listing, nearest
 from .problems import Several, explained
 
 NOTHING_LEARNS = "method auto learns from no text: name a method that does, such as gptq, or leave calibration out"
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-
-
 _COMMON_SCHEMES = [
     "none", "int8-dynamic", "nf4", "nf4-dq",
     *(f"int{bits}-{group}" for bits in INT_BITS for group in ("g32", "g64", "g128", "channel", "g128-asym")),
@@ -213,8 +212,16 @@ class Run(_Strict):
     eval: Eval = Eval()  # type: ignore[call-arg]
     cpu: Cpu = Cpu()
     gates: Gates = Gates()  # type: ignore[call-arg]
+    publish: Publish | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     output: str = "runs"
+
+    @field_validator("publish")
+    @classmethod
+    def _repositories(cls, value: Publish | None, info: ValidationInfo) -> Publish | None:
+        if value:
+            value.check([model.id for model in info.data.get("models", [])], info.data.get("schemes", []))
+        return value
 
     @model_validator(mode="after")
     def _kernel_for_activations(self) -> "Run":
@@ -309,9 +316,8 @@ def load_calibration(settings: str | dict[str, Any]) -> Calibrate:
     Raises:
         ConfigError: everything that is wrong with it.
     """
-    return _section(
-        Calibrate, settings if isinstance(settings, dict) else {"text": settings}, ("quantize", "calibration")
-    )
+    given = settings if isinstance(settings, dict) else {"text": settings}
+    return _section(Calibrate, given, ("quantize", "calibration"))
 
 
 def _section(kind: type[_Section], settings: dict[str, Any], path: tuple[str, ...]) -> _Section:

@@ -48,6 +48,13 @@ def _judged(gate: str, limit: float, found: float | None) -> dict[str, Any]:
     return {"gate": gate, "limit": limit, "found": found, "passed": passed, "said": said}
 
 
+def verdict(gates: Gates, metrics: dict[str, Any], override: bool) -> dict[str, Any] | None:
+    """What metrics.json has of the gates; None where none is set. override: misses are accepted."""
+    judged = judge(gates, metrics)
+    passed = not missed(judged)
+    return {"passed": passed, "overridden": not passed and override, "judged": judged} if judged else None
+
+
 def missed(judged: list[dict[str, Any]]) -> list[str]:
     """A sentence for each gate that was missed."""
     return [entry["said"] for entry in judged if not entry["passed"]]

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .redact import Redacted
+
 OnStep = Callable[[int, int], None]
 _PATIENCE = 2.0  # seconds: what is over sooner needs no bar
 
@@ -23,6 +25,8 @@ def quiet_libraries() -> None:
         disable_progress_bars()
     for name in ("transformers", "bitsandbytes", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for handler in logging.getLogger("huggingface_hub").handlers:  # it tells of waits, in the server's words
+        handler.addFilter(Redacted())
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from .blocks import skeleton
 from .calibration import calibrate
 from .checkpoint import Checkpoint, read_json
 from .config import Model, Run, load_calibration
+from .destination import Publish
 from .errors import BitpressError, GateError
 from .loading import load_tokenizer
 from .progress import progress
@@ -21,6 +22,7 @@ from .recipe import MANIFEST, Recipe, check_fingerprint
 from .source import Source, resolve
 from .stages import evaluate, report
 from .stages.measure import Resume
+from .stages.publish import prepare, send
 from .stages.quantize import quantize
 from .stages.report import BASELINE
 from .text import Text, read_text, windows
@@ -39,6 +41,7 @@ class Outcome:
     folder: Path
     metrics: dict[str, Any] | None = None
     error: BitpressError | None = None
+    published: str | None = None  # where on the Hub
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,21 @@ def execute(run: Run, command: str, say: Say, override: bool = False) -> list[Ou
             outcomes.append(outcome)
         if all(outcome.metrics for outcome in outcomes if outcome.model == model.id):
             evaluate.forget(folder / _PREDICTIONS)
-    return outcomes
+    return [_publish(run.publish, outcome, override, say) for outcome in outcomes] if run.publish else outcomes
+
+
+def _publish(where: Publish, outcome: Outcome, override: bool, say: Say) -> Outcome:
+    """What is done and passed its gates goes to the Hub."""
+    if outcome.error or outcome.scheme == BASELINE:
+        return outcome
+    try:
+        shipment = prepare(outcome.folder, where.name_of(outcome.model, outcome.scheme), override)
+        found = send(shipment, where.private, where.collection)
+    except BitpressError as error:
+        say(f"{outcome.model}  {outcome.scheme}  not published: {error}")
+        return replace(outcome, error=error)
+    say(f"{outcome.model}  {outcome.scheme}  {found.state}: {found.url}")
+    return replace(outcome, published=found.url)
 
 
 def summarize(run: Run, outcomes: list[Outcome]) -> Path | None:
@@ -167,9 +184,8 @@ def _pass(run: Run, metrics: dict[str, Any], parent: Path, override: bool, say: 
     """The gates' verdict, recorded with the measurements: gates may change without measuring again."""
     if metrics["scheme"] == BASELINE:
         return None
-    judged = gates.judge(run.gates, metrics)
-    missed = gates.missed(judged)
-    verdict = {"passed": not missed, "overridden": bool(missed) and override, "judged": judged} if judged else None
+    verdict = gates.verdict(run.gates, metrics, override)
+    missed = gates.missed(verdict["judged"]) if verdict else []
     if verdict != metrics["gates"]:
         folder = parent / metrics["scheme"]
         with store.locked(folder):

@@ -23,8 +23,8 @@ from .errors import BitpressError, CheckpointError, ConfigError, DiskError, HubE
 DEMO = "builtin:demo"
 _COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
 # HTTPError: the transport's own (no connection, broken off). OSError: most of huggingface_hub's, and the disk's.
-# RuntimeError: Xet's. ValueError: an answer that is not the Hub's, such as a log-in page.
-HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
+# RuntimeError: Xet's. The others: an answer that is not the Hub's, such as a log-in page.
+HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError, LookupError, TypeError)
 
 
 @dataclass(frozen=True)

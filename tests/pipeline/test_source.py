@@ -290,11 +290,10 @@ class TestRefusals:
         hub.refuse.clear()
         assert resolve(MODEL).revision == COMMIT
 
-    def test_something_else_answers(self, hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    @pytest.mark.parametrize("page", [b"<html>", b"{}", b"[]"])
+    def test_something_else_answers(self, page: bytes, hub: Hub, monkeypatch: pytest.MonkeyPatch):
         """The log-in page of a hotel's network, say."""
-        monkeypatch.setattr(
-            Hub, "answer", lambda self, handler: self.send(handler, 200, b"<html>", {"Content-Type": "text/html"})
-        )
+        monkeypatch.setattr(Hub, "answer", lambda self, handler: self.send(handler, 200, page))
         assert refusal().startswith(f"the download of {MODEL} failed: ")
 
     def test_a_cache_that_cannot_be_written(self, hub: Hub, monkeypatch: pytest.MonkeyPatch):
