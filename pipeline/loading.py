@@ -24,7 +24,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load(
-    model: str | Path, revision: str | None = None, device: str = "auto", dtype: str = "auto", kernel: str = "auto"
+    model: str | Path,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    kernel: str = "auto",
+    on_step: OnStep = lambda done, total: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, from a folder that bitpress wrote, an unquantized one, or a Hub id.
 
@@ -32,12 +37,13 @@ def load(
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         dtype: of activations and unquantized weights: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
         kernel: "auto", or the name of one kernel (see `bitpress list`), which then serves or raises.
+        on_step: called with (quantized layers done, layers in all).
     Raises:
         BitpressError: says what is wrong with the files, the options or the Hub.
     """
     folder = resolve(str(model), revision).folder
     checkpoint = Checkpoint(folder)
-    return load_model(checkpoint, pick_device(device), dtype, kernel), load_tokenizer(folder)
+    return load_model(checkpoint, pick_device(device), dtype, kernel, on_step), load_tokenizer(folder)
 
 
 def pick_device(name: str) -> torch.device:

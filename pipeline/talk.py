@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .options import Device, Dtype, KernelName, Revision
-from .progress import quiet_libraries
+from .progress import progress, quiet_libraries
 
 app = typer.Typer()
 
@@ -28,7 +28,8 @@ def generate(
     from .loading import load
 
     quiet_libraries()
-    loaded, tokenizer = load(model, revision, device, dtype, kernel)
+    with progress("loading") as step:
+        loaded, tokenizer = load(model, revision, device, dtype, kernel, step)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     inputs.pop("token_type_ids", None)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
@@ -55,7 +56,9 @@ def chat(
     from .loading import load
 
     quiet_libraries()
-    conversation = Conversation(*load(model, revision, device, dtype, kernel), system, tokens, temperature)
+    with progress("loading") as step:
+        loaded = load(model, revision, device, dtype, kernel, step)
+    conversation = Conversation(*loaded, system, tokens, temperature)
     if sys.stdin.isatty():
         print(HELP, file=sys.stderr)
     converse(conversation, _typed(), lambda words: print(words, end="", flush=True))
