@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 EDITABLE := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 INSTALLED := $(VENV)/.installed
 # The other programs want versions of torch and transformers that exclude each other: an environment for each.
-PEERS := gptqmodel llmcompressor transformers
+PEERS := gptqmodel llmcompressor transformers llamacpp
 
 .PHONY: demo test check interop clean
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .compare import Candidate
 
 CARDS = (4, 6, *memory.CARDS)  # GiB
+_WORTH = 1.05  # times as fast: less is not worth a word
 Differ = Callable[[str, str], bool]
 
 
@@ -50,7 +51,7 @@ def choices(runs: Sequence["Candidate"], differ: Differ, budgets: Sequence[Budge
     steps = max(map(_need, known)) <= room[0].bytes
     if steps:
         needs = sorted({_need(run) for run in known if not run.missed_gates})
-        room = [Budget(f"from {say.size(need)}", need) for need in needs]
+        room = [Budget(f"{say.size(need)} or more", need) for need in needs]
     merged = []
     for _, same in groupby((_choose(budget, known, differ) for budget in room), key=lambda choice: choice.run):
         first, *others = same
@@ -83,7 +84,7 @@ def _merit(chosen: "Candidate", best: "Candidate") -> str:
     if chosen.baseline:
         return f"it fits unquantized ({need}), and nothing is lost"
     if chosen is best:
-        divergence = say.plus_minus(chosen.kl_mean, chosen.kl_mean_se, say.small)
+        divergence = say.divergence(chosen.kl_mean, chosen.kl_mean_se)
         return f"it has the least KL of what fits, {divergence}, in {need}"
     return f"its KL does not differ from that of {best.run}, the least of what fits, and it is smaller ({need})"
 
@@ -96,8 +97,11 @@ def _nothing(passing: Sequence["Candidate"], budget: Budget) -> str:
 
 
 def _faster(fitting: Sequence["Candidate"], chosen: "Candidate") -> "Candidate | None":
-    """The closest of those whose slowest repeat beats the fastest of the chosen."""
-    clearly = [run for run in fitting if run.decode and chosen.decode and run.decode[1] > chosen.decode[2]]
+    """The closest of those whose slowest repeat beats the fastest of the chosen, and whose median does by a bit."""
+    if not chosen.decode:
+        return None
+    median, _, highest = chosen.decode
+    clearly = [run for run in fitting if run.decode and run.decode[1] > highest and run.decode[0] > _WORTH * median]
     return min(clearly, key=lambda run: (_kl(run), run.run), default=None)
 
 

@@ -10,7 +10,7 @@ from . import pages
 from . import wording as say
 from .compare import SURE, Candidate, Section
 from .drawing import Point, unit_of
-from .entries import distinct, facts_of
+from .entries import circumstances
 from .figures import front_plot
 from .wording import DASH
 
@@ -47,23 +47,21 @@ def _view(sections: Sequence[Section]) -> dict[str, Any]:
         "title": sections[0].model if len(sections) == 1 else f"{len(sections)} models",
         "quantized": f"{quantized} quantized run{'' if quantized == 1 else 's'}",
         "sections": [(section, *_table(section), _significance(section)) for section in sections],
-        "protocols": distinct(entries, lambda run: facts_of(run.get("protocol"))),
-        "machines": distinct(entries, lambda run: facts_of(run.get("machine"))),
-        "versions": distinct(entries, lambda run: facts_of(run.get("versions"))),
-        "commands": distinct(entries, lambda run: str(run.get("command") or DASH)),
+        "measured": [entry.title for entry in entries if entry.get("checkpoint")],
+        **circumstances(entries),
     }
 
 
 def _table(section: Section) -> tuple[list[str], list[tuple[list[str], bool]]]:
     """Header, and rows with whether it is a baseline."""
     gates = any(run.missed_gates for run in section.runs)
-    header = ["run", "method/format", "mean KL", "KL above the next better", "memory", "file size", "bits/weight"]
-    header += ["top-1", "perplexity", "decode tok/s", "on the front of"] + ["gates"] * gates
+    header = ["run", "method/format", "mean KL", "KL above the next better run's", "memory", "file size", "bits/weight"]
+    header += ["top-1", "perplexity", "decode tok/s", "Pareto front"] + ["gates"] * gates
     rows = []
     for run in section.runs:
         how = [run.method or DASH, run.format or DASH]
         row = [run.run, DASH if how == [DASH, DASH] else "/".join(how)]
-        row.append("0" if run.baseline else say.plus_minus(run.kl_mean, run.kl_mean_se, say.small))
+        row.append("0" if run.baseline else say.divergence(run.kl_mean, run.kl_mean_se))
         row += [_more(run), say.size(run.memory_bytes), say.size(run.file_bytes), say.number(run.bits_per_weight)]
         row += [say.percent(run.top1_agreement), say.number(run.perplexity)]
         row += [say.count(run.decode and run.decode[0]), ", ".join(run.fronts) or DASH]
@@ -76,8 +74,8 @@ def _more(run: Candidate) -> str:
     if not (pair := run.next_better):
         return DASH
     sign = "+" if pair.differ else "≈ +"
-    error = "" if pair.standard_error is None else f"± {say.small(pair.standard_error)} "
-    return f"{sign}{say.small(pair.difference)} ({error}to {pair.other})"
+    difference, error = say.known(pair.difference, pair.standard_error)
+    return f"{sign}{difference} ({f'± {error} ' if error else ''}to {pair.other})"
 
 
 def _significance(section: Section) -> list[str]:
@@ -87,7 +85,7 @@ def _significance(section: Section) -> list[str]:
         return ["Which runs differ by more than chance is not known: it takes two quantized runs on several windows."]
     alike = [
         f"{pair.run} and {pair.other} do not differ by more than {SURE:g} standard errors "
-        f"(+{say.small(pair.difference)} ± {say.small(pair.standard_error)})."
+        f"(+{' ± '.join(say.known(pair.difference, pair.standard_error))})."
         for pair in known
         if not pair.differ
     ]

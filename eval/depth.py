@@ -142,8 +142,8 @@ def output_errors(
         blocks: the name of the list of decoder blocks in both models, such as "model.layers".
     Returns:
         {"tokens", "layers": [{"name", "block", "output_error", "worst_channels"}], "blocks": [{"block",
-        "output_error", "cumulative_error"}]}; errors are None where the output is zero. Experts that are no modules of
-        the baseline are told by their blocks alone.
+        "output_error", "cumulative_error"}]}; errors are None where the output is zero, or where
+        nothing reached a layer, as may happen to experts.
     """
     changed = list(pairs(baseline, model))
     layers = _Twins.of((layer for _, layer, _ in changed), (twin for _, _, twin in changed))

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from . import wording as say
 from .slowdown import because
+from .tasks import difference
 
 if TYPE_CHECKING:
     from .entries import Entry, SpeedPoint
 
 Table = tuple[str, list[str], list[list[str]], str]
+_WORST = 3  # layers of each run
 
 
 def tables(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str]) -> list[Table]:
     """All tables of a report's runs."""
-    made = (_divergence(entries), _gates(entries), _tasks(entries), _memory(entries), _speed(entries, points))
-    return [table for table in made if table[2]]
+    made = (_divergence(entries), _gates(entries), _errors(entries), _tasks(entries), _memory(entries))
+    return [table for table in (*made, _speed(entries, points)) if table[2]]
 
 
 def _divergence(entries: Sequence["Entry"]) -> Table:
@@ -33,7 +35,7 @@ def _divergence(entries: Sequence["Entry"]) -> Table:
         how = found.get("path") or say.DASH
         row = [entry.title, say.plus_minus(found["perplexity"], found.get("perplexity_se"), say.number)]
         row.append(say.plus_minus(found.get("perplexity_ratio"), found.get("perplexity_ratio_se"), say.fine))
-        row.append(say.plus_minus(found.get("kl_mean"), found.get("kl_mean_se"), say.small))
+        row.append(say.divergence(found.get("kl_mean"), found.get("kl_mean_se")))
         row += [say.small(found.get(key)) for key in ("kl_median", "kl_p99", "kl_max")]
         row.append(say.plus_minus(found.get("top1_agreement"), found.get("top1_agreement_se"), say.hundredths))
         row.append(say.plus_minus(found.get("rms_dp"), found.get("rms_dp_se"), say.hundredths))
@@ -46,14 +48,35 @@ def _divergence(entries: Sequence["Entry"]) -> Table:
     return "How sure the figures are", header, rows, note
 
 
+def _errors(entries: Sequence["Entry"]) -> Table:
+    """The layers whose outputs are furthest off; a run that was not asked for them has no row."""
+    rows = []
+    for entry in entries:
+        errors = entry.get("output_errors") or {}
+        if reason := errors.get("skipped"):
+            rows.append([entry.title, say.DASH, say.DASH, f"not measured: {reason}"])
+        known = [layer for layer in errors.get("layers") or [] if layer.get("output_error") is not None]
+        for layer in sorted(known, key=lambda layer: -layer["output_error"])[:_WORST]:
+            channels = [f"{x['channel']} ({say.percent(x['share'], 0)})" for x in layer.get("worst_channels") or []]
+            error = say.percent(layer["output_error"], 2)
+            rows.append([entry.title, str(layer.get("name")), error, ", ".join(channels) or say.DASH])
+    note = (
+        f"The {_WORST} layers of each run whose outputs are furthest off, on the unquantized model's inputs; "
+        "in brackets behind a channel its share in the layer's squared error. All layers are in metrics.json."
+    )
+    return "Where it hurts most", ["run", "layer", "relative error of outputs", "worst channels"], rows, note
+
+
 def _gates(entries: Sequence["Entry"]) -> Table:
     rows = []
     for entry in entries:
         verdict = entry.get("gates") or {}
-        for judged in verdict.get("judged") or []:
-            word = "passed" if judged["passed"] else "missed, overridden" if verdict.get("overridden") else "MISSED"
-            rows.append([entry.title, str(judged["gate"]), word, str(judged["said"])])
-    return "Gates", ["run", "gate", "verdict", "found"], rows, ""
+        judged = sorted(verdict.get("judged") or [], key=lambda gate: gate["passed"])  # what was missed comes first
+        if judged:
+            word = "missed, overridden" if verdict.get("overridden") else "MISSED"
+            found = "; ".join(str(gate["said"]) for gate in judged)
+            rows.append([entry.title, "passed" if judged[0]["passed"] else word, found])
+    return "Gates", ["run", "verdict", "found"], rows, ""
 
 
 def _tasks(entries: Sequence["Entry"]) -> Table:
@@ -61,9 +84,20 @@ def _tasks(entries: Sequence["Entry"]) -> Table:
     for entry in entries:
         for line in entry.get("tasks") or []:
             value = say.plus_minus(line.get("value"), line.get("standard_error"), say.small)
-            samples = say.count(line.get("samples"))
-            rows.append([entry.title, str(line.get("task")), str(line.get("metric")), value, samples])
-    return "Tasks, by lm-eval", ["run", "task", "metric", "value", "documents"], rows, "±: one standard error."
+            row = [entry.title, str(line.get("task")), str(line.get("metric")), value, _change(entry, line)]
+            rows.append([*row, say.count(line.get("samples"))])
+    note = "±: one standard error; of the change it is paired, document by document, and so far smaller."
+    return "Tasks, by lm-eval", ["run", "task", "metric", "value", "against the baseline", "documents"], rows, note
+
+
+def _change(entry: "Entry", line: Mapping[str, Any]) -> str:
+    """The difference to the baseline's score."""
+    others = (entry.baseline or {}).get("tasks") or []
+    found = next((change for other in others if (change := difference(line, other))), None)
+    if found is None:
+        return say.DASH
+    words, error = say.known(*found)
+    return say.followed(words if words.startswith("-") else f"+{words}", f"± {error}" if error else None)
 
 
 def _memory(entries: Sequence["Entry"]) -> Table:
@@ -127,9 +161,3 @@ def _speed(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str]) -> Ta
         "decode, of the whole processor or card, where the machine tells."
     )
     return "Speed, further", header, rows, note
-
-
-def worst_layers(errors: Mapping[str, Any] | None, most: int = 5) -> list[Mapping[str, Any]]:
-    """The layers whose outputs are furthest off."""
-    known = [layer for layer in (errors or {}).get("layers") or [] if layer.get("output_error") is not None]
-    return sorted(known, key=lambda layer: -layer["output_error"])[:most]

@@ -7,6 +7,7 @@ from checkpoints.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ def entries_of(runs: Sequence[Metrics]) -> list[Entry]:
 
 def _label(run: Metrics, ambiguous: bool) -> str:
     scheme = "baseline" if run.get("scheme") == "none" else str(run.get("scheme"))
+    if where := dig(run, "checkpoint", "id"):
+        return f"{scheme} {where}"
     more = (str(run.get(key)) for key in ("method", "name") if ambiguous and run.get(key))
     return " ".join((scheme, *more))
 
@@ -126,6 +129,24 @@ def distinct(entries: Sequence[Entry], of: Callable[[Metrics], Any]) -> list[tup
         answer = of(entry.run)
         answers.setdefault(repr(answer), ([], answer))[0].append(entry.title)
     return [("" if len(answers) == 1 else ", ".join(titles), answer) for titles, answer in answers.values()]
+
+
+def circumstances(entries: Sequence[Entry]) -> dict[str, list[tuple[str, Any]]]:
+    """Everything that it takes to repeat what a page tells."""
+    return {
+        "protocols": distinct(entries, lambda run: facts_of(run.get("protocol"))),
+        "machines": distinct(entries, lambda run: facts_of(run.get("machine"))),
+        "versions": distinct(entries, lambda run: facts_of(run.get("versions"))),
+        "commands": distinct(entries, lambda run: str(run.get("command") or say.DASH)),
+        "configs": distinct(entries, lambda run: json.dumps(run.get("config"), indent=2)),
+        "hashes": distinct(entries, _hashes),
+    }
+
+
+def _hashes(run: Metrics) -> list[tuple[str, str]]:
+    """sha256 of the files, or of the list of an artifact's files and their hashes."""
+    marks = run.get("fingerprint") or {}
+    return [(name, str(value)) for name, value in marks.items() if re.fullmatch("[0-9a-f]{64}", str(value))]
 
 
 def facts_of(facts: Metrics | None) -> list[tuple[str, str]]:

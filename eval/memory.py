@@ -11,6 +11,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from . import limits
+
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB, as graphics cards come
 RESERVE = 1 << 30  # bytes of a card that CUDA and its libraries keep: half a GiB and up, more with every library
 _STATUS = Path("/proc/self/status")
@@ -55,7 +57,10 @@ def peak_cuda_bytes() -> int | None:
 
 def free_bytes(device: torch.device) -> int:
     """What can still be allocated on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free, left = psutil.virtual_memory().available, limits.left()
+    return free if left is None else max(0, min(free, left))
 
 
 class Peak:

@@ -5,7 +5,6 @@ model is its run with scheme "none" and may be missing. All text in a run is tak
 from checkpoints.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from markupsafe import Markup
 from . import pages
 from . import wording as say
 from .details import tables
-from .entries import Entry, Metrics, dig, distinct, entries_of, facts_of, finite, points_of
+from .entries import Entry, Metrics, circumstances, dig, distinct, entries_of, facts_of, finite, points_of
 from .wording import DASH
 
 
@@ -100,11 +99,7 @@ def _view(runs: Sequence[Metrics]) -> dict[str, Any]:
         "special": [(entry.title, special) for entry in quantized if (special := _special(entry))],
         "kept": distinct(quantized, lambda run: _kept(dig(run, "coverage", "kept") or [])),
         "rejected": distinct(quantized, lambda run: list((dig(run, "kernels", "rejected") or {}).items())),
-        "protocols": distinct(entries, lambda run: facts_of(run.get("protocol"))),
-        "machines": distinct(entries, lambda run: facts_of(run.get("machine"))),
-        "versions": distinct(entries, lambda run: facts_of(run.get("versions"))),
-        "commands": distinct(entries, lambda run: str(run.get("command") or DASH)),
-        "configs": distinct(entries, lambda run: json.dumps(run.get("config"), indent=2)),
+        **circumstances(entries),
     }
 
 

@@ -1,9 +1,14 @@
 """Tasks such as arc_easy, by lm-eval (EleutherAI), which is an extra."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+
+import torch
+
+from .entries import finite
+from .statistics import ratio_and_error
 
 _BATCH = 8
 
@@ -19,14 +24,15 @@ def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | Non
         model, tokenizer: transformers', as loaded.
         tasks: names that lm-eval knows. limit: documents of each task; None for all.
     Returns:
-        For each task and metric {"task", "metric", "filter", "value", "standard_error", "samples", "version"}.
+        For each task and metric {"task", "metric", "filter", "value", "standard_error", "samples", "version",
+        "scores"}; the last are the documents' own, in lm-eval's order, None where they have none, as for a perplexity.
     Raises:
         ValueError: lm-eval does not know a task, or its data could not be had.
     """
     lm_eval, adapter = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
     wrapped = adapter.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
     try:
-        found = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), limit=limit, log_samples=False)
+        found = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), limit=limit, log_samples=True)
     except (KeyError, OSError) as error:
         raise ValueError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
     return [line for task, figures in found["results"].items() for line in _lines(task, figures, found)]
@@ -49,6 +55,28 @@ def _lines(task: str, figures: dict[str, Any], found: dict[str, Any]) -> list[di
                 "standard_error": error if isinstance(error, float) else None,  # "N/A" where there is none
                 "samples": found.get("n-samples", {}).get(task, {}).get("effective"),
                 "version": found.get("versions", {}).get(task),
+                "scores": _scores(found.get("samples", {}).get(task, []), metric, by),
             }
         )
     return lines
+
+
+def _scores(samples: Sequence[dict[str, Any]], metric: str, by: str) -> list[float] | None:
+    ordered = sorted((sample for sample in samples if sample.get("filter", by) == by), key=lambda s: s["doc_id"])
+    scores: list[Any] = [sample.get(metric) for sample in ordered]
+    return [float(score) for score in scores] if scores and all(map(finite, scores)) else None
+
+
+def difference(line: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float | None] | None:
+    """How much more one model scores than another on the same documents, and the standard error of that: what makes a
+    document hard for both cancels. None where their documents are not known to be the same.
+
+    Args:
+        line, other: of run_tasks.
+    """
+    ours, theirs = line.get("scores"), other.get("scores")
+    same = all(line.get(key) == other.get(key) for key in ("task", "metric", "filter", "version"))
+    if not ours or not theirs or not same or len(ours) != len(theirs):
+        return None
+    changes = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
+    return ratio_and_error(changes, torch.ones_like(changes))

@@ -1,5 +1,6 @@
 """Numbers and texts as the report shows them; what was not measured is a dash."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -103,6 +104,22 @@ def plus_minus(value: float | None, error: float | None, words: Callable[[float 
     return followed(words(value), None if error is None else f"± {words(error)}")
 
 
+def known(value: float | None, error: float | None) -> tuple[str, str]:
+    """A value to the digits that its standard error leaves it, and the error ("" where there is none): 0.00435 and
+    0.00005. Of an error that begins with 1, two digits."""
+    if value is None or not error or not math.isfinite(error):
+        return small(value), "" if error is None else small(error)
+    power = math.floor(math.log10(error))
+    digits = max(0, -power + (error < 2 * 10**power))
+    return f"{value:.{digits}f}", f"{error:.{digits}f}"
+
+
+def divergence(value: float | None, error: float | None) -> str:
+    """A KL and its standard error."""
+    words, spread = known(value, error)
+    return followed(words, f"± {spread}" if spread else None)
+
+
 def facts_of(found: Mapping[str, Any]) -> list[list[str]]:
     """One measured model in lines of a name and a value, for a terminal."""
     quality, memory = found["quality"], found["memory"]
@@ -112,7 +129,7 @@ def facts_of(found: Mapping[str, Any]) -> list[list[str]]:
         rows += [
             ["baseline's perplexity", number(quality["baseline_perplexity"])],
             ["ratio of perplexities", plus_minus(quality["perplexity_ratio"], ratio_error, fine)],
-            ["mean KL", plus_minus(quality["kl_mean"], quality["kl_mean_se"], small)],
+            ["mean KL", divergence(quality["kl_mean"], quality["kl_mean_se"])],
             ["KL: median, 99%, largest", ", ".join(small(quality[f"kl_{key}"]) for key in ("median", "p99", "max"))],
             ["same next token", plus_minus(quality["top1_agreement"], quality["top1_agreement_se"], percent)],
             ["compared", quality["path"]],
@@ -138,5 +155,5 @@ def rounded_inputs(kernels: Mapping[str, Any]) -> str:
     cost = kernels.get("rounded_inputs")
     if not cost:
         return ""
-    divergence = plus_minus(cost["kl_mean"], cost["kl_mean_se"], small)
-    return f"rounded to 8 bits in {cost['layers']} layers; that alone is a mean KL of {divergence}"
+    alone = divergence(cost["kl_mean"], cost["kl_mean_se"])
+    return f"rounded to 8 bits in {cost['layers']} layers; that alone is a mean KL of {alone}"

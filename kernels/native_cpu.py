@@ -133,12 +133,12 @@ def _pack(found: Library, qtensor: QTensor) -> Tensor:
     packed = _in_huge_pages(found, size)
     packed[:_HEADER] = header
     codes, high_first = qtensor.codes, scheme.code == "nf4"
-    if scheme.code == "int" and scheme.bits in (2, 3):
+    if high_first:
+        codes = codes.view(torch.int32).view(out_features, -1)
+    elif scheme.bits in (2, 3):
         codes = pack(unpack(codes, scheme.bits, in_features), 4)
-    codes = codes.contiguous()
-    row_bytes = in_features // 2 if high_first else codes.nbytes // out_features
-    threads = torch.get_num_threads()
-    found.lib.bitpress_pack(packed.data_ptr(), codes.data_ptr(), row_bytes, high_first, threads)
+    words, strides = codes.shape[1], codes.stride()
+    found.lib.bitpress_pack(packed.data_ptr(), codes.data_ptr(), words, *strides, high_first, torch.get_num_threads())
     _fill_scales(packed, qtensor, single)
     return packed
 

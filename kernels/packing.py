@@ -24,7 +24,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if padded != count:
         codes = torch.nn.functional.pad(codes, (0, padded - count))
     lanes = codes.unflatten(-1, (-1, per_chunk))
-    if bits == 3:
+    if bits == 8:
+        data = codes
+    elif bits == 3:
         wide = lanes.to(torch.int32)
         stream = reduce(torch.bitwise_or, (wide[..., i] << (3 * i) for i in range(8)))
         data = torch.stack([(stream >> shift) & 255 for shift in (0, 8, 16)], -1).to(torch.uint8).flatten(-2)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _INDEX_LIMIT = 64 << 20  # bytes; the largest in use, of 92 thousand tensors, ha
 _CONFIG_LIMIT = 4 << 20
 _NAME_LIMIT = 255  # characters of a file name
 _SAMPLE = 4096
+_FETCHED = 2 << 30  # bytes: what is fetched long before it is used may be gone again by then
 _FEW_LAYERS = 256  # such sizes are cheap to build, and some configs carry them unused
 _MOST_FUSED_EXPERTS = 1024
 _MOST_POSITIONS = 1 << 24
@@ -281,6 +283,16 @@ class Checkpoint:
             _read_into(buffer, info, offset)
             offset += count * size
             yield buffer.view(info.dtype).reshape(count, *info.shape[1:])
+
+    def fetch(self) -> None:
+        """Let the system read the weight files from the disk while something else is done, as far as it can do that."""
+        left = _FETCHED if hasattr(os, "posix_fadvise") else 0
+        for file in self.files:
+            size = min(left, file.stat().st_size)
+            if size:
+                with file.open("rb") as handle:
+                    os.posix_fadvise(handle.fileno(), 0, size, os.POSIX_FADV_WILLNEED)
+            left -= size
 
     def identity(self) -> dict[str, str]:
         """File name -> hash: of the whole for config.json and companions; of header, size and both ends of each tensor

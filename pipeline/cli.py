@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import bench
+from . import bench, talk
 from .errors import BitpressError, CheckpointError
+from .options import Device, Dtype, Json, KernelName, Revision
 from .progress import quiet_libraries
 from .redact import redact
 
@@ -26,15 +27,14 @@ app.add_typer(bench.app, name="bench")
 _out = Console()
 _err = Console(stderr=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")]
-Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the Hub.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-KernelName = Annotated[str, typer.Option("--kernel", help="auto, or one of `bitpress list`.")]
-
 
 def _news(line: str) -> None:
     _err.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _typed() -> str:
+    """What the user typed, for reports."""
+    return shlex.join(["bitpress", *sys.argv[1:]])
 
 
 def _print_json(value: Any) -> None:
@@ -97,7 +97,7 @@ def run(
     runs = [load_config(path, set) for path in configs or [Path("demo")]]  # all are checked before any starts
     everything = []
     for config in runs:
-        outcomes = execute(config, shlex.join(["bitpress", *sys.argv[1:]]), _news, override)
+        outcomes = execute(config, _typed(), _news, override)
         page = summarize(config, outcomes)
         everything += outcomes
         if not as_json:
@@ -201,64 +201,60 @@ def evaluate(
     kernel: KernelName = "auto",
     device: Device = "auto",
     revision: Revision = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder for metrics.json and report.html, to be compared.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity, memory and speed of one checkpoint, and how far it is from its baseline."""
     from bitpress.eval.wording import facts_of
 
     from .api import evaluate as evaluate_api
+    from .config import load_eval
+    from .foreign import Subject, examine
+    from .source import resolve
 
     quiet_libraries()
     settings: dict[str, Any] = {"text": text, "protocol": protocol, "context": context, "stride": stride}
     settings |= {"windows": windows, "tasks": tasks or [], "dtype": dtype, "kernel": kernel}
-    found = evaluate_api(model, revision, device, settings, baseline)
+    if output:
+        original = resolve(baseline) if baseline else None
+        subject = Subject.of(resolve(model, revision), original, load_eval(settings), device)
+        found = examine(subject, output.expanduser(), _typed())
+    else:
+        found = evaluate_api(model, revision, device, settings, baseline)
     if as_json:
         _print_json(found)
         return
-    described = {"text": Path(text).name, "dtype": found["dtype"], **found["protocol"]}
+    described = {"text": Path(text).name, "dtype": found.get("dtype"), **found["protocol"]}
     _table([model, ""], [["", _protocol(described)], *facts_of(found)])
+    if output:
+        _out.print(f"\nreport: {escape(str(output / 'report.html'))}", soft_wrap=True)
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, folders of runs, or metrics.json files.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Runs, folders of runs, and any checkpoints, which are measured as the runs were."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for compare.html, .md and .json.")],
     budget: Annotated[
         list[str] | None, typer.Option(help="Memory for the model, such as 6GB; may be repeated; cards by default.")
     ] = None,
     context: Annotated[int, typer.Option(min=0, help="Tokens of cache that memory is counted with.")] = 4096,
 ) -> None:
-    """Finished runs on one page: a table, the Pareto fronts, which differ, and which to choose."""
+    """Runs and checkpoints on one page: a table, the Pareto fronts, which differ, and which to choose."""
+    from .comparison import Options
     from .comparison import compare as compare_runs
 
-    page, choices = compare_runs(runs, output, budget or [], context)
+    quiet_libraries()
+    page, choices = compare_runs(runs, output.expanduser(), Options(budget or [], context, _typed(), _news))
     _table(["memory", "choose"], choices)
     _out.print(f"\ncomparison: {escape(str(page))}", soft_wrap=True)
 
 
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
-    prompt: Annotated[str, typer.Argument()],
-    tokens: Annotated[int, typer.Option(min=1, help="How many at most.")] = 128,
-    dtype: Dtype = "auto",
-    kernel: KernelName = "auto",
-    device: Device = "auto",
-    revision: Revision = None,
-) -> None:
-    """Continue a prompt, greedily."""
-    from transformers import TextStreamer
-
-    from .loading import load
-
-    quiet_libraries()
-    loaded, tokenizer = load(model, revision, device, dtype, kernel)
-    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
-    inputs.pop("token_type_ids", None)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    loaded.generate(  # type: ignore[operator]
-        **inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer, pad_token_id=tokenizer.eos_token_id
-    )
+app.add_typer(talk.app)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from .checkpoint import INDEX, Checkpoint
 from .errors import ConfigError, NumericsError, listing, nearest
 from .formats import Format
 from .formats import registry as formats
-from .layout import Layout, check_shape, layer_shape, read_layer, read_layout
+from .layout import Layout, check_shape, read_layer, read_layout
 from .recipe import MANIFEST
 from .versions import versions
 
@@ -95,7 +95,7 @@ def _check_held(job: _Job) -> None:
     """Everything that headers tell against it, before a file is written."""
     problems: dict[str, list[str]] = {}
     for layer in job.layout.quantized:
-        for problem in job.format.problems(job.layout.scheme, layer_shape(job.layout, layer) or ()):
+        for problem in job.format.problems(job.layout.scheme, job.layout.shapes[layer] or ()):
             problems.setdefault(problem, []).append(layer)
     if problems:
         lines = [f"{problem} ({len(layers)} layers, such as {layers[0]})" for problem, layers in problems.items()]

@@ -10,9 +10,10 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.select import registry as kernels
 
-from .checkpoint import Checkpoint
+from .blocks import Names, skeleton
+from .checkpoint import Checkpoint, TensorInfo
 from .formats import registry as formats
-from .layout import detect_scheme
+from .layout import Layout, detect_scheme, read_layout
 from .methods import registry as methods
 
 _SCHEMES = ("int4-g128", "int4-g128-asym", "int4-channel", "int8-dynamic", "nf4", "nf4-dq")
@@ -43,6 +44,46 @@ def describe(folder: Path) -> dict[str, Any]:
     format, scheme = detect_scheme(checkpoint)
     layers = [name for name in checkpoint.tensors if name.endswith(f".{format.marker}")]
     return found | {"quantized": scheme.name, "format": format.name, "quantized layers": len(layers)}
+
+
+def coverage_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint's files hold, whoever wrote them: as "coverage" in metrics.json, without the errors of layers.
+
+    Raises:
+        CheckpointError: the files do not fit their config.json.
+    """
+    if "quantization_config" not in checkpoint.config:
+        names = Names(skeleton(checkpoint))
+        kept = [_kept(info, names) for info in checkpoint.tensors.values()]
+        return _coverage([], kept, 0)
+    layout = read_layout(checkpoint)
+    layers = [_layer(checkpoint, layout, name) for name in layout.quantized]
+    kept = [_kept(checkpoint.tensors[name], layout.names) for name in layout.plain]
+    return _coverage(layers, kept, layout.model.dtype.itemsize)
+
+
+def _coverage(layers: list[dict[str, Any]], kept: list[dict[str, Any]], itemsize: int) -> dict[str, Any]:
+    """itemsize: bytes of a weight before it was quantized."""
+    done = itemsize * sum(prod(layer["shape"]) for layer in layers)
+    total = done + sum(tensor["bytes"] for tensor in kept if tensor["block"] is not None)
+    share = done / total if total else 0.0
+    return {"decoder_bytes": total, "quantized_bytes": done, "share": share, "layers": layers, "kept": kept}
+
+
+def _layer(checkpoint: Checkpoint, layout: Layout, name: str) -> dict[str, Any]:
+    parts = (checkpoint.tensors.get(f"{name}.{suffix}") for suffix in layout.format.suffixes)
+    return {
+        "name": name,
+        "block": layout.names.block(layout.quantized[name].parameter),
+        "shape": list(layout.shapes[name] or ()),
+        "bytes": sum(info.nbytes for info in parts if info),
+    }
+
+
+def _kept(info: TensorInfo, names: Names) -> dict[str, Any]:
+    block = names.block(names.target(info.name).parameter)
+    why = "not quantized in the files"
+    return {"name": info.name, "block": block, "shape": list(info.shape), "bytes": info.nbytes, "reason": why}
 
 
 def catalogue() -> dict[str, dict[str, str]]:

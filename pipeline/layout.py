@@ -21,6 +21,7 @@ class Layout:
     """A quantized checkpoint as its headers have it, checked against the model of its config.json.
 
     quantized: layer -> where its weight goes. plain: every other tensor -> where it goes, if the model has it.
+    shapes: quantized layer -> [out_features, in_features], by config.json.
     """
 
     format: Format
@@ -29,6 +30,7 @@ class Layout:
     names: Names
     quantized: dict[str, Target]
     plain: dict[str, Target]
+    shapes: dict[str, tuple[int, ...] | None]
 
 
 def detect_scheme(checkpoint: Checkpoint) -> tuple[Format, Scheme]:
@@ -45,14 +47,18 @@ def detect_scheme(checkpoint: Checkpoint) -> tuple[Format, Scheme]:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: quantization_config: {error}") from error
 
 
-def read_layout(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Layout:
+def read_layout(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, model: PreTrainedModel | None = None
+) -> Layout:
     """What each tensor of a quantized checkpoint is, from headers alone.
 
+    Args:
+        model: on the meta device; by default it is made of config.json, in this dtype.
     Raises:
         CheckpointError: tensors that are missing, left over, or no layers of the model.
     """
     format, scheme = detect_scheme(checkpoint)
-    model = skeleton(checkpoint, dtype)
+    model = skeleton(checkpoint, dtype) if model is None else model
     names = Names(model)
     layers = _quantized_layers(checkpoint, format, model, names)
     owned = {f"{layer}.{suffix}" for layer in layers for suffix in format.suffixes}
@@ -67,7 +73,8 @@ def read_layout(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Lay
     if lost and scattered(checkpoint.config["quantization_config"]):
         what = listing([f"{layer}.{ORDER_SUFFIX}" for layer in lost])
         raise CheckpointError(f"{checkpoint.folder}: actorder is 'group', and these tensors are missing:\n{what}")
-    return Layout(format, scheme, model, names, quantized, plain)
+    shapes = {layer: _shape(model, names, target) for layer, target in quantized.items()}
+    return Layout(format, scheme, model, names, quantized, plain, shapes)
 
 
 def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: Names) -> list[str]:
@@ -132,16 +139,14 @@ def read_layer(checkpoint: Checkpoint, format: Format, scheme: Scheme, layer: st
     return qtensor
 
 
-def layer_shape(layout: Layout, layer: str) -> tuple[int, ...] | None:
-    """[out_features, in_features] of a quantized layer by config.json."""
-    target = layout.quantized[layer]
-    shape = layout.names.shape(target)
-    return shape[::-1] if shape and linear_kind(layout.model, target) == "conv1d" else shape
+def _shape(model: PreTrainedModel, names: Names, target: Target) -> tuple[int, ...] | None:
+    shape = names.shape(target)
+    return shape[::-1] if shape and linear_kind(model, target) == "conv1d" else shape
 
 
 def check_shape(layout: Layout, layer: str, qtensor: QTensor) -> None:
     """Raises CheckpointError unless a layer that was read is of the shape that config.json gives it."""
-    expected = layer_shape(layout, layer)
+    expected = layout.shapes[layer]
     if expected != qtensor.shape:
         raise CheckpointError(
             f"{layer}: shape {list(qtensor.shape)} in the file, {list(expected or ())} by config.json"

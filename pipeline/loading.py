@@ -1,7 +1,6 @@
 """Files -> a transformers model: quantized layers on our kernels, everything else as transformers has it."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,39 +9,27 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from bitpress.kernels.qlinear import QExperts, QLinear
-from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.qlinear import QLinear
 
-from .blocks import Names, Target, replace_module
+from .blocks import Target
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ConfigError
 from .fusing import fuse
-from .layout import check_shape, read_layer, read_layout
+from .layers import OnStep, experts_of, quantized_layers, replace_layers
+from .layout import Layout, read_layout
+from .quantizer import attach
 from .source import resolve
 
-MakeLayer = Callable[[Tensor | None], nn.Module]  # of the bias, None for experts
-OnStep = Callable[[int, int], None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class _DenseLinear(nn.Module):
-    """A linear layer that is not quantized, as one piece of an expert."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight)
-
-
-def dense_layer(weight: Tensor) -> MakeLayer:
-    """For replace_layers: an expert's piece [out, in] that is not quantized."""
-    return lambda bias: _DenseLinear(weight)
-
-
 def load(
-    model: str | Path, revision: str | None = None, device: str = "auto", dtype: str = "auto", kernel: str = "auto"
+    model: str | Path,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    kernel: str = "auto",
+    on_step: OnStep = lambda done, total: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, from a folder that bitpress wrote, an unquantized one, or a Hub id.
 
@@ -50,12 +37,13 @@ def load(
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         dtype: of activations and unquantized weights: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
         kernel: "auto", or the name of one kernel (see `bitpress list`), which then serves or raises.
+        on_step: called with (quantized layers done, layers in all).
     Raises:
         BitpressError: says what is wrong with the files, the options or the Hub.
     """
     folder = resolve(str(model), revision).folder
     checkpoint = Checkpoint(folder)
-    return load_model(checkpoint, pick_device(device), dtype, kernel), load_tokenizer(folder)
+    return load_model(checkpoint, pick_device(device), dtype, kernel, on_step), load_tokenizer(folder)
 
 
 def pick_device(name: str) -> torch.device:
@@ -91,6 +79,7 @@ def load_model(
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; use auto or one of {', '.join(_DTYPES)}")
     wanted = _DTYPES.get(dtype)
+    checkpoint.fetch()
     if "quantization_config" in checkpoint.config:
         return _load_quantized(checkpoint, device, wanted, kernel, on_step)
     return load_dense(checkpoint, wanted).to(device)  # type: ignore[arg-type]
@@ -112,70 +101,23 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreT
     return model.eval()
 
 
-def replace_layers(model: PreTrainedModel, names: Names, layers: Iterable[tuple[Target, MakeLayer]]) -> None:
-    """Put a module in the place of each target, linear layers and experts alike, one after the other.
-
-    Args:
-        layers: targets, each with a function of the bias (None for experts) that makes the module.
-    """
-    experts: dict[str, dict[int, dict[int, nn.Module]]] = defaultdict(lambda: defaultdict(dict))
-    for target, make in layers:
-        if target.expert:
-            expert, piece, _ = target.expert
-            experts[target.parameter][expert][piece] = make(None)
-            continue
-        path = target.parameter.removesuffix(".weight")
-        replace_module(model, path, make(getattr(model.get_submodule(path), "bias", None)))
-    for parameter, table in experts.items():
-        rows = [[table[e][p] for p in sorted(table[e])] for e in sorted(table)]
-        replace_module(model, parameter, QExperts(rows))
-    if experts:
-        model.config._experts_implementation = "eager"  # transformers' other ones want one 3-D tensor
-
-
 def _load_quantized(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str, on_step: OnStep
 ) -> PreTrainedModel:
     layout = read_layout(checkpoint, dtype)
-    model, names, quantized = layout.model, layout.names, layout.quantized
-    experts = {target.parameter for target in quantized.values() if target.expert}
-    pieces = {n: t for n, t in layout.plain.items() if t.expert and t.parameter in experts}  # of experts not all
-    _fill(checkpoint, model, names, {n: t for n, t in layout.plain.items() if n not in pieces}, device)
-
-    layers = {t: dense_layer(checkpoint.read(n).to(device, model.dtype)) for n, t in pieces.items()}
-    for number, (layer, target) in enumerate(quantized.items()):  # all are checked before any is used
-        on_step(number, len(quantized))
-        qtensor = read_layer(checkpoint, layout.format, layout.scheme, layer).to(device)
-        check_shape(layout, layer, qtensor)
-        layers[target] = _maker(qtensor, model.dtype, kernel)
-    replace_layers(model, names, _emptied(layers))
-    on_step(len(quantized), len(quantized))
+    model, experts = layout.model, experts_of(layout)
+    _fill(checkpoint, layout, {n: t for n, t in layout.plain.items() if t.parameter not in experts}, device)
+    replace_layers(model, layout.names, quantized_layers(checkpoint, layout, lambda target: device, kernel, on_step))
     model = _finish(checkpoint, model, device)
     if device.type == "cpu":
         model.fusing = fuse(model)  # type: ignore[assignment]
+    attach(model, checkpoint, layout)
     return model
 
 
-def _emptied(layers: dict[Target, MakeLayer]) -> Iterator[tuple[Target, MakeLayer]]:
-    """Each in turn, and let go of: what a kernel has repacked need not be held twice."""
-    while layers:
-        yield layers.popitem()
-
-
-def _maker(qtensor: QTensor, dtype: torch.dtype, kernel: str) -> MakeLayer:
-    def make(bias: Tensor | None) -> nn.Module:
-        try:
-            return QLinear(qtensor, bias, dtype, kernel)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-    return make
-
-
-def _fill(
-    checkpoint: Checkpoint, model: PreTrainedModel, names: Names, plain: dict[str, Target], device: torch.device
-) -> None:
+def _fill(checkpoint: Checkpoint, layout: Layout, plain: dict[str, Target], device: torch.device) -> None:
     """Put the tensors that are not quantized into the skeleton; those that the model does not have are left out."""
+    model, names = layout.model, layout.names
     fused: dict[str, list[tuple[tuple[int, int, int], str]]] = defaultdict(list)
     for name, target in plain.items():
         if not names.known(target.parameter):

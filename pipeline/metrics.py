@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .checkpoint import read_json
 from .errors import CheckpointError, listing
 
+METRICS = "metrics.json"
 FORMAT_VERSION = 2
 
 Number = Annotated[float, Field(allow_inf_nan=False)] | None
@@ -129,6 +130,19 @@ class Speed(_Part):
     decode: Rate | None = None
 
 
+class ConfigModel(_Part):
+    id: str
+    revision: str | None = None
+
+
+class Config(_Part):
+    """As much of the config as it takes to measure another checkpoint in the same way."""
+
+    models: list[ConfigModel] = []
+    eval: dict[str, Any] = {}
+    device: str = "auto"
+
+
 class Metrics(_Part):
     """A metrics.json of bitpress: what was measured of one run, of what, how, and on what machine."""
 
@@ -137,6 +151,7 @@ class Metrics(_Part):
     scheme: str
     method: str | None = None
     format: str | None = None
+    checkpoint: dict[str, Any] | None = None
     protocol: Protocol
     quality: Quality
     gates: Gates | None = None
@@ -145,6 +160,7 @@ class Metrics(_Part):
     speed: list[Speed] | None = None
     machine: dict[str, Any] | None = None
     versions: dict[str, str | None] | None = None
+    config: Config | None = None
     command: str | None = None
 
 

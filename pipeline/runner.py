@@ -1,6 +1,5 @@
 """Runs a config: every model by every scheme, stage by stage, skipping what is done and verified."""
 
-import json
 import time
 import traceback
 from collections.abc import Callable
@@ -10,17 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from bitpress.eval import tasks
-
 from . import gates, store
 from .blocks import skeleton
 from .calibration import calibrate
 from .checkpoint import Checkpoint, read_json
 from .config import Model, Run, load_calibration
 from .destination import Publish
-from .errors import BitpressError, ConfigError, GateError
-from .loading import load_tokenizer, pick_device
-from .machine import machine
+from .errors import BitpressError, GateError
+from .loading import load_tokenizer
 from .progress import progress
 from .recipe import MANIFEST, Recipe, check_fingerprint
 from .redact import redact
@@ -29,10 +25,9 @@ from .stages import evaluate, report
 from .stages.measure import Resume
 from .stages.publish import prepare, send
 from .stages.quantize import quantize
+from .stages.report import BASELINE
 from .text import Text, read_text, windows
-from .versions import versions
 
-BASELINE = "none"
 _UNFINISHED = "evaluation.partial"  # windows that are evaluated, until all are
 _PREDICTIONS = "predictions.partial"  # of the baseline, until all jobs of its model are done
 Say = Callable[[str], None]
@@ -134,8 +129,7 @@ def _model_folder(run: Run, model: Model) -> Path:
 
 def _prepare(run: Run, model: Model) -> _Input:
     """Everything that can be refused before a weight is read."""
-    if run.eval.tasks and not tasks.available():
-        raise ConfigError("eval.tasks needs the lm-eval package; pip install 'bitpress[tasks]'")
+    evaluate.check_tasks(run.eval)
     text = read_text(run.eval.text)
     recipes = {scheme: _recipe(run, scheme) for scheme in run.schemes if scheme != BASELINE}
     source = resolve(model.id, model.revision)
@@ -181,7 +175,8 @@ def _job(run: Run, given: _Input, scheme: str, parent: Path, command: str, say: 
         resume = Resume(*_place(folder / _UNFINISHED, marks), *_place(parent / _PREDICTIONS, _marks(run, given)))
         measured |= evaluate.measure(artifact, baseline, run.eval, run.device, folder, resume)
         measured["seconds"] = seconds | {"evaluate": measured["seconds"]}
-        metrics = report.assemble(run, given.source, recipe, given.text, folder, measured)
+        made = report.made_here(run, given.source, recipe, folder)
+        metrics = report.assemble(given.source, given.text, made, measured)
         report.write_report(folder, _with_baseline(parent, metrics))
         store.write_json(path, metrics)
         evaluate.forget(folder / _UNFINISHED)
@@ -230,13 +225,8 @@ def _quantize(given: _Input, recipe: Recipe, folder: Path, say: Say) -> float:
 
 
 def _marks(run: Run, given: _Input, artifact: Path | None = None) -> dict[str, Any]:
-    """Everything that measurements depend on, flat; of the baseline, where there is no artifact."""
-    settings = run.eval.model_dump(mode="json")
-    marks = {f"eval.{key}": json.dumps(value, sort_keys=True) for key, value in settings.items()}
-    marks |= {"text.sha256": given.text.sha256, "device": run.device}
-    marks |= {f"versions.{name}": value for name, value in versions().items()}
-    described = machine(pick_device(run.device))
-    marks |= {f"machine.{key}": described[key] for key in ("cpu", "device", "threads")}
+    """Everything that measurements depend on; of the baseline, where there is no artifact."""
+    files = {f"files.{name}": value for name, value in given.checkpoint.identity().items()}
     if artifact:
-        return marks | {"artifact.sha256": store.sha256_file(artifact / MANIFEST)}
-    return marks | {f"files.{name}": value for name, value in given.checkpoint.identity().items()}
+        files = {"artifact.sha256": store.sha256_file(artifact / MANIFEST)}
+    return evaluate.marks(run.eval, run.device, given.text, files)

@@ -32,3 +32,20 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> li
     """function of each item, in order; as many items at a time as torch has threads, each on one of them."""
     with pool(torch.get_num_threads()) as run:
         return list(run(function, items))
+
+
+def one_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """function of each item, in order; one more thread, which leaves torch's to others, is ahead by an item."""
+    count = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+            coming = None
+            for item in items:
+                following = executor.submit(function, item)
+                if coming:
+                    yield coming.result()
+                coming = following
+            if coming:
+                yield coming.result()
+    finally:
+        torch.set_num_threads(count)

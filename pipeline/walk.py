@@ -19,7 +19,8 @@ from bitpress.kernels.qlinear import QExperts
 from .blocks import Names, decoder, skeleton
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, NumericsError
-from .loading import dense_layer, replace_layers, set_tensor
+from .layers import dense_layer, replace_layers
+from .loading import set_tensor
 from .methods.hessian import Hessian, bfloat16_products
 from .plan import Entry
 from .threads import pool

@@ -1,4 +1,5 @@
-/* AMX: tiles of 16 inputs x 64 features times 64 features x 16 outputs. Linux gives them to a process that asks. */
+/* AMX: tiles of 16 inputs x 64 features times 64 features x 16 outputs. Linux gives them to a process that asks. What a
+ * few rows need is memory's speed, and AVX512's kernels serve those. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 #if defined(__linux__)
@@ -12,10 +13,10 @@
 #define ARCH_REQ_XCOMP_PERM 0x1023
 #define XFEATURE_XTILEDATA 18
 
-static int available(void) {
+int has_amx_int8(void) {
 #if defined(__linux__)
     unsigned a, b, c, d;
-    if (!avx512_kernels.available()) return 0;
+    if (!has_avx512_vnni()) return 0;
     __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
     const unsigned wanted = 1u << 24 | 1u << 25; /* AMX-TILE and AMX-INT8 */
     return (d & wanted) == wanted && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
@@ -169,36 +170,5 @@ AMX static void tile(const Weight *w, const Input *in, int64_t block, int64_t fr
     }
 }
 
-/* What a few rows need is memory's speed, not tiles': AVX512's kernels serve those. */
-static void rows(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
-    avx512_kernels.rows(w, in, block, row, count, out);
-}
-
-static void exact(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
-    avx512_kernels.exact(w, in, block, row, count, out);
-}
-
-static void quantize(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes, int64_t stride,
-                     float *scales, int32_t *sums, int64_t apart) {
-    avx512_kernels.quantize(x, in_features, padded, step, codes, stride, scales, sums, apart);
-}
-
-static void widen(const void *x, DType dtype, int64_t count, float *out) {
-    avx512_kernels.widen(x, dtype, count, out);
-}
-
-static void finish(const float *values, const float *multiplier, const float *bias, int64_t count, DType dtype,
-                   void *y) {
-    avx512_kernels.finish(values, multiplier, bias, count, dtype, y);
-}
-
-static void dequantize(const Weight *w, int64_t block, int64_t from, int64_t to, float *out) {
-    avx512_kernels.dequantize(w, block, from, to, out);
-}
-
-static uint64_t read_words(const uint64_t *from, int64_t words) { return avx512_kernels.read(from, words); }
-
-const Kernels amx_kernels = {.name = "amx-int8", .available = available, .tile_from = MAX_ROWS + 1, .rows = rows, .exact = exact,
-                             .unpack = unpack, .tile = tile, .begin = begin, .end = end, .quantize = quantize,
-                             .widen = widen, .finish = finish, .read = read_words, .dequantize = dequantize};
+const Tiles amx_tiles = {.unpack = unpack, .tile = tile, .begin = begin, .end = end};
 #endif

@@ -11,22 +11,33 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define MAGIC 0x3173736572706962 /* "bipress1" */
-#define FEW_ROWS 64
-#define MOST_ROWS 256
+#define FEW_ROWS 64              /* of a task: up to so many, its weights are read in the order in which they lie */
+#define MOST_ROWS 256            /* of a task, so that its inputs stay in a core's second cache */
 #define SUM_BYTES (512 << 10)   /* sums of a task, which stay in a core's second cache */
-#define TASK_BYTES (512 << 10)
+#define TASK_BYTES (512 << 10)   /* of weights, where these are read once */
 #define PIECE (16 << 10)         /* words of 8 bytes that are read at a time */
 #define MIN_PARALLEL (32 << 10)  /* inputs that are worth waking threads for */
 
-static const Kernels *const all_kernels[] = {
-#if defined(__x86_64__)
-    &amx_kernels, &avx512_kernels, &avx2_kernels,
-#endif
-    &portable_kernels};
+typedef struct {
+    const char *name;
+    int (*available)(void);
+    const Kernels *kernels;
+    const Tiles *tiles; /* or NULL */
+} Instructions;
 
-EXPORT int bitpress_kernel_count(void) { return sizeof all_kernels / sizeof *all_kernels; }
-EXPORT const char *bitpress_kernel_name(int index) { return all_kernels[index]->name; }
-EXPORT int bitpress_kernel_available(int index) { return all_kernels[index]->available(); }
+static int always(void) { return 1; }
+
+static const Instructions sets[] = {
+#if defined(__x86_64__)
+    {"amx-int8", has_amx_int8, &avx512_kernels, &amx_tiles},
+    {"avx512-vnni", has_avx512_vnni, &avx512_kernels, NULL},
+    {"avx2", has_avx2, &avx2_kernels, NULL},
+#endif
+    {"portable", always, &portable_kernels, NULL}};
+
+EXPORT int bitpress_kernel_count(void) { return sizeof sets / sizeof *sets; }
+EXPORT const char *bitpress_kernel_name(int index) { return sets[index].name; }
+EXPORT int bitpress_kernel_available(int index) { return sets[index].available(); }
 
 /* ---- threads ---- */
 
@@ -121,8 +132,8 @@ EXPORT int64_t bitpress_layout(void *packed, int64_t out_features, int64_t in_fe
 
 typedef struct {
     Weight w;
-    const uint8_t *from;
-    int64_t row_bytes, high_first;
+    const uint32_t *from;
+    int64_t words, row_stride, word_stride, high_first;
     uint8_t *to;
     atomic_llong next;
 } Packing;
@@ -138,27 +149,29 @@ static uint32_t interleaved(uint32_t codes) {
 static void pack_blocks(void *context) {
     Packing *p = context;
     const Weight *w = &p->w;
-    const int64_t blocks = blocks_of(w), per_word = w->code == INT8 ? 4 : 8, words = w->padded / per_word;
+    const int64_t blocks = blocks_of(w), words = w->padded / (w->code == INT8 ? 4 : 8);
     for (int64_t block; (block = atomic_fetch_add(&p->next, 1)) < blocks;) {
+        const int64_t outputs = maximum(minimum(w->out_features - block * BLOCK, BLOCK), 0);
+        const uint32_t *from = p->from + block * BLOCK * p->row_stride;
         uint8_t *to = p->to + block * words * BLOCK * 4;
-        for (int64_t n = 0; n < BLOCK; n++) {
-            const int64_t o = block * BLOCK + n;
-            for (int64_t i = 0; i < words; i++) {
-                uint32_t word = 0;
-                const int64_t at = i * 4, left = o < w->out_features ? p->row_bytes - at : 0;
-                if (left > 0) memcpy(&word, p->from + o * p->row_bytes + at, (size_t)minimum(left, 4));
-                if (p->high_first) word = (word & 0x0f0f0f0f) << 4 | (word >> 4 & 0x0f0f0f0f);
-                if (w->code != INT8) word = interleaved(word);
-                memcpy(to + (i * BLOCK + n) * 4, &word, 4);
-            }
+        for (int64_t i = 0; i < words; i++) {
+            uint32_t line[BLOCK] = {0};
+            for (int64_t n = 0; i < p->words && n < outputs; n++)
+                line[n] = from[n * p->row_stride + i * p->word_stride];
+            for (int64_t n = 0; p->high_first && n < BLOCK; n++)
+                line[n] = (line[n] & 0x0f0f0f0f) << 4 | (line[n] >> 4 & 0x0f0f0f0f);
+            for (int64_t n = 0; w->code != INT8 && n < BLOCK; n++) line[n] = interleaved(line[n]);
+            memcpy(to + i * sizeof line, line, sizeof line);
         }
     }
 }
 
-/* Codes [out_features][row_bytes], as a stream along the inputs, two codes per byte (the first in the low nibble, or
- * the high one) or one -> the header's codes. Assumes a little-endian machine. */
-EXPORT void bitpress_pack(void *packed, const void *codes, int64_t row_bytes, int64_t high_first, int threads) {
-    Packing p = {.w = weight_of(packed), .from = codes, .row_bytes = row_bytes, .high_first = high_first};
+/* Codes -> the header's codes: word i of output o is codes[o * row_stride + i * word_stride], of `words`, and holds two
+ * codes per byte (the first in the low nibble, or the high one) or one. Assumes a little-endian machine. */
+EXPORT void bitpress_pack(void *packed, const uint32_t *codes, int64_t words, int64_t row_stride, int64_t word_stride,
+                          int64_t high_first, int threads) {
+    Packing p = {.w = weight_of(packed), .from = codes, .words = words, .row_stride = row_stride,
+                 .word_stride = word_stride, .high_first = high_first};
     p.to = (uint8_t *)p.w.codes;
     atomic_init(&p.next, 0);
     parallel(pack_blocks, &p, threads);
@@ -168,13 +181,14 @@ EXPORT void bitpress_pack(void *packed, const void *codes, int64_t row_bytes, in
 
 typedef struct {
     const Kernels *k;
+    const Tiles *tiles; /* NULL where rows are few */
     Weight w;
     Input in;
     const void *x;
     const float *bias;
     char *y;
     int64_t dtype, item, stride, blocks_per_task, rows_per_task;
-    int exact, tiled;
+    int exact;
     atomic_llong next;
     atomic_int failed;
 } Product;
@@ -200,11 +214,11 @@ static void prepare_row(const Product *p, int64_t row, float *wide) {
         values = wide;
     }
     const int64_t tile_bytes = PAIR * CHUNK;
-    int8_t *codes = p->tiled ? in->codes + row / PAIR * tile_bytes * chunks(in->padded) + row % PAIR * CHUNK
+    int8_t *codes = p->tiles ? in->codes + row / PAIR * tile_bytes * chunks(in->padded) + row % PAIR * CHUNK
                              : in->codes + row * in->padded;
-    const int64_t at = p->tiled ? row / PAIR * in->steps * PAIR + row % PAIR : row * in->steps;
-    p->k->quantize(values, w->in_features, in->padded, w->step, codes, p->tiled ? tile_bytes : CHUNK, in->scales + at,
-                   in->sums + at, p->tiled ? PAIR : 1);
+    const int64_t at = p->tiles ? row / PAIR * in->steps * PAIR + row % PAIR : row * in->steps;
+    p->k->quantize(values, w->in_features, in->padded, w->step, codes, p->tiles ? tile_bytes : CHUNK, in->scales + at,
+                   in->sums + at, p->tiles ? PAIR : 1);
 }
 
 static void prepare_rows(void *context) {
@@ -249,16 +263,16 @@ static void multiply_tiles(const Product *p, int64_t block, int64_t blocks, int6
         for (int64_t from = 0; from < w->padded; from += stretch) {
             const int64_t to = minimum(from + stretch, w->padded);
             for (int64_t b = first; b < first + at_once; b += 2) {
-                p->k->unpack(w, block + b, from, to, ahead, panel);
+                p->tiles->unpack(w, block + b, from, to, ahead, panel);
                 for (int64_t m = 0; m < rows; m += PAIR) {
                     const int64_t count = minimum(PAIR, rows - m);
-                    if (count != configured) p->k->begin(w, configured = count);
-                    p->k->tile(w, &p->in, block + b, from, to, panel, row + m, count,
+                    if (count != configured) p->tiles->begin(w, configured = count);
+                    p->tiles->tile(w, &p->in, block + b, from, to, panel, row + m, count,
                                sums + (b * BLOCK * rows + m * PAIR));
                 }
             }
         }
-    p->k->end();
+    p->tiles->end();
     for (int64_t m = 0; m < rows; m++)
         for (int64_t b = 0; b < blocks; b += 2)
             finish_rows(p, block + b, row + m, 1, sums + (b * BLOCK * rows + m * PAIR));
@@ -269,7 +283,8 @@ static void multiply(void *context) {
     const int64_t blocks = blocks_of(&p->w), across = (blocks + p->blocks_per_task - 1) / p->blocks_per_task;
     const int64_t down = (p->in.rows + p->rows_per_task - 1) / p->rows_per_task;
     char *scratch = NULL;
-    if (p->tiled && !(scratch = aligned_alloc(64, (size_t)(PAIR * STRETCH + p->blocks_per_task * BLOCK * p->rows_per_task * 4)))) {
+    const int64_t bytes = PAIR * STRETCH + p->blocks_per_task * BLOCK * p->rows_per_task * 4;
+    if (p->tiles && !(scratch = aligned_alloc(64, (size_t)bytes))) {
         p->failed = 1;
         return;
     }
@@ -277,7 +292,7 @@ static void multiply(void *context) {
         const int64_t block = task % across * p->blocks_per_task, row = task / across * p->rows_per_task;
         const int64_t width = minimum(p->blocks_per_task, blocks - block);
         const int64_t rows = minimum(p->rows_per_task, p->in.rows - row);
-        if (p->tiled) multiply_tiles(p, block, width, row, rows, scratch);
+        if (p->tiles) multiply_tiles(p, block, width, row, rows, scratch);
         else multiply_rows(p, block, width, row, rows);
     }
     free(scratch);
@@ -286,9 +301,9 @@ static void multiply(void *context) {
 /* Tasks large enough to be worth claiming and to use what is in cache, small enough that threads end together. */
 static void split(Product *p, int threads) {
     const int64_t pairs = blocks_of(&p->w) / 2, rows = p->in.rows;
-    p->rows_per_task = p->tiled ? minimum(rows, MOST_ROWS) : rows;
+    p->rows_per_task = p->tiles ? minimum(rows, MOST_ROWS) : rows;
     const int64_t down = (rows + p->rows_per_task - 1) / p->rows_per_task;
-    int64_t per_task = p->tiled ? SUM_BYTES / (PAIR * p->rows_per_task * 4)
+    int64_t per_task = p->tiles ? SUM_BYTES / (PAIR * p->rows_per_task * 4)
                                 : TASK_BYTES / (PAIR * p->w.padded / code_bytes(&p->w));
     per_task = maximum(1, minimum(per_task, pairs * down / (threads * 4)));
     p->blocks_per_task = 2 * minimum(per_task, pairs);
@@ -319,11 +334,11 @@ static int carve(Product *p, char **memory) {
 EXPORT int bitpress_linear(const void *packed, const void *x, int64_t rows, int64_t dtype, const float *bias, void *y,
                            int exact, int kernel, int threads) {
     if (((const Header *)packed)->magic != MAGIC || kernel < 0 || kernel >= bitpress_kernel_count()) return 2;
-    Product p = {.k = all_kernels[kernel], .w = weight_of(packed), .x = x, .bias = bias, .y = y, .dtype = dtype,
-                 .item = dtype == FLOAT32 ? 4 : 2, .exact = exact};
+    const Instructions *set = &sets[kernel];
+    Product p = {.k = set->kernels, .tiles = exact || rows <= MAX_ROWS ? NULL : set->tiles, .w = weight_of(packed),
+                 .x = x, .bias = bias, .y = y, .dtype = dtype, .item = dtype == FLOAT32 ? 4 : 2, .exact = exact};
     p.in = (Input){.rows = rows, .padded = p.w.padded, .steps = p.w.padded / p.w.step,
                    .groups = p.w.padded / p.w.group};
-    p.tiled = !exact && p.k->tile_from && rows >= p.k->tile_from;
     if (!rows) return 0;
     char *memory;
     if (carve(&p, &memory)) return 1;
@@ -369,7 +384,7 @@ static void restore_blocks(void *context) {
 EXPORT int bitpress_dequantize(const void *packed, int64_t first, int64_t count, int64_t dtype, void *out, int kernel,
                                int threads) {
     if (((const Header *)packed)->magic != MAGIC || kernel < 0 || kernel >= bitpress_kernel_count()) return 2;
-    Restoring r = {.k = all_kernels[kernel], .w = weight_of(packed), .dtype = dtype, .out = out, .first = first / BLOCK,
+    Restoring r = {.k = sets[kernel].kernels, .w = weight_of(packed), .dtype = dtype, .out = out, .first = first / BLOCK,
                    .last = (first + count + BLOCK - 1) / BLOCK};
     atomic_init(&r.next, 0);
     parallel(restore_blocks, &r, threads);
@@ -396,7 +411,7 @@ static void read_pieces(void *context) {
 
 /* Reads whole pieces of 128 KiB and returns their words' exclusive or, so that nothing can be left out. */
 EXPORT uint64_t bitpress_read(const void *from, int64_t bytes, int kernel, int threads) {
-    Reading r = {.k = all_kernels[kernel], .from = from, .pieces = bytes / (PIECE * 8)};
+    Reading r = {.k = sets[kernel].kernels, .from = from, .pieces = bytes / (PIECE * 8)};
     atomic_init(&r.next, 0);
     atomic_init(&r.sum, 0);
     parallel(read_pieces, &r, threads);

@@ -8,7 +8,7 @@
 #define AVX2_INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 #define AT_ONCE 4 /* rows; more would not fit 16 registers */
 
-static int available(void) {
+int has_avx2(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
@@ -182,6 +182,6 @@ AVX2 static void dequantize(const Weight *w, int64_t block, int64_t from, int64_
 
 AVX2 static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
 
-const Kernels avx2_kernels = {.name = "avx2", .available = available, .rows = rows, .exact = exact,
-                              .quantize = quantize, .widen = widen, .finish = finish, .read = read_words, .dequantize = dequantize};
+const Kernels avx2_kernels = {.rows = rows, .exact = exact, .quantize = quantize, .widen = widen,
+    .finish = finish, .read = read_words, .dequantize = dequantize};
 #endif

@@ -9,7 +9,7 @@
 #define WIDEST 2
 #define AHEAD 2048 /* bytes that codes are fetched ahead: the hardware's own fetching stops at the end of a page */
 
-static int available(void) {
+int has_avx512_vnni(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -297,6 +297,6 @@ AVX512 static void dequantize(const Weight *w, int64_t block, int64_t from, int6
 
 AVX512 static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
 
-const Kernels avx512_kernels = {.name = "avx512-vnni", .available = available, .rows = rows, .exact = exact,
-                                .quantize = quantize, .widen = widen, .finish = finish, .read = read_words, .dequantize = dequantize};
+const Kernels avx512_kernels = {.rows = rows, .exact = exact, .quantize = quantize, .widen = widen,
+    .finish = finish, .read = read_words, .dequantize = dequantize};
 #endif

@@ -50,22 +50,12 @@ typedef struct {
     float *values, *value_sums;
 } Input;
 
+/* What every set of instructions has. */
 typedef struct {
-    const char *name;
-    int (*available)(void);
-    int64_t tile_from; /* input rows from which on `tile` is faster than `rows`; 0: there is no `tile` */
     /* Rows row .. row + count (at most MAX_ROWS) times a pair of blocks: out float32 [count][PAIR], without the
      * multiplier. `rows` takes int8 inputs, `exact` float32 ones. */
     void (*rows)(const Weight *, const Input *, int64_t block, int64_t row, int64_t count, float *out);
     void (*exact)(const Weight *, const Input *, int64_t block, int64_t row, int64_t count, float *out);
-    /* For many rows, or NULL: `unpack` features from .. to of a pair of blocks, int8 [ceil((to - from) / 64)][2][16]
-     * [BLOCK][4]; `tile` multiplies up to 32 rows of tiled codes by it (8-bit weights need no panel) and adds to out float32 [count][PAIR], or sets
-     * it where from is 0; `ahead` bytes after these codes are those that come next. `begin` and `end` surround their use on each thread. */
-    void (*unpack)(const Weight *, int64_t block, int64_t from, int64_t to, int64_t ahead, int8_t *panel);
-    void (*tile)(const Weight *, const Input *, int64_t block, int64_t from, int64_t to, const int8_t *panel,
-                 int64_t row, int64_t count, float *out);
-    void (*begin)(const Weight *, int64_t count);
-    void (*end)(void);
     /* One row to int8: 64 codes, then the next 64 `stride` bytes on; scales and sums of each step, `apart` numbers
      * from those of the next. */
     void (*quantize)(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes, int64_t stride,
@@ -79,6 +69,19 @@ typedef struct {
     void (*dequantize)(const Weight *, int64_t block, int64_t from, int64_t to, float *out);
 } Kernels;
 
+/* What multiplies many rows of int8 inputs faster than `rows` does. */
+typedef struct {
+    /* Features from .. to of a pair of blocks as a panel, int8 [ceil((to - from) / 64)][2][16][BLOCK][4]. What comes
+     * next lies `ahead` bytes after these codes. 8-bit weights need no panel. */
+    void (*unpack)(const Weight *, int64_t block, int64_t from, int64_t to, int64_t ahead, int8_t *panel);
+    /* Up to 32 rows of tiled codes times that panel, added to out float32 [count][PAIR], or from 0 on in its place. */
+    void (*tile)(const Weight *, const Input *, int64_t block, int64_t from, int64_t to, const int8_t *panel,
+                 int64_t row, int64_t count, float *out);
+    /* Surround the use of `tile` on each thread. */
+    void (*begin)(const Weight *, int64_t count);
+    void (*end)(void);
+} Tiles;
+
 /* api.c: `body` on each of so many threads at once, which share its tasks among them; and what else Python calls. */
 void parallel(void (*body)(void *), void *context, int threads);
 int bitpress_kernel_count(void);
@@ -88,7 +91,11 @@ int bitpress_linear(const void *packed, const void *x, int64_t rows, int64_t dty
 
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels, avx512_kernels, amx_kernels;
+extern const Kernels avx2_kernels, avx512_kernels;
+extern const Tiles amx_tiles;
+int has_avx2(void);
+int has_avx512_vnni(void);
+int has_amx_int8(void);
 #endif
 
 /* The NF4 code book (QLoRA, arXiv 2305.14314, appendix E), and rounded to steps of 1 / NF4_STEPS: of the step sizes that

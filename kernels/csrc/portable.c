@@ -1,8 +1,6 @@
 /* Any CPU: plain loops. What the other files compute, in the fewest words. */
 #include "generic.h"
 
-static int available(void) { return 1; }
-
 /* A code as the signed number that the input's code is multiplied by; what its group's zero point adds is in `zero`. */
 INLINE int32_t signed_code(const Weight *w, int64_t block, int64_t n, int64_t k) {
     int32_t code = code_at(w, block, n, k);
@@ -60,5 +58,5 @@ static void dequantize(const Weight *w, int64_t block, int64_t from, int64_t to,
 
 static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
 
-const Kernels portable_kernels = {.name = "portable", .available = available, .rows = rows, .exact = exact,
-                                  .quantize = quantize, .widen = widen, .finish = finish, .read = read_words, .dequantize = dequantize};
+const Kernels portable_kernels = {.rows = rows, .exact = exact, .quantize = quantize, .widen = widen,
+    .finish = finish, .read = read_words, .dequantize = dequantize};

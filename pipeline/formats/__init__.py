@@ -94,6 +94,19 @@ def detect(config: dict[str, Any], names: Iterable[str]) -> Format:
     raise ValueError(f"quant_method is {method!r}; bitpress reads {', '.join(known)}")
 
 
+def readable(config: dict[str, Any]) -> bool:
+    """Whether a quantization_config, by itself, describes what one of the formats reads."""
+    tag = config.get("checkpoint_format", config.get("format"))
+    for fmt in registry().values():
+        if fmt.quant_method == config.get("quant_method") and (tag is None or tag in fmt.tags):
+            try:
+                fmt.scheme(config)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+            return True
+    return False
+
+
 def integer_scheme(bits: Any, group_size: Any, symmetric: Any) -> Scheme:
     """A weight-only integer scheme from a config's values, which may be anything.
 

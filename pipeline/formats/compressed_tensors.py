@@ -95,7 +95,7 @@ class PackQuantized:
     def write(self, qtensor: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
         assert qtensor.order is None, "holds_order says that this format has no place for it"
         tensors = {
-            "weight_packed": qtensor.codes,
+            "weight_packed": qtensor.codes.contiguous(),
             "weight_scale": qtensor.scales,
             "weight_shape": torch.tensor(qtensor.shape, dtype=torch.int64),
         }

@@ -77,7 +77,7 @@ class GPTQ:
             self.stored_zero(scheme, qzeros, out_features)
         else:
             zeros = self._zeros(qzeros, scheme.bits, out_features).t().contiguous()
-        codes = gather_codes(qweight.t().contiguous(), order, scheme.bits)
+        codes = gather_codes(qweight.t(), order, scheme.bits)  # a view: transposing takes longer than reading
         return QTensor(scheme, (out_features, in_features), codes, scales.t().contiguous(), zeros, order=order)
 
     @staticmethod
@@ -90,14 +90,16 @@ class GPTQ:
         Raises:
             ValueError: they differ, or are neither version's.
         """
-        found = unpack(qzeros, scheme.bits, out_features).unique().tolist()
+        stored = unpack(qzeros, scheme.bits, out_features)
         expected = (scheme.middle - 1, scheme.middle)
-        require(
-            found in ([], [expected[0]], [expected[1]]),
-            f"qzeros hold {', '.join(map(str, found[:4]))}, expected {expected[0]} (version 1) or {expected[1]} "
-            "(version 2) everywhere, as the scheme is symmetric",
-        )
-        return found[0] if found else None
+        limits = [int(limit) for limit in stored.aminmax()] if stored.numel() else []
+        if limits not in ([], [expected[0]] * 2, [expected[1]] * 2):
+            found = ", ".join(map(str, stored.unique().tolist()[:4]))
+            raise ValueError(
+                f"qzeros hold {found}, expected {expected[0]} (version 1) or {expected[1]} (version 2) everywhere, "
+                "as the scheme is symmetric"
+            )
+        return limits[0] if limits else None
 
     def _zeros(self, qzeros: Tensor, bits: int, out_features: int) -> Tensor:
         """uint8 [groups, out]. Version 1's writers subtract from whole words, so a borrow is undone by adding to them.

@@ -1,5 +1,6 @@
 """Artifact -> metrics: reloaded in a fresh process, proven to be what was quantized, and measured."""
 
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitpress.eval import tasks
 from bitpress.kernels.qlinear import QLinear
 
 from .. import store, worker
@@ -15,10 +17,14 @@ from ..blocks import Names, Target
 from ..checkpoint import Checkpoint
 from ..config import Eval
 from ..errors import ConfigError, NumericsError
-from ..loading import dense_layer, load_model, pick_device, replace_layers
+from ..layers import dense_layer, replace_layers
+from ..loading import load_model, pick_device
+from ..machine import machine
 from ..plan import make_plan
 from ..progress import progress
 from ..recipe import Recipe
+from ..text import Text
+from ..versions import versions
 from .calibrated import WITNESS
 from .measure import Resume
 from .press import quantize_entry
@@ -77,6 +83,26 @@ def check_task(request: dict[str, Any]) -> dict[str, Any]:
             f"{difference:.3g} of the largest, expected at most {tolerance:.3g}; please report this as a bug"
         )
     return {"tokens": ids.numel(), "max_difference": difference, "tolerance": tolerance}
+
+
+def check_tasks(settings: Eval) -> None:
+    """Raises ConfigError where tasks are asked for and lm-eval is not there."""
+    if settings.tasks and not tasks.available():
+        raise ConfigError("eval.tasks needs the lm-eval package; pip install 'bitpress[tasks]'")
+
+
+def marks(settings: Eval, device: str, text: Text, files: dict[str, Any]) -> dict[str, Any]:
+    """Everything that measurements depend on, flat.
+
+    Args:
+        files: what tells the checkpoints that are measured from others.
+    """
+    plain = settings.model_dump(mode="json")
+    found = {f"eval.{key}": json.dumps(value, sort_keys=True) for key, value in plain.items()}
+    found |= {"text.sha256": text.sha256, "device": device}
+    found |= {f"versions.{name}": value for name, value in versions().items()}
+    described = machine(pick_device(device))
+    return found | {f"machine.{key}": described[key] for key in ("cpu", "device", "threads")} | files
 
 
 def forget(folder: Path) -> None:

@@ -18,10 +18,12 @@ from bitpress.eval.quality import Scores
 from bitpress.kernels.qlinear import inputs_left_alone
 
 from .. import store
-from ..blocks import decoder
+from ..blocks import decoder, skeleton
 from ..checkpoint import Checkpoint, read_json
 from ..config import Eval, Speed
-from ..errors import ConfigError, NumericsError
+from ..errors import CheckpointError, ConfigError, NumericsError
+from ..experts import names_of_experts, part_experts
+from ..layout import read_layout
 from ..loading import kernels_used, load_model, load_tokenizer, pick_device
 from ..machine import machine
 from ..progress import progress
@@ -72,7 +74,19 @@ class _Job:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.checkpoint.folder)
+        """The baseline's, so that all that is compared with it reads the same tokens."""
+        return load_tokenizer((self.baseline or self.checkpoint).folder)
+
+    def check_vocabulary(self) -> None:
+        """Raises CheckpointError where the baseline is visibly another model."""
+        if self.baseline is None:
+            return
+        own, other = (skeleton(c).config.get_text_config().vocab_size for c in (self.checkpoint, self.baseline))
+        if own != other:
+            raise CheckpointError(
+                f"{self.checkpoint.folder.name} has a vocabulary of {own} tokens, its baseline "
+                f"{self.baseline.folder.name} one of {other}: it was not made from that; give the model that it was"
+            )
 
     def load(self) -> Any:
         with progress("loading") as step:
@@ -125,6 +139,7 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
         BitpressError: of the files, the text or the numbers.
     """
     job = _Job.of(request)
+    job.check_vocabulary()
     with memory.Peak(job.device) as loading:
         model = job.load()
     plan = windows(read_text(job.settings.text), job.tokenizer, job.settings, model.config)
@@ -291,17 +306,34 @@ def _quality(job: _Job, model: Any, text: list[Window], crowded: str | None) -> 
             how = (
                 f"{predictions.TOP} stored and {predictions.SAMPLES} sampled probabilities of each token, as {crowded}"
             )
-            return {**alone, "quality": {"path": how}, "scores": scores, "baseline_text": said}
+            missing = {"skipped": crowded} if job.settings.output_errors else None
+            return {
+                **alone,
+                "quality": {"path": how},
+                "output_errors": missing,
+                "scores": scores,
+                "baseline_text": said,
+            }
         dense = job.load_baseline()
         with progress("perplexity and divergence") as step:
             scores = quality.compare(dense, model, text, finished, keep, step)
-    errors = None
-    if job.settings.output_errors:
-        with progress("errors by depth") as step:
-            errors = depth.output_errors(dense, model, text[: job.settings.output_errors], decoder(dense), step)
     return {
         "quality": {"path": "side by side"},
         "scores": scores,
-        "output_errors": errors,
+        "output_errors": _output_errors(job, dense, model, text[: job.settings.output_errors]),
         "baseline_text": sample(dense, job.tokenizer, job.settings.prompt),
     }
+
+
+def _output_errors(job: _Job, dense: Any, model: Any, text: list[Window]) -> dict[str, Any] | None:
+    """By the checkpoint's names of layers; None where no window is asked for."""
+    if not text:
+        return None
+    part_experts(dense, model)
+    with progress("errors by depth") as step:
+        found = depth.output_errors(dense, model, text, decoder(dense), step)
+    if "quantization_config" in job.checkpoint.config:
+        names = names_of_experts(read_layout(job.checkpoint))
+        for layer in found["layers"]:
+            layer["name"] = names.get(layer["name"], layer["name"])
+    return found

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +16,7 @@ from ..errors import NumericsError
 from ..methods import Diagnostics
 from ..plan import Entry, Plan, Unit
 from ..recipe import Recipe
+from ..threads import one_ahead
 
 _PIECE = 1 << 22
 Quantize = Callable[[Tensor, Scheme, torch.dtype], tuple[QTensor, Diagnostics]]
@@ -72,13 +72,8 @@ def layer_report(entry: Entry, qtensor: QTensor, diagnostics: Diagnostics, nbyte
 
 def read_ahead(checkpoint: Checkpoint, unit: Unit, digest: Any) -> Iterator[tuple[Entry, Tensor]]:
     """Each entry with its tensor; the next one is read, and hashed, while this one is worked on."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(checkpoint.read, unit.entries[0].info.name, digest)
-        for entry, following in zip(unit.entries, [*unit.entries[1:], None]):
-            tensor = ahead.result()
-            if following:
-                ahead = pool.submit(checkpoint.read, following.info.name, digest)
-            yield entry, tensor
+    tensors = one_ahead(lambda entry: checkpoint.read(entry.info.name, digest), unit.entries)
+    yield from zip(unit.entries, tensors)
 
 
 def press(checkpoint: Checkpoint, plan: Plan, unit: Unit, recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:

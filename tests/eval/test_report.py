@@ -2,7 +2,6 @@
 
 import copy
 import re
-from html.parser import HTMLParser
 
 import pytest
 
@@ -10,7 +9,6 @@ from bitpress.eval import report
 from bitpress.eval.slowdown import because
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
-HOSTILE = "<script>alert(1)</script>|`x`\"'\n# boom\n\x1b[31m\u202e$x_{2}$"
 
 
 def speed(batch, prefill, decode):
@@ -88,20 +86,6 @@ def table(runs):
     return {row[header.index("scheme")]: dict(zip(header, row, strict=True)) for row in rows}
 
 
-class Page(HTMLParser):
-    """What a browser would see of the tags: their names, attributes, and the text outside of style."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.ids = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        self.ids += [value for name, value in attrs if name == "id"]
-
-
 def test_rows_against_hand_computed_ratios():
     rows = table([metrics("int4-g128"), metrics()])
     assert list(rows) == ["baseline", "int4-g128"]
@@ -175,7 +159,7 @@ def test_the_baseline_alone():
         assert "What was quantized" not in render([metrics()])
 
 
-def test_several_models_each_against_its_own_baseline():
+def test_several_models_each_against_its_own_baseline(parse):
     big = metrics(model="z/big")
     big["size"]["file_bytes"] = 8_000_000
     runs = [metrics("nf4", model="z/big"), metrics("nf4"), big, metrics()]
@@ -189,7 +173,7 @@ def test_several_models_each_against_its_own_baseline():
     ]
     page = report.html(runs)
     assert "Plots: z/big" in page
-    ids = Page(page).ids
+    ids = parse(page).ids
     assert ids
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:url\(#|href="#)([^)"]+)', page)) <= set(ids)
@@ -201,29 +185,21 @@ def test_one_scheme_twice_is_told_apart():
 
 
 @pytest.fixture(scope="module")
-def hostile():
+def hostile(spoil, evil):
     """Two runs with hostile text wherever a run has text."""
-
-    def spoil(value):
-        if isinstance(value, dict):
-            return {key: spoil(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [spoil(item) for item in value]
-        return value + HOSTILE if isinstance(value, str) else value
-
     runs = [spoil(metrics()), spoil(metrics("nf4"))]
     runs[0]["scheme"] = "none"
     for run in runs:
-        run["kernels"] = {"selected": {HOSTILE: 8}, "rejected": {HOSTILE: HOSTILE}}
-        run["versions"] = {HOSTILE: HOSTILE}
+        run["kernels"] = {"selected": {evil: 8}, "rejected": {evil: evil}}
+        run["versions"] = {evil: evil}
         run["sample"] = {"prompt": "</pre>", "text": "</pre>\n```\n````\n# boom\n<script>alert(1)</script>"}
     return runs
 
 
-def test_hostile_names_stay_text_in_html(hostile):
+def test_hostile_names_stay_text_in_html(hostile, parse):
     page = report.html(hostile)
-    clean = Page(report.html([metrics(), metrics("nf4")]))
-    parsed = Page(page)
+    clean = parse(report.html([metrics(), metrics("nf4")]))
+    parsed = parse(page)
     assert set(parsed.tags) <= set(clean.tags)
     assert parsed.tags.count("script") == 1
     assert not any(name.startswith("on") for name, _ in parsed.attributes)
@@ -246,9 +222,9 @@ def test_hostile_names_stay_text_in_a_terminal(hostile):
     assert not any("\x1b" in cell for row in report.summary_rows(hostile)[1] for cell in row)
 
 
-def test_html_needs_nothing_from_outside():
+def test_html_needs_nothing_from_outside(parse):
     page = report.html([metrics(), metrics("nf4")])
-    parsed = Page(page)
+    parsed = parse(page)
     assert parsed.tags.count("script") == 1  # its own, which the policy names by hash
     assert "link" not in parsed.tags
     assert "img" not in parsed.tags
@@ -300,15 +276,54 @@ def measured(blocks=3):
     return run
 
 
+def plain(text):
+    """Markdown without its escapes."""
+    return text.replace("\\", "")
+
+
 def test_what_was_measured_beside_the_summary_is_told():
     for render in (report.html, report.markdown):
-        page = render([metrics(), measured()]).replace("\\", "")
+        page = plain(render([metrics(), measured()])).replace("\u00a0", " ")
         for words in (
             "41.00 (± 0.50)", "1.0250 (± 0.0021)", "0.0052 (± 0.0003)", "1.43% (± 0.04%)", "within 2e-05",
             "misses its gate kl_mean", "MISSED", "mean KL is 0.0052, but", "arc_easy", "0.5 (± 0.05)", "9.00 MB",
             "3.07 kB", "4,096", "64 ms", "3.00 GB/s", "20%", "prefill: a prompt is limited by arithmetic",
         ):  # fmt: skip
             assert words in page, words
+
+
+def test_tasks_are_compared_with_the_baselines_in_pairs():
+    """Of 100 documents the baseline has 60, the other lost two of them: error sqrt((2 - 4 / 100) / 99 / 100)."""
+    line = {
+        "task": "arc_easy",
+        "metric": "acc",
+        "filter": "none",
+        "value": 0.6,
+        "standard_error": 0.049,
+        "samples": 100,
+    }
+    base, run = metrics(), metrics("nf4")
+    base["tasks"] = [{**line, "scores": [1.0] * 60 + [0.0] * 40}]
+    run["tasks"] = [{**line, "value": 0.58, "scores": [1.0] * 58 + [0.0] * 42}]
+    assert "| nf4 | arc_easy | acc | 0.58 (± 0.049) | -0.020 (± 0.014) | 100 |" in plain(report.markdown([base, run]))
+    run["tasks"][0]["scores"].pop()  # other documents
+    assert "| nf4 | arc_easy | acc | 0.58 (± 0.049) | – | 100 |" in plain(report.markdown([base, run]))
+
+
+def test_the_layers_that_are_furthest_off_are_named_or_why_not():
+    run = measured()
+    run["output_errors"]["layers"][5] |= {
+        "output_error": 0.25, "worst_channels": [{"channel": 17, "share": 0.433, "error": 1.5}]
+    }  # fmt: skip
+    run["output_errors"]["layers"][1]["output_error"] = None
+    text = plain(report.markdown([metrics(), run]))
+    rows = [line for line in text.splitlines() if line.startswith("| int4-g128 | model.layers")]
+    assert len(rows) == 3
+    assert rows[0] == "| int4-g128 | model.layers.1.self_attn.v_proj | 25.00% | 17 (43%) |"
+    run["output_errors"] = {"skipped": "the baseline needs about 16.0 GB beside it, 3.0 GB are free"}
+    for render in (report.html, report.markdown):
+        assert "not measured: the baseline needs about 16.0 GB beside it" in render([metrics(), run])
+    assert "Where it hurts" not in report.markdown([metrics()])
 
 
 def test_errors_of_outputs_are_a_map_and_by_depth_lines():

@@ -22,6 +22,13 @@ RESULTS = {
     },
     "n-samples": {"arc_easy": {"original": 2376, "effective": 100}},
     "versions": {"arc_easy": 1.0},
+    "samples": {
+        "arc_easy": [
+            {"doc_id": 1, "filter": "none", "acc": 0.0, "acc_norm": (1.0, 2)},
+            {"doc_id": 0, "filter": "none", "acc": 1.0, "acc_norm": (0.0, 2)},
+            {"doc_id": 0, "filter": "strict", "acc": 0.0, "acc_norm": (0.0, 2)},
+        ]
+    },
 }
 
 
@@ -49,8 +56,8 @@ def test_each_metric_is_a_line_with_its_error(stand_in):
     asked = stand_in(RESULTS)
     common = {"task": "arc_easy", "filter": "none", "samples": 100, "version": 1.0}
     assert tasks.run_tasks("model", "tokenizer", ["arc_easy"], 100) == [
-        {**common, "metric": "acc", "value": 0.5, "standard_error": 0.05},
-        {**common, "metric": "acc_norm", "value": 0.25, "standard_error": None},
+        {**common, "metric": "acc", "value": 0.5, "standard_error": 0.05, "scores": [1.0, 0.0]},
+        {**common, "metric": "acc_norm", "value": 0.25, "standard_error": None, "scores": None},
     ]
     assert (asked["tasks"], asked["limit"]) == (["arc_easy"], 100)
     assert (asked["model"]["pretrained"], asked["model"]["tokenizer"]) == ("model", "tokenizer")
@@ -93,5 +100,6 @@ def test_a_task_of_our_own_by_lm_evals_code(tiny_llama, tmp_path):
     [line] = tasks.run_tasks(model, tokenizer, [task], None)
     assert (line["task"], line["metric"], line["samples"]) == ("sums", "acc", 12)
     assert line["value"] == pytest.approx(expected)
+    assert line["scores"] == [float(guess == r["answer"]) for guess, r in zip(guesses, rows)]
     # the error of a share, with n - 1
     assert line["standard_error"] == pytest.approx((expected * (1 - expected) / 11) ** 0.5)

@@ -5,6 +5,8 @@ Both sides load the same folder in processes of their own, in the same dtype, an
 16-bit types alone, of which float16 has the finer steps. bitpress uses its reference kernel, the definition of right.
 One difference is known: of int8-dynamic, compressed-tensors quantizes activations by absmax / 127.5, and bitpress by
 absmax / 127, as vLLM does.
+
+llama.cpp reads other files: it is given the demo's weights in float16 and asked for the perplexity of its own protocol.
 """
 
 import json
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import Qwen2Config
 
@@ -32,10 +35,11 @@ from bitpress.pipeline.text import PYDOC_TOPICS, encode, read_text
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TABLE = ROOT / "runs" / "interop.md"
-PEER = HERE / "peer.py"
+PEER, LLAMACPP = HERE / "peer.py", HERE / "llamacpp.py"
 answer: Callable[[Any, dict[str, Any]], dict[str, torch.Tensor]] = runpy.run_path(str(PEER))["answer"]
 
 TOKENS, SIMILAR = 32, 0.9999
+CHUNKS, CHUNK = 40, 512  # of llama.cpp's perplexity
 GPTQMODEL = ("gptqmodel", "gptqmodel", "float16")  # environment, what loads in it, dtype
 GPTQ_TRANSFORMERS = ("gptqmodel", "transformers", "float32")
 TRANSFORMERS = ("transformers", "transformers", "float32")
@@ -91,10 +95,11 @@ def python_of(environment: str) -> str:
 
 
 def call(environment: str, program: str, asked: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """peer.py in the environment's Python: what it says of itself."""
+    """peer.py or llamacpp.py in the environment's Python: what it says of itself."""
     path, told = folder / "request.json", folder / "answer.json"
     path.write_text(json.dumps({**asked, "answer": str(told)}))
-    command = [python_of(environment), str(PEER), program, str(path)]
+    script = LLAMACPP if program == "llama.cpp" else PEER
+    command = [python_of(environment), str(script), program, str(path)]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if outcome.returncode:
         raise RuntimeError(f"{program} in {environment} failed:\n{(outcome.stdout + outcome.stderr)[-4000:]}")
@@ -215,3 +220,29 @@ def test_we_read_theirs(
     assert cosine > SIMILAR
     assert same
     assert abs(perplexity / shared.baseline - 1) < 0.15  # 3 bits cost about 5%; what is read wrongly, far more
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_perplexity_as_llama_cpp_has_it(shared: SimpleNamespace, tmp_path: Path, begins: bool):
+    """The same float16 weights and the same tokens; llama.cpp rounds the inputs of its products to float16, too."""
+    folder, text = tmp_path / "half", tmp_path / "text.txt"
+    model, tokenizer = load(shared.models["demo"], device="cpu", dtype="float16")
+    begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{begin[0]} $A", special_tokens=[begin])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    text.write_text(read_text(PYDOC_TOPICS).content)
+    ids = encode(load_tokenizer(folder), read_text(str(text)))[: CHUNKS * CHUNK + CHUNK // 2]  # a tail to be dropped
+    assert (ids[0] == begin[1]) == begins
+    save_file({"ids": ids.contiguous()}, tmp_path / "ids")
+    asked = {"folder": str(folder), "ids": str(tmp_path / "ids"), "output": str(tmp_path / "half.gguf")}
+    told = call("llamacpp", "llama.cpp", {**asked, "context": CHUNK, "begin": begin[1] if begins else None}, tmp_path)
+    settings = {**shared.settings, "text": str(text), "protocol": "llama.cpp", "context": CHUNK, "windows": CHUNKS}
+    ours, theirs = evaluate(folder, device="cpu", settings=settings)["quality"]["perplexity"], told["perplexity"]
+    shared.versions["llamacpp"] = told["versions"]
+    shared.notes.append(
+        f"Perplexity by the protocol llama.cpp-{CHUNK}, {'with' if begins else 'without'} a token that begins each "
+        f"chunk: llama.cpp {theirs:.5f}, bitpress {ours:.5f}, apart by {abs(theirs / ours - 1):.1e}."
+    )
+    assert abs(theirs / ours - 1) < 0.0005  # float16 has steps of that size

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,16 @@ def test_gradients_of_the_inputs(make_qtensor: Make, kind: type[NativeInt8]) -> 
     y = kernel.linear(x, kernel.prepare(q, torch.float32), None)
     y.square().sum().backward()
     torch.testing.assert_close(x.grad, 2 * y.detach() @ q.dequantize(), rtol=1e-4, atol=1e-4)  # sums in another order
+
+
+@pytest.mark.parametrize("scheme", ["int3-g32", "int4-g32", "int8-channel-asym"])
+def test_codes_may_lie_transposed(make_qtensor: Make, scheme: str) -> None:
+    """As GPTQ's files have them."""
+    qtensor = make_qtensor(scheme, 37, 96)
+    transposed = replace(qtensor, codes=qtensor.codes.t().contiguous().t())
+    kernel = NativeInt8()
+    packed = [kernel.prepare(q, torch.float32).packed for q in (qtensor, transposed)]  # type: ignore[union-attr]
+    assert torch.equal(*packed)
 
 
 def test_touch_reads_everything() -> None:

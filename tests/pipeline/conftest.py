@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -205,3 +207,28 @@ def logits() -> Callable[[Path], torch.Tensor]:
         return load(folder)[0](torch.arange(32).unsqueeze(0)).logits.flatten().double()
 
     return compute
+
+
+@pytest.fixture
+def die_at() -> Callable[[int], None]:
+    """die_at(call), in a fork: SIGKILL at that write, fsync or rename; a write gets half of its bytes to the disk."""
+
+    def die(call: int) -> None:
+        count = 0
+
+        def deadly(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+            def step(*arguments: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count == call:
+                    if name == "_write":
+                        original(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*arguments)
+
+            return step
+
+        for name in ("_write", "_fsync", "_replace"):
+            setattr(store, name, deadly(name, getattr(store, name)))
+
+    return die

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from bitpress.pipeline import metrics as shape
 from bitpress.pipeline.cli import app
-from bitpress.pipeline.comparison import compare
+from bitpress.pipeline.comparison import Options, compare
 from bitpress.pipeline.errors import CheckpointError, ConfigError
 
 
@@ -57,28 +57,28 @@ def test_the_command(runs: Path, tmp_path: Path):
 
 
 def test_a_run_a_folder_of_runs_or_a_file_each_once(runs: Path, tmp_path: Path):
-    compare([runs / "demo" / "nf4", runs / "demo" / "none" / "metrics.json"], tmp_path / "two", [], 4096)
+    compare([runs / "demo" / "nf4", runs / "demo" / "none" / "metrics.json"], tmp_path / "two", Options())
     assert compared(tmp_path / "two") == ["baseline", "nf4"]
-    compare([runs, runs / "demo", runs / "demo" / "nf4"], tmp_path / "all", [], 4096)
+    compare([runs, runs / "demo", runs / "demo" / "nf4"], tmp_path / "all", Options())
     assert compared(tmp_path / "all") == ["baseline", "int8-dynamic", "nf4"]
 
 
 def test_what_cannot_be_compared_is_a_sentence(runs: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="does not exist"):
-        compare([tmp_path / "absent"], tmp_path / "page", [], 0)
+        compare([tmp_path / "absent"], tmp_path / "page", Options())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"holds no metrics\.json"):
-        compare([tmp_path / "empty"], tmp_path / "page", [], 0)
+    with pytest.raises(ConfigError, match=r"holds no checkpoint and no metrics\.json"):
+        compare([tmp_path / "empty"], tmp_path / "page", Options())
     with pytest.raises(ConfigError, match="--budget lots: expected an amount of memory"):
-        compare([runs], tmp_path / "page", ["lots"], 0)
+        compare([runs], tmp_path / "page", Options(["lots"]))
     path = runs / "demo" / "nf4" / "metrics.json"
     other = json.loads(path.read_text())
     path.write_text(json.dumps({**other, "protocol": {**other["protocol"], "name": "word"}}))
     with pytest.raises(ConfigError, match="do not compare"):
-        compare([runs], tmp_path / "page", [], 0)
+        compare([runs], tmp_path / "page", Options())
     path.write_text(json.dumps({**other, "format_version": 1}))
     with pytest.raises(CheckpointError, match="format_version 1, expected 2"):
-        compare([runs], tmp_path / "page", [], 0)
+        compare([runs], tmp_path / "page", Options())
     assert not (tmp_path / "page").exists()
 
 
@@ -102,4 +102,4 @@ def test_what_is_no_metrics_is_told_by_its_field(runs: Path, tmp_path: Path, spo
     path = runs / "demo" / "nf4" / "metrics.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **spoil}))
     with pytest.raises(CheckpointError, match=f"nf4/metrics.json: not the metrics of a run(.|\n)*{said}"):
-        compare([runs], tmp_path / "page", [], 0)
+        compare([runs], tmp_path / "page", Options())

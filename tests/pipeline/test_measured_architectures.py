@@ -11,6 +11,8 @@ from bitpress.eval.protocols import halves
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.blocks import decoder
 from bitpress.pipeline.checkpoint import Checkpoint, read_json
+from bitpress.pipeline.experts import names_of_experts, part_experts
+from bitpress.pipeline.layout import read_layout
 from bitpress.pipeline.loading import load_model
 
 CPU = torch.device("cpu")
@@ -29,10 +31,14 @@ def both(architecture: str, tiny: Any, tmp_path: Path) -> tuple[Any, Any]:
 def test_errors_by_depth(architecture: str, both: tuple[Any, Any], tmp_path: Path) -> None:
     dense, pressed = both
     windows = halves(torch.randint(3, 96, (48,), generator=torch.Generator().manual_seed(1)), 24, 0)
+    expected = dense(input_ids=windows[0].ids.unsqueeze(0)).logits
+    part_experts(dense, pressed)
+    torch.testing.assert_close(dense(input_ids=windows[0].ids.unsqueeze(0)).logits, expected)
     found = depth.output_errors(dense, pressed, windows, decoder(dense))
     quantized = read_json(tmp_path / "out" / "bitpress.json")["coverage"]["layers"]
-    modules = [layer for layer in quantized if ".experts." not in layer["name"]]
-    assert len(found["layers"]) == len(modules)
+    experts = names_of_experts(read_layout(Checkpoint(tmp_path / "out")))
+    assert (architecture in SPARSE) == bool(experts)
+    assert {experts.get(x["name"], x["name"]) for x in found["layers"]} == {layer["name"] for layer in quantized}
     for layer in found["layers"]:
         # of 4 bits in groups of 32; the outputs of random weights are as far off as the weights
         assert 0.02 < layer["output_error"] < 0.25, layer["name"]

@@ -19,7 +19,7 @@ from bitpress.pipeline.stages import quantize as stage
 from bitpress.pipeline.stages.calibrated import CalibratedBlocks
 
 SCHEME = "int4-g32"
-STEPS = ("_write", "_fsync", "_replace")
+DieAt = Callable[[int], None]
 
 
 @pytest.fixture(autouse=True)
@@ -43,26 +43,6 @@ def in_child(job: Callable[[], Any]) -> int:
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def die_at(call: int) -> None:
-    """From here on, SIGKILL at a write, fsync or rename: a write gets half of its bytes to the disk first."""
-    count = 0
-
-    def deadly(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*arguments: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == call:
-                if name == "_write":
-                    original(arguments[0], arguments[1][: len(arguments[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments)
-
-        return step
-
-    for name in STEPS:
-        setattr(store, name, deadly(name, getattr(store, name)))
 
 
 def signal_at_commit(number: int, which: signal.Signals) -> None:
@@ -97,7 +77,13 @@ def out(tmp_path: Path) -> Path:
 class TestKilled:
     @pytest.mark.parametrize(("scheme", "stride"), [(SCHEME, 1), ("nf4", 4)])
     def test_at_every_write_sync_and_rename(
-        self, tiny_llama: Path, tmp_path: Path, scheme: str, stride: int, digests: Callable[[Path], dict[str, str]]
+        self,
+        tiny_llama: Path,
+        tmp_path: Path,
+        scheme: str,
+        stride: int,
+        digests: Callable[[Path], dict[str, str]],
+        die_at: DieAt,
     ):
         quantize(tiny_llama, scheme, tmp_path / "unbroken")
         expected = digests(tmp_path / "unbroken")
@@ -119,7 +105,7 @@ class TestKilled:
         assert call > 30
 
     def test_killed_again_and_again(
-        self, tiny_llama: Path, tmp_path: Path, out: Path, digests: Callable[[Path], dict[str, str]]
+        self, tiny_llama: Path, tmp_path: Path, out: Path, digests: Callable[[Path], dict[str, str]], die_at: DieAt
     ):
         """Each attempt dies a little later than the one before, on what that one left."""
         quantize(tiny_llama, SCHEME, tmp_path / "unbroken")
@@ -172,6 +158,7 @@ class TestKilledWhileLearning:
         digests: Callable[[Path], dict[str, str]],
         learn: Callable[..., list[str]],
         monkeypatch: pytest.MonkeyPatch,
+        die_at: DieAt,
     ):
         quick = {"skip": ["*.[kvo]_proj", "*.up_proj", "*.gate_proj"], "algorithm": {"rounds": 1, "passes": 0}}
         learn(tiny_llama, tmp_path / "unbroken", **quick)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitpress.pipeline import loading
+from bitpress.kernels.qlinear import QLinear
+from bitpress.pipeline import layers
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from bitpress.pipeline.errors import CheckpointError
+from bitpress.pipeline.layout import read_layer
 from bitpress.pipeline.loading import load_model
 
 LAYER = "model.layers.0.mlp.down_proj"  # [64, 128]
@@ -195,12 +197,22 @@ def artifacts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.fixture
 def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that reaches a kernel fails the test."""
+    """The tampered layer fails the test if it reaches a kernel; others may."""
+    tampered: list[int] = []
 
-    def forbidden(qtensor: Any, *arguments: Any) -> None:
-        pytest.fail("a kernel was about to get a tampered weight")
+    def read(checkpoint: Checkpoint, format: Any, scheme: Any, layer: str) -> Any:
+        qtensor = read_layer(checkpoint, format, scheme, layer)
+        if layer == LAYER:
+            tampered.append(qtensor.codes.data_ptr())
+        return qtensor
 
-    monkeypatch.setattr(loading, "QLinear", forbidden)
+    def guarded(qtensor: Any, *arguments: Any) -> QLinear:
+        if qtensor.codes.data_ptr() in tampered:
+            pytest.fail("a kernel was about to get a tampered weight")
+        return QLinear(qtensor, *arguments)
+
+    monkeypatch.setattr(layers, "read_layer", read)
+    monkeypatch.setattr(layers, "QLinear", guarded)
 
 
 def tamper(folder: Path, change: Change, edit_tensors: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitpress.pipeline import store, windows
+from bitpress.pipeline import windows
 from bitpress.pipeline.errors import ConfigError
 from bitpress.pipeline.windows import Windows
 
@@ -67,7 +67,7 @@ def test_windows_are_committed_in_time_and_together(folder, monkeypatch):
 
 
 @pytest.mark.usefixtures("at_once")
-def test_killed_at_every_write_sync_and_rename(tmp_path):
+def test_killed_at_every_write_sync_and_rename(tmp_path, die_at):
     """Whatever was committed is there; the next process adds the rest and ends with all."""
 
     def work(folder):
@@ -75,24 +75,6 @@ def test_killed_at_every_write_sync_and_rename(tmp_path):
             for number in range(3):
                 if number not in kept:
                     kept.keep(number, found(number))
-
-    def die_at(call):
-        count = 0
-
-        def deadly(name, original):
-            def step(*arguments):
-                nonlocal count
-                count += 1
-                if count == call:
-                    if name == "_write":
-                        original(arguments[0], arguments[1][: len(arguments[1]) // 2])
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*arguments)
-
-            return step
-
-        for name in ("_write", "_fsync", "_replace"):
-            setattr(store, name, deadly(name, getattr(store, name)))
 
     counts = set()
     for call in itertools.count(1):
