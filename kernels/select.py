@@ -52,8 +52,9 @@ def registry() -> list[Kernel]:
     from .reference import Reference
     from .torch_int4 import TorchInt4
     from .torch_int8 import TorchInt8
+    from .triton_int4 import TritonInt4
 
-    return [NativeInt8(), NativeExact(), TorchInt4(), TorchInt8(), BitsAndBytesNF4(), Reference()]
+    return [NativeInt8(), NativeExact(), TritonInt4(), TorchInt4(), TorchInt8(), BitsAndBytesNF4(), Reference()]
 
 
 def select(qtensor: QTensor, dtype: torch.dtype, device: torch.device, wanted: str = "auto") -> Selection:
