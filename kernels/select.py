@@ -53,8 +53,10 @@ def registry() -> list[Kernel]:
     from .torch_int4 import TorchInt4
     from .torch_int8 import TorchInt8
     from .triton_int4 import TritonInt4
+    from .triton_nf4 import TritonNF4
 
-    return [NativeInt8(), NativeExact(), TritonInt4(), TorchInt4(), TorchInt8(), BitsAndBytesNF4(), Reference()]
+    ours: list[Kernel] = [NativeInt8(), NativeExact(), TritonInt4(), TritonNF4()]
+    return [*ours, TorchInt4(), TorchInt8(), BitsAndBytesNF4(), Reference()]
 
 
 def select(qtensor: QTensor, dtype: torch.dtype, device: torch.device, wanted: str = "auto") -> Selection:
