@@ -23,11 +23,14 @@ from .packing import unpack
 from .qtensor import QTensor
 from .select import Prepared
 from .triton_launch import Config, choose, problem, row_bucket
+from .triton_product import add_parts, multiply_dequantized
 
 try:
     import triton
     import triton.language as tl
-except ImportError:
+
+    from .triton_product import store
+except ImportError:  # it comes with torch's CUDA builds, not with its CPU ones
     triton = None
 
 BLOCK = 128  # input features
@@ -72,7 +75,6 @@ PREFILL = (
 )
 _DECODE_ROWS, _BATCH_ROWS = 8, 64  # at most
 _TORCH_ROWS = 1024  # from which on torch multiplies where nothing was timed
-_PIECE = 16 << 20  # weights dequantized at once: 32 MB, which a level-2 cache holds
 
 
 class _Packed(Prepared):
@@ -134,19 +136,17 @@ def _pack_scales(qtensor: QTensor) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    y = x.new_empty(*x.shape[:-1], weight.shape[1])
-    if not y.numel():
-        return y
     rows, (blocks, outs, _) = len(flat), weight.shape
+    if not rows:
+        return x.new_empty(*x.shape[:-1], outs)
     group = BLOCK * blocks // len(scales)
 
-    def run(config: Config) -> None:
-        with torch.cuda.device_of(x):  # Triton would launch on the current one
-            _launch(config, flat, weight, scales, bias, y.view(rows, outs))
+    def run(config: Config) -> Tensor:
+        return _product(config, flat, weight, scales, bias)
 
     bucket = f"{outs}x{blocks * BLOCK}, {row_bucket(rows)} rows, groups of {group}, {x.dtype}"
-    run(choose("int4", bucket, candidates(rows, outs, group, x.device), run, x.device))
-    return y
+    y = run(choose("int4", bucket, candidates(rows, outs, group, x.device), run, x.device))
+    return y.view(*x.shape[:-1], outs)
 
 
 def candidates(rows: int, outs: int, group: int, device: torch.device) -> list[Config]:
@@ -166,46 +166,45 @@ def candidates(rows: int, outs: int, group: int, device: torch.device) -> list[C
     return sorted(configs, key=leaves_some_idle)
 
 
-def _launch(config: Config, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """x [rows, in] -> y [rows, out], both contiguous."""
+def _product(config: Config, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x [rows, in], contiguous -> [rows, out]."""
+    outs = weight.shape[1]
     if not config.rows:
-        _multiply_dequantized(x, weight, scales, bias, y)
-        return
+        return multiply_dequantized(x, outs, lambda first, found: dequantize(weight, scales, first, found), bias)
+    y = x.new_empty(len(x), outs)
+    if config.split == 1 or config in DECODE:
+        _launch(config, x, weight, scales, bias, y)
+    else:
+        # Programs that add to one sum as they finish would give other bits each time.
+        parts = x.new_empty(config.split, len(x), outs, dtype=torch.float32)
+        _launch(config, x, weight, scales, None, parts)
+        add_parts(parts, y, bias)
+    return y
+
+
+def _launch(config: Config, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y: [rows, out], or of BATCH float32 [split, rows, out] to be added up; of any floating dtype, contiguous."""
     (rows, ins), (blocks, outs, _) = x.shape, weight.shape
     tiles = (triton.cdiv(outs, config.outs), triton.cdiv(rows, config.rows))
     constants = {
         "ROWS": config.rows, "OUTS": config.outs, "GROUPS": len(scales) // blocks, "ASM": x.is_cuda,
         "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
-    sizes = (rows, ins, outs, blocks)
-    if config.rows <= _DECODE_ROWS:
-        _decode[tiles](x, weight, scales, bias, y, *sizes, PARTS=config.split, **constants)
-    elif config.split == 1:
-        _multiply[tiles](x, weight, scales, bias, y, *sizes, **constants)
-    else:
-        # Programs that add to one sum as they finish would give other bits each time.
-        sums = x.new_empty(config.split, rows, outs, dtype=torch.float32)
-        _multiply[(*tiles, config.split)](x, weight, scales, None, sums, *sizes, **constants)
-        _add_up[(triton.cdiv(y.numel(), 512),)](sums, bias, y, y.numel(), outs, SPLIT=config.split, SIZE=512)
+    tensors, sizes = (x, weight, scales, bias, y), (rows, ins, outs, blocks)
+    with torch.cuda.device_of(x):  # Triton would launch on the current one
+        if config in DECODE:
+            _decode[tiles](*tensors, *sizes, PARTS=config.split, **constants)
+        else:
+            _multiply[(*tiles, config.split)](*tensors, *sizes, **constants)
 
 
-def _multiply_dequantized(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    outs, ins = y.shape[1], x.shape[1]
-    step = max(BLOCK, _PIECE // ins // BLOCK * BLOCK)
-    for start in range(0, outs, step):
-        piece = dequantize(weight, scales, ins, x.dtype, start, min(step, outs - start))
-        torch.mm(x, piece.t(), out=y[:, start : start + step])
-    if bias is not None:
-        y += bias
-
-
-def dequantize(weight: Tensor, scales: Tensor, ins: int, dtype: torch.dtype, start: int, count: int) -> Tensor:
-    """Output features start .. start + count of a packed weight, [count, ins]; each weight is rounded to dtype."""
-    found = torch.empty(count, ins, dtype=dtype, device=weight.device)
-    blocks, outs, _ = weight.shape
+def dequantize(weight: Tensor, scales: Tensor, first: int, found: Tensor) -> None:
+    """found [count, in], contiguous, is set to the packed weight's output features from `first` on, rounded to its
+    dtype."""
+    (count, ins), (blocks, outs, _) = found.shape, weight.shape
     constants = {"OUTS": 64, "GROUPS": len(scales) // blocks}
-    _dequantize[(triton.cdiv(count, 64), blocks)](weight, scales, found, ins, outs, start, count, **constants)
-    return found
+    with torch.cuda.device_of(weight):
+        _dequantize[(triton.cdiv(count, 64), blocks)](weight, scales, found, ins, outs, first, count, **constants)
 
 
 if triton is not None:
@@ -290,7 +289,7 @@ if triton is not None:
                 sums += product * _scale(affine)[:, :, None]
             weight_at += PARTS * 32 * pitch
             scales_at += PARTS * GROUPS * pitch
-        _store(tl.sum(sums, 0), bias_at, y_at, row, out, rows, outs)
+        store(tl.sum(sums, 0), bias_at, y_at, row.to(tl.int64), out, rows, outs)
 
     @triton.jit
     def _multiply(
@@ -323,41 +322,22 @@ if triton is not None:
             weight_at += step * 32 * pitch
             scales_at += step * GROUPS * pitch
         y_at += first.to(tl.int64) * rows * outs
-        _store(sums, bias_at, y_at, row, out, rows, outs)
-
-    @triton.jit
-    def _store(sums, bias_at, y_at, row, out, rows, outs):
-        """sums [OUTS, ROWS] -> y [rows, outs]."""
-        if bias_at is not None:
-            sums += tl.load(bias_at + out, mask=out < outs, other=0.0).to(tl.float32)[:, None]
-        at = row.to(tl.int64)[None, :] * outs + out[:, None]
-        tl.store(y_at + at, sums.to(y_at.dtype.element_ty), mask=(row < rows)[None, :] & (out < outs)[:, None])
-
-    @triton.jit
-    def _add_up(sums_at, bias_at, y_at, count, outs, SPLIT: tl.constexpr, SIZE: tl.constexpr):
-        """[SPLIT, count] -> [count], always in the same order."""
-        at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-        total = tl.zeros((SIZE,), tl.float32)
-        for part in tl.static_range(SPLIT):
-            total += tl.load(sums_at + part * tl.cast(count, tl.int64) + at, mask=at < count, other=0.0)
-        if bias_at is not None:
-            total += tl.load(bias_at + at % outs, mask=at < count, other=0.0).to(tl.float32)
-        tl.store(y_at + at, total.to(y_at.dtype.element_ty), mask=at < count)
+        store(sums, bias_at, y_at, row.to(tl.int64), out, rows, outs)
 
     @triton.jit
     def _dequantize(
-        weight_at, scales_at, found_at, ins, outs, start, count, OUTS: tl.constexpr, GROUPS: tl.constexpr
+        weight_at, scales_at, found_at, ins, outs, first, count, OUTS: tl.constexpr, GROUPS: tl.constexpr
     ):  # fmt: skip
-        """One block of OUTS outputs of those from `start` on -> found [count, ins]."""
+        """One block of OUTS outputs of those from `first` on -> found [count, ins]."""
         place = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
         block = tl.program_id(1).to(tl.int64)
         word = tl.arange(0, 32)
         inside = place < count
-        at = block * outs + start + place
+        at = block * outs + first + place
         words = tl.load(weight_at + at[:, None] * 32 + word[None, :], mask=inside[:, None], other=0)
         for j in tl.static_range(4):
             group = block * GROUPS + j * GROUPS // 4
-            affine = tl.load(scales_at + group * outs + start + place, mask=inside, other=0)
+            affine = tl.load(scales_at + group * outs + first + place, mask=inside, other=0)
             codes = ((words >> (4 * j)) & 15).to(tl.float32) - (affine & 15).to(tl.float32)[:, None]
             k = block * 128 + j * 32 + word
             tl.store(
@@ -386,7 +366,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The weight and the bias are constants."""
     weight, scales = ctx.saved_tensors
-    return grad @ dequantize(weight, scales, ctx.in_features, grad.dtype, 0, grad.shape[-1]), None, None, None
+    whole = grad.new_empty(grad.shape[-1], ctx.in_features)
+    dequantize(weight, scales, 0, whole)
+    return grad @ whole, None, None, None
 
 
 torch.library.register_autograd("bitpress::linear_int4", _backward, setup_context=_remember, lib=_ops)

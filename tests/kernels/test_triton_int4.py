@@ -91,12 +91,15 @@ def test_every_tile(make_qtensor: Make, generator: torch.Generator, scheme: str,
             continue
         rows = ROWS[config.rows][(turn + number) % len(ROWS[config.rows])]
         x = torch.randn(rows, shape[1], generator=generator).to((torch.float16, torch.bfloat16)[number % 2])
-        memory = torch.full((rows + 2, shape[0]), torch.nan)
-        triton_int4._launch(config, x, weight, scales, bias if turn % 2 else None, memory[1:-1])
+        parts = 1 if config in DECODE else config.split
+        memory = torch.full((parts * rows + 2, shape[0]), torch.nan)
+        added = bias if turn % 2 and parts == 1 else None
+        triton_int4._launch(config, x, weight, scales, added, memory[1:-1])
         assert memory[[0, -1]].isnan().all()
-        expected = exact(q, x, bias if turn % 2 else None)
+        expected = exact(q, x, added)
         terms = (x.double().square() @ q.dequantize().double().square().t()).sqrt().norm()
-        error = (memory[1:-1].double() - expected).norm() / torch.maximum(expected.norm(), terms)
+        found = memory[1:-1].view(parts, rows, shape[0]).double().sum(0)
+        error = (found - expected).norm() / torch.maximum(expected.norm(), terms)
         assert error <= 2.0**-21, (config, rows)
 
 
@@ -129,8 +132,7 @@ def test_nan_stays_in_its_row(make_qtensor: Make, config: Config) -> None:
     q = make_qtensor("int4-g64", 33, 192)
     x = torch.ones(3, 192, dtype=torch.float16)
     x[1, 5] = torch.nan
-    y = torch.empty(3, 33)
-    triton_int4._launch(config, x, *prepared(q), None, y)
+    y = triton_int4._product(config, x, *prepared(q), None)
     assert y[1].isnan().all()
     assert y[[0, 2]].isfinite().all()
 
@@ -140,7 +142,8 @@ def test_nan_stays_in_its_row(make_qtensor: Make, config: Config) -> None:
 def test_dequantize(make_qtensor: Make, scheme: str, shape: tuple[int, int]) -> None:
     q = make_qtensor(scheme, *shape, scale_dtype=torch.float16)
     start = shape[0] // 3
-    found = triton_int4.dequantize(*prepared(q), shape[1], torch.float16, start, shape[0] - start)
+    found = torch.full((shape[0] - start, shape[1]), torch.nan, dtype=torch.float16)
+    triton_int4.dequantize(*prepared(q), start, found)
     assert torch.equal(found, q.dequantize(torch.float16)[start:])
 
 
@@ -227,15 +230,9 @@ def test_compiled_for_float16_and_sizes_of_one(compiled: Callable[..., Any], con
 @compiles
 @pytest.mark.parametrize("one", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_others_compiled(compiled: Callable[..., Any], capability: int, one: bool) -> None:
-    pointers = {"sums_at": "*fp32", "bias_at": "*bf16", "y_at": "*bf16"}
-    sizes = {"count": 1, "outs": 1} if one else {}
-    kinds = pointers | dict.fromkeys({"count", "outs"} - sizes.keys(), "i32")
-    program = compiled(triton_int4._add_up, kinds, {"SPLIT": 4, "SIZE": 512, **sizes}, capability)
-    assert program.stack == 0
-    assert program.registers <= 40
+def test_dequantize_compiled(compiled: Callable[..., Any], capability: int, one: bool) -> None:
     pointers = {"weight_at": "*i16", "scales_at": "*i32", "found_at": "*bf16"}
-    names = {"ins", "outs", "start", "count"}
+    names = {"ins", "outs", "first", "count"}
     kinds = pointers | dict.fromkeys(names if not one else set(), "i32")
     sizes = dict.fromkeys(names, 1) if one else {}
     program = compiled(triton_int4._dequantize, kinds, {"OUTS": 64, "GROUPS": 4, **sizes}, capability)
