@@ -30,7 +30,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .triton_product import INTERPRETED, dot, store
+    from .triton_product import INTERPRETED, dot, halves, store
 except ImportError:  # it comes with torch's CUDA builds, not with its CPU ones
     triton = None
 
@@ -245,16 +245,6 @@ if triton is not None:
             return tl.inline_asm_elementwise(PTX, "=r,=r,r", [words], (tl.int32, tl.int32), is_pure=True, pack=1)
 
     @triton.jit
-    def _values(patterns, DTYPE: tl.constexpr):
-        """int32 [..., K] -> DTYPE [..., 2 K], the lower halves before the upper ones."""
-        lower = (patterns & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
-        upper = (patterns >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-        if len(patterns.shape) == 2:
-            return tl.reshape(tl.join(lower, upper), (patterns.shape[0], 2 * patterns.shape[1]))
-        else:
-            return tl.reshape(tl.join(lower, upper), (patterns.shape[0], patterns.shape[1], 2 * patterns.shape[2]))
-
-    @triton.jit
     def _nested(scales_at, absmax_at, levels_at, step, out, steps, real):
         """Of double-quantized scales, their four codes and what the scales of this step are multiplied by."""
         if levels_at is None:
@@ -282,7 +272,7 @@ if triton is not None:
                 patterns = _look_up(words, tile // 2, FIRST if tile == 0 else SECOND, BOOK)
             x = tl.load(x_at + tile * 64, mask=inside & (tile * 64 < left), other=0.0)
             scale = _scale(scales_at, levels_at, coded, spread, tile, outs, real)
-            total += dot(_values(patterns[tile % 2], x.dtype), x) * tl.expand_dims(scale, -1)
+            total += dot(halves(patterns[tile % 2], x.dtype), x) * tl.expand_dims(scale, -1)
         return total
 
     @triton.jit(do_not_specialize=["rows"])
@@ -358,7 +348,7 @@ if triton is not None:
             if tile % 2 == 0:
                 patterns = _look_up(words, tile // 2, FIRST if tile == 0 else SECOND, BOOK)
             scale = _scale(scales_at, levels_at, coded, spread, tile, outs, real)
-            weight = _values(patterns[tile % 2], weight_at.dtype.element_ty).to(tl.float32) * scale[:, None]
+            weight = halves(patterns[tile % 2], weight_at.dtype.element_ty).to(tl.float32) * scale[:, None]
             tl.store(weight_at + tile * 64, weight, mask=real[:, None] & (step * 256 + tile * 64 < ins))
 
 

@@ -63,6 +63,16 @@ if triton is not None:
             return tl.dot(a, b)
 
     @triton.jit
+    def halves(patterns, DTYPE: tl.constexpr):
+        """int32 [..., K] -> DTYPE [..., 2 K], the lower halves before the upper ones."""
+        lower = (patterns & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+        upper = (patterns >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        if len(patterns.shape) == 2:
+            return tl.reshape(tl.join(lower, upper), (patterns.shape[0], 2 * patterns.shape[1]))
+        else:
+            return tl.reshape(tl.join(lower, upper), (patterns.shape[0], patterns.shape[1], 2 * patterns.shape[2]))
+
+    @triton.jit
     def store(total, bias_at, y_at, row, out, rows, outs):
         """float32 total [OUTS, ROWS], its bias added where there is one, to y [rows, outs] at these int64 places."""
         if bias_at is not None:
