@@ -13,6 +13,7 @@ product, W x^T, as Hopper's tensor cores read their first operand alone from reg
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -102,6 +103,9 @@ class TritonInt4:
 
     def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
         return _Packed(qtensor, weight=_pack_codes(qtensor), scales=_pack_scales(qtensor))
+
+    def join(self, parts: Sequence[Prepared]) -> Prepared:
+        return _Packed.joined(parts, {"weight": 1, "scales": 1})
 
     def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
         assert isinstance(prepared, _Packed)

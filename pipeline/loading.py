@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from bitpress.kernels.qlinear import QExperts, QLinear
 from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.siblings import join_siblings
 
 from .blocks import Names, Target, replace_module
 from .checkpoint import Checkpoint
@@ -153,6 +154,8 @@ def _load_quantized(
     model = _finish(checkpoint, model, device)
     if device.type == "cpu":
         model.fusing = fuse(model)  # type: ignore[assignment]
+    else:
+        join_siblings(model)
     return model
 
 

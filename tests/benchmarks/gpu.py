@@ -209,7 +209,7 @@ def everything(options: argparse.Namespace) -> int:
         rest = ["--scheme", name, "--seconds", str(options.seconds), "--json", folder / f"{name}.json", *small]
         parts[f"kernels-{name}"] = [here, "kernels", "--shape", options.shape, "--rows", options.rows, *rest]
     for name in ("bf16", *SCHEMES):
-        for extra in ([], ["--fused"]) if name == "int4-g128" else ([],):
+        for extra in ([],) if name == "bf16" else ([], ["--joined"]):
             command = [here.with_name("gpu_llama.py"), "--scheme", name, "--shape", options.model, *extra, *small]
             parts[f"llama-{name}{''.join(extra)}"] = [*command, "--batch", "1", "16"]
     failed = 0

@@ -25,6 +25,7 @@ from bitpress.kernels.bench import random_weight
 from bitpress.kernels.qlinear import QLinear
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.siblings import join_siblings
 
 
 class Shape(NamedTuple):
@@ -65,17 +66,15 @@ class Layers:
 class Block(nn.Module):
     """A decoder block of Llama, with the keys and values of earlier tokens in memory of its own."""
 
-    def __init__(self, shape: Shape, layers: Layers, batch: int, length: int, fused: bool):
+    def __init__(self, shape: Shape, layers: Layers, batch: int, length: int):
         super().__init__()
         self.shape = shape
         queries, keys = shape.heads * shape.head, shape.kv_heads * shape.head
-        self.sizes = [queries, keys, keys]
-        outs = [sum(self.sizes)] if fused else self.sizes
-        self.qkv = nn.ModuleList(layers.make(count, shape.hidden) for count in outs)
-        self.o = layers.make(shape.hidden, queries)
-        outs = [2 * shape.inner] if fused else [shape.inner, shape.inner]
-        self.gate_up = nn.ModuleList(layers.make(count, shape.hidden) for count in outs)
-        self.down = layers.make(shape.hidden, shape.inner)
+        self.q_proj = layers.make(queries, shape.hidden)
+        self.k_proj, self.v_proj = (layers.make(keys, shape.hidden) for _ in range(2))
+        self.o_proj = layers.make(shape.hidden, queries)
+        self.gate_proj, self.up_proj = (layers.make(shape.inner, shape.hidden) for _ in range(2))
+        self.down_proj = layers.make(shape.hidden, shape.inner)
         self.norms = nn.ParameterList(torch.ones(shape.hidden, dtype=DTYPE, device=layers.device) for _ in range(2))
         held = torch.zeros(2, batch, shape.kv_heads, length, shape.head, dtype=DTYPE, device=layers.device)
         self.register_buffer("held", held)
@@ -83,20 +82,19 @@ class Block(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, angles: Tensor, mask: Tensor) -> Tensor:
         """x [batch, tokens, hidden]; positions int64 [tokens]; angles [tokens, head / 2]; mask [tokens, length]."""
         inputs = F.rms_norm(x, x.shape[-1:], self.norms[0])
-        q, k, v = torch.cat([layer(inputs) for layer in self.qkv], -1).split(self.sizes, -1)
-        q, k, v = (part.unflatten(-1, (-1, self.shape.head)).transpose(1, 2) for part in (q, k, v))
+        parts = self.q_proj(inputs), self.k_proj(inputs), self.v_proj(inputs)
+        q, k, v = (part.unflatten(-1, (-1, self.shape.head)).transpose(1, 2) for part in parts)
         self.held[0].index_copy_(2, positions, rotated(k, angles))
         self.held[1].index_copy_(2, positions, v)
         q = rotated(q, angles)
         if q.shape[2] == 1:  # the heads that share keys are as many queries of one
-            grouped = q.view(len(x), self.shape.kv_heads, -1, self.shape.head)
-            found = F.scaled_dot_product_attention(grouped, self.held[0], self.held[1], attn_mask=mask).view_as(q)
+            grouped = q.reshape(len(x), self.shape.kv_heads, -1, self.shape.head)
+            found = F.scaled_dot_product_attention(grouped, self.held[0], self.held[1], attn_mask=mask).reshape(q.shape)
         else:  # the prompt, which comes first
             found = F.scaled_dot_product_attention(q, rotated(k, angles), v, is_causal=True, enable_gqa=True)
-        x = x + self.o(found.transpose(1, 2).flatten(2))
+        x = x + self.o_proj(found.transpose(1, 2).flatten(2))
         inputs = F.rms_norm(x, x.shape[-1:], self.norms[1])
-        gate, up = torch.cat([layer(inputs) for layer in self.gate_up], -1).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        return x + self.down_proj(F.silu(self.gate_proj(inputs)) * self.up_proj(inputs))
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
@@ -106,11 +104,11 @@ def rotated(x: Tensor, angles: Tensor) -> Tensor:
 
 
 class Llama(nn.Module):
-    def __init__(self, shape: Shape, layers: Layers, batch: int, length: int, fused: bool):
+    def __init__(self, shape: Shape, layers: Layers, batch: int, length: int):
         super().__init__()
         device = layers.device
         self.embedding = nn.Embedding(shape.vocabulary, shape.hidden, device=device, dtype=DTYPE)
-        self.blocks = nn.ModuleList(Block(shape, layers, batch, length, fused) for _ in range(shape.blocks))
+        self.blocks = nn.ModuleList(Block(shape, layers, batch, length) for _ in range(shape.blocks))
         self.head = nn.Linear(shape.hidden, shape.vocabulary, bias=False, device=device, dtype=DTYPE)
         steps = torch.arange(0, shape.head, 2, device=device) / shape.head
         self.register_buffer("frequencies", 500000.0**-steps)
@@ -174,7 +172,8 @@ def measure(options: argparse.Namespace, batch: int) -> dict[str, Any]:
     device, shape = torch.device(options.device), SHAPES[options.shape]
     scheme = None if options.scheme == "bf16" else Scheme.parse(options.scheme)
     length = options.prompt + options.generate + 8
-    model = Llama(shape, Layers(scheme, options.kernel, device), batch, length, options.fused)
+    model = Llama(shape, Layers(scheme, options.kernel, device), batch, length)
+    joined = bool(options.joined and join_siblings(model))
     used = {layer.selection.kernel.name for layer in model.modules() if isinstance(layer, QLinear)} or {"bf16"}
     if options.compile:
         for block in model.blocks:  # one compilation serves all of them
@@ -200,7 +199,7 @@ def measure(options: argparse.Namespace, batch: int) -> dict[str, Any]:
     decode = [taken / options.generate for taken in seconds(generate, options.repeats, device)]
     least = model.bytes_per_token() / bandwidth(device)
     return {
-        "shape": options.shape, "scheme": options.scheme, "kernels": sorted(used), "fused": options.fused,
+        "shape": options.shape, "scheme": options.scheme, "kernels": sorted(used), "joined": joined,
         "compiled": options.compile, "batch": batch, "gigabytes": model.bytes_per_token() / 1e9,
         "prefill": [batch * options.prompt / taken for taken in prefill], "decode": [batch / taken for taken in decode],
         "roofline": batch / least, "share": least / median(decode),
@@ -210,7 +209,7 @@ def measure(options: argparse.Namespace, batch: int) -> dict[str, Any]:
 def line(found: dict[str, Any]) -> str:
     prefill, decode = (f"{median(found[key]):.1f} ({min(found[key]):.1f} to {max(found[key]):.1f})" for key in (
         "prefill", "decode"))  # fmt: skip
-    how = f"{found['scheme']} by {', '.join(found['kernels'])}{', fused' if found['fused'] else ''}"
+    how = f"{found['scheme']} by {', '.join(found['kernels'])}{', joined' if found['joined'] else ''}"
     share = f"{found['share']:.0%} of the roofline, {found['roofline']:.0f}"
     return f"{how}, batch {found['batch']}: prefill {prefill}, decode {decode} tokens/s, {share}"
 
@@ -225,7 +224,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--generate", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--fused", action="store_true", help="q, k, v and gate, up as one layer each")
+    parser.add_argument("--joined", action="store_true", help="q, k, v and gate, up as one product each")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -138,6 +138,16 @@ def test_nan_stays_in_its_row(make_qtensor: Make, config: Config) -> None:
 
 
 @runs
+def test_joined(make_qtensor: Make, generator: torch.Generator) -> None:
+    kernel, weights = TritonInt4(), [make_qtensor("int4-g64-asym", outs, 192, torch.float16) for outs in (40, 8, 17)]
+    joined = kernel.join([kernel.prepare(q, torch.float16) for q in weights])
+    x = torch.randn(3, 192, generator=generator).to(torch.float16)
+    y = triton_int4._product(DECODE[0], x, joined.weight, joined.scales, None)
+    assert relative(y, torch.cat([exact(q, x) for q in weights], 1)) <= 2.0**-11
+    assert joined.shape == (65, 192)
+
+
+@runs
 @pytest.mark.parametrize(("scheme", "shape"), SHAPES)
 def test_dequantize(make_qtensor: Make, scheme: str, shape: tuple[int, int]) -> None:
     q = make_qtensor(scheme, *shape, scale_dtype=torch.float16)
