@@ -112,10 +112,10 @@ def _words(qtensor: QTensor) -> Tensor:
 
 def configs(rows: int) -> list[Config]:
     """Those of the fused product that may suit, the default first: 64 outputs are what four warps of Hopper's multiply
-    by at once, 64 rows take the registers of eight. Where outputs are few, `split` programs share them."""
+    by at once, and 64 rows take the registers of eight. Where outputs are few, `split` programs share them."""
     tile = min(max(8, row_bucket(rows)), 64)
-    warps, stages = {8: (4, 4), 16: (4, 4), 32: (4, 3), 64: (8, 3)}[tile]
-    return [Config(tile, 64, _STEP, split, warps, stages) for split in (1, 4, 8)]
+    outs, warps, stages = {8: (64, 4, 4), 16: (64, 4, 4), 32: (64, 4, 3), 64: (128, 8, 3)}[tile]
+    return [Config(tile, outs, _STEP, split, warps, stages) for split in (1, 4, 8)]
 
 
 def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -163,13 +163,13 @@ def configs(rows: int) -> list[Config]:
     """Those of the fused product that may suit, the default first.
 
     64 outputs are what four warps of Hopper's multiply by at once. 64 rows take eight warps: sums, products of one
-    block and weights of so many would not fit into the registers of four. Where outputs are few, `split` programs share
-    them.
+    block and weights of so many would not fit into the registers of four. Either two warps look up the same weights, or
+    there are 128 outputs and no register is left. Where outputs are few, `split` programs share them.
     """
     tile = min(max(8, row_bucket(rows)), 64)
     warps, stages = {8: (4, 4), 16: (4, 4), 32: (4, 3), 64: (8, 2)}[tile]
     shared = [Config(tile, 64, _STEP, split, warps, stages) for split in (1, 4, 8)]
-    return [*FEW, *shared] if tile == 8 else shared
+    return {8: [*FEW, *shared], 64: [*shared, Config(64, 128, _STEP, warps=8, stages=3)]}.get(tile, shared)
 
 
 def _linear(

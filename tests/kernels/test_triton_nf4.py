@@ -192,7 +192,7 @@ def kinds_and_constants(kernel: Any, nested: bool, constants: dict[str, Any]) ->
 @pytest.mark.parametrize(("capability", "nested"), [(80, False), (90, True)])
 @pytest.mark.parametrize("config", CODE, ids=str)
 def test_compiled_product(config: Config, nested: bool, capability: int, compiled: Callable[..., Any]) -> None:
-    """No spills; at least two programs share a multiprocessor's registers and memory; wide copies; tensor cores."""
+    """No spills; up to 16 rows, two programs or more share a multiprocessor's registers; wide copies; tensor cores."""
     kernel = triton_nf4._few if config in FEW else triton_nf4._many
     constants: dict[str, Any] = {"ROWS": config.rows, "OUTS": config.outs, "STAGES": config.stages}
     if config in FEW:
@@ -201,7 +201,7 @@ def test_compiled_product(config: Config, nested: bool, capability: int, compile
     program = compiled(kernel, kinds, constants, capability, odd=("rows",), num_warps=config.warps)
     assert program.stack == program.count("STL") == program.count("LDL") == 0
     assert program.registers <= (128 if config in FEW else 192 if config.rows <= 16 else 255)
-    assert program.shared <= 120 << 10
+    assert program.shared <= 140 << 10
     assert program.count("LDGSTS.E.BYPASS.128") >= 4 * config.stages
     assert program.count("HGMMA" if capability == 90 and config.rows > 8 else "HMMA") >= 16
     # 16 words of a step in each thread, of 14 byte permutations each; a few more are about addresses.
