@@ -7,6 +7,7 @@ lower seven bits (bfloat16); the rest is a subtraction without rounding. Product
 then scaled: no weight is ever rounded. Computed is y^T = W x^T, as only a first operand may lie in registers.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,8 @@ _TILE = 64
 _STEP = 2 * _TILE
 _MIDDLE = 128  # which the programs take off a code
 _UNPACKED = 32  # rows of the weight that a program dequantizes a step of
-_DEQUANTIZED_ROWS = 257  # from which on dequantizing once and cuBLAS are less work than converting for each 64 rows
+TORCH = Config(rows=0, outs=0, depth=_STEP)  # no tile: the weight is dequantized, and torch multiplies
+_TORCH_ROWS = 257  # from which on that is the default: each 64 rows cost the fused product the conversion again
 
 _Weight = tuple[Tensor, Tensor, Tensor | None]  # codes, scales, zeros
 
@@ -94,6 +96,14 @@ class TritonInt8Weights:
     def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
         return _Packed(qtensor, dtype)
 
+    def join(self, parts: Sequence[_Packed]) -> _Packed:
+        asymmetric = parts[0].zeros is not None
+        joined = _Packed.joined(parts, {"codes": 0, "scales": 1, **({"zeros": 1} if asymmetric else {})})
+        joined.dtype = parts[0].dtype
+        if not asymmetric:
+            joined.register_buffer("zeros", None)
+        return joined
+
     def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
         assert isinstance(prepared, _Packed)
         if x.dtype != prepared.dtype or x.shape[-1] != prepared.shape[1]:  # the kernels trust them
@@ -111,42 +121,42 @@ def _words(qtensor: QTensor) -> Tensor:
 
 
 def configs(rows: int) -> list[Config]:
-    """Those of the fused product that may suit, the default first: 64 outputs are what four warps of Hopper's multiply
+    """Those that may suit, the default first: 64 outputs are what four warps of Hopper's multiply
     by at once, and 64 rows take the registers of eight. Where outputs are few, `split` programs share them."""
     tile = min(max(8, row_bucket(rows)), 64)
     outs, warps, stages = {8: (64, 4, 4), 16: (64, 4, 4), 32: (64, 4, 3), 64: (128, 8, 3)}[tile]
-    return [Config(tile, outs, _STEP, split, warps, stages) for split in (1, 4, 8)]
+    fused = [Config(tile, outs, _STEP, split, warps, stages) for split in (1, 4, 8)]
+    if rows <= 64:
+        return fused
+    return [TORCH, *fused] if rows >= _TORCH_ROWS else [*fused, TORCH]
 
 
 def _linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
     outs, ins = len(codes), x.shape[-1]
     rows = x.reshape(-1, ins).contiguous()
     weight = (codes, scales, zeros)
-    if len(rows) == 0:
-        y = x.new_empty(0, outs)
-    elif len(rows) < _DEQUANTIZED_ROWS:
-        y = _multiply(rows, weight, bias)
-    else:
-        y = multiply_dequantized(rows, outs, lambda first, piece: _dequantize(first, piece, weight), bias)
+    y = _multiply(rows, weight, bias) if len(rows) else x.new_empty(0, outs)
     return y.view(*x.shape[:-1], outs)
 
 
 def _multiply(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
-    """x [rows, in] -> [rows, out], fused."""
+    """x [rows, in] -> [rows, out]."""
     (rows, ins), outs = x.shape, len(weight[0])
-    y = x.new_empty(rows, outs)
 
-    def run(config: Config) -> None:
+    def run(config: Config) -> Tensor:
+        if config == TORCH:
+            return multiply_dequantized(x, outs, lambda first, piece: _dequantize(first, piece, weight), bias)
         with torch.cuda.device_of(x):  # Triton would launch on the current one
-            _launch(config, x, weight, bias, y)
+            return _launch(config, x, weight, bias)
 
     bucket = f"{outs}x{ins}x{row_bucket(rows)}, {len(weight[1])} groups, {x.dtype}"
-    run(choose("int8-weights", bucket, configs(rows), run, x.device))
-    return y
+    return run(choose("int8-weights", bucket, configs(rows), run, x.device))
 
 
-def _launch(config: Config, x: Tensor, weight: _Weight, bias: Tensor | None, y: Tensor) -> None:
-    (rows, ins), outs = x.shape, y.shape[1]
+def _launch(config: Config, x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
+    """The fused product."""
+    (rows, ins), outs = x.shape, len(weight[0])
+    y = x.new_empty(rows, outs)
     grid = (triton.cdiv(rows, config.rows), triton.cdiv(outs, config.outs), config.split)
     constants = constants_of(x.dtype, ins, len(weight[1]))
     constants |= {"ROWS": config.rows, "OUTS": config.outs, "STAGES": config.stages, "num_warps": config.warps}
@@ -155,6 +165,7 @@ def _launch(config: Config, x: Tensor, weight: _Weight, bias: Tensor | None, y: 
     _product[grid](x, *weight, added, parts, rows, outs, ins, **constants)
     if config.split > 1:
         add_parts(parts, y, bias)
+    return y
 
 
 def _dequantize(first: int, piece: Tensor, weight: _Weight) -> None:

@@ -14,6 +14,7 @@ Rounded to the dtype of x, the code book would err by up to 2^-9 of its values. 
 inverse of which is in the scales, that makes its rounded values the closest in mean square.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -50,9 +51,8 @@ FEW = (
 
 _UNPACKED = 32  # rows of the weight that a program dequantizes a step of
 
-# From so many rows on, dequantizing once and cuBLAS are less work: each 64 rows cost the fused product the 2.6
-# instructions a weight again.
-_DEQUANTIZED_ROWS = 257
+TORCH = Config(rows=0, outs=0, depth=_STEP)  # no tile: the weight is dequantized, and torch multiplies
+_TORCH_ROWS = 257  # from which on that is the default: each 64 rows cost the fused product the look-ups again
 
 
 class _Packed(Prepared):
@@ -97,6 +97,16 @@ class TritonNF4:
         else:
             scales = qtensor.scales.view(outs, -1, _TILES).contiguous().view(torch.int32).view(outs, -1)
         return _Packed(qtensor, dtype, scales.t().contiguous(), nested)
+
+    def join(self, parts: Sequence[_Packed]) -> _Packed | None:
+        """None with double quantization, as each weight has a code book of its own for its scales."""
+        if any(part.levels is not None for part in parts):
+            return None
+        joined = _Packed.joined(parts, {"codes": 0, "scales": 1})
+        joined.dtype = parts[0].dtype
+        joined.register_buffer("absmax", None)
+        joined.register_buffer("levels", None)
+        return joined
 
     def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
         assert isinstance(prepared, _Packed)
@@ -160,7 +170,7 @@ def decoder(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def configs(rows: int) -> list[Config]:
-    """Those of the fused product that may suit, the default first.
+    """Those that may suit, the default first.
 
     64 outputs are what four warps of Hopper's multiply by at once. 64 rows take eight warps: sums, products of one
     block and weights of so many would not fit into the registers of four. Either two warps look up the same weights, or
@@ -169,7 +179,13 @@ def configs(rows: int) -> list[Config]:
     tile = min(max(8, row_bucket(rows)), 64)
     warps, stages = {8: (4, 4), 16: (4, 4), 32: (4, 3), 64: (8, 2)}[tile]
     shared = [Config(tile, 64, _STEP, split, warps, stages) for split in (1, 4, 8)]
-    return {8: [*FEW, *shared], 64: [*shared, Config(64, 128, _STEP, warps=8, stages=3)]}.get(tile, shared)
+    if tile == 8:
+        return [*FEW, *shared]
+    if tile == 64:
+        shared.append(Config(64, 128, _STEP, warps=8, stages=3))
+    if rows <= 64:
+        return shared
+    return [TORCH, *shared] if rows >= _TORCH_ROWS else [*shared, TORCH]
 
 
 def _linear(
@@ -178,33 +194,30 @@ def _linear(
     outs, ins = len(codes), x.shape[-1]
     rows = x.reshape(-1, ins).contiguous()
     weight = (codes, scales, absmax, levels)
-    if len(rows) == 0:
-        y = x.new_empty(0, outs)
-    elif len(rows) < _DEQUANTIZED_ROWS:
-        y = _multiply(rows, weight, bias)
-    else:
-        y = multiply_dequantized(rows, outs, lambda first, piece: _dequantize(first, piece, weight), bias)
+    y = _multiply(rows, weight, bias) if len(rows) else x.new_empty(0, outs)
     return y.view(*x.shape[:-1], outs)
 
 
 def _multiply(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
-    """x [rows, in] -> [rows, out], fused."""
+    """x [rows, in] -> [rows, out]."""
     (rows, ins), outs = x.shape, len(weight[0])
-    y = x.new_empty(rows, outs)
 
-    def run(config: Config) -> None:
+    def run(config: Config) -> Tensor:
+        if config == TORCH:
+            return multiply_dequantized(x, outs, lambda first, piece: _dequantize(first, piece, weight), bias)
         with torch.cuda.device_of(x):  # Triton would launch on the current one
-            _launch(config, x, weight, bias, y)
+            return _launch(config, x, weight, bias)
 
     kind = "nf4" if weight[3] is None else "nf4-dq"
-    run(choose(kind, f"{outs}x{ins}x{row_bucket(rows)}, {x.dtype}", configs(rows), run, x.device))
-    return y
+    bucket = f"{outs}x{ins}x{row_bucket(rows)}, {x.dtype}"
+    return run(choose(kind, bucket, configs(rows), run, x.device))
 
 
-def _launch(config: Config, x: Tensor, weight: _Weight, bias: Tensor | None, y: Tensor) -> None:
-    (rows, ins), outs = x.shape, y.shape[1]
-    tiles = (triton.cdiv(rows, config.rows), triton.cdiv(outs, config.outs))
-    sizes = (rows, outs, ins)
+def _launch(config: Config, x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
+    """The fused product."""
+    (rows, ins), outs = x.shape, len(weight[0])
+    y = x.new_empty(rows, outs)
+    tiles, sizes = (triton.cdiv(rows, config.rows), triton.cdiv(outs, config.outs)), (rows, outs, ins)
     constants = decoder(x.dtype) | {"ROWS": config.rows, "OUTS": config.outs, "STAGES": config.stages}
     constants["num_warps"] = config.warps
     if config in FEW:
@@ -215,6 +228,7 @@ def _launch(config: Config, x: Tensor, weight: _Weight, bias: Tensor | None, y: 
         parts = x.new_empty(config.split, rows, outs, dtype=torch.float32)
         _many[(*tiles, config.split)](x, *weight, None, parts, *sizes, **constants)
         add_parts(parts, y, bias)
+    return y
 
 
 def _dequantize(first: int, piece: Tensor, weight: _Weight) -> None:

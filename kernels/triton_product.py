@@ -40,15 +40,15 @@ def multiply_dequantized(
     Args:
         dequantize: dequantize(first, weight) writes the rows of the weight from `first` on into `weight` [some, in].
     """
-    rows, ins = x.shape
-    y = x.new_empty(rows, outs)
+    ins = x.shape[1]
     step = max(1, _PIECE // ins)
+    pieces = []
     for first in range(0, outs, step):
         weight = x.new_empty(min(step, outs - first), ins)
         dequantize(first, weight)
-        piece = slice(first, first + step)
-        y[:, piece] = torch.nn.functional.linear(x, weight, None if bias is None else bias[piece].to(x.dtype))
-    return y
+        added = None if bias is None else bias[first : first + step].to(x.dtype)
+        pieces.append(torch.nn.functional.linear(x, weight, added))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
 if triton is not None:

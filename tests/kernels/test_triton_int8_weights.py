@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitpress.kernels import triton_int8_weights
 from bitpress.kernels.qtensor import QTensor
-from bitpress.kernels.triton_int8_weights import TritonInt8Weights, configs, constants_of
+from bitpress.kernels.triton_int8_weights import TORCH, TritonInt8Weights, configs, constants_of
 from bitpress.kernels.triton_launch import Config, problem
 
 Make = Callable[..., QTensor]
@@ -72,6 +72,11 @@ def test_every_configuration(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch
     x = torch.randn(config.rows + 1, 448, generator=torch.Generator().manual_seed(1)).to(torch.float16)
     y = kernel.linear(x.to(DEVICE), kernel.prepare(q.to(DEVICE), torch.float16), None)
     assert relative_rms(y, q, x) <= tolerance(y)
+
+
+def test_very_many_rows_are_for_torch() -> None:
+    assert TORCH not in configs(64)
+    assert configs(65)[-1] == configs(257)[0] == TORCH
 
 
 @runs

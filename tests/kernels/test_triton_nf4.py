@@ -13,7 +13,7 @@ from torch import Tensor
 from bitpress.kernels import triton_nf4
 from bitpress.kernels.qtensor import NF4_CODEBOOK, QTensor
 from bitpress.kernels.triton_launch import Config, problem
-from bitpress.kernels.triton_nf4 import FEW, TritonNF4, configs
+from bitpress.kernels.triton_nf4 import FEW, TORCH, TritonNF4, configs
 
 Make = Callable[..., QTensor]
 
@@ -72,6 +72,11 @@ def test_every_configuration(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch
     x = torch.randn(config.rows + 1, 768, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     y = kernel.linear(x.to(DEVICE), kernel.prepare(q.to(DEVICE), torch.bfloat16), None)
     assert relative_rms(y, q, x) <= tolerance(torch.bfloat16, y.numel())
+
+
+def test_very_many_rows_are_for_torch() -> None:
+    assert TORCH not in configs(64)
+    assert configs(65)[-1] == configs(257)[0] == TORCH
 
 
 @runs
