@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .qtensor import QTensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 AUTOMATIC = ("auto", "auto-bf16")
 
@@ -22,21 +25,23 @@ class Prepared(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
-    def joined(cls, parts: "Sequence[Prepared]", dimensions: dict[str, int]) -> "Prepared":
+    def joined(cls, parts: "Sequence[Prepared]", dimensions: dict[str, int]) -> "Self":
         """The output features of all parts, one after the other: of each buffer, along this dimension."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made.scheme, made.shape = parts[0].scheme, (sum(part.shape[0] for part in parts), parts[0].shape[1])
         for name, dimension in dimensions.items():
-            whole = torch.cat([part.get_buffer(name) for part in parts], dimension)
-            made.register_buffer(name, whole, persistent=False)
+            made.register_buffer(
+                name, torch.cat([part.get_buffer(name) for part in parts], dimension), persistent=False
+            )
         return made
 
 
 class Kernel(Protocol):
     """One way to compute x @ dequantized_weight.T + bias.
 
-    `join`, where a kernel has it, makes one of several prepared weights: their output features one after the other.
+    `join`, where a kernel has it, makes one of several prepared weights of one scheme and number of input features,
+    their output features one after the other; or None where these cannot be one.
     """
 
     name: ClassVar[str]

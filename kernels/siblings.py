@@ -18,8 +18,8 @@ _NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class Siblings:
     """What the layers share. The last one lets go of input and outputs, so that nothing is held between forwards."""
 
-    def __init__(self, layers: Sequence[QLinear]):
-        self.selection, self.prepared, self.bias = layers[0].selection, _joined(layers), _biases(layers)
+    def __init__(self, layers: Sequence[QLinear], prepared: nn.Module):
+        self.selection, self.prepared, self.bias = layers[0].selection, prepared, _biases(layers)
         self.sizes = [layer.out_features for layer in layers]
         self._held: tuple[Tensor, Tensor] | None = None  # one attribute, so that threads cannot mix two
 
@@ -40,8 +40,8 @@ def join_siblings(model: nn.Module) -> int:
     for parent in list(model.modules()):
         for names in _NAMES:
             layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), QLinear)]
-            if len(layers) == len(names) and _alike(layers):
-                shared = Siblings(layers)
+            if len(layers) == len(names) and _alike(layers) and (prepared := _joined(layers)) is not None:
+                shared = Siblings(layers, prepared)
                 for number, layer in enumerate(layers):
                     layer.join(shared, number)
                 fewer += len(names) - 1
@@ -53,11 +53,12 @@ def _alike(layers: Sequence[QLinear]) -> bool:
         (layer.scheme, layer.in_features, layer.selection.kernel.name, layer.dtype, layer.device) for layer in layers
     }
     free = all(layer.order is None and layer.siblings is None for layer in layers)
-    return len(kinds) == 1 and free and hasattr(layers[0].selection.kernel, "join")
+    return len(kinds) == 1 and free
 
 
-def _joined(layers: Sequence[QLinear]) -> nn.Module:
-    return layers[0].selection.kernel.join([layer.prepared for layer in layers])  # type: ignore[attr-defined]
+def _joined(layers: Sequence[QLinear]) -> nn.Module | None:
+    join = getattr(layers[0].selection.kernel, "join", None)
+    return join([layer.prepared for layer in layers]) if join else None
 
 
 def _biases(layers: Sequence[QLinear]) -> Tensor | None:

@@ -46,7 +46,7 @@ DECODE = (
     Config(rows=8, outs=16, depth=128, split=8, warps=8, stages=4),  # twice the programs, where outputs are few
 )
 
-# For up to 64 rows, in tiles of 16, 32 or 64. The more outputs, the less often x is read; where they are few, `split`
+# Tiles of 16, 32 or 64 rows. The more outputs, the less often x is read; where they are few, `split`
 # programs share them. 8 warps where the sums would not fit into the registers of 4.
 BATCH = {
     16: (
@@ -66,14 +66,14 @@ BATCH = {
     ),
 }
 
-# A weight is read, and converted, once for each tile of rows.
-PREFILL = (
-    Config(rows=128, outs=128, depth=128, warps=8, stages=3),  # for groups of 128: smaller ones take more registers
-    Config(rows=64, outs=128, depth=128, warps=8, stages=3),  # fits GPUs with 100 KB of shared memory, too
-    # No tile: the weight is dequantized, and torch multiplies. From some hundred rows on, that takes longer than the
-    # dequantizing by far.
-    Config(rows=0, outs=0, depth=128),
-)
+# For more rows, beside those of 64: a weight is read, and converted, once for each tile of rows. Groups of less than
+# 128 would take more registers than there are.
+PREFILL = Config(rows=128, outs=128, depth=128, warps=8, stages=3)
+
+# No tile: the weight is dequantized, and torch multiplies. From some hundred rows on, that takes longer than the
+# dequantizing by far.
+TORCH = Config(rows=0, outs=0, depth=128)
+
 _DECODE_ROWS, _BATCH_ROWS = 8, 64  # at most
 _TORCH_ROWS = 1024  # from which on torch multiplies where nothing was timed
 
@@ -158,22 +158,27 @@ def candidates(rows: int, outs: int, group: int, device: torch.device) -> list[C
 
     group: input features that share a scale, at most 128.
     """
-    if rows > _BATCH_ROWS:
-        tiles = [config for config in PREFILL if config.rows < 128 or group == BLOCK]
-        return sorted(tiles, key=lambda config: (config.rows == 0) != (rows >= _TORCH_ROWS))
-    configs = (DECODE if rows <= _DECODE_ROWS else ()) + BATCH[max(16, row_bucket(rows))]
+    tiles: tuple[Config, ...] = BATCH[min(max(16, row_bucket(rows)), _BATCH_ROWS)]
+    if rows <= _DECODE_ROWS:
+        tiles = DECODE + tiles
+    elif rows > _BATCH_ROWS and group == BLOCK:
+        tiles = (PREFILL, *tiles)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
     def leaves_some_idle(config: Config) -> bool:
-        return -(-outs // config.outs) * (1 if config in DECODE else config.split) < processors
+        programs = triton.cdiv(outs, config.outs) * triton.cdiv(rows, config.rows)
+        return programs * (1 if config in DECODE else config.split) < processors
 
-    return sorted(configs, key=leaves_some_idle)
+    configs = sorted(tiles, key=leaves_some_idle)
+    if rows > _BATCH_ROWS:
+        configs.insert(0 if rows >= _TORCH_ROWS else len(configs), TORCH)
+    return configs
 
 
 def _product(config: Config, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x [rows, in], contiguous -> [rows, out]."""
     outs = weight.shape[1]
-    if not config.rows:
+    if config == TORCH:
         return multiply_dequantized(x, outs, lambda first, found: dequantize(weight, scales, first, found), bias)
     y = x.new_empty(len(x), outs)
     if config.split == 1 or config in DECODE:

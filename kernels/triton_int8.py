@@ -5,6 +5,7 @@ the end: with the reference's codes of x, to the bit, the result differs from it
 Computed is y^T = W x^T, so that few rows cost few instructions: a product's second operand may be as narrow as 8.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -77,6 +78,9 @@ class TritonInt8:
         weight = (unpack(qtensor.codes, 8, ins) ^ 128).view(torch.int8)  # code - 128 in two's complement
         weight = F.pad(weight, (0, -ins % _ALIGNED)).contiguous()
         return _Packed(qtensor, weight=weight, scales=qtensor.scales.flatten().to(torch.float32))
+
+    def join(self, parts: Sequence[Prepared]) -> Prepared:
+        return _Packed.joined(parts, {"weight": 0, "scales": 0})
 
     def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
         assert isinstance(prepared, _Packed)

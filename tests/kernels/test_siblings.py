@@ -1,5 +1,6 @@
 """Layers that share one product give what they gave alone, whoever is asked, with whatever."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -13,7 +14,7 @@ from bitpress.kernels import select
 from bitpress.kernels.qlinear import QLinear
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.reference import Reference
-from bitpress.kernels.select import Prepared
+from bitpress.kernels.select import Kernel, Prepared, registry
 from bitpress.kernels.siblings import join_siblings
 
 Make = Callable[..., QTensor]
@@ -35,19 +36,27 @@ class Joining(Reference):
         return Prepared.joined(parts, {"weight": 0})
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "registry", lambda: [Joining(), Reference()])
     monkeypatch.setattr(Joining, "calls", 0)
 
 
 @pytest.fixture
-def attention(make_qtensor: Make, generator: torch.Generator) -> nn.Module:
+def attention(kernels: None, make_qtensor: Make, generator: torch.Generator) -> nn.Module:
     parent = nn.Module()
     for name, outs in OUTS.items():
         bias = None if name == "k_proj" else torch.randn(outs, generator=generator)
         parent.add_module(name, QLinear(make_qtensor("int4-g32", outs, 64), bias, torch.float32))
     return parent
+
+
+def stacked(weights: list[QTensor]) -> QTensor:
+    """One weight of all their output features."""
+    first = weights[0]
+    shape = (sum(q.shape[0] for q in weights), first.shape[1])
+    tensors = [dict(q.tensors()) for q in weights]
+    return QTensor(first.scheme, shape, **{name: torch.cat([each[name] for each in tensors]) for name in tensors[0]})
 
 
 def expected(parent: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -109,3 +118,30 @@ def test_who_stays_alone(attention: nn.Module, make_qtensor: Make, what: str) ->
         attention.k_proj = nn.Linear(64, 16)
     assert join_siblings(attention) == 0
     assert attention.q_proj.siblings is None
+
+
+JOINING = [kernel for kernel in registry() if hasattr(kernel, "join")]
+
+
+@pytest.mark.parametrize(
+    "scheme", ["int4-g32-asym", "int3-channel", "int8-dynamic", "int8-g32", "int8-g64-asym", "nf4"]
+)
+@pytest.mark.parametrize("kernel", JOINING, ids=lambda kernel: kernel.name)
+def test_joined_is_what_the_whole_would_be(
+    make_qtensor: Make, monkeypatch: pytest.MonkeyPatch, kernel: Kernel, scheme: str
+) -> None:
+    monkeypatch.setattr(sys.modules[type(kernel).__module__], "problem", lambda device: None)
+    weights = [make_qtensor(scheme, outs, 192) for outs in (33, 7, 16)]
+    if reason := kernel.reject(weights[0], torch.float16, torch.device("cuda")):
+        pytest.skip(reason)
+    whole = kernel.prepare(stacked(weights), torch.float16)
+    joined = kernel.join([kernel.prepare(q, torch.float16) for q in weights])
+    assert joined.shape == whole.shape
+    assert vars(joined).keys() == vars(whole).keys()
+    assert joined._buffers.keys() == whole._buffers.keys()
+    assert all(torch.equal(tensor, joined.get_buffer(name)) for name, tensor in whole.named_buffers())
+
+
+def test_scales_with_code_books_of_their_own_are_not_joined(make_qtensor: Make) -> None:
+    kernel = next(kernel for kernel in JOINING if kernel.name == "triton-nf4")
+    assert kernel.join([kernel.prepare(make_qtensor("nf4-dq", 8, 256), torch.float16) for _ in range(2)]) is None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitpress.kernels import triton_int4
 from bitpress.kernels.qtensor import QTensor
-from bitpress.kernels.triton_int4 import BATCH, BLOCK, DECODE, PREFILL, TritonInt4
+from bitpress.kernels.triton_int4 import BATCH, BLOCK, DECODE, PREFILL, TORCH, TritonInt4, candidates
 from bitpress.kernels.triton_launch import Config
 
 Make = Callable[..., QTensor]
@@ -35,7 +35,7 @@ SHAPES = [
     ("int3-g32-asym", (7, 96)),
     ("int2-channel", (5, 31)),
 ]
-TILES = [*DECODE, *(config for configs in BATCH.values() for config in configs), *PREFILL[:2]]
+TILES = [*DECODE, *(config for configs in BATCH.values() for config in configs), PREFILL]
 ROWS = {8: (1, 7, 8, 9), 16: (1, 15, 17), 32: (31, 33), 64: (2, 63, 65), 128: (65, 129)}  # by the tile's rows
 
 
@@ -160,6 +160,27 @@ def test_dequantize(make_qtensor: Make, scheme: str, shape: tuple[int, int]) -> 
 @compiles
 def test_in_the_interpreter(interpreted: Callable[[str], int]) -> None:
     assert interpreted(__file__) > 3 * len(SHAPES)
+
+
+@compiles
+def test_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of rows has a few, and on a GPU of 132 multiprocessors the default keeps all of them busy."""
+    pytest.importorskip("triton")
+    h200 = type("Properties", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
+    cuda = torch.device("cuda")
+    for rows in range(1, 1100):
+        found = candidates(rows, 4096, 128, cuda)
+        assert 3 <= len(found) <= 6
+        assert (TORCH in found) == (rows > 64)
+        assert (found[0] == TORCH) == (rows >= 1024)
+        assert PREFILL not in candidates(rows, 4096, 64, cuda)
+        assert all(config.rows >= rows for config in found if rows <= 64)
+    assert candidates(1, 14336, 128, cuda)[0] == DECODE[0]
+    assert candidates(1, 4096, 128, cuda)[0] == DECODE[2]
+    assert candidates(16, 4096, 128, cuda)[0].split > 1
+    assert candidates(16, 28672, 128, cuda)[0] == BATCH[16][0]
+    assert candidates(512, 14336, 128, cuda)[0] == PREFILL
 
 
 @compiles
