@@ -227,7 +227,7 @@ if triton is not None:
 
     _TO_FLOAT16 = tl.constexpr(_conversion("0x64006400"))
     _TO_BFLOAT16 = tl.constexpr(_conversion("0x43004300"))
-    _REGISTERS = tl.constexpr("=r,=r,=r,=r,r")
+    _REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,r")  # outputs are written while the input is still read
 
     @triton.jit
     def _unpacked(words, DTYPE: tl.constexpr, ASM: tl.constexpr):

@@ -193,7 +193,7 @@ if triton is not None:
             shape: tl.constexpr = (words.shape[0], 2 * words.shape[1])
             return tl.reshape(lower.to(tl.float32).to(DTYPE), shape), tl.reshape(upper.to(tl.float32).to(DTYPE), shape)
         else:
-            found = tl.inline_asm_elementwise(PTX, "=r,=r,r", [words], (tl.int32, tl.int32), is_pure=True, pack=1)
+            found = tl.inline_asm_elementwise(PTX, "=&r,=&r,r", [words], (tl.int32, tl.int32), is_pure=True, pack=1)
             return halves(found[0], DTYPE), halves(found[1], DTYPE)
 
     @triton.jit

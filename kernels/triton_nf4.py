@@ -256,7 +256,7 @@ if triton is not None:
         if INTERPRETED:
             return _patterns(words, 2 * HALF, BOOK), _patterns(words, 2 * HALF + 1, BOOK)
         else:
-            return tl.inline_asm_elementwise(PTX, "=r,=r,r", [words], (tl.int32, tl.int32), is_pure=True, pack=1)
+            return tl.inline_asm_elementwise(PTX, "=&r,=&r,r", [words], (tl.int32, tl.int32), is_pure=True, pack=1)
 
     @triton.jit
     def _nested(scales_at, absmax_at, levels_at, step, out, steps, real):
