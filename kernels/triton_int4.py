@@ -268,7 +268,7 @@ if triton is not None:
     def _scale(affine):
         return (affine & -16).to(tl.float32, bitcast=True)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows", "blocks"])  # programs for all numbers of rows
     def _decode(
         x_at, weight_at, scales_at, bias_at, y_at, rows, ins, outs, blocks,
         ROWS: tl.constexpr, OUTS: tl.constexpr, GROUPS: tl.constexpr, ASM: tl.constexpr, PARTS: tl.constexpr,
@@ -300,7 +300,7 @@ if triton is not None:
             scales_at += PARTS * GROUPS * pitch
         store(tl.sum(sums, 0), bias_at, y_at, row.to(tl.int64), out, rows, outs)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows", "blocks"])  # programs for all numbers of rows
     def _multiply(
         x_at, weight_at, scales_at, bias_at, y_at, rows, ins, outs, blocks,
         ROWS: tl.constexpr, OUTS: tl.constexpr, GROUPS: tl.constexpr, ASM: tl.constexpr,
@@ -333,7 +333,7 @@ if triton is not None:
         y_at += first.to(tl.int64) * rows * outs
         store(sums, bias_at, y_at, row.to(tl.int64), out, rows, outs)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["first", "count"])
     def _dequantize(
         weight_at, scales_at, found_at, ins, outs, first, count, OUTS: tl.constexpr, GROUPS: tl.constexpr
     ):  # fmt: skip

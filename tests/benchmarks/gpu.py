@@ -41,8 +41,8 @@ CHECKED = (
 )  # fmt: skip
 SHAPES = "4096x4096,6144x4096,14336x4096,28672x4096,4096x14336,8192x8192,28672x8192,8192x28672"
 ROWS = "1,2,4,8,16,32,64,128,512,2048,4096"
-CHECKED_SHAPES = ((1, 192), (13, 576), (129, 128), (1000, 4224), (4096, 4096))
-CHECKED_ROWS = (1, 2, 7, 9, 17, 33, 64, 65, 129, 1025)
+CHECKED_SHAPES = ((13, 576), (129, 128), (1000, 4224), (4096, 4096))  # few: a divisor of 16 is another program
+CHECKED_ROWS = (1, 9, 20, 33, 130, 1030)
 TOLERANCE = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # relative RMS: an output's rounding, some weights'
 
 
@@ -53,7 +53,7 @@ def check(options: argparse.Namespace) -> int:
     wrong = 0
     for name in options.scheme or CHECKED:
         scheme = Scheme.parse(name)
-        for shape in CHECKED_SHAPES if options.device == "cuda" else CHECKED_SHAPES[:3]:
+        for shape in CHECKED_SHAPES if options.device == "cuda" else CHECKED_SHAPES[:2]:
             if scheme.problems(shape):
                 continue
             q = random_weight(scheme, shape, torch.device(options.device))
@@ -74,7 +74,7 @@ def check_kernel(kernel: Kernel, q: QTensor, dtype: torch.dtype) -> int:
         prepared = kernel.prepare(q, dtype)
         for rows in CHECKED_ROWS:
             x = torch.randn(rows, q.shape[1], generator=torch.Generator().manual_seed(rows)).to(q.codes.device, dtype)
-            bias = torch.randn(q.shape[0]).to(q.codes.device) if rows % 2 else None
+            bias = torch.randn(q.shape[0], generator=torch.Generator().manual_seed(0)).to(q.codes.device)
             for number in each_configuration(kernel):
                 found = [kernel.linear(x, prepared, bias) for _ in range(2)]
                 error = relative(found[0], q, x, bias)
