@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _UNPACKS = "the weights are unpacked to 16 or 32 bits before each product, and reading fewer bytes saves nothing here"
+_QUANTIZES_INPUTS = {"torch-int8", "triton-int8", "native-int8"}
 _CACHED = 1.0  # a share of the memory's bandwidth above which a cache must hold the weights
 _IDLE = 0.3  # a share below which something else than memory is what limits decode
 
@@ -21,9 +22,9 @@ def because(run: Mapping[str, Any], speed: Mapping[str, Any], phase: str) -> str
         reasons.append(
             f"{slow} of {layers} layers run on the reference kernel, which decodes the whole weight at every call"
         )
-    if kernels.keys() & {"torch-int8", "native-int8"}:
+    if kernels.keys() & _QUANTIZES_INPUTS:
         reasons.append("activations are quantized before each product, which small layers do not outweigh")
-    if phase == "prefill" and set(kernels) - {"reference", "torch-int8", "native-int8"}:
+    if phase == "prefill" and set(kernels) - {"reference"} - _QUANTIZES_INPUTS:
         reasons.append(f"a prompt is limited by arithmetic: {_UNPACKS}")
     share = speed.get("bandwidth_share")
     if phase == "decode" and share is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from .native_cpu import NativeInt8
 from .qtensor import QTensor
 from .select import Selection, select
 
+if TYPE_CHECKING:
+    from .siblings import Siblings
+
 
 class QLinear(nn.Module):
     """A linear layer (nn.Linear or Conv1D) whose weight is quantized; input [..., in], output [..., out].
@@ -21,6 +24,8 @@ class QLinear(nn.Module):
     """
 
     order: Tensor | None
+    siblings: "Siblings | None" = None  # whose product this layer's is a part of
+    number: int = 0  # among them
 
     def __init__(self, qtensor: QTensor, bias: Tensor | None, dtype: torch.dtype, kernel: str = "auto"):
         super().__init__()
@@ -43,13 +48,22 @@ class QLinear(nn.Module):
             )
         return self
 
+    def join(self, siblings: "Siblings", number: int) -> None:
+        """From now on, this layer's output is a part of theirs. The first holds all of the weight, the others none."""
+        self.siblings, self.number = siblings, number
+        self.prepared = nn.Module() if number else siblings.prepared
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.siblings is not None:
+            return self.siblings.part(self.number, x)
         x = x if self.order is None else x.index_select(-1, self.order)
         return self.selection.kernel.linear(x, self.prepared, self.bias)
 
     def extra_repr(self) -> str:
         ordered = "" if self.order is None else ", inputs reordered"
-        return f"{self.in_features} -> {self.out_features}, {self.scheme.name}, {self.selection.kernel.name}{ordered}"
+        joined = "" if self.siblings is None else ", with its siblings"
+        kernel = self.selection.kernel.name
+        return f"{self.in_features} -> {self.out_features}, {self.scheme.name}, {kernel}{ordered}{joined}"
 
 
 @contextmanager

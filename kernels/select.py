@@ -1,12 +1,16 @@
 """Which kernel multiplies by a quantized weight, and why each of the others does not."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .qtensor import QTensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 AUTOMATIC = ("auto", "auto-bf16")
 
@@ -20,9 +24,25 @@ class Prepared(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Prepared]", dimensions: dict[str, int]) -> "Self":
+        """The output features of all parts, one after the other: of each buffer, along this dimension."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.scheme, made.shape = parts[0].scheme, (sum(part.shape[0] for part in parts), parts[0].shape[1])
+        for name, dimension in dimensions.items():
+            made.register_buffer(
+                name, torch.cat([part.get_buffer(name) for part in parts], dimension), persistent=False
+            )
+        return made
+
 
 class Kernel(Protocol):
-    """One way to compute x @ dequantized_weight.T + bias."""
+    """One way to compute x @ dequantized_weight.T + bias.
+
+    `join`, where a kernel has it, makes one of several prepared weights of one scheme and number of input features,
+    their output features one after the other; or None where these cannot be one.
+    """
 
     name: ClassVar[str]
     quantizes_inputs: ClassVar[bool]  # of weight-only schemes: faster, and a little less exact
@@ -52,8 +72,13 @@ def registry() -> list[Kernel]:
     from .reference import Reference
     from .torch_int4 import TorchInt4
     from .torch_int8 import TorchInt8
+    from .triton_int4 import TritonInt4
+    from .triton_int8 import TritonInt8
+    from .triton_int8_weights import TritonInt8Weights
+    from .triton_nf4 import TritonNF4
 
-    return [NativeInt8(), NativeExact(), TorchInt4(), TorchInt8(), BitsAndBytesNF4(), Reference()]
+    ours: list[Kernel] = [NativeInt8(), NativeExact(), TritonInt4(), TritonInt8(), TritonInt8Weights(), TritonNF4()]
+    return [*ours, TorchInt4(), TorchInt8(), BitsAndBytesNF4(), Reference()]
 
 
 def select(qtensor: QTensor, dtype: torch.dtype, device: torch.device, wanted: str = "auto") -> Selection:

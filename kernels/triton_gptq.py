@@ -1,11 +1,5 @@
 """GPTQ's loop over the columns of a block as one Triton program for each tile of rows: CUDA, float32."""
 
-import functools
-import os
-import shutil
-import sysconfig
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -14,6 +8,8 @@ try:
     import triton.language as tl
 except ImportError:  # it comes with torch's CUDA builds, not with its CPU ones
     triton = None
+
+from .triton_launch import missing
 
 MAX_COLUMNS = 128  # of a block: a program holds all of them, for its rows, in registers
 
@@ -29,19 +25,7 @@ def problem(device: torch.device) -> str | None:
     """None if `round_columns` and `settle_columns` can run on this device, else the reason in a few words."""
     if device.type != "cuda":
         return f"runs on CUDA, not on {device.type}"
-    return _missing()
-
-
-@functools.cache
-def _missing() -> str | None:
-    """What Triton, which compiles a piece of C for every kernel's launch, does not find on this machine."""
-    if triton is None:
-        return "Triton is not installed"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton finds no C compiler"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
-        return "Triton finds no Python.h, which comes with Python's development package"
-    return None
+    return missing()
 
 
 def round_columns(left: Tensor, upper: Tensor, grid: Grid, groups: Tensor, codes: Tensor, errors: Tensor) -> None:

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from bitpress.kernels.native_cpu import DTYPES
 from bitpress.kernels.native_layer import ACTIVATIONS, NativeLayer, Norm, Parts
 from bitpress.kernels.qlinear import QLinear
+from bitpress.kernels.siblings import join_siblings
 
 from .blocks import decoder
 
@@ -50,6 +51,17 @@ class Fusing:
 
 class _Unfit(Exception):
     """Why a layer is left as it is."""
+
+
+def quicken(model: PreTrainedModel) -> None:
+    """Once every layer is in its place: on the CPU let decoder layers decode in one call, on GPUs let layers that read the
+    same be one product."""
+    devices = {layer.device.type for layer in model.modules() if isinstance(layer, QLinear)}
+    split = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    if devices == {"cpu"} and not split:
+        model.fusing = fuse(model)  # type: ignore[assignment]
+    else:
+        join_siblings(model)
 
 
 def fuse(model: PreTrainedModel) -> Fusing:

@@ -14,7 +14,7 @@ from bitpress.kernels.qlinear import QLinear
 from .blocks import Target
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ConfigError
-from .fusing import fuse
+from .fusing import quicken
 from .layers import OnStep, experts_of, quantized_layers, replace_layers
 from .layout import Layout, read_layout
 from .quantizer import attach
@@ -109,8 +109,7 @@ def _load_quantized(
     _fill(checkpoint, layout, {n: t for n, t in layout.plain.items() if t.parameter not in experts}, device)
     replace_layers(model, layout.names, quantized_layers(checkpoint, layout, lambda target: device, kernel, on_step))
     model = _finish(checkpoint, model, device)
-    if device.type == "cpu":
-        model.fusing = fuse(model)  # type: ignore[assignment]
+    quicken(model)
     attach(model, checkpoint, layout)
     return model
 

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .blocks import Target, replace_module
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ConfigError
-from .fusing import fuse
+from .fusing import quicken
 from .layers import experts_of, quantized_layers, replace_layers
 from .layout import Layout, read_layout
 
@@ -103,10 +103,9 @@ class BitpressQuantizer(HfQuantizer):
         devices = {path: module.room.device for path, module in model.named_modules() if isinstance(module, _Waiting)}
         layers = quantized_layers(self.checkpoint, self.layout, lambda target: devices[_path(target)])
         replace_layers(model, self.layout.names, layers)
+        quicken(model)
         if split:
             dispatch_model(model, places, main_device="cpu" if "cpu" in places.values() else None)
-        elif model.device.type == "cpu":
-            model.fusing = fuse(model)  # type: ignore[assignment]
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,6 +1,13 @@
-"""Fixtures for the kernels: random quantized weights, and memory that starts as NaN."""
+"""Fixtures for the kernels: random quantized weights, memory that starts as NaN, and Triton without a GPU."""
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,3 +69,84 @@ def poisoned_empty() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(was)
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A Triton program as NVIDIA's disassembler shows it. shared: bytes of a block's; stack: bytes of a thread's, which
+    hold what did not fit into its registers."""
+
+    registers: int
+    stack: int
+    shared: int
+    sass: str
+
+    def count(self, instruction: str) -> int:
+        """How often an instruction occurs whose name begins so: "LDG.E.128", "HGMMA", …"""
+        return len(
+            re.findall(rf"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?{re.escape(instruction)}", self.sass, re.MULTILINE)
+        )
+
+
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cubin]:
+    """compiled(kernel, {"x_at": "*bf16", "rows": "i32"}, {"BLOCK": 64}, 90, num_warps=4): the program for compute
+    capability 9.0, with the kinds of its arguments and the constants in their place. The compiler needs no GPU.
+
+    Pointers are taken to be multiples of 16, and integers too but for those named in `odd`, as Triton does with what
+    it is given.
+    """
+    triton = pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+
+    def show(what: str, path: Path) -> str:
+        cuobjdump = triton.knobs.nvidia.cuobjdump.path
+        return subprocess.run([cuobjdump, what, path], capture_output=True, text=True, check=True).stdout
+
+    def compile(
+        kernel: Any, kinds: dict[str, str], constants: dict[str, Any], capability: int, odd: tuple = (), **options: int
+    ) -> Cubin:
+        target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+        signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
+        missing = [name for name in kernel.arg_names if name not in kinds and name not in constants]
+        assert not missing, missing
+        aligned = {
+            (place,): [["tt.divisibility", 16]]
+            for place, name in enumerate(kernel.arg_names)
+            if name in kinds and name not in odd and (kinds[name][0] == "*" or kinds[name].startswith("i"))
+        }
+        source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+        program = triton.compile(source, target=target, options=options)
+        path = tmp_path / "program.cubin"
+        path.write_bytes(program.asm["cubin"])
+        usage = dict(re.findall(r"(\w+):(\d+)", show("--dump-resource-usage", path)))
+        return Cubin(int(usage["REG"]), int(usage["STACK"]), program.metadata.shared, show("--dump-sass", path))
+
+    return compile
+
+
+@pytest.fixture
+def interpreted() -> Callable[[str], int]:
+    """interpreted(__file__): how many tests of the file pass in Triton's interpreter, on the CPU. In a process of its
+    own, for Triton looks at the variable when it is imported; without the fixtures of the folders above, which import
+    much."""
+    pytest.importorskip("triton")
+
+    def run(file: str) -> int:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            f"--confcutdir={Path(__file__).parent}",
+            file,
+        ]
+        variables = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        root = Path(__file__).parents[2]
+        outcome = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True, check=False)
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        found = re.search(r"(\d+) passed", outcome.stdout)
+        return int(found[1]) if found else 0
+
+    return run

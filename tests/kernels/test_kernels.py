@@ -231,6 +231,11 @@ def test_quantize_rows_at_the_edges() -> None:
         ("torch-int8", "int8-dynamic", (64, 64), torch.int32, "cpu", "inputs are torch.int32"),
         ("torch-int8", "int8-dynamic", (64, 64), torch.float32, "meta", "not on meta"),
         ("torch-int8", "int8-dynamic", (63, 64), torch.float32, "cuda", "not divisible by 8"),
+        ("triton-int4", "int8-g32", (64, 64), torch.bfloat16, "cuda", "2 to 4 bits only"),
+        ("triton-int4", "nf4", (64, 64), torch.bfloat16, "cuda", "2 to 4 bits only"),
+        ("triton-int4", "int4-g32", (64, 64), torch.float32, "cuda", "inputs are torch.float32"),
+        ("triton-int4", "int4-g48", (64, 96), torch.bfloat16, "cuda", "group_size 48 is not a multiple of 32"),
+        ("triton-int4", "int4-g32", (64, 64), torch.bfloat16, "cpu", "NVIDIA GPUs, not on cpu"),
         ("bnb-nf4", "int4-g64", (64, 64), torch.bfloat16, "cpu", "nf4 and nf4-dq only"),
         ("bnb-nf4", "nf4", (64, 64), torch.float64, "cpu", "inputs are torch.float64"),
         ("bnb-nf4", "nf4", (64, 96), torch.float32, "cpu", "in_features 96 is not divisible by 64"),
@@ -282,7 +287,7 @@ def test_bitsandbytes_leaves_the_qtensor_alone(make_qtensor: Make, interleaved: 
 def test_select_falls_back_and_says_why(make_qtensor: Make) -> None:
     selection = select(make_qtensor("int3-g48", 64, 96), torch.float32, CPU)
     assert selection.kernel.name == "reference"
-    assert list(selection.rejected) == ["native-int8", "native-bf16", "torch-int4", "torch-int8", "bnb-nf4"]
+    assert list(selection.rejected) == KERNELS[:-1]
     assert all(selection.rejected.values())
 
 
