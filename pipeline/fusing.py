@@ -54,8 +54,8 @@ class _Unfit(Exception):
 
 
 def quicken(model: PreTrainedModel) -> None:
-    """Once every layer is in its place: on the CPU let decoder layers decode in one call, on GPUs let layers that read the
-    same be one product."""
+    """Once every layer is in its place: on the CPU, decoder layers decode in one call where they can; on GPUs, layers
+    read the same are one product."""
     devices = {layer.device.type for layer in model.modules() if isinstance(layer, QLinear)}
     split = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
     if devices == {"cpu"} and not split:
