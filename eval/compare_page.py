@@ -115,5 +115,5 @@ def _figures(section: Section, ident: str) -> list[tuple[str, Markup]]:
             f"KL against {quantity[0]}; best is the {corner} corner. Filled and joined: the Pareto front, those runs "
             "that no other beats in both. The dashed line is the baseline, whose KL is 0."
         )
-        drawn.append((caption, Markup(front_plot(points, members, quantity, f"{ident}-{kind}"))))
+        drawn.append((caption, Markup(front_plot(points, members, quantity).svg(f"{ident}-{kind}"))))
     return drawn

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 WIDTH = 4.2  # inches: about a phone's screen, so that 10 pt stay about 10 px there
 FONT = 10.0  # points
+_DOTS = 200  # per inch, of PNG: sharp on screens of twice the usual density
 INK = "#010203"  # stands for currentColor until the SVG is written
 # Readable on white and on near-black alike.
 COLOURS = (
@@ -137,20 +139,35 @@ def clean(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
-def svg(figure: Figure, ident: str, title: str) -> str:
-    """The drawing as one `<svg>` element fit for an HTML page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    root = ET.fromstring(buffer.getvalue())
-    for metadata in root.findall("{*}metadata"):
-        root.remove(metadata)
-    for element in root.iter():
-        # HTML knows inline SVG without namespaces, and a page without a URL in it is easier to trust.
-        element.tag = element.tag.partition("}")[2]
-        names = {key: key.partition("}")[2] or key for key in element.attrib}
-        element.attrib = {name: _value(name, element.attrib[key], ident) for key, name in names.items()}
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
-    return ET.tostring(root, encoding="unicode").strip()
+@dataclass(frozen=True)
+class Drawing:
+    """A figure. title: for a screen reader."""
+
+    figure: Figure
+    title: str
+
+    def svg(self, ident: str) -> str:
+        """One `<svg>` element fit for an HTML page; `ident` keeps its ids apart from others' on that page."""
+        buffer = io.StringIO()
+        with mpl.rc_context(STYLE):
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        root = ET.fromstring(buffer.getvalue())
+        for metadata in root.findall("{*}metadata"):
+            root.remove(metadata)
+        for element in root.iter():
+            # HTML knows inline SVG without namespaces, and a page without a URL in it is easier to trust.
+            element.tag = element.tag.partition("}")[2]
+            names = {key: key.partition("}")[2] or key for key in element.attrib}
+            element.attrib = {name: _value(name, element.attrib[key], ident) for key, name in names.items()}
+        root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": self.title}
+        return ET.tostring(root, encoding="unicode").strip()
+
+    def png(self) -> bytes:
+        """On white, for pages that take no SVG."""
+        buffer = io.BytesIO()
+        with mpl.rc_context(STYLE):
+            self.figure.savefig(buffer, format="png", dpi=_DOTS, facecolor="white", metadata={"Software": None})
+        return buffer.getvalue()
 
 
 def _value(name: str, value: str, ident: str) -> str:

@@ -1,4 +1,4 @@
-"""The report's figures, drawn by matplotlib as SVG."""
+"""The report's figures, drawn by matplotlib."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .drawing import COLOURS, FONT, INK, STYLE, WIDTH, Point, clean, grid, label_points, log_if_wide, svg, unit_of
+from .drawing import COLOURS, FONT, INK, STYLE, WIDTH, Drawing, Point, clean, grid, label_points, log_if_wide, unit_of
 
 if TYPE_CHECKING:
     from .entries import Entry, SpeedPoint
@@ -33,10 +33,11 @@ class Bar:
     verdict: str  # baseline, faster, slower or same
 
 
-def model_figures(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str], ident: str) -> list[tuple[str, str]]:
-    """(caption, SVG) of the plots of one model's runs; what was not measured is not drawn.
+def model_figures(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str]) -> list[tuple[str, Drawing]]:
+    """(caption, drawing) of each plot of one model's runs; what was not measured is not drawn.
 
-    `points` names the measured speeds, `ident` keeps the ids of several models on one page apart.
+    Args:
+        points: the measured speeds, with their names.
     """
     drawn = []
     sizes = [
@@ -47,29 +48,29 @@ def model_figures(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str]
     ]
     if sizes:
         caption = "Perplexity against file size. Best is the lower left corner; the open circle is the baseline."
-        drawn.append((caption, size_plot(sizes, f"{ident}-size")))
-    for number, entry in enumerate(entries):
-        drawn += _error_figures(entry, f"{ident}-error{number}")
+        drawn.append((caption, size_plot(sizes)))
+    for entry in entries:
+        drawn += _error_figures(entry)
     if points:
         caption = (
             "Speed, with the ratio to the baseline: blue is faster, orange slower, grey the same within the "
             "spread of the repeats (the thin line on each bar). The dashed line is the baseline."
         )
         rows = [(name, _speeds(entries, p, "prefill"), _speeds(entries, p, "decode")) for p, name in points.items()]
-        drawn.append((caption, speed_plot(rows, f"{ident}-speed")))
+        drawn.append((caption, speed_plot(rows)))
     return drawn
 
 
-def _error_figures(entry: "Entry", ident: str) -> list[tuple[str, str]]:
+def _error_figures(entry: "Entry") -> list[tuple[str, Drawing]]:
     """Where a run is wrong, by depth: in its layers' outputs where these were compared, else in its weights."""
     compared = [x for x in entry.get("output_errors", "layers") or [] if _finite(x["output_error"]) and _inner(x)]
     if compared:
         layers = [{**x, "relative_error": x["output_error"]} for x in compared]
         caption = f"{entry.label}: relative error of each layer's outputs, on the unquantized model's inputs."
-        drawn = [(caption, error_plot(layers, ident, as_map=True))]
+        drawn = [(caption, error_plot(layers, as_map=True))]
         blocks = [x for x in entry.get("output_errors", "blocks") if _finite(x["output_error"])]
         caption = f"{entry.label}: relative error of each block's output: by itself, and with what it inherits."
-        return [*drawn, (caption, depth_plot(blocks, f"{ident}-depth"))] if len(blocks) > 1 else drawn
+        return [*drawn, (caption, depth_plot(blocks))] if len(blocks) > 1 else drawn
     layers = [x for x in entry.get("coverage", "layers") or [] if _finite(x.get("relative_error"))]
     if not layers:
         return []
@@ -77,14 +78,14 @@ def _error_figures(entry: "Entry", ident: str) -> list[tuple[str, str]]:
     if all(_finite(x.get("output_error")) for x in layers):  # what a method that learns keeps small
         layers = [{**x, "relative_error": x["output_error"]} for x in layers]
         measured = "relative error of the quantized layers' outputs"
-    return [(f"{entry.label}: {measured}, by depth.", error_plot(layers, ident))]
+    return [(f"{entry.label}: {measured}, by depth.", error_plot(layers))]
 
 
 def _inner(layer: Mapping[str, Any]) -> bool:
     return layer["block"] is not None
 
 
-def size_plot(points: Sequence[Point], ident: str) -> str:
+def size_plot(points: Sequence[Point]) -> Drawing:
     """Perplexity against file size, every point labelled; lower left is better."""
     unit, divisor = unit_of([p.x for p in points])
     points = [replace(point, x=point.x / divisor) for point in points]
@@ -104,10 +105,10 @@ def size_plot(points: Sequence[Point], ident: str) -> str:
         grid(axes)
         figure.draw_without_rendering()  # settles the layout, so that data coordinates become places
         label_points(axes, points)
-        return svg(figure, ident, "perplexity against file size")
+        return Drawing(figure, "perplexity against file size")
 
 
-def front_plot(points: Sequence[Point], members: Collection[str], quantity: tuple[str, str, float], ident: str) -> str:
+def front_plot(points: Sequence[Point], members: Collection[str], quantity: tuple[str, str, float]) -> Drawing:
     """Divergence from the unquantized model against what it is paid with; the Pareto front is filled and joined.
 
     Args:
@@ -137,10 +138,10 @@ def front_plot(points: Sequence[Point], members: Collection[str], quantity: tupl
         grid(axes)
         figure.draw_without_rendering()
         label_points(axes, runs)
-        return svg(figure, ident, f"mean KL against {name}")
+        return Drawing(figure, f"mean KL against {name}")
 
 
-def depth_plot(blocks: Sequence[Mapping[str, Any]], ident: str) -> str:
+def depth_plot(blocks: Sequence[Mapping[str, Any]]) -> Drawing:
     """Relative error of each decoder block's output, its own and with that of the blocks before it."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
@@ -152,10 +153,10 @@ def depth_plot(blocks: Sequence[Mapping[str, Any]], ident: str) -> str:
         _error_lines(figure, axes, series)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
         axes.set_xlabel("decoder block, first to last")
-        return svg(figure, ident, "relative error of each block's output by depth")
+        return Drawing(figure, "relative error of each block's output by depth")
 
 
-def error_plot(layers: Sequence[Mapping[str, Any]], ident: str, as_map: bool = False) -> str:
+def error_plot(layers: Sequence[Mapping[str, Any]], as_map: bool = False) -> Drawing:
     """Relative error by depth for each kind of projection, from a run's `coverage.layers`.
 
     Lines for a shallow model, a heat map where lines would tangle, or if asked. Where a block has several layers of one
@@ -169,7 +170,7 @@ def error_plot(layers: Sequence[Mapping[str, Any]], ident: str, as_map: bool = F
         draw(figure, axes, series)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
         axes.set_xlabel("decoder block, first to last")
-        return svg(figure, ident, "relative error of each quantized layer by depth")
+        return Drawing(figure, "relative error of each quantized layer by depth")
 
 
 def _error_lines(figure: Figure, axes: Axes, series: Mapping[str, Mapping[int, float]]) -> None:
@@ -218,7 +219,7 @@ def _errors_by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, 
     return series
 
 
-def speed_plot(rows: Sequence[tuple[str, Sequence[Bar], Sequence[Bar]]], ident: str) -> str:
+def speed_plot(rows: Sequence[tuple[str, Sequence[Bar], Sequence[Bar]]]) -> Drawing:
     """Tokens per second: one row of panels per measured point (its title, prefill bars, decode bars)."""
     with mpl.rc_context(STYLE):
         heights = [0.2 * max(len(prefill), len(decode)) + 0.6 for _, prefill, decode in rows]
@@ -230,7 +231,7 @@ def speed_plot(rows: Sequence[tuple[str, Sequence[Bar], Sequence[Bar]]], ident: 
                 axes.set_title(f"{phase}, {clean(title, 24)}", loc="left")
                 _bars(axes, bars, named=column == 0)
         figure.supxlabel("tokens per second, more is better", fontsize=FONT)
-        return svg(figure, ident, "speed of prefill and decode, tokens per second")
+        return Drawing(figure, "speed of prefill and decode, tokens per second")
 
 
 def _speeds(entries: Sequence["Entry"], point: "SpeedPoint", phase: str) -> list[Bar]:

@@ -78,6 +78,14 @@ def card(runs: Sequence[Metrics], page: Mapping[str, Any]) -> str:
     return pages.markdown("card", {**_view(runs), **say.printable(page)})
 
 
+def pictures(runs: Sequence[Metrics]) -> list[tuple[str, bytes]]:
+    """(caption, PNG) of each figure of one model's runs."""
+    from .figures import model_figures
+
+    entries = entries_of(runs)
+    return [(caption, drawing.png()) for caption, drawing in model_figures(entries, points_of(entries))]
+
+
 def _view(runs: Sequence[Metrics]) -> dict[str, Any]:
     """Everything the templates show, in words."""
     entries = entries_of(runs)
@@ -191,4 +199,5 @@ def _kept(tensors: Iterable[Metrics]) -> list[tuple[str, str, str, str]]:
 def _figures(entries: Sequence[Entry], ident: str) -> list[tuple[str, Markup]]:
     from .figures import model_figures  # here, because only the HTML page needs matplotlib
 
-    return [(caption, Markup(svg)) for caption, svg in model_figures(entries, points_of(entries), ident)]
+    drawn = enumerate(model_figures(entries, points_of(entries)))
+    return [(caption, Markup(drawing.svg(f"{ident}-{number}"))) for number, (caption, drawing) in drawn]

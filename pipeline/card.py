@@ -91,14 +91,19 @@ def _plain(value: Any) -> bool:
 
 
 def write_card(
-    repo: str, runs: Sequence[Mapping[str, Any]], origin: Origin, runtimes: Mapping[str, Any], files: Sequence[Item]
+    repo: str,
+    runs: Sequence[Mapping[str, Any]],
+    origin: Origin,
+    runtimes: Mapping[str, Any],
+    files: Sequence[Item],
+    figures: Mapping[str, str],
 ) -> str:
     """README.md.
 
     Args:
         runs: the metrics of the run, after those of its baseline where there are any.
         runtimes: see runtimes.verdicts.
-        files: what else goes up.
+        files: what else goes up. figures: those of them that are pictures, with their captions.
     Raises:
         ValueError: `repo` is no name of a repository.
     """
@@ -114,6 +119,7 @@ def write_card(
         "missed": [judged["said"] for judged in verdict["judged"] if not judged["passed"]],
         "ways": [vars(way) for way in ways(repo, runtimes, asymmetric, chat)],
         "closed": closed(runtimes),
+        "figures": list(figures.items()),
         "made": _made(metrics, origin),
         "command": str(metrics["command"]),
         "config": json.dumps(metrics["config"], indent=2),

@@ -55,8 +55,9 @@ class Parcel:
     items: list[Item] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, text: str) -> None:
-        self.items = [item for item in self.items if item.name != name] + [Item.of(name, text.encode())]
+    def add(self, name: str, content: str | bytes) -> None:
+        made = Item.of(name, content.encode() if isinstance(content, str) else content)
+        self.items = [item for item in self.items if item.name != name] + [made]
 
 
 def pack(run: Path, config: Mapping[str, Any]) -> Parcel:

@@ -13,6 +13,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import get_session
 
+from bitpress.eval.report import pictures
+from bitpress.eval.wording import printable
+
 from .. import gates, store
 from ..card import origin_of, write_card
 from ..checkpoint import WEIGHT_SUFFIXES, read_json
@@ -91,7 +94,11 @@ def prepare(run: Path, repo: str, override: bool, on_step: OnStep = lambda done,
     baseline = run.parent / "none" / "metrics.json"
     runs = [*([_portable(baseline)] if baseline.exists() else []), _portable(run / "metrics.json") | {"gates": verdict}]
     origin = origin_of(metrics, run / "artifact" / CARD, [item.name for item in parcel.items])
-    card = write_card(repo, runs, origin, found.runtimes, parcel.items)
+    figures = {f"figures/{number}.png": figure for number, figure in enumerate(pictures(printable(runs)), 1)}
+    for name, (_, png) in figures.items():
+        parcel.add(name, png)
+    captions = {name: caption for name, (caption, _) in figures.items()}
+    card = write_card(repo, runs, origin, found.runtimes, parcel.items, captions)
     if has_token(card.encode()):
         raise CheckpointError(f"{run}: its config or command holds a token of the Hub; revoke the token")
     store.write_text(run / SHOWN, card)

@@ -50,7 +50,8 @@ def write(metrics: Callable[..., dict[str, Any]], finished: Path) -> Write:
         facts = Facts(own["format"], Scheme.parse(own["scheme"]), False, SHAPES, None)
         origin = origin or origin_of(own, finished / run / "artifact" / "README.md", ["LICENSE"])
         files = [Item.of("LICENSE", b"Do what you like.\n"), Item.of("metrics.json", b"{}")]
-        return write_card(repo, [metrics("none"), own], origin, verdicts(facts), files)
+        figures = {"figures/1.png": f"{own['scheme']} of {own['model']['id']}: errors"}
+        return write_card(repo, [metrics("none"), own], origin, verdicts(facts), files, figures)
 
     return card
 

@@ -1,13 +1,16 @@
 """Publishing: what goes up and what stays here, who may stop it, and that a rerun finds its own work."""
 
 import hashlib
+import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.image import imread
 from standin import CANARY, Hub
 
 from bitpress.pipeline import cli, parcel
@@ -23,8 +26,9 @@ UP = {
     "LICENSE", "README.md", "bitpress.json", "chat_template.jinja", "config.json", "generation_config.json",
     "metrics.json", "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors",
     "model-00003-of-00003.safetensors", "model.safetensors.index.json", "quantize_config.json", "report.html",
-    "report.md", "tokenizer.json", "tokenizer_config.json",
+    "report.md", "tokenizer.json", "tokenizer_config.json", *(f"figures/{number}.png" for number in (1, 2)),
 }  # fmt: skip
+MADE = {"README.md", "bitpress.json", "metrics.json", "report.md", "report.html"}  # for the Hub, of what is here
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ def test_what_goes_up(hub: Hub, run: Path, tmp_path: Path) -> None:
     assert (found.state, found.url) == ("published", f"{hub.url}/{REPO}")
     [(_, empty), (revision, files)] = hub.repos[REPO].commits
     assert files.keys() - empty.keys() == UP == set(found.files)
-    for name in UP - {"README.md", "bitpress.json", "metrics.json", "report.md", "report.html"}:
+    for name in {name for name in UP - MADE if not name.startswith("figures/")}:
         assert hub.content(REPO, name) == (run / "artifact" / name).read_bytes()
     assert hub.content(REPO, "README.md") == (run / "card.md").read_bytes()
     assert found.revision == receipt(run)["revision"] == revision
@@ -58,10 +62,20 @@ def test_what_goes_up(hub: Hub, run: Path, tmp_path: Path) -> None:
     assert receipt(run)["card_sha256"] == hashlib.sha256(hub.content(REPO, "README.md")).hexdigest()
     assert receipt(run)["time"] == "2026-01-01T00:00:01+00:00"
     downloaded = tmp_path / "downloaded"
-    downloaded.mkdir()
+    (downloaded / "figures").mkdir(parents=True)
     for name in UP:
         (downloaded / name).write_bytes(hub.content(REPO, name))
     assert diagnose(downloaded).faults == []
+
+
+def test_the_card_shows_figures(hub: Hub, run: Path) -> None:
+    publish(run, REPO)
+    shown = re.findall(r"!\[.+?\]\((.+?)\)", hub.content(REPO, "README.md").decode())
+    assert shown == sorted(name for name in UP if name.startswith("figures/"))
+    for name in shown:
+        pixels = imread(io.BytesIO(hub.content(REPO, name)), format="png")
+        assert pixels.shape[1] > 600
+        assert pixels[..., :3].std() > 0.02  # something is drawn
 
 
 def test_paths_of_this_machine_stay_here(hub: Hub, run: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
