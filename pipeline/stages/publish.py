@@ -32,6 +32,7 @@ from ..source import HUB_ERRORS
 
 RECEIPT = "publish.json"
 SHOWN = "card.md"  # the card as it lies in the run's folder
+FIGURES = "figures"  # its pictures, beside it there and on the Hub
 PATIENCE = 60.0  # seconds of silence after which a connection counts as lost
 WAITS = (1, 2, 4)  # seconds before each further try, where the Hub does not say
 OnStep = Callable[[int, int], None]
@@ -94,9 +95,11 @@ def prepare(run: Path, repo: str, override: bool, on_step: OnStep = lambda done,
     baseline = run.parent / "none" / "metrics.json"
     runs = [*([_portable(baseline)] if baseline.exists() else []), _portable(run / "metrics.json") | {"gates": verdict}]
     origin = origin_of(metrics, run / "artifact" / CARD, [item.name for item in parcel.items])
-    figures = {f"figures/{number}.png": figure for number, figure in enumerate(pictures(printable(runs)), 1)}
+    figures = {f"{FIGURES}/{number}.png": figure for number, figure in enumerate(pictures(printable(runs)), 1)}
+    store.make_folder(run / FIGURES)
     for name, (_, png) in figures.items():
         parcel.add(name, png)
+        store.write_file(run / name, [png])
     captions = {name: caption for name, (caption, _) in figures.items()}
     card = write_card(repo, runs, origin, found.runtimes, parcel.items, captions)
     if has_token(card.encode()):
