@@ -71,6 +71,22 @@ def poisoned_empty() -> Iterator[None]:
     torch.use_deterministic_algorithms(was)
 
 
+@pytest.fixture
+def nan_stays_in_its_row() -> Callable[..., None]:
+    """nan_stays_in_its_row(kernel, qtensor): of few rows and of many; no output shows the input of another row."""
+
+    def check(kernel: Any, qtensor: QTensor) -> None:
+        prepared = kernel.prepare(qtensor, torch.bfloat16)
+        for rows in (3, 65):
+            x = torch.ones(rows, qtensor.shape[1], dtype=torch.bfloat16, device=qtensor.codes.device)
+            x[1, 5] = torch.nan
+            y = kernel.linear(x, prepared, None)
+            assert y[1].isnan().all()
+            assert y[2:].isfinite().all()
+
+    return check
+
+
 @dataclass(frozen=True)
 class Cubin:
     """A Triton program as NVIDIA's disassembler shows it. shared: bytes of a block's; stack: bytes of a thread's, which
