@@ -5,8 +5,7 @@ from transformers import PreTrainedModel
 
 from bitpress.kernels.qlinear import QExperts
 
-from .blocks import replace_module
-from .layers import dense_layer
+from .layers import dense_layer, place_experts
 from .layout import Layout
 
 
@@ -20,8 +19,7 @@ def part_experts(dense: PreTrainedModel, quantized: PreTrainedModel) -> None:
         assert isinstance(parameter, Tensor)
         pieces = [len(list(expert.children())) for expert in module.experts]
         rows = [[dense_layer(part)(None) for part in each.chunk(n)] for each, n in zip(parameter.detach(), pieces)]
-        replace_module(dense, path, QExperts(rows))
-        dense.config._experts_implementation = "eager"  # transformers' other ones want one 3-D tensor
+        place_experts(dense, path, rows)
 
 
 def names_of_experts(layout: Layout) -> dict[str, str]:

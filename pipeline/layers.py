@@ -51,10 +51,13 @@ def replace_layers(model: PreTrainedModel, names: Names, layers: Iterable[tuple[
         path = target.parameter.removesuffix(".weight")
         replace_module(model, path, make(getattr(model.get_submodule(path), "bias", None)))
     for parameter, table in experts.items():
-        rows = [[table[e][p] for p in sorted(table[e])] for e in sorted(table)]
-        replace_module(model, parameter, QExperts(rows))
-    if experts:
-        model.config._experts_implementation = "eager"  # transformers' other ones want one 3-D tensor
+        place_experts(model, parameter, [[table[e][p] for p in sorted(table[e])] for e in sorted(table)])
+
+
+def place_experts(model: PreTrainedModel, parameter: str, experts: list[list[nn.Module]]) -> None:
+    """Put layers, those of each expert one after the other, in the place of a 3-D parameter (see QExperts)."""
+    replace_module(model, parameter, QExperts(experts))
+    model.config._experts_implementation = "eager"  # transformers' other ones want one 3-D tensor
 
 
 def experts_of(layout: Layout) -> set[str]:

@@ -61,10 +61,10 @@ def chat(
     conversation = Conversation(*loaded, system, tokens, temperature)
     if sys.stdin.isatty():
         print(HELP, file=sys.stderr)
-    converse(conversation, _typed(), lambda words: print(words, end="", flush=True))
+    converse(conversation, _lines(), lambda words: print(words, end="", flush=True))
 
 
-def _typed() -> Iterator[str]:
+def _lines() -> Iterator[str]:
     """Lines of standard input, asked for on a terminal."""
     while True:
         try:

@@ -23,7 +23,6 @@ from ..checkpoint import Checkpoint, read_json
 from ..config import Eval, Speed
 from ..errors import CheckpointError, ConfigError, NumericsError
 from ..experts import names_of_experts, part_experts
-from ..layout import read_layout
 from ..loading import kernels_used, load_model, load_tokenizer, pick_device
 from ..machine import machine
 from ..progress import progress
@@ -333,7 +332,7 @@ def _output_errors(job: _Job, dense: Any, model: Any, text: list[Window]) -> dic
     with progress("errors by depth") as step:
         found = depth.output_errors(dense, model, text, decoder(dense), step)
     if "quantization_config" in job.checkpoint.config:
-        names = names_of_experts(read_layout(job.checkpoint))
+        names = names_of_experts(model.hf_quantizer.layout)
         for layer in found["layers"]:
             layer["name"] = names.get(layer["name"], layer["name"])
     return found
