@@ -33,7 +33,7 @@ interop: $(INSTALLED) $(PEERS:%=.venv-%/.installed)
 	touch $@
 
 # torch comes first and by its version: left to pip, a platform's default build may bring gigabytes of CUDA
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard kernels/cpu/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bitpress needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools

@@ -6,18 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import store
-from .calibration import calibrate
-from .checkpoint import Checkpoint
-from .config import NOTHING_LEARNS, load_calibration, load_eval
-from .conversion import convert as convert_checkpoint
+from .checkpoints.convert import convert as convert_checkpoint
+from .config.load import load_calibration, load_eval
+from .config.schema import NOTHING_LEARNS
+from .data.calibration import calibrate
 from .errors import BitpressError, ConfigError
-from .loading import load, load_tokenizer
-from .recipe import Recipe
-from .source import resolve
-from .stages import evaluate as evaluation
-from .stages.publish import Publication, prepare, send
-from .stages.quantize import quantize as quantize_checkpoint
+from .evaluate import process
+from .hub.download import resolve
+from .models.loading import load, load_tokenizer
+from .publish.upload import Publication, prepare, send
+from .quantize.artifact import quantize as quantize_checkpoint
+from .quantize.recipe import Recipe
+from .storage import files, journal
+from .storage.checkpoint import Checkpoint
 
 __all__ = ["convert", "evaluate", "load", "publish", "quantize"]
 
@@ -55,8 +56,8 @@ def quantize(
     out = Path(output).expanduser()
     source.check_output(out)
     work = out.with_name(f"{out.name}.partial")
-    store.make_folder(work)
-    with store.locked(work):
+    files.make_folder(work)
+    with journal.locked(work):
         try:
             checkpoint, notes = Checkpoint(source.folder), []
             if chosen.method.needs_calibration:
@@ -64,9 +65,9 @@ def quantize(
                 chosen, notes = replace(chosen, calibration=learned), [f"calibrated on {learned}"]
             notes += quantize_checkpoint(checkpoint, source.to_dict(), chosen, out, work, on_step)
         except BitpressError:
-            store.remove_unused(work)
+            files.remove_unused(work)
             raise
-        store.remove_folder(work)
+        files.remove_folder(work)
     return notes
 
 
@@ -86,7 +87,7 @@ def evaluate(
     source = resolve(str(model), revision)
     original = resolve(str(baseline)).folder if baseline else None
     with tempfile.TemporaryDirectory(prefix="bitpress-") as folder:
-        return evaluation.measure(source.folder, original, load_eval(settings or {}), device, Path(folder))
+        return process.measure(source.folder, original, load_eval(settings or {}), device, Path(folder))
 
 
 def convert(model: str | Path, to: str, output: str | Path, on_step: OnStep = lambda done, total: None) -> list[str]:

@@ -11,7 +11,7 @@ from transformers.quantizers.auto import (
 )
 
 from .formats import readable
-from .quantizer import METHOD, BitpressConfig, BitpressQuantizer
+from .models.transformers import METHOD, BitpressConfig, BitpressQuantizer
 
 # What a config.json's quant_method is called in transformers' registry.
 _METHODS = ("gptq", "compressed-tensors", "bitsandbytes_4bit")

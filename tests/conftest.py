@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+pytest_plugins = ("checkpoints", "published_runs", "report_pages")  # of tests/fixtures
+
 SaveModel = Callable[..., Path]
 Edit = Callable[[Path, Callable[[dict[str, Tensor]], Any]], None]
 

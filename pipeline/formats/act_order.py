@@ -9,7 +9,7 @@ from torch import Tensor
 from bitpress.kernels.packing import pack, unpack, words
 from bitpress.kernels.scheme import Scheme
 
-from . import require
+from .base import require
 
 
 def read_order(name: str, g_idx: Tensor, scheme: Scheme) -> Tensor | None:

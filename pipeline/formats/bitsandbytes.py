@@ -9,7 +9,7 @@ from torch import Tensor
 from bitpress.kernels.qtensor import NESTED_BLOCK, NF4_CODEBOOK, NestedScales, QTensor
 from bitpress.kernels.scheme import NF4_BLOCK, Scheme
 
-from . import require
+from .base import require
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _STATE_LIMIT = 4096  # bytes of JSON

@@ -12,8 +12,8 @@ from bitpress.kernels.packing import pack, unpack, words
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
-from . import integer_scheme, require
 from .act_order import gather_codes, read_order
+from .base import integer_scheme, require
 
 ORDER_SUFFIX = "weight_g_idx"
 _VERSION = "0.15.0"  # of the layout: the oldest release whose readers take what is written here

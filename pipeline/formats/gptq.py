@@ -14,8 +14,8 @@ from bitpress.kernels.packing import pack, unpack, words
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
-from . import integer_scheme, require
 from .act_order import gather_codes, read_order, scatter_codes, write_groups
+from .base import integer_scheme, require
 
 _PER_WORD = 32  # every bit width packs a multiple of 32 codes into whole words
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a word with a 1 in the place of every code

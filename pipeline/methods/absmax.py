@@ -9,8 +9,8 @@ from bitpress.kernels.packing import pack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
-from ..threads import map_threads
-from . import Diagnostics
+from ..system.threads import map_threads
+from .base import Diagnostics
 from .hessian import Hessian
 
 _CHUNK = 1 << 20  # weights that a thread works on at a time: few enough for the cache, enough to outweigh the calls

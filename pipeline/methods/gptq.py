@@ -19,14 +19,14 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from bitpress.kernels import triton_gptq
 from bitpress.kernels.packing import pack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.triton import gptq_columns
 
-from ..threads import map_threads
-from . import Diagnostics
+from ..system.threads import map_threads
 from .absmax import Absmax, affine_parameters
+from .base import Diagnostics
 from .hessian import Factor, Hessian
 
 _BLOCK = 128  # columns whose compensations reach all later ones by one matrix product
@@ -211,10 +211,10 @@ class _Solver:
     def round_block(self, part: slice, left: Tensor, grid: _Grid, codes: Tensor, errors: Tensor) -> None:
         """Round these columns of left [K, R], one after the other, each with the compensations of those before it."""
         upper, start, end = self.factor.upper, part.start, part.stop
-        if triton_gptq.problem(left.device) is None:
+        if gptq_columns.problem(left.device) is None:
             steps = (grid.wide, grid.low, grid.high)
             block, groups = upper[part, part], self.group_of[part]
-            triton_gptq.round_columns(left[part], block, steps, groups, codes[part], errors[: end - start])
+            gptq_columns.round_columns(left[part], block, steps, groups, codes[part], errors[: end - start])
             return
         pivots = upper[part, part].diagonal().unsqueeze(1)
         unit, errors, groups = upper[part, part] / pivots, errors[: end - start], self.group_of[part]
@@ -272,10 +272,10 @@ def _settle_block(
 ) -> None:
     """The same for these columns alone; changes [columns, R] receives what that made of their values."""
     start, end = part.start, part.stop
-    if triton_gptq.problem(codes.device) is None:
+    if gptq_columns.problem(codes.device) is None:
         scale, low, high = (each.unsqueeze(0) for each in grid)
         groups = torch.zeros(end - start, dtype=torch.int32, device=codes.device)
-        triton_gptq.settle_columns(slope[part], inner[part, part], (scale, low, high), groups, codes[part], changes)
+        gptq_columns.settle_columns(slope[part], inner[part, part], (scale, low, high), groups, codes[part], changes)
         return
     scale, *limits = grid
     pivots = inner[part, part].diagonal().tolist()

@@ -7,7 +7,7 @@ from bitpress.kernels.qtensor import NestedScales, QTensor
 from bitpress.kernels.scheme import NF4_BLOCK, Scheme
 
 from ..errors import ConfigError
-from . import Diagnostics
+from .base import Diagnostics
 from .hessian import Hessian
 
 _ZERO_PAIR = 0x77  # two codes of 0.0

@@ -18,9 +18,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from bitpress.eval.speed import Load, measure
-from bitpress.pipeline import fusing, quantize
+from bitpress.eval.measure.speed import Load, measure
+from bitpress.pipeline import quantize
 from bitpress.pipeline.api import load
+from bitpress.pipeline.models import optimize
 
 Measure = Callable[[], tuple[float, float]]  # tokens per second of prefill and of decode
 
@@ -79,11 +80,11 @@ def in_torch(folder: Path, prompt: int, generate: int) -> dict[str, Measure]:
         return found["prefill"]["median"], found["decode"]["median"]
 
     def plain() -> tuple[float, float]:
-        fusing.unfuse(quantized)
+        optimize.unfuse(quantized)
         return speed(quantized)
 
     def fused() -> tuple[float, float]:
-        assert fusing.fuse(quantized).fused == SHAPE["num_hidden_layers"]
+        assert optimize.fuse(quantized).fused == SHAPE["num_hidden_layers"]
         return speed(quantized)
 
     dense, quantized = (load(path, device="cpu")[0] for path in (folder.parent / "source", folder))

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from bitpress.eval import quality
-from bitpress.pipeline.config import Eval
-from bitpress.pipeline.loading import load
-from bitpress.pipeline.text import read_text, windows
-from bitpress.pipeline.windows import Windows
+from bitpress.eval.measure import scores
+from bitpress.pipeline.config.schema import Eval
+from bitpress.pipeline.data.text import read_text
+from bitpress.pipeline.evaluate.resume import Windows
+from bitpress.pipeline.evaluate.windows import windows
+from bitpress.pipeline.models.loading import load
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -48,7 +49,7 @@ def main() -> None:
         for number, window in enumerate(text):
             ids = window.ids.unsqueeze(0)
             one = seconds(lambda ids=ids: [m(input_ids=ids, use_cache=False) for m in (dense, model)])
-            both = seconds(lambda n=number, w=window: kept.keep(n, quality.compare(dense, model, [w])[0]))
+            both = seconds(lambda n=number, w=window: kept.keep(n, scores.compare(dense, model, [w])[0]))
             if number:  # the first warms up
                 bare.append(one)
                 whole.append(both)

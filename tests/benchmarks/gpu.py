@@ -27,12 +27,13 @@ import torch
 import uninstalled  # noqa: F401
 from torch import Tensor
 
-from bitpress.kernels.bench import Cell, Job, Result, measure, random_weight
-from bitpress.kernels.contenders import DENSE, entrants
+from bitpress.kernels.base import Kernel
+from bitpress.kernels.bench.entrants import DENSE, entrants
+from bitpress.kernels.bench.measure import Cell, Job, Result, measure, random_weight
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.reference import quantize_rows
+from bitpress.kernels.registry import registry
 from bitpress.kernels.scheme import Scheme
-from bitpress.kernels.select import Kernel, registry
 
 SCHEMES = ("int4-g128", "int8-dynamic", "nf4")
 CHECKED = (

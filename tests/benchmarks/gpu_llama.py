@@ -21,11 +21,10 @@ import uninstalled  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitpress.kernels.bench import random_weight
-from bitpress.kernels.qlinear import QLinear
+from bitpress.kernels.bench.measure import random_weight
+from bitpress.kernels.linear import QLinear, join_siblings
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
-from bitpress.kernels.siblings import join_siblings
 
 
 class Shape(NamedTuple):

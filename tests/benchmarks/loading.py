@@ -21,7 +21,7 @@ import json, sys, threading, time
 from pathlib import Path
 import psutil, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from bitpress.kernels.native_library import library
+from bitpress.kernels.cpu.library import library
 from bitpress.pipeline.api import load
 
 def read(folder):

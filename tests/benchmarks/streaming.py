@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from bitpress.pipeline import store
+from bitpress.pipeline.storage import files
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def make_checkpoint(folder: Path, size: Size, layers: int) -> int:
     def save(number: int, tensors: dict[str, torch.Tensor]) -> int:
         file = f"model-{number:05d}-of-{layers + 2:05d}.safetensors"
         weight_map.update(dict.fromkeys(tensors, file))
-        return store.write_safetensors(folder / file, tensors)["bytes"]
+        return files.write_safetensors(folder / file, tensors)["bytes"]
 
     total = save(1, {"model.embed_tokens.weight": weight((size.vocabulary, size.hidden), 1)})
     total += save(
@@ -72,7 +72,7 @@ def make_checkpoint(folder: Path, size: Size, layers: int) -> int:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             block[f"model.layers.{layer}.{norm}.weight"] = weight((size.hidden,), layer)
         total += save(layer + 3, block)
-    store.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    files.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     config = LlamaConfig(
         vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.inner, num_hidden_layers=layers,
         num_attention_heads=size.heads, num_key_value_heads=size.key_heads, tie_word_embeddings=False, dtype="bfloat16",
@@ -96,12 +96,12 @@ def read_speed(folder: Path) -> float:
 _CHILD = """
 import dataclasses, json, pathlib, sys, time
 import psutil, torch
-from bitpress.eval.memory import peak_rss_bytes
-from bitpress.pipeline import store
-from bitpress.pipeline.calibration import Calibration
-from bitpress.pipeline.checkpoint import Checkpoint
-from bitpress.pipeline.recipe import Recipe
-from bitpress.pipeline.stages.quantize import quantize
+from bitpress.eval.measure.memory import peak_rss_bytes
+from bitpress.pipeline.storage import files as store
+from bitpress.pipeline.data.calibration import Calibration
+from bitpress.pipeline.storage.checkpoint import Checkpoint
+from bitpress.pipeline.quantize.recipe import Recipe
+from bitpress.pipeline.quantize.artifact import quantize
 
 source, scheme, method, windows, context, out = sys.argv[1:]
 start, resident = time.perf_counter(), []

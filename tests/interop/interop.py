@@ -26,11 +26,12 @@ from transformers import Qwen2Config
 
 from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline import evaluate, load, quantize
-from bitpress.pipeline.loading import load_tokenizer
+from bitpress.pipeline.bench.programs import Program, peers, request, run
+from bitpress.pipeline.data.text import PYDOC_TOPICS, read_text
+from bitpress.pipeline.data.tokens import encode
+from bitpress.pipeline.hub.download import DEMO, resolve
 from bitpress.pipeline.methods.gptq import GPTQ
-from bitpress.pipeline.peers import Program, peers, request, run
-from bitpress.pipeline.source import DEMO, resolve
-from bitpress.pipeline.text import PYDOC_TOPICS, encode, read_text
+from bitpress.pipeline.models.loading import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bitpress.kernels.qlinear import QLinear
+from bitpress.kernels.linear import QLinear, join_siblings
 from bitpress.kernels.qtensor import QTensor
-from bitpress.kernels.select import registry
-from bitpress.kernels.siblings import join_siblings
+from bitpress.kernels.registry import registry
 
 Make = Callable[..., QTensor]
 
@@ -60,10 +59,8 @@ def test_on_the_cpu(make_qtensor: Make, scheme: str, kernel: str) -> None:
 @pytest.mark.parametrize("kernel", TRITON)
 def test_triton_without_a_gpu(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch, kernel: str, scheme: str) -> None:
     """Traced with shapes alone, as the compiler does before it runs anything."""
-    monkeypatch.setattr(
-        importlib.import_module(f"bitpress.kernels.{kernel.replace('-', '_')}"), "problem", lambda _: None
-    )
     named = next(each for each in registry() if each.name == kernel)
+    monkeypatch.setattr(importlib.import_module(type(named).__module__), "problem", lambda _: None)
     if reason := named.reject(make_qtensor(scheme, 128, 128), torch.bfloat16, torch.device("cpu")):
         pytest.skip(reason)
     model = llama(make_qtensor, scheme, kernel, torch.bfloat16)

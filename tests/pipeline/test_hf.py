@@ -22,13 +22,13 @@ from transformers import (
 )
 from transformers.quantizers import auto
 
-from bitpress.kernels.qlinear import QLinear
-from bitpress.pipeline import quantizer
+from bitpress.kernels.linear import QLinear
 from bitpress.pipeline.api import load, quantize
-from bitpress.pipeline.checkpoint import Checkpoint
 from bitpress.pipeline.errors import CheckpointError, ConfigError
 from bitpress.pipeline.formats import readable
-from bitpress.pipeline.loading import kernels_used
+from bitpress.pipeline.models import transformers
+from bitpress.pipeline.models.loading import kernels_used
+from bitpress.pipeline.storage.checkpoint import Checkpoint
 
 SCHEMES = {"int4-g32": "gptq", "int4-g32-asym": "compressed-tensors", "int8-dynamic": "int-quantized", "nf4-dq": "bnb"}
 
@@ -111,7 +111,7 @@ def test_every_architecture(architecture: str, tiny: Callable[..., Path], tmp_pa
 
 
 def load_reference(checkpoint: Checkpoint) -> PreTrainedModel:
-    from bitpress.pipeline.loading import load_model
+    from bitpress.pipeline.models.loading import load_model
 
     return load_model(checkpoint, torch.device("cpu"), "auto")
 
@@ -157,7 +157,9 @@ def test_layers_run_where_a_device_map_puts_them(artifacts: dict[str, Path], mon
     monkeypatch.setattr(
         modeling_utils, "accelerate_dispatch", lambda model, *_: setattr(model, "hf_device_map", places)
     )
-    monkeypatch.setattr(quantizer, "dispatch_model", lambda model, *given, **named: dispatched.append((given, named)))
+    monkeypatch.setattr(
+        transformers, "dispatch_model", lambda model, *given, **named: dispatched.append((given, named))
+    )
     model = AutoModelForCausalLM.from_pretrained(artifacts["int4-g32"], device_map=places)
     assert dispatched == [((places,), {"main_device": "cpu"})]
     own, _ = load(artifacts["int4-g32"])
@@ -174,8 +176,8 @@ def test_device_maps_count_packed_bytes(artifacts: dict[str, Path], monkeypatch:
         layer = model.get_submodule("model.layers.0.mlp.up_proj")
         sizes["up_proj"] = sum(buffer.nbytes for buffer in layer.buffers())
 
-    before = quantizer.BitpressQuantizer._process_model_before_weight_loading
-    monkeypatch.setattr(quantizer.BitpressQuantizer, "_process_model_before_weight_loading", look)
+    before = transformers.BitpressQuantizer._process_model_before_weight_loading
+    monkeypatch.setattr(transformers.BitpressQuantizer, "_process_model_before_weight_loading", look)
     AutoModelForCausalLM.from_pretrained(artifacts["int4-g32"])
     stored = Checkpoint(artifacts["int4-g32"]).tensors
     assert sizes["up_proj"] == sum(t.nbytes for n, t in stored.items() if n.startswith("model.layers.0.mlp.up_proj."))
@@ -239,6 +241,6 @@ def test_what_bitpress_does_not_read_is_left_to_others(stored: dict[str, Any]) -
 
 def test_others_get_the_config_that_they_would_have_got() -> None:
     stored = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
-    assert isinstance(auto.AutoQuantizationConfig.from_dict(stored), quantizer.BitpressConfig)
+    assert isinstance(auto.AutoQuantizationConfig.from_dict(stored), transformers.BitpressConfig)
     mixed = stored | {"dynamic": {"+:.*down.*": {"bits": 8}}}
     assert type(auto.AutoQuantizationConfig.from_dict(mixed)) is GPTQConfig

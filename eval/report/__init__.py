@@ -1,0 +1,1 @@
+"""Measurements become tables, figures and pages."""

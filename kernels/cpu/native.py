@@ -1,0 +1,279 @@
+"""Weights of 2 to 8 bits and NF4 on the CPU, by csrc/: VNNI and AMX where the machine has them.
+
+Inputs are quantized to INT8 as they come, one scale per row and group of weights (at most 128 features; the whole row
+for int8-dynamic, as that scheme has it), products summed in int32 and scaled in float32. Or they stay as they are.
+"""
+
+import functools
+import mmap
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..base import Prepared
+from ..packing import pack, unpack
+from ..qtensor import QTensor
+from ..scheme import NF4_BLOCK
+from .library import Library, library
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/ numbers them
+_INT4, _NF4, _INT8 = range(3)
+
+_STEP = 128  # features that share an activation scale, where a group of weights has no fewer
+_HEADER = 128  # bytes
+_PIECE = 512  # output features dequantized at once
+_HUGE_PAGE = 2 << 20  # bytes
+
+# NF4's code book in int8 has 128 added where weights must be unsigned.
+_ZERO = {_NF4: 128}
+
+# From so many rows on, inputs that stay as they are meet a dequantized weight and torch's own product.
+_EXACT_ROWS = 48
+
+
+class _Packed(Prepared):
+    """`packed` uint8 [bytes]: a header and what csrc/bitpress.h calls Weight. `instructions`: which set multiplies."""
+
+    packed: Tensor
+    instructions: int
+
+
+class NativeInt8:
+    """Inputs quantized to INT8: each changes by at most 1/254 of the largest in its group.
+
+    NF4's code book is rounded too, by at most 0.0028 of its range; scales to float16, relative to their row's largest.
+    """
+
+    name: ClassVar[str] = "native-int8"
+    quantizes_inputs: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
+
+    def __init__(self, instructions: str | None = None):
+        """`instructions`: the name of one set of csrc/, for tests; by default the machine's best."""
+        self.instructions = instructions
+
+    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"runs on CPUs, not on {device.type}"
+        if dtype not in DTYPES:
+            return f"inputs are {dtype}, expected float16, bfloat16 or float32"
+        if reason := self._reject_scheme(qtensor):
+            return reason
+        found = library()
+        return found if isinstance(found, str) else None
+
+    def unrounded(self) -> "NativeExact":
+        """The kernel that reads the same packed weight and leaves inputs as they are."""
+        return NativeExact(self.instructions)
+
+    def about(self) -> str:
+        """Which instruction set serves, and where the library comes from."""
+        found = library()
+        assert isinstance(found, Library)
+        return f"{found.instructions[self.chosen()]}, {found.origin}"
+
+    def _reject_scheme(self, qtensor: QTensor) -> str | None:
+        scheme, in_features = qtensor.scheme, qtensor.shape[1]
+        if scheme.code == "nf4" and in_features % NF4_BLOCK:
+            return f"in_features {in_features} is not divisible by {NF4_BLOCK}: blocks would run across rows"
+        if scheme.group_size and scheme.group_size % 32:
+            return f"group_size {scheme.group_size} is not a multiple of 32"
+        if scheme.activations and in_features > 1 << 16:
+            return f"in_features {in_features} is more than 65536: sums of products could exceed int32"
+        return None
+
+    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
+        found = library()
+        assert isinstance(found, Library)
+        prepared = _Packed(qtensor, packed=_pack(found, qtensor))
+        prepared.instructions = self.chosen()
+        return prepared
+
+    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
+        assert isinstance(prepared, _Packed)
+        if x.shape[-1] != prepared.shape[1] or x.dtype not in DTYPES:  # the library trusts them
+            expected = f"[..., {prepared.shape[1]}] of float16, bfloat16 or float32"
+            raise ValueError(f"inputs are {list(x.shape)} of {x.dtype}, expected {expected}")
+        return torch.ops.bitpress.linear_cpu(
+            x, prepared.packed, bias, prepared.shape[0], self.exact, prepared.instructions
+        )
+
+    def chosen(self) -> int:
+        """Which set of instructions serves, as the library counts them."""
+        found = library()
+        assert isinstance(found, Library)
+        return found.instructions.index(self.instructions) if self.instructions else found.best
+
+
+class NativeExact(NativeInt8):
+    """Inputs stay as they are: weights are dequantized in registers, and multiplied in float32."""
+
+    name: ClassVar[str] = "native-bf16"
+    quantizes_inputs: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
+
+    def _reject_scheme(self, qtensor: QTensor) -> str | None:
+        if qtensor.scheme.activations:
+            return f"{qtensor.scheme.name} quantizes its inputs"
+        return super()._reject_scheme(qtensor)
+
+
+def _pack(found: Library, qtensor: QTensor) -> Tensor:
+    """The header and everything after it, as csrc/ reads it."""
+    scheme, (out_features, in_features) = qtensor.scheme, qtensor.shape
+    code = _NF4 if scheme.code == "nf4" else _INT8 if scheme.bits == 8 else _INT4
+    step, group = _grouping(qtensor)
+    single = group >= in_features  # the multiplier is its scale
+    header = torch.zeros(_HEADER, dtype=torch.uint8)
+    layout = (out_features, in_features, group, step, code, _ZERO.get(code, scheme.middle))
+    size = found.lib.bitpress_layout(header.data_ptr(), *layout, not single, qtensor.zeros is not None)
+    assert size > 0, layout
+    packed = _in_huge_pages(found, size)
+    packed[:_HEADER] = header
+    codes, high_first = qtensor.codes, scheme.code == "nf4"
+    if high_first:
+        codes = codes.view(torch.int32).view(out_features, -1)
+    elif scheme.bits in (2, 3):
+        codes = pack(unpack(codes, scheme.bits, in_features), 4)
+    words, strides = codes.shape[1], codes.stride()
+    found.lib.bitpress_pack(packed.data_ptr(), codes.data_ptr(), words, *strides, high_first, torch.get_num_threads())
+    _fill_scales(packed, qtensor, single)
+    return packed
+
+
+def _in_huge_pages(found: Library, size: int) -> Tensor:
+    """Zeros, uint8 [size], in pages of 2 MiB where the system has them: memory is read a third faster then."""
+    if size < _HUGE_PAGE:
+        return torch.zeros(size, dtype=torch.uint8)
+    # Of the addresses that are asked for in excess no page is ever touched.
+    whole = torch.frombuffer(
+        mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
+    )
+    start = -whole.data_ptr() % _HUGE_PAGE
+    found.lib.bitpress_use_huge_pages(whole.data_ptr() + start, size)
+    return whole[start : start + size]
+
+
+def _grouping(qtensor: QTensor) -> tuple[int, int]:
+    """Features that share an activation scale, and features that share a weight scale, as csrc/ counts them."""
+    scheme, in_features = qtensor.scheme, qtensor.shape[1]
+    group = NF4_BLOCK if scheme.code == "nf4" else scheme.group_size
+    if group is None:
+        whole = -(-in_features // _STEP) * _STEP
+        return (whole if scheme.activations else _STEP), whole
+    step = next(step for step in (_STEP, 96, 64, 32) if group % step == 0)
+    return step, group
+
+
+def _fill_scales(packed: Tensor, qtensor: QTensor, single: bool) -> None:
+    """scales = float16(scale / multiplier), the multiplier a power of two for each row, so that only small scales,
+    of less than 2^-28 of the row's largest, lose more than float16's 11 bits; zeros as they are."""
+    out_features = qtensor.shape[0]
+    scales = qtensor.block_scales() if qtensor.scheme.code == "nf4" else qtensor.scales
+    scales = scales.to(torch.float32).view(out_features, -1)
+    offsets = packed[:_HEADER].view(torch.int64).tolist()
+    scale_at, zero_at, multiplier_at = offsets[9:12]
+    multiplier = scales[:, 0]
+    if not single:
+        _, exponent = torch.frexp(scales.abs().amax(1))
+        multiplier = torch.ldexp(torch.ones(out_features), exponent - 15)
+        _put(packed, scale_at, (scales / multiplier.unsqueeze(1)).to(torch.float16))
+    if qtensor.zeros is not None:
+        _put(packed, zero_at, qtensor.zeros)
+    packed[multiplier_at:].view(torch.float32)[:out_features] = multiplier
+
+
+def _put(packed: Tensor, at: int, values: Tensor) -> None:
+    """[out, groups] -> [blocks, groups, 16] at byte `at`; outputs beyond the last are left 0."""
+    padded = F.pad(values, (0, 0, 0, -len(values) % 32))
+    data = padded.unflatten(0, (-1, 16)).transpose(1, 2).contiguous().flatten().view(torch.uint8)
+    packed[at : at + data.numel()] = data
+
+
+def touch(tensor: Tensor) -> int:
+    """Read every byte (of whole 128 KiB pieces) with torch's threads, as fast as they can; returns a checksum."""
+    found = _shared()
+    return int(found.lib.bitpress_read(tensor.data_ptr(), tensor.nbytes, found.best, torch.get_num_threads()))
+
+
+@functools.cache
+def _shared() -> Library:
+    found = library()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def _linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, exact: bool, instructions: int
+) -> Tensor:
+    if exact and x.numel() >= _EXACT_ROWS * x.shape[-1]:
+        return _multiply_dequantized(x, packed, bias, out_features, instructions)
+    rows = x.numel() // x.shape[-1]
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], out_features)
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.to(torch.float32)
+    status = _shared().lib.bitpress_linear(
+        packed.data_ptr(), x.data_ptr(), rows, DTYPES[x.dtype], None if bias is None else bias.data_ptr(),
+        y.data_ptr(), exact, instructions, torch.get_num_threads(),
+    )  # fmt: skip
+    if status:
+        raise MemoryError(f"no memory to multiply {rows} rows by a weight [{out_features}, {x.shape[-1]}]")
+    return y
+
+
+def _multiply_dequantized(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, instructions: int
+) -> Tensor:
+    """torch's own product with the weight, a piece at a time, so that the pieces stay in cache."""
+    y = x.new_empty(*x.shape[:-1], out_features)
+    for start in range(0, out_features, _PIECE):
+        count = min(_PIECE, out_features - start)
+        y[..., start : start + count] = F.linear(
+            x, dequantize(packed, x.dtype, instructions, start, count, x.shape[-1])
+        )
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def dequantize(
+    packed: Tensor, dtype: torch.dtype, instructions: int, start: int, count: int, in_features: int
+) -> Tensor:
+    """Output features start .. start + count of the weight that `packed` stands for, [count, in_features]."""
+    weight = torch.empty(count, in_features, dtype=dtype)
+    threads = torch.get_num_threads()
+    status = _shared().lib.bitpress_dequantize(
+        packed.data_ptr(), start, count, DTYPES[dtype], weight.data_ptr(), instructions, threads
+    )
+    assert status == 0
+    return weight
+
+
+_ops = torch.library.Library("bitpress", "FRAGMENT")
+_ops.define(
+    "linear_cpu(Tensor x, Tensor packed, Tensor? bias, int out_features, bool exact, int instructions) -> Tensor"
+)
+_ops.impl("linear_cpu", _linear, "CPU")
+
+
+@torch.library.register_fake("bitpress::linear_cpu", lib=_ops)
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, exact: bool, instructions: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, *_, instructions = inputs
+    ctx.save_for_backward(packed)
+    ctx.in_features, ctx.instructions = x.shape[-1], instructions
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The weight and the bias are constants; inputs that were rounded count as if they had not been."""
+    (packed,) = ctx.saved_tensors
+    weight = dequantize(packed, grad.dtype, ctx.instructions, 0, grad.shape[-1], ctx.in_features)
+    return grad @ weight, None, None, None, None, None
+
+
+torch.library.register_autograd("bitpress::linear_cpu", _backward, setup_context=_remember, lib=_ops)

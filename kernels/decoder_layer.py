@@ -1,0 +1,150 @@
+"""What a Llama-like decoder layer does for each new token, in one call of csrc/layer.c.
+
+Python and transformers take about as long for the hundred small operations of a layer as its quantized weights take to
+be read. Here they are one: from the layer's input to its output everything is float32, where a model rounds to its own
+dtype after every operation; keys and values are kept in the model's dtype.
+"""
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cpu.library import Library, library
+from .cpu.native import DTYPES, NativeInt8
+from .linear import QLinear
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+_POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_LANES = 16  # of the widest registers
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x / sqrt(mean(x^2) + eps) * weight; `weight` float32 [features]."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A decoder layer: x += o(attention(q, k, v of norm(x))), x += down(activation(gate) * up of norm(x)).
+
+    linears: q, k, v, o, gate, up, down, with or without bias. norms: of the input and after attention, then those of
+    each head's queries and keys, or None. Heads have `dim` features, rotated in halves; queries are multiplied by
+    `scale`; heads of q that follow each other share a head of k and v.
+    """
+
+    linears: tuple[QLinear, ...]
+    norms: tuple[Norm, Norm, Norm | None, Norm | None]
+    dim: int
+    scale: float
+    activation: str
+
+    def reject(self) -> str | None:
+        """None if NativeLayer can run it, else the reason in a few words."""
+        for layer in self.linears:
+            if not isinstance(layer.selection.kernel, NativeInt8):
+                return f"a linear layer runs on {layer.selection.kernel.name}"
+        q, k, _, _, gate, _, _ = self.linears
+        queries, keys, hidden, inner = q.out_features, k.out_features, q.in_features, gate.out_features
+        if self.dim % _LANES or queries % self.dim or keys % self.dim:
+            return f"heads of {self.dim} features; expected a multiple of {_LANES}"
+        if queries % keys:
+            return f"{keys} features of keys to {queries} of queries"
+        shapes = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+        shapes += [(inner, hidden), (inner, hidden), (hidden, inner)]
+        widths = [norm.weight.numel() for norm in self.norms if norm]
+        if shapes != [(layer.out_features, layer.in_features) for layer in self.linears]:
+            return "linear layers that do not fit each other"
+        if widths != [hidden, hidden, self.dim, self.dim][: len(widths)]:
+            return "norms that do not fit the linear layers"
+        if self.activation not in ACTIVATIONS:
+            return f"activation {self.activation}; expected {' or '.join(ACTIVATIONS)}"
+        return None
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("packed", _POINTER), ("bias", _POINTER), ("order", _POINTER), ("inputs", _INT64), ("outputs", _INT64))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("linears", _Linear * 7), ("norms", _POINTER * 4), ("heads", _INT64), ("key_heads", _INT64), ("dim", _INT64),
+        ("activation", _INT64), ("exact", _INT64), ("kernel", _INT64), ("eps", _FLOAT * 4), ("scale", _FLOAT),
+    )  # fmt: skip
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("x", _POINTER), ("cos", _POINTER), ("sin", _POINTER), ("keys", _POINTER), ("values", _POINTER),
+        ("y", _POINTER), ("length", _INT64), ("capacity", _INT64), ("dtype", _INT64), ("threads", ctypes.c_int),
+    )  # fmt: skip
+
+
+@functools.cache
+def _function() -> "ctypes._NamedFuncPointer":
+    found = library()
+    assert isinstance(found, Library)
+    function = found.lib.bitpress_layer_step
+    function.argtypes = [_POINTER, _POINTER]
+    return function
+
+
+class NativeLayer:
+    """Parts that reject() nothing, as csrc/layer.c reads them: biases and norms as they are now, kernels likewise."""
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        self.hidden = parts.linears[0].in_features
+        self.key_heads = parts.linears[1].out_features // parts.dim
+        self._tensors: list[Tensor] = []  # that the structure points to
+        self._layer = self._structure()
+        self._function, self._address = _function(), ctypes.addressof(self._layer)
+
+    def __reduce__(self) -> tuple[type["NativeLayer"], tuple[Parts]]:
+        """Copies point to the tensors of the copied parts."""
+        return NativeLayer, (self.parts,)
+
+    def step(self, x: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, length: int) -> Tensor:
+        """The layer's output [1, 1, hidden] for one token; appends its key and value.
+
+        Args:
+            x: contiguous [1, 1, hidden], float32, float16 or bfloat16; so are all others.
+            rotation: cos and sin [1, 1, dim], contiguous.
+            keys, values: contiguous [1, key_heads, capacity, dim]; `length` < capacity of them are filled.
+        """
+        y = torch.empty_like(x)
+        cos, sin = rotation
+        arguments = _Step(
+            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), y.data_ptr(),
+            length, keys.shape[2], DTYPES[x.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        if self._function(self._address, ctypes.addressof(arguments)):
+            raise MemoryError(f"no memory for a decoder layer of {self.hidden} features and {length} keys")
+        return y
+
+    def _structure(self) -> _Layer:
+        parts, layer = self.parts, _Layer()
+        kernel = parts.linears[0].selection.kernel
+        assert isinstance(kernel, NativeInt8)
+        for to, linear in zip(layer.linears, parts.linears):
+            to.packed = self._pointer(linear.prepared.get_buffer("packed"))
+            to.bias = None if linear.bias is None else self._pointer(linear.bias.detach().to(torch.float32))
+            to.order = None if linear.order is None else self._pointer(linear.order)
+            to.inputs, to.outputs = linear.in_features, linear.out_features
+        for place, norm in enumerate(parts.norms):
+            if norm is not None:
+                layer.norms[place], layer.eps[place] = self._pointer(norm.weight), norm.eps
+        layer.heads, layer.key_heads = parts.linears[0].out_features // parts.dim, self.key_heads
+        layer.dim, layer.activation, layer.scale = parts.dim, ACTIVATIONS.index(parts.activation), parts.scale
+        layer.exact, layer.kernel = kernel.exact, kernel.chosen()
+        return layer
+
+    def _pointer(self, tensor: Tensor) -> int:
+        self._tensors.append(tensor.contiguous())
+        return self._tensors[-1].data_ptr()

@@ -1,0 +1,89 @@
+"""INT8 weights and INT8 activations: integer products in INT32, which are exact, and scales in float32."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..base import Prepared
+from ..packing import unpack
+from ..qtensor import QTensor
+from ..reference import quantize_rows
+
+_CPU_MIN_ROWS = 4  # for one or two rows of a small matrix oneDNN falls to a plain loop, 20 times slower
+_CUDA_MIN_ROWS = 17  # torch._int_mm on CUDA wants more than 16 rows, and multiples of 8 for the other dimensions
+
+
+class _Int8(Prepared):
+    """`weight`: int8 [out, in], oneDNN's own layout on CPU; `scales`: float32 [out]; `zeros`: int64 [out], CPU only."""
+
+    weight: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+
+class TorchInt8:
+    """int8-dynamic: oneDNN's prepacked product on CPUs with VNNI, `torch._int_mm` on CUDA."""
+
+    name: ClassVar[str] = "torch-int8"
+    quantizes_inputs: ClassVar[bool] = False
+
+    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+        scheme = qtensor.scheme
+        if scheme.activations != "int8-token":
+            return "serves int8-dynamic only"
+        if scheme.code != "int" or scheme.bits != 8 or scheme.group_size or not scheme.symmetric:
+            return "weights must be 8-bit, symmetric, with one scale per channel"
+        if not dtype.is_floating_point:
+            return f"inputs are {dtype}, expected a floating dtype"
+        if device.type == "cpu":
+            if not torch.backends.mkldnn.is_available():
+                return "this PyTorch was built without oneDNN"
+            # Without VNNI, oneDNN adds pairs of products in 16 bits, which saturate.
+            return None if torch.cpu._is_vnni_supported() else "needs a CPU with AVX512-VNNI"
+        if device.type != "cuda":
+            return f"runs on x86 CPUs and CUDA GPUs, not on {device.type}"
+        if any(size % 8 for size in qtensor.shape):
+            return f"shape {list(qtensor.shape)} is not divisible by 8 in both dimensions, as CUDA's product needs"
+        return None
+
+    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
+        codes = unpack(qtensor.codes, 8, qtensor.shape[1])
+        weight = (codes ^ 128).view(torch.int8)  # code - 128 in two's complement
+        scales = qtensor.scales.flatten().to(torch.float32)
+        if weight.is_cuda:
+            return _Int8(qtensor, weight=weight, scales=scales)
+        packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+        return _Int8(qtensor, weight=packed, scales=scales, zeros=torch.zeros_like(scales, dtype=torch.int64))
+
+    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
+        assert isinstance(prepared, _Int8)
+        out_features, in_features = prepared.shape
+        rows = x.reshape(-1, in_features)
+        if len(rows) == 0:
+            return x.new_empty(*x.shape[:-1], out_features)
+        codes, row_scales = quantize_rows(rows)
+        y = _product_cuda(codes, prepared) if codes.is_cuda else _product_cpu(codes, prepared)
+        y *= row_scales
+        if bias is not None:
+            y += bias
+        return y.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def _product_cpu(codes: Tensor, prepared: _Int8) -> Tensor:
+    """int8 [rows, in] -> float32 [rows, out], the channels' scales applied."""
+    rows = len(codes)
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, max(_CPU_MIN_ROWS - rows, 0)))
+    product = torch.ops.onednn.qlinear_pointwise(
+        codes.contiguous(), 1.0, 0, prepared.weight, prepared.scales, prepared.zeros,
+        None, 1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    return product[:rows]
+
+
+def _product_cuda(codes: Tensor, prepared: _Int8) -> Tensor:
+    """int8 [rows, in] -> float32 [rows, out], the channels' scales applied."""
+    rows = len(codes)
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, max(_CUDA_MIN_ROWS - rows, 0)))
+    product = torch._int_mm(codes.contiguous(), prepared.weight.t())
+    return product[:rows] * prepared.scales

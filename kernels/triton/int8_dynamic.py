@@ -1,0 +1,213 @@
+"""int8-dynamic on NVIDIA GPUs, in Triton: one program quantizes a row of x, another multiplies on INT8 tensor cores.
+
+Products are summed in int32, which is exact whatever the order, and multiplied by the row's and the output's scale at
+the end: with the reference's codes of x, to the bit, the result differs from its by the rounding of that alone.
+Computed is y^T = W x^T, so that few rows cost few instructions: a product's second operand may be as narrow as 8.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..base import Prepared
+from ..packing import unpack
+from ..qtensor import QTensor
+from .launch import Config, choose, problem, row_bucket
+from .product import add_parts
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it comes with torch's CUDA builds, not with its CPU ones
+    triton = None
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_ALIGNED = 16  # bytes of one copy: rows are filled up to them with zeros
+_MOST_INPUTS = 1 << 17  # of 127 * 128 each, which add up to less than 2^31
+_BLOCK = 4096  # of x, at once: 8 warps read 16 bytes a thread, twice
+
+# A row's scales and 16384 codes are more than 64 rows or 128 outputs need at a time; what counts is how much of the
+# weight is on its way: 4 stages of 16 KiB in each program. Where outputs are few, `split` programs share them.
+FEW = (
+    Config(rows=16, outs=64, depth=256, split=1, stages=4),
+    Config(rows=16, outs=64, depth=256, split=4, stages=4),
+    Config(rows=16, outs=64, depth=256, split=8, stages=4),
+)
+SOME = (
+    Config(rows=64, outs=64, depth=128, split=1, stages=4),
+    Config(rows=64, outs=64, depth=128, split=4, stages=4),
+    Config(rows=64, outs=128, depth=128, split=1, stages=4),  # reads x half as often
+)
+MANY = (
+    Config(rows=128, outs=128, depth=128, warps=8, stages=3),  # 96 KiB: fits every GPU of compute capability 8
+    Config(rows=128, outs=256, depth=64, warps=8, stages=4),  # reads a quarter less for each product
+    Config(rows=128, outs=128, depth=64, warps=4, stages=4),  # two programs at once, one's end beside another's loop
+    # No tile: torch multiplies, and the sums go through memory to be scaled. From some thousand rows on, that takes
+    # little beside the product.
+    Config(rows=0, outs=0, depth=_ALIGNED),
+)
+
+
+class _Packed(Prepared):
+    """weight: int8 [out, in filled up to 16]. scales: float32 [out]."""
+
+    weight: Tensor
+    scales: Tensor
+
+
+class TritonInt8:
+    """int8-dynamic; float16, bfloat16 and float32 inputs."""
+
+    name: ClassVar[str] = "triton-int8"
+    quantizes_inputs: ClassVar[bool] = False
+
+    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+        if qtensor.scheme.activations != "int8-token":
+            return "serves int8-dynamic only"
+        if dtype not in _DTYPES:
+            return f"inputs are {dtype}, expected float16, bfloat16 or float32"
+        if qtensor.shape[1] > _MOST_INPUTS:
+            return f"in_features {qtensor.shape[1]} is more than {_MOST_INPUTS}: sums of products could exceed int32"
+        return problem(device)
+
+    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
+        ins = qtensor.shape[1]
+        weight = (unpack(qtensor.codes, 8, ins) ^ 128).view(torch.int8)  # code - 128 in two's complement
+        weight = F.pad(weight, (0, -ins % _ALIGNED)).contiguous()
+        return _Packed(qtensor, weight=weight, scales=qtensor.scales.flatten().to(torch.float32))
+
+    def join(self, parts: Sequence[Prepared]) -> Prepared:
+        return _Packed.joined(parts, {"weight": 0, "scales": 0})
+
+    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
+        assert isinstance(prepared, _Packed)
+        if x.dtype not in _DTYPES or x.shape[-1] != prepared.shape[1]:  # the kernels trust them
+            expected = f"[..., {prepared.shape[1]}] of float16, bfloat16 or float32"
+            raise ValueError(f"inputs are {list(x.shape)} of {x.dtype}, expected {expected}")
+        return torch.ops.bitpress.linear_int8(x, prepared.weight, prepared.scales, bias)
+
+
+def configs(rows: int, outs: int) -> tuple[Config, ...]:
+    """Those that may suit, the default first."""
+    if rows <= 16:
+        return FEW
+    if rows <= 64:
+        return SOME
+    return MANY if outs % 8 == 0 else MANY[:-1]  # torch's product on CUDA wants multiples of 8
+
+
+def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    outs = len(weight)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y = x.new_empty(len(flat), outs)
+    if len(flat):
+        codes, row_scales = quantize(flat)
+        operands = (codes, weight, row_scales, scales)
+
+        def run(config: Config) -> None:
+            _launch(config, operands, bias, y)
+
+        bucket = f"{outs}x{weight.shape[1]}x{row_bucket(len(flat))}, {x.dtype}"
+        run(choose("int8", bucket, configs(len(flat), outs), run, x.device))
+    return y.view(*x.shape[:-1], outs)
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x [rows, in], contiguous, what reference.quantize_rows makes: int8 codes [rows, in filled up to 16 by zeros],
+    float32 scales [rows]; the codes of a row that is not finite are 0, its scale is not finite either."""
+    rows, ins = x.shape
+    width = ins + -ins % _ALIGNED
+    codes = x.new_empty(rows, width, dtype=torch.int8)
+    scales = x.new_empty(rows, dtype=torch.float32)
+    with torch.cuda.device_of(x):  # Triton would launch on the current one
+        _quantize[(rows,)](x, codes, scales, ins, width, BLOCK=_BLOCK, num_warps=8)
+    return codes, scales
+
+
+def _launch(config: Config, operands: tuple[Tensor, Tensor, Tensor, Tensor], bias: Tensor | None, y: Tensor) -> None:
+    """y [rows, out] of codes [rows, width], weight [out, width], and the scales of each."""
+    codes, weight, row_scales, scales = operands
+    (rows, outs), width = y.shape, codes.shape[1]
+    tiles = -(-rows // max(config.rows, 1)) * -(-outs // max(config.outs, 1))
+    constants = {"ROWS": config.rows, "OUTS": config.outs, "DEPTH": config.depth, "STAGES": config.stages}
+    constants["num_warps"] = config.warps
+    with torch.cuda.device_of(y):
+        if not config.rows:
+            add_parts(torch._int_mm(codes, weight.t()).unsqueeze(0), y, bias, row_scales, scales)
+        elif config.split == 1:
+            _multiply[(tiles, 1)](codes, weight, row_scales, scales, bias, y, rows, outs, width, **constants)
+        else:
+            parts = codes.new_empty(config.split, rows, outs, dtype=torch.int32)
+            _multiply[(tiles, config.split)](codes, weight, None, None, None, parts, rows, outs, width, **constants)
+            add_parts(parts, y, bias, row_scales, scales)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _quantize(x_at, codes_at, scales_at, ins, width, BLOCK: tl.constexpr):
+        """One row of x, read twice; the second time it comes from a cache."""
+        row = tl.program_id(0).to(tl.int64)
+        place = tl.arange(0, BLOCK)
+        most, missing = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
+        for start in range(0, ins, BLOCK):
+            x = tl.load(x_at + row * ins + start + place, mask=start + place < ins, other=0.0).to(tl.float32)
+            most = tl.maximum(most, tl.abs(x))
+            missing |= (x != x).to(tl.int32)  # NaN, which a maximum passes over
+        scale = tl.div_rn(tl.max(most, 0), 127.0)
+        scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)  # float32's least normal number, as the reference
+        scale = tl.where(tl.max(missing, 0) > 0, float("nan"), scale)
+        tl.store(scales_at + row, scale)
+        finite = tl.abs(scale) < float("inf")
+        for start in range(0, width, BLOCK):
+            x = tl.load(x_at + row * ins + start + place, mask=start + place < ins, other=0.0).to(tl.float32)
+            # Adding 1.5 * 2^23 leaves float32 no fraction: it rounds half to even, in Triton's interpreter too.
+            code = (tl.div_rn(tl.where(finite, x, 0.0), tl.where(finite, scale, 1.0)) + 12582912.0) - 12582912.0
+            tl.store(codes_at + row * width + start + place, code.to(tl.int8), mask=start + place < width)
+
+    @triton.jit(do_not_specialize=["rows"])
+    def _multiply(
+        codes_at, weight_at, row_scales_at, scales_at, bias_at, y_at, rows, outs, width,
+        ROWS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """ROWS of x by OUTS of the weight's, over one of several parts of the input features; without scales, the
+        part's int32 sums."""
+        down, across = tl.cdiv(outs, OUTS), tl.cdiv(rows, ROWS)
+        # Eight tiles of outputs for each of rows, in turn: what these share is still in the level-2 cache.
+        i, j = tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, down, across, 8)
+        out, row = i.to(tl.int64) * OUTS + tl.arange(0, OUTS), j.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        real, inside = out < outs, row < rows
+        place = tl.arange(0, DEPTH)
+        weight_at += out[:, None] * width + place[None, :]
+        codes_at += row[None, :] * width + place[:, None]
+        steps = tl.cdiv(width, DEPTH)
+        share = tl.cdiv(steps, tl.num_programs(1))
+        first = tl.program_id(1) * share
+        total = tl.zeros([OUTS, ROWS], tl.int32)
+        for step in tl.range(first, tl.minimum(first + share, steps), num_stages=STAGES):
+            left = width - step * DEPTH
+            weight = tl.load(weight_at + step * DEPTH, mask=real[:, None] & (place < left)[None, :], other=0)
+            x = tl.load(codes_at + step * DEPTH, mask=inside[None, :] & (place < left)[:, None], other=0)
+            total = tl.dot(weight, x, total, out_dtype=tl.int32)
+        y_at += tl.program_id(1).to(tl.int64) * rows * outs + row[None, :] * outs + out[:, None]
+        if scales_at is None:
+            tl.store(y_at, total, mask=real[:, None] & inside[None, :])
+        else:
+            scaled = total.to(tl.float32) * tl.load(row_scales_at + row, mask=inside, other=0.0)[None, :]
+            scaled *= tl.load(scales_at + out, mask=real, other=0.0)[:, None]
+            if bias_at is not None:
+                scaled += tl.load(bias_at + out, mask=real, other=0.0).to(tl.float32)[:, None]
+            tl.store(y_at, scaled, mask=real[:, None] & inside[None, :])
+
+
+_ops = torch.library.Library("bitpress", "FRAGMENT")
+_ops.define("linear_int8(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor")
+_ops.impl("linear_int8", _linear, "CompositeExplicitAutograd")  # on the CPU it is Triton's interpreter that runs it
+
+
+@torch.library.register_fake("bitpress::linear_int8", lib=_ops)
+def _(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))

@@ -1,0 +1,1 @@
+"""bitpress beside other programs that quantize and run models."""

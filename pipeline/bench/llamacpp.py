@@ -1,0 +1,163 @@
+"""llama.cpp's matrix product as an entrant of the kernel benchmark, in the process of ggml_worker.py.
+
+Its formats are its own, so that it multiplies by other weights of the same size, and is checked against those.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitpress.kernels.bench.entrants import copies
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+
+from ..errors import BitpressError, ConfigError, nearest
+from .programs import Program
+
+NAME = "llama.cpp"
+_SCRIPT = Path(__file__).parent / "scripts" / "llamacpp_job.py"
+_BLOCK = 32  # input features that share a scale, in all of its formats here
+_BITS = {"q4_0": 4.5, "q8_0": 8.5, "iq4_nl": 4.5}  # per weight
+_TRIAL_ROWS = (1, 33)  # one row and many take different ways through a layout; both must work
+
+
+class PeerError(BitpressError, RuntimeError):
+    """A peer that said no, or ended."""
+
+
+def find_kernels(peers: list[str]) -> "LlamaCpp":
+    """llama.cpp as it is installed here, or in the Python of "llama.cpp=PYTHON", which must have it.
+
+    Raises:
+        ConfigError: an unknown name, or a Python without llama-cpp-python.
+    """
+    python = sys.executable
+    for text in peers:
+        name, _, python = text.partition("=")
+        if name != NAME or not python:
+            hint = nearest(name, [NAME]) if name != NAME else ""
+            raise ConfigError(f"peer {text!r}: expected NAME=PYTHON, NAME {NAME}{hint}")
+    entrant = LlamaCpp(Program(NAME, "llama_cpp", _SCRIPT, python))
+    if peers and not entrant.program.installed():
+        raise ConfigError(f"peer {NAME}: {python} has no package llama_cpp; pip install llama-cpp-python there")
+    return entrant
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """An entrant (see bitpress.kernels.bench.entrants)."""
+
+    program: Program
+
+    @property
+    def name(self) -> str:
+        return self.program.name
+
+    def reject(self, qtensor: QTensor, device: torch.device) -> str | None:
+        if format_like(qtensor.scheme) is None:
+            return f"has no format like {qtensor.scheme.name}"
+        if device.type != "cpu":
+            return f"its CPU kernels are compared, not those for {device.type}"
+        if qtensor.shape[1] % _BLOCK:
+            return f"in_features {qtensor.shape[1]} is not divisible by its block of {_BLOCK}"
+        if not self.program.installed():
+            return f"llama-cpp-python is not installed here; say where it is: --peer {NAME}=PYTHON"
+        return None
+
+    def enter(self, qtensor: QTensor) -> "_Asked":
+        """In the first of its layouts that works: AMX's crashes in some builds, for more than one row."""
+        failed: dict[str, str] = {}
+        while True:
+            asked = _Asked(self.program, qtensor, list(failed))
+            try:
+                for rows in _TRIAL_ROWS:
+                    asked.ask({"do": "check", "rows": rows})
+            except PeerError as error:
+                asked.close()
+                failed[asked.about["layout"]] = str(error)
+                continue
+            asked.about |= {f"passed over {layout}": why for layout, why in failed.items()}
+            return asked
+
+
+def format_like(scheme: Scheme) -> str | None:
+    """The format of ggml that llama.cpp would use in a scheme's place."""
+    if scheme.code == "nf4":
+        return "iq4_nl"
+    return {4: "q4_0", 8: "q8_0"}.get(scheme.bits)
+
+
+class _Asked:
+    """The contender: a weight in a worker, and questions about it."""
+
+    def __init__(self, program: Program, qtensor: QTensor, skip: list[str]):
+        kind = format_like(qtensor.scheme)
+        assert kind is not None
+        out_features, in_features = qtensor.shape
+        self.name, self.itemsize = program.name, 4
+        self.copies = copies(int(out_features * in_features * _BITS[kind] / 8), torch.device("cpu"))
+        self.longest = self.copies - 1
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
+        self.process = subprocess.Popen(
+            [program.python, str(program.script)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+        )  # fmt: skip
+        request = {"type": kind, "out": out_features, "in": in_features, "copies": self.copies, "skip": skip}
+        try:
+            answer = self.ask({"do": "load", **request, "threads": torch.get_num_threads()})
+        except PeerError:
+            self.close()
+            raise
+        self.nbytes = answer["nbytes"]
+        self.about: dict[str, Any] = {"format": kind, "layout": answer["layout"], **answer["versions"]}
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Raises PeerError: the worker refused, or it ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            line = ""
+        else:
+            line = self.process.stdout.readline()
+        if not line:
+            raise PeerError(f"{self.name} {_ending(self.process.wait())}{self._last_words()}")
+        answer = json.loads(line)
+        if "failed" in answer:
+            raise PeerError(f"{self.name}: {answer['failed']}")
+        return answer
+
+    def error(self, x: Tensor, expected: Tensor) -> float:
+        return self.ask({"do": "check", "rows": len(x)})["error"]
+
+    def seconds(self, x: Tensor, calls: int) -> float:
+        return self.ask({"do": "sample", "rows": len(x), "calls": calls})["seconds"]
+
+    def close(self) -> None:
+        """Its input's end is the worker's; one that hangs is killed."""
+        try:
+            self.process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+    def _last_words(self) -> str:
+        """The last line of a traceback; ggml's own lines say what it repacked, not what was wrong."""
+        self.log.seek(0)
+        lines = self.log.read().decode(errors="replace").strip().splitlines()
+        return f": {lines[-1]}" if any(line.startswith("Traceback") for line in lines) else ""
+
+
+def _ending(code: int) -> str:
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -1,0 +1,1 @@
+"""What each program runs, in its own Python. A script named after its program would hide it from itself."""

@@ -1,0 +1,248 @@
+"""`bitpress bench`: speed, side by side. Parses and prints; the work is in peers/."""
+
+import json
+import math
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the command line is to answer at once
+    import torch
+
+    from bitpress.kernels.bench.measure import Cell, Job, Result
+
+app = typer.Typer(help="Speed, side by side with others.", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Speed, side by side with others."""
+
+
+@app.command("quantize")
+def quantize(
+    model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
+    calibration: Annotated[str, typer.Option(help="Text to calibrate on: a file, or org/name:config:split.")],
+    scheme: Annotated[str, typer.Option(help="int4-g128, int3-channel-asym, …")] = "int4-g128",
+    method: Annotated[str, typer.Option(help="bitpress's; the peers run GPTQ.")] = "gptq",
+    windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 128,
+    context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    seed: Annotated[int | None, typer.Option(help="Draws the windows; the text's first ones by default.")] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="NAME=PYTHON, where gptqmodel or llm-compressor is; may be repeated.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turns; medians are shown.")] = 1,
+    text: Annotated[str | None, typer.Option(help="Text to measure KL and perplexity on.")] = None,
+    text_windows: Annotated[int | None, typer.Option(help="How many windows of it; all by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")] = False,
+) -> None:
+    """Time bitpress's quantization against that of the peers that are installed: same model, tokens and group size."""
+    from ..bench.programs import bitpress, find
+    from ..bench.race import make_job, race, rows
+    from ..system.device import pick_device
+    from ..system.machine import machine
+    from ..system.progress import quiet_libraries
+
+    quiet_libraries()
+    programs = [bitpress(method), *find(peer or [])]
+    judge = {"text": text, "context": context, "windows": text_windows} if text else None
+    job = make_job(
+        model, scheme, {"text": calibration, "windows": windows, "context": context, "seed": seed}, judge, seed or 0
+    )
+    with tempfile.TemporaryDirectory(prefix="bitpress-bench-") as folder:
+        results = race(programs, job, repeats, Path(folder), lambda line: print(line, file=sys.stderr, flush=True))
+    where = machine(pick_device("auto"))
+    if as_json:
+        about = {"scheme": scheme, "method": method, "calibration": job.calibration.to_dict(), "machine": where}
+        print(json.dumps({**about, "results": [result.to_dict() for result in results]}, indent=2, ensure_ascii=False))
+        return
+    _show(*rows(results))
+    print(f"\n{job.calibration}; {where['cores']} cores of {where['cpu']}, {where['threads']} threads")
+
+
+# Llama's: 8B's and 1B's layers on a CPU; on a GPU, 8B's and 70B's.
+_SHAPES = {
+    "cpu": ["4096x4096", "2048x8192"],
+    "cuda": ["4096x4096", "14336x4096", "4096x14336", "8192x8192", "28672x8192", "8192x28672"],
+}
+_STEADY = 1.5  # p90 / p10: on an idle machine it is below 1.2, as a rule
+_ROWS = {"cpu": "1,8,32,512", "cuda": "1,2,4,8,16,32,64,128,512,2048,4096"}
+
+
+@app.command("kernels")
+def kernels(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    scheme: Annotated[list[str] | None, typer.Option(help="int4-g128, int8-dynamic, nf4, …; may be repeated.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="OUTxIN, such as 4096x4096; may be repeated.")] = None,
+    rows: Annotated[str | None, typer.Option(help="How many rows to multiply by, such as 1,8,32,512.")] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="One of `bitpress list`; may be repeated; by default all but reference.")
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Also torch's dynamic INT8, and llama.cpp.")] = False,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="llama.cpp=PYTHON, where llama-cpp-python is; stands for --peers too.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Samples of each, in turns.")] = 20,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; torch's default if none.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file; in runs/bench by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print that JSON instead of tables.")] = False,
+) -> None:
+    """Time kernels against torch's bfloat16 layer, the memory and peers, all in one run."""
+    import torch
+
+    from bitpress.kernels.bench.entrants import entrants
+    from bitpress.kernels.bench.measure import cpu_flags, measure
+
+    from ..bench.llamacpp import find_kernels
+    from ..storage import files
+    from ..system.device import pick_device
+    from ..system.machine import machine
+    from ..system.progress import quiet_libraries
+    from ..system.versions import versions
+
+    quiet_libraries()
+    where = pick_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    job = _job(where, scheme or ["int4-g128", "int8-dynamic", "nf4"], shape or _SHAPES[where.type], rows, repeats)
+    try:
+        everyone = entrants(kernel, operators=peers or bool(peer))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if peers or peer:
+        everyone.append(find_kernels(peer or []))
+    path = output or Path("runs", "bench", f"kernels-{where.type}-{time.strftime('%Y%m%d-%H%M%S')}.json")
+    files.make_folder(path.parent)
+    about = {"machine": {**machine(where), "flags": cpu_flags()}, "versions": versions()}
+    cells = []
+    for cell in measure(everyone, job, lambda line: print(line, file=sys.stderr, flush=True)):
+        cells.append(cell)
+        files.write_json(path, {**about, "cells": [each.to_dict() for each in cells]})
+    if as_json:
+        print(path.read_text())
+    else:
+        _show_cells(cells)
+        print(f"{about['machine']['cpu']}, {torch.get_num_threads()} threads; every sample is in {path}")
+
+
+def _job(device: "torch.device", schemes: list[str], shapes: list[str], rows: str | None, repeats: int) -> "Job":
+    """Raises ConfigError: a scheme, shape or number of rows that cannot be meant."""
+    from bitpress.kernels.bench.measure import Job
+    from bitpress.kernels.scheme import Scheme
+
+    try:
+        parsed = tuple(Scheme.parse(name) for name in schemes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    sizes = []
+    for text in shapes:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+        if not match:
+            raise ConfigError(f"--shape {text}: expected OUTxIN, output by input features, such as 4096x4096")
+        sizes.append((int(match[1]), int(match[2])))
+        for scheme in parsed:
+            if problems := scheme.problems(sizes[-1]):
+                raise ConfigError(f"--shape {text} with {scheme.name}: {problems[0]}")
+    counts = rows or _ROWS[device.type]
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", counts):
+        raise ConfigError(f"--rows {counts}: expected numbers with commas between, such as 1,8,32,512")
+    return Job(device, parsed, tuple(sizes), tuple(int(count) for count in counts.split(",")), repeats)
+
+
+def _show_cells(cells: "list[Cell]") -> None:
+    """A table for each scheme and shape, and then what is to be known of all."""
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    groups: dict[tuple[str, tuple[int, int]], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.scheme, cell.shape), []).append(cell)
+    for (scheme, shape), group in groups.items():
+        console.print(_cell_table(f"{scheme}, {shape[0]} x {shape[1]}", group))
+    for line in _notes(cells):
+        console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _cell_table(title: str, cells: "list[Cell]") -> Table:
+    from bitpress.kernels.bench.entrants import own_kernels
+
+    own = own_kernels()
+    others = [result.name for result in cells[0].results if result.name not in own]
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("rows", justify="right")
+    table.add_column("kernel", no_wrap=True)
+    for name in ("ms", "p10–p90", "GB/s", "of memory", "GOPS", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in others:
+        table.add_column(f"x {escape(name)}", justify="right", overflow="fold")
+    for cell in cells:
+        table.add_row(f"{cell.rows}", "memory", *_spread(cell.memory), f"{cell.memory.bytes_per_second / 1e9:.1f}")
+        for result in sorted(cell.results, key=lambda result: result.seconds() if result.samples else math.inf):
+            style = "bold" if result.name in own else ""
+            table.add_row("", escape(result.name), *_figures(cell, result, others), style=style)
+        table.add_section()
+    return table
+
+
+def _spread(result: "Result") -> tuple[str, str]:
+    median, low, high = (f"{result.seconds(quantile) * 1e3:.3f}" for quantile in (0.5, 0.1, 0.9))
+    return median, f"{low}–{high}"
+
+
+def _figures(cell: "Cell", result: "Result", others: list[str]) -> list[str]:
+    error = f"{result.error:.2%}" if result.error is not None else "–"
+    if not result.samples:
+        return ["wrong" if (result.problem or "").startswith("wrong") else "failed", "", "", "", "", error]
+    ratios = [cell.ratio(result, name) for name in others]
+    return [
+        *_spread(result),
+        f"{result.bytes_per_second / 1e9:.1f}",
+        f"{cell.share(result):.0%}",
+        f"{cell.gops(result):.0f}",
+        error,
+        *(f"{ratio:.2f}" if ratio else "–" for ratio in ratios),
+    ]
+
+
+def _notes(cells: "list[Cell]") -> list[str]:
+    """What kept whom from taking part, whose numbers were wrong, and whether caches were missed; each once."""
+    took_part = {result.name for cell in cells for result in cell.results}
+    notes: dict[str, None] = {}
+    for cell in cells:
+        where = f"{cell.scheme}, {cell.shape[0]} x {cell.shape[1]}"
+        notes |= {f"{name}: {why}": None for name, why in cell.absent.items() if name not in took_part}
+        for result in cell.results:
+            if result.problem:
+                notes[f"{result.name}, {where}, {cell.rows} rows: {result.problem}"] = None
+            described = ", ".join(f"{key}: {value}" for key, value in result.about.items())
+            notes |= {f"{result.name}, {cell.scheme}; {described}": None} if described else {}
+        memory = cell.memory.about
+        cache = f"{memory['cache_bytes'] / 1e6:.0f} MB" if memory["cache_bytes"] else "size unknown"
+        notes[f"memory: {cell.memory.nbytes / 1e6:.0f} MB, by {memory['by']}; last-level cache: {cache}"] = None
+        if not memory["exceeds_cache"]:
+            notes["what is read each round does not exceed that cache: weights may come from it"] = None
+    timed = [result for cell in cells for result in (cell.memory, *cell.results) if result.samples]
+    unsteady = [result for result in timed if result.seconds(0.9) > _STEADY * result.seconds(0.1)]
+    if unsteady:
+        count = f"{len(unsteady)} of {len(timed)} medians are unsteady"
+        notes[f"{count}: p90 is more than {_STEADY} times p10. Is something else running?"] = None
+    return list(notes)
+
+
+def _show(header: list[str], body: list[list[str]]) -> None:
+    console = Console() if sys.stdout.isatty() else Console(width=1000)
+    table = Table(box=box.MARKDOWN, header_style="bold")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for cells in body:
+        table.add_row(*map(escape, cells))
+    console.print(table)

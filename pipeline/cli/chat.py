@@ -1,0 +1,73 @@
+"""The commands that let a model speak."""
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from ..system.progress import progress, quiet_libraries
+from .options import Device, Dtype, KernelName, Revision
+
+app = typer.Typer()
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
+    prompt: Annotated[str, typer.Argument()],
+    tokens: Annotated[int, typer.Option(min=1, help="How many at most.")] = 128,
+    dtype: Dtype = "auto",
+    kernel: KernelName = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+) -> None:
+    """Continue a prompt, greedily."""
+    from transformers import TextStreamer
+
+    from ..models.loading import load
+
+    quiet_libraries()
+    with progress("loading") as step:
+        loaded, tokenizer = load(model, revision, device, dtype, kernel, step)
+    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    inputs.pop("token_type_ids", None)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    loaded.generate(  # type: ignore[operator]
+        **inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer, pad_token_id=tokenizer.eos_token_id
+    )
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 1024,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 for the most probable words; by default the model's own.")
+    ] = None,
+    dtype: Dtype = "auto",
+    kernel: KernelName = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+) -> None:
+    """Talk with a model, by its chat template; or answer the lines of standard input."""
+    from ..models.conversation import HELP, Conversation, converse
+    from ..models.loading import load
+
+    quiet_libraries()
+    with progress("loading") as step:
+        loaded = load(model, revision, device, dtype, kernel, step)
+    conversation = Conversation(*loaded, system, tokens, temperature)
+    if sys.stdin.isatty():
+        print(HELP, file=sys.stderr)
+    converse(conversation, _lines(), lambda words: print(words, end="", flush=True))
+
+
+def _lines() -> Iterator[str]:
+    """Lines of standard input, asked for on a terminal."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return

@@ -1,0 +1,154 @@
+"""YAML and --set -> a checked Run."""
+
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    ValidationError,
+)
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
+
+from ..errors import ConfigError, listing
+from .messages import explained
+from .schema import Calibrate, Eval, Run, Section
+
+
+def shipped() -> dict[str, Path]:
+    """The configs that come with bitpress, by name."""
+    spec = find_spec("bitpress.configs")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return {path.stem: path for folder in folders for path in sorted(Path(folder).glob("*.yaml"))}
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Run:
+    """Read and check a config file.
+
+    Args:
+        path: a file, or the name of a shipped config such as "demo".
+        overrides: "key.path=value", the value in YAML; lists by number, as in models.0.id=org/name.
+    Raises:
+        ConfigError: everything that is wrong with the file and the overrides, at once.
+    """
+    if not path.exists() and str(path) in shipped():
+        path = shipped()[str(path)]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{path}: {reason}; shipped configs are {', '.join(shipped())}") from error
+    data, problems = _parse(text)
+    if data is None:
+        raise ConfigError(f"{path} cannot be used:\n{listing(problems)}")
+    for override in overrides or []:
+        problems += _override(data, override)
+    try:
+        run = Run.model_validate(_plain(data))
+    except ValidationError as error:
+        problems += explained(error, data, Run)
+    except RecursionError:
+        problems.append("nested too deeply, or an alias that holds itself")
+    if problems:
+        raise ConfigError(f"{path} cannot be used:\n{listing(problems)}")
+    return run
+
+
+def load_eval(settings: dict[str, Any]) -> Eval:
+    """An eval section given as plain values.
+
+    Raises:
+        ConfigError: everything that is wrong with it.
+    """
+    return _section(Eval, settings, ("eval",))
+
+
+def load_calibration(settings: str | dict[str, Any]) -> Calibrate:
+    """A quantize.calibration section given as plain values, or as its text alone.
+
+    Raises:
+        ConfigError: everything that is wrong with it.
+    """
+    given = settings if isinstance(settings, dict) else {"text": settings}
+    return _section(Calibrate, given, ("quantize", "calibration"))
+
+
+def _section(kind: type[Section], settings: dict[str, Any], path: tuple[str, ...]) -> Section:
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        problems = explained(error, CommentedMap(), Run, path)
+        raise ConfigError(f"these settings cannot be used:\n{listing(problems)}") from error
+
+
+def load_options(assignments: list[str]) -> dict[str, Any]:
+    """Options typed as "key=value", the values in YAML, such as "damping=1e-3".
+
+    Raises:
+        ConfigError: one is no such thing.
+    """
+    options = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        try:
+            options[key] = YAML(typ="safe").load(value)
+        except YAMLError as error:
+            raise ConfigError(f"{assignment}: the value is not YAML") from error
+        if not equals or not key:
+            raise ConfigError(f"{assignment}: expected key=value, such as damping=1e-3")
+    return options
+
+
+def _parse(text: str) -> tuple[CommentedMap | None, list[str]]:
+    problems: list[str] = []
+    parser = YAML(typ="rt")
+    try:
+        try:
+            data = parser.load(StringIO(text))
+        except DuplicateKeyError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else "?"
+            problems.append(f"line {line}: {str(error.problem).split(' with value')[0]}")
+            parser = YAML(typ="rt")
+            parser.allow_duplicate_keys = True
+            data = parser.load(StringIO(text))
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        return None, [*problems, f"{where}not YAML: {getattr(error, 'problem', None) or error}"]
+    except RecursionError:
+        return None, [*problems, "nested too deeply"]
+    if not isinstance(data, CommentedMap):
+        return None, ["line 1: expected keys and values, such as 'name: demo'"]
+    return data, problems
+
+
+def _plain(value: Any) -> Any:
+    """ruamel's annotated values as plain ones, which strict pydantic wants."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _override(data: CommentedMap, override: str) -> list[str]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        return [f"--set {override}: expected key=value, such as eval.windows=10"]
+    node: Any = data
+    *path, last = key.split(".")
+    try:
+        for part in path:
+            if isinstance(node, CommentedMap) and part not in node:
+                node[part] = CommentedMap()
+            node = node[int(part)] if isinstance(node, CommentedSeq) else node[part]
+        node[int(last) if isinstance(node, CommentedSeq) else last] = YAML(typ="safe").load(value)
+    except (ValueError, IndexError, TypeError, KeyError, YAMLError):
+        return [f"--set {override}: there is no {key} to set"]
+    return []

@@ -1,0 +1,148 @@
+"""Text or conversations -> fixed windows of token ids that a method learns from."""
+
+import hashlib
+import os
+import random
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from ..config.schema import Calibrate, Dataset, TrainingSet
+from ..errors import ConfigError, HubError, NumericsError
+from ..models.structure import skeleton
+from ..storage.checkpoint import Checkpoint
+from .chat import COLUMNS, rendered
+from .text import Rows, Text, join, read_rows
+from .tokens import check_ids, encode, longest
+
+_FILES = (".txt", ".md", ".jsonl", ".parquet")
+_HUB = re.compile(r"(?P<dataset>\w[\w.-]*/[\w.-]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
+_CHARACTERS = 8  # of text for every token needed: about twice what most tokenizers take
+_BLOCK = 1 << 16  # characters: several windows, so that few have a seam
+_MOST = 0.9  # of all tokens being one: text of any kind, DNA's four letters too, stays well below
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows of token ids int64 [windows, context], every one full: there is no padding.
+
+    name: of the text, as reports call it. seed: by which windows were drawn; None where they are the text's first ones.
+    """
+
+    name: str
+    ids: Tensor
+    seed: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a run records of it: where it came from, how much it is, and a hash of the tokens."""
+        windows, context = self.ids.shape
+        digest = hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
+        tokens = windows * context
+        return {
+            "text": self.name, "windows": windows, "context": context, "tokens": tokens, "seed": self.seed,
+            "sha256": digest,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.ids.shape[0]} windows of {self.ids.shape[1]} tokens"
+
+
+def calibrate(settings: Calibrate, tokenizer: Any, checkpoint: Checkpoint) -> Calibration:
+    """Windows of the text, cut to what the model can hold, without reading a weight.
+
+    Tokens are cut into windows, what does not fill the last one being left over. `windows` of them are drawn without
+    replacement, by a generator of their own, as are the conversations that they are made of, and the parts of a text
+    of more than _CHARACTERS a token; where `seed` is None, all are the first ones.
+
+    Raises:
+        ConfigError, HubError: the text could not be had, or holds conversations and the tokenizer has no template.
+        NumericsError: it is no text, fewer than `windows` windows of it, or one token over and over.
+        CheckpointError: the tokenizer gives ids that the model does not have, or its chat template fails.
+    """
+    model = skeleton(checkpoint).config.get_text_config()
+    context = longest(model, settings.context)
+    rows = _rows(settings.text)
+    ids = _tokens(rows, tokenizer, settings.windows * context, settings.seed)
+    ids = _windows(rows.name, ids, settings.windows, context, settings.seed)
+    _check_ids(rows.name, ids, tokenizer, model)
+    return Calibration(rows.name, ids, settings.seed)
+
+
+def source_of(text: str | Dataset) -> str | Dataset:
+    """A file's path as it is, and "org/name", "org/name:config" or "org/name:config:split" as the Hub's data set."""
+    found = _HUB.fullmatch(text) if isinstance(text, str) else None
+    if found is None or found[0].endswith(_FILES) or os.path.isfile(found[0]):
+        return text
+    return TrainingSet(dataset=found["dataset"], config=found["config"] or None, split=found["split"] or "train")
+
+
+def _rows(text: str | Dataset) -> Rows:
+    source = source_of(text)
+    if not isinstance(source, Dataset):
+        return read_rows(source, ("text", *COLUMNS))
+    try:
+        return read_rows(source, ("text", *COLUMNS) if source.column == "auto" else (source.column,))
+    except (ConfigError, HubError) as error:
+        raise type(error)(
+            f"{error}; or calibrate on a file: quantize.calibration.text or --calibration, a .txt, .jsonl or .parquet"
+        ) from error
+
+
+def _tokens(rows: Rows, tokenizer: Any, need: int, seed: int | None) -> Tensor:
+    """Token ids int64 [n]: `need` of them and some to choose from, fewer only where there are no more."""
+    if isinstance(next(iter(rows.values), None), list):
+        ids: list[int] = []
+        for text in rendered(rows, tokenizer, seed):
+            ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template put them in
+            if len(ids) >= need:
+                break
+        return torch.tensor(ids, dtype=torch.int64)
+    whole = join(rows)
+    part = Text(whole.name, _part(whole.content, need * _CHARACTERS, seed))
+    found = encode(tokenizer, part)
+    return found if found.numel() >= 1.1 * need or part == whole else encode(tokenizer, whole)
+
+
+def _part(content: str, characters: int, seed: int | None) -> str:
+    """About as many characters, the first ones or blocks drawn from everywhere: tokens of all of a long text would
+    take their time, and some hundred times its memory."""
+    if len(content) <= characters:
+        return content
+    if seed is None:
+        return content[:characters]
+    starts = range(0, len(content), _BLOCK)
+    chosen = sorted(random.Random(seed).sample(starts, min(len(starts), -(-characters // _BLOCK))))
+    return "".join(content[start : start + _BLOCK] for start in chosen)
+
+
+def _windows(name: str, ids: Tensor, windows: int, context: int, seed: int | None) -> Tensor:
+    """ids int64 [n] -> [windows, context].
+
+    Raises:
+        NumericsError: there are too few.
+    """
+    there = ids.numel() // context
+    if there < windows:
+        advice = f"windows (--windows) to {there} or less" if there else "windows and context lower"
+        raise NumericsError(
+            f"{name} has {ids.numel()} tokens, calibration needs {windows * context}: {windows} windows of {context}; "
+            f"give more text, or set quantize.calibration's {advice}"
+        )
+    chosen = range(windows) if seed is None else sorted(random.Random(seed).sample(range(there), windows))
+    return ids[: there * context].view(there, context)[list(chosen)]
+
+
+def _check_ids(name: str, ids: Tensor, tokenizer: Any, model: PretrainedConfig) -> None:
+    """Raises NumericsError for one token over and over, CheckpointError for one that the model does not have."""
+    check_ids(name, int(ids.max()), tokenizer, model)
+    counts = torch.bincount(ids.flatten())
+    token = int(counts.argmax())
+    if counts[token] > _MOST * ids.numel():
+        raise NumericsError(
+            f"{name}: {int(counts[token])} of {ids.numel()} tokens are one and the same "
+            f"({tokenizer.convert_ids_to_tokens(token)!r}), and there is nothing to learn from that; give real text"
+        )

@@ -1,0 +1,70 @@
+"""Conversations -> the text that a model reads them in, by its tokenizer's chat template."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError, NumericsError
+from .text import Rows, check_unicode
+
+COLUMNS = ("messages", "conversations")
+_KEYS = (("role", "content"), ("from", "value"))  # the second as ShareGPT has them, with roles of its own
+_ROLES = {"human": "user", "gpt": "assistant"}
+# Some templates put in the date, and a run that is taken up tomorrow must see the same tokens: it is always this one.
+_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format | replace('%d', '01') | replace('%m', '01') | replace('%b', 'Jan')"
+    " | replace('%B', 'January') | replace('%Y', '2025') }}{%- endmacro %}\n"
+)
+
+
+def rendered(rows: Rows, tokenizer: Any, seed: int | None) -> Iterator[str]:
+    """Each conversation as its model reads it, special tokens included, shuffled; in order where `seed` is None.
+
+    The template is the checkpoint's, thus untrusted: transformers renders it in a sandbox, without files or imports.
+
+    Raises:
+        ConfigError: the tokenizer has no template. NumericsError: a row that is no conversation.
+        CheckpointError: the template fails.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"{rows.name} holds conversations ({rows.column}), and the model's tokenizer has no chat template to put "
+            "them through; give plain text, or the model's chat version"
+        )
+    numbered = list(enumerate(rows.values, 1))
+    if seed is not None:
+        random.Random(seed).shuffle(numbered)
+    for number, row in numbered:
+        messages = _messages(row, f"{rows.name}: row {number}")
+        try:
+            template = _DATE + tokenizer.get_chat_template()
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except Exception as error:  # the template is a stranger's program
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise CheckpointError(
+                f"{rows.name}: row {number}: the tokenizer's chat template fails on it: {reason}; "
+                "take another data set, or mend the template"
+            ) from error
+        check_unicode(f"{rows.name}: row {number}", text)
+        yield text
+
+
+def _messages(row: Any, where: str) -> list[dict[str, str]]:
+    """A row in the form that templates take: [{"role", "content"}]."""
+    messages = []
+    for given in row if isinstance(row, list) else []:
+        message = _message(given)
+        if message is None:
+            raise NumericsError(f"{where} holds the message {given!r:.60}, expected role and content, both text")
+        messages.append(message)
+    if not messages:
+        raise NumericsError(f"{where} holds {row!r:.40}, expected a list of messages with role and content")
+    return messages
+
+
+def _message(given: Any) -> dict[str, str] | None:
+    for keys in _KEYS if isinstance(given, dict) else ():
+        role, content = (given.get(key) for key in keys)
+        if isinstance(role, str) and isinstance(content, str):
+            return {"role": _ROLES.get(role, role), "content": content}
+    return None

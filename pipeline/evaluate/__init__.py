@@ -1,0 +1,1 @@
+"""An artifact is reloaded in a fresh process, proven, measured and judged."""

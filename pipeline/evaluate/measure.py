@@ -1,0 +1,353 @@
+"""What is measured of one model, in a fresh process: memory, speed, perplexity, and how far it is from its baseline."""
+
+import contextlib
+import gc
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitpress.eval.measure import (
+    energy,
+    layer_errors,
+    memory,
+    speed,
+    statistics,
+    stored_predictions,
+    tasks,
+)
+from bitpress.eval.measure import (
+    scores as quality,
+)
+from bitpress.eval.measure.protocols import Plan, Window
+from bitpress.eval.measure.sample import sample
+from bitpress.eval.measure.scores import Scores
+from bitpress.kernels.linear import inputs_left_alone
+
+from ..config.schema import Eval, Speed
+from ..data.text import read_text
+from ..data.tokens import longest
+from ..errors import CheckpointError, ConfigError, NumericsError
+from ..models.loading import kernels_used, load_model, load_tokenizer
+from ..models.modules import names_of_experts, part_experts
+from ..models.structure import decoder, skeleton
+from ..storage import files, journal
+from ..storage.checkpoint import Checkpoint, read_json
+from ..system.device import pick_device
+from ..system.machine import machine
+from ..system.progress import progress
+from .resume import Windows
+from .windows import windows
+
+_ROOM = 1.2  # times a baseline's weights, or a cache: what it takes with the activations that come along
+_FAR = 1 << 40  # a context that no model has
+_SAMPLE = "sample.json"
+_ROUNDED_WINDOWS = 8  # on which the cost of rounded inputs is measured, but at most a tenth of all
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where an evaluation keeps what is finished, each folder with what it depends on (see Windows).
+
+    predictions: the baseline's, for a model that does not fit beside it; those of one baseline serve many models.
+    """
+
+    folder: str
+    marks: dict[str, Any]
+    predictions: str
+    predictions_marks: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a request asks for, ready to load."""
+
+    settings: Eval
+    device: torch.device
+    checkpoint: Checkpoint
+    baseline: Checkpoint | None
+    folder: Path
+    resume: Resume | None
+
+    @staticmethod
+    def of(request: dict[str, Any]) -> "_Job":
+        baseline, resume = request.get("baseline"), request.get("resume")
+        return _Job(
+            Eval.model_validate(request["eval"]),
+            pick_device(request["device"]),
+            Checkpoint(Path(request["artifact"])),
+            Checkpoint(Path(baseline)) if baseline else None,
+            Path(request["folder"]),
+            Resume(**resume) if resume else None,
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The baseline's, so that all that is compared with it reads the same tokens."""
+        return load_tokenizer((self.baseline or self.checkpoint).folder)
+
+    def check_vocabulary(self) -> None:
+        """Raises CheckpointError where the baseline is visibly another model."""
+        if self.baseline is None:
+            return
+        own, other = (skeleton(c).config.get_text_config().vocab_size for c in (self.checkpoint, self.baseline))
+        if own != other:
+            raise CheckpointError(
+                f"{self.checkpoint.folder.name} has a vocabulary of {own} tokens, its baseline "
+                f"{self.baseline.folder.name} one of {other}: it was not made from that; give the model that it was"
+            )
+
+    def load(self) -> Any:
+        with progress("loading") as step:
+            return load_model(self.checkpoint, self.device, self.settings.dtype, self.settings.kernel, step)
+
+    def load_baseline(self) -> Any:
+        assert self.baseline is not None
+        return load_model(self.baseline, self.device, self.settings.dtype)
+
+    def crowding(self) -> str | None:
+        """Why the baseline cannot be held beside the model that is there; None if it can, or there is none."""
+        if self.baseline is None:
+            return None
+        needed = _ROOM * sum(info.nbytes for info in self.baseline.tensors.values())
+        free = memory.free_bytes(self.device)
+        if needed < free:
+            return None
+        return f"the baseline needs about {needed / 1e9:.1f} GB beside it, {free / 1e9:.1f} GB are free"
+
+    @contextlib.contextmanager
+    def numbers(self) -> Iterator[None]:
+        """NaN and the like are errors of the checkpoint, which is named."""
+        try:
+            yield
+        except ValueError as error:
+            raise NumericsError(f"{self.checkpoint.folder.name}: {error}") from error
+
+    @contextlib.contextmanager
+    def finished(self) -> Iterator[tuple[Mapping[int, Scores], quality.Keep]]:
+        """Windows that an earlier process finished, and what keeps those of this one."""
+        if self.resume is None:
+            yield {}, lambda number, scores: None
+            return
+        with Windows(Path(self.resume.folder), self.resume.marks) as kept:
+            yield kept, kept.keep
+
+    @contextlib.contextmanager
+    def predictions(self) -> Iterator[Windows]:
+        """The baseline's predictions, on the disk; no other process writes them meanwhile."""
+        folder = Path(self.resume.predictions) if self.resume else self.folder / "predictions"
+        files.make_folder(folder)
+        with journal.locked(folder), Windows(folder, self.resume.predictions_marks if self.resume else {}) as kept:
+            yield kept
+
+
+def measure_task(request: dict[str, Any]) -> dict[str, Any]:
+    """In a fresh process: everything that is measured of one model.
+
+    Raises:
+        BitpressError: of the files, the text or the numbers.
+    """
+    job = _Job.of(request)
+    job.check_vocabulary()
+    with memory.Peak(job.device) as loading:
+        model = job.load()
+    plan = windows(read_text(job.settings.text), job.tokenizer, job.settings, model.config)
+    text = [window.to(job.device) for window in plan.windows]
+    answer = _costs(job, model, text, loading)
+    answer["protocol"] = _protocol(plan)
+    answer["dtype"] = str(model.dtype).removeprefix("torch.")
+    answer["sample"] = {"prompt": job.settings.prompt, "text": sample(model, job.tokenizer, job.settings.prompt)}
+    answer["tasks"] = _tasks(job, model)
+    reason = job.crowding()
+    if reason:
+        del model  # one after the other, where both do not fit
+        _free()
+        _predict(job, text)
+        model = job.load()
+    with job.numbers():
+        answer |= _quality(job, model, text, reason)
+        answer["kernels"]["rounded_inputs"] = _rounded_inputs(model, text)
+    scores = answer.pop("scores")
+    answer["quality"] |= statistics.summarize(scores, plan.units)
+    answer["sample"] |= {"baseline_text": answer.pop("baseline_text")}
+    return answer
+
+
+class _Unrounded(torch.nn.Module):
+    """The same model, its layers' inputs left as they are."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        with inputs_left_alone(self.model):
+            return self.model(**inputs)
+
+
+def _rounded_inputs(model: Any, text: list[Window]) -> dict[str, Any] | None:
+    """What rounding the inputs of weight-only layers costs: KL from the same model without it, on some windows."""
+    with inputs_left_alone(model) as layers:
+        pass
+    if not layers:
+        return None
+    some = text[: max(1, min(_ROUNDED_WINDOWS, len(text) // 10))]
+    scores = quality.compare(_Unrounded(model), model, some)
+    found = statistics.summarize(scores, sum(window.targets.numel() for window in some))
+    return {"layers": layers, "windows": len(some), "kl_mean": found["kl_mean"], "kl_mean_se": found["kl_mean_se"]}
+
+
+def _protocol(plan: Plan) -> dict[str, Any]:
+    return {
+        "name": plan.name,
+        "context": plan.context,
+        "windows": len(plan.windows),
+        "tokens": plan.tokens,
+        "unit": plan.unit,
+        "units": plan.units,
+    }
+
+
+def _free() -> None:
+    """Give back what nothing refers to any more, so that another model finds room."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _costs(job: _Job, model: Any, text: list[Window], loading: memory.Peak) -> dict[str, Any]:
+    """Memory and speed."""
+    resident = memory.resident_bytes(model)
+    prompt, reading = memory.prefill(model, max((window.ids for window in text), key=len))
+    rates = _speeds(model, text, job.settings.speed, prompt["kv_cache_bytes_per_token"])
+    with memory.Peak(job.device) as scoring, job.numbers():
+        quality.score(model, text[:1])
+    peaks = (loading, reading, scoring)
+    activations = prompt["activation_peak_bytes"]
+    per_token = None if activations is None else activations / prompt["prompt"]
+    limit = longest(model.config, _FAR)
+    return {
+        "memory": {
+            "resident_bytes": resident,
+            "loading_peak_bytes": loading.growth,
+            **prompt,
+            "peak_rss_bytes": max(peak.rss for peak in peaks),
+            "peak_cuda_bytes": scoring.cuda if scoring.cuda is None else max(peak.cuda or 0 for peak in peaks),
+            "fits": memory.fitting(
+                resident, prompt["kv_cache_bytes_per_token"], per_token, None if limit == _FAR else limit
+            ),
+        },
+        **rates,
+        "kernels": kernels_used(model),
+        "machine": machine(job.device),
+    }
+
+
+def _speeds(model: Any, text: list[Window], settings: Speed | None, cache: float | None) -> dict[str, Any]:
+    if settings is None or "past_key_values" not in inspect.signature(model.forward).parameters:
+        return {"speed": [], "bandwidth": None, "energy_meter": None}  # those that keep a state decode by other calls
+    ids, meter = torch.cat([window.ids for window in text]), energy.meter(model.device)
+    bandwidth, weights = speed.bandwidth(model.device), speed.read_bytes(model)
+    prompts = settings.prompt if isinstance(settings.prompt, list) else [settings.prompt]
+    limits = (longest(model.config, prompt + settings.generate) for prompt in prompts)
+    lengths = dict.fromkeys(speed.fit(limit, prompt, settings.generate) for limit, prompt in zip(limits, prompts))
+    results = []
+    for batch in settings.batch:
+        for prompt, generate in lengths:
+            load = speed.Load(batch, prompt, generate, settings.repeats)
+            if reason := _too_large(load, cache, model.device):
+                results.append({**asdict(load), "skipped": reason})
+                continue
+            with progress(f"speed, batch {batch}, prompt {prompt}") as step:
+                found = speed.measure(model, ids, load, meter, step)
+            results.append(found | speed.traffic(found, weights, cache, bandwidth))
+    return {"speed": results, "bandwidth": bandwidth, "energy_meter": meter.name if meter else None}
+
+
+def _too_large(load: speed.Load, cache: float | None, device: torch.device) -> str | None:
+    """Why a load would not fit into memory; None where it does, or cannot be told."""
+    needed = _ROOM * (cache or 0.0) * load.batch * (load.prompt + load.generate)
+    if needed < (free := memory.free_bytes(device)):
+        return None
+    return f"its cache needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+
+
+def _tasks(job: _Job, model: Any) -> list[dict[str, Any]]:
+    if not job.settings.tasks:
+        return []
+    try:
+        return tasks.run_tasks(model, job.tokenizer, job.settings.tasks, job.settings.task_limit)
+    except ValueError as error:
+        raise ConfigError(f"eval.tasks: {error}") from error
+
+
+def _predict(job: _Job, text: list[Window]) -> None:
+    """Put the baseline's predictions on the disk, as far as they are not there."""
+    with job.predictions() as kept:
+        if len(kept) == len(text) and (kept.folder / _SAMPLE).exists():
+            return
+        files.preflight(
+            kept.folder, stored_predictions.bytes_per_token() * sum(window.targets.numel() for window in text)
+        )
+        baseline = job.load_baseline()
+        with progress("the baseline's predictions") as step:
+            for number, window in enumerate(text):
+                step(number, len(text))
+                if number not in kept:
+                    kept.keep(number, stored_predictions.predict(baseline, window, number))
+        said = sample(baseline, job.tokenizer, job.settings.prompt)
+        files.write_json(kept.folder / _SAMPLE, {"text": said})
+    del baseline
+    _free()
+
+
+def _quality(job: _Job, model: Any, text: list[Window], crowded: str | None) -> dict[str, Any]:
+    """Scores of all windows, the baseline's sample, and errors by depth; without a baseline the scores alone."""
+    alone: dict[str, Any] = {"quality": {"path": None}, "output_errors": None, "baseline_text": None}
+    with job.finished() as (finished, keep):
+        if job.baseline is None:
+            with progress("perplexity") as step:
+                return {**alone, "scores": quality.score(model, text, finished, keep, step)}
+        if crowded:
+            with job.predictions() as kept, progress("perplexity and divergence") as step:
+                scores = quality.each(
+                    text, lambda n, window: stored_predictions.compare(kept[n], model, window), finished, keep, step
+                )
+                said = read_json(kept.folder / _SAMPLE)["text"]
+            counts = f"{stored_predictions.TOP} stored and {stored_predictions.SAMPLES} sampled probabilities"
+            how = f"{counts} of each token, as {crowded}"
+            missing = {"skipped": crowded} if job.settings.output_errors else None
+            return {
+                **alone,
+                "quality": {"path": how},
+                "output_errors": missing,
+                "scores": scores,
+                "baseline_text": said,
+            }
+        dense = job.load_baseline()
+        with progress("perplexity and divergence") as step:
+            scores = quality.compare(dense, model, text, finished, keep, step)
+    return {
+        "quality": {"path": "side by side"},
+        "scores": scores,
+        "output_errors": _output_errors(job, dense, model, text[: job.settings.output_errors]),
+        "baseline_text": sample(dense, job.tokenizer, job.settings.prompt),
+    }
+
+
+def _output_errors(job: _Job, dense: Any, model: Any, text: list[Window]) -> dict[str, Any] | None:
+    """By the checkpoint's names of layers; None where no window is asked for."""
+    if not text:
+        return None
+    part_experts(dense, model)
+    with progress("errors by depth") as step:
+        found = layer_errors.output_errors(dense, model, text, decoder(dense), step)
+    if "quantization_config" in job.checkpoint.config:
+        names = names_of_experts(model.hf_quantizer.layout)
+        for layer in found["layers"]:
+            layer["name"] = names.get(layer["name"], layer["name"])
+    return found

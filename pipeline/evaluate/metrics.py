@@ -1,0 +1,188 @@
+"""What a metrics.json holds, as others may rely on it: its types, and the JSON schema made of them.
+
+Sizes are bytes, speeds tokens per second, divergences nats. What was not measured is null. Fields may be added within
+a format_version; none is removed, and none changes its meaning.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import CheckpointError, listing
+from ..storage.checkpoint import read_json
+
+METRICS = "metrics.json"
+FORMAT_VERSION = 2
+
+Number = Annotated[float, Field(allow_inf_nan=False)] | None
+Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+Count = Annotated[int, Field(ge=0)] | None
+Sums = list[Annotated[float, Field(allow_inf_nan=False)]]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class Model(_Part):
+    id: str
+    revision: str | None = None
+    architecture: str | None = None
+    parameters: Count = None
+
+
+class Protocol(_Part):
+    """How perplexity and divergence were measured; figures compare only where all of it is the same."""
+
+    name: str
+    text: str | None = None
+    text_sha256: str | None = None
+    context: Count = None
+    windows: Count = None
+    tokens: Count = None
+    dtype: str | None = None
+
+
+class Windows(_Part):
+    """Sums over the scored tokens of each window of text: what paired tests between runs need."""
+
+    tokens: list[Annotated[int, Field(gt=0)]]
+    nll: Sums
+    baseline_nll: Sums | None = None
+    kl: Sums | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Windows":
+        if any(sums is not None and len(sums) != len(self.tokens) for sums in (self.nll, self.baseline_nll, self.kl)):
+            raise ValueError("its lists are not of one length")
+        return self
+
+
+class Quality(_Part):
+    """Errors (_se) are standard errors over windows; what compares with the baseline is paired, token by token."""
+
+    perplexity: Positive = None
+    perplexity_se: Positive = None
+    baseline_perplexity: Positive = None
+    perplexity_ratio: Positive = None
+    perplexity_ratio_se: Positive = None
+    kl_mean: Number = None
+    kl_mean_se: Positive = None
+    kl_median: Number = None
+    kl_p99: Number = None
+    kl_max: Number = None
+    top1_agreement: Positive = None
+    top1_agreement_se: Positive = None
+    windows: Windows | None = None
+
+
+class Judged(_Part):
+    gate: str
+    passed: bool
+
+
+class Gates(_Part):
+    passed: bool
+    overridden: bool = False
+    judged: list[Judged] = []
+
+
+class Bits(_Part):
+    """Per weight: of quantized layers, of the decoder's blocks, of everything."""
+
+    quantized: Positive = None
+    decoder: Positive = None
+    all: Positive = None
+
+
+class Size(_Part):
+    file_bytes: Count = None
+    bits_per_weight: Bits | None = None
+
+
+class Fit(_Part):
+    card_gib: Count = None
+    context: Count = None
+
+
+class Memory(_Part):
+    resident_bytes: Count = None
+    prompt: Count = None
+    kv_cache_bytes_per_token: Positive = None
+    activation_peak_bytes: Count = None
+    peak_rss_bytes: Count = None
+    peak_cuda_bytes: Count = None
+    fits: list[Fit] | None = None
+
+
+class Rate(_Part):
+    median: Positive = None
+    min: Positive = None
+    max: Positive = None
+
+
+class Speed(_Part):
+    batch: Count = None
+    prompt: Count = None
+    generate: Count = None
+    prefill: Rate | None = None
+    decode: Rate | None = None
+
+
+class ConfigModel(_Part):
+    id: str
+    revision: str | None = None
+
+
+class Config(_Part):
+    """As much of the config as it takes to measure another checkpoint in the same way."""
+
+    models: list[ConfigModel] = []
+    eval: dict[str, Any] = {}
+    device: str = "auto"
+
+
+class Metrics(_Part):
+    """A metrics.json of bitpress: what was measured of one run, of what, how, and on what machine."""
+
+    format_version: Literal[2]
+    model: Model
+    scheme: str
+    method: str | None = None
+    format: str | None = None
+    checkpoint: dict[str, Any] | None = None
+    protocol: Protocol
+    quality: Quality
+    gates: Gates | None = None
+    size: Size
+    memory: Memory | None = None
+    speed: list[Speed] | None = None
+    machine: dict[str, Any] | None = None
+    versions: dict[str, str | None] | None = None
+    config: Config | None = None
+    command: str | None = None
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12), as in metrics.schema.json."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Metrics.model_json_schema()}
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """A metrics.json, checked.
+
+    Raises:
+        CheckpointError: of another version of the format, or not of its types.
+    """
+    found = read_json(path)
+    if (version := found.get("format_version")) != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version {version!r}, expected {FORMAT_VERSION}; run it again by this version of bitpress"
+        )
+    try:
+        Metrics.model_validate(found)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        raise CheckpointError(f"{path}: not the metrics of a run:\n{listing(problems)}") from error
+    return found

@@ -1,0 +1,30 @@
+"""Text and an eval section -> the windows of tokens that are scored."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from bitpress.eval.measure.protocols import CONTEXTS, Plan, make_plan
+
+from ..config.schema import Eval
+from ..data.text import Text
+from ..data.tokens import check_ids, longest
+from ..errors import NumericsError
+
+
+def windows(text: Text, tokenizer: Any, settings: Eval, model: PretrainedConfig) -> Plan:
+    """What a model reads of a text and what is scored of it, by the protocol that the settings name.
+
+    Raises:
+        NumericsError: the text fills no window. CheckpointError: a token that the model does not have.
+    """
+    context = longest(model, settings.context or CONTEXTS[settings.protocol])
+    stride = min(settings.stride, context)
+    try:
+        plan = make_plan(
+            settings.protocol, text.documents or [text.content], tokenizer, context, stride, settings.windows
+        )
+    except ValueError as error:
+        raise NumericsError(f"{text.name} has {error}; give more text, or set eval.context lower") from error
+    check_ids(text.name, plan.highest, tokenizer, model)
+    return plan

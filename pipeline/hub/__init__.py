@@ -1,0 +1,1 @@
+"""Models and their failures on the Hugging Face Hub."""

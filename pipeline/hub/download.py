@@ -1,0 +1,76 @@
+"""Where a model comes from: a local folder, the Hugging Face Hub, or bitpress itself."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from ..errors import CheckpointError, ConfigError
+from ..storage.checkpoint import INDEX, SINGLE, read_json
+from .errors import HUB_ERRORS, hub_error
+
+DEMO = "builtin:demo"
+_COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on this disk. `revision` is the Hub's commit, None for a local folder."""
+
+    id: str
+    revision: str | None
+    folder: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"id": self.id, "revision": self.revision}
+
+    def check_output(self, out: Path) -> None:
+        """Raises ConfigError if `out` would lie among the checkpoint's own files."""
+        if out.resolve().is_relative_to(self.folder.resolve()):
+            raise ConfigError(f"the output {out} lies in the checkpoint's own folder; choose another")
+
+
+def resolve(model: str, revision: str | None = None) -> Source:
+    """Find a model, downloading it from the Hub where it is not a local folder.
+
+    Raises:
+        ConfigError: it is neither a folder nor a Hub id. HubError: the Hub refused or could not be reached.
+        CheckpointError: it holds no safetensors. DiskError: the Hub's cache cannot be written.
+    """
+    if model == DEMO:
+        return Source(DEMO, None, (Path(__file__).parents[1] / "demo_model" / "config.json").resolve().parent)
+    path = Path(os.path.expanduser(model))  # unlike Path.expanduser, it lets an unknown ~user be
+    if model and os.path.isdir(path):
+        if revision:
+            raise ConfigError(f"{model} is a local folder, which has no revision {revision}; leave revision out")
+        return Source(path.resolve().name, None, path)
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ConfigError(f"{model!r} is neither a folder nor a Hub id such as org/name")
+    return _from_hub(model, revision)
+
+
+def _from_hub(model: str, revision: str | None) -> Source:
+    """The commit is settled by the first, small download; what is in the local cache serves where the Hub is away."""
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_COMPANIONS))
+        wanted = [*_COMPANIONS, *_weight_files(folder)]
+        folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=wanted))
+    except HUB_ERRORS as error:
+        raise hub_error(error, model, revision) from error
+    if not (folder / INDEX).exists() and not (folder / SINGLE).exists():
+        raise CheckpointError(
+            f"{model} has no {SINGLE} on the Hub, sharded or not, and bitpress reads nothing else (pickles can run "
+            "code); choose a model or a revision that has it"
+        )
+    return Source(model, folder.name, folder)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names to ask for; what else is wrong with an index is for Checkpoint to say."""
+    if not (folder / INDEX).exists():
+        return [SINGLE]
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    return sorted(name for name in names if not set("*?[") & set(name))  # they are taken for patterns

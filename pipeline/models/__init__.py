@@ -1,0 +1,1 @@
+"""Transformers models: their structure, quantized layers, loading, decoding."""

@@ -1,0 +1,135 @@
+"""A conversation with a model, by its tokenizer's chat template; what it has read already is not read again."""
+
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from ..errors import CheckpointError, ConfigError
+
+HELP = "/clear begins anew, /exit ends; Ctrl-C stops an answer"
+Write = Callable[[str], None]
+
+
+class _Printer(TextStreamer):
+    """Hands over words as they come, without what could steer a terminal."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write, self.words = write, ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.words += text
+        self.write("".join(letter for letter in text if letter.isprintable() or letter in "\n\t"))
+
+
+class Conversation:
+    """The turns so far, and the key-value cache of the tokens that they begin with.
+
+    Args:
+        system: what the model is told before the first turn; nothing where it is None.
+        tokens: of an answer, at most.
+        temperature: of sampling; 0 takes the most probable token, None is what the checkpoint's generation config says.
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+    """
+
+    turns: list[dict[str, str]]
+    cache: Any
+    read: list[int]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        system: str | None = None,
+        tokens: int = 1024,
+        temperature: float | None = None,
+    ):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                "this model's tokenizer has no chat template; use `bitpress generate`, or its chat version"
+            )
+        self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
+        self.sampling: dict[str, Any] = {}
+        if temperature is not None:
+            self.sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        self.system = [{"role": "system", "content": system}] if system else []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every turn."""
+        self.turns = []
+        self._forget_cache()
+
+    def answer(self, text: str, write: Write) -> None:
+        """Take a turn, and hand over the answer's words as they come. Interrupted, it keeps the words so far.
+
+        Raises:
+            ConfigError: the context is full. CheckpointError: the chat template, which is the checkpoint's, fails.
+        """
+        asked = [*self.turns, {"role": "user", "content": text}]
+        ids = self._ids(asked)
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30) - ids.shape[1]
+        if room < 1:
+            raise ConfigError(
+                f"the conversation is {ids.shape[1]} tokens long, more than the model's context; /clear it"
+            )
+        printer = _Printer(self.tokenizer, write)
+        try:
+            self._generate(ids, min(self.tokens, room), printer)
+        except KeyboardInterrupt:
+            self._forget_cache()  # some layers may have read a token more than others
+        self.turns = [*asked, {"role": "assistant", "content": printer.words}]
+
+    def _ids(self, turns: list[dict[str, str]]) -> torch.Tensor:
+        try:
+            given: Any = self.tokenizer.apply_chat_template(
+                [*self.system, *turns], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # whatever an untrusted template raises
+            raise CheckpointError(f"the model's chat template fails: {error}") from error
+        return given["input_ids"].to(self.model.device)
+
+    def _generate(self, ids: torch.Tensor, tokens: int, printer: _Printer) -> None:
+        made = self.model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), past_key_values=self._known(ids), max_new_tokens=tokens,
+            streamer=printer, num_beams=1, return_dict_in_generate=True,
+            pad_token_id=self.tokenizer.eos_token_id, **self.sampling,
+        )  # fmt: skip
+        self.cache, self.read = made.past_key_values, made.sequences[0, :-1].tolist()  # the last one was not read
+
+    def _known(self, ids: torch.Tensor) -> DynamicCache | None:
+        """The cache of what these tokens have in common with those before; None where nothing can be made of it."""
+        pairs = zip(self.read, ids[0, :-1].tolist())
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if type(self.cache) is not DynamicCache or not common:
+            return None
+        try:
+            if common < len(self.read):
+                self.cache.crop(common - len(self.read))
+        except (ValueError, RuntimeError):  # sliding windows have let go of what they would go back to
+            return None
+        return self.cache
+
+    def _forget_cache(self) -> None:
+        self.cache, self.read = None, []
+
+
+def converse(conversation: Conversation, lines: Iterator[str], write: Write) -> None:
+    """Answer line after line, until /exit or the last one. What goes wrong with one is said, and the next one taken."""
+    for line in map(str.strip, lines):
+        if line == "/exit":
+            return
+        if line == "/clear":
+            conversation.clear()
+        elif line.startswith("/"):
+            write(f"{HELP}\n")
+        elif line:
+            try:
+                conversation.answer(line, write)
+            except ConfigError as error:
+                write(str(error))
+            write("\n")

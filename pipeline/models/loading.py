@@ -1,0 +1,143 @@
+"""Files -> a transformers model: quantized layers on our kernels, everything else as transformers has it."""
+
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from bitpress.kernels.linear import QLinear
+
+from ..errors import CheckpointError, ConfigError
+from ..hub.download import resolve
+from ..storage.checkpoint import Checkpoint
+from ..system.device import pick_device
+from .modules import OnStep, experts_of, quantized_layers, replace_layers, set_tensor
+from .optimize import quicken
+from .quantized import Layout, read_layout
+from .structure import Target
+from .transformers import attach
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    model: str | Path,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    kernel: str = "auto",
+    on_step: OnStep = lambda done, total: None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, from a folder that bitpress wrote, an unquantized one, or a Hub id.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        dtype: of activations and unquantized weights: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
+        kernel: "auto", or the name of one kernel (see `bitpress list`), which then serves or raises.
+        on_step: called with (quantized layers done, layers in all).
+    Raises:
+        BitpressError: says what is wrong with the files, the options or the Hub.
+    """
+    folder = resolve(str(model), revision).folder
+    checkpoint = Checkpoint(folder)
+    return load_model(checkpoint, pick_device(device), dtype, kernel, on_step), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise CheckpointError(f"{folder.name}: no tokenizer can be made of its files: {error}") from error
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: str,
+    kernel: str = "auto",
+    on_step: OnStep = lambda done, total: None,
+) -> PreTrainedModel:
+    """The model of a checkpoint, quantized or not.
+
+    Args:
+        on_step: called with (quantized layers done, layers in all).
+    """
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; use auto or one of {', '.join(_DTYPES)}")
+    wanted = _DTYPES.get(dtype)
+    checkpoint.fetch()
+    if "quantization_config" in checkpoint.config:
+        return _load_quantized(checkpoint, device, wanted, kernel, on_step)
+    return load_dense(checkpoint, wanted).to(device)  # type: ignore[arg-type]
+
+
+def load_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """An unquantized checkpoint as transformers itself loads it, its experts one by one (see QExperts)."""
+    checkpoint.config  # noqa: B018  (refuses remote code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"{checkpoint.folder.name}: transformers cannot load it: {error}") from error
+    return model.eval()
+
+
+def _load_quantized(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str, on_step: OnStep
+) -> PreTrainedModel:
+    layout = read_layout(checkpoint, dtype)
+    model, experts = layout.model, experts_of(layout)
+    _fill(checkpoint, layout, {n: t for n, t in layout.plain.items() if t.parameter not in experts}, device)
+    replace_layers(model, layout.names, quantized_layers(checkpoint, layout, lambda target: device, kernel, on_step))
+    model = _finish(checkpoint, model, device)
+    quicken(model)
+    attach(model, checkpoint, layout)
+    return model
+
+
+def _fill(checkpoint: Checkpoint, layout: Layout, plain: dict[str, Target], device: torch.device) -> None:
+    """Put the tensors that are not quantized into the skeleton; those that the model does not have are left out."""
+    model, names = layout.model, layout.names
+    fused: dict[str, list[tuple[tuple[int, int, int], str]]] = defaultdict(list)
+    for name, target in plain.items():
+        if not names.known(target.parameter):
+            continue
+        if (shape := checkpoint.tensors[name].shape) != names.shape(target):
+            raise CheckpointError(f"{name}: shape {list(shape)}, by config.json {list(names.shape(target) or ())}")
+        if target.expert:
+            fused[target.parameter].append((target.expert, name))
+        else:
+            set_tensor(model, target.parameter, checkpoint.read(name), device)
+    for parameter, items in fused.items():
+        pieces = items[0][0][2]
+        tensors = [checkpoint.read(name) for _, name in sorted(items)]
+        rows = [torch.cat(tensors[i : i + pieces]) for i in range(0, len(tensors), pieces)]
+        set_tensor(model, parameter, torch.stack(rows), device)
+
+
+def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    model.tie_weights()
+    if (checkpoint.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def kernels_used(model: nn.Module) -> dict[str, Any]:
+    """{"selected": kernel -> layers, "rejected": kernel -> reason} over a model's quantized layers, and "fused": how
+    many decoder layers decode in one call, and why others do not (None where it was not tried)."""
+    layers = [module for module in model.modules() if isinstance(module, QLinear)]
+    rejected: dict[str, str] = {}
+    for layer in layers:
+        rejected |= layer.selection.rejected
+    selected = dict(Counter(layer.selection.kernel.name for layer in layers))
+    fusing = getattr(model, "fusing", None)
+    return {"selected": selected, "rejected": rejected, "fused": asdict(fusing) if fusing else None}

@@ -1,0 +1,129 @@
+"""Puts layers, quantized ones above all, in the places of a model's dense ones."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitpress.kernels.linear import QExperts, QLinear
+from bitpress.kernels.qtensor import QTensor
+
+from ..errors import ConfigError
+from ..storage.checkpoint import Checkpoint
+from ..system.threads import one_ahead
+from .quantized import Layout, check_shape, read_layer
+from .structure import Names, Target, replace_module
+
+MakeLayer = Callable[[Tensor | None], nn.Module]  # of the bias, None for experts
+OnStep = Callable[[int, int], None]
+
+
+class _DenseLinear(nn.Module):
+    """A linear layer that is not quantized, as one piece of an expert."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def dense_layer(weight: Tensor) -> MakeLayer:
+    """For replace_layers: an expert's piece [out, in] that is not quantized."""
+    return lambda bias: _DenseLinear(weight)
+
+
+def replace_layers(model: PreTrainedModel, names: Names, layers: Iterable[tuple[Target, MakeLayer]]) -> None:
+    """Put a module in the place of each target, linear layers and experts alike, one after the other.
+
+    Args:
+        layers: targets, each with a function of the bias (None for experts) that makes the module.
+    """
+    experts: dict[str, dict[int, dict[int, nn.Module]]] = defaultdict(lambda: defaultdict(dict))
+    for target, make in layers:
+        if target.expert:
+            expert, piece, _ = target.expert
+            experts[target.parameter][expert][piece] = make(None)
+            continue
+        path = target.parameter.removesuffix(".weight")
+        replace_module(model, path, make(getattr(model.get_submodule(path), "bias", None)))
+    for parameter, table in experts.items():
+        place_experts(model, parameter, [[table[e][p] for p in sorted(table[e])] for e in sorted(table)])
+
+
+def place_experts(model: PreTrainedModel, parameter: str, experts: list[list[nn.Module]]) -> None:
+    """Put layers, those of each expert one after the other, in the place of a 3-D parameter (see QExperts)."""
+    replace_module(model, parameter, QExperts(experts))
+    model.config._experts_implementation = "eager"  # transformers' other ones want one 3-D tensor
+
+
+def experts_of(layout: Layout) -> set[str]:
+    """The 3-D parameters of which at least one expert is quantized."""
+    return {target.parameter for target in layout.quantized.values() if target.expert}
+
+
+def quantized_layers(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    device_of: Callable[[Target], torch.device],
+    kernel: str = "auto",
+    on_step: OnStep = lambda done, total: None,
+) -> Iterator[tuple[Target, MakeLayer]]:
+    """For replace_layers: each quantized layer, checked, and experts beside quantized ones as they are.
+
+    The next layer is being read while a kernel repacks one.
+    """
+    experts, dtype = experts_of(layout), layout.model.dtype
+    for name, target in layout.plain.items():
+        if target.parameter in experts:
+            yield target, dense_layer(checkpoint.read(name).to(device_of(target), dtype))
+    qtensors = one_ahead(lambda layer: read_layer(checkpoint, layout.format, layout.scheme, layer), layout.quantized)
+    for number, ((layer, target), qtensor) in enumerate(zip(layout.quantized.items(), qtensors)):
+        on_step(number, len(layout.quantized))
+        check_shape(layout, layer, qtensor)
+        yield target, _maker(qtensor.to(device_of(target)), dtype, kernel)
+        del qtensor  # its memory serves for the next but one
+    on_step(len(layout.quantized), len(layout.quantized))
+
+
+def _maker(qtensor: QTensor, dtype: torch.dtype, kernel: str) -> MakeLayer:
+    def make(bias: Tensor | None) -> nn.Module:
+        try:
+            return QLinear(qtensor, bias, dtype, kernel)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    return make
+
+
+def part_experts(dense: PreTrainedModel, quantized: PreTrainedModel) -> None:
+    """Where `quantized` has experts of layers, give `dense` such, too; their weights are views of what it has."""
+    for path, module in list(quantized.named_modules()):
+        if not isinstance(module, QExperts):
+            continue
+        owner, _, leaf = path.rpartition(".")
+        parameter = getattr(dense.get_submodule(owner), leaf)
+        assert isinstance(parameter, Tensor)
+        pieces = [len(list(expert.children())) for expert in module.experts]
+        rows = [[dense_layer(part)(None) for part in each.chunk(n)] for each, n in zip(parameter.detach(), pieces)]
+        place_experts(dense, path, rows)
+
+
+def names_of_experts(layout: Layout) -> dict[str, str]:
+    """Module -> layer, as the checkpoint names it: ….experts.gate_up_proj.experts.3.0 -> ….experts.3.gate_proj."""
+    experts = [(target.parameter, target.expert, layer) for layer, target in layout.quantized.items()]
+    return {f"{parameter}.experts.{e[0]}.{e[1]}": layer for parameter, e, layer in experts if e}
+
+
+def set_tensor(model: PreTrainedModel, parameter: str, tensor: Tensor, device: torch.device) -> None:
+    """Put a tensor where the model has a parameter or buffer of this name, in the model's dtype."""
+    path, _, leaf = parameter.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = tensor.to(device, model.dtype) if tensor.is_floating_point() else tensor.to(device)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

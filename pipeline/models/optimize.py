@@ -1,0 +1,297 @@
+"""Decoding on the CPU, a decoder layer at a time: those that csrc/layer.c can run do so, for one token of one sequence.
+
+The model stays as transformers made it. A layer's forward is replaced by one that looks at what it was given: a single
+token with a key-value cache that grows, and nothing else asked for, goes to NativeLayer; all the rest goes to the
+layer's own forward. A layer is taken only after both gave the same output and the same keys and values.
+"""
+
+from collections import Counter
+from copy import deepcopy
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from bitpress.kernels.cpu.native import DTYPES
+from bitpress.kernels.decoder_layer import ACTIVATIONS, NativeLayer, Norm, Parts
+from bitpress.kernels.linear import QLinear, join_siblings
+
+from .structure import decoder
+
+_ROOM = 256  # tokens that a cache has room for when it is made larger, or an eighth of what it holds
+_PASSED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"}
+_CAPTURING = "transformers.utils.output_capturing"  # whose hooks stay, but do nothing unless outputs are asked for
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_LINEARS = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_KNOWN = {*_LINEARS, *_NORMS, *_HEAD_NORMS, "self_attn", "mlp", "mlp.act_fn"}
+
+# Relative to the layer's update, in float32: rounding flips an activation's int8 code here and there, which changes a
+# sum of products by the order of 1e-4; another formula changes it by more than this.
+_TOLERANCE = 5e-3
+_EXACT_TOLERANCE = 1e-5  # of norms and activations, which are compared by themselves
+_PROMPT, _TOKENS, _POSITION = 3, 2, 40  # with which a layer is tried: rows first, then one by one, and where they stand
+
+
+@dataclass(frozen=True)
+class Fusing:
+    """`fused` of the model's `of` decoder layers decode in one call; `why` the others do not: reason -> layers."""
+
+    fused: int
+    of: int
+    why: dict[str, int]
+
+
+class _Unfit(Exception):
+    """Why a layer is left as it is."""
+
+
+def quicken(model: PreTrainedModel) -> None:
+    """Once every layer is in its place: on the CPU, decoder layers decode in one call where they can; on GPUs, layers
+    read the same are one product."""
+    devices = {layer.device.type for layer in model.modules() if isinstance(layer, QLinear)}
+    split = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    if devices == {"cpu"} and not split:
+        model.fusing = fuse(model)  # type: ignore[assignment]
+    else:
+        join_siblings(model)
+
+
+def fuse(model: PreTrainedModel) -> Fusing:
+    """Let the decoder layers that can, decode in one call; the others stay as they are."""
+    layers = list(model.get_submodule(decoder(model)).children())
+    why: Counter[str] = Counter()
+    for layer in layers:
+        try:
+            _fuse_layer(layer, model)
+        except _Unfit as reason:
+            why[str(reason)] += 1
+    return Fusing(len(layers) - why.total(), len(layers), dict(why))
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every layer its own forward back."""
+    for layer in model.modules():
+        if isinstance(layer.__dict__.get("decoding"), _Decoding):
+            del layer.forward, layer.decoding
+
+
+def _fuse_layer(layer: nn.Module, model: PreTrainedModel) -> None:
+    parts = _parts(layer)
+    if reason := parts.reject():
+        raise _Unfit(reason)
+    if any("forward" in module.__dict__ for module in layer.modules()):
+        raise _Unfit("its forward was replaced")
+    step = _Decoding(layer, NativeLayer(parts))
+    _try(layer, step, model)
+    layer.decoding = step  # type: ignore[assignment]
+    layer.forward = MethodType(_forward, layer)
+
+
+def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """In the place of a decoder layer's forward."""
+    step = layer.__dict__["decoding"]
+    if not args and step.serves(hidden_states, kwargs):
+        return step(hidden_states, kwargs["position_embeddings"], kwargs["past_key_values"])
+    return type(layer).forward(layer, hidden_states, *args, **kwargs)
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's cache whose keys and values are views of larger tensors, until someone else replaces them."""
+
+    def __init__(self, layer: DynamicLayer):
+        super().__init__()
+        self.__dict__.update(layer.__dict__)
+        self.room: tuple[Tensor, Tensor] | None = None
+        self.seen: tuple[Tensor, Tensor] | None = None
+
+    def make_room(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, heads, capacity, dim] that begin with the cache's, and have room for one token more."""
+        assert self.keys is not None
+        assert self.values is not None
+        length = self.keys.shape[2]
+        ours = self.seen is not None and self.keys is self.seen[0] and self.values is self.seen[1]
+        if self.room is None or not ours or self.room[0].shape[2] == length:
+            self.room = (_with_room(self.keys), _with_room(self.values))
+        return self.room
+
+    def advance(self) -> None:
+        """The token after the last is in the room now."""
+        assert self.keys is not None
+        assert self.room is not None
+        length = self.keys.shape[2] + 1
+        self.keys, self.values = self.seen = (self.room[0].narrow(2, 0, length), self.room[1].narrow(2, 0, length))
+
+
+def _with_room(states: Tensor) -> Tensor:
+    batch, heads, length, dim = states.shape
+    with torch.inference_mode(False):  # what is made in that mode could not be continued outside of it
+        larger = torch.empty((batch, heads, length + max(_ROOM, length // 8), dim), dtype=states.dtype)
+    larger[:, :, :length] = states
+    return larger
+
+
+class _Decoding:
+    """How one layer decodes; it knows the modules below the layer, to step aside where they are not what they were."""
+
+    def __init__(self, layer: nn.Module, native: NativeLayer):
+        self.layer, self.native = layer, native
+        attention: Any = layer.get_submodule("self_attn")
+        self.index, self.config = int(attention.layer_idx), attention.config
+        self.children: list[tuple[dict, dict]] | None = None
+        self.hooks: list[dict] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks at the modules of the copied layer, which are not there yet when it is made."""
+        return {**self.__dict__, "children": None, "hooks": []}
+
+    def serves(self, x: Tensor, given: dict[str, Any]) -> bool:
+        """Whether this is a single token after others, with nothing asked for but the next hidden state."""
+        if x.shape != (1, 1, self.native.hidden) or x.dtype not in DTYPES or given.get("attention_mask") is not None:
+            return False
+        if torch.compiler.is_compiling() or type(x) is not Tensor or x.requires_grad or self.layer.training:
+            return False
+        if any(given[name] for name in given.keys() - _PASSED) or self.config._attn_implementation != "sdpa":
+            return False
+        return self._rotation_fits(x, given) and self._cache_fits(x, given.get("past_key_values")) and self._untouched()
+
+    def _rotation_fits(self, x: Tensor, given: dict[str, Any]) -> bool:
+        shape = (1, 1, self.native.parts.dim)
+        rotation = given.get("position_embeddings")
+        return (
+            isinstance(rotation, tuple)
+            and len(rotation) == 2
+            and all(table.shape == shape and table.dtype == x.dtype and table.is_contiguous() for table in rotation)
+        )
+
+    def _cache_fits(self, x: Tensor, cache: Any) -> bool:
+        if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) <= self.index:
+            return False
+        layer: Any = cache.layers[self.index]
+        if type(layer) not in (DynamicLayer, GrowingLayer) or not layer.is_initialized or layer.keys.dim() != 4:
+            return False
+        batch, heads, length, dim = layer.keys.shape
+        known = (1, self.native.key_heads, self.native.parts.dim)
+        return (batch, heads, dim) == known and length > 0 and layer.keys.dtype == layer.values.dtype == x.dtype
+
+    def _untouched(self) -> bool:
+        """Whether the modules below the layer are those that were compared, without hooks of others."""
+        if self.children is None:
+            modules = list(self.layer.modules())
+            self.children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
+            self.hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        if any(now != then for now, then in self.children):
+            return False
+        return not any(hook.__module__ != _CAPTURING for hooks in self.hooks if hooks for hook in hooks.values())
+
+    def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: DynamicCache) -> Tensor:
+        layer: Any = cache.layers[self.index]
+        if type(layer) is DynamicLayer:
+            layer = cache.layers[self.index] = GrowingLayer(layer)
+        keys, values = layer.make_room()
+        y = self.native.step(x.contiguous(), rotation, keys, values, layer.keys.shape[2])
+        layer.advance()
+        return y
+
+
+def _parts(layer: nn.Module) -> Parts:
+    """What a layer consists of, by its modules' names and what they compute.
+
+    Raises:
+        _Unfit: something is missing, or is there besides.
+    """
+    modules = dict(layer.named_modules())
+    for name in (*_LINEARS, *_NORMS):
+        if name not in modules:
+            raise _Unfit(f"it has no {name}")
+    for name in _LINEARS:
+        if not isinstance(modules[name], QLinear):
+            raise _Unfit(f"{name} is not quantized")
+    for name in sorted(modules.keys() - _KNOWN - {""}):
+        if not name.startswith(_LINEARS):
+            raise _Unfit(f"it has a {name}, which a Llama's layer has not")
+    attention: Any = modules["self_attn"]
+    dim, scale = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
+    if not isinstance(dim, int) or not isinstance(scale, float):
+        raise _Unfit("self_attn does not say its head_dim and scaling")
+    if attention.config._attn_implementation != "sdpa":
+        raise _Unfit(f"attention is {attention.config._attn_implementation}, not sdpa")
+    norms = [_norm(name, modules[name]) for name in _NORMS]
+    of_heads = [_norm(name, modules[name]) if name in modules else None for name in _HEAD_NORMS]
+    linears = tuple(modules[name] for name in _LINEARS)
+    return Parts(linears, (*norms, *of_heads), dim, scale, _activation(modules.get("mlp.act_fn")))  # type: ignore[arg-type]
+
+
+def _norm(name: str, module: nn.Module) -> Norm:
+    """What a norm multiplies by is what it makes of ones, whether it keeps that as its weight or, say, less 1."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+        raise _Unfit(f"{name} is not an RMS norm")
+    ones = torch.ones(weight.numel())
+    norm = Norm(module(ones).to(torch.float32) * (1 + eps) ** 0.5, eps)
+    x = torch.randn(weight.numel(), generator=torch.Generator().manual_seed(0)) * eps**0.5  # so small that eps counts
+    expected = x * torch.rsqrt(x.square().mean() + eps) * norm.weight
+    if not _close(module(x), expected, _EXACT_TOLERANCE):
+        raise _Unfit(f"{name} is not an RMS norm")
+    return norm
+
+
+def _activation(module: nn.Module | None) -> str:
+    if module is None:
+        raise _Unfit("mlp has no act_fn")
+    x = torch.linspace(-8, 8, 1001)
+    for name, expected in zip(ACTIVATIONS, (F.silu(x), F.gelu(x, approximate="tanh"))):
+        if _close(module(x), expected, _EXACT_TOLERANCE):
+            return name
+    raise _Unfit(f"mlp.act_fn is {type(module).__name__}")
+
+
+def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """By norms; NaN is close to nothing."""
+    return bool((got - expected).norm() <= tolerance * expected.norm())
+
+
+@torch.inference_mode()
+def _try(layer: nn.Module, step: _Decoding, model: PreTrainedModel) -> None:
+    """Run random rows through a layer's own forward, then single ones through both.
+
+    Raises:
+        _Unfit: they differ, or the layer cannot be run by itself.
+    """
+    owner = model.get_submodule(decoder(model).rpartition(".")[0])
+    rotary = getattr(owner, "rotary_emb", None)
+    if rotary is None:
+        raise _Unfit("the model has no rotary_emb")
+    x = torch.randn(1, _PROMPT + _TOKENS, step.native.hidden, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(_POSITION, _POSITION + x.shape[1]).unsqueeze(0)
+    try:
+        cos, sin = rotary(x, positions)
+        theirs: Any = DynamicCache(config=model.config)
+        ours: Any = None
+        for start, end in [(0, _PROMPT), *((i, i + 1) for i in range(_PROMPT, x.shape[1]))]:
+            row, rotation = x[:, start:end], (cos[:, start:end], sin[:, start:end])
+            given = {"attention_mask": None, "position_ids": positions[:, start:end], "past_key_values": theirs}
+            expected = type(layer).forward(layer, row, **given, use_cache=True, position_embeddings=rotation)
+            if ours is None:
+                ours = deepcopy(theirs)
+                continue
+            if not step.serves(row, {"past_key_values": ours, "position_embeddings": rotation}):
+                raise _Unfit(f"its cache is a {type(ours.layers[step.index]).__name__}")
+            _compare(step(row, rotation, ours) - row, expected - row)
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        raise _Unfit(f"it cannot be tried by itself: {error}") from error
+    assert ours is not None
+    got, own = ((cache.layers[step.index].keys, cache.layers[step.index].values) for cache in (ours, theirs))
+    for states, expected in zip(got, own):
+        _compare(states, expected)
+
+
+def _compare(got: Tensor, expected: Tensor) -> None:
+    if not _close(got, expected, _TOLERANCE):
+        raise _Unfit("it computes something else than a Llama's layer")

@@ -1,0 +1,190 @@
+"""Walks any decoder-only architecture that transformers has: which tensor is which weight of which decoder block.
+
+The model is built from config.json alone, its parameters on the meta device, and asked; there is no per-model code.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import CheckpointError
+from ..storage.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a checkpoint's tensor goes in the model.
+
+    parameter: the model's own name of it, such as "model.layers.0.mlp.experts.gate_up_proj".
+    expert: (expert index, piece index, pieces) where transformers merges one tensor per expert into a 3-D parameter,
+        as gate (piece 0) and up (piece 1) of each expert.
+    """
+
+    parameter: str
+    expert: tuple[int, int, int] | None = None
+
+
+def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a checkpoint, its parameters on the meta device (they take no memory), its buffers real.
+
+    Raises:
+        CheckpointError: transformers has no causal language model for this config, or the config is not sane.
+    """
+    layers = checkpoint.config.get("num_hidden_layers", checkpoint.config.get("n_layer", 1))
+    if not isinstance(layers, int) or not 1 <= layers <= len(checkpoint.tensors):
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: {layers!r} layers, the files hold {len(checkpoint.tensors)} tensors"
+        )
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            chosen = dtype or config.dtype or torch.float32
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=chosen)
+    except Exception as error:  # whatever an untrusted config makes transformers stumble over
+        kind = checkpoint.config.get("model_type", "no model_type")
+        reason = str(error).strip() or type(error).__name__
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: transformers builds no causal language model from it ({kind}): "
+            f"{reason.splitlines()[0]}"
+        ) from error
+    return model.eval()
+
+
+def decoder(model: nn.Module) -> str:
+    """The name of the list of decoder blocks, such as "model.layers": the outermost largest list.
+
+    Raises:
+        CheckpointError: the model has no list of blocks.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise CheckpointError(f"{type(model).__name__} has no list of decoder blocks to walk")
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists}
+    return max(sizes, key=lambda name: (sizes[name], -len(name)))
+
+
+class Names:
+    """Translates a checkpoint's tensor names into the model's, by transformers' own rules of renaming and merging."""
+
+    def __init__(self, model: PreTrainedModel):
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._parameters = dict(model.named_parameters())
+        self._tied = tied(model)
+        self._state = {**self._parameters, **dict(model.named_buffers())}
+        for name, origin in self._tied.items():
+            self._state.setdefault(name, self._state[origin])
+        self._blocks = decoder(model)
+
+    def target(self, name: str) -> Target:
+        """The parameter that `name` fills; a name that the model does not have comes back as it is.
+
+        Raises:
+            CheckpointError: transformers would rework this tensor in a way that bitpress does not follow.
+        """
+        renamed, pattern = rename_source_key(
+            name, self._renamings, self._converters, base_model_prefix=self._prefix, meta_state_dict=self._state
+        )
+        if pattern is None:
+            return Target(renamed)
+        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        kinds = [type(operation) for operation in converter.operations]
+        dims = [getattr(operation, "dim", None) for operation in converter.operations]
+        if (kinds, dims) not in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1])):
+            steps = ", ".join(kind.__name__ for kind in kinds)
+            raise CheckpointError(
+                f"{name}: transformers loads it through {steps}, which bitpress does not follow; "
+                "this architecture is not supported yet"
+            )
+        for renaming in self._renamings:
+            name, _ = renaming.rename_source_key(name)
+        found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+        if found is None:
+            return Target(renamed)
+        pieces = converter.source_patterns
+        return Target(renamed, (int(found[1]), pieces.index(pattern), len(pieces)))
+
+    def known(self, parameter: str) -> bool:
+        return parameter in self._state
+
+    def shape(self, target: Target) -> tuple[int, ...] | None:
+        """The shape that config.json gives the tensor; None where the model does not say."""
+        parameter = self._state.get(target.parameter)
+        if not isinstance(parameter, torch.Tensor):
+            return None
+        if target.expert is None:
+            return tuple(parameter.shape)
+        return (parameter.shape[1] // target.expert[2], *parameter.shape[2:])
+
+    def floating(self, target: Target) -> bool:
+        """Whether the model computes with the tensor as floating-point numbers."""
+        parameter = self._state.get(target.parameter)
+        return isinstance(parameter, torch.Tensor) and parameter.is_floating_point()
+
+    def missing(self, targets: Iterable[Target]) -> list[str]:
+        """Parameters of the model that none of the targets fills, or not with every piece of every expert."""
+        filled: dict[str, set[tuple[int, int] | None]] = defaultdict(set)
+        pieces: dict[str, int] = {}
+        for target in targets:
+            filled[target.parameter].add(target.expert[:2] if target.expert else None)
+            if target.expert:
+                pieces[target.parameter] = target.expert[2]
+        problems = []
+        for name, parameter in self._parameters.items():
+            if name in pieces:
+                wanted = {(expert, piece) for expert in range(parameter.shape[0]) for piece in range(pieces[name])}
+                if filled[name] != wanted:
+                    problems.append(f"{name}: {len(filled[name])} expert tensors in the files, expected {len(wanted)}")
+            elif name not in filled and name not in self._tied:
+                problems.append(f"{name}: no tensor in the files")
+        return problems
+
+    def block(self, parameter: str) -> int | None:
+        """The decoder block that a parameter of the model belongs to."""
+        rest = parameter.removeprefix(f"{self._blocks}.")
+        return int(rest.split(".")[0]) if rest != parameter else None
+
+
+def linear_kind(model: nn.Module, target: Target) -> str | None:
+    """ "linear" for a weight stored [out, in], "conv1d" for one stored [in, out], None for anything else."""
+    if target.expert:
+        return "linear"
+    path, _, leaf = target.parameter.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf != "weight":
+        return None
+    if isinstance(module, Conv1D):
+        return "conv1d"
+    return "linear" if isinstance(module, nn.Linear) else None
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` is, a submodule or a parameter of the model."""
+    parent_path, _, leaf = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    parent._parameters.pop(leaf, None)
+    setattr(parent, leaf, module)
+
+
+def tied(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter -> the parameter whose storage it shares, such as lm_head.weight -> model.embed_tokens.weight."""
+    return dict(model.all_tied_weights_keys)

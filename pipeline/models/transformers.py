@@ -1,0 +1,153 @@
+"""What transformers calls a quantizer: it loads quantized layers in from_pretrained, and saves them in save_pretrained.
+
+hf.py registers it; models that bitpress itself loads have one too, so that they can be saved.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import CheckpointError, ConfigError
+from ..storage.checkpoint import Checkpoint
+from .modules import experts_of, quantized_layers, replace_layers
+from .optimize import quicken
+from .quantized import Layout, read_layout
+from .structure import Target, replace_module
+
+METHOD = "bitpress"
+
+
+class BitpressConfig(QuantizationConfigMixin):
+    """A checkpoint's quantization_config as it stands in its config.json, and is saved again."""
+
+    quant_method = METHOD  # type: ignore[assignment]
+
+    def __init__(self, stored: dict[str, Any]):
+        self.stored = stored
+
+    def to_dict(self) -> dict[str, Any]:
+        return deepcopy(self.stored)
+
+
+class _Waiting(nn.Module):
+    """Stands where a quantized layer or a table of experts will be: as many bytes, for device maps; its bias."""
+
+    room: Tensor
+
+    def __init__(self, nbytes: int, bias: nn.Parameter | None):
+        super().__init__()
+        self.bias = bias
+        self.weight = torch.empty(0)  # some models initialize it, whatever it is
+        self.register_buffer("room", torch.empty(nbytes, dtype=torch.uint8), persistent=False)
+
+
+class BitpressQuantizer(HfQuantizer):
+    """Quantized layers on bitpress's kernels.
+
+    On models over several devices each layer runs where it lies, those on the CPU on the CPU's kernels.
+
+    Raises, in from_pretrained and save_pretrained:
+        BitpressError: as `load` does; layers on the disk, or files that changed since they were read.
+    """
+
+    requires_calibration = True  # the weights must be quantized already
+    checkpoint: Checkpoint
+    layout: Layout
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def validate_environment(self, device_map: Any = None, **others: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ConfigError(
+                "the device_map leaves part of the model on the disk, and quantized layers stay in memory; "
+                "allow more of it, or use a model of fewer bits"
+            )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **given: Any) -> None:
+        with torch.device("cpu"):  # instead of the meta device
+            self.checkpoint = Checkpoint(Path(given["checkpoint_files"][0]).parent)
+            self.checkpoint.fetch()
+            self.layout = read_layout(self.checkpoint, model=model)
+        sizes: dict[str, int] = {}
+        for name, target in self._ours():
+            path = _path(target)
+            sizes[path] = sizes.get(path, 0) + self.checkpoint.tensors[name].nbytes
+        for path, nbytes in sizes.items():
+            bias = None if _is_parameter(model, path) else getattr(model.get_submodule(path), "bias", None)
+            replace_module(model, path, _Waiting(nbytes, bias))
+        model._keys_to_ignore_on_load_unexpected = {".*"}  # the layout tells what does not belong
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
+        places = getattr(model, "hf_device_map", None) or {}
+        split = len(set(places.values())) > 1
+        if split:
+            remove_hook_from_submodules(model)
+        devices = {path: module.room.device for path, module in model.named_modules() if isinstance(module, _Waiting)}
+        layers = quantized_layers(self.checkpoint, self.layout, lambda target: devices[_path(target)])
+        replace_layers(model, self.layout.names, layers)
+        quicken(model)
+        if split:
+            dispatch_model(model, places, main_device="cpu" if "cpu" in places.values() else None)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The model's parameters, and what was quantized from its files again, to the bit.
+
+        Raises:
+            CheckpointError: the files are not there any more, or not what they were.
+        """
+        try:
+            self.checkpoint.check_unchanged()
+            quantized = {name: self.checkpoint.read(name) for name, _ in self._ours()}
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{error.filename} is no longer there; quantized weights are saved from the files that they came from"
+            ) from error
+        tables = tuple(f"{parameter}." for parameter in experts_of(self.layout))
+        plain = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tables)}
+        return plain | quantized, {}
+
+    def _ours(self) -> Iterator[tuple[str, Target]]:
+        """The tensors that transformers is not to load, and where they go."""
+        for layer, target in self.layout.quantized.items():
+            for suffix in self.layout.format.suffixes:
+                if (name := f"{layer}.{suffix}") in self.checkpoint.tensors:
+                    yield name, target
+        experts = experts_of(self.layout)
+        yield from ((name, target) for name, target in self.layout.plain.items() if target.parameter in experts)
+
+
+def _path(target: Target) -> str:
+    """What stands in the place of the weight: a layer, or a table of experts."""
+    return target.parameter if target.expert else target.parameter.removesuffix(".weight")
+
+
+def _is_parameter(model: nn.Module, path: str) -> bool:
+    parent, _, leaf = path.rpartition(".")
+    return leaf in model.get_submodule(parent)._parameters
+
+
+def attach(model: PreTrainedModel, checkpoint: Checkpoint, layout: Layout) -> None:
+    """Let a model that bitpress loaded be saved by save_pretrained."""
+    quantizer = BitpressQuantizer(BitpressConfig(checkpoint.config["quantization_config"]), pre_quantized=True)
+    quantizer.checkpoint, quantizer.layout = checkpoint, layout
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.config.quantization_config = quantizer.quantization_config

@@ -1,0 +1,127 @@
+"""What of a finished run goes to the Hub: an allow-list, every file with its size and hashes. Nothing is sent here."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, listing
+from ..storage.checkpoint import INDEX, Checkpoint, read_json
+from ..storage.fingerprint import MANIFEST
+from ..system.redact import has_token
+
+CARD = "README.md"
+LARGEST = 50 * 10**9  # bytes; the Hub takes no larger file
+LARGEST_TEXT = 64 * 10**6  # of everything but weights; the largest tokenizers have some 35 MB
+_LARGEST_IN_GIT = 10 * 10**6
+_ALLOWED = (
+    "config.json", "generation_config.json", "quantize_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.jinja", "chat_template.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+_REPORTS = ("metrics.json", "report.md", "report.html")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file to send: its name in the repository, and its bytes, or where they lie."""
+
+    name: str
+    content: Path | bytes
+    size: int
+    sha256: str
+
+    @staticmethod
+    def of(name: str, content: bytes) -> "Item":
+        return Item(name, content, len(content), hashlib.sha256(content).hexdigest())
+
+    def blob(self) -> str | None:
+        """The name that git gives to these bytes; None where they are too many for the Hub to keep in git."""
+        if self.size > _LARGEST_IN_GIT:
+            return None
+        content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % self.size + content, usedforsecurity=False).hexdigest()
+
+
+@dataclass
+class Parcel:
+    """Everything that goes up. left_out: file of the run's artifact -> why it stays here."""
+
+    items: list[Item] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, content: str | bytes) -> None:
+        made = Item.of(name, content.encode() if isinstance(content, str) else content)
+        self.items = [item for item in self.items if item.name != name] + [made]
+
+
+def pack(run: Path, config: Mapping[str, Any]) -> Parcel:
+    """The artifact's files that are on the list, and the reports of the run that was made by a config.
+
+    Raises:
+        CheckpointError: one of them is a link, too large, or holds a token.
+    """
+    artifact, parcel = run / "artifact", Parcel()
+    listed = read_json(artifact / MANIFEST)["files"]
+    weights = {file.name for file in Checkpoint(artifact).files} | {INDEX}
+    faults = []
+    for path in sorted(artifact.iterdir()):
+        name = path.name
+        if name not in listed or not (name in weights or any(fnmatch(name, mark) for mark in _ALLOWED)):
+            if name not in (MANIFEST, CARD):  # which are written anew
+                parcel.left_out[name] = _why_not(name, name in listed)
+        elif fault := _fault(path, name in weights):
+            faults.append(fault)
+        else:
+            parcel.items.append(Item(name, path, listed[name]["bytes"], listed[name]["sha256"]))
+    for path in (run / name for name in _REPORTS):
+        if fault := _fault(path, weights=False):
+            faults.append(fault)
+        else:
+            parcel.add(path.name, without_paths(path.read_text(encoding="utf-8"), config))
+    if faults:
+        raise CheckpointError(f"{run} cannot be published:\n{listing(faults)}")
+    return parcel
+
+
+def seal(parcel: Parcel, run: Path) -> None:
+    """Add the manifest, its hashes those of what goes up, so that whoever downloads it can check them."""
+    manifest: dict[str, Any] = read_json(run / "artifact" / MANIFEST)
+    there = {item.name: {"bytes": item.size, "sha256": item.sha256} for item in parcel.items}
+    names = sorted({*manifest["files"], CARD} & there.keys())
+    parcel.add(MANIFEST, json.dumps(manifest | {"files": {name: there[name] for name in names}}, indent=2) + "\n")
+    parcel.items.sort(key=lambda item: item.name)
+
+
+def without_paths(text: str, config: Mapping[str, Any]) -> str:
+    """The text without this machine's folders, which a published command or config need not tell: of absolute paths in
+    the config the last part is left, and the user's own folder is written as ~."""
+    calibration = config["quantize"]["calibration"] or {}
+    named = [config["output"], config["eval"]["text"], calibration.get("text"), *(x["id"] for x in config["models"])]
+    paths = [path for path in named if isinstance(path, str) and Path(path).is_absolute()]
+    for path in sorted(paths, key=len, reverse=True):
+        text = text.replace(path, Path(path).name)
+    home = str(Path.home())
+    return text if home == Path.home().anchor else re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
+
+
+def _why_not(name: str, listed: bool) -> str:
+    if name.startswith("."):
+        return "a hidden file"
+    return "not among the files that are published" if listed else "not a file that bitpress wrote there"
+
+
+def _fault(path: Path, weights: bool) -> str | None:
+    if path.is_symlink() or not path.is_file():
+        return f"{path.name} is a link, or no file: only plain files are published; put a copy in its place"
+    most = LARGEST if weights and path.suffix == ".safetensors" else LARGEST_TEXT
+    if (size := path.stat().st_size) > most:
+        return f"{path.name} has {size} bytes, at most {most} are published"
+    if not weights and has_token(path.read_bytes()):
+        return f"{path.name} holds a token of the Hub; take it out, and revoke the token"
+    return None

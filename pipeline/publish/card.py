@@ -1,0 +1,196 @@
+"""The model card of a published run: metadata that the Hub reads, then what one needs to know, in words and figures."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from bitpress.eval.report import report
+from bitpress.eval.report.words import printable
+
+from ..config.schema import Calibrate, Dataset, check_repo
+from ..data.calibration import source_of
+from .bundle import Item
+from .usage import closed, ways
+
+_FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_LICENCE_KEYS = ("license", "license_name", "license_link", "language")
+_LONGEST = 200  # characters of a value that is carried over
+_LONGEST_FRONT = 1 << 16  # characters in which a card's metadata is looked for
+_FORMAT_TAGS = {"int-quantized": "compressed-tensors", "gptq-v2": "gptq"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of the model that a run was made from.
+
+    id: its Hub id, or the name of a folder. carried: its own card's licence and languages. files: its licence's files.
+    """
+
+    id: str
+    revision: str | None
+    carried: dict[str, Any]
+    files: list[str]
+
+    @property
+    def on_hub(self) -> bool:
+        return self.revision is not None
+
+    def metadata(self) -> dict[str, Any]:
+        """For the card of what was made from it."""
+        found = {"base_model": self.id, "base_model_relation": "quantized"} if self.on_hub else {}
+        licence = dict(self.carried)
+        if "license" not in licence and self.files:
+            licence |= {"license": "other", "license_name": "that-of-the-base-model", "license_link": self.files[0]}
+        return found | licence
+
+    def licence(self) -> str:
+        named = self.carried.get("license_name") or self.carried.get("license")
+        listed = ", ".join(named) if isinstance(named, list) else named
+        words = [f"That of {self.id}: {listed}." if named else f"That of {self.id}."]
+        if self.files:
+            words.append(f"Its text is in {', '.join(self.files)}.")
+        if not named and not self.files:
+            words.append("It came with none; ask whoever published it before you use or pass on this model.")
+        return " ".join(words)
+
+
+def origin_of(metrics: Mapping[str, Any], card: Path, names: Sequence[str]) -> Origin:
+    """From the source's own card, where it came along, and the names of the files that go up."""
+    model = metrics["model"]
+    files = [name for name in names if re.match(r"LICEN[SC]E|NOTICE|USE_POLICY", name)]
+    return Origin(model["id"], model.get("revision"), _carried(card), files)
+
+
+def _carried(path: Path) -> dict[str, Any]:
+    """The licence and the languages that a card names; what is no short text is left out."""
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        front = _FRONT.search(file.read(_LONGEST_FRONT))
+    if not front:
+        return {}
+    try:
+        found = YAML(typ="safe").load(front[1])
+    except (YAMLError, ValueError, RecursionError):  # it is the source's: a card that cannot be read says nothing
+        return {}
+    return {key: found[key] for key in _LICENCE_KEYS if isinstance(found, dict) and _plain(found.get(key))}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return 0 < len(value) <= _LONGEST and all(isinstance(one, str) and _plain(one) for one in value)
+    return isinstance(value, str) and 0 < len(value) <= _LONGEST and "\n" not in value
+
+
+def write_card(
+    repo: str,
+    runs: Sequence[Mapping[str, Any]],
+    origin: Origin,
+    runtimes: Mapping[str, Any],
+    files: Sequence[Item],
+    figures: Mapping[str, str],
+) -> str:
+    """README.md.
+
+    Args:
+        runs: the metrics of the run, after those of its baseline where there are any.
+        runtimes: see runtimes.verdicts.
+        files: what else goes up. figures: those of them that are pictures, with their captions.
+    Raises:
+        ValueError: `repo` is no name of a repository.
+    """
+    check_repo(repo)  # it stands in code
+    runs = printable(runs)
+    metrics = runs[-1]
+    asymmetric = metrics["format"] == "compressed-tensors" and metrics["scheme"].endswith("-asym")
+    chat = any(item.name.startswith("chat_template.") for item in files)
+    verdict = metrics["gates"] or {"judged": []}
+    page = {
+        "name": repo.split("/")[1],
+        "what": _what(metrics, origin),
+        "missed": [judged["said"] for judged in verdict["judged"] if not judged["passed"]],
+        "ways": [vars(way) for way in ways(repo, runtimes, asymmetric, chat)],
+        "closed": closed(runtimes),
+        "figures": list(figures.items()),
+        "made": _made(metrics, origin),
+        "command": str(metrics["command"]),
+        "config": json.dumps(metrics["config"], indent=2),
+        "files": [(item.name, f"{item.size:,}", item.sha256) for item in files],
+        "licence": origin.licence(),
+    }
+    data = ModelCardData(**printable(_metadata(repo, metrics, origin)), eval_results=_results(metrics))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{report.card(runs, page)}"))
+
+
+def _what(metrics: Mapping[str, Any], origin: Origin) -> str:
+    bits = metrics["size"]["bits_per_weight"]["quantized"]
+    calibrated = f", calibrated on {metrics['calibration']['text']}" if metrics["calibration"] else ""
+    stored = f"stored in the format {metrics['format']} ({bits:.2f} bits per quantized weight)"
+    return f"{origin.id}, its weights quantized to {metrics['scheme']} by {metrics['method']}{calibrated}, {stored}."
+
+
+def _made(metrics: Mapping[str, Any], origin: Origin) -> list[tuple[str, str]]:
+    source = f"{origin.id}, revision {origin.revision}" if origin.on_hub else f"{origin.id}, which is not of the Hub"
+    return [
+        ("from", source),
+        ("scheme", metrics["scheme"]),
+        ("method", metrics["method"]),
+        ("format", metrics["format"]),
+    ]
+
+
+def _metadata(repo: str, metrics: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
+    bits = re.search(r"\d+", metrics["scheme"])
+    format = _FORMAT_TAGS.get(metrics["format"], metrics["format"])
+    tags = ["bitpress", format, metrics["scheme"], *([f"{bits[0]}-bit"] if bits else [])]
+    return {
+        "pipeline_tag": "text-generation",
+        "library_name": "transformers",
+        "model_name": repo.split("/")[1],
+        "tags": tags,
+        "datasets": _calibration_sets(metrics),
+        **origin.metadata(),
+    }
+
+
+def _calibration_sets(metrics: Mapping[str, Any]) -> list[str] | None:
+    """The data set of the Hub that it learned from."""
+    if not metrics["calibration"]:
+        return None
+    chosen = Calibrate.model_validate(metrics["config"]["quantize"]["calibration"] or {})
+    text = source_of(chosen.text)
+    return [text.dataset] if isinstance(text, Dataset) else None
+
+
+def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+    """For the model-index: what was measured of the text, and of tasks."""
+    text, quality = metrics["config"]["eval"]["text"], metrics["quality"]
+    of = text if isinstance(text, dict) else {"dataset": metrics["protocol"]["text"]}
+    found = [
+        (of, "perplexity", f"perplexity ({metrics['protocol']['name']})", quality["perplexity"]),
+        (of, "kl_divergence", "mean KL from the unquantized model, nats", quality["kl_mean"]),
+        (of, "top1_agreement", "same next token as the unquantized model", quality["top1_agreement"]),
+    ]
+    found += [({"dataset": line["task"]}, line["metric"], line["metric"], line["value"]) for line in metrics["tasks"]]
+    return [_result(*figure) for figure in found if figure[-1] is not None]
+
+
+def _result(of: Mapping[str, Any], kind: str, name: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=of["dataset"],
+        dataset_name=of["dataset"],
+        dataset_config=of.get("config"),
+        dataset_split=of.get("split"),
+        dataset_revision=of.get("revision"),
+        metric_type=kind,
+        metric_name=name,
+        metric_value=value,
+    )

@@ -1,0 +1,1 @@
+"""A recipe and a checkpoint become an artifact."""

@@ -1,0 +1,1 @@
+"""A config becomes jobs, and jobs outcomes."""

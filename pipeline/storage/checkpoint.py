@@ -1,0 +1,342 @@
+"""The only reader of untrusted checkpoints: headers first, every claim checked, tensors read one at a time."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError, listing
+from .files import SAFETENSORS_DTYPES, sha256_file
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_INDEX_LIMIT = 64 << 20  # bytes; the largest in use, of 92 thousand tensors, has 9 MB
+_CONFIG_LIMIT = 4 << 20
+_NAME_LIMIT = 255  # characters of a file name
+_SAMPLE = 4096
+_FETCHED = 2 << 30  # bytes: what is fetched long before it is used may be gone again by then
+_FEW_LAYERS = 256  # such sizes are cheap to build, and some configs carry them unused
+_MOST_FUSED_EXPERTS = 1024
+_MOST_POSITIONS = 1 << 24
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+WEIGHT_SUFFIXES = (*_PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".index.json")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor; `offset` in bytes from the start of `file`."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} stands there twice")
+        result[key] = value
+    return result
+
+
+def read_json(path: Path, limit: int = _INDEX_LIMIT) -> dict[str, Any]:
+    """A JSON object from an untrusted file: bounded in size and depth, no duplicate keys.
+
+    Raises:
+        CheckpointError: names the file and what is wrong with it.
+    """
+    try:
+        if (size := regular_file(path).stat().st_size) > limit:
+            raise CheckpointError(f"{path}: {size} bytes, expected at most {limit}")
+        value = json.loads(path.read_bytes(), object_pairs_hook=_pairs)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; a checkpoint folder needs it") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: nested too deeply to be a checkpoint's file") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable JSON file: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def regular_file(path: Path) -> Path:
+    """`path`, if it is a regular file inside its folder (or in the Hub cache's blobs, which a snapshot links to).
+
+    Raises:
+        CheckpointError: it is a pipe, a device or a folder, or a link that leads out.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        target = path.resolve(strict=True)
+    except RuntimeError:  # Python up to 3.12
+        raise CheckpointError(f"{path} is a link that leads back to itself; get the file again") from None
+    folder = path.parent.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent / "blobs")
+    if target.parent not in allowed:
+        raise CheckpointError(f"{path} is a link that leads out of its folder, to {target}; copy the file instead")
+    if not stat.S_ISREG(target.stat().st_mode):
+        raise CheckpointError(f"{path} is not a regular file")
+    return path
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    """Validated by the safetensors package (bounds, overlaps, sizes), then read for the offsets it does not tell."""
+    try:
+        with safe_open(regular_file(path), "pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length), object_pairs_hook=_pairs)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; download the checkpoint again") from None
+    except MemoryError:
+        raise CheckpointError(f"{path}: {path.stat().st_size / 1e9:.0f} GB do not fit into memory") from None
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: truncated or corrupt: {error}; download it again") from error
+    header.pop("__metadata__", None)
+    infos = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, which bitpress does not read")
+        begin, end = entry["data_offsets"]
+        dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+        infos[name] = TensorInfo(name, path, dtype, tuple(entry["shape"]), 8 + length + begin, end - begin)
+    return infos
+
+
+def _read_into(buffer: Tensor, info: TensorInfo, offset: int) -> None:
+    """Fill a buffer of bytes from the tensor's file."""
+    view, filled = buffer.numpy().data, 0
+    try:
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while filled < len(view):
+                count = file.readinto(view[filled:])
+                if not count:
+                    raise CheckpointError(f"{info.file}: ends within {info.name}; it changed while it was read")
+                filled += count
+    except OSError as error:
+        raise CheckpointError(f"{info.file}: cannot be read any more: {error.strerror}; run again") from error
+
+
+def _shard_problem(value: object) -> str | None:
+    if not isinstance(value, str):
+        return f"{value!r} is not a file name"
+    if any(mark in value for mark in ("/", "\\", ":", "\0")) or value in ("", ".", ".."):
+        return f"{value!r} is not a plain file name in the checkpoint's folder"
+    if len(value) > _NAME_LIMIT or not value.isprintable():
+        return f"{value[:40]!r}… is not a file name"
+    if not value.endswith(".safetensors"):
+        return f"{value!r} is not a safetensors file"
+    return None
+
+
+def _implausible(config: Any, tensors: dict[str, TensorInfo], path: str = "") -> Iterator[str]:
+    """Sizes that no model of these files can have; building it would take all memory, or for ever."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _implausible(value, tensors, f"{path}.{key}" if path else key)
+    if not isinstance(config, int) or isinstance(config, bool):
+        return
+    key = path.rpartition(".")[2]
+    widest = max((size for info in tensors.values() for size in info.shape), default=0)
+    for words, limit, what in (
+        (("layers", "n_layer", "blocks"), max(len(tensors), _FEW_LAYERS), f"the files hold {len(tensors)} tensors"),
+        (("experts",), max(len(tensors), _MOST_FUSED_EXPERTS), f"the files hold {len(tensors)} tensors"),
+        (("size", "dim", "heads", "n_head", "n_embd", "n_inner"), max(widest, 1 << 16), f"no tensor exceeds {widest}"),
+        (("position", "n_ctx"), _MOST_POSITIONS, f"at most {_MOST_POSITIONS} is plausible"),
+    ):  # fmt: skip
+        if any(word in key for word in words):
+            if not -1 <= config <= limit:
+                yield f"{path}: {config}, but {what}"
+            return
+
+
+class Checkpoint:
+    """A folder of safetensors, sharded or not. Opening it reads headers only.
+
+    Attributes:
+        folder: where it lies.
+        tensors: name -> TensorInfo, in file order.
+        files: the weight files.
+    Raises:
+        CheckpointError: everything found wrong with the index and the shards, at once.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is not a folder; give a local checkpoint folder or a Hub id such as org/name"
+            )
+        self.tensors: dict[str, TensorInfo] = {}
+        self.files: list[Path] = []
+        if (folder / INDEX).exists():
+            self._read_sharded()
+            if (folder / SINGLE).exists() and folder / SINGLE not in self.files:
+                raise CheckpointError(f"{folder} has both {SINGLE} and {INDEX}; remove the one that is not meant")
+        elif (folder / SINGLE).exists():
+            self.files = [folder / SINGLE]
+            self.tensors = _header(self.files[0])
+        else:
+            self._refuse_without_safetensors()
+        self._stats = self._stat()
+
+    def _refuse_without_safetensors(self) -> None:
+        pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in _PICKLES)
+        if pickles:
+            raise CheckpointError(
+                f"{self.folder} holds only pickles ({', '.join(pickles[:3])}), which can run code when read; "
+                "convert it with transformers' save_pretrained, which writes safetensors"
+            )
+        raise CheckpointError(f"{self.folder} has neither {SINGLE} nor {INDEX}")
+
+    def _read_sharded(self) -> None:
+        weight_map = read_json(self.folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{self.folder / INDEX}: no weight_map; download it again")
+        problems = {f"{name}: {problem}" for name, file in weight_map.items() if (problem := _shard_problem(file))}
+        if problems:
+            raise CheckpointError(f"{self.folder / INDEX} is not safe to follow:\n{listing(sorted(problems))}")
+        self.files = [self.folder / name for name in sorted(set(weight_map.values()))]
+        missing = [file.name for file in self.files if not file.exists()]
+        if missing:
+            raise CheckpointError(f"{self.folder}: files named in {INDEX} are missing:\n{listing(missing)}")
+        faults = []
+        for file in self.files:
+            for name, info in _header(file).items():
+                if name in self.tensors:
+                    faults.append(f"{name} is in both {self.tensors[name].file.name} and {file.name}")
+                elif weight_map.get(name) != file.name:
+                    faults.append(f"{name} is in {file.name}, the index says {weight_map.get(name, 'nothing')}")
+                self.tensors[name] = info
+        faults += [
+            f"{name} is in the index, not in {file}" for name, file in weight_map.items() if name not in self.tensors
+        ]
+        if faults:
+            raise CheckpointError(f"{self.folder}: {INDEX} and the files disagree:\n{listing(faults)}")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json; refused where it wants to run code of its own, or names sizes that the files contradict."""
+        path = self.folder / "config.json"
+        config = read_json(path, _CONFIG_LIMIT)
+        if "auto_map" in config:
+            raise CheckpointError(
+                f"{path} asks for code of its own (auto_map: {config['auto_map']}), which bitpress "
+                "never runs; use a checkpoint of an architecture that transformers has"
+            )
+        try:
+            problems = list(_implausible(config, self.tensors))
+        except RecursionError:
+            raise CheckpointError(f"{path}: nested too deeply to be a config") from None
+        if problems:
+            raise CheckpointError(f"{path} does not fit the weight files:\n{listing(problems)}")
+        return config
+
+    @classmethod
+    def single(cls, file: Path) -> "Checkpoint":
+        """One safetensors file by itself, whatever its name."""
+        checkpoint = cls.__new__(cls)
+        checkpoint.folder, checkpoint.files, checkpoint.tensors = file.parent, [file], _header(file)
+        return checkpoint
+
+    @staticmethod
+    def names_in(file: Path) -> list[str]:
+        """The tensor names of one safetensors file."""
+        return list(_header(file))
+
+    def read(self, name: str, digest: "hashlib._Hash | None" = None) -> Tensor:
+        """One tensor, copied into memory; `digest` is fed its bytes."""
+        info = self.tensors[name]
+        try:
+            buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise CheckpointError(f"{name}: {info.nbytes / 1e9:.0f} GB do not fit into memory") from error
+        _read_into(buffer, info, info.offset)
+        if digest is not None:
+            digest.update(buffer.numpy().data)
+        return buffer.view(info.dtype).reshape(info.shape)
+
+    def read_rows(self, name: str, counts: Iterable[int]) -> Iterator[Tensor]:
+        """One tensor in parts along its first dimension, each of so many rows, one after the other."""
+        info = self.tensors[name]
+        size, offset = info.nbytes // info.shape[0], info.offset
+        for count in counts:
+            buffer = torch.empty(count * size, dtype=torch.uint8)
+            _read_into(buffer, info, offset)
+            offset += count * size
+            yield buffer.view(info.dtype).reshape(count, *info.shape[1:])
+
+    def fetch(self) -> None:
+        """Let the system read the weight files from the disk while something else is done, as far as it can do that."""
+        left = _FETCHED if hasattr(os, "posix_fadvise") else 0
+        for file in self.files:
+            size = min(left, file.stat().st_size)
+            if size:
+                with file.open("rb") as handle:
+                    os.posix_fadvise(handle.fileno(), 0, size, os.POSIX_FADV_WILLNEED)
+            left -= size
+
+    def identity(self) -> dict[str, str]:
+        """File name -> hash: of the whole for config.json and companions; of header, size and both ends of each tensor
+        for weight files, which tells a retrained checkpoint from the one before without reading all of it."""
+        self.config  # noqa: B018  (refuses what is no regular file)
+        result = {path.name: sha256_file(path) for path in (self.folder / "config.json", *self.other_files())}
+        for file in self.files:
+            with file.open("rb") as handle:
+                head = handle.read(8)
+                digest = hashlib.sha256(head + handle.read(int.from_bytes(head, "little")))
+                digest.update(str(file.stat().st_size).encode())
+                for info in sorted((i for i in self.tensors.values() if i.file == file), key=lambda i: i.offset):
+                    for start in (0, max(0, info.nbytes - _SAMPLE)):
+                        handle.seek(info.offset + start)
+                        digest.update(handle.read(min(_SAMPLE, info.nbytes)))
+            result[file.name] = digest.hexdigest()
+        return result
+
+    def _stat(self) -> dict[str, tuple[int, int, int]]:
+        stats = {path.name: path.stat() for path in self.folder.iterdir() if path.is_file()}
+        return {name: (value.st_ino, value.st_size, value.st_mtime_ns) for name, value in stats.items()}
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file of the folder was replaced or written since the checkpoint was opened."""
+        now = self._stat()
+        changed = [name for name, value in self._stats.items() if now.get(name) != value]
+        if changed:
+            raise CheckpointError(
+                f"{self.folder}: {', '.join(changed)} changed while it was being read; run again once it is at rest"
+            )
+
+    def other_files(self) -> list[Path]:
+        """Every non-weight file of the folder that comes along: tokenizer, generation config, licence, …
+
+        Left out: hidden files, code and folders.
+
+        Raises:
+            CheckpointError: one is a link that leads elsewhere.
+        """
+        found = []
+        for path in sorted(self.folder.iterdir()):
+            name = path.name
+            if name.startswith(".") or name.endswith(WEIGHT_SUFFIXES) or path.suffix in (".py", ".so", ".sh"):
+                continue
+            if path.is_file() and name not in ("config.json", "quantize_config.json"):
+                found.append(regular_file(path))
+        return found

@@ -1,0 +1,298 @@
+"""The native kernels, each set of instructions that this machine has, against float64; and the library itself.
+
+test_kernels.py tries the best set as it does every kernel. Here each is forced, on shapes around its blocks.
+"""
+
+import itertools
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitpress.kernels.cpu import library as native_library
+from bitpress.kernels.cpu import native
+from bitpress.kernels.cpu.library import Library, library
+from bitpress.kernels.cpu.native import NativeExact, NativeInt8, touch
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.reference import quantize_rows
+from bitpress.kernels.registry import select
+
+Make = Callable[..., QTensor]
+
+CPU = torch.device("cpu")
+ROWS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
+SHAPES = {  # a block is 16 outputs, a pair 32; steps are 32 to 128 inputs, a stretch 512, a tile 64
+    "int2-g32": [(17, 96)],
+    "int3-g64": [(33, 192)],
+    "int4-g32": [(1, 32), (31, 96), (33, 544)],
+    "int4-g96": [(40, 480)],
+    "int4-g128": [(16, 128), (37, 640), (63, 1152)],
+    "int4-g128-asym": [(37, 640)],
+    "int4-g256-asym": [(33, 768)],
+    "int4-channel": [(1, 1), (13, 31), (65, 643)],
+    "int4-channel-asym": [(37, 509)],
+    "int8-g64": [(31, 576)],
+    "int8-g128-asym": [(37, 640)],
+    "int8-channel-asym": [(17, 131)],
+    "int8-dynamic": [(1, 1), (15, 17), (33, 509), (47, 1151), (32, 4096)],
+    "nf4": [(1, 64), (33, 192), (47, 704)],
+    "nf4-dq": [(65, 128)],
+}
+CASES = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
+STEPS = {"g32": 32, "g64": 64, "g96": 96}  # inputs that share a scale; else 128
+
+
+def found_library() -> Library:
+    found = library()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+INSTRUCTIONS = getattr(library(), "instructions", ("none",))
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request: pytest.FixtureRequest) -> str:
+    if request.param not in found_library().runnable:
+        pytest.skip(f"this machine cannot run {request.param}")
+    return str(request.param)
+
+
+def rounded(x: Tensor, scheme: str) -> Tensor:
+    """float64 [rows, in]: x to INT8 and back, by steps, or by rows for int8-dynamic."""
+    if scheme == "int8-dynamic":
+        step = x.shape[-1]
+    else:
+        step = 64 if scheme.startswith("nf4") else STEPS.get(scheme.split("-")[1], 128)
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % step)).unflatten(-1, (-1, step))
+    codes, scales = quantize_rows(padded)
+    return (codes.double() * scales.double()).flatten(-2)[..., : x.shape[-1]]
+
+
+def relative(found: Tensor, inputs: Tensor, weight: Tensor) -> float:
+    """RMS error, relative to what independent terms would add up to."""
+    terms = inputs.square() @ weight.square().t()
+    return float((found.double() - inputs @ weight.t()).norm() / terms.sum().sqrt())
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("scheme", "shape"), CASES)
+def test_products(
+    make_qtensor: Make, generator: torch.Generator, instructions: str, scheme: str, shape: tuple[int, int]
+) -> None:
+    """float32 in and out, float16 scales: what is left is the order of sums, and of NF4 the code book's rounding."""
+    q = make_qtensor(scheme, *shape, torch.float16) if scheme.startswith("int") else make_qtensor(scheme, *shape)
+    weight = q.dequantize().double()
+    for kind, rows in itertools.product((NativeInt8, NativeExact), ROWS):
+        kernel = kind(instructions)
+        if kernel.reject(q, torch.float32, CPU):
+            continue
+        # NF4: scales to float16, 2^-12 in RMS; with int8 inputs the code book by 0.0020 of 0.55.
+        # Inputs that stay as they are meet codes of up to 255, whose zero points are taken off from the sum.
+        bound = 2.0**-20 if kind is NativeInt8 else 2.0**-17
+        if q.scheme.code == "nf4":
+            bound = 2.0**-7 if kind is NativeInt8 else 2.0**-11
+        x = torch.randn(rows, shape[1], generator=generator)
+        y = kernel.linear(x, kernel.prepare(q, torch.float32), None)
+        inputs = rounded(x, scheme) if kind is NativeInt8 else x.double()
+        assert relative(y, inputs, weight) <= bound, (kernel.name, rows)
+
+
+@pytest.mark.parametrize(("scheme", "shape"), CASES)
+def test_dequantized(make_qtensor: Make, instructions: str, scheme: str, shape: tuple[int, int]) -> None:
+    """What the packed form stands for is what was packed, scales of any size included."""
+    q = make_qtensor(scheme, *shape)
+    q.scales.mul_(torch.logspace(-5, 5, q.scales.numel()).view_as(q.scales)) if q.scales.is_floating_point() else None
+    found = found_library()
+    packed = NativeInt8().prepare(q, torch.float32).get_buffer("packed")
+    weight = native.dequantize(packed, torch.float32, found.instructions.index(instructions), 0, *q.shape)
+    expected = q.dequantize()
+    single = q.scales.numel() == q.shape[0]
+    largest = expected.abs().amax(1, keepdim=True)  # scales lose what lies 2^-28 below the row's largest
+    assert ((weight - expected).abs() <= expected.abs() * (0 if single else 2.0**-11) + largest * 2.0**-26).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_are_rounded_once(make_qtensor: Make, instructions: str, dtype: torch.dtype) -> None:
+    """To nearest, ties to even, infinities and subnormals as torch has them."""
+    q = make_qtensor("int8-dynamic", 35, 64)
+    q.scales.copy_(torch.logspace(-12, 9, 35).unsqueeze(1))
+    kernel = NativeInt8(instructions)
+    prepared = kernel.prepare(q, dtype)
+    for rows in (1, 9, 40):
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        exact = kernel.linear(x.to(torch.float32), prepared, None)
+        assert torch.equal(kernel.linear(x, prepared, None), exact.to(dtype))
+
+
+def test_rows_do_not_depend_on_their_company(make_qtensor: Make, instructions: str) -> None:
+    """Codes are summed in int32, so that a row's result is the same bits among few rows as alone, on any thread."""
+    q, kernel = make_qtensor("int8-dynamic", 97, 640), NativeInt8(instructions)
+    prepared, x = kernel.prepare(q, torch.float32), torch.randn(70, 640, generator=torch.Generator().manual_seed(0))
+    together = kernel.linear(x, prepared, None)
+    assert torch.equal(together, torch.cat([kernel.linear(row, prepared, None) for row in x.split(1)]))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert torch.equal(kernel.linear(x, prepared, None), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_instruction_sets_quantize_alike(make_qtensor: Make) -> None:
+    """Halves and near-halves included: a code that flipped would show."""
+    q = make_qtensor("int8-dynamic", 8, 512)
+    x = torch.arange(-255, 257, dtype=torch.float32).div(2).repeat(3, 1) * torch.tensor([[1.0], [0.3], [1e-6]])
+    outputs = [NativeInt8(name).linear(x, NativeInt8().prepare(q, x.dtype), None) for name in found_library().runnable]
+    for output in outputs[1:]:
+        assert torch.equal(output, outputs[0])
+
+
+def test_many_threads_and_a_narrow_weight(make_qtensor: Make, generator: torch.Generator) -> None:
+    found_library()
+    q, x = make_qtensor("int4-g64", 5, 128, torch.float16), torch.randn(700, 128, generator=generator)
+    kernel = NativeInt8()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        y = kernel.linear(x, kernel.prepare(q, torch.float32), None)
+    finally:
+        torch.set_num_threads(threads)
+    assert relative(y, rounded(x, "int4-g64"), q.dequantize().double()) <= 2.0**-20
+
+
+def test_op_is_sound_under_compilation(make_qtensor: Make) -> None:
+    """The fake implementation agrees with the real one, and no graph breaks."""
+    found_library()
+    q, kernel = make_qtensor("int4-g32", 48, 64), NativeInt8()
+    prepared, x = kernel.prepare(q, torch.float32), torch.randn(2, 3, 64)
+    arguments = (x, prepared.get_buffer("packed"), None, 48, False, kernel.chosen())
+    torch.library.opcheck(
+        torch.ops.bitpress.linear_cpu.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+    compiled = torch.compile(lambda x: kernel.linear(x, prepared, None), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), kernel.linear(x, prepared, None))
+
+
+def test_inputs_that_do_not_fit(make_qtensor: Make) -> None:
+    found_library()
+    kernel = NativeInt8()
+    prepared = kernel.prepare(make_qtensor("int4-g32", 32, 64), torch.float32)
+    with pytest.raises(ValueError, match=r"inputs are \[2, 63\] of torch.float32, expected \[..., 64\]"):
+        kernel.linear(torch.zeros(2, 63), prepared, None)
+    with pytest.raises(ValueError, match=r"of torch.float64"):
+        kernel.linear(torch.zeros(2, 64, dtype=torch.float64), prepared, None)
+
+
+@pytest.mark.parametrize("kind", [NativeInt8, NativeExact])
+def test_gradients_of_the_inputs(make_qtensor: Make, kind: type[NativeInt8]) -> None:
+    """Those of a product with the dequantized weight, as adapters that are trained beside it need them."""
+    found_library()
+    q, kernel = make_qtensor("int4-g64-asym", 33, 128, torch.float16), kind()
+    x = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = kernel.linear(x, kernel.prepare(q, torch.float32), None)
+    y.square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * y.detach() @ q.dequantize(), rtol=1e-4, atol=1e-4)  # sums in another order
+
+
+@pytest.mark.parametrize("scheme", ["int3-g32", "int4-g32", "int8-channel-asym"])
+def test_codes_may_lie_transposed(make_qtensor: Make, scheme: str) -> None:
+    """As GPTQ's files have them."""
+    qtensor = make_qtensor(scheme, 37, 96)
+    transposed = replace(qtensor, codes=qtensor.codes.t().contiguous().t())
+    kernel = NativeInt8()
+    packed = [kernel.prepare(q, torch.float32).packed for q in (qtensor, transposed)]  # type: ignore[union-attr]
+    assert torch.equal(*packed)
+
+
+def test_touch_reads_everything() -> None:
+    found_library()
+    words = torch.arange(1 << 16, dtype=torch.int64)
+    before = touch(words)
+    words[12345] ^= 1 << 40
+    assert before ^ touch(words) == 1 << 40
+
+
+def test_large_weights_are_aligned_to_huge_pages(make_qtensor: Make) -> None:
+    found_library()
+    packed = NativeInt8().prepare(make_qtensor("int8-dynamic", 2048, 1100), torch.float32).get_buffer("packed")
+    assert packed.data_ptr() % (2 << 20) == 0
+
+
+def test_without_a_library(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing built and no compiler: others serve, and the reason is said."""
+    monkeypatch.setattr(native_library, "_HERE", tmp_path)
+    monkeypatch.setattr(native_library, "compiler", lambda: None)
+    library.cache_clear()
+    try:
+        selection = select(make_qtensor("int4-g32", 64, 64), torch.float32, CPU)
+        assert selection.kernel.name == "reference"
+        assert "there is no C compiler here" in selection.rejected["native-int8"]
+    finally:
+        library.cache_clear()
+
+
+@pytest.mark.skipif(native_library.compiler() is None, reason="no C compiler")
+def test_built_on_first_use_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here = tmp_path / "kernels"
+    (here / "csrc").mkdir(parents=True)
+    source = Path(native_library.__file__).parent / "csrc"
+    for file in source.glob("*.[ch]"):
+        shutil.copy(file, here / "csrc")
+    monkeypatch.setattr(native_library, "_HERE", here)
+    monkeypatch.setattr(native_library, "_FLAGS", [*native_library._FLAGS[1:], "-O0"])  # quicker
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = native_library._build()
+    assert first.parent == tmp_path / "cache" / "bitpress"
+    stamp = first.stat().st_mtime_ns
+    assert native_library._build() == first
+    assert first.stat().st_mtime_ns == stamp
+    (here / "csrc" / "api.c").write_text("#error not today\n")
+    library.cache_clear()
+    try:
+        assert "the compiler failed" in str(library())
+        assert "not today" in str(library())
+    finally:
+        library.cache_clear()
+    assert len(list(first.parent.iterdir())) == 1  # nothing half made is left
+
+
+_SANITIZED = """
+import sys
+from pathlib import Path
+import bitpress.kernels.cpu.library as native
+native._HERE, native._build = Path({empty!r}), lambda: Path({library!r})
+import pytest
+options = ["-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib"]
+sys.exit(pytest.main([*options, {tests!r}, "-k", "products or dequantized"]))
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+def test_clean_under_sanitizers(tmp_path: Path) -> None:
+    """All products again, with AddressSanitizer and UBSan built in: nothing is read or written out of bounds."""
+    found_library()
+    sources = sorted(map(str, (Path(native_library.__file__).parent / "csrc").glob("*.c")))
+    flags = [flag for flag in native_library._FLAGS if not flag.startswith("-O")]
+    target = tmp_path / "sanitized.so"
+    sanitizers = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    subprocess.run(["gcc", *flags, *sanitizers, "-shared", "-o", str(target), *sources, "-lm", "-lpthread"], check=True)
+    names = ("libasan.so", "libubsan.so")
+    paths = [
+        subprocess.run(["gcc", f"-print-file-name={n}"], capture_output=True, text=True).stdout.strip() for n in names
+    ]
+    if not all(Path(path).is_absolute() for path in paths):
+        pytest.skip("gcc came without its sanitizers")
+    code = _SANITIZED.format(empty=str(tmp_path), library=str(target), tests=__file__)
+    environment = {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin:/bin"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]

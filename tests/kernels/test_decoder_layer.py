@@ -1,0 +1,215 @@
+"""The native decoder layer against the same formulas in torch, on every instruction set that this machine has."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bitpress.kernels.cpu.library import library
+from bitpress.kernels.cpu.native import NativeExact, NativeInt8
+from bitpress.kernels.decoder_layer import NativeLayer, Norm, Parts
+from bitpress.kernels.linear import QLinear
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.registry import Selection
+
+FOUND = library()
+INSTRUCTIONS = [] if isinstance(FOUND, str) else FOUND.runnable
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROOM = 5  # beyond what is filled
+
+pytestmark = pytest.mark.skipif(isinstance(FOUND, str), reason=str(FOUND))
+
+MakeParts = Callable[..., Parts]
+
+
+@pytest.fixture
+def make_parts(make_qtensor: Callable[..., QTensor], generator: torch.Generator) -> MakeParts:
+    """make_parts(heads=4, ...): a random layer; everything that is optional in it where `extras`."""
+
+    def make(
+        heads: int = 4,
+        key_heads: int = 2,
+        dim: int = 16,
+        hidden: int = 64,
+        inner: int = 96,
+        extras: bool = False,
+        kernel: NativeInt8 | None = None,
+    ) -> Parts:
+        def linear(out_features: int, in_features: int) -> QLinear:
+            qtensor = make_qtensor("int4-g32", out_features, in_features)
+            qtensor = replace(qtensor, scales=qtensor.scales / in_features**0.5)
+            if extras:
+                order = torch.randperm(in_features, generator=generator).to(torch.int32)
+                qtensor = replace(qtensor, order=order)
+            bias = torch.randn(out_features, generator=generator).to(torch.bfloat16) if extras else None
+            layer = QLinear(qtensor, bias, torch.float32, "native-bf16")
+            layer.selection = Selection(kernel or NativeExact(), {})
+            return layer
+
+        def norm(features: int) -> Norm:
+            return Norm(torch.randn(features, generator=generator), 1e-3)
+
+        queries, keys = heads * dim, key_heads * dim
+        shapes = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+        shapes += [(inner, hidden), (inner, hidden), (hidden, inner)]
+        of_heads = (norm(dim), norm(dim)) if extras else (None, None)
+        activation = "gelu_tanh" if extras else "silu"
+        linears = tuple(linear(*shape) for shape in shapes)
+        return Parts(linears, (norm(hidden), norm(hidden), *of_heads), dim, 0.3, activation)
+
+    return make
+
+
+def normed(x: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        return x
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat([-high, low], -1) * sin
+
+
+def expected(
+    parts: Parts, x: Tensor, rotation: list[Tensor], keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In float32 the output [1, 1, hidden], and keys and values [1, key_heads, length, dim] with the token's own."""
+    q, k, v, o, gate, up, down = parts.linears
+    cos, sin = (table.float() for table in rotation)
+    dtype, x = x.dtype, x.float()
+    h = normed(x, parts.norms[0])
+    query = rotated(normed(q(h).view(1, -1, 1, parts.dim), parts.norms[2]), cos, sin)
+    key = rotated(normed(k(h).view(1, -1, 1, parts.dim), parts.norms[3]), cos, sin)
+    keys = torch.cat([keys, key.to(dtype)], 2).float()
+    values = torch.cat([values, v(h).view(1, -1, 1, parts.dim).to(dtype)], 2).float()
+    mixed = F.scaled_dot_product_attention(query, keys, values, scale=parts.scale, enable_gqa=True)
+    x = x + o(mixed.transpose(1, 2).reshape(1, 1, -1))
+    h = normed(x, parts.norms[1])
+    act = F.gelu(gate(h), approximate="tanh") if parts.activation == "gelu_tanh" else F.silu(gate(h))
+    return x + down(act * up(h)), keys, values
+
+
+def inputs(parts: Parts, length: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """x, [cos, sin], and keys and values with room, which is NaN."""
+    generator = torch.Generator().manual_seed(length)
+    hidden, key_heads = parts.linears[0].in_features, parts.linears[1].out_features // parts.dim
+    x = torch.randn(1, 1, hidden, generator=generator).to(dtype)
+    angles = torch.rand(1, 1, parts.dim, generator=generator) * 6
+    keys = torch.full((2, 1, key_heads, length + ROOM, parts.dim), torch.nan).to(dtype)
+    keys[:, :, :, :length] = torch.randn(2, 1, key_heads, length, parts.dim, generator=generator).to(dtype)
+    return x, [angles.cos().to(dtype), angles.sin().to(dtype)], keys[0], keys[1]
+
+
+def check(parts: Parts, length: int, dtype: torch.dtype, tolerance: float) -> None:
+    x, rotation, keys, values = inputs(parts, length, dtype)
+    want, all_keys, all_values = expected(parts, x, rotation, keys[:, :, :length], values[:, :, :length])
+    got = NativeLayer(parts).step(x, (rotation[0], rotation[1]), keys, values, length)
+    assert got.dtype == dtype
+    for name, a, b in (
+        ("output", got, want),
+        ("keys", keys[:, :, : length + 1], all_keys),
+        ("values", values[:, :, : length + 1], all_values),
+    ):
+        error = ((a.float() - b).abs().max() / b.abs().max()).item()
+        assert error <= tolerance + torch.finfo(dtype).eps, f"{name}: {error}"
+    assert keys[:, :, length + 1 :].isnan().all()
+    assert values[:, :, length + 1 :].isnan().all()
+
+
+# Sums of a few hundred float32 products in another order; what is stored is rounded to the dtype besides.
+EXACT = 1e-5
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [0, 1, 3, 15, 16, 17, 63, 64, 130])
+def test_lengths_and_dtypes(
+    length: int, dtype: torch.dtype, instructions: str, make_parts: MakeParts, poisoned_empty: None
+):
+    check(make_parts(kernel=NativeExact(instructions)), length, dtype, EXACT)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 2, 16), (4, 4, 16), (10, 2, 16), (6, 2, 32), (2, 1, 48), (8, 1, 32), (14, 2, 64), (2, 1, 128)],
+    ids=str,
+)
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "extras"])
+def test_heads_biases_norms_and_orders(
+    shape: tuple[int, int, int], extras: bool, instructions: str, make_parts: MakeParts
+):
+    heads, key_heads, dim = shape
+    parts = make_parts(heads, key_heads, dim, extras=extras, kernel=NativeExact(instructions))
+    check(parts, 33, torch.float32, EXACT)
+
+
+@pytest.mark.parametrize("hidden", [32, 96, 160])
+@pytest.mark.parametrize("inner", [32, 224])
+def test_widths(hidden: int, inner: int, make_parts: MakeParts):
+    check(make_parts(hidden=hidden, inner=inner), 7, torch.bfloat16, EXACT)
+
+
+def test_with_quantized_inputs(make_parts: MakeParts):
+    """A difference in the last bit may round an input's code to its neighbour: 1/127 of the largest in its group."""
+    check(make_parts(kernel=NativeInt8()), 20, torch.float32, 1e-2)
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4])
+def test_large_scores_and_activations_stay_finite(value: float, make_parts: MakeParts):
+    parts = make_parts()
+    x, rotation, keys, values = inputs(parts, 9, torch.float32)
+    keys[:, :, 3] = values[:, :, 3] = value
+    assert NativeLayer(parts).step(x, (rotation[0], rotation[1]), keys, values, 9).isfinite().all()
+
+
+@pytest.mark.parametrize("length", [40, 600])
+def test_threads_change_nothing(length: int, make_parts: MakeParts):
+    parts = make_parts(heads=8, key_heads=4, dim=64, hidden=256, inner=512)
+    outputs = []
+    was = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            x, rotation, keys, values = inputs(parts, length, torch.bfloat16)
+            outputs.append(NativeLayer(parts).step(x, (rotation[0], rotation[1]), keys, values, length))
+    finally:
+        torch.set_num_threads(was)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_a_copy_has_its_own_weights(make_parts: MakeParts):
+    native = NativeLayer(make_parts(extras=True))
+    copied = copy.deepcopy(native)
+    x, rotation, keys, values = inputs(native.parts, 4, torch.float32)
+    want = native.step(x, (rotation[0], rotation[1]), keys, values, 4)
+    for linear in native.parts.linears:
+        linear.prepared.get_buffer("packed")[128:] = 0
+    assert torch.equal(copied.step(x, (rotation[0], rotation[1]), keys, values, 4), want)
+    assert not torch.equal(native.step(x, (rotation[0], rotation[1]), keys, values, 4), want)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dim": 8}, "heads of 8 features; expected a multiple of 16"),
+        ({"heads": 3, "key_heads": 2}, "32 features of keys to 48 of queries"),
+    ],
+)
+def test_reasons(changes: dict[str, int], said: str, make_parts: MakeParts):
+    assert make_parts(**changes).reject() == said
+
+
+def test_more_reasons(make_parts: MakeParts):
+    parts = make_parts()
+    assert parts.reject() is None
+    assert replace(parts, activation="relu").reject() == "activation relu; expected silu or gelu_tanh"
+    swapped = (*parts.linears[:6], parts.linears[0])
+    assert replace(parts, linears=swapped).reject() == "linear layers that do not fit each other"
+    short = (parts.norms[0], Norm(torch.ones(63), 1e-3), None, None)
+    assert replace(parts, norms=short).reject() == "norms that do not fit the linear layers"

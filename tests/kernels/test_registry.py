@@ -1,0 +1,326 @@
+"""Every kernel against float64 on the dequantized weight (for int8-dynamic: and on the quantized input)."""
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitpress.kernels.base import Kernel
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.reference import quantize_rows
+from bitpress.kernels.registry import registry, select
+
+Make = Callable[..., QTensor]
+
+CPU = torch.device("cpu")
+ROWS = (1, 2, 7, 31, 32, 33, 65, 0)
+SHAPES = {
+    "int2-g32": [(5, 64)],
+    "int3-channel": [(13, 31)],
+    "int4-g32": [(1, 32), (13, 64), (63, 96), (64, 128), (65, 160), (577, 64)],
+    "int4-g32-asym": [(1, 32), (65, 96), (577, 64)],
+    "int4-g64-asym": [(31, 64), (128, 192)],
+    "int4-g128": [(17, 128), (127, 256), (128, 384)],
+    "int4-g256": [(33, 256)],
+    "int4-g96": [(16, 96), (33, 480)],
+    "int4-channel": [(1, 1), (13, 31), (7, 32), (64, 288), (64, 512)],
+    "int4-channel-asym": [(129, 192)],
+    "int8-g32": [(3, 64)],
+    "int8-g128-asym": [(33, 256)],
+    "int8-channel": [(1, 1), (31, 300)],
+    "int8-dynamic": [(1, 1), (1, 64), (13, 1), (13, 31), (63, 65), (64, 64), (65, 63), (257, 129)],
+    "nf4": [(1, 1), (13, 31), (31, 64), (32, 64), (33, 128), (544, 192), (64, 96)],
+    "nf4-dq": [(1, 64), (31, 65), (64, 128), (96, 192), (577, 64)],
+}
+KERNELS = [kernel.name for kernel in registry()]
+SERVES = {"torch-int4": "int4", "torch-int8": "int8-dynamic", "bnb-nf4": "nf4"}  # how a scheme's name begins; else all
+STEPS = {"int2-g32": 32, "int4-g32": 32, "int4-g64": 64, "int4-g96": 96, "int8-g32": 32, "nf4": 64}  # else 128
+CASES = [
+    (kernel, scheme, shape)
+    for kernel in KERNELS
+    for scheme, shapes in SHAPES.items()
+    if scheme.startswith(SERVES.get(kernel, ""))
+    for shape in shapes
+]
+
+
+def kernel_named(name: str) -> Kernel:
+    return next(kernel for kernel in registry() if kernel.name == name)
+
+
+def read_inputs(name: str, q: QTensor, x: Tensor) -> Tensor:
+    """float64 [rows, in]: what a kernel makes of its inputs before it multiplies."""
+    if q.scheme.activations is None and name != "native-int8":
+        return x.double()
+    step = x.shape[-1]
+    if q.scheme.activations is None:
+        step = next((step for begin, step in STEPS.items() if q.scheme.name.startswith(begin)), 128)
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % step)).unflatten(-1, (-1, step))
+    codes, scales = quantize_rows(padded)
+    return (codes.double() * scales.double()).flatten(-2)[..., : x.shape[-1]]
+
+
+def relative_rms(found: Tensor, q: QTensor, x: Tensor, bias: Tensor | float = 0, name: str = "") -> float:
+    """RMS error of the kernel of that name, relative to the larger of the exact product and of what independent terms
+    would add up to.
+
+    The latter because weights are rounded one by one, and terms may cancel: in a product of few elements, all do.
+    """
+    inputs, weight = read_inputs(name, q, x), q.dequantize().double().t()
+    expected = inputs @ weight + bias
+    if not expected.numel():
+        return 0.0
+    terms = (inputs.square() @ weight.square()).sqrt()
+    return float((found.double() - expected).norm() / torch.maximum(expected.norm(), terms.norm()))
+
+
+def tolerance(q: QTensor, dtype: torch.dtype, count: int = 64, name: str = "") -> float:
+    """For the relative_rms of `count` elements of the kernel of that name.
+
+    An output is rounded by at most 2^-8 (bfloat16) or 2^-11 (float16) of its value, 0.41 of that in RMS. So are the
+    weights, or their scales and zeros: below 2^-8 (2^-11) in RMS together, and twice as much where elements are few.
+    INT8 products are exact, so that the output's rounding is all. float32: sums of up to 512 terms, in any order.
+    The native kernels round scales to float16, and with int8 inputs NF4's code book by 0.0020 in RMS: 0.4% of values
+    that are 0.55 in RMS.
+    """
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[dtype]
+    if name.startswith("native") and not q.scheme.activations:
+        rounding += 2.0**-11
+        if name == "native-int8" and q.scheme.code == "nf4":
+            rounding += 2.0**-7
+    return rounding * (1 if q.scheme.activations or count >= 64 else 2) + 2.0**-20
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("name", "scheme", "shape"), CASES)
+def test_product(
+    make_qtensor: Make, generator: torch.Generator, name: str, scheme: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    q, kernel = make_qtensor(scheme, *shape), kernel_named(name)
+    q.check()
+    if reason := kernel.reject(q, dtype, CPU):
+        pytest.skip(reason)
+    prepared = kernel.prepare(q, dtype)
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1], generator=generator).to(dtype)
+        with torch.inference_mode():
+            y = kernel.linear(x, prepared, None)
+        assert y.shape == (rows, shape[0])
+        assert y.dtype == dtype
+        assert relative_rms(y, q, x, name=name) <= tolerance(q, dtype, y.numel(), name), rows
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("scheme", ["int4-g32-asym", "int8-dynamic", "nf4-dq"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_forms_of_input(make_qtensor: Make, generator: torch.Generator, name: str, scheme: str) -> None:
+    """1, 2 and 3 dimensions, views, bias of the input's dtype or float32: all the same product."""
+    q, kernel, dtype = make_qtensor(scheme, 66 if name != "bnb-nf4" else 64, 64), kernel_named(name), torch.bfloat16
+    if reason := kernel.reject(q, dtype, CPU):
+        pytest.skip(reason)
+    prepared = kernel.prepare(q, dtype)
+    bias = torch.randn(q.shape[0], generator=generator)
+    cube = torch.randn(64, 50, 2, generator=generator).to(dtype)
+    for x in (cube[:, 0, 0], cube[..., 0].t(), cube.permute(2, 1, 0), cube[:, :0, 0].t(), cube[:, :0].permute(2, 1, 0)):
+        for b in (None, bias, bias.to(dtype)):
+            with torch.no_grad():
+                y = kernel.linear(x, prepared, b)
+            assert y.shape == (*x.shape[:-1], q.shape[0])
+            assert y.dtype == dtype
+            assert y.is_contiguous()
+            error = relative_rms(y, q, x, 0 if b is None else b.double(), name)
+            assert error <= tolerance(q, dtype, name=name) + 2**-9  # the bias added
+
+
+@pytest.mark.parametrize("rows", [3, 50])
+@pytest.mark.parametrize(
+    ("scheme", "name"),
+    [
+        ("int4-g64", "torch-int4"),
+        ("int8-dynamic", "torch-int8"),
+        ("nf4", "bnb-nf4"),
+        ("int4-g32", "native-int8"),
+        ("int8-dynamic", "native-int8"),
+        ("nf4", "native-int8"),
+        ("int4-g64", "native-bf16"),
+        ("nf4", "native-bf16"),
+    ],
+)
+def test_nan_in_the_input_shows(make_qtensor: Make, scheme: str, name: str, rows: int) -> None:
+    q, kernel = make_qtensor(scheme, 64, 64), kernel_named(name)
+    if reason := kernel.reject(q, torch.bfloat16, CPU):
+        pytest.skip(reason)
+    x = torch.ones(rows, 64, dtype=torch.bfloat16)
+    x[1, 5] = torch.nan
+    y = kernel.linear(x, kernel.prepare(q, torch.bfloat16), None)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+
+
+def test_int4_layout_is_read_off_and_both_ways_agree(make_qtensor: Make, generator: torch.Generator) -> None:
+    q, kernel = make_qtensor("int4-g64-asym", 640, 128), kernel_named("torch-int4")
+    if reason := kernel.reject(q, torch.bfloat16, CPU):
+        pytest.skip(reason)
+    prepared = kernel.prepare(q, torch.bfloat16)
+    assert prepared.block in (32, 64)  # without it the operator would serve all rows, correctly and slowly
+    x = torch.randn(65, 128, generator=generator).to(torch.bfloat16)
+    dequantized = kernel.linear(x, prepared, None)
+    prepared.block = None
+    operator = kernel.linear(x, prepared, None)
+    assert not torch.equal(operator, dequantized)
+    assert relative_rms(operator, q, x) <= tolerance(q, torch.bfloat16)
+    assert relative_rms(dequantized, q, x) <= tolerance(q, torch.bfloat16)
+
+
+def test_int4_group_of_scale_zero(make_qtensor: Make) -> None:
+    q, kernel = make_qtensor("int4-g32-asym", 64, 64), kernel_named("torch-int4")
+    if reason := kernel.reject(q, torch.bfloat16, CPU):
+        pytest.skip(reason)
+    q.scales[:, 0] = 0
+    x = torch.ones(65, 64, dtype=torch.bfloat16)
+    prepared = kernel.prepare(q, torch.bfloat16)
+    for rows in (1, 65):
+        assert relative_rms(kernel.linear(x[:rows], prepared, None), q, x[:rows]) <= 2**-8
+
+
+@pytest.mark.parametrize("name", ["torch-int8", "native-int8"])
+def test_int8_rows_are_independent(make_qtensor: Make, generator: torch.Generator, name: str) -> None:
+    """A row's result does not depend on how many rows come with it."""
+    q, kernel = make_qtensor("int8-dynamic", 65, 64), kernel_named(name)
+    if reason := kernel.reject(q, torch.float32, CPU):
+        pytest.skip(reason)
+    prepared = kernel.prepare(q, torch.float32)
+    x = torch.randn(33, 64, generator=generator)
+    assert torch.equal(kernel.linear(x, prepared, None)[:1], kernel.linear(x[:1], prepared, None))
+
+
+def test_quantize_rows() -> None:
+    codes, scales = quantize_rows(torch.tensor([[0.0, 0.0], [-254.0, 1.0], [3.0, 5.0]]))
+    assert codes.tolist() == [[0, 0], [-127, 0], [76, 127]]  # 1 / 2 rounds to even
+    assert scales.flatten().tolist() == [1.0, 2.0, pytest.approx(5 / 127)]
+
+
+def test_quantize_rows_at_the_edges() -> None:
+    x = torch.tensor([[2.7e-43, 0.0], [torch.nan, 1.0], [torch.inf, 1.0], [3.4e38, -3.4e38]])
+    before = x.clone()
+    codes, scales = quantize_rows(x)
+    assert codes[[0, 3]].tolist() == [[0, 0], [127, -127]]
+    assert scales[0] == 1
+    assert not scales[1:3].isfinite().any()
+    assert torch.equal(x.nan_to_num(), before.nan_to_num())  # the input is left alone
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scheme", "shape", "dtype", "device", "word"),
+    [
+        ("native-int8", "int4-g32", (64, 64), torch.float64, "cpu", "inputs are torch.float64"),
+        ("native-int8", "int4-g32", (64, 64), torch.bfloat16, "cuda", "runs on CPUs, not on cuda"),
+        ("native-int8", "int4-g48", (64, 96), torch.bfloat16, "cpu", "group_size 48 is not a multiple of 32"),
+        ("native-int8", "nf4", (64, 96), torch.bfloat16, "cpu", "in_features 96 is not divisible by 64"),
+        ("native-int8", "int8-dynamic", (1, 70000), torch.bfloat16, "cpu", "in_features 70000 is more than 65536"),
+        ("native-bf16", "int8-dynamic", (64, 64), torch.bfloat16, "cpu", "int8-dynamic quantizes its inputs"),
+        ("torch-int4", "int3-g32", (64, 64), torch.bfloat16, "cpu", "4-bit integer weights only"),
+        ("torch-int4", "nf4", (64, 64), torch.bfloat16, "cpu", "4-bit integer weights only"),
+        ("torch-int4", "int4-g32", (64, 64), torch.float16, "cpu", "inputs are torch.float16"),
+        ("torch-int4", "int4-g48", (64, 96), torch.bfloat16, "cpu", "group_size 48 is not a multiple of 32"),
+        ("torch-int4", "int4-channel", (64, 31), torch.bfloat16, "cpu", "in_features 31 is not divisible by 32"),
+        ("torch-int4", "int4-g32", (64, 64), torch.bfloat16, "meta", "x86 CPUs and NVIDIA GPUs"),
+        ("torch-int8", "int8-channel", (64, 64), torch.float32, "cpu", "int8-dynamic only"),
+        ("torch-int8", "int8-dynamic", (64, 64), torch.int32, "cpu", "inputs are torch.int32"),
+        ("torch-int8", "int8-dynamic", (64, 64), torch.float32, "meta", "not on meta"),
+        ("torch-int8", "int8-dynamic", (63, 64), torch.float32, "cuda", "not divisible by 8"),
+        ("triton-int4", "int8-g32", (64, 64), torch.bfloat16, "cuda", "2 to 4 bits only"),
+        ("triton-int4", "nf4", (64, 64), torch.bfloat16, "cuda", "2 to 4 bits only"),
+        ("triton-int4", "int4-g32", (64, 64), torch.float32, "cuda", "inputs are torch.float32"),
+        ("triton-int4", "int4-g48", (64, 96), torch.bfloat16, "cuda", "group_size 48 is not a multiple of 32"),
+        ("triton-int4", "int4-g32", (64, 64), torch.bfloat16, "cpu", "NVIDIA GPUs, not on cpu"),
+        ("bnb-nf4", "int4-g64", (64, 64), torch.bfloat16, "cpu", "nf4 and nf4-dq only"),
+        ("bnb-nf4", "nf4", (64, 64), torch.float64, "cpu", "inputs are torch.float64"),
+        ("bnb-nf4", "nf4", (64, 96), torch.float32, "cpu", "in_features 96 is not divisible by 64"),
+        ("bnb-nf4", "nf4", (64, 64), torch.float32, "meta", "not on meta"),
+    ],
+)
+def test_reasons_for_rejection(
+    make_qtensor: Make, kernel: str, scheme: str, shape: tuple[int, int], dtype: torch.dtype, device: str, word: str
+) -> None:
+    reason = kernel_named(kernel).reject(make_qtensor(scheme, *shape), dtype, torch.device(device))
+    assert reason is not None
+    assert word in reason
+
+
+def test_bitsandbytes_absent(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    q = make_qtensor("nf4", 64, 96)  # which no other kernel takes
+    selection = select(q, torch.bfloat16, CPU)
+    assert selection.kernel.name == "reference"
+    q = make_qtensor("nf4", 64, 64)
+    assert (
+        kernel_named("bnb-nf4").reject(q, torch.bfloat16, CPU)
+        == "bitsandbytes is not installed; pip install 'bitpress[bnb]'"
+    )
+    with pytest.raises(ValueError, match=r"kernel bnb-nf4 cannot run nf4 here: .*pip install"):
+        select(q, torch.bfloat16, CPU, "bnb-nf4")
+
+
+def test_bitsandbytes_is_not_imported_for_other_schemes(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    select(make_qtensor("int4-g32", 64, 64), torch.float32, CPU)
+    assert "bitsandbytes" not in sys.modules
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_bitsandbytes_leaves_the_qtensor_alone(make_qtensor: Make, interleaved: bool) -> None:
+    kernel, dtype = kernel_named("bnb-nf4"), torch.bfloat16 if interleaved else torch.float32
+    q = make_qtensor("nf4-dq", 64, 128)
+    if reason := kernel.reject(q, dtype, CPU):
+        pytest.skip(reason)
+    before = {name: tensor.clone() for name, tensor in q.tensors()}
+    prepared = kernel.prepare(q, dtype)
+    x = torch.ones(2, 128, dtype=dtype)
+    first = kernel.linear(x, prepared, None)
+    assert torch.equal(first, kernel.linear(x, prepared, None))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in q.tensors())
+
+
+def test_select_falls_back_and_says_why(make_qtensor: Make) -> None:
+    selection = select(make_qtensor("int3-g48", 64, 96), torch.float32, CPU)
+    assert selection.kernel.name == "reference"
+    assert list(selection.rejected) == KERNELS[:-1]
+    assert all(selection.rejected.values())
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "nf4", "int8-dynamic"])
+def test_inputs_that_are_to_stay_as_they_are(make_qtensor: Make, scheme: str) -> None:
+    """Of weight-only schemes: int8-dynamic is served by the same kernel, for it says itself what becomes of them."""
+    q, best = make_qtensor(scheme, 64, 64), kernel_named("native-int8")
+    if reason := best.reject(q, torch.float32, CPU):
+        pytest.skip(reason)
+    assert select(q, torch.float32, CPU).kernel.name == "native-int8"
+    selection = select(q, torch.float32, CPU, "auto-bf16")
+    if scheme == "int8-dynamic":
+        assert selection.kernel.name == "native-int8"
+    else:
+        assert selection.kernel.name == "native-bf16"
+        assert selection.rejected == {"native-int8": "quantizes its inputs, which are to stay as they are"}
+
+
+def test_select_by_name(make_qtensor: Make) -> None:
+    q = make_qtensor("int4-g32", 64, 64)
+    assert select(q, torch.bfloat16, CPU, "reference").kernel.name == "reference"
+    assert select(q, torch.bfloat16, CPU, "reference").rejected == {}
+    with pytest.raises(
+        ValueError, match=r"kernel 'torch-int5' is unknown; use auto or auto-bf16, or one of native-int8, .*ref"
+    ):
+        select(q, torch.bfloat16, CPU, "torch-int5")
+    with pytest.raises(
+        ValueError, match=r"kernel torch-int4 cannot run int4-g32 here: inputs are torch.float32.*; use auto"
+    ):
+        select(q, torch.float32, CPU, "torch-int4")
+
+
+def test_reference_serves_everything_and_comes_last() -> None:
+    assert KERNELS[-1] == "reference"
+    assert len(set(KERNELS)) == len(KERNELS)

@@ -1,0 +1,190 @@
+"""int8-dynamic in Triton: on a GPU, in Triton's interpreter on any CPU, and as compiled code on neither."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitpress.kernels.packing import unpack
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.reference import quantize_rows
+from bitpress.kernels.triton import int8_dynamic
+from bitpress.kernels.triton.int8_dynamic import FEW, MANY, SOME, TritonInt8, quantize
+from bitpress.kernels.triton.launch import Config, problem
+
+Make = Callable[..., QTensor]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_CUDA = not INTERPRETED and problem(torch.device("cuda")) is None
+DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+runs = pytest.mark.skipif(
+    not (INTERPRETED or ON_CUDA), reason="here it runs in test_in_the_interpreter only, if at all"
+)
+needs_triton = pytest.mark.skipif(
+    int8_dynamic.triton is None or INTERPRETED, reason="Triton is not installed; there is none but on Linux"
+)
+SHAPES = [(1, 1), (13, 31), (64, 64), (65, 127), (129, 257), (40, 1000)]
+EVERY = [*FEW, *SOME, *MANY]
+
+
+def relative_rms(found: Tensor, q: QTensor, x: Tensor, bias: Tensor | float = 0) -> float:
+    """RMS error of the product with x rounded as the reference rounds it, relative to the exact one."""
+    codes, scales = quantize_rows(x.cpu())
+    expected = codes.double() * scales.double() @ q.dequantize().double().t() + bias
+    return float((found.cpu().double() - expected).norm() / expected.norm())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Integers are exact; of an output's rounding, float32's three are the smaller part. It may be a single one that is
+    rounded; the interpreter drops what bfloat16 has no bits for, up to 2^-7."""
+    return {torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-22}[
+        dtype
+    ]
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ins", [1, 15, 16, 127, 4095, 4097])
+def test_rows_are_quantized_as_by_the_reference(dtype: torch.dtype, ins: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: zeros, subnormal scales, ties, the largest numbers; and what is not finite shows."""
+    monkeypatch.setattr(int8_dynamic, "_BLOCK", 1024)
+    x = torch.randn(11, ins, generator=torch.Generator().manual_seed(ins)).to(dtype)
+    x[1], x[2] = 0, torch.finfo(dtype).tiny / 3
+    x[3] = (torch.arange(ins) % 255 - 127) / 2  # of a scale of 1/2 or 1: half of them ties
+    x[3, 0] = 127
+    x[4], x[5, -1], x[6, ins // 2], x[7, 0] = torch.finfo(dtype).max, torch.nan, torch.inf, -torch.inf
+    codes, scales = (tensor.cpu() for tensor in quantize(x.to(DEVICE)))
+    expected, expected_scales = quantize_rows(x)
+    expected_scales = expected_scales.flatten()
+    finite = expected_scales.isfinite()
+    assert finite.sum() == 8
+    assert torch.equal(codes[finite, :ins], expected[finite])
+    assert torch.equal(scales.nan_to_num(nan=-1), expected_scales.nan_to_num(nan=-1))
+    assert not codes[:, ins:].any()
+
+
+@runs
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product(make_qtensor: Make, generator: torch.Generator, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    q, kernel = make_qtensor("int8-dynamic", *shape), TritonInt8()
+    prepared, bias = kernel.prepare(q.to(DEVICE), dtype), torch.randn(shape[0], generator=generator)
+    for rows in (1, 2, 17, 65):
+        x = torch.randn(rows, shape[1], generator=generator).to(dtype)
+        y = kernel.linear(x.to(DEVICE), prepared, bias.to(DEVICE))
+        assert (y.shape, y.dtype) == ((rows, shape[0]), dtype)
+        assert relative_rms(y, q, x, bias) <= tolerance(dtype), rows
+
+
+@runs
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("config", EVERY, ids=str)
+def test_every_configuration(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+    """All sums are exact, so that all configurations agree to the bit, which a bias in bfloat16 does not change."""
+    q, kernel = make_qtensor("int8-dynamic", 136, 140), TritonInt8()
+    monkeypatch.setattr(int8_dynamic, "choose", lambda *args: config)
+    generator = torch.Generator().manual_seed(1)
+    x, bias = torch.randn(config.rows + 1, 140, generator=generator), torch.randn(136, generator=generator)
+    prepared = kernel.prepare(q.to(DEVICE), torch.float32)
+    y = kernel.linear(x.to(DEVICE), prepared, bias.to(DEVICE, torch.bfloat16))
+    assert relative_rms(y, q, x, bias.to(torch.bfloat16).double()) <= tolerance(torch.float32)
+    codes = (unpack(q.codes, 8, 140).int() - 128).double()
+    rounded, scales = quantize_rows(x)
+    exact = (rounded.double() @ codes.t()).float() * scales * q.scales.flatten()
+    assert torch.equal(kernel.linear(x.to(DEVICE), prepared, None).cpu(), exact)
+
+
+@runs
+@pytest.mark.usefixtures("poisoned_empty")
+def test_forms_of_input(make_qtensor: Make, generator: torch.Generator) -> None:
+    """1, 2 and 3 dimensions, views, no rows: all the same product."""
+    q, kernel = make_qtensor("int8-dynamic", 66, 64), TritonInt8()
+    prepared = kernel.prepare(q.to(DEVICE), torch.float16)
+    cube = torch.randn(64, 50, 2, generator=generator).to(DEVICE, torch.float16)
+    for x in (cube[:, 0, 0], cube[..., 0].t(), cube.permute(2, 1, 0), cube[:, :0, 0].t(), cube[:, :0].permute(2, 1, 0)):
+        y = kernel.linear(x, prepared, None)
+        assert (y.shape, y.dtype, y.is_contiguous()) == ((*x.shape[:-1], 66), torch.float16, True)
+        if y.numel():
+            assert relative_rms(y, q, x) <= tolerance(torch.float16)
+
+
+@runs
+def test_nan_stays_in_its_row(make_qtensor: Make, nan_stays_in_its_row: Callable[..., None]) -> None:
+    nan_stays_in_its_row(TritonInt8(), make_qtensor("int8-dynamic", 64, 320).to(DEVICE))
+
+
+@needs_triton
+def test_in_the_interpreter(interpreted: Callable[[str], int]) -> None:
+    assert interpreted(__file__) >= 3 * len(SHAPES) + len(EVERY)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("config", [config for config in EVERY if config.rows and config.split == 1], ids=str)
+def test_compiled_product(config: Config, capability: int, compiled: Callable[..., Any]) -> None:
+    """No spills, wide copies, INT8 tensor cores. How many programs share outputs is no part of the code."""
+    kinds = dict.fromkeys(("codes_at", "weight_at"), "*i8") | dict.fromkeys(("row_scales_at", "scales_at"), "*fp32")
+    kinds |= dict.fromkeys(("bias_at", "y_at"), "*bf16") | dict.fromkeys(("rows", "outs", "width"), "i32")
+    constants = {"ROWS": config.rows, "OUTS": config.outs, "DEPTH": config.depth, "STAGES": config.stages}
+    program = compiled(int8_dynamic._multiply, kinds, constants, capability, odd=("rows",), num_warps=config.warps)
+    assert program.stack == program.count("STL") == program.count("LDL") == 0
+    assert program.registers <= (128 if config.rows == 16 else 255)
+    assert program.shared <= 100 << 10
+    copies = config.stages * (config.rows + config.outs) * config.depth // (16 * 32 * config.warps)
+    assert program.count("LDGSTS.E.BYPASS.128") >= copies
+    assert program.count("IGMMA" if capability == 90 else "IMMA.16832.S8.S8") >= 4
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kind", ["*bf16", "*fp32"])
+def test_compiled_quantizing(kind: str, capability: int, compiled: Callable[..., Any]) -> None:
+    kinds = {"x_at": kind, "codes_at": "*i8", "scales_at": "*fp32", "ins": "i32", "width": "i32"}
+    program = compiled(int8_dynamic._quantize, kinds, {"BLOCK": int8_dynamic._BLOCK}, capability, num_warps=8)
+    assert program.stack == 0
+    assert program.registers <= 64  # four programs share a multiprocessor
+    assert program.count("LDG.E.128") >= 4
+    assert program.count("STG.E.128") >= 1
+    assert program.count("MUFU.RCP") > 0  # where IEEE's division begins
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiled_adding(capability: int, compiled: Callable[..., Any]) -> None:
+    from bitpress.kernels.triton import product
+
+    kinds = {"parts_at": "*i32", "y_at": "*bf16", "row_scales_at": "*fp32", "out_scales_at": "*fp32"}
+    kinds |= {"bias_at": "*bf16", "rows": "i32", "outs": "i32"}
+    program = compiled(product._add_parts, kinds, {"SPLIT": 8, "COLUMNS": product._COLUMNS}, capability, odd=("rows",))
+    assert program.stack == 0
+    assert program.count("LDG.E.128") >= 16
+
+
+def test_reasons(make_qtensor: Make) -> None:
+    kernel, cpu = TritonInt8(), torch.device("cpu")
+    assert "int8-dynamic only" in kernel.reject(make_qtensor("int8-channel", 64, 64), torch.bfloat16, cpu)
+    q = make_qtensor("int8-dynamic", 1, (1 << 17) + 1)
+    assert "inputs are torch.float64" in kernel.reject(q, torch.float64, cpu)
+    assert "in_features 131073 is more than 131072" in kernel.reject(q, torch.bfloat16, cpu)
+    q = make_qtensor("int8-dynamic", 64, 64)
+    assert kernel.reject(q, torch.bfloat16, cpu) == "runs on NVIDIA GPUs, not on cpu"
+
+
+def test_inputs_that_do_not_fit(make_qtensor: Make) -> None:
+    prepared = TritonInt8().prepare(make_qtensor("int8-dynamic", 64, 63), torch.bfloat16)
+    for x in (torch.ones(2, 63, dtype=torch.float64), torch.ones(2, 64)):
+        with pytest.raises(ValueError, match=r"inputs are .*, expected \[\.\.\., 63\] of float16, bfloat16 or float32"):
+            TritonInt8().linear(x, prepared, None)
+
+
+def test_the_fake_operator(make_qtensor: Make) -> None:
+    """Shapes for torch.compile, with nothing computed."""
+    prepared = TritonInt8().prepare(make_qtensor("int8-dynamic", 65, 63), torch.float16).to("meta")
+    y = torch.ops.bitpress.linear_int8(torch.empty(2, 3, 63, device="meta"), prepared.weight, prepared.scales, None)
+    assert (y.shape, y.dtype, y.device.type) == ((2, 3, 65), torch.float32, "meta")

@@ -1,0 +1,364 @@
+"""The command line: exit codes, sentences in place of tracebacks, and JSON where a script would read it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from bitpress.pipeline.cli import app
+from bitpress.pipeline.errors import (
+    BitpressError,
+    CheckpointError,
+    ConfigError,
+    DiskError,
+    GateError,
+    HubError,
+    LockedError,
+    NumericsError,
+)
+from bitpress.pipeline.storage import files, journal
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Bitpress = Callable[..., Result]
+
+
+@pytest.fixture
+def bitpress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Bitpress:
+    """bitpress("list", "--json"): the command in this process."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["bitpress", *map(str, arguments)])
+        was = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        try:
+            app.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, was)
+        return Result(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, tiny_llama: Path, bitpress: Bitpress) -> Path:
+    assert bitpress("quantize", tiny_llama, "--scheme", "int4-g32", "-o", tmp_path / "pressed").code == 0
+    return tmp_path / "pressed"
+
+
+def config(folder: Path, model: Path, **changes: Any) -> Path:
+    """A config file in JSON, which is YAML."""
+    (folder / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
+    evaluation = {"text": str(folder / "text.txt"), "context": 64, "windows": 2, "speed": None}
+    value = {"name": "trial", "models": [{"id": str(model)}], "schemes": ["int4-g32"], "eval": evaluation}
+    path = folder / "trial.yaml"
+    path.write_text(json.dumps({**value, "output": str(folder / "runs"), "device": "cpu", **changes}))
+    return path
+
+
+class TestExitCodes:
+    def test_each_kind_has_its_own(self):
+        kinds = [BitpressError, ConfigError, CheckpointError, NumericsError, DiskError, HubError, LockedError]
+        assert [kind.exit_code for kind in [*kinds, GateError]] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+    @pytest.mark.parametrize("kind", [ConfigError, CheckpointError, NumericsError, DiskError, HubError, LockedError])
+    def test_errors_are_a_sentence(
+        self, bitpress: Bitpress, tmp_path: Path, kind: type[BitpressError], monkeypatch: pytest.MonkeyPatch
+    ):
+        def fail(folder: Path) -> None:
+            raise kind("layers.3: got [7], expected [8]; use [red]another[/red]")
+
+        monkeypatch.setattr("bitpress.pipeline.checkpoints.describe.describe", fail)
+        found = bitpress("inspect", tmp_path)
+        assert found.code == kind.exit_code
+        assert found.err == "error: layers.3: got [7], expected [8]; use [red]another[/red]\n"
+        assert not found.out
+        with_trace = bitpress("--debug", "inspect", tmp_path)
+        assert with_trace.code == kind.exit_code
+        assert "Traceback" in with_trace.err
+
+    def test_config(self, bitpress: Bitpress, tmp_path: Path, tiny_llama: Path):
+        found = bitpress("run", config(tmp_path, tiny_llama, schemas=["nf4"]))
+        assert found.code == 2
+        assert "schemas: unknown key; did you mean schemes?" in found.err
+
+    def test_checkpoint(self, bitpress: Bitpress, tmp_path: Path):
+        found = bitpress("inspect", tmp_path)
+        assert (found.code, found.err) == (
+            3,
+            f"error: {tmp_path} has neither model.safetensors nor model.safetensors.index.json\n",
+        )
+
+    def test_numerics(self, bitpress: Bitpress, source: Path, tmp_path: Path, edit_tensors: Any):
+        name = "model.norm.weight"
+        edit_tensors(source / "model.safetensors", lambda tensors: tensors[name].fill_(torch.nan))
+        found = bitpress("quantize", source, "--scheme", "int4-g32", "-o", tmp_path / "out")
+        assert found.code == 4
+        assert f"{name}: 64 of 64 values are NaN" in found.err
+
+    def test_disk(self, bitpress: Bitpress, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        def full(descriptor: int, data: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(files, "write", full)
+        found = bitpress("quantize", tiny_llama, "--scheme", "int4-g32", "-o", tmp_path / "out")
+        assert found.code == 5
+        assert "the disk is full" in found.err
+        assert "run the same command again" in found.err
+
+    def test_hub(self, bitpress: Bitpress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        found = bitpress("quantize", "nobody/nothing-of-that-name", "-o", tmp_path / "out")
+        assert found.code == 6
+        assert "nobody/nothing-of-that-name" in found.err
+        assert not (tmp_path / "out.partial").exists()
+
+    def test_locked(self, bitpress: Bitpress, tiny_llama: Path, tmp_path: Path):
+        (tmp_path / "out.partial").mkdir()
+        with journal.locked(tmp_path / "out.partial"):
+            found = bitpress("quantize", tiny_llama, "--scheme", "int4-g32", "-o", tmp_path / "out")
+        assert found.code == 7
+        assert f"in use by process {os.getpid()} on " in found.err
+
+    def test_interrupted(self, bitpress: Bitpress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        def interrupt(folder: Path) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("bitpress.pipeline.checkpoints.describe.describe", interrupt)
+        found = bitpress("inspect", tmp_path)
+        assert found.code == 130
+        assert "interrupted; run the same command again to go on" in found.err
+
+    @pytest.mark.parametrize("arguments", [["--bogus"], ["quantise"], ["quantize"], ["generate", "x"], ["eval"]])
+    def test_usage(self, bitpress: Bitpress, arguments: list[str]):
+        found = bitpress(*arguments)
+        assert found.code == 2
+        assert "Traceback" not in found.err
+
+    def test_no_traceback_in_a_real_process(self, tmp_path: Path):
+        command = [sys.executable, "-c", "from bitpress.pipeline.cli.app import main; main()", "inspect", str(tmp_path)]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert found.returncode == 3
+        assert found.stderr.startswith("error: ")
+        assert found.stdout == ""
+
+
+def test_eval_beside_its_baseline(bitpress: Bitpress, tiny_llama: Path, artifact: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
+    options = [
+        "--text",
+        tmp_path / "text.txt",
+        "--context",
+        64,
+        "--windows",
+        3,
+        "--protocol",
+        "sliding",
+        "--stride",
+        32,
+    ]
+    found = bitpress("eval", artifact, "--baseline", tiny_llama, *options)
+    assert found.code == 0
+    assert "perplexity per token by protocol sliding-64/32 on text.txt: 3 windows" in found.out
+    for name in ("ratio of perplexities", "mean KL", "same next token", "side by side", "cache per token"):
+        assert name in found.out
+    wrong = bitpress("eval", artifact, "--protocol", "slding")
+    assert (wrong.code, "protocol: Input should be 'gptq', 'sliding'" in wrong.err) == (2, True)
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--scheme", "int4g128"], "'int4g128' is not a scheme"),
+            (["--scheme", "int5-g32"], "bits must be one of 2, 3, 4, 8"),
+            (["--scheme", "int4-g32", "--method", "absmx"], "method 'absmx' is unknown; did you mean absmax?"),
+            (["--scheme", "int4-g32", "--format", "gtpq"], "format 'gtpq' is unknown; did you mean gptq?"),
+            (["--scheme", "int4-g32", "--method", "nf4"], "nf4"),
+            (["--scheme", "int4-g32-asym", "--format", "gptq"], "gptq"),
+            (["--scheme", "int4-g32", "--skip", "nothing*"], "nothing* matches no tensor"),
+            (["--scheme", "int4-g32", "--revision", "main"], "is a local folder, which has no revision main"),
+        ],
+    )
+    def test_quantize_refuses(
+        self, bitpress: Bitpress, tiny_llama: Path, tmp_path: Path, arguments: list[str], said: str
+    ):
+        found = bitpress("quantize", tiny_llama, "-o", tmp_path / "out", *arguments)
+        assert found.code == 2
+        assert said in found.err
+        assert "Traceback" not in found.err
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.usefixtures("student")
+    @pytest.mark.parametrize(
+        ("arguments", "code", "said"),
+        [
+            (["--algorithm", "dampin=1"], 2, "student has no option 'dampin'; did you mean damping?"),
+            (["--algorithm", "damping=0"], 2, "algorithm: damping: Input should be greater than 0, got 0"),
+            (["--algorithm", "damping"], 2, "damping: expected key=value, such as damping=1e-3"),
+            (["--calibration", "gone.txt"], 2, "gone.txt: no such text file"),
+            (["--windows", 0], 2, "windows: Input should be greater than or equal to 1, got 0"),
+            (["--context", 1], 2, "context: Input should be greater than or equal to 2, got 1"),
+            (["--seed", "x"], 2, "seed: Input should be a valid integer, got 'x'"),
+            (["--max-fallback-layers", -1], 2, "max-fallback-layers"),
+            (["--calibration", __file__, "--context", 64, "--windows", 9999], 4, "calibration needs 639936"),
+            (["--calibration", "a.txt", "--method", "auto"], 2, "method auto learns from no text"),
+        ],
+    )
+    def test_quantize_refuses_what_there_is_to_learn(
+        self, bitpress: Bitpress, tiny_llama: Path, tmp_path: Path, arguments: list[Any], code: int, said: str
+    ):
+        found = bitpress("quantize", tiny_llama, "-o", tmp_path / "out", "--method", "student", *arguments)
+        assert found.code == code
+        assert said in found.err
+        assert "Traceback" not in found.err
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.usefixtures("student")
+    def test_quantize_passes_on_what_was_typed(
+        self, bitpress: Bitpress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        given: list[Any] = []
+        monkeypatch.setattr("bitpress.pipeline.api.quantize", lambda *arguments: given.extend(arguments) or [])
+        options = ["--calibration", "a.txt", "--windows", 3, "--context", 64, "--seed", "null"]
+        options += ["--algorithm", "damping=1e-3", "--algorithm", "order=plain", "--max-fallback-layers", 2]
+        assert bitpress("quantize", "model", "-o", tmp_path, "--method", "student", *options).code == 0
+        recipe, calibration = given[4:6]
+        assert recipe["algorithm"] == {"damping": 1e-3, "order": "plain"}
+        assert (recipe["method"], recipe["max_fallback_layers"]) == ("student", 2)
+        assert calibration == {"text": "a.txt", "windows": 3, "context": 64, "seed": None}
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--dtype", "fp32"], "fp32"),
+            (["--kernel", "referense"], "referense"),
+            (["--device", "tpu"], "tpu"),
+            (["--device", "cuda:99"], "cuda"),
+        ],
+    )
+    def test_generate_refuses(self, bitpress: Bitpress, artifact: Path, arguments: list[str], said: str):
+        found = bitpress("generate", artifact, "x", *arguments)
+        assert found.code == 2, found.err
+        assert said in found.err
+
+    def test_generate(self, bitpress: Bitpress, artifact: Path):
+        found = bitpress("generate", artifact, "Once", "--tokens", 3, "--device", "cpu")
+        assert found.code == 0, found.err
+        assert found.out.startswith("Once")
+
+    def test_quantize_says_what_next_and_verifies_when_repeated(
+        self, bitpress: Bitpress, tiny_llama: Path, tmp_path: Path
+    ):
+        arguments = ["quantize", tiny_llama, "--scheme", "int4-g32", "-o", tmp_path / "out"]
+        assert f"try `bitpress eval {tmp_path / 'out'}`" in bitpress(*arguments).out
+        assert "finished before, verified" in bitpress(*arguments).err
+
+
+class TestInspect:
+    def test_source(self, bitpress: Bitpress, tiny_llama: Path):
+        found = json.loads(bitpress("inspect", tiny_llama, "--json").out)
+        assert found["architecture"] == "LlamaForCausalLM"
+        assert (found["quantized"], found["files"], found["tensors"]) == ("no", 1, 21)
+        assert found["parameters"] * 2 == found["bytes"]
+
+    def test_artifact(self, bitpress: Bitpress, artifact: Path):
+        found = json.loads(bitpress("inspect", artifact, "--json").out)
+        assert (found["quantized"], found["format"], found["quantized layers"]) == ("int4-g32", "gptq", 14)
+
+    def test_table(self, bitpress: Bitpress, artifact: Path):
+        found = bitpress("inspect", artifact)
+        assert found.code == 0
+        assert "int4-g32" in found.out
+        assert not found.err
+
+    def test_damaged_artifact(self, bitpress: Bitpress, artifact: Path, edit_json: Callable[..., None]):
+        edit_json(artifact / "config.json", quantization_config={"quant_method": "nonesuch"})
+        found = bitpress("inspect", artifact)
+        assert found.code == 3
+        assert "nonesuch" in found.err
+
+
+class TestList:
+    def test_json(self, bitpress: Bitpress):
+        found = json.loads(bitpress("list", "--json").out)
+        assert {"methods", "formats"} < found.keys()
+        assert {"absmax", "nf4"} <= found["methods"].keys()
+        assert "gptq" in found["formats"]
+        kernels = next(value for key, value in found.items() if key.startswith("kernels on "))
+        assert "nf4" in kernels["reference"]
+
+    def test_table(self, bitpress: Bitpress):
+        found = bitpress("list")
+        assert found.code == 0
+        assert "reference" in found.out
+        assert not found.err
+
+
+class TestRun:
+    def test_a_failed_job_does_not_stop_the_others(
+        self, bitpress: Bitpress, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """The jobs end where a fresh process would begin, which has its own tests."""
+
+        def refuse(*arguments: Any) -> None:
+            raise NumericsError("stopped here")
+
+        monkeypatch.setattr("bitpress.pipeline.evaluate.verify.check", refuse)
+        monkeypatch.setattr("bitpress.pipeline.evaluate.process.measure", refuse)
+        path = config(tmp_path, tiny_llama, schemes=["int4-g128", "int4-g32"])
+        found = bitpress("run", path, "--json")
+        assert found.code == 1
+        jobs = {job["scheme"]: job for job in json.loads(found.out)}
+        assert list(jobs) == ["none", "int4-g128", "int4-g32"]
+        assert "not divisible by group_size 128" in jobs["int4-g128"]["error"]
+        assert jobs["none"]["error"] == jobs["int4-g32"]["error"] == "stopped here"
+        assert (tmp_path / "runs/trial/int4-g32/artifact/bitpress.json").exists()
+        assert "Traceback" not in found.err
+
+    def test_all_configs_are_checked_before_any_runs(self, bitpress: Bitpress, tmp_path: Path, tiny_llama: Path):
+        good = config(tmp_path, tiny_llama)
+        found = bitpress("run", good, tmp_path / "missing.yaml")
+        assert found.code == 2
+        assert "missing.yaml: No such file" in found.err
+        assert not (tmp_path / "runs").exists()
+
+    def test_output_inside_the_source(self, bitpress: Bitpress, tmp_path: Path, source: Path):
+        before = sorted(source.iterdir())
+        found = bitpress("run", config(tmp_path, source, output=str(source / "runs"), schemes=["none"]))
+        assert found.code == 2
+        assert "lies in the checkpoint's own folder" in found.out
+        assert sorted(source.iterdir()) == before
+
+    def test_set(self, bitpress: Bitpress, tmp_path: Path, tiny_llama: Path):
+        found = bitpress("run", config(tmp_path, tiny_llama), "--set", "eval.windws=3")
+        assert found.code == 2
+        assert "eval.windws: unknown key; did you mean windows?" in found.err
+
+    @pytest.mark.parametrize(
+        ("text", "code", "said"),
+        [("", 4, "holds no text"), (" \n", 4, "holds no text"), ("short", 4, "has 5 tokens"), (None, 2, "no such")],
+    )
+    def test_text(self, bitpress: Bitpress, tmp_path: Path, tiny_llama: Path, text: str | None, code: int, said: str):
+        path = config(tmp_path, tiny_llama, schemes=["none"])
+        (tmp_path / "text.txt").unlink()
+        if text is not None:
+            (tmp_path / "text.txt").write_text(text)
+        found = bitpress("run", path)
+        assert found.code == code
+        assert said in found.err + found.out

@@ -1,0 +1,390 @@
+"""Every format by every scheme that it holds: written, read, and decoded by readers written from its description."""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bitpress.kernels.packing import pack
+from bitpress.kernels.qtensor import NF4_CODEBOOK, QTensor
+from bitpress.kernels.scheme import Scheme
+from bitpress.pipeline.formats import default_format, detect, registry
+from bitpress.pipeline.formats.base import Format
+from bitpress.pipeline.methods import default_method
+
+INTEGERS = [
+    f"int{b}-{group}{asym}" for b in (2, 3, 4, 8) for group in ("g32", "g64", "channel") for asym in ("", "-asym")
+]
+SCHEMES = [Scheme.parse(name) for name in (*INTEGERS, "int8-dynamic", "nf4", "nf4-dq")]
+SHAPE = (64, 128)
+CASES = [
+    pytest.param(fmt, scheme, id=f"{fmt.name}-{scheme.name}")
+    for fmt in registry().values()
+    for scheme in SCHEMES
+    if not fmt.problems(scheme, SHAPE)
+]
+EVERY = pytest.mark.parametrize(("format", "scheme"), CASES)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KEPT = ["lm_head", "model.layers.1.mlp.gate", "model.layers.0.self_attn.k_proj"]
+Stored = dict[str, Tensor]
+
+
+def shapes(format: Format, scheme: Scheme) -> list[tuple[int, int]]:
+    """Whole words and blocks; a single row; primes, as far as scheme and format go."""
+    size = scheme.group_size if scheme.code == "int" and scheme.group_size else 1
+    candidates = [SHAPE, (1, 3 * size), (31, 13 * size if size == 1 else size), (7, 11 * size), (32, 32 * size)]
+    return [shape for shape in candidates if not scheme.problems(shape) and not format.problems(scheme, shape)]
+
+
+def random_qtensor(scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dtype) -> QTensor:
+    """A quantized random weight, its codes and zero points then made to take every value there is."""
+    generator = torch.Generator().manual_seed(shape[0])
+    weight = torch.randn(shape, generator=generator)
+    q, _ = default_method(scheme).quantize(weight, scheme, scale_dtype)
+    if scheme.code == "nf4":
+        codes = torch.randint(256, q.codes.shape, dtype=torch.uint8, generator=generator)
+        return QTensor(scheme, shape, codes, q.scales, nested=q.nested)
+    codes = torch.randint(scheme.max_code + 1, shape, dtype=torch.uint8, generator=generator)
+    zeros = None
+    if q.zeros is not None:
+        zeros = torch.randint(scheme.max_code + 1, q.zeros.shape, dtype=torch.uint8, generator=generator)
+    return QTensor(scheme, shape, pack(codes, scheme.bits), q.scales, zeros)
+
+
+def written(format: Format, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> tuple[QTensor, Stored]:
+    q = random_qtensor(scheme, shape, format.scale_dtype(scheme, dtype))
+    q.check()
+    return q, format.write(q, dtype)
+
+
+# Readers that share nothing with ours, one element at a time, float32 as the formats have it.
+
+
+def stream(words: Iterable[int], bits: int) -> list[int]:
+    """Codes of a bit stream in 32-bit words, lowest bits first; those of the tail's filling, too."""
+    words = list(words)
+    whole = sum((word & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(words))
+    return [(whole >> (bits * j)) & (2**bits - 1) for j in range(32 * len(words) // bits)]
+
+
+def read_gptq(stored: Stored, scheme: Scheme, minus: int = 1) -> np.ndarray:
+    scales, g_idx = stored["scales"].float().numpy(), stored["g_idx"].tolist()
+    columns = [stream(column, scheme.bits) for column in stored["qweight"].t().tolist()]
+    zeros = [stream(row, scheme.bits) for row in stored["qzeros"].tolist()]
+    weight = np.zeros((scales.shape[1], len(g_idx)), np.float32)
+    for n, k in np.ndindex(*weight.shape):
+        group = g_idx[k]
+        weight[n, k] = scales[group, n] * np.float32(columns[n][k] - (zeros[group][n] + minus))
+    return weight
+
+
+def read_gptq_v2(stored: Stored, scheme: Scheme) -> np.ndarray:
+    return read_gptq(stored, scheme, 0)
+
+
+def read_packed(stored: Stored, scheme: Scheme) -> np.ndarray:
+    rows, columns = stored["weight_shape"].tolist()
+    scales, offset = stored["weight_scale"].float().numpy(), 2 ** (scheme.bits - 1)
+    codes = [stream(row, scheme.bits) for row in stored["weight_packed"].tolist()]
+    zeros = [[offset] * rows] * scales.shape[1]  # as they lie in the file, where a signed 0 is 2^(bits - 1)
+    if "weight_zero_point" in stored:
+        zeros = [stream(column, scheme.bits) for column in stored["weight_zero_point"].t().tolist()]
+    weight = np.zeros((rows, columns), np.float32)
+    groups = [k // (columns // scales.shape[1]) for k in range(columns)]
+    if "weight_g_idx" in stored:
+        groups = stored["weight_g_idx"].tolist()
+    for n, k in np.ndindex(rows, columns):
+        group = groups[k]
+        weight[n, k] = scales[n, group] * np.float32((codes[n][k] - offset) - (zeros[group][n] - offset))
+    return weight
+
+
+def read_int8(stored: Stored, scheme: Scheme) -> np.ndarray:
+    scales = stored["weight_scale"].float().numpy()
+    weight = np.zeros(stored["weight"].shape, np.float32)
+    for n, k in np.ndindex(*weight.shape):
+        weight[n, k] = scales[n, 0] * np.float32(stored["weight"][n, k].item())
+    return weight
+
+
+def read_nf4(stored: Stored, scheme: Scheme) -> np.ndarray:
+    state = json.loads(bytes(stored["weight.quant_state.bitsandbytes__nf4"].tolist()))
+    packed, table = stored["weight"].flatten().tolist(), stored["weight.quant_map"].numpy()
+    absmax = stored["weight.absmax"].numpy()
+    if scheme.double_quant:
+        spread, codebook = stored["weight.nested_absmax"].numpy(), stored["weight.nested_quant_map"].numpy()
+        size, offset = state["nested_blocksize"], np.float32(state["nested_offset"])
+        absmax = [codebook[code] * spread[i // size] + offset for i, code in enumerate(absmax.tolist())]
+    weight = np.zeros(state["shape"][0] * state["shape"][1], np.float32)
+    for i in range(weight.size):
+        nibble = packed[i // 2] & 15 if i % 2 else packed[i // 2] >> 4
+        weight[i] = table[nibble] * absmax[i // state["blocksize"]]
+    return weight.reshape(state["shape"])
+
+
+READERS: dict[str, Callable[[Stored, Scheme], np.ndarray]] = {
+    "gptq": read_gptq,
+    "gptq-v2": read_gptq_v2,
+    "compressed-tensors": read_packed,
+    "int-quantized": read_int8,
+    "bitsandbytes": read_nf4,
+}
+
+
+def assert_same(found: QTensor, expected: QTensor) -> None:
+    assert (found.scheme, found.shape) == (expected.scheme, expected.shape)
+    assert [name for name, _ in found.tensors()] == [name for name, _ in expected.tensors()]
+    for (name, one), (_, other) in zip(found.tensors(), expected.tensors()):
+        assert one.dtype == other.dtype, name
+        assert torch.equal(one, other), name
+
+
+def test_every_scheme_has_a_format() -> None:
+    assert {case.values[1].name for case in CASES} == {scheme.name for scheme in SCHEMES}
+    assert {case.values[0].name for case in CASES} == set(registry())
+    assert all(not default_format(scheme).problems(scheme, SHAPE) for scheme in SCHEMES)
+
+
+class TestEveryFormat:
+    @EVERY
+    def test_reads_what_it_wrote(self, format: Format, scheme: Scheme) -> None:
+        for shape in shapes(format, scheme):
+            for dtype in DTYPES:
+                q, stored = written(format, scheme, shape, dtype)
+                assert stored.keys() <= set(format.suffixes)
+                assert format.marker in stored
+                found = format.read(scheme, {suffix: tensor.clone() for suffix, tensor in stored.items()})
+                found.check()
+                assert_same(found, q)
+
+    @EVERY
+    def test_an_independent_reader_agrees_to_the_bit(self, format: Format, scheme: Scheme) -> None:
+        for shape, dtype in zip(shapes(format, scheme), DTYPES):
+            q, stored = written(format, scheme, shape, dtype)
+            found = torch.from_numpy(READERS[format.name](stored, scheme))
+            assert torch.equal(found, q.dequantize())
+
+    @EVERY
+    @pytest.mark.parametrize("kept", [KEPT, ["lm_head"], []])
+    def test_the_config_leads_back_to_the_scheme(self, format: Format, scheme: Scheme, kept: list[str]) -> None:
+        config = json.loads(json.dumps(format.quantization_config(scheme, kept, torch.bfloat16)))
+        assert format.scheme(config) == scheme
+        _, stored = written(format, scheme, SHAPE, torch.bfloat16)
+        assert detect(config, [f"model.layers.0.q_proj.{suffix}" for suffix in stored]).name == format.name
+        every = [*KEPT, "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate"]
+        always = {"lm_head"} if format.quant_method == "gptq" else set()  # its readers leave the head alone unasked
+        assert told_to_keep(config, every) == set(kept) | always
+
+
+def told_to_keep(config: dict[str, Any], names: list[str]) -> set[str]:
+    """Which of the names another runtime would leave alone, by the rules of each format."""
+    if config["quant_method"] == "gptq":
+        patterns = [key.removeprefix("-:") for key in config.get("dynamic", {}) if key.startswith("-:")]
+        assert len(patterns) == len(config.get("dynamic", {}))
+        assert config["lm_head"] is False
+        return {name for name in names if name == "lm_head" or any(re.match(pattern, name) for pattern in patterns)}
+    if config["quant_method"] == "compressed-tensors":
+        return set(names) & set(config["ignore"])
+    return set(names) & set(config["llm_int8_skip_modules"] or [])
+
+
+class TestGPTQ:
+    @pytest.mark.parametrize(("bits", "word"), [(2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)])
+    def test_zero_points_are_stored_minus_one(self, bits: int, word: int) -> None:
+        _, stored = written(registry()["gptq"], Scheme("int", bits, 32), SHAPE, torch.float16)
+        assert (stored["qzeros"] == word).all()
+
+    def test_zero_points_of_three_bits(self) -> None:
+        _, stored = written(registry()["gptq"], Scheme("int", 3, 32), SHAPE, torch.float16)
+        assert {code for row in stored["qzeros"].tolist() for code in stream(row, 3)} == {3}
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    @pytest.mark.parametrize("group", [32, 64, None])
+    def test_dtypes_shapes_and_groups(self, bits: int, group: int | None) -> None:
+        (rows, columns), size = SHAPE, group or SHAPE[1]
+        _, stored = written(registry()["gptq"], Scheme("int", bits, group), SHAPE, torch.bfloat16)
+        assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in stored.items()} == {
+            "qweight": (torch.int32, (columns * bits // 32, rows)),
+            "qzeros": (torch.int32, (columns // size, rows * bits // 32)),
+            "scales": (torch.float16, (columns // size, rows)),
+            "g_idx": (torch.int32, (columns,)),
+        }
+        assert stored["g_idx"].tolist() == [k // size for k in range(columns)]
+        assert all(tensor.is_contiguous() for tensor in stored.values())
+
+    def test_shapes_and_zero_points_that_it_cannot_hold(self) -> None:
+        gptq = registry()["gptq"]
+        assert "multiples of 32" in gptq.problems(Scheme.parse("int4-channel"), (33, 64))[0]
+        assert "multiples of 32" in registry()["gptq-v2"].problems(Scheme.parse("int4-channel"), (33, 64))[0]
+        assert "zero point of 0" in gptq.problems(Scheme.parse("int4-g32-asym"), SHAPE)[0]
+
+    def test_version_2_is_no_default(self) -> None:
+        assert default_format(Scheme.parse("int4-g32")).name == "gptq"
+        assert default_format(Scheme.parse("int4-g32-asym")).name == "compressed-tensors"
+
+    @pytest.mark.parametrize(("bits", "word"), [(2, 0xAAAAAAAA), (4, 0x88888888), (8, 0x80808080)])
+    def test_zero_points_of_version_2_are_stored_as_they_are(self, bits: int, word: int) -> None:
+        _, stored = written(registry()["gptq-v2"], Scheme("int", bits, 32), SHAPE, torch.float16)
+        assert {value & 0xFFFFFFFF for value in stored["qzeros"].flatten().tolist()} == {word}
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    def test_symmetric_files_under_the_other_version_s_tag_are_read_right(self, bits: int) -> None:
+        first, second = registry()["gptq"], registry()["gptq-v2"]
+        for writer, reader in ((first, second), (second, first)):
+            q, stored = written(writer, Scheme("int", bits, 32), SHAPE, torch.float16)
+            assert_same(reader.read(q.scheme, stored), q)
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    def test_asymmetric_version_1_whose_zero_points_borrow_from_their_neighbours(self, bits: int) -> None:
+        """Its writers take version 2's words as numbers and subtract a 1 in the place of every code; 3-bit codes
+        straddle words, and are subtracted from one by one."""
+        q, _ = written(registry()["gptq-v2"], Scheme("int", bits, 32, symmetric=False), SHAPE, torch.float16)
+        assert q.zeros is not None
+        q.zeros[::3] = 0  # where the borrow comes from
+        stored = registry()["gptq-v2"].write(q, torch.float16)
+        ones = sum(1 << place for place in range(0, 32, bits))
+        rows = stored["qzeros"].tolist()
+        if bits == 3:
+            codes = torch.tensor([[(code - 1) & 7 for code in stream(row, 3)] for row in rows], dtype=torch.uint8)
+            stored["qzeros"] = pack(codes, 3)
+        else:
+            less = [[((word & 0xFFFFFFFF) - ones) % 2**32 for word in row] for row in rows]
+            stored["qzeros"] = torch.tensor(less).to(torch.int32)
+        assert_same(registry()["gptq"].read(q.scheme, stored), q)
+
+    def config(self, **changes: Any) -> dict[str, Any]:
+        return registry()["gptq"].quantization_config(Scheme.parse("int4-g128"), [], torch.float16) | changes
+
+    def test_gptqmodel_s_other_names(self) -> None:
+        config = self.config(method="gptq", format="gptq_v2")
+        del config["quant_method"], config["checkpoint_format"]
+        found = detect(config, ["a.qweight"])
+        assert found.name == "gptq-v2"
+        assert found.scheme(config) == Scheme.parse("int4-g128")
+
+    def test_layers_left_alone_are_fine_and_layers_with_settings_of_their_own_are_refused(self) -> None:
+        gptq = registry()["gptq"]
+        assert gptq.scheme(self.config(dynamic={"-:^lm_head$": {}})) == Scheme.parse("int4-g128")
+        assert gptq.scheme(self.config(dynamic=None)) == Scheme.parse("int4-g128")
+        for pattern in (r"+:.*\.down_proj", r".*\.down_proj"):
+            with pytest.raises(ValueError, match=r"dynamic gives layers like \+?:?\.\*"):
+                gptq.scheme(self.config(dynamic={"-:^lm_head$": {}, pattern: {"bits": 8}}))
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported"),
+            ({"checkpoint_format": ["gptq"]}, "checkpoint_format"),
+            ({"sym": None}, "symmetric is None"),
+            ({"bits": "4"}, "bits is '4'"),
+            ({"dynamic": ["x"]}, "dynamic is"),
+        ],
+    )
+    def test_configs_that_are_not_read(self, change: dict[str, Any], said: str) -> None:
+        config = self.config(**change)
+        with pytest.raises(ValueError, match=said):
+            detect(config, ["a.qweight"]).scheme(config)
+
+
+class TestCompressedTensors:
+    @pytest.mark.parametrize("name", INTEGERS)
+    def test_dtypes_and_shapes(self, name: str) -> None:
+        scheme = Scheme.parse(name)
+        for rows, columns in shapes(registry()["compressed-tensors"], scheme):
+            _, stored = written(registry()["compressed-tensors"], scheme, (rows, columns), torch.bfloat16)
+            groups = columns // (scheme.group_size or columns)
+            expected = {
+                "weight_packed": (torch.int32, (rows, -(-columns * scheme.bits // 32))),
+                "weight_scale": (torch.bfloat16, (rows, groups)),
+                "weight_shape": (torch.int64, (2,)),
+            }
+            if not scheme.symmetric:
+                expected["weight_zero_point"] = (torch.int32, (-(-rows * scheme.bits // 32), groups))
+            assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in stored.items()} == expected
+            assert stored["weight_shape"].tolist() == [rows, columns]
+            assert all(tensor.is_contiguous() for tensor in stored.values())
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    def test_is_gptq_transposed_where_both_hold_it(self, bits: int) -> None:
+        scheme = Scheme("int", bits, 32)
+        _, one = written(registry()["compressed-tensors"], scheme, SHAPE, torch.float16)
+        _, other = written(registry()["gptq"], scheme, SHAPE, torch.float16)
+        assert torch.equal(one["weight_packed"].t(), other["qweight"])
+        assert torch.equal(one["weight_scale"].t(), other["scales"])
+
+    def test_int8(self) -> None:
+        scheme, shape = Scheme.parse("int8-dynamic"), (7, 13)
+        _, stored = written(registry()["int-quantized"], scheme, shape, torch.bfloat16)
+        assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in stored.items()} == {
+            "weight": (torch.int8, shape),
+            "weight_scale": (torch.bfloat16, (7, 1)),
+        }
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"num_bits": 4.0}, "bits is 4.0"),
+            ({"num_bits": 5}, "int5 is not a scheme"),
+            ({"group_size": "128"}, "group_size is '128'"),
+            ({"group_size": 0}, "group_size 0"),
+            ({"symmetric": "yes"}, "symmetric is 'yes'"),
+            ({"strategy": "tensor"}, "strategy 'tensor'"),
+            ({"actorder": "shuffled"}, "actorder 'shuffled'"),
+            ({"type": "float"}, "type 'float'"),
+        ],
+    )
+    def test_configs_that_are_not_read(self, change: dict[str, Any], said: str) -> None:
+        packed = registry()["compressed-tensors"]
+        config = packed.quantization_config(Scheme.parse("int4-g128"), [], torch.bfloat16)
+        config["config_groups"]["group_0"]["weights"] |= change
+        with pytest.raises(ValueError, match=said):
+            packed.scheme(config)
+
+    def test_rotations_are_not_read(self) -> None:
+        packed = registry()["compressed-tensors"]
+        config = packed.quantization_config(Scheme.parse("int4-g128"), [], torch.bfloat16)
+        with pytest.raises(ValueError, match="transform_config"):
+            packed.scheme(config | {"transform_config": {"config_groups": {"u": {}}}})
+
+
+class TestBitsAndBytes:
+    @pytest.mark.parametrize("double", [False, True])
+    @pytest.mark.parametrize("shape", [(1, 1), SHAPE, (31, 13), (257, 129)])
+    def test_dtypes_and_shapes(self, double: bool, shape: tuple[int, int]) -> None:
+        scheme = Scheme.parse("nf4-dq" if double else "nf4")
+        _, stored = written(registry()["bitsandbytes"], scheme, shape, torch.bfloat16)
+        blocks = -(-shape[0] * shape[1] // 64)
+        state = stored.pop("weight.quant_state.bitsandbytes__nf4")
+        assert state.dtype == torch.uint8
+        expected = {
+            "weight": (torch.uint8, (-(-shape[0] * shape[1] // 2), 1)),
+            "weight.absmax": (torch.uint8 if double else torch.float32, (blocks,)),
+            "weight.quant_map": (torch.float32, (16,)),
+        }
+        content = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(shape)}
+        if double:
+            expected["weight.nested_absmax"] = (torch.float32, (-(-blocks // 256),))
+            expected["weight.nested_quant_map"] = (torch.float32, (256,))
+            content |= {"nested_blocksize": 256, "nested_dtype": "float32"}
+        assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in stored.items()} == expected
+        decoded = json.loads(bytes(state.tolist()))
+        assert isinstance(decoded.pop("nested_offset", 0.0), float)
+        assert decoded == content
+        assert stored["weight.quant_map"].tolist() == list(NF4_CODEBOOK)
+
+    @pytest.mark.parametrize("name", ["nf4", "nf4-dq"])
+    @pytest.mark.parametrize("shape", [SHAPE, (31, 13), (257, 129)])
+    def test_bitsandbytes_itself_reads_it(self, name: str, shape: tuple[int, int]) -> None:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        q, stored = written(registry()["bitsandbytes"], Scheme.parse(name), shape, torch.float32)
+        weight = stored.pop("weight")
+        state = QuantState.from_dict(stored, torch.device("cpu"))
+        found = dequantize_4bit(weight, state)
+        # their double-quantized scales may be multiplied and added in one step: one rounding less
+        torch.testing.assert_close(found, q.dequantize(), rtol=2**-22 if q.nested else 0, atol=0)

@@ -1,0 +1,179 @@
+"""Conversations: what is kept between turns changes no word, and nothing that goes wrong ends them."""
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
+
+from bitpress.pipeline.api import load, quantize
+from bitpress.pipeline.cli import app
+from bitpress.pipeline.errors import CheckpointError, ConfigError
+from bitpress.pipeline.models.conversation import HELP, Conversation, converse
+
+TEMPLATE = (
+    "{%- for turn in messages %}{{ turn.role[0] }}:{{ turn.content }};{%- endfor %}"
+    "{%- if add_generation_prompt %}a:{%- endif %}"
+)
+LAST_TURN_ONLY = "{{ messages[-1].content }};"
+SAY = ["what is it", "and then", "why"]
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """int4-g32, its tokenizer with a chat template. Read only."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    quantize(tiny_llama, "int4-g32", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def talk(conversation: Conversation, *lines: str) -> list[str]:
+    """Each answer, as it was written."""
+    said = []
+    for line in lines:
+        words: list[str] = []
+        conversation.answer(line, words.append)
+        said.append("".join(words))
+    return said
+
+
+def from_scratch(model: PreTrainedModel, tokenizer: Any, tokens: int, *lines: str) -> list[str]:
+    """Each answer, its whole conversation read anew."""
+    turns: list[dict[str, str]] = []
+    for line in lines:
+        turns.append({"role": "user", "content": line})
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        made = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=255)[0, ids.shape[1] :]
+        turns.append({"role": "assistant", "content": tokenizer.decode(made, skip_special_tokens=True)})
+    return [turn["content"] for turn in turns if turn["role"] == "assistant"]
+
+
+def count_read(model: PreTrainedModel) -> list[int]:
+    """Grows by the number of tokens of each forward."""
+    counts: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: counts.append(args[0].shape[1]))
+    return counts
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, LAST_TURN_ONLY])
+def test_answers_are_those_of_reading_all_anew(artifact: Path, template: str) -> None:
+    model, tokenizer = load(artifact, dtype="float32")
+    tokenizer.chat_template = template
+    expected = from_scratch(model, tokenizer, 6, *SAY)
+    conversation = Conversation(model, tokenizer, tokens=6, temperature=0)
+    assert talk(conversation, *SAY) == [printable(answer) for answer in expected]
+    assert conversation.cache.get_seq_length() == len(conversation.read)
+
+
+def printable(text: str) -> str:
+    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+
+
+def test_only_new_tokens_are_read(artifact: Path) -> None:
+    model, tokenizer = load(artifact)
+    conversation = Conversation(model, tokenizer, tokens=4, temperature=0)
+    talk(conversation, "a" * 100)
+    before = len(conversation.read)
+    read = count_read(model)
+    talk(conversation, "b")
+    assert before > 100
+    assert read[0] < 20
+
+
+def test_a_cache_that_cannot_go_back_is_left(tiny: Callable[..., Path], tmp_path: Path, artifact: Path) -> None:
+    """Gemma 2's sliding windows forget; a template that rewrites earlier turns wants them back."""
+    quantize(tiny("gemma2", vocab_size=256, max_position_embeddings=256), "int4-g32", tmp_path / "out")
+    for file in artifact.glob("tokenizer*"):
+        (tmp_path / "out" / file.name).write_bytes(file.read_bytes())
+    model, tokenizer = load(tmp_path / "out")
+    tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
+    expected = from_scratch(model, tokenizer, 6, *SAY)
+    assert talk(Conversation(model, tokenizer, tokens=6, temperature=0), *SAY) == list(map(printable, expected))
+
+
+def test_system_and_clear(artifact: Path) -> None:
+    model, tokenizer = load(artifact)
+    conversation = Conversation(model, tokenizer, system="be brief", tokens=4, temperature=0)
+    first = talk(conversation, "hello")
+    assert tokenizer.decode(conversation.read).startswith("s:be brief;u:hello;a:")
+    talk(conversation, "more")
+    conversation.clear()
+    assert conversation.cache is None
+    assert talk(conversation, "hello") == first
+
+
+def test_an_interrupted_answer_keeps_its_words(artifact: Path) -> None:
+    model, tokenizer = load(artifact)
+    conversation = Conversation(model, tokenizer, tokens=50, temperature=0)
+    heard: list[str] = []
+
+    def write(words: str) -> None:
+        heard.append(words)
+        if len("".join(heard)) > 3:
+            raise KeyboardInterrupt
+
+    conversation.answer("hello", write)
+    assert printable(conversation.turns[-1]["content"]) == "".join(heard)
+    assert conversation.cache is None
+    talk(conversation, "go on")
+    assert [turn["role"] for turn in conversation.turns] == ["user", "assistant"] * 2
+
+
+def test_refusals(artifact: Path) -> None:
+    model, tokenizer = load(artifact)
+    conversation = Conversation(model, tokenizer, tokens=4)
+    with pytest.raises(ConfigError, match="more than the model's context"):
+        conversation.answer("x" * 300, print)
+    assert conversation.turns == []
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(CheckpointError, match="chat template fails"):
+        conversation.answer("x", print)
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="no chat template"):
+        Conversation(model, tokenizer)
+
+
+def test_what_could_steer_a_terminal_is_left_out(artifact: Path) -> None:
+    model, tokenizer = load(artifact)
+    (red,) = tokenizer("\x1b[31m\x07\n", return_tensors="pt")["input_ids"]
+    conversation = Conversation(model, tokenizer, tokens=4)
+    model.generate = lambda ids, streamer, **given: (  # type: ignore[assignment]
+        [streamer.put(token) for token in (ids[0], *red.unsqueeze(1))],
+        streamer.end(),
+        type("Made", (), {"past_key_values": DynamicCache(), "sequences": torch.cat([ids[0], red]).unsqueeze(0)}),
+    )[-1]
+    assert talk(conversation, "hello") == ["[31m\n"]
+
+
+def test_lines(artifact: Path) -> None:
+    model, tokenizer = load(artifact)
+    conversation = Conversation(model, tokenizer, tokens=4, temperature=0)
+    heard: list[str] = []
+    lines = ["hello", "", "x" * 300, "/what", "/clear", "hello", "/exit", "never"]
+    converse(conversation, iter(lines), heard.append)
+    said = "".join(heard)
+    assert said.count("more than the model's context") == 1
+    assert HELP in said
+    assert len(conversation.turns) == 2
+    answer = printable(conversation.turns[1]["content"])
+    assert said.startswith(f"{answer}\n")
+    assert said.endswith(f"{answer}\n")
+
+
+def test_chat_answers_standard_input(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nmore\n"))
+    monkeypatch.setattr(sys, "argv", ["bitpress", "chat", str(artifact), "--tokens", "4", "--temperature", "0"])
+    with pytest.raises(SystemExit) as stop:
+        app.app()
+    assert not stop.value.code
+    expected = talk(Conversation(*load(artifact), tokens=4, temperature=0), "hello", "more")
+    assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in expected)

@@ -1,0 +1,338 @@
+"""Fused decoding: the same model, and everything that it does not serve goes the way it went."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+    StaticCache,
+)
+
+from bitpress.kernels.cpu.library import library
+from bitpress.kernels.decoder_layer import NativeLayer
+from bitpress.pipeline.api import quantize
+from bitpress.pipeline.models import optimize
+from bitpress.pipeline.models.loading import load_model
+from bitpress.pipeline.storage.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
+
+SHAPE = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": None,
+    "pad_token_id": 0,
+}  # fmt: skip
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=32),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+}
+EXACT = "native-bf16"  # leaves inputs as they are, so that no rounded code jumps at a difference in the last bit
+
+# float32 in another order of sums, through two layers
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def pressed(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..., Path]) -> Callable[[Any], Path]:
+    """pressed(config): the folder of a quantized model. Read only."""
+    made: dict[str, Path] = {}
+
+    def press(config: PreTrainedConfig) -> Path:
+        key = config.to_json_string()
+        if key not in made:
+            folder = tmp_path_factory.mktemp("fusing")
+            made[key] = folder / "int4"
+            quantize(save_model(config, folder / "source"), "int4-g32", folder / "int4")
+        return made[key]
+
+    return press
+
+
+def load(folder: Path, dtype: str = "float32", kernel: str = EXACT) -> PreTrainedModel:
+    return load_model(Checkpoint(folder), torch.device("cpu"), dtype, kernel)
+
+
+@pytest.fixture
+def model(pressed: Callable[[Any], Path]) -> PreTrainedModel:
+    """A Llama, fused, in float32."""
+    return load(pressed(CONFIGS["llama"]))
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The lengths with which NativeLayer.step was called."""
+    lengths: list[int] = []
+    step = NativeLayer.step
+
+    def counted(self: NativeLayer, *given: Any) -> Tensor:
+        lengths.append(given[-1])
+        return step(self, *given)
+
+    monkeypatch.setattr(NativeLayer, "step", counted)
+    return lengths
+
+
+def ids(count: int, batch: int = 1, seed: int = 0) -> Tensor:
+    return torch.randint(3, 96, (batch, count), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def roll(model: PreTrainedModel, pieces: list[int], cache: Any = None) -> tuple[Tensor, Any]:
+    """Logits of pieces of a text, one after the other, and the cache that they leave."""
+    given = ids(sum(pieces))
+    logits = []
+    for piece in given.split(pieces, 1):
+        output = model(input_ids=piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    return torch.cat(logits, 1), cache
+
+
+def plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, its layers as transformers runs them."""
+    copied = copy.deepcopy(model)
+    optimize.unfuse(copied)
+    return copied
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+TEXTS = {"decode": [9] + [1] * 20, "chat": [9, 1, 1, 7, 1, 1, 1, 12, 1], "from the first token": [1] * 9}
+
+
+@pytest.mark.parametrize("pieces", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_cache_are_those_of_the_layers_own_forward(
+    name: str, pieces: list[int], pressed: Callable[[Any], Path], steps: list[int], poisoned: None
+):
+    model = load(pressed(CONFIGS[name]))
+    assert model.fusing == optimize.Fusing(2, 2, {})
+    steps.clear()
+    got, cache = roll(model, pieces)
+    assert len(steps) == 2 * sum(piece == 1 for piece in pieces[1:])
+    want, expected = roll(plain(model), pieces)
+    assert distance(got, want) < TOLERANCE
+    for ours, theirs in zip(cache.layers, expected.layers):
+        assert ours.keys.shape == theirs.keys.shape
+        assert distance(ours.keys, theirs.keys) < TOLERANCE
+        assert distance(ours.values, theirs.values) < TOLERANCE
+    assert cache.get_seq_length() == sum(pieces)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty makes NaN: room that is not filled yet is never read."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(was)
+
+
+@pytest.mark.parametrize("kernel", [EXACT, "native-int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounds_no_more_than_the_layers_own_forward(kernel: str, dtype: str, pressed: Callable[[Any], Path]):
+    """Both round to the dtype between layers and in the cache, transformers after every operation besides."""
+    folder = pressed(CONFIGS["qwen2"])
+    pieces = TEXTS["decode"]
+    truth, _ = roll(load(folder, kernel=kernel), pieces)
+    model = load(folder, dtype, kernel)
+    ours, theirs = (roll(m, pieces)[0] for m in (model, plain(model)))
+    assert distance(ours, truth) < 1.1 * distance(theirs, truth)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"num_return_sequences": 2, "do_sample": True}],
+    ids=str,
+)
+def test_generates_the_same_tokens(how: dict[str, Any], threads: int, model: PreTrainedModel):
+    def tokens(model: PreTrainedModel) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return model.generate(ids(7), **{"max_new_tokens": 24, "do_sample": False, **how})
+
+    want = tokens(plain(model))
+    was = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(tokens(model), want)
+    finally:
+        torch.set_num_threads(was)
+
+
+def test_the_cache_grows_as_often_as_it_must(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch):
+    want, _ = roll(model, [5] + [1] * 20)
+    monkeypatch.setattr(optimize, "_ROOM", 3)
+    got, cache = roll(model, [5] + [1] * 20)
+    assert torch.equal(got, want)
+    assert cache.layers[0].room[0].shape[2] == 5 + 3 * 7
+
+
+CHANGES: dict[str, Callable[[DynamicCache], Any]] = {
+    "crop": lambda cache: cache.crop(-3),
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([0])),
+    "select": lambda cache: cache.batch_select_indices(torch.tensor([0])),
+    "repeat": lambda cache: (cache.batch_repeat_interleave(2), cache.batch_select_indices(torch.tensor([1]))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_cache_that_others_changed_is_read_anew(change: Callable[[DynamicCache], Any], model: PreTrainedModel):
+    results = []
+    for each in (model, plain(model)):
+        _, cache = roll(each, [9, 1, 1, 1, 1])
+        before = [layer.keys.clone() for layer in cache.layers], [layer.keys for layer in cache.layers]
+        change(cache)
+        results.append(roll(each, [1, 1, 1], cache)[0])
+        assert all(torch.equal(a, b) for a, b in zip(*before)), "what someone else holds has changed"
+    assert distance(*results) < TOLERANCE
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
+def test_copies_of_a_cache_go_their_own_ways(copied: Callable[[Any], Any], model: PreTrainedModel):
+    _, first = roll(model, [9, 1, 1])
+    second = copy.copy(first)
+    second.layers = [copied(layer) for layer in first.layers]
+    token = torch.tensor([[5]])
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[7]]), past_key_values=second, use_cache=True)
+        got = [model(input_ids=token, past_key_values=cache, use_cache=True).logits for cache in (first, second)]
+    want = roll(model, [9, 1, 1])[1]
+    with torch.no_grad():
+        assert torch.equal(got[0], model(input_ids=token, past_key_values=want, use_cache=True).logits)
+    assert not torch.equal(got[0], got[1])
+
+
+def test_a_cache_leaves_inference_mode(model: PreTrainedModel):
+    with torch.inference_mode():
+        _, cache = roll(model, [9, 1])
+    got, _ = roll(model, [1, 1, 4, 1], cache)
+    with torch.inference_mode():
+        _, cache = roll(model, [9, 1])
+        want, _ = roll(model, [1, 1, 4, 1], cache)
+    assert torch.equal(got, want)
+
+
+def test_two_sequences_and_padding_go_the_old_way(model: PreTrainedModel, steps: list[int]):
+    mask = torch.ones(1, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    for given in ({"inputs": ids(7, batch=2)}, {"inputs": ids(9), "attention_mask": mask}):
+        want = plain(model).generate(**given, max_new_tokens=8, do_sample=False)
+        assert torch.equal(model.generate(**given, max_new_tokens=8, do_sample=False), want)
+    assert not steps
+
+
+def attach_hook(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def replace_child(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.up_proj = nn.Sequential(model.model.layers[0].mlp.up_proj, nn.Hardtanh())
+
+
+@pytest.mark.parametrize("change", [attach_hook, replace_child])
+def test_steps_aside_for_changed_modules(
+    change: Callable[[PreTrainedModel], None], model: PreTrainedModel, steps: list[int]
+):
+    roll(model, [9, 1])
+    steps.clear()
+    change(model)
+    assert distance(roll(model, [9, 1, 1])[0], roll(plain(model), [9, 1, 1])[0]) < TOLERANCE
+    assert len(steps) == 2  # of the other layer
+
+
+@pytest.mark.parametrize("given", [{"output_attentions": True}, {"output_hidden_states": True}], ids=str)
+def test_outputs_on_request(given: dict[str, bool], model: PreTrainedModel, steps: list[int]):
+    if "output_attentions" in given:
+        model.set_attn_implementation("eager")
+    _, cache = roll(model, [9, 1])
+    steps.clear()
+    with torch.no_grad():
+        output = model(input_ids=ids(1), past_key_values=cache, use_cache=True, **given)
+    assert not steps
+    assert len(output.attentions or output.hidden_states) in (2, 3)
+    model.set_attn_implementation("sdpa")
+    roll(model, [9, 1])
+    assert steps, "the hooks that transformers leaves behind do nothing more"
+
+
+def test_training_gradients_and_other_caches_go_the_old_way(model: PreTrainedModel, steps: list[int]):
+    _, cache = roll(model, [9, 1])
+    steps.clear()
+    embedded = model.get_input_embeddings()(ids(1)).detach().requires_grad_()
+    model(inputs_embeds=embedded, past_key_values=copy.deepcopy(cache)).logits.sum().backward()
+    assert embedded.grad is not None
+    roll(model.train(), [9, 1, 1])
+    roll(model.eval(), [9, 1, 1], StaticCache(config=model.config, max_cache_len=32))
+    assert not steps
+
+
+def test_a_copy_of_the_model_is_its_own(model: PreTrainedModel, steps: list[int]):
+    want, _ = roll(model, [9, 1, 1])
+    copied = copy.deepcopy(model)
+    steps.clear()
+    model.model.layers[0].mlp.down_proj.prepared.packed[128:] = 0
+    assert torch.equal(roll(copied, [9, 1, 1])[0], want)
+    assert len(steps) == 4
+    assert not torch.equal(roll(model, [9, 1, 1])[0], want)
+
+
+def test_unfuse(model: PreTrainedModel, steps: list[int]):
+    optimize.unfuse(model)
+    assert all("forward" not in layer.__dict__ for layer in model.model.layers)
+    roll(model, [9, 1, 1])
+    assert not steps
+    assert optimize.fuse(model).fused == 2
+
+
+REASONS = {
+    "gemma2": "it has a post_feedforward_layernorm, which a Llama's layer has not",
+    "phi3": "it has no self_attn.q_proj",
+    "opt": "it has no self_attn.o_proj",
+    "gpt2": "it has no self_attn.q_proj",
+    "mixtral": "it has no mlp.gate_proj",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_other_architectures_stay_as_they_are(name: str, tiny: Callable[..., Path], tmp_path: Path, steps: list[int]):
+    quantize(tiny(name), "int4-g32", tmp_path / "int4")
+    model = load(tmp_path / "int4")
+    assert (model.fusing.fused, model.fusing.of) == (0, 2)
+    assert model.fusing.why == {REASONS[name]: 2}
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_each_layer_is_tried(pressed: Callable[[Any], Path]):
+    """SmolLM3 does not rotate in every layer, which no module tells of; a window is a matter of the cache."""
+    some = SmolLM3Config(**{**SHAPE, "num_hidden_layers": 4}, no_rope_layers=[1, 0, 1, 0])
+    reason = "it computes something else than a Llama's layer"
+    assert load(pressed(some)).fusing == optimize.Fusing(2, 4, {reason: 2})
+    window = MistralConfig(**SHAPE, sliding_window=8)
+    reason = "its cache is a DynamicSlidingWindowLayer"
+    assert load(pressed(window)).fusing == optimize.Fusing(0, 2, {reason: 2})
+
+
+def test_other_kernels_and_dense_layers_say_so(pressed: Callable[[Any], Path], model: PreTrainedModel):
+    other = load(pressed(CONFIGS["llama"]), kernel="reference")
+    assert other.fusing == optimize.Fusing(0, 2, {"a linear layer runs on reference": 2})
+    model.model.layers[1].mlp.up_proj = nn.Linear(64, 128)
+    optimize.unfuse(model)
+    assert optimize.fuse(model) == optimize.Fusing(1, 2, {"mlp.up_proj is not quantized": 1})

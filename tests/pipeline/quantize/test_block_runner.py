@@ -1,0 +1,355 @@
+"""The walk from block to block, against transformers' own forward of the whole model."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.pytorch_utils import Conv1D
+
+from bitpress.pipeline.errors import CheckpointError, NumericsError
+from bitpress.pipeline.quantize import block_runner as module
+from bitpress.pipeline.quantize.block_runner import Walk
+from bitpress.pipeline.quantize.plan import Entry, Plan, make_plan
+from bitpress.pipeline.quantize.recipe import Recipe
+from bitpress.pipeline.storage.checkpoint import Checkpoint
+
+WINDOWS, CONTEXT = 3, 24
+Tiny = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two windows and one of one."""
+    monkeypatch.setattr(module, "_BATCH_TOKENS", {"cpu": 2 * CONTEXT, "meta": 2 * CONTEXT})
+
+
+def ids() -> Tensor:
+    return torch.randint(3, 96, (WINDOWS, CONTEXT), generator=torch.Generator().manual_seed(1))
+
+
+def planned(folder: Path, *skip: str) -> tuple[Checkpoint, Plan]:
+    checkpoint = Checkpoint(folder)
+    recipe = Recipe.make("int4-channel", "gptq", "compressed-tensors")
+    return checkpoint, make_plan(checkpoint, recipe.scheme, recipe.format, list(skip))
+
+
+def start(folder: Path, *skip: str) -> tuple[Walk, Plan]:
+    checkpoint, plan = planned(folder, *skip)
+    outside = [entry for entry in plan.entries if entry.block is None]
+    return Walk(checkpoint, outside, ids(), torch.float32, "cpu"), plan
+
+
+def blocks(walk: Walk, plan: Plan, states: list[Tensor]) -> Iterator[list[Entry]]:
+    """Enters block after block; `states` holds the batches of its inputs, and of the last one's outputs at the end."""
+    states += walk.embed()
+    for unit in plan.units:
+        if unit.block is not None:
+            walk.enter(unit.block, ((entry, walk.checkpoint.read(entry.info.name)) for entry in unit.entries))
+            yield [entry for entry in unit.entries if entry.kind]
+            states[:] = [*walk.outputs(states)]
+            walk.leave()
+
+
+def whole(folder: Path) -> Any:
+    """As transformers loads it, its experts one after the other, as the walk has them."""
+    return AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+
+
+@torch.no_grad()
+def products(model: Any, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int | None], Tensor]:
+    """X^T X in float64 of the inputs of every linear layer and of every expert's two products, over all windows: by
+    hooks on modules, and for experts, which are slices of one parameter, by what is given to `linear`."""
+    found: dict[tuple[str, int | None], Tensor] = {}
+    slices = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3:
+            slices |= {parameter[expert].data_ptr(): (name, expert) for expert in range(len(parameter))}
+
+    def note(key: tuple[str, int | None], x: Tensor) -> None:
+        rows = x.double().reshape(-1, x.shape[-1])
+        found[key] = found.get(key, torch.zeros(())) + rows.t() @ rows
+
+    original = nn.functional.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.data_ptr() in slices:
+            note(slices[weight.data_ptr()], x)
+        return original(x, weight, bias)
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | Conv1D):
+            layer.register_forward_pre_hook(lambda _, x, name=name: note((f"{name}.weight", None), x[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "linear", linear)
+        model(input_ids=ids())
+    return found
+
+
+def test_block_by_block_as_the_whole_model(architecture: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same logits, and (fault 33) Hessians of all tokens and of nothing else."""
+    folder = tiny(architecture)
+    model = whole(folder)
+    with torch.no_grad():
+        expected = model(input_ids=ids(), use_cache=False).logits
+    reference = products(model, monkeypatch)
+    (walk, plan), states, called = start(folder), [], []
+    for entries in blocks(walk, plan, states):
+        groups = walk.sharing(entries, states[0])
+        for group, hessian in zip(groups, walk.hessians(groups, states)):
+            assert (hessian.tokens, hessian.dropped) == (WINDOWS * CONTEXT, 0)
+            found, dead = hessian.matrix().double(), hessian.dead()
+            found[dead, dead] = 0
+            for entry in group:
+                target = entry.target
+                called.append(entry.info.name)
+                one = reference[(target.parameter, target.expert[0] if target.expert else None)]
+                size = one.diagonal().sqrt()
+                # sums of 72 float32 products, of inputs that themselves agree to float32
+                assert ((found - one).abs() <= 1e-5 * torch.outer(size, size)).all(), entry.module
+    assert sorted(called) == sorted(entry.info.name for entry in plan.quantized), "each layer once"
+    # the same operations in float32, on two windows at a time rather than three
+    torch.testing.assert_close(walk.logits(states[0]), expected[:2], rtol=1e-5, atol=1e-5)
+    assert torch.equal(walk.logits(states[0][:1]), walk.logits(states[0])[:1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_on_several_threads(name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches go through a block side by side, and are summed in their order all the same."""
+    monkeypatch.setattr(module, "_BATCH_TOKENS", {"cpu": CONTEXT})
+    made: list[list[Tensor]] = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            (walk, plan), states, hessians = start(tiny(name)), [], []
+            for entries in blocks(walk, plan, states):
+                groups = walk.sharing(entries, states[0])
+                hessians += [hessian.matrix() for hessian in walk.hessians(groups, states)]
+            assert torch.get_num_threads() == threads
+            made.append([*hessians, *states])
+    finally:
+        torch.set_num_threads(1)
+    for one, two, three in zip(*made):
+        # each product may be summed in another order; float32
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(three, one, rtol=1e-4, atol=1e-4)
+
+
+SHARING = {
+    "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "phi3": [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]],
+    "opt": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
+    "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
+    "gpt_neox": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
+    "mixtral": [["q_proj", "k_proj", "v_proj"], ["o_proj"], *[["w1", "w3"], ["w2"]] * 4],
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_layers_that_read_the_same_are_found_in_the_order_of_their_calls(name: str, tiny: Tiny) -> None:
+    (walk, plan), states = start(tiny(name)), []
+    for entries in blocks(walk, plan, states):
+        groups = walk.sharing(entries[::-1], states[0])
+        leaves = [sorted(entry.module.rpartition(".")[2] for entry in group) for group in groups]
+        assert [sorted(group) for group in SHARING[name]] == leaves
+        experts = [[entry.module.split(".")[-2] for entry in group] for group in groups if group[0].target.expert]
+        assert experts == [[number] * count for number in "0123" for count in (2, 1)][: len(experts)]
+
+
+def test_experts_that_the_first_batch_does_not_reach_come_last(tiny: Tiny) -> None:
+    """One expert of 32 for each token: gate and up of each are together all the same."""
+    (walk, plan), states = start(tiny("mixtral", num_experts_per_tok=1, num_experts=32, num_local_experts=32)), []
+    for entries in blocks(walk, plan, states):
+        groups = walk.sharing(entries, states[0])
+        assert sorted(entry.module for group in groups for entry in group) == sorted(e.module for e in entries)
+        experts = [group for group in groups if group[0].target.expert]
+        assert sorted(len(group) for group in experts) == [1] * 32 + [2] * 32
+        first = walk.hessians(experts, states[:1])
+        tokens = {group[0].target.expert[0]: hessian.tokens for group, hessian in zip(experts, first)}
+        assert sum(tokens.values()) == 2 * CONTEXT
+        assert 0 in tokens.values()
+        reached = [tokens[group[0].target.expert[0]] > 0 for group in experts]
+        assert reached == sorted(reached, reverse=True)
+        whole_text = walk.hessians(experts, states)
+        assert sum(h.tokens for group, h in zip(experts, whole_text) if len(group) == 2) == WINDOWS * CONTEXT
+
+
+def test_one_blocks_weights_are_in_memory(tiny: Tiny) -> None:
+    (walk, plan), states = start(tiny("llama")), []
+    for number, _ in enumerate(blocks(walk, plan, states)):
+        held = {name for name, parameter in walk.model.named_parameters() if parameter.device.type != "meta"}
+        assert held
+        assert all(name.startswith(f"model.layers.{number}.") for name in held)
+    assert all(parameter.device.type == "meta" for parameter in walk.model.parameters())
+    walk.logits(states[0])
+    assert all(parameter.device.type == "meta" for parameter in walk.model.parameters())
+
+
+def test_masks_and_positions_are_held_once(tiny: Tiny) -> None:
+    walk, _ = start(tiny("llama"))
+    list(walk.embed())
+    assert [len(calls) for calls in walk._calls] == [2, 2]
+    first, second = (calls[1].options["position_embeddings"] for calls in walk._calls)
+    assert first[0] is second[0]
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "llama"])
+def test_buffers_are_where_the_work_is(name: str, tiny: Tiny) -> None:
+    """Masks that blocks keep for themselves among them."""
+    checkpoint, plan = planned(tiny(name))
+    walk = Walk(checkpoint, [], ids(), torch.float32, "meta")
+    for part in [walk.model, *walk._real]:
+        assert all(buffer.device.type == "meta" for buffer in part.buffers())
+    assert plan
+
+
+class TestInfinite:
+    """Fault 34."""
+
+    def hessian(self, folder: Path, bad: int, value: float) -> Any:
+        """Of down_proj in block 0, `bad` of whose 72 inputs have a value that is not finite."""
+        (walk, plan), states = start(folder), []
+        entries = next(blocks(walk, plan, states))
+        (entry,) = [entry for entry in entries if entry.module.endswith("down_proj")]
+        rest = bad
+
+        def spoil(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            nonlocal rest
+            spoiled = inputs[0].clone()
+            rows = spoiled.view(-1, spoiled.shape[-1])
+            rows[:rest, 7] = value
+            rest -= min(rest, len(rows))
+            return (spoiled,)
+
+        walk.layer(entry).register_forward_pre_hook(spoil)
+        (found,) = walk.hessians([[entry]], states)
+        return found
+
+    @pytest.mark.parametrize("value", [torch.inf, torch.nan])
+    def test_a_token_now_and_then_is_left_out_and_counted(
+        self, value: float, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "_MOST_DROPPED", 1 / 72)
+        found = self.hessian(tiny("llama"), 1, value)
+        assert (found.tokens, found.dropped) == (71, 1)
+        assert torch.isfinite(found.matrix()).all()
+
+    def test_more_than_one_in_a_hundred_is_refused_by_name(self, tiny: Tiny) -> None:
+        with pytest.raises(NumericsError, match=r"layers\.0\.mlp\.down_proj: 2 of 72 calibration tokens gave it NaN"):
+            self.hessian(tiny("llama"), 2, torch.inf)
+
+
+def scaled(model: Any, hidden: Tensor) -> Any:
+    for layer in model.layers:
+        hidden = layer(hidden * 2)
+
+
+def added_to(model: Any, hidden: Tensor) -> Any:
+    for layer in model.layers:
+        hidden = layer(hidden)
+        hidden += 1
+
+
+def backwards(model: Any, hidden: Tensor) -> Any:
+    for layer in reversed(model.layers):
+        hidden = layer(hidden)
+
+
+def all_but_one(model: Any, hidden: Tensor) -> Any:
+    return model.layers[0](hidden)
+
+
+def twice(model: Any, hidden: Tensor) -> Any:
+    for layer in [model.layers[0], *model.layers]:
+        hidden = layer(hidden)
+
+
+def pairs(model: Any, hidden: Tensor) -> Any:
+    for layer in model.layers:
+        hidden, _ = layer(hidden)
+
+
+def second(model: Any, hidden: Tensor) -> Any:
+    bias = None
+    for layer in model.layers:
+        outputs = layer(hidden, bias)
+        hidden, bias = outputs[0], outputs[1]
+
+
+def asked(model: Any, hidden: Tensor) -> Any:
+    for layer in model.layers:
+        hidden = layer(hidden + layer.mlp.up_proj.weight.sum())
+
+
+def copies(model: Any, hidden: Tensor) -> Any:
+    hidden = torch.stack([hidden, hidden])
+    for layer in model.layers:
+        hidden = layer(hidden)
+
+
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        (scaled, "block 1 reads something else"),
+        (added_to, "block 1 reads something else than what the block before it puts out"),
+        (backwards, "block 1 reads something else"),
+        (all_but_one, "not all of them are called"),
+        (twice, "block 0 reads something else"),
+        (pairs, "several outputs of a block are wanted"),
+        (second, "output 1 of a block is wanted"),
+        (asked, ".* has no attribute 'mlp'"),
+        (copies, r"they read tensors of shape \[2, 2, 24, 64\] for \[2, 24\] tokens"),
+    ],
+)
+def test_models_that_are_no_chain_of_blocks_are_refused(
+    forward: Callable[..., Any], said: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def instead(self: LlamaModel, input_ids: Tensor, **options: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=forward(self, self.embed_tokens(input_ids)))
+
+    monkeypatch.setattr(LlamaModel, "forward", instead)
+    walk, _ = start(tiny("llama"))
+    with pytest.raises(CheckpointError, match=rf"LlamaForCausalLM is no plain chain of blocks \(({said})") as caught:
+        list(walk.embed())
+    assert "use a method that needs no calibration" in str(caught.value)
+
+
+class TestRealModels:
+    """That the checks above are met by what transformers has, on both sides."""
+
+    def save(self, kind: str, folder: Path, **extra: Any) -> Path:
+        shape = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+        config = getattr(transformers, kind)(**{**shape, **heads, **extra})
+        AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
+        return folder
+
+    def test_a_model_that_asks_its_blocks_what_they_are(self, tmp_path: Path) -> None:
+        mixer = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "head_dim": 16}
+        folder = self.save("NemotronHConfig", tmp_path, hybrid_override_pattern="M*", **mixer)
+        (walk, plan), states = start(folder, "*conv1d*"), []
+        for _ in blocks(walk, plan, states):
+            pass
+        with torch.no_grad():
+            expected = whole(folder)(input_ids=ids()[:2], use_cache=False).logits
+        torch.testing.assert_close(walk.logits(states[0]), expected, rtol=1e-5, atol=1e-5)
+
+    def test_a_block_that_gives_a_list(self, tmp_path: Path) -> None:
+        folder = self.save("OpenAIGPTConfig", tmp_path, n_positions=64)
+        (walk, plan), states = start(folder), []
+        for _ in blocks(walk, plan, states):
+            pass
+        with torch.no_grad():
+            expected = whole(folder)(input_ids=ids()[:2]).logits
+        torch.testing.assert_close(walk.logits(states[0]), expected, rtol=1e-5, atol=1e-5)
+
+    def test_a_model_that_rescales_its_blocks(self, tmp_path: Path) -> None:
+        walk, _ = start(self.save("RwkvConfig", tmp_path), "*time_*")
+        with pytest.raises(CheckpointError, match="RwkvForCausalLM is no plain chain of blocks"):
+            list(walk.embed())

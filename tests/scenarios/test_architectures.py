@@ -1,0 +1,117 @@
+"""Every decoder-only architecture is walked by the same code: written, reloaded, and the same as in memory."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from bitpress.pipeline.api import quantize
+from bitpress.pipeline.data.calibration import Calibration
+from bitpress.pipeline.errors import CheckpointError, ConfigError
+from bitpress.pipeline.evaluate.verify import check_task, in_memory_logits
+from bitpress.pipeline.models.loading import load_model
+from bitpress.pipeline.quantize.recipe import Recipe
+from bitpress.pipeline.storage.checkpoint import INDEX, Checkpoint, read_json
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(3, 96, (24,), generator=torch.Generator().manual_seed(1))
+
+
+def test_experts_are_stored_one_by_one(tiny) -> None:
+    names = Checkpoint(tiny("mixtral")).tensors
+    assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in names
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8-dynamic", "nf4"])
+def test_reloads_as_in_memory(architecture: str, scheme: str, tiny, tmp_path: Path) -> None:
+    source = tiny(architecture)
+    quantize(source, scheme, tmp_path / "out")
+    recipe = Recipe.make(scheme)
+    expected = in_memory_logits(Checkpoint(source), recipe, ids(), torch.device("cpu"), "auto")
+    model = load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto", "reference")
+    with torch.inference_mode():
+        found = model(input_ids=ids().unsqueeze(0)).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the same weights and operations, in float32
+
+
+@pytest.mark.parametrize("method", [{}, {"algorithm": {"true_sequential": True}, "scheme": "int3-g32"}])
+def test_learned_reloads_as_in_memory(architecture: str, method: dict[str, Any], tiny, learn, tmp_path: Path) -> None:
+    """By gptq, against the logits of the very model that it worked on; what it knows of the inputs pays."""
+    text = Calibration("a text", torch.randint(3, 96, (16, 16), generator=torch.Generator().manual_seed(2)), 0)
+    assert learn(tiny(architecture), tmp_path / "out", calibration=text, **method) == []
+    witness = str(tmp_path / "out.partial" / "witness.safetensors")
+    request = {"artifact": str(tmp_path / "out"), "expected": witness, "device": "cpu", "dtype": "float32"}
+    assert check_task(request)["tokens"] == 16
+    layers = read_json(tmp_path / "out" / "bitpress.json")["coverage"]["layers"]
+    assert all(layer["tokens"] == 256 and 0 < layer["output_error"] < layer["relative_error"] for layer in layers)
+
+
+def test_is_close_to_the_source_and_says_what_it_kept(architecture: str, tiny, tmp_path: Path) -> None:
+    """8-bit weights change little: a layer left out, transposed or swapped would show."""
+    source = tiny(architecture)
+    quantize(source, "int8-g32", tmp_path / "out")
+    dense = AutoModelForCausalLM.from_pretrained(source).eval()
+    model = load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto", "reference")
+    with torch.inference_mode():
+        expected, found = (m(input_ids=ids().unsqueeze(0)).logits[0] for m in (dense, model))
+    assert (found - expected).norm() / expected.norm() < 0.02
+    coverage = read_json(tmp_path / "out" / "bitpress.json")["coverage"]
+    assert coverage["share"] > 0.85
+    assert all(entry["reason"] for entry in coverage["kept"])
+    assert {entry["name"] for entry in coverage["kept"]} | {
+        f"{layer['name']}.weight" for layer in coverage["layers"]
+    } == (set(Checkpoint(source).tensors))
+
+
+def test_some_experts_may_be_kept(tiny, tmp_path: Path) -> None:
+    source = tiny("mixtral")
+    skip = ["*.experts.1.*", "*.experts.2.w3"]
+    quantize(source, "int4-g32", tmp_path / "out", recipe={"skip": skip})
+    recipe = Recipe.make("int4-g32", skip=skip)
+    expected = in_memory_logits(Checkpoint(source), recipe, ids(), torch.device("cpu"), "auto")
+    model = load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto", "reference")
+    with torch.inference_mode():
+        found = model(input_ids=ids().unsqueeze(0)).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [[], ["*.experts.0.*"]])
+def test_an_expert_that_is_missing_is_refused_not_replaced_by_the_next(skip: list[str], tiny, tmp_path: Path) -> None:
+    quantize(tiny("mixtral"), "int4-g32", tmp_path / "out", recipe={"skip": skip})
+    index = read_json(tmp_path / "out" / INDEX)
+    lost = [name for name in index["weight_map"] if "layers.1." in name and ".experts.1." in name]
+    (shard,) = {index["weight_map"].pop(name) for name in lost}
+    tensors = load_file(tmp_path / "out" / shard)
+    save_file({n: t for n, t in tensors.items() if n not in lost}, tmp_path / "out" / shard, {"format": "pt"})
+    (tmp_path / "out" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.experts.gate_up_proj: 6 expert tensors .* expected 8"):
+        load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto", "reference")
+
+
+def test_fused_experts_are_refused_by_name_and_may_be_skipped(tiny, tmp_path: Path) -> None:
+    """A checkpoint that holds 3-D expert tensors itself."""
+    source = shutil.copytree(tiny("mixtral"), tmp_path / "fused")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    save_file(
+        {n: p.detach().clone() for n, p in model.named_parameters()}, source / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ConfigError, match=r"layers.0.mlp.experts.gate_up_proj.*fused"):
+        quantize(source, "int4-g32", tmp_path / "out")
+    quantize(source, "int4-g32", tmp_path / "out2", recipe={"skip": ["*.experts.*"]})
+    kept = read_json(tmp_path / "out2" / "bitpress.json")["coverage"]["kept"]
+    assert any("gate_up_proj" in entry["name"] and "skip" in entry["reason"] for entry in kept)
+
+
+def test_the_head_of_a_tied_model_is_not_doubled(tiny, tmp_path: Path) -> None:
+    quantize(tiny("gemma"), "int4-g32", tmp_path / "out")
+    names = Checkpoint(tmp_path / "out").tensors
+    assert "lm_head.weight" not in names
+    assert "model.embed_tokens.weight" in names
+    model = load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto")
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,0 +1,115 @@
+"""From the settings of a job to its recipe, with a method that needs calibration."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from bitpress.pipeline import api
+from bitpress.pipeline.config.schema import Run
+from bitpress.pipeline.errors import ConfigError, NumericsError
+from bitpress.pipeline.quantize.recipe import Recipe, fingerprint
+from bitpress.pipeline.runs import run as runner
+from bitpress.pipeline.storage.checkpoint import Checkpoint
+
+TEXT = "".join(f"{number} bottles of beer" for number in range(100, 400))
+pytestmark = pytest.mark.usefixtures("student")
+
+
+def write(folder: Path, name: str, content: str) -> str:
+    (folder / name).write_text(content)
+    return str(folder / name)
+
+
+@pytest.fixture
+def recipes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recipe]]:
+    """The recipes that the quantize stage was given, which stops there; so does what measures the baseline."""
+    found: list[Recipe] = []
+
+    def refuse(*arguments: Any) -> dict[str, Any]:
+        raise NumericsError("nothing is measured")
+
+    def stop(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe, *arguments: Any) -> list[str]:
+        found.append(recipe)
+        raise NumericsError("stopped here")
+
+    monkeypatch.setattr(api, "quantize_checkpoint", stop)
+    monkeypatch.setattr(runner, "quantize", stop)
+    monkeypatch.setattr("bitpress.pipeline.evaluate.process.measure", refuse)
+    return found
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    return write(tmp_path, "a.txt", TEXT)
+
+
+def run(tmp_path: Path, model: Path, text: str, **quantize: Any) -> list[runner.Outcome]:
+    chosen = {"name": "trial", "models": [{"id": str(model)}], "schemes": ["int4-g32", "int8-g32"], "device": "cpu"}
+    chosen["eval"] = {"text": text, "context": 64, "windows": 2, "speed": None}
+    return runner.execute(Run(**chosen, quantize=quantize, output=str(tmp_path / "runs")), "", print)
+
+
+def test_api(tmp_path, tiny_llama, text, recipes):
+    recipe = {"method": "student", "algorithm": {"damping": 0.5}, "max_fallback_layers": 3}
+    with pytest.raises(NumericsError, match="stopped here"):
+        api.quantize(tiny_llama, "int4-g32", tmp_path / "out", None, recipe, {"text": text, "windows": 2})
+    assert recipes[0].calibration.ids.shape == (2, 256)
+    assert recipes[0].max_fallback_layers == 3
+    marks = fingerprint(Checkpoint(tiny_llama), {}, recipes[0])
+    assert marks["quantize.calibration.sha256"] == recipes[0].calibration.to_dict()["sha256"]
+    assert (marks["quantize.calibration.seed"], marks["quantize.algorithm.damping"]) == (0, 0.5)
+
+
+def test_api_takes_a_source_by_itself(tmp_path, tiny_llama, recipes):
+    path = write(tmp_path, "b.txt", TEXT * 10)
+    with pytest.raises(NumericsError, match="stopped here"):
+        api.quantize(tiny_llama, "int4-g32", tmp_path / "out", recipe={"method": "student"}, calibration=path)
+    assert recipes[0].calibration.ids.shape == (128, 256)
+
+
+def test_api_without_need_of_it(tmp_path, tiny_llama, text, recipes):
+    with pytest.raises(ConfigError, match="method auto learns from no text"):
+        api.quantize(tiny_llama, "int4-g32", tmp_path / "out", calibration=text)
+    assert not recipes
+    with pytest.raises(NumericsError, match="stopped here"):
+        api.quantize(tiny_llama, "int4-g32", tmp_path / "out", recipe={"method": "absmax"}, calibration="gone.txt")
+    assert recipes[0].calibration is None
+
+
+@pytest.mark.parametrize("content", ["", "short", "a" * 9999])
+def test_refused_before_a_weight_is_read(tmp_path, tiny_llama, refused_early, monkeypatch, content):
+    def read(*arguments: Any) -> Tensor:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    settings = {"text": write(tmp_path, "b.txt", content), "windows": 2, "context": 64}
+    refused_early(tiny_llama, "b.txt", NumericsError, recipe={"method": "student"}, calibration=settings)
+
+
+def test_run_reads_the_text_once_for_all_schemes(tmp_path, tiny_llama, text, recipes, capsys):
+    calibration = {"text": text, "windows": 3, "context": 32, "seed": None}
+    run(tmp_path, tiny_llama, text, method="student", calibration=calibration, max_fallback_layers=1)
+    assert [recipe.scheme.name for recipe in recipes] == ["int4-g32", "int8-g32"]
+    assert recipes[0].calibration is recipes[1].calibration
+    assert recipes[0].calibration.ids.shape == (3, 32)
+    assert recipes[0].max_fallback_layers == 1
+    said = capsys.readouterr().out
+    assert "quantize by student, calibrated on a.txt: 3 windows of 32 tokens, save as gptq" in said
+    assert "a.txt is also what is measured, so the figures will flatter" in said
+
+
+def test_run_refuses_before_it_begins(tmp_path, tiny_llama, text, recipes):
+    calibration = {"text": text, "windows": 1000, "context": 64}
+    outcomes = run(tmp_path, tiny_llama, text, method="student", calibration=calibration)
+    assert len(outcomes) == 3, "the baseline and two schemes"
+    assert all("calibration needs 64000" in str(outcome.error) for outcome in outcomes)
+    assert not recipes
+    assert not (tmp_path / "runs").exists()
+
+
+def test_run_without_need_of_it(tmp_path, tiny_llama, text, recipes):
+    run(tmp_path, tiny_llama, text, method="absmax", calibration={"text": "gone.txt"})
+    assert [recipe.calibration for recipe in recipes] == [None, None]
