@@ -6,6 +6,8 @@ quantize("org/model", "int4-g128", "model-int4")
 model, tokenizer = load("model-int4")
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .errors import BitpressError
@@ -16,10 +18,21 @@ if TYPE_CHECKING:
 __all__ = ["BitpressError", "convert", "evaluate", "load", "publish", "quantize"]
 
 
-def __getattr__(name: str) -> Any:
-    """The functions bring torch and transformers, which take seconds to import: only when they are used."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import api
+class _Function(property):
+    """A function of the API. Three of them are called like folders of this package, and the functions win.
 
-    return getattr(api, name)
+    They bring torch and transformers, which take seconds to import: only when they are used.
+    """
+
+    def __init__(self, name: str):
+        def get(package: ModuleType) -> Any:
+            from . import api
+
+            return getattr(api, name)
+
+        # the import system sets an attribute for each folder that it loads, and finds folders without it
+        super().__init__(get, lambda package, folder: None)
+
+
+_Package = type("_Package", (ModuleType,), {name: _Function(name) for name in __all__ if name != "BitpressError"})
+sys.modules[__name__].__class__ = _Package

@@ -105,7 +105,7 @@ HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError, LookupError, TypeErr
 
 def hub_error(error: Exception, name: str, revision: str | None = None) -> BitpressError:
     """What the Hub's failure is to the user; the disk's, on which the cache lies, is one of its own."""
-    error = _cause(error)
+    error = _download_cause(error)
     if isinstance(error, HFValidationError):
         return ConfigError(f"{name} is not a Hub id: {error}")
     if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
@@ -113,7 +113,7 @@ def hub_error(error: Exception, name: str, revision: str | None = None) -> Bitpr
     return HubError(_explained(error, name, revision))
 
 
-def _cause(error: Exception) -> Exception:
+def _download_cause(error: Exception) -> Exception:
     """huggingface_hub says "not in the cache" of everything; why it had to look there is the cause."""
     told = isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception)
     return error.__cause__ if told else error  # type: ignore[return-value]

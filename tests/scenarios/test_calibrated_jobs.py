@@ -10,6 +10,7 @@ from torch import Tensor
 from bitpress.pipeline import api
 from bitpress.pipeline.config.schema import Run
 from bitpress.pipeline.errors import ConfigError, NumericsError
+from bitpress.pipeline.evaluate import process
 from bitpress.pipeline.quantize.recipe import Recipe, fingerprint
 from bitpress.pipeline.runs import run as runner
 from bitpress.pipeline.storage.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ def recipes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recipe]]:
 
     monkeypatch.setattr(api, "quantize_checkpoint", stop)
     monkeypatch.setattr(runner, "quantize", stop)
-    monkeypatch.setattr("bitpress.pipeline.evaluate.process.measure", refuse)
+    monkeypatch.setattr(process, "measure", refuse)
     return found
 
 

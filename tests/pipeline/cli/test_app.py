@@ -23,6 +23,7 @@ from bitpress.pipeline.errors import (
     LockedError,
     NumericsError,
 )
+from bitpress.pipeline.evaluate import process, verify
 from bitpress.pipeline.storage import files, journal
 
 
@@ -319,8 +320,8 @@ class TestRun:
         def refuse(*arguments: Any) -> None:
             raise NumericsError("stopped here")
 
-        monkeypatch.setattr("bitpress.pipeline.evaluate.verify.check", refuse)
-        monkeypatch.setattr("bitpress.pipeline.evaluate.process.measure", refuse)
+        monkeypatch.setattr(verify, "check", refuse)
+        monkeypatch.setattr(process, "measure", refuse)
         path = config(tmp_path, tiny_llama, schemes=["int4-g128", "int4-g32"])
         found = bitpress("run", path, "--json")
         assert found.code == 1

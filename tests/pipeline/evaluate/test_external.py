@@ -98,7 +98,9 @@ def test_is_measured_once(made: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_goes_on_where_it_was_interrupted(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [made / "runs", made / "theirs"]
     with monkeypatch.context() as patch:
-        patch.setattr(measure.layer_errors, "output_errors", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            measure.layer_errors, "output_errors", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             compare(given, tmp_path / "page", Options())
     assert not (tmp_path / "page" / "compare.json").exists()
