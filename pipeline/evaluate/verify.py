@@ -31,13 +31,13 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 @torch.inference_mode()
 def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device: torch.device, dtype: str) -> Tensor:
     """Logits [tokens, vocabulary] of the source model, quantized here and never written, by the reference kernel."""
-    plan = make_plan(checkpoint, recipe.scheme, recipe.format, recipe.skip)
+    plan = make_plan(checkpoint, recipe)
     model = load_model(checkpoint, device, dtype)
     layers: dict[Target, Any] = {}
     with progress("quantizing in memory") as step:
         for number, entry in enumerate(plan.quantized):
             step(number, len(plan.quantized))
-            qtensor, _ = quantize_entry(entry, checkpoint.read(entry.info.name), recipe, plan.dtype)
+            qtensor, _ = quantize_entry(entry, checkpoint.read(entry.info.name), plan)
             qtensor = qtensor.to(device)
             layers[entry.target] = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")
     names = Names(plan.model)
