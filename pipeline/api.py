@@ -1,7 +1,6 @@
 """The library's functions, as small as the command line's."""
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from .quantize.artifact import quantize as quantize_checkpoint
 from .quantize.recipe import Recipe
 from .storage import files, journal
 from .storage.checkpoint import Checkpoint
+from .system.progress import OnStep
 
 __all__ = ["convert", "evaluate", "load", "publish", "quantize"]
-
-OnStep = Callable[[int, int], None]
 
 
 def quantize(

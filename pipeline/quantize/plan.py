@@ -12,7 +12,7 @@ from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, ConfigError, listing
 from ..formats.base import Format
-from ..models.structure import Names, Target, linear_kind, skeleton, tied
+from ..models.structure import ParameterPath, TensorNames, linear_kind, skeleton, tied
 from ..storage.checkpoint import Checkpoint, TensorInfo
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,7 +28,7 @@ class Entry:
     """
 
     info: TensorInfo
-    target: Target
+    target: ParameterPath
     block: int | None
     kind: str | None
     reason: str = ""
@@ -114,7 +114,7 @@ def _skipped(name: str, skip: list[str]) -> str | None:
 
 
 def _classify(
-    info: TensorInfo, target: Target, names: Names, model: PreTrainedModel, skip: list[str]
+    info: TensorInfo, target: ParameterPath, names: TensorNames, model: PreTrainedModel, skip: list[str]
 ) -> tuple[str | None, str]:
     """(kind, "") for a weight to quantize, (None, reason) for one to keep.
 
@@ -140,7 +140,7 @@ def _classify(
     return kind, ""
 
 
-def _shape_problem(info: TensorInfo, target: Target, names: Names) -> str | None:
+def _shape_problem(info: TensorInfo, target: ParameterPath, names: TensorNames) -> str | None:
     """The header against config.json."""
     expected = names.shape(target)
     if expected is None or expected == info.shape:
@@ -163,7 +163,7 @@ def _units(entries: list[Entry]) -> list[Unit]:
     return units + [Unit(f"block {b}", [e for e in entries if e.block == b]) for b in blocks]
 
 
-def _tied_copies(checkpoint: Checkpoint, targets: dict[str, Target], model: PreTrainedModel) -> list[str]:
+def _tied_copies(checkpoint: Checkpoint, targets: dict[str, ParameterPath], model: PreTrainedModel) -> list[str]:
     """Names of tensors that repeat a weight they are tied to.
 
     Raises:
@@ -198,7 +198,7 @@ def make_plan(checkpoint: Checkpoint, scheme: Scheme, format: Format, skip: list
         method = section.get("quant_method", "unknown") if isinstance(section, dict) else section
         raise CheckpointError(f"{checkpoint.folder.name} is quantized already ({method}); give the original checkpoint")
     model = skeleton(checkpoint)
-    names = Names(model)
+    names = TensorNames(model)
     targets = {name: names.target(name) for name in checkpoint.tensors}
     copies = _tied_copies(checkpoint, targets, model)
     entries, broken, unfit = [], [], []
