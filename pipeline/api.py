@@ -13,6 +13,7 @@ from .errors import BitpressError, ConfigError
 from .evaluate import process
 from .hub.download import resolve
 from .models.loading import load, load_tokenizer
+from .models.structure import skeleton
 from .publish.upload import Publication, prepare, send
 from .quantize.artifact import quantize as quantize_checkpoint
 from .quantize.recipe import Recipe
@@ -59,7 +60,7 @@ def quantize(
         try:
             checkpoint, notes = Checkpoint(source.folder), []
             if chosen.method.needs_calibration:
-                learned = calibrate(settings, load_tokenizer(source.folder), checkpoint)
+                learned = calibrate(settings, load_tokenizer(source.folder), skeleton(checkpoint).config)
                 chosen, notes = replace(chosen, calibration=learned), [f"calibrated on {learned}"]
             notes += quantize_checkpoint(checkpoint, source.to_dict(), chosen, out, work, on_step)
         except BitpressError:

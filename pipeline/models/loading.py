@@ -17,7 +17,7 @@ from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
 from ..system.progress import OnStep
 from .modules import experts_of, quantized_layers, replace_layers, set_tensor
-from .optimize import quicken
+from .optimize import optimize_for_decoding
 from .quantized import Layout, read_layout
 from .structure import ParameterPath
 from .transformers import attach
@@ -100,7 +100,7 @@ def _load_quantized(
     _fill(checkpoint, layout, {n: t for n, t in layout.plain.items() if t.parameter not in experts}, device)
     replace_layers(model, layout.names, quantized_layers(checkpoint, layout, lambda target: device, kernel, on_step))
     model = _finish(checkpoint, model, device)
-    quicken(model)
+    optimize_for_decoding(model)
     attach(model, checkpoint, layout)
     return model
 

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError, ConfigError
 from ..storage.checkpoint import Checkpoint
 from .modules import experts_of, quantized_layers, replace_layers
-from .optimize import quicken
+from .optimize import optimize_for_decoding
 from .quantized import Layout, read_layout
 from .structure import ParameterPath, replace_module
 
@@ -103,7 +103,7 @@ class BitpressQuantizer(HfQuantizer):
         devices = {path: module.room.device for path, module in model.named_modules() if isinstance(module, _Waiting)}
         layers = quantized_layers(self.checkpoint, self.layout, lambda target: devices[_path(target)])
         replace_layers(model, self.layout.names, layers)
-        quicken(model)
+        optimize_for_decoding(model)
         if split:
             dispatch_model(model, places, main_device="cpu" if "cpu" in places.values() else None)
         return model

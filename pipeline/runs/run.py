@@ -139,10 +139,11 @@ def _prepare(run: Run, model: Model) -> _Input:
     source.check_output(_model_folder(run, model))
     checkpoint = Checkpoint(source.folder)
     tokenizer = load_tokenizer(source.folder)
-    plan = windows(text, tokenizer, run.eval, skeleton(checkpoint).config)
+    config = skeleton(checkpoint).config
+    plan = windows(text, tokenizer, run.eval, config)
     learning = [scheme for scheme, recipe in recipes.items() if recipe.method.needs_calibration]
     if learning:
-        calibration = calibrate(run.quantize.calibration or load_calibration({}), tokenizer, checkpoint)
+        calibration = calibrate(run.quantize.calibration or load_calibration({}), tokenizer, config)
         recipes |= {scheme: replace(recipes[scheme], calibration=calibration) for scheme in learning}
     return _Input(source, checkpoint, text, plan.windows[0].ids[: verify.PROBE_TOKENS], recipes)
 
