@@ -139,13 +139,14 @@ def _prepare(run: Run, model: Model) -> _Input:
     source.check_output(_model_folder(run, model))
     checkpoint = Checkpoint(source.folder)
     tokenizer = load_tokenizer(source.folder)
-    plan = windows(text, tokenizer, run.eval, skeleton(checkpoint).config)
+    config = skeleton(checkpoint).config
+    plan = windows(text, tokenizer, run.eval, config)
     calibrations: dict[str, Calibration] = {}
     for each in run.recipes:
         if not each.baseline and recipes[each.label].calibrated:
             settings = each.calibration or load_calibration({})
             if (key := settings.model_dump_json()) not in calibrations:
-                calibrations[key] = calibrate(settings, tokenizer, checkpoint)
+                calibrations[key] = calibrate(settings, tokenizer, config)
             recipes[each.label] = replace(recipes[each.label], calibration=calibrations[key])
     return _Input(source, checkpoint, text, plan.windows[0].ids[: verify.PROBE_TOKENS], recipes)
 
