@@ -177,7 +177,7 @@ def linear_kind(model: nn.Module, target: ParameterPath) -> str | None:
     return "linear" if isinstance(module, nn.Linear) else None
 
 
-def weight_kind(model: nn.Module, target: Target) -> str | None:
+def weight_kind(model: nn.Module, target: ParameterPath) -> str | None:
     """As linear_kind, and "embedding" for the weight of an embedding."""
     path, _, leaf = target.parameter.rpartition(".")
     if not target.expert and leaf == "weight" and isinstance(model.get_submodule(path), nn.Embedding):
