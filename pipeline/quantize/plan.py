@@ -270,7 +270,7 @@ def _choose_format(wanted: Format | None, tensors: list[PlannedTensor]) -> tuple
     Raises:
         ConfigError: it, or every format, cannot hold some layer.
     """
-    reasons = []
+    reasons: list[str] = []
     for format in [wanted] if wanted else formats().values():
         unfit = _Problems()
         for tensor in tensors:
