@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from bitpress.kernels.scheme import INT_BITS, Scheme
+from bitpress.kernels.scheme import Scheme, examples
 
 from ..errors import ConfigError, nearest
 from .messages import Several
@@ -24,10 +24,7 @@ NOTHING_LEARNS = "method auto learns from no text: name a method that does, such
 _SECRETS = ("token", "hf_token", "api_key", "password")
 _LONGEST_TITLE = 59  # characters; the Hub takes no longer ones
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_COMMON_SCHEMES = [
-    "none", "int8-dynamic", "nf4", "nf4-dq",
-    *(f"int{bits}-{group}" for bits in INT_BITS for group in ("g32", "g64", "g128", "channel", "g128-asym")),
-]  # fmt: skip
+_COMMON_SCHEMES = ["none", *examples()]
 
 
 def _registered(kind: str, name: str) -> str:

@@ -34,7 +34,7 @@ def test_another_dtype_is_refused_rather_than_half_done(move: str) -> None:
 def test_a_move_that_moves_nothing_is_fine() -> None:
     module = torch.nn.Sequential(layer())
     assert module.to("cpu", torch.float32) is module
-    assert module.float()[0].prepared.scales.dtype == torch.float16
+    assert module.float()[0].packed.scales.dtype == torch.float16
 
 
 class TestOrder:
@@ -54,8 +54,8 @@ class TestOrder:
         from bitpress.kernels.reference import Reference
 
         seen = []
-        prepare = Reference.prepare
-        monkeypatch.setattr(Reference, "prepare", lambda self, q, dtype: seen.append(q) or prepare(self, q, dtype))
+        pack = Reference.pack
+        monkeypatch.setattr(Reference, "pack", lambda self, q, dtype: seen.append(q) or pack(self, q, dtype))
         QLinear(shuffled(), None, torch.float32, "reference")
         assert [q.order for q in seen] == [None]
 
