@@ -142,6 +142,8 @@ class QEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: integers [...] -> [..., embedding_dim] of `dtype`."""
+        if not ids.numel():
+            return torch.empty(*ids.shape, self.embedding_dim, dtype=self.dtype, device=self.device)
         rows = self.packed.qtensor.rows(ids.flatten()).dequantize(self.dtype)
         return rows.view(*ids.shape, self.embedding_dim)
 
@@ -165,8 +167,8 @@ class JoinedProjections:
         self.sizes = [layer.out_features for layer in layers]
         self.bias: Tensor | None = None
         if any(layer.bias is not None for layer in layers):
-            like = {"dtype": layers[0].dtype, "device": layers[0].device}
-            zeros = [torch.zeros(layer.out_features, **like) for layer in layers]
+            first = layers[0]
+            zeros = [torch.zeros(layer.out_features, dtype=first.dtype, device=first.device) for layer in layers]
             self.bias = torch.cat([z if layer.bias is None else layer.bias.detach() for layer, z in zip(layers, zeros)])
         self._held: tuple[Tensor, Tensor] | None = None  # one attribute, so that threads cannot mix two
 

@@ -102,9 +102,11 @@ class TritonInt8Weights(Kernel):
         return Int8Weight(qtensor, dtype)
 
     def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
-        asymmetric = parts[0].zeros is not None
+        first = parts[0]
+        assert isinstance(first, Int8Weight)
+        asymmetric = first.zeros is not None
         joined = Int8Weight.joined(parts, {"codes": 0, "scales": 1, **({"zeros": 1} if asymmetric else {})})
-        joined.dtype = parts[0].dtype
+        joined.dtype = first.dtype
         if not asymmetric:
             joined.register_buffer("zeros", None)
         return joined

@@ -105,8 +105,9 @@ class TritonNF4(Kernel):
         """None with double quantization, as each weight has a code book of its own for its scales."""
         if any(part.levels is not None for part in parts):
             return None
-        joined = NF4Weight.joined(parts, {"codes": 0, "scales": 1})
-        joined.dtype = parts[0].dtype
+        first, joined = parts[0], NF4Weight.joined(parts, {"codes": 0, "scales": 1})
+        assert isinstance(first, NF4Weight)
+        joined.dtype = first.dtype
         joined.register_buffer("absmax", None)
         joined.register_buffer("levels", None)
         return joined

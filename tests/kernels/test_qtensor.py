@@ -19,7 +19,7 @@ def one_by_one(q: QTensor) -> Tensor:
     weight = torch.zeros(q.shape, dtype=torch.float64)
     for row in range(out_features):
         for column in range(in_features):
-            if q.scheme.code == "nf4":
+            if q.scheme.weight.description().type == "codebook":
                 place = row * in_features + column
                 byte, block = int(q.codes[place // 2]), place // 64
                 code = byte & 15 if place % 2 else byte >> 4

@@ -97,7 +97,7 @@ def test_products(
         # NF4: scales to float16, 2^-12 in RMS; with int8 inputs the code book by 0.0020 of 0.55.
         # Inputs that stay as they are meet codes of up to 255, whose zero points are taken off from the sum.
         bound = 2.0**-20 if kind is NativeInt8 else 2.0**-17
-        if q.scheme.code == "nf4":
+        if q.scheme.weight.description().type == "codebook":
             bound = 2.0**-7 if kind is NativeInt8 else 2.0**-11
         x = torch.randn(rows, shape[1], generator=generator)
         y = kernel.linear(x, kernel.pack(q, torch.float32), None)

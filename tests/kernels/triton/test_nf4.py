@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitpress.kernels.qtensor import NF4_CODEBOOK, QTensor
+from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.triton import nf4
 from bitpress.kernels.triton.launch import Config, problem
 from bitpress.kernels.triton.nf4 import FEW, TORCH, TritonNF4, configs
+from bitpress.kernels.weights.nf4 import NF4_CODEBOOK
 
 Make = Callable[..., QTensor]
 
