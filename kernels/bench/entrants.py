@@ -50,7 +50,7 @@ class Contender(Protocol):
         """Relative RMS error of the product with x bfloat16 [rows, in]. Raises RuntimeError where there is none."""
 
     def seconds(self, x: Tensor, calls: int) -> float:
-        """Of one product, from `calls` of them, each with the next copy."""
+        """The time of one product, from `calls` of them, each with the next copy."""
 
     def close(self) -> None:
         """Give the memory back."""
@@ -63,7 +63,7 @@ class Entrant(Protocol):
     def name(self) -> str: ...
 
     def unsupported(self, qtensor: QTensor, device: torch.device) -> str | None:
-        """None if it can take part, else the reason."""
+        """Why it cannot take part; None if it can."""
 
     def enter(self, qtensor: QTensor) -> Contender:
         """Raises RuntimeError where it cannot after all."""
@@ -130,10 +130,10 @@ class Local:
         self._turns = itertools.cycle(self.packed)
 
     def error(self, x: Tensor, expected: Tensor) -> float:
-        found = self._linear(x.to(self.dtype)).to(torch.float32)
-        if found.shape != expected.shape:
-            raise RuntimeError(f"the product's shape is {list(found.shape)}, expected {list(expected.shape)}")
-        return float((found - expected).norm() / expected.norm())
+        product = self._linear(x.to(self.dtype)).to(torch.float32)
+        if product.shape != expected.shape:
+            raise RuntimeError(f"the product's shape is {list(product.shape)}, expected {list(expected.shape)}")
+        return float((product - expected).norm() / expected.norm())
 
     def seconds(self, x: Tensor, calls: int) -> float:
         x = x.to(self.dtype)
