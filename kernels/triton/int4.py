@@ -92,7 +92,6 @@ class TritonInt4(Kernel):
     rank: ClassVar[int] = 20
     name: ClassVar[str] = "triton-int4"
     serves: ClassVar[tuple[Serves, ...]] = (Serves("integer weights of 2 to 4 bits", Integer, (2, 3, 4)),)
-    rounds_weight_only_inputs: ClassVar[bool] = False
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme = qtensor.scheme

@@ -86,7 +86,6 @@ class TritonInt8Weights(Kernel):
     serves: ClassVar[tuple[Serves, ...]] = (
         Serves("8-bit integer weights with inputs that stay as they are", Integer, (8,)),
     )
-    rounds_weight_only_inputs: ClassVar[bool] = False
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme = qtensor.scheme

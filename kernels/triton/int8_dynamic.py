@@ -66,7 +66,6 @@ class TritonInt8(Kernel):
     rank: ClassVar[int] = 21
     name: ClassVar[str] = "triton-int8"
     serves: ClassVar[tuple[Serves, ...]] = (Serves("int8-dynamic", Integer, (8,), Int8Token),)
-    rounds_weight_only_inputs: ClassVar[bool] = False
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         if reason := self.unserved(qtensor.scheme):

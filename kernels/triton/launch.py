@@ -53,7 +53,7 @@ def unsupported_device(device: torch.device) -> str | None:
 
 @functools.cache
 def unsupported_machine() -> str | None:
-    """What Triton does not find on this machine; None if nothing. It compiles a piece of C for every kernel's launch."""
+    """What Triton lacks on this machine; None if nothing. It compiles a piece of C for every kernel's launch."""
     if triton is None:
         return "Triton is not installed"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):

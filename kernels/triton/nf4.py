@@ -80,7 +80,6 @@ class TritonNF4(Kernel):
     rank: ClassVar[int] = 23
     name: ClassVar[str] = "triton-nf4"
     serves: ClassVar[tuple[Serves, ...]] = (Serves("nf4 and nf4-dq", NF4),)
-    rounds_weight_only_inputs: ClassVar[bool] = False
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         if reason := self.unserved(qtensor.scheme):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitpress.kernels.triton import launch
-from bitpress.kernels.triton.launch import Choices, Config, choose, unsupported_machine, row_bucket, unsupported_device
+from bitpress.kernels.triton.launch import Choices, Config, choose, row_bucket, unsupported_device, unsupported_machine
 
 CONFIGS = [Config(16, 64, 128), Config(16, 64, 128, split=4), Config(16, 128, 128, stages=3)]
 CUDA = torch.device("cuda")
