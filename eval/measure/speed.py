@@ -105,7 +105,7 @@ def measure(
         on_step: called with (runs done, runs in all).
     Returns:
         The load's fields; "prefill" and "decode", each a Spread of tokens per second over the whole batch;
-        "first_token_seconds", a Spread; and "joules_per_token", the averages {"prefill", "decode"}, None without a meter.
+        "first_token_seconds", a Spread; and "joules_per_token": averages {"prefill", "decode"}, None without a meter.
     """
     positions = torch.arange(load.batch * load.prompt) % ids.numel()
     rows = ids.cpu()[positions].view(load.batch, load.prompt).to(ids.device)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitpress.eval.measure import protocols, scores
-from bitpress.eval.measure.protocols import halves, evaluation_windows, rolling, sliding
+from bitpress.eval.measure.protocols import evaluation_windows, halves, rolling, sliding
 from bitpress.eval.measure.statistics import summarize
 
 PAGES = [

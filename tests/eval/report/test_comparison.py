@@ -296,12 +296,12 @@ def test_a_speed_that_is_hardly_higher_is_not_worth_a_word():
     assert (choice.run, "for speed" in choice.why) == ("int8-dynamic", False)
 
 
-def test_checkpoints_that_no_run_made_go_by_their_names():
+def test_external_checkpoints_go_by_their_names():
     sections = compare([*four(), run("nf4", 5.5, 0.02, checkpoint={"id": "org/theirs", "revision": None})])
     assert "nf4 org/theirs" in [candidate.run for candidate in sections[0].runs]
     for page in (comparison_page.html(sections), comparison_page.markdown(sections)):
-        assert "Checkpoints that no run made, measured in the same way: nf4 org/theirs" in page
-    assert "Checkpoints that no run made" not in comparison_page.html(compare(four()))
+        assert "External checkpoints, which no run of bitpress wrote, measured in the same way: nf4 org/theirs" in page
+    assert "External checkpoints" not in comparison_page.html(compare(four()))
 
 
 def test_what_it_takes_to_repeat_it_is_there():

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from bitpress.eval.report import report
-from bitpress.eval.report.why_slower import because
+from bitpress.eval.report.why_slower import why_slower
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -83,7 +83,7 @@ def table(runs):
     """The summary as {scheme: {column: cell}}."""
     header, rows = report.summary_rows(runs)
     assert all(len(row) == len(header) for row in rows)
-    return {row[header.index("scheme")]: dict(zip(header, row, strict=True)) for row in rows}
+    return {row[header.index("run")]: dict(zip(header, row, strict=True)) for row in rows}
 
 
 def test_rows_against_hand_computed_ratios():
@@ -114,7 +114,7 @@ def test_missing_values_are_a_dash_and_never_zero():
     quality = {"perplexity": None, "baseline_perplexity": 40.0, "kl_mean": None}
     bare = {"scheme": "nf4", "model": {"id": "builtin:demo"}, "quality": quality}
     rows = table([metrics(), bare])
-    cells = [cell for column, cell in rows["nf4"].items() if column != "scheme"]
+    cells = [cell for column, cell in rows["nf4"].items() if column != "run"]
     assert set(cells) == {"–", "– / – / –"}
     for render in (report.html, report.markdown):
         assert "How sure" in render([metrics(), bare])
@@ -164,7 +164,7 @@ def test_several_models_each_against_its_own_baseline(parse):
     big["size"]["file_bytes"] = 8_000_000
     runs = [metrics("nf4", model="z/big"), metrics("nf4"), big, metrics()]
     header, rows = report.summary_rows(runs)
-    assert header[:2] == ["model", "scheme"]
+    assert header[:2] == ["model", "run"]
     assert [row[:2] + row[3:4] for row in rows] == [
         ["builtin:demo", "baseline", "6.00 MB"],
         ["builtin:demo", "nf4", "2.00 MB (0.33x)"],
@@ -338,17 +338,25 @@ def test_errors_of_outputs_are_a_map_and_by_depth_lines():
 @pytest.mark.parametrize(
     ("phase", "kernels", "share", "said"),
     [
-        ("prefill", {"torch-int4": 8}, 0.5, "a prompt is limited by arithmetic"),
-        ("decode", {"reference": 3, "torch-int4": 5}, 0.5, "3 of 8 layers run on the reference kernel"),
-        ("decode", {"torch-int8": 8}, 0.5, "activations are quantized before each product"),
-        ("decode", {"torch-int4": 8}, 0.1, "it uses 10% of the memory's bandwidth"),
-        ("decode", {"torch-int4": 8}, 3.0, "the weights lie in the processor's cache"),
-        ("decode", {"torch-int4": 8}, None, None),
+        ("prefill", {"selected": {"torch-int4": 8}}, 0.5, "a prompt is limited by arithmetic"),
+        ("decode", {"selected": {"reference": 3, "torch-int4": 5}}, 0.5, "3 of 8 layers run on the reference kernel"),
+        ("decode", {"selected": {"torch-int8": 8}, "quantized_inputs": 8}, 0.5, "activations are quantized before"),
+        ("decode", {"selected": {"any": 8}, "rounded_inputs": {"layers": 8}}, 0.5, "activations are quantized before"),
+        ("decode", {"selected": {"torch-int4": 8}}, 0.1, "it uses 10% of the memory's bandwidth"),
+        ("decode", {"selected": {"torch-int4": 8}}, 3.0, "the weights lie in the processor's cache"),
+        ("decode", {"selected": {"torch-int4": 8}}, None, None),
     ],
 )
 def test_why_it_is_slower(phase, kernels, share, said):
-    found = because({"kernels": {"selected": kernels}}, {"bandwidth_share": share}, phase)
-    assert found is None if said is None else said in found
+    reasons = why_slower({"kernels": kernels}, {"bandwidth_share": share}, phase)
+    assert reasons is None if said is None else said in reasons
+
+
+def test_arithmetic_limits_only_kernels_that_unpack_weights():
+    kernels = {"selected": {"a": 5, "b": 3}, "quantized_inputs": 5, "rounded_inputs": {"layers": 2}}
+    assert "limited by arithmetic" in why_slower({"kernels": kernels}, {}, "prefill")
+    kernels["rounded_inputs"]["layers"] = 3
+    assert "limited by arithmetic" not in why_slower({"kernels": kernels}, {}, "prefill")
 
 
 def test_two_renderings_are_the_same_bytes_in_any_order():
