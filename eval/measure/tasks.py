@@ -43,14 +43,15 @@ def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | Non
             samples = results.get("samples", {}).get(task, [])
             samples = [sample for sample in samples if sample.get("filter", filter_name) == filter_name]
             scores: list[Any] = [sample.get(metric) for sample in sorted(samples, key=lambda s: s["doc_id"])]
-            error = figures.get(f"{metric}_stderr,{filter_name}")
+            standard_error = figures.get(f"{metric}_stderr,{filter_name}")
             lines.append(
                 {
                     "task": task,
                     "metric": metric,
                     "filter": filter_name,
                     "value": value,
-                    "standard_error": error if isinstance(error, float) else None,  # lm-eval writes "N/A" for none
+                    # lm-eval writes "N/A" where there is none
+                    "standard_error": standard_error if isinstance(standard_error, float) else None,
                     "samples": results.get("n-samples", {}).get(task, {}).get("effective"),
                     "version": results.get("versions", {}).get(task),
                     "scores": [float(score) for score in scores] if scores and all(map(finite, scores)) else None,

@@ -106,7 +106,11 @@ def _view(runs: Sequence[Metrics], refused: Refused = ()) -> dict[str, Any]:
     several = len(by_model) > 1
     return {
         "title": models[0] if len(models) == 1 else f"{len(models)} models",
-        "models": [(model, terms_of(own[0].run.get("model")), own) for model, own in by_model.items()],
+        "models": [
+            # The identity is among the hashes.
+            (model, [pair for pair in terms_of(own[0].run.get("model")) if pair[0] != "identity"], own)
+            for model, own in by_model.items()
+        ],
         "verdicts": verdicts(runs),
         "refused": say.printable([tuple(map(str, job)) for job in refused]),
         "tables": tables(reported, points_of(reported)),

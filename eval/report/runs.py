@@ -192,8 +192,8 @@ def circumstances(runs: Sequence[ReportedRun]) -> dict[str, list[tuple[str, Any]
     """Everything that one needs to repeat the measurements of a page."""
 
     def hashes(run: Metrics) -> list[tuple[str, str]]:
-        """sha256 of the files, or of the list of an artifact's files and their hashes."""
-        facts = run.get("fingerprint") or {}
+        """The model's identity, and sha256 of files, or of the list of an artifact's files and their hashes."""
+        facts = {"model.identity": dig(run, "model", "identity"), **(run.get("fingerprint") or {})}
         return [(name, str(value)) for name, value in facts.items() if re.fullmatch("[0-9a-f]{64}", str(value))]
 
     return {

@@ -37,8 +37,8 @@ def recipe_table(runs: Sequence[ReportedRun]) -> Table:
             groups.setdefault("/".join(str(part) for part in parts if part) or say.DASH, []).append(layer)
         for spec, layers in sorted(groups.items(), key=lambda group: (-len(group[1]), group[0])):
             weights = sum(prod(layer.get("shape") or [0]) for layer in layers) or None
-            sizes = [layer.get("bytes") for layer in layers]
-            size = None if None in sizes else sum(sizes)
+            complete = all(layer.get("bytes") is not None for layer in layers)
+            size = sum(layer["bytes"] for layer in layers) if complete else None
             row = [
                 run.title,
                 spec,

@@ -304,9 +304,34 @@ def test_external_checkpoints_go_by_their_names():
     assert "External checkpoints" not in comparison_page.html(compare(four()))
 
 
+def test_the_kernels_own_kl_stands_beside_that_of_the_file():
+    cost = {"layers": 28, "windows": 6, "kl_mean": 0.00022, "kl_mean_se": 5.3e-6}
+    runs = [run(), run("nf4", 5.0, 0.01), run("int4-g32", 5.0, 0.02, kernels={"rounded_inputs": cost})]
+    sections = compare(runs)
+    (model,) = comparison_page.plain(sections)["models"]
+    assert {r["run"]: r["kernel_kl_mean"] for r in model["runs"]} == {
+        "baseline": None,
+        "nf4": None,
+        "int4-g32": 0.00022,
+    }
+    assert {r["run"]: r["kl_mean"] for r in model["runs"]}["int4-g32"] == pytest.approx(0.02)
+    for page in (comparison_page.html(sections), comparison_page.markdown(sections)):
+        assert "they belong to the file, and this figure belongs to the kernel" in page
+        assert "KL added by the kernel" in page
+        assert "KL added by the kernel" not in comparison_page.html(compare(runs[:2]))
+    assert "| 0.02 (± 0) | 0.000220 (± 0.000005) |" in comparison_page.markdown(sections)
+
+
+def test_runs_go_by_their_recipes():
+    careful = run("mixed", 5.0, 0.01, recipe={"name": "careful", "layers": {"lm_head": "int8-channel"}})
+    (section,) = compare([run(), careful, run("nf4", 5.0, 0.02)])
+    assert [r.run for r in section.runs] == ["baseline", "careful", "nf4"]
+    assert "How it was made" in comparison_page.markdown([section])
+
+
 def test_what_it_takes_to_repeat_it_is_there():
-    marks = {"artifact.sha256": "ab" * 32, "text.sha256": "cd" * 32, "device": "cpu"}
-    runs = [run(), run("nf4", 5.0, 0.01, fingerprint=marks, config={"name": "mine"}, command="bitpress run mine.yaml")]
+    hashes = {"artifact.sha256": "ab" * 32, "text.sha256": "cd" * 32, "device": "cpu"}
+    runs = [run(), run("nf4", 5.0, 0.01, fingerprint=hashes, config={"name": "mine"}, command="bitpress run mine.yaml")]
     for page in (comparison_page.html(compare(runs)), comparison_page.markdown(compare(runs)).replace("\\", "")):
         for words in ("ab" * 32, "cd" * 32, "artifact.sha256", "mine.yaml", "name", "0.1.0", "a cpu"):
             assert words in page, words

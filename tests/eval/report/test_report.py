@@ -184,21 +184,34 @@ def test_one_scheme_twice_is_told_apart():
     assert list(table(runs)) == ["baseline", "int4-g128 absmax demo", "int4-g128 gptq demo"]
 
 
+def mixed(name="careful", **changes):
+    """A run by a recipe with rules: 8-bit down projections, rounded to nearest, and 4 bits by GPTQ elsewhere."""
+    rules = {"*.down_proj": "absmax/int8-g128", "model.layers.0.*": "none"}
+    run = metrics("mixed", recipe={"name": name, "layers": rules}, method="absmax, gptq", **changes)
+    for layer in run["coverage"]["layers"]:
+        down = layer["name"].endswith("down_proj")
+        layer |= {"scheme": "int8-g128", "method": "absmax"} if down else {"scheme": "int4-g128", "method": "gptq"}
+        layer["bytes"] = 66_560 if down else 34_816
+    run["kernels"]["rounded_inputs"] = {"layers": 8, "windows": 6, "kl_mean": 0.00022, "kl_mean_se": 5.3e-6}
+    return run
+
+
 @pytest.fixture(scope="module")
 def hostile(spoil, evil):
     """Two runs with hostile text wherever a run has text."""
-    runs = [spoil(metrics()), spoil(metrics("nf4"))]
+    runs = [spoil(metrics()), spoil(mixed())]
     runs[0]["scheme"] = "none"
     for run in runs:
-        run["kernels"] = {"selected": {evil: 8}, "rejected": {evil: evil}}
+        kernels = {"selected": {evil: 8}, "rejected": {evil: evil}}
+        run["kernels"] = {**run["kernels"], **kernels}
         run["versions"] = {evil: evil}
         run["sample"] = {"prompt": "</pre>", "text": "</pre>\n```\n````\n# boom\n<script>alert(1)</script>"}
     return runs
 
 
-def test_hostile_names_stay_text_in_html(hostile, parse):
-    page = report.html(hostile)
-    clean = parse(report.html([metrics(), metrics("nf4")]))
+def test_hostile_names_stay_text_in_html(hostile, evil, parse):
+    page = report.html(hostile, [(evil, evil, evil)])
+    clean = parse(report.html([metrics(), mixed()], [("model", "recipe", "why")]))
     parsed = parse(page)
     assert set(parsed.tags) <= set(clean.tags)
     assert parsed.tags.count("script") == 1
@@ -207,14 +220,14 @@ def test_hostile_names_stay_text_in_html(hostile, parse):
     assert "\u202e" not in page
 
 
-def test_hostile_names_stay_text_in_markdown(hostile):
-    text = report.markdown(hostile)
+def test_hostile_names_stay_text_in_markdown(hostile, evil):
+    text = report.markdown(hostile, [(evil, evil, evil)])
     outside = re.sub(r"(?ms)^(`{3,})\w*\n.*?^\1$", "", text)
     assert "<script" not in outside
     assert [line for line in outside.splitlines() if line.startswith("# ")] == [text.splitlines()[0]]
     assert not re.search(r"(?<!\\)`", outside)
     columns = {len(re.findall(r"(?<!\\)\|", row)) for row in outside.splitlines() if row.startswith("|")}
-    clean = report.markdown([metrics(), metrics("nf4")]).splitlines()
+    clean = report.markdown([metrics(), mixed()]).splitlines()
     assert columns == {row.count("|") for row in clean if row.startswith("|")}
 
 
@@ -365,6 +378,78 @@ def test_two_renderings_are_the_same_bytes_in_any_order():
     assert report.html(runs) == report.html(runs) == report.html(runs[::-1])
     assert report.markdown(runs) == report.markdown(runs[::-1])
     assert runs == before
+
+
+def test_a_run_goes_by_its_recipe_and_each_of_its_schemes_has_a_row():
+    """2 blocks of 4 layers, 256 x 256 each: 8 * 66,560 / 65,536 bits in the down projections, 4.25 elsewhere."""
+    runs = [metrics(), metrics("int4-g128", recipe={"name": "absmax-int4-g128", "layers": {}}), mixed()]
+    assert set(table(runs)) == {"baseline", "absmax-int4-g128", "careful"}
+    assert table(runs)["careful"]["method/format"] == "absmax, gptq/gptq"
+    text = plain(report.markdown(runs))
+    assert "| careful | gptq/int4-g128 | gptq | 6 | 393,216 | 209 kB | 4.25 |" in text
+    assert "| careful | absmax/int8-g128 | gptq | 2 | 131,072 | 133 kB | 8.12 |" in text
+    assert "| absmax-int4-g128 | absmax/int4-g128 | gptq | 8 | 524,288 | – | – |" in text  # old runs tell no bytes
+    assert "- *.down_proj: absmax/int8-g128" in text
+    for words in ("careful", "How it was made", "Rules for single layers", "model.layers.0.*"):
+        assert words in report.html(runs)
+
+
+def test_one_recipe_twice_is_told_apart_by_the_names_of_the_runs():
+    assert list(table([mixed(), mixed(seconds={}, quality={}) | {"name": "later"}, metrics()])) == [
+        "baseline",
+        "careful demo",
+        "careful later",
+    ]
+
+
+def test_a_recipe_that_is_no_recipe_is_passed_over():
+    for recipe in ("careful", {"name": 7, "layers": ["*"]}, {"name": ""}, None):
+        run = metrics("int4-g128", recipe=recipe)
+        assert list(table([run])) == ["int4-g128"]
+        assert "Rules" not in report.html([run])
+
+
+def test_what_the_kernel_adds_to_the_kl_is_a_figure_of_its_own():
+    runs = [metrics(), mixed(), metrics("int8-dynamic")]
+    rows = table(runs)
+    assert (rows["careful"]["mean KL"], rows["careful"]["KL added by the kernel"]) == ("0.0052", "0.00022")
+    assert rows["int8-dynamic"]["KL added by the kernel"] == rows["baseline"]["KL added by the kernel"] == "–"
+    for render in (report.html, report.markdown):
+        page = plain(render(runs)).replace("\u00a0", " ")
+        assert "they belong to the file, and this figure belongs to the kernel" in page
+        assert "0.000220 (± 0.000005)" in page
+        assert "inputs rounded in 8 layers" in page
+        assert "added by the kernel" not in render([metrics(), metrics("nf4")])
+    assert "they belong to the file" in report.card(runs, CARD)
+
+
+CARD = dict.fromkeys(("missed", "snippets", "unsupported", "figures", "made", "files"), ()) | dict.fromkeys(
+    ("name", "what", "command", "config", "licence"), ""
+)
+
+
+def test_the_card_of_a_mixed_run_tells_its_schemes_and_rules():
+    text = plain(report.card([metrics(), mixed()], CARD))
+    assert "| careful | gptq/int4-g128 | gptq | 6 |" in text
+    assert "- *.down_proj: absmax/int8-g128" in text
+    assert "method/scheme" not in report.card([metrics(), metrics("nf4")], CARD)
+
+
+def test_jobs_that_did_not_finish_are_listed_with_the_reason():
+    refused = [("builtin:demo", "int4-g96", "256 is no multiple of 96"), ("org/other", "nf4", "out of memory")]
+    for render in (report.html, report.markdown):
+        for runs in ([metrics(), metrics("nf4")], []):
+            page = plain(render(runs, refused))
+            assert "Not finished" in page
+            for model, recipe, why in refused:
+                assert page.count(f"{model} · {recipe}") == page.count(why) == 1
+        assert "Not finished" not in render([metrics()])
+
+
+def test_the_head_is_no_block_of_the_plot_by_depth():
+    run = metrics("int4-g128")
+    run["coverage"]["layers"].append({"name": "lm_head", "block": None, "shape": [9, 9], "relative_error": 0.1})
+    assert "by depth" in report.html([run])
 
 
 def test_the_list_of_what_was_kept_stays_short():
