@@ -47,7 +47,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": FONT,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
-ANGLES = (0, 180, 90, 270, 30, 150, 210, 330, 60, 120, 240, 300)  # of a label from its point, best first
+ANGLES = (0, 180, 90, 270, 30, 150, 210, 330, 60, 120, 240, 300)  # from a point to its label, the best first
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 

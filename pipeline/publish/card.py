@@ -119,7 +119,7 @@ def write_card(
         "snippets": [vars(way) for way in ways(repo, runtimes, asymmetric, chat)],
         "unsupported": closed(runtimes),
         "figures": list(figures.items()),
-        "made": _made(metrics, origin),
+        "provenance": _made(metrics, origin),
         "command": str(metrics["command"]),
         "config": json.dumps(metrics["config"], indent=2),
         "files": [(item.name, f"{item.size:,}", item.sha256) for item in files],

@@ -80,9 +80,9 @@ def test_sliding(model, tokenizer, context, stride):
         end = min(begin + context, len(ids))
         window = ids[begin:end]
         labels = [-100] * (len(window) - (end - previous)) + window[len(window) - (end - previous) :]
-        found = losses(model, window, labels)
-        total += found.sum().item()
-        count += int(found.ne(0).sum())
+        nll = losses(model, window, labels)
+        total += nll.sum().item()
+        count += int(nll.ne(0).sum())
         previous = end
         if end == len(ids):
             break
@@ -104,9 +104,9 @@ def test_llama_cpp(model, tokenizer, context, begins):
         window = ids[chunk * context : (chunk + 1) * context]
         if begins:
             window[0] = 7
-        found = losses(model, window, window)[context // 2 :]
-        total += found.sum().item()
-        count += len(found)
+        nll = losses(model, window, window)[context // 2 :]
+        total += nll.sum().item()
+        count += len(nll)
     plan = evaluation_windows("llama.cpp", PAGES, chosen, context, 1, None)
     assert (plan.name, plan.tokens) == (f"llama.cpp-{context}", count)
     assert count == len(ids) // context * (context - context // 2 - 1)
@@ -148,8 +148,8 @@ def test_word_is_lm_evals_own(model, tokenizer, context):
     task = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext")
     theirs = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=context)
     requests = [SimpleNamespace(args=(task.wikitext_detokenizer({"page": page}),)) for page in PAGES]
-    found = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
-    results = [task.process_results({"page": page}, (value,))["word_perplexity"] for page, value in zip(PAGES, found)]
+    values = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
+    results = [task.process_results({"page": page}, (value,))["word_perplexity"] for page, value in zip(PAGES, values)]
     expected = math.exp(-sum(value for value, _ in results) / sum(words for _, words in results))
     assert measured(model, evaluation_windows("word", [TEXT], tokenizer, context, 1, None)) == pytest.approx(
         expected, rel=1e-5

@@ -19,7 +19,7 @@ WINDOWS, TOKENS = 16, 100
 def run(scheme="none", gb=16.0, kl=None, decode=50.0, **changes):
     """A run of 16 windows of 100 tokens; `kl` is the mean of every window, or that of each."""
     each = [kl] * WINDOWS if isinstance(kl, float) else kl
-    found = {
+    metrics = {
         "format_version": 2,
         "name": "test",
         "model": {"id": "org/model", "revision": None},
@@ -39,10 +39,10 @@ def run(scheme="none", gb=16.0, kl=None, decode=50.0, **changes):
         "command": "bitpress run",
     }  # fmt: skip
     counts = [TOKENS] * len(each or range(WINDOWS))
-    found["quality"]["windows"] = {"tokens": counts, "nll": [230.0] * len(counts)}
+    metrics["quality"]["windows"] = {"tokens": counts, "nll": [230.0] * len(counts)}
     if each:
-        found["quality"]["windows"]["kl"] = [value * TOKENS for value in each]
-    return {**found, **changes}
+        metrics["quality"]["windows"]["kl"] = [value * TOKENS for value in each]
+    return {**metrics, **changes}
 
 
 def noisy(mean, spread, seed=0):
@@ -128,27 +128,27 @@ def test_a_paired_difference_against_a_hand_computed_one():
     base = noisy(0.05, 0.9)[:4]
     worse = [value + more / 1000 for value, more in zip(base, (1, 2, 3, 6), strict=True)]
     (section,) = compare([run("nf4", 5.0, base), run("int4-g32", 5.0, worse)])
-    found = between(section.differences, "int4-g32", "nf4")
-    assert found.difference == pytest.approx(0.003)
-    assert found.standard_error == pytest.approx(0.001 * math.sqrt(14 / 3 / 4))
-    assert found.differ
+    pair = between(section.differences, "int4-g32", "nf4")
+    assert pair.difference == pytest.approx(0.003)
+    assert pair.standard_error == pytest.approx(0.001 * math.sqrt(14 / 3 / 4))
+    assert pair.differ
     assert between(section.differences, "nf4", "int4-g32").difference == pytest.approx(-0.003)
 
 
 def test_the_pairing_finds_what_the_spread_of_the_text_hides():
     base = noisy(0.05, 0.9)
     (section,) = compare([run("nf4", 5.0, base), run("int4-g32", 5.0, [1.02 * value for value in base])])
-    (found,) = section.differences
-    assert found.differ
-    assert found.difference < max(r.kl_mean_se for r in section.runs)
+    (pair,) = section.differences
+    assert pair.differ
+    assert pair.difference < max(r.kl_mean_se for r in section.runs)
 
 
 def test_runs_that_do_not_differ_are_told_and_the_smaller_is_chosen():
     wavering = [0.0501 + (-1) ** window / 1000 for window in range(WINDOWS)]
     sections = compare([run(), run("int4-g32", 5.0, 0.05), run("nf4", 4.5, wavering)], [Budget("8GB", 8 * GB)])
-    (found,) = sections[0].differences
-    assert (found.run, found.differ) == ("nf4", False)
-    assert found.difference == pytest.approx(0.0001)
+    (pair,) = sections[0].differences
+    assert (pair.run, pair.differ) == ("nf4", False)
+    assert pair.difference == pytest.approx(0.0001)
     assert chosen(sections) == {"8GB": "nf4"}
     for page in (comparison_page.html(sections), comparison_page.markdown(sections)):
         assert "its KL does not differ from that of int4-g32, the least of what fits" in page
@@ -223,18 +223,18 @@ def test_baselines_alone_and_runs_without_one_make_a_page():
 
 def test_markdown_html_and_json_agree():
     sections = compare(four())
-    (found,) = json.loads(json.dumps(comparison_page.plain(sections), allow_nan=False))["models"]
+    (model,) = json.loads(json.dumps(comparison_page.plain(sections), allow_nan=False))["models"]
     text = comparison_page.markdown(sections).replace("\\", "")
     page = comparison_page.html(sections)
-    for choice in found["choices"]:
+    for choice in model["choices"]:
         assert f"| {choice['budget']} | **{choice['run'] or 'nothing'}** | {choice['why']} |" in text
         assert f"{choice['budget']}: <b>{choice['run'] or 'nothing'}</b>, because {choice['why']}." in page
-    for line in found["runs"]:
+    for line in model["runs"]:
         (row,) = [row for row in text.splitlines() if row.startswith(f"| {line['run']} |") and row.count("|") > 8]
         assert f"| {line['kl_mean']:.4g}" in row
         assert f"{line['file_bytes'] / GB:.3g}" in row
         assert f"{', '.join(line['fronts']) or '–'} |" in row
-    assert len(found["differences"]) == 6
+    assert len(model["differences"]) == 6
 
 
 def test_the_same_bytes_in_any_order():
@@ -258,9 +258,9 @@ def test_hostile_names_stay_text(spoil, evil, parse):
     outside = re.sub(r"(?ms)^(`{3,})\w*\n.*?^\1$", "", text)
     assert "<script" not in outside
     assert [line for line in outside.splitlines() if line.startswith("# ")] == [text.splitlines()[0]]
-    for made in (page, text):
-        assert "\x1b" not in made
-        assert "\u202e" not in made
+    for page_or_text in (page, text):
+        assert "\x1b" not in page_or_text
+        assert "\u202e" not in page_or_text
 
 
 def test_html_needs_nothing_from_outside(parse):

@@ -423,7 +423,7 @@ def test_what_the_kernel_adds_to_the_kl_is_a_figure_of_its_own():
     assert "they belong to the file" in report.card(runs, CARD)
 
 
-CARD = dict.fromkeys(("missed", "snippets", "unsupported", "figures", "made", "files"), ()) | dict.fromkeys(
+CARD = dict.fromkeys(("missed", "snippets", "unsupported", "figures", "provenance", "files"), ()) | dict.fromkeys(
     ("name", "what", "command", "config", "licence"), ""
 )
 
