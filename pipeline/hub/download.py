@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 
 from ..errors import CheckpointError, ConfigError
 from ..storage.checkpoint import INDEX, SINGLE, read_json
-from .errors import HUB_ERRORS, hub_error
+from .errors import HUB_ERRORS, download_error
 
 DEMO = "builtin:demo"
 _COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
@@ -58,7 +58,7 @@ def _from_hub(model: str, revision: str | None) -> Source:
         wanted = [*_COMPANIONS, *_weight_files(folder)]
         folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=wanted))
     except HUB_ERRORS as error:
-        raise hub_error(error, model, revision) from error
+        raise download_error(error, model, revision) from error
     if not (folder / INDEX).exists() and not (folder / SINGLE).exists():
         raise CheckpointError(
             f"{model} has no {SINGLE} on the Hub, sharded or not, and bitpress reads nothing else (pickles can run "
