@@ -1,5 +1,6 @@
 """The command line: parses, prints, and maps errors to exit codes; no logic."""
 
+import gc
 import json
 import shlex
 import signal
@@ -14,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import BitpressError, CheckpointError
+from ..system.collector import collector_paused
 from ..system.progress import quiet_libraries
 from ..system.redact import redact
 from . import bench, chat
@@ -278,7 +280,8 @@ app.add_typer(chat.app)
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")], as_json: Json = False) -> None:
     """What a checkpoint is, from its headers alone."""
-    from ..checkpoints.describe import describe
+    with collector_paused():
+        from ..checkpoints.describe import describe
 
     found = describe(folder)
     if as_json:
@@ -292,10 +295,12 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")]
 @app.command()
 def doctor(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")], as_json: Json = False) -> None:
     """Whether a checkpoint is sound, and which runtimes load it; exit code 3 where it is not."""
-    from ..checkpoints.doctor import diagnose
     from ..system.progress import progress
 
-    quiet_libraries()
+    with collector_paused():
+        from ..checkpoints.doctor import diagnose
+
+        quiet_libraries()
     with progress("reading every tensor") as step:
         found = diagnose(folder, step)
     if as_json:
@@ -411,3 +416,5 @@ def main() -> None:
             raise
         _err.print("interrupted; run the same command again to go on")
         sys.exit(_INTERRUPTED)
+    finally:
+        gc.freeze()  # the process ends: to look through all that was imported once more takes tenths of a second
