@@ -72,7 +72,7 @@ def fuse(model: PreTrainedModel) -> Fusing:
     for layer in layers:
         try:
             parts = _parts(layer)
-            if reason := parts.reject():
+            if reason := parts.unsupported():
                 raise _Unfit(reason)
             if any("forward" in module.__dict__ for module in layer.modules()):
                 raise _Unfit("its forward was replaced")
