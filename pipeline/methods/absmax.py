@@ -1,6 +1,7 @@
 """Round to nearest, each group's scale set by its largest magnitude (symmetric) or its range (asymmetric)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,7 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
 from ..system.threads import map_threads
-from .base import Diagnostics
-from .hessian import Hessian
+from .base import Diagnostics, Method
 
 _CHUNK = 1 << 20  # weights that a thread works on at a time: few enough for the cache, enough to outweigh the calls
 
@@ -55,16 +55,16 @@ def encode(groups: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme)
     return codes.add_(zero).to(torch.uint8), error.item() ** 2
 
 
-class Absmax:
+class Absmax(Method):
     name = "absmax"
+    rank = 10
     version = 1
-    needs_calibration = False
 
     def problems(self, scheme: Scheme) -> list[str]:
         return [] if scheme.code == "int" else [f"absmax produces integer schemes, not {scheme.name}"]
 
     def quantize(
-        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, hessian: Hessian | None = None
+        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()
     ) -> tuple[QTensor, Diagnostics]:
         out_features, in_features = weight.shape
         count = scheme.groups(in_features)
@@ -82,3 +82,6 @@ class Absmax:
         together = None if scheme.symmetric else torch.cat(zeros)
         qtensor = QTensor(scheme, (out_features, in_features), torch.cat(codes), torch.cat(scales), together)
         return qtensor, Diagnostics(relative)
+
+
+PLUGINS = (Absmax(),)

@@ -1,5 +1,7 @@
 """NF4 (QLoRA, arXiv 2305.14314) by the bitsandbytes package, whose format it is."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,22 +9,22 @@ from bitpress.kernels.qtensor import NestedScales, QTensor
 from bitpress.kernels.scheme import NF4_BLOCK, Scheme
 
 from ..errors import ConfigError
-from .base import Diagnostics
-from .hessian import Hessian
+from .base import Diagnostics, Method
 
 _ZERO_PAIR = 0x77  # two codes of 0.0
 
 
-class NF4:
+class NF4(Method):
     name = "nf4"
+    rank = 20
     version = 1
-    needs_calibration = False
+    packages = ("bitsandbytes",)
 
     def problems(self, scheme: Scheme) -> list[str]:
         return [] if scheme.code == "nf4" else [f"nf4 produces nf4 and nf4-dq, not {scheme.name}"]
 
     def quantize(
-        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, hessian: Hessian | None = None
+        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()
     ) -> tuple[QTensor, Diagnostics]:
         try:
             from bitsandbytes.functional import quantize_4bit
@@ -52,3 +54,6 @@ class NF4:
         codes = codes.clone()
         codes[: whole * NF4_BLOCK // 2].view(whole, NF4_BLOCK // 2)[zero] = _ZERO_PAIR
         return codes
+
+
+PLUGINS = (NF4(),)
