@@ -1,4 +1,4 @@
-"""Finds plug-ins: every module of a plug-in folder says in `PLUGINS` what it adds."""
+"""Finds plug-ins: every module of a folder names its own in `PLUGINS = (…)`, and no list elsewhere has to be edited."""
 
 import functools
 import importlib
@@ -8,11 +8,19 @@ from typing import Any
 
 @functools.cache
 def discover(package: str) -> tuple[Any, ...]:
-    """The plug-ins of a package of ours, such as "bitpress.pipeline.methods", by rank (lower first), then by name.
+    """The plug-ins of all modules of a package, by `rank` (lower first), then by name.
 
-    Each module of the package is imported; the plug-ins are what stands in its `PLUGINS`.
+    A module without `PLUGINS` is a helper of the others. Nothing outside of the package is looked at.
+
+    Args:
+        package: one of bitpress's own packages, such as "bitpress.kernels.weights".
     """
-    names = [module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
-    modules = [importlib.import_module(f"{package}.{name}") for name in names]
+    paths = importlib.import_module(package).__path__
+    modules = [importlib.import_module(f"{package}.{module.name}") for module in pkgutil.iter_modules(paths)]
     plugins = [plugin for module in modules for plugin in getattr(module, "PLUGINS", ())]
-    return tuple(sorted(plugins, key=lambda plugin: (plugin.rank, plugin.name)))
+    return tuple(sorted(plugins, key=lambda plugin: (plugin.rank, _name(plugin))))
+
+
+def _name(plugin: Any) -> str:
+    """A class stands for all its values, whose names differ: it is sorted by its own name."""
+    return plugin.__name__ if isinstance(plugin, type) else plugin.name

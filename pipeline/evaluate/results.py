@@ -90,7 +90,7 @@ def made_here(run: Run, source: Source, recipe: Recipe | None, folder: Path) -> 
         return Made(run.name, BASELINE, None, None, parameters, NO_COVERAGE, size, config)
     coverage = read_json(folder / "artifact" / MANIFEST)["coverage"]
     size = sizes(Checkpoint(folder / "artifact"), coverage, parameters)
-    how = (recipe.scheme.name, recipe.method.name, recipe.format.name)
+    how = (recipe.scheme, recipe.method, read_json(folder / "artifact" / MANIFEST)["recipe"]["format"])
     return Made(run.name, *how, parameters, coverage, size, config, _learned(recipe))
 
 
@@ -118,7 +118,10 @@ def _learned(recipe: Recipe) -> dict[str, Any] | None:
     """The tokens that a method learned from, and its options."""
     if recipe.calibration is None:
         return None
-    return {**recipe.calibration.to_dict(), "method": recipe.method.name, **options_of(recipe.method)}
+    options = {}
+    for spec in recipe.rules.specs():
+        options |= options_of(spec.method) if spec.method.needs_calibration else {}
+    return {**recipe.calibration.to_dict(), "method": recipe.method, **options}
 
 
 def assemble(source: Source, text: Text, made: Made, measured: dict[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from bitpress.kernels.linear import QLinear
 from ..errors import ConfigError, NumericsError
 from ..models.loading import load_model
 from ..models.modules import dense_layer, replace_layers
-from ..models.structure import Names, Target
+from ..models.structure import ParameterPath, TensorNames
 from ..quantize.plan import make_plan
 from ..quantize.recipe import Recipe
-from ..quantize.sequential import WITNESS
-from ..quantize.weights import quantize_entry
+from ..quantize.sequential import REFERENCE_LOGITS
+from ..quantize.weights import quantize_weight
 from ..storage import files as store
 from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
@@ -31,22 +31,24 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 @torch.inference_mode()
 def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device: torch.device, dtype: str) -> Tensor:
     """Logits [tokens, vocabulary] of the source model, quantized here and never written, by the reference kernel."""
-    plan = make_plan(checkpoint, recipe.scheme, recipe.format, recipe.skip)
+    plan = make_plan(checkpoint, recipe)
     model = load_model(checkpoint, device, dtype)
-    layers: dict[Target, Any] = {}
+    layers: dict[ParameterPath, Any] = {}
     with progress("quantizing in memory") as step:
         for number, entry in enumerate(plan.quantized):
             step(number, len(plan.quantized))
-            qtensor, _ = quantize_entry(entry, checkpoint.read(entry.info.name), recipe, plan.dtype)
+            qtensor, _ = quantize_weight(entry, checkpoint.read(entry.info.name), plan)
             qtensor = qtensor.to(device)
             layers[entry.target] = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")
-    names = Names(plan.model)
+    names = TensorNames(plan.model)
     _keep_experts_whole(layers, names, checkpoint, model)
     replace_layers(model, names, layers.items())
     return model(input_ids=ids.unsqueeze(0).to(device), use_cache=False).logits[0].cpu()
 
 
-def _keep_experts_whole(layers: dict[Target, Any], names: Names, checkpoint: Checkpoint, model: Any) -> None:
+def _keep_experts_whole(
+    layers: dict[ParameterPath, Any], names: TensorNames, checkpoint: Checkpoint, model: Any
+) -> None:
     """Experts of which only some are quantized keep the others as they are in the checkpoint."""
     touched = {target.parameter for target in layers if target.expert}
     for name in checkpoint.tensors:
@@ -86,7 +88,7 @@ def check(checkpoint: Checkpoint, recipe: Recipe, artifact: Path, ids: Tensor, r
         run: {"device", "dtype"}.
     """
     if recipe.calibration:
-        return _compare(artifact, artifact.parent / WITNESS, run)
+        return _compare(artifact, artifact.parent / REFERENCE_LOGITS, run)
     expected = artifact.parent / ".expected.safetensors"
     logits = in_memory_logits(checkpoint, recipe, ids, pick_device(run["device"]), run["dtype"])
     store.write_safetensors(expected, {"ids": ids, "logits": logits})

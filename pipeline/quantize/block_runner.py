@@ -21,7 +21,7 @@ from ..errors import CheckpointError, NumericsError
 from ..methods.base import LayerGroup, Method, Statistic
 from ..methods.hessian import bfloat16_products
 from ..models.modules import dense_layer, replace_layers, set_tensor
-from ..models.structure import Names, decoder, skeleton
+from ..models.structure import TensorNames, decoder, skeleton
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
 from ..system.threads import pool
@@ -103,7 +103,7 @@ class BlockRunner:
         """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.model = skeleton(checkpoint, dtype)
-        self.names = Names(self.model)
+        self.names = TensorNames(self.model)
         self._path = decoder(self.model)
         blocks = self.model.get_submodule(self._path)
         assert isinstance(blocks, nn.ModuleList)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config.load import load_calibration
 from ..config.schema import Model, Publish, Run
-from ..data.calibration import calibrate
+from ..data.calibration import Calibration, calibrate
 from ..data.text import Text, read_text
 from ..errors import BitpressError, GateError
 from ..evaluate import gates, process, results, verify
@@ -70,7 +70,7 @@ def execute(run: Run, command: str, say: Say, override: bool = False) -> list[Ou
     outcomes: list[Outcome] = []
     for model in run.models:
         folder = _model_folder(run, model)
-        schemes = [BASELINE, *(name for name in run.schemes if name != BASELINE)]
+        schemes = [BASELINE, *(recipe.label for recipe in run.recipes if not recipe.baseline)]
         try:
             given = _prepare(run, model)
         except BitpressError as error:
@@ -81,7 +81,7 @@ def execute(run: Run, command: str, say: Say, override: bool = False) -> list[Ou
             outcome = Outcome(model.id, scheme, folder / scheme)
             try:
                 metrics = _job(run, given, scheme, folder, command, lambda line: say(f"  {line}"))
-                missed = _pass(run, metrics, folder, override, lambda line: say(f"  {line}"))
+                missed = _pass(run, metrics, folder / scheme, override, lambda line: say(f"  {line}"))
                 outcome = Outcome(model.id, scheme, folder / scheme, metrics, missed)
             except BitpressError as error:
                 outcome = Outcome(model.id, scheme, folder / scheme, error=error)
@@ -134,22 +134,21 @@ def _prepare(run: Run, model: Model) -> _Input:
     """Everything that can be refused before a weight is read."""
     process.check_tasks(run.eval)
     text = read_text(run.eval.text)
-    recipes = {scheme: _recipe(run, scheme) for scheme in run.schemes if scheme != BASELINE}
+    recipes = {each.label: Recipe.make(each, run.device) for each in run.recipes if not each.baseline}
     source = resolve(model.id, model.revision)
     source.check_output(_model_folder(run, model))
     checkpoint = Checkpoint(source.folder)
     tokenizer = load_tokenizer(source.folder)
-    plan = windows(text, tokenizer, run.eval, skeleton(checkpoint).config)
-    learning = [scheme for scheme, recipe in recipes.items() if recipe.method.needs_calibration]
-    if learning:
-        calibration = calibrate(run.quantize.calibration or load_calibration({}), tokenizer, checkpoint)
-        recipes |= {scheme: replace(recipes[scheme], calibration=calibration) for scheme in learning}
+    config = skeleton(checkpoint).config
+    plan = windows(text, tokenizer, run.eval, config)
+    calibrations: dict[str, Calibration] = {}
+    for each in run.recipes:
+        if not each.baseline and recipes[each.label].calibrated:
+            settings = each.calibration or load_calibration({})
+            if (key := settings.model_dump_json()) not in calibrations:
+                calibrations[key] = calibrate(settings, tokenizer, config)
+            recipes[each.label] = replace(recipes[each.label], calibration=calibrations[key])
     return _Input(source, checkpoint, text, plan.windows[0].ids[: verify.PROBE_TOKENS], recipes)
-
-
-def _recipe(run: Run, scheme: str) -> Recipe:
-    how = run.quantize
-    return Recipe.make(scheme, how.method, how.format, how.skip, how.algorithm, how.max_fallback_layers, run.device)
 
 
 def _job(run: Run, given: _Input, scheme: str, parent: Path, command: str, say: Say) -> dict[str, Any]:
@@ -190,17 +189,16 @@ def _place(folder: Path, marks: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return str(folder.resolve()), marks
 
 
-def _pass(run: Run, metrics: dict[str, Any], parent: Path, override: bool, say: Say) -> GateError | None:
+def _pass(run: Run, metrics: dict[str, Any], folder: Path, override: bool, say: Say) -> GateError | None:
     """The gates' verdict, recorded with the measurements: gates may change without measuring again."""
     if metrics["scheme"] == BASELINE:
         return None
     verdict = gates.verdict(run.gates, metrics, override)
     missed = gates.missed(verdict["judged"]) if verdict else []
     if verdict != metrics["gates"]:
-        folder = parent / metrics["scheme"]
         with journal.locked(folder):
             metrics |= {"gates": verdict, "config": {**metrics["config"], "gates": run.gates.model_dump(mode="json")}}
-            results.write_report(folder, _with_baseline(parent, metrics))
+            results.write_report(folder, _with_baseline(folder.parent, metrics))
             store.write_json(folder / "metrics.json", metrics)
     for sentence in missed:
         say(f"gate missed{' (overridden)' if override else ''}: {sentence}")
@@ -217,7 +215,7 @@ def _with_baseline(parent: Path, metrics: dict[str, Any]) -> list[dict[str, Any]
 def _quantize(given: _Input, recipe: Recipe, folder: Path, say: Say) -> float:
     start = time.perf_counter()
     learned = f", calibrated on {recipe.calibration}" if recipe.calibration else ""
-    say(f"quantize by {recipe.method.name}{learned}, save as {recipe.format.name}")
+    say(f"quantize by {recipe.method}{learned}")
     if recipe.calibration and recipe.calibration.name == given.text.name:
         say(f"{given.text.name} is also what is measured, so the figures will flatter: give eval.text another text")
     with progress("quantizing") as step:

@@ -1,4 +1,4 @@
-"""The stage that presses blocks on what the quantized ones before them put out: what it refuses, counts and keeps."""
+"""Blocks are quantized on what the quantized ones before them put out: what is refused, counted and kept."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +14,11 @@ from bitpress.pipeline.config.schema import Run
 from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.errors import ConfigError, HubError, NumericsError
 from bitpress.pipeline.evaluate import measure, verify, worker
+from bitpress.pipeline.formats import registry as formats
 from bitpress.pipeline.methods.absmax import Absmax
 from bitpress.pipeline.models.loading import load_model
-from bitpress.pipeline.quantize.block_runner import Walk
+from bitpress.pipeline.quantize import sequential
+from bitpress.pipeline.quantize.plan import PlannedTensor
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.quantize.sequential import CalibratedBlocks
 from bitpress.pipeline.runs import run as runner
@@ -56,10 +58,10 @@ def broken(learn: Learn, out: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The blocks that are pressed from now on."""
+    """The blocks that are quantized from now on."""
     made: list[str] = []
-    original = CalibratedBlocks.press
-    monkeypatch.setattr(CalibratedBlocks, "press", lambda *a: made.append(a[1].name) or original(*a))
+    original = CalibratedBlocks.quantize_block
+    monkeypatch.setattr(CalibratedBlocks, "quantize_block", lambda *a: made.append(a[1].name) or original(*a))
     return made
 
 
@@ -125,8 +127,8 @@ class TestTakenUpAgain:
             ({"calibration": OTHER_TEXT}, "quantize.calibration.text: was 'a text', is 'b'"),
             ({"calibration": OTHER_TEXT}, "quantize.calibration.windows: was 4, is 2"),
             ({"calibration": Calibration("a text", OTHER_TEXT.ids, 5)}, "quantize.calibration.seed: was 0, is 5"),
-            ({"algorithm": {"damping": 0.5}}, "quantize.algorithm.damping: was "),
-            ({"algorithm": {"true_sequential": True}}, "quantize.algorithm.true_sequential: was False, is True"),
+            ({"options": {"damping": 0.5}}, "quantize.gptq.damping: was "),
+            ({"options": {"true_sequential": True}}, "quantize.gptq.true_sequential: was False, is True"),
             ({"device": "meta"}, "device: was 'cpu', is 'meta'"),
         ],
     )
@@ -226,10 +228,10 @@ def test_experts_that_see_few_tokens_are_rounded_by_absmax_and_named(tiny: Any, 
     seen = [layer["tokens"] for name, layer in experts.items() if "layers.0" in name and name.endswith("w1")]
     assert sum(seen) == 64
     name = "model.layers.1.block_sparse_moe.experts.2.w3"
-    checkpoint, recipe = Checkpoint(source), Recipe.make("int4-g32", "gptq")
-    expected, _ = Absmax().quantize(checkpoint.read(f"{name}.weight"), recipe.scheme, torch.float16)
+    checkpoint, recipe = Checkpoint(source), Recipe.make("gptq/int4-g32")
+    expected, _ = Absmax().quantize(checkpoint.read(f"{name}.weight"), recipe.rules.default.scheme, torch.float16)
     artifact = Checkpoint(out)
-    for suffix, tensor in recipe.format.write(expected, torch.float32).items():
+    for suffix, tensor in formats()["gptq"].write(expected, torch.float32).items():
         assert torch.equal(artifact.read(f"{name}.{suffix}"), tensor), suffix
 
 
@@ -240,15 +242,13 @@ class TestOrder:
     def hessians(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
         """Layer -> the Hessian that it was given."""
         found: dict[str, Tensor] = {}
-        original = Walk.hessians
+        original = sequential.quantize_weight
 
-        def spy(walk: Walk, groups: Any, inputs: Any) -> Any:
-            hessians = original(walk, groups, inputs)
-            for group, hessian in zip(groups, hessians):
-                found.update({entry.module: hessian.matrix().double() for entry in group})
-            return hessians
+        def spy(planned: PlannedTensor, weight: Tensor, plan: Any, method: Any, statistics: Any) -> Any:
+            found[planned.module] = statistics[0].matrix().double()
+            return original(planned, weight, plan, method, statistics)
 
-        monkeypatch.setattr(Walk, "hessians", spy)
+        monkeypatch.setattr(sequential, "quantize_weight", spy)
         return found
 
     @pytest.mark.parametrize("sequential", [True, False])
@@ -256,7 +256,7 @@ class TestOrder:
         self, tiny: Any, out: Path, sequential: bool, learn: Learn, hessians: dict[str, Tensor]
     ) -> None:
         """All of them (true_sequential), or those of the blocks before theirs."""
-        learn(tiny("llama"), out, algorithm={"true_sequential": sequential})
+        learn(tiny("llama"), out, options={"true_sequential": sequential})
         model, given = load_model(Checkpoint(out), torch.device("cpu"), "float32", "reference"), {}
 
         def note(name: str, x: Tensor) -> None:
@@ -287,12 +287,12 @@ def test_three_state_files_at_most(source: Path, out: Path, learn: Learn, monkey
     assert max(counts) <= 3
 
 
-class TestWitness:
+class TestReferenceLogits:
     def check(self, artifact: Path) -> dict[str, Any]:
         """As in a fresh process."""
-        witness = artifact.with_name("out.partial") / "witness.safetensors"
+        reference = artifact.with_name("out.partial") / "reference_logits.safetensors"
         return verify.check_task(
-            {"artifact": str(artifact), "expected": str(witness), "device": "cpu", "dtype": "float32"}
+            {"artifact": str(artifact), "expected": str(reference), "device": "cpu", "dtype": "float32"}
         )
 
     def test_the_artifact_is_what_was_in_memory(self, tiny: Any, out: Path, learn: Learn) -> None:
@@ -317,8 +317,10 @@ class TestWitness:
 
     def test_is_asked_for_where_it_is_gone(self, tiny: Any, out: Path, learn: Learn) -> None:
         learn(tiny("llama"), out)
-        recipe = replace(Recipe.make("int4-g32", "gptq"), calibration=OTHER_TEXT)
-        with pytest.raises(ConfigError, match=r"witness\.safetensors is missing, with which the artifact is checked"):
+        recipe = replace(Recipe.make("gptq/int4-g32"), calibration=OTHER_TEXT)
+        with pytest.raises(
+            ConfigError, match=r"reference_logits\.safetensors is missing, with which the artifact is checked"
+        ):
             verify.check(Checkpoint(out), recipe, out, OTHER_TEXT.ids[0], {"device": "cpu", "dtype": "auto"})
 
 
@@ -331,9 +333,9 @@ class TestJobs:
 
     def run(self, tmp_path: Path, model: Path, text: str) -> runner.Outcome:
         evaluation = {"text": __file__, "context": 64, "windows": 2, "speed": None}
-        quantize = {"method": "gptq", "calibration": {"text": text, "windows": 3, "context": 32}}
-        chosen = {"name": "trial", "models": [{"id": str(model)}], "schemes": ["int4-g32"], "device": "cpu"}
-        run = Run(**chosen, eval=evaluation, quantize=quantize, output=str(tmp_path / "runs"))
+        defaults = {"calibration": {"text": text, "windows": 3, "context": 32}}
+        chosen = {"name": "trial", "models": [{"id": str(model)}], "recipes": ["gptq/int4-g32"], "device": "cpu"}
+        run = Run(**chosen, eval=evaluation, defaults=defaults, output=str(tmp_path / "runs"))
         return runner.execute(run, "", print)[-1]
 
     @pytest.fixture
@@ -350,7 +352,8 @@ class TestJobs:
         assert outcome.metrics["method"] == "gptq"
         assert outcome.metrics["reload"]["tokens"] == 32
         assert 0 < outcome.metrics["quality"]["kl_mean"] < 1
-        assert {"witness.safetensors", "artifact", "report.html"} <= {path.name for path in outcome.folder.iterdir()}
+        files = {path.name for path in outcome.folder.iterdir()}
+        assert {"reference_logits.safetensors", "artifact", "report.html"} <= files
         assert not (outcome.folder / "states").exists()
         assert self.run(tmp_path, tiny_llama, text).error is None
         assert "finished before, verified" in capsys.readouterr().out
@@ -378,9 +381,8 @@ class TestJobs:
     def test_api(self, tmp_path: Path, tiny_llama: Path, text: str) -> None:
         settings = {"text": text, "windows": 3, "context": 32}
         for name in ("one", "two"):
-            notes = api.quantize(
-                tiny_llama, "int4-g32", tmp_path / name, recipe={"method": "gptq"}, calibration=settings
-            )
+            recipe = {"method": "gptq", "scheme": "int4-g32", "calibration": settings}
+            notes = api.quantize(tiny_llama, recipe, tmp_path / name)
             assert notes == ["calibrated on a.txt: 3 windows of 32 tokens"]
         shards = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
         assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in shards)
@@ -396,7 +398,7 @@ class TestJobs:
 
         monkeypatch.setattr(datasets, "load_dataset", unreachable)
         with pytest.raises(HubError) as caught:
-            api.quantize(tiny_llama, "int4-g32", tmp_path / "out", recipe={"method": "gptq"})
+            api.quantize(tiny_llama, "gptq/int4-g32", tmp_path / "out")
         assert "Salesforce/wikitext" in str(caught.value)
         assert "or calibrate on a file: quantize.calibration.text or --calibration" in str(caught.value)
         assert list(tmp_path.iterdir()) == []
