@@ -400,5 +400,5 @@ class TestJobs:
         with pytest.raises(HubError) as caught:
             api.quantize(tiny_llama, "gptq/int4-g32", tmp_path / "out")
         assert "Salesforce/wikitext" in str(caught.value)
-        assert "or calibrate on a file: quantize.calibration.text or --calibration" in str(caught.value)
+        assert "or calibrate on a file: a recipe's calibration or --calibration" in str(caught.value)
         assert list(tmp_path.iterdir()) == []
