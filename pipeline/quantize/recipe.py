@@ -9,12 +9,13 @@ import torch
 from bitpress.kernels.scheme import Scheme
 
 from ..config.load import load_recipe
+from ..config.messages import Problem
 from ..config.schema import AUTO, RecipeSettings
 from ..data.calibration import Calibration
 from ..errors import ConfigError, nearest
 from ..formats import registry as formats
 from ..formats.base import Format
-from ..methods import options_of
+from ..methods import options_of, with_options
 from ..methods import registry as methods
 from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
@@ -23,9 +24,6 @@ from .spec import KEPT, LayerSpec, Rules
 
 FORMAT_VERSION = 2
 NO_CALIBRATION = "no method of the recipe is calibrated: name one that is, such as gptq, or leave calibration out"
-
-
-Problem = tuple[tuple[int | str, ...], str]  # the path to a key, and a sentence
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,12 @@ class Recipe:
             raise ConfigError(
                 "; ".join(f"{'.'.join(map(str, path))}: {said}" if path else said for path, said in found)
             )
-        options = {settings.method: settings.options}
+        method = None if settings.method == AUTO else with_options(methods()[settings.method], settings.options)
         return Recipe(
             name=settings.label,
             rules=Rules(
-                LayerSpec.parse(settings.spec, options),
-                {pattern: LayerSpec.parse(text, options) for pattern, text in settings.layers.items()},
+                LayerSpec.parse(settings.spec, method),
+                {pattern: LayerSpec.parse(text, method) for pattern, text in settings.layers.items()},
             ),
             format=None if settings.format == AUTO else formats()[settings.format],
             max_fallback_layers=settings.max_fallback_layers,
@@ -139,7 +137,8 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         found += _option_problems(settings)
     if not specs and not found and not settings.baseline:
         found.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
-    if settings.calibration and specs and not found and not any(spec.method.needs_calibration for spec in specs):
+    unused = settings.calibration and not any(spec.method.needs_calibration for spec in specs)
+    if unused and specs and not found and not settings.inherits("calibration"):
         found.append((("calibration",), NO_CALIBRATION))
     if settings.format != AUTO and not found:
         shape = (1024, 4096)
@@ -160,7 +159,7 @@ def _option_problems(settings: RecipeSettings) -> list[Problem]:
 
     def problem(options: Mapping[str, Any]) -> str | None:
         try:
-            LayerSpec.parse(settings.spec, {settings.method: options})
+            with_options(methods()[settings.method], dict(options))
         except ValueError as error:
             return str(error)
         return None

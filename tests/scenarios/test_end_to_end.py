@@ -47,7 +47,7 @@ def make_run(output: Path, schemes: list[str], **settings: Any) -> Run:
     return Run(
         name="demo",
         models=[Model(id="builtin:demo")],
-        schemes=schemes,
+        recipes=schemes,
         eval=Eval.model_validate(chosen),
         device="cpu",
         output=str(output),

@@ -162,7 +162,8 @@ class TestKilledWhileCalibrating:
         monkeypatch: pytest.MonkeyPatch,
         die_at: DieAt,
     ):
-        quick = {"skip": ["*.[kvo]_proj", "*.up_proj", "*.gate_proj"], "algorithm": {"rounds": 1, "passes": 0}}
+        kept = dict.fromkeys(["*.[kvo]_proj", "*.up_proj", "*.gate_proj"], "none")
+        quick = {"layers": kept, "allow_split_fused": True, "options": {"rounds": 1, "passes": 0}}
         learn(tiny_llama, tmp_path / "unbroken", **quick)
         expected = digests(tmp_path / "unbroken") | digests(tmp_path / "unbroken.partial")
         assert "reference_logits.safetensors" in expected

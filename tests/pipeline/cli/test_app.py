@@ -66,7 +66,7 @@ def config(folder: Path, model: Path, **changes: Any) -> Path:
     """A config file in JSON, which is YAML."""
     (folder / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
     evaluation = {"text": str(folder / "text.txt"), "context": 64, "windows": 2, "speed": None}
-    value = {"name": "trial", "models": [{"id": str(model)}], "schemes": ["int4-g32"], "eval": evaluation}
+    value = {"name": "trial", "models": [{"id": str(model)}], "recipes": ["int4-g32"], "eval": evaluation}
     path = folder / "trial.yaml"
     path.write_text(json.dumps({**value, "output": str(folder / "runs"), "device": "cpu", **changes}))
     return path
@@ -96,7 +96,7 @@ class TestExitCodes:
     def test_config(self, bitpress: Bitpress, tmp_path: Path, tiny_llama: Path):
         found = bitpress("run", config(tmp_path, tiny_llama, schemas=["nf4"]))
         assert found.code == 2
-        assert "schemas: unknown key; did you mean schemes?" in found.err
+        assert "recpes: unknown key; did you mean recipes?" in found.err
 
     def test_checkpoint(self, bitpress: Bitpress, tmp_path: Path):
         found = bitpress("inspect", tmp_path)
@@ -322,7 +322,7 @@ class TestRun:
 
         monkeypatch.setattr(verify, "check", refuse)
         monkeypatch.setattr(process, "measure", refuse)
-        path = config(tmp_path, tiny_llama, schemes=["int4-g128", "int4-g32"])
+        path = config(tmp_path, tiny_llama, recipes=["int4-g128", "int4-g32"])
         found = bitpress("run", path, "--json")
         assert found.code == 1
         jobs = {job["scheme"]: job for job in json.loads(found.out)}
@@ -341,7 +341,7 @@ class TestRun:
 
     def test_output_inside_the_source(self, bitpress: Bitpress, tmp_path: Path, source: Path):
         before = sorted(source.iterdir())
-        found = bitpress("run", config(tmp_path, source, output=str(source / "runs"), schemes=["none"]))
+        found = bitpress("run", config(tmp_path, source, output=str(source / "runs"), recipes=["none"]))
         assert found.code == 2
         assert "lies in the checkpoint's own folder" in found.out
         assert sorted(source.iterdir()) == before
@@ -356,7 +356,7 @@ class TestRun:
         [("", 4, "holds no text"), (" \n", 4, "holds no text"), ("short", 4, "has 5 tokens"), (None, 2, "no such")],
     )
     def test_text(self, bitpress: Bitpress, tmp_path: Path, tiny_llama: Path, text: str | None, code: int, said: str):
-        path = config(tmp_path, tiny_llama, schemes=["none"])
+        path = config(tmp_path, tiny_llama, recipes=["none"])
         (tmp_path / "text.txt").unlink()
         if text is not None:
             (tmp_path / "text.txt").write_text(text)

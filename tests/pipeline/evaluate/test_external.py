@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     folder = tmp_path_factory.mktemp("foreign")
     (folder / "text.txt").write_text(TEXT)
     settings = {"text": str(folder / "text.txt"), "context": 32, "windows": 6, "speed": None, "dtype": "float32"}
-    config = {"name": "tiny", "models": [{"id": str(tiny_llama)}], "schemes": ["int4-g32", "int8-channel"]}
+    config = {"name": "tiny", "models": [{"id": str(tiny_llama)}], "recipes": ["int4-g32", "int8-channel"]}
     run = Run.model_validate({**config, "eval": settings, "output": str(folder / "runs")})
     assert all(outcome.metrics for outcome in execute(run, "", lambda line: None))
     shutil.copytree(folder / "runs" / "tiny" / "int4-g32" / "artifact", folder / "theirs")

@@ -228,7 +228,7 @@ def test_tasks_without_lm_eval_are_refused_before_any_work(
         {
             "name": "t",
             "models": [{"id": str(tiny_llama)}],
-            "schemes": ["int4-g32"],
+            "recipes": ["int4-g32"],
             "output": str(tmp_path / "runs"),
             "eval": {"tasks": ["arc_easy"]},
         }
