@@ -165,7 +165,7 @@ def _option_problems(settings: RecipeSettings) -> list[Problem]:
         return None
 
     single = {name: problem({name: value}) for name, value in settings.options.items()}
-    wrong = [(("options", name), said.removeprefix(f"{name}: ")) for name, said in single.items() if said]
+    wrong: list[Problem] = [(("options", name), said.removeprefix(f"{name}: ")) for name, said in single.items() if said]
     if not wrong and (said := problem(settings.options)):
         wrong.append((("options",), said))
     return wrong
