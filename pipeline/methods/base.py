@@ -83,8 +83,15 @@ class BlockView(Protocol):
     def groups(self) -> list[LayerGroup]:
         """The groups with a layer that this method quantizes, in the order in which the block calls them."""
 
+    @property
+    def names(self) -> list[str]:
+        """The names in the files of all tensors of the block."""
+
     def tensor(self, name: str) -> Tensor:
-        """A tensor of the block by its name in the files, as it is stored there, or as it was last set."""
+        """A tensor of the block by its name in the files, or as it was last set.
+
+        A layer's weight is [out, in], also where the files store it transposed.
+        """
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace a tensor of the block.

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, NumericsError
 from ..methods.base import LayerGroup, Method, Statistic
 from ..methods.hessian import bfloat16_products
 from ..models.modules import dense_layer, replace_layers, set_tensor
-from ..models.structure import TensorNames, decoder, skeleton
+from ..models.structure import TensorNames, decoder, linear_kind, skeleton
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
 from ..system.threads import pool
@@ -420,19 +420,31 @@ class BlockView:
             for group, norm in self._groups
         ]
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
     def tensor(self, name: str) -> Tensor:
-        return self._weights[name]
+        stored = self._weights[name]
+        return stored.t() if self._transposed(name) else stored
 
     def set(self, name: str, tensor: Tensor) -> None:
         planned = self._tensors.get(name)
         if planned is None:
             raise ValueError(f"{name!r} is no tensor of the block")
-        if tuple(tensor.shape) != planned.info.shape:
-            raise ValueError(f"{name} is given shape {list(tensor.shape)}, expected {list(planned.info.shape)}")
-        tensor = tensor.cpu() if planned.spec else tensor.to("cpu", planned.info.dtype)
-        check_finite(name, tensor)
-        self._weights[name] = tensor
-        self._runner.set_tensor(planned, tensor)
+        stored = tensor.t().contiguous() if self._transposed(name) else tensor
+        if tuple(stored.shape) != planned.info.shape:
+            raise ValueError(f"{name} is set to shape {list(tensor.shape)}, expected {list(self.tensor(name).shape)}")
+        stored = stored.cpu() if planned.spec else stored.to("cpu", planned.info.dtype)
+        check_finite(name, stored)
+        self._weights[name] = stored
+        self._runner.set_tensor(planned, stored)
+
+    def _transposed(self, name: str) -> bool:
+        """Whether the files store a layer's weight as [in, out]."""
+        target = self._tensors[name].target
+        known = target.expert is None and self._runner.names.known(target.parameter)
+        return known and linear_kind(self._runner.model, target) == "conv1d"
 
     def outputs(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
         return self._runner.outputs(inputs)
