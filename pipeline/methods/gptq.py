@@ -19,13 +19,13 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from bitpress.kernels.packing import pack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.triton import gptq_columns
+from bitpress.kernels.weights.integer import affine_parameters
 
 from ..system.threads import map_threads
-from .absmax import Absmax, affine_parameters
+from .absmax import Absmax
 from .base import Diagnostics, Method, Statistic
 from .hessian import Factor, Hessian
 
@@ -58,7 +58,8 @@ class GPTQ(Method):
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Hessian,)
 
     def problems(self, scheme: Scheme) -> list[str]:
-        fits = scheme.code == "int" and not scheme.activations
+        weight = scheme.weight.description()
+        fits = weight.type == "int" and weight.strategy in ("channel", "group") and not scheme.activations
         return [] if fits else [f"gptq produces weight-only integer schemes, not {scheme.name}"]
 
     def quantize(
@@ -76,9 +77,11 @@ class GPTQ(Method):
         else:
             share = -(-weight.shape[0] // torch.get_num_threads())
             chunks = map_threads(solver.solve, weight.split(min(max(share, _ROWS[0]), _ROWS[1])))
-        codes, scales, zeros, sums = zip(*chunks)
-        zero_points = None if scheme.symmetric else torch.cat(zeros)
-        qtensor = QTensor(scheme, (weight.shape[0], weight.shape[1]), torch.cat(codes), torch.cat(scales), zero_points)
+        elements, scales, zeros, sums = zip(*chunks)
+        zero_points = None if solver.codes.symmetric else torch.cat(zeros)
+        shape = (weight.shape[0], weight.shape[1])
+        tensors = scheme.weight.from_elements(shape, torch.cat(elements), torch.cat(scales), zero_points)
+        qtensor = QTensor.of(scheme, shape, tensors)
         lost, norm, output_lost, output_norm = (math.fsum(column) for column in zip(*sums))
         return qtensor, Diagnostics(
             math.sqrt(lost / norm) if norm else 0.0,
@@ -86,6 +89,15 @@ class GPTQ(Method):
             tokens=hessian.tokens,
             damping=factor.damping,
         )
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """The codes 0..max_code of an integer type; the middle one is 0 where the type is symmetric."""
+
+    symmetric: bool
+    middle: int
+    max_code: int
 
 
 @dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
@@ -114,9 +126,11 @@ class _Solver:
     """
 
     def __init__(self, scheme: Scheme, scale_dtype: torch.dtype, hessian: Hessian, factor: Factor, options: GPTQ):
-        self.scheme, self.scale_dtype, self.options = scheme, scale_dtype, options
+        weight = scheme.weight.description()
+        self.codes = _Codes(weight.symmetric, 1 << (weight.num_bits - 1), (1 << weight.num_bits) - 1)
+        self.scale_dtype, self.options = scale_dtype, options
         self.matrix, self.dead, self.factor = hessian.matrix(), hessian.dead(), factor
-        self.groups = scheme.groups(len(self.matrix))
+        self.groups = len(self.matrix) // (weight.group_size or len(self.matrix))
         self.group_size = len(self.matrix) // self.groups
         self.group_of = (factor.order // self.group_size).to(torch.int32)
         self.inverse = factor.order.argsort()
@@ -125,8 +139,11 @@ class _Solver:
         self.added = factor.damping * self.matrix.diagonal().mean().item()
 
     def solve(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, float, float, float]]:
-        """rows [R, K] of the weight -> packed codes, scales [R, G], zeros [R, G] or None, and the sums of squares of
-        the weight's error, the weight, the output's error, the output."""
+        """Quantize rows [R, K] of the weight.
+
+        Returns int8 elements [R, K] (codes less the middle code), scales [R, G], int8 zeros [R, G] or None, and the
+        sums of squares of the weight's error, the weight, the output's error and the output.
+        """
         weight = rows.to(torch.float32).t().contiguous()
         pinned = (self.grouped(weight) == 0).all(1)  # groups of zeros stay zeros
         grid = self.search(weight, pinned, _RATIOS[:1])
@@ -146,11 +163,11 @@ class _Solver:
             sums.append((self.matrix @ part).mul_(part).sum().item())
         stored = (self.grouped(codes) - grid.low.unsqueeze(1)).view_as(codes)
         if pinned.any():  # their lowest code is not 0, and this is the code of 0
-            zero_code = float(self.scheme.middle if self.scheme.symmetric else 0)
+            zero_code = float(self.codes.middle if self.codes.symmetric else 0)
             stored = torch.where(pinned.repeat_interleave(self.group_size, 0), zero_code, stored)
-        packed = pack(stored.t().to(torch.uint8), self.scheme.bits)
-        zeros = None if grid.zeros is None else grid.zeros.t().contiguous()
-        return packed, grid.scales.t().contiguous(), zeros, (sums[0], sums[1], sums[2], sums[3])
+        elements = stored.sub_(self.codes.middle).t().to(torch.int8)
+        zeros = None if grid.zeros is None else (grid.zeros.t().to(torch.int16) - self.codes.middle).to(torch.int8)
+        return elements, grid.scales.t().contiguous(), zeros, (sums[0], sums[1], sums[2], sums[3])
 
     def grouped(self, columns: Tensor) -> Tensor:
         """[K, R] as [G, g, R]."""
@@ -163,8 +180,8 @@ class _Solver:
     def grid(self, scales: Tensor, zeros: Tensor | None) -> _Grid:
         """The grid of scales [..., R] and zero points of that shape."""
         wide = scales.to(torch.float32)
-        offset = torch.full_like(wide, self.scheme.middle) if zeros is None else zeros.to(torch.float32)
-        return _Grid(scales, zeros, wide, -offset, self.scheme.max_code - offset)
+        offset = torch.full_like(wide, self.codes.middle) if zeros is None else zeros.to(torch.float32)
+        return _Grid(scales, zeros, wide, -offset, self.codes.max_code - offset)
 
     def search(self, target: Tensor, pinned: Tensor, ratios: tuple[float, ...]) -> _Grid:
         """The grid, among those of these ratios of each group's range, with the least squared error, by importance, of
@@ -172,10 +189,10 @@ class _Solver:
         scales, zeros = [], []
         for group, importance in zip(self.grouped(target), self.importance):  # [g, R], [g, 1]
             reach = torch.stack([group.amin(0), group.amax(0)], -1)
-            best_scale, best_zero = affine_parameters(reach, self.scheme, self.scale_dtype)
+            best_scale, best_zero = affine_parameters(reach, self.codes, self.scale_dtype)
             least = torch.full_like(reach[:, 0], math.inf)
             for ratio in ratios:
-                scale, zero = affine_parameters(reach * ratio, self.scheme, self.scale_dtype)
+                scale, zero = affine_parameters(reach * ratio, self.codes, self.scale_dtype)
                 grid = self.grid(scale, zero)
                 codes = torch.div(group, grid.wide).round_().clamp_(grid.low, grid.high)
                 error = codes.mul_(grid.wide).sub_(group).square_().mul_(importance).sum(0)
@@ -188,7 +205,7 @@ class _Solver:
             zeros.append(best_zero)
         grid = self.grid(
             torch.stack(scales).masked_fill_(pinned, 1),
-            None if self.scheme.symmetric else torch.stack(zeros).masked_fill_(pinned, 0),
+            None if self.codes.symmetric else torch.stack(zeros).masked_fill_(pinned, 0),
         )
         return replace(grid, low=grid.low.masked_fill(pinned, 0), high=grid.high.masked_fill(pinned, 0))
 

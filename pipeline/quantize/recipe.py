@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from bitpress.kernels.scheme import Scheme
-
 from ..config.load import load_recipe
 from ..config.messages import Problem
 from ..config.schema import AUTO, RecipeSettings
@@ -141,17 +139,11 @@ def problems(settings: RecipeSettings) -> list[Problem]:
     if unused and specs and not found and not settings.inherits("calibration"):
         found.append((("calibration",), NO_CALIBRATION))
     if settings.format != AUTO and not found:
-        shape = (1024, 4096)
         target = formats()[settings.format]
-        unfit = [p for spec in specs for p in target.problems(spec.scheme, _probe(spec.scheme, shape))]
-        found += [(("format",), problem) for problem in dict.fromkeys(unfit)]
-    return found
-
-
-def _probe(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
-    """A shape that the scheme's group size divides."""
-    group = scheme.weight.description().group_size if hasattr(scheme, "weight") else scheme.group_size
-    return shape[0], 32 * (group or 32)
+        for spec in specs:
+            fitting = (1024, 32 * (spec.scheme.weight.description().group_size or 32))
+            found += [(("format",), problem) for problem in target.problems(spec.scheme, fitting)]
+    return list(dict.fromkeys(found))
 
 
 def _option_problems(settings: RecipeSettings) -> list[Problem]:
@@ -165,7 +157,9 @@ def _option_problems(settings: RecipeSettings) -> list[Problem]:
         return None
 
     single = {name: problem({name: value}) for name, value in settings.options.items()}
-    wrong: list[Problem] = [(("options", name), said.removeprefix(f"{name}: ")) for name, said in single.items() if said]
+    wrong: list[Problem] = [
+        (("options", name), said.removeprefix(f"{name}: ")) for name, said in single.items() if said
+    ]
     if not wrong and (said := problem(settings.options)):
         wrong.append((("options",), said))
     return wrong

@@ -4,17 +4,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.scheme import Scheme, examples
 
 from ..errors import nearest
 from ..methods import default_method
 from ..methods import registry as methods
 from ..methods.base import Method
 
-COMMON_SCHEMES = (
-    "none", "int8-dynamic", "nf4", "nf4-dq",
-    *(f"int{bits}-{group}" for bits in (2, 3, 4, 8) for group in ("g32", "g64", "g128", "channel", "g128-asym")),
-)  # fmt: skip
 KEPT = "none"  # in place of a spec: the layer stays as it is
 
 
@@ -49,7 +45,7 @@ class LayerSpec:
         try:
             scheme = Scheme.parse(scheme_name)
         except ValueError as error:
-            raise ValueError(f"{error}{nearest(scheme_name, COMMON_SCHEMES)}") from error
+            raise ValueError(f"{error}{nearest(scheme_name, [KEPT, *examples()])}") from error
         if slash and method_name not in methods():
             hint = nearest(method_name, methods()) or f"; use one of {', '.join(methods())}"
             raise ValueError(f"method {method_name!r} is unknown{hint}")
@@ -61,7 +57,7 @@ class LayerSpec:
             raise ValueError("; ".join(problems))
         return LayerSpec(scheme, method)
 
-    def fitted(self, shape: tuple[int, ...]) -> "LayerSpec":
+    def fitted(self, shape: tuple[int, int]) -> "LayerSpec":
         """The same spec, its group size made to divide the weight's inputs (see Scheme.fitted)."""
         return replace(self, scheme=self.scheme.fitted(shape))
 
