@@ -6,19 +6,23 @@ The shortest method, in a file of its own in this folder:
         name, rank, version = "truncate", 50, 1
 
         def problems(self, scheme):
-            return [] if scheme.name == "int8-channel" else [f"truncate produces int8-channel, not {scheme.name}"]
+            fits = scheme.weight.description() == WeightDescription("int", 8, "channel")
+            return [] if fits else [f"truncate produces int8-channel, not {scheme.name}"]
 
         def quantize(self, weight, scheme, scale_dtype, statistics=()):
             scales = weight.float().abs().amax(1, keepdim=True).div(127).to(scale_dtype)
-            codes = weight.div(scales.float()).trunc().add(128).to(torch.uint8)
-            return QTensor(scheme, tuple(weight.shape), pack(codes, 8), scales), Diagnostics(relative_error=...)
+            elements = weight.float().div(scales.float()).trunc().clamp(-128, 127).to(torch.int8)
+            tensors = scheme.weight.from_elements(weight.shape, elements, scales, None)
+            qtensor = QTensor.of(scheme, tuple(weight.shape), tensors)
+            lost = (weight.float() - qtensor.dequantize()).norm() / weight.float().norm()
+            return qtensor, Diagnostics(lost.item())
 
     PLUGINS = (Truncate(),)
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -123,11 +127,11 @@ class Method(Protocol):
     true_sequential: within a block, the statistics of a layer are gathered after the layers before it were quantized.
     """
 
-    name: str
-    rank: int
-    version: int
-    packages: tuple[str, ...] = ()
-    statistics: tuple[type[Statistic], ...] = ()
+    name: ClassVar[str]
+    rank: ClassVar[int]
+    version: ClassVar[int]
+    packages: ClassVar[tuple[str, ...]] = ()
+    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
     true_sequential: bool = False
 
     @property
@@ -146,6 +150,7 @@ class Method(Protocol):
         group's `norm` may have other readers that are no layers, such as a residual connection, and some norms
         multiply by 1 + weight. `BlockView.outputs` before and after shows whether the change was right.
         """
+        return
 
     def quantize(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()

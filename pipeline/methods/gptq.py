@@ -186,7 +186,8 @@ class _Solver:
     def search(self, target: Tensor, pinned: Tensor, ratios: tuple[float, ...]) -> _Grid:
         """The grid, among those of these ratios of each group's range, with the least squared error, by importance, of
         target [K, R]; pinned groups [G, R] hold nothing but 0."""
-        scales, zeros = [], []
+        scales: list[Tensor] = []
+        zeros: list[Tensor] = []
         for group, importance in zip(self.grouped(target), self.importance):  # [g, R], [g, 1]
             reach = torch.stack([group.amin(0), group.amax(0)], -1)
             best_scale, best_zero = affine_parameters(reach, self.codes, self.scale_dtype)
@@ -202,10 +203,10 @@ class _Solver:
                 if zero is not None and best_zero is not None:
                     best_zero = torch.where(better, zero, best_zero)
             scales.append(best_scale)
-            zeros.append(best_zero)
+            zeros += [] if best_zero is None else [best_zero]
         grid = self.grid(
             torch.stack(scales).masked_fill_(pinned, 1),
-            None if self.codes.symmetric else torch.stack(zeros).masked_fill_(pinned, 0),
+            torch.stack(zeros).masked_fill_(pinned, 0) if zeros else None,
         )
         return replace(grid, low=grid.low.masked_fill(pinned, 0), high=grid.high.masked_fill(pinned, 0))
 
