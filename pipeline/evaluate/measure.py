@@ -23,7 +23,7 @@ from bitpress.eval.measure import (
 from bitpress.eval.measure import (
     scores as quality,
 )
-from bitpress.eval.measure.protocols import Plan, Window
+from bitpress.eval.measure.protocols import EvaluationWindows, Window
 from bitpress.eval.measure.sample import sample
 from bitpress.eval.measure.scores import Scores
 from bitpress.kernels.linear import inputs_left_alone
@@ -201,7 +201,7 @@ def _rounded_inputs(model: Any, text: list[Window]) -> dict[str, Any] | None:
     return {"layers": layers, "windows": len(some), "kl_mean": found["kl_mean"], "kl_mean_se": found["kl_mean_se"]}
 
 
-def _protocol(plan: Plan) -> dict[str, Any]:
+def _protocol(plan: EvaluationWindows) -> dict[str, Any]:
     return {
         "name": plan.name,
         "context": plan.context,

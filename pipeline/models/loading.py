@@ -133,12 +133,15 @@ def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device
 
 
 def kernels_used(model: nn.Module) -> dict[str, Any]:
-    """{"selected": kernel -> layers, "rejected": kernel -> reason} over a model's quantized layers, and "fused": how
-    many decoder layers decode in one call, and why others do not (None where it was not tried)."""
+    """{"selected": kernel -> layers, "rejected": kernel -> reason} over a model's quantized layers, "quantized_inputs":
+    how many of them have a scheme that quantizes inputs, and "fused": how many decoder layers decode in one call, and
+    why others do not (None where it was not tried)."""
     layers = [module for module in model.modules() if isinstance(module, QLinear)]
     rejected: dict[str, str] = {}
     for layer in layers:
         rejected |= layer.selection.rejected
     selected = dict(Counter(layer.selection.kernel.name for layer in layers))
     fusing = getattr(model, "fusing", None)
-    return {"selected": selected, "rejected": rejected, "fused": asdict(fusing) if fusing else None}
+    inputs = sum(layer.scheme.activations is not None for layer in layers)
+    used = {"selected": selected, "rejected": rejected, "quantized_inputs": inputs}
+    return used | {"fused": asdict(fusing) if fusing else None}

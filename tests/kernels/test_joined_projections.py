@@ -130,7 +130,7 @@ JOINING = [kernel for kernel in registry() if type(kernel).join is not Kernel.jo
 def test_joined_is_what_the_whole_would_be(
     make_qtensor: Make, monkeypatch: pytest.MonkeyPatch, kernel: Kernel, scheme: str
 ) -> None:
-    monkeypatch.setattr(sys.modules[type(kernel).__module__], "problem", lambda device: None)
+    monkeypatch.setattr(sys.modules[type(kernel).__module__], "unsupported_device", lambda device: None)
     weights = [make_qtensor(scheme, outs, 192) for outs in (33, 7, 16)]
     if reason := kernel.unsupported(weights[0], torch.float16, torch.device("cuda")):
         pytest.skip(reason)

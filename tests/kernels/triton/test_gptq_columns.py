@@ -205,5 +205,5 @@ def test_compiled_code_keeps_the_tile_in_registers(capability: int, settle: bool
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch):
     assert problem(torch.device("cpu")) == "runs on CUDA, not on cpu"
-    monkeypatch.setattr(gptq_columns, "missing", lambda: "Triton is not installed")
+    monkeypatch.setattr(gptq_columns, "unsupported_machine", lambda: "Triton is not installed")
     assert problem(torch.device("cuda")) == "Triton is not installed"
