@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from bitpress.pipeline.errors import CheckpointError, NumericsError
 from bitpress.pipeline.methods.hessian import Hessian
 from bitpress.pipeline.quantize import block_runner as module
-from bitpress.pipeline.quantize.block_runner import BlockRunner
+from bitpress.pipeline.quantize.block_runner import BlockRunner, BlockView
 from bitpress.pipeline.quantize.plan import Plan, PlannedTensor, make_plan
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint
@@ -359,3 +359,76 @@ class TestRealModels:
         runner, _ = start(self.save("RwkvConfig", tmp_path), "*time_*")
         with pytest.raises(CheckpointError, match="RwkvForCausalLM is no plain chain of blocks"):
             list(runner.embed())
+
+
+class TestBlockView:
+    """What a method sees of a block, and may change."""
+
+    NORMS: ClassVar[dict[str, dict[str, str]]] = {
+        "llama": {"q_proj k_proj v_proj": "input_layernorm", "gate_proj up_proj": "post_attention_layernorm"},
+        "phi3": {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"},
+        "opt": {"k_proj v_proj q_proj": "self_attn_layer_norm", "fc1": "final_layer_norm"},
+        "gpt2": {"c_attn": "ln_1", "c_fc": "ln_2"},
+        "gpt_neox": {"query_key_value": "input_layernorm", "dense_h_to_4h": "post_attention_layernorm"},
+        "mixtral": {"q_proj k_proj v_proj": "input_layernorm"},  # its experts and its router read a reshaped copy
+    }
+
+    def view(self, folder: Path, *skip: str) -> tuple[BlockView, list[Tensor]]:
+        """Of the first block, all of whose layers gptq quantizes, but for some that are kept."""
+        (runner, plan), states = start(folder, *skip), []
+        next(blocks(runner, plan, states))
+        tensors = next(unit.tensors for unit in plan.units if unit.block == 0)
+        weights = {planned.info.name: runner.checkpoint.read(planned.info.name) for planned in tensors}
+        assert plan.quantized[0].spec
+        method = plan.quantized[0].spec.method
+        return BlockView(runner, tensors, weights, lambda: iter(states), method), states
+
+    @pytest.mark.parametrize("name", NORMS)
+    def test_groups_and_the_norm_before_each(self, name: str, tiny: Tiny) -> None:
+        view, _ = self.view(tiny(name))
+        found = {}
+        for group in view.groups:
+            leaves = {layer.rpartition(".")[2] for layer in group.layers}
+            if group.norm is not None:
+                found[frozenset(leaves)] = group.norm.rpartition(".")[2]
+                assert view.tensor(f"{group.norm}.weight").shape == (64,)
+        assert found == {frozenset(leaves.split()): norm for leaves, norm in self.NORMS[name].items()}
+
+    def test_kept_layers_that_read_the_same_are_among_them(self, tiny: Tiny) -> None:
+        view, _ = self.view(tiny("llama"), "*.v_proj", "*.o_proj")
+        groups = [[layer.rpartition(".")[2] for layer in group.layers] for group in view.groups]
+        assert sorted(groups[0]) == ["k_proj", "q_proj", "v_proj"]
+        assert [sorted(group) for group in groups[1:]] == [["gate_proj", "up_proj"], ["down_proj"]]
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2"])
+    def test_what_is_set_is_what_the_block_computes_with(self, name: str, tiny: Tiny) -> None:
+        view, states = self.view(tiny(name))
+        before = [*view.outputs(view.inputs())]
+        last = view.groups[-1].layers[0]
+        weight = view.tensor(f"{last}.weight")
+        assert weight.shape == (64, 128 if name == "llama" else 256)
+        view.set(f"{last}.weight", weight * 0)
+        assert torch.equal(view.tensor(f"{last}.weight"), weight * 0)
+        after = [*view.outputs(states)]
+        assert not torch.equal(after[0], before[0])
+        view.set(f"{last}.weight", weight)
+        assert all(map(torch.equal, view.outputs(states), before))
+
+    def test_statistics_are_of_each_groups_inputs(self, tiny: Tiny) -> None:
+        view, _ = self.view(tiny("llama"))
+        found = view.collect(Hessian)
+        assert [len(hessian.matrix()) for hessian in found] == [64, 64, 64, 128]
+        (rows,) = {hessian.tokens for hessian in found}
+        assert rows == WINDOWS * CONTEXT
+
+    def test_what_does_not_fit_is_refused(self, tiny: Tiny) -> None:
+        view, _ = self.view(tiny("gpt2"))
+        name = "transformer.h.0.mlp.c_fc.weight"
+        with pytest.raises(ValueError, match=r"is set to shape \[64, 256\], expected \[256, 64\]"):
+            view.set(name, view.tensor(name).t())
+        with pytest.raises(ValueError, match="'c_fc' is no tensor of the block"):
+            view.set("c_fc", torch.zeros(1))
+        spoiled = view.tensor(name).clone()
+        spoiled[3, 5] = torch.nan
+        with pytest.raises(NumericsError, match=r"c_fc\.weight: 1 of 16384 values are NaN or infinite"):
+            view.set(name, spoiled)

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline import api
 from bitpress.pipeline.config.schema import Run
 from bitpress.pipeline.data.calibration import Calibration
@@ -63,6 +64,21 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     original = CalibratedBlocks.quantize_block
     monkeypatch.setattr(CalibratedBlocks, "quantize_block", lambda *a: made.append(a[1].name) or original(*a))
     return made
+
+
+@pytest.fixture
+def hessians(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """Layer -> the Hessian that it was given."""
+    found: dict[str, Tensor] = {}
+    original = sequential.quantize_weight
+
+    def spy(planned: PlannedTensor, weight: Tensor, plan: Any, method: Any, statistics: Any = ()) -> Any:
+        for hessian in statistics:
+            found[planned.module] = hessian.matrix().double()
+        return original(planned, weight, plan, method, statistics)
+
+    monkeypatch.setattr(sequential, "quantize_weight", spy)
+    return found
 
 
 def flip(path: Path) -> None:
@@ -238,19 +254,6 @@ def test_experts_that_see_few_tokens_are_rounded_by_absmax_and_named(tiny: Any, 
 class TestOrder:
     """What each layer's Hessian is of, told by hooks on the model that was made."""
 
-    @pytest.fixture
-    def hessians(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-        """Layer -> the Hessian that it was given."""
-        found: dict[str, Tensor] = {}
-        original = sequential.quantize_weight
-
-        def spy(planned: PlannedTensor, weight: Tensor, plan: Any, method: Any, statistics: Any) -> Any:
-            found[planned.module] = statistics[0].matrix().double()
-            return original(planned, weight, plan, method, statistics)
-
-        monkeypatch.setattr(sequential, "quantize_weight", spy)
-        return found
-
     @pytest.mark.parametrize("sequential", [True, False])
     def test_layers_learn_from_the_quantized_ones_before_them(
         self, tiny: Any, out: Path, sequential: bool, learn: Learn, hessians: dict[str, Tensor]
@@ -402,3 +405,61 @@ class TestJobs:
         assert "Salesforce/wikitext" in str(caught.value)
         assert "or calibrate on a file: a recipe's calibration or --calibration" in str(caught.value)
         assert list(tmp_path.iterdir()) == []
+
+
+class TestLayersOfTheirOwn:
+    """Layers with other schemes and methods than the rest, in one pass through the blocks."""
+
+    RULES: ClassVar[dict[str, str]] = {
+        "*.down_proj": "absmax/int4-g32",
+        "model.layers.0.self_attn.*": "none",
+        "lm_head": "gptq/int4-g32",
+    }
+
+    @pytest.fixture
+    def mixed(self, tiny: Any, out: Path, learn: Learn, hessians: dict[str, Tensor]) -> Path:
+        self.notes = learn(tiny("llama"), out, layers=self.RULES, format="compressed-tensors")
+        return out
+
+    def test_each_layer_by_its_own_method(self, mixed: Path, tiny: Any, hessians: dict[str, Tensor]) -> None:
+        blocks = [f"model.layers.{number}" for number in (0, 1)]
+        projections = [f"self_attn.{name}_proj" for name in "qkvo"]
+        gptq = {f"{blocks[1]}.{name}" for name in projections} | {
+            f"{b}.mlp.{n}_proj" for b in blocks for n in ("gate", "up")
+        }
+        down = {f"{block}.mlp.down_proj" for block in blocks}
+        reports = layers(mixed)
+        assert reports.keys() == gptq | down | {"lm_head"}
+        assert hessians.keys() == gptq
+        assert {name for name, report in reports.items() if "damping" in report} == gptq
+        source, artifact, format = Checkpoint(tiny("llama")), Checkpoint(mixed), formats()["compressed-tensors"]
+        for name in down:
+            expected, _ = Absmax().quantize(source.read(f"{name}.weight"), Scheme.parse("int4-g32"), torch.float32)
+            for suffix, tensor in format.write(expected, torch.float32).items():
+                assert torch.equal(artifact.read(f"{name}.{suffix}"), tensor), (name, suffix)
+        for name in projections:
+            kept = f"{blocks[0]}.{name}.weight"
+            assert torch.equal(artifact.read(kept), source.read(kept))
+
+    def test_a_head_is_rounded_to_nearest_and_says_why(self, mixed: Path) -> None:
+        said = "rounded by absmax: gptq is calibrated inside the decoder blocks only"
+        assert layers(mixed)["lm_head"]["note"] == said
+        assert self.notes[-1] == f"1 layers are special:\n  lm_head: {said}"
+
+    def test_the_reference_logits_are_those_of_the_artifact(self, mixed: Path) -> None:
+        TestReferenceLogits().check(mixed)
+
+
+def test_a_kept_block_is_passed_through(tiny: Any, out: Path, learn: Learn) -> None:
+    learn(tiny("llama"), out, layers={"model.layers.0.*": "none"})
+    assert all(name.startswith("model.layers.1.") for name in layers(out))
+    TestReferenceLogits().check(out)
+
+
+def test_true_sequential_layers_beside_others(tiny: Any, out: Path, learn: Learn, hessians: dict[str, Tensor]) -> None:
+    """down_proj, of a method that is not, is quantized before the stages of the others begin."""
+    rules = {"*.down_proj": "absmax/int4-g32"}
+    learn(tiny("llama"), out, layers=rules, options={"true_sequential": True}, format="compressed-tensors")
+    assert len(layers(out)) == 14
+    assert len(hessians) == 12
+    TestReferenceLogits().check(out)
