@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bitpress.eval.report.words import printable
 from bitpress.kernels.qtensor import QTensor
@@ -22,6 +22,7 @@ from ..models.structure import TensorNames, skeleton
 from ..storage import files as store
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.fingerprint import MANIFEST
+from ..storage.finite import count_not_finite
 from ..system.progress import OnStep
 from .convert import kept_linear
 from .describe import describe
@@ -31,7 +32,6 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 _JSON = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _GPTQ_CONFIG = "quantize_config.json"
 _DECISIVE = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")  # on which both of GPTQ's configs must agree
-_PIECE = 1 << 22
 
 
 @dataclass
@@ -300,14 +300,10 @@ def _check_plain(
                 unknown.append(name)
             elif expected is not None and expected != info.shape:
                 found.faults.append(f"{name}: shape {list(info.shape)} in the file, {list(expected)} by config.json")
-        if info.dtype.is_floating_point and (bad := _not_finite(checkpoint.read(name))):
+        if info.dtype.is_floating_point and (bad := count_not_finite(checkpoint.read(name))):
             found.faults.append(f"{name}: {bad} values are NaN or infinite")
     if unknown:
         found.notes.append(f"not of the model as transformers builds it: {_some(unknown)}")
-
-
-def _not_finite(tensor: Tensor) -> int:
-    return sum(int((~torch.isfinite(piece)).sum()) for piece in tensor.flatten().split(_PIECE))
 
 
 def _some(names: list[str]) -> str:

@@ -14,8 +14,8 @@ from ..models.modules import dense_layer, replace_layers
 from ..models.structure import ParameterPath, TensorNames
 from ..quantize.plan import make_plan
 from ..quantize.recipe import Recipe
-from ..quantize.sequential import WITNESS
-from ..quantize.weights import quantize_entry
+from ..quantize.sequential import REFERENCE_LOGITS
+from ..quantize.weights import quantize_weight
 from ..storage import files as store
 from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
@@ -37,7 +37,7 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
     with progress("quantizing in memory") as step:
         for number, entry in enumerate(plan.quantized):
             step(number, len(plan.quantized))
-            qtensor, _ = quantize_entry(entry, checkpoint.read(entry.info.name), plan)
+            qtensor, _ = quantize_weight(entry, checkpoint.read(entry.info.name), plan)
             qtensor = qtensor.to(device)
             layers[entry.target] = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")
     names = TensorNames(plan.model)
@@ -88,7 +88,7 @@ def check(checkpoint: Checkpoint, recipe: Recipe, artifact: Path, ids: Tensor, r
         run: {"device", "dtype"}.
     """
     if recipe.calibration:
-        return _compare(artifact, artifact.parent / WITNESS, run)
+        return _compare(artifact, artifact.parent / REFERENCE_LOGITS, run)
     expected = artifact.parent / ".expected.safetensors"
     logits = in_memory_logits(checkpoint, recipe, ids, pick_device(run["device"]), run["dtype"])
     store.write_safetensors(expected, {"ids": ids, "logits": logits})

@@ -191,7 +191,7 @@ class _Job:
 
     def press(self, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.blocks and unit.block is not None:
-            return self.blocks.press(unit)
+            return self.blocks.quantize_block(unit)
         return quantize_unit(self.checkpoint, self.plan, unit)
 
     def finished(self, progress: _Progress) -> set[str]:

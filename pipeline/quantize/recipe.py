@@ -172,7 +172,7 @@ def fingerprint(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe) 
     fields |= {f"files.{name}": value for name, value in checkpoint.identity().items()}
     used = {"bitpress", "torch", "transformers", "safetensors"}
     for spec in recipe.rules.specs():
-        used |= set(getattr(spec.method, "packages", ()))
+        used |= set(spec.method.packages)
     fields |= {f"versions.{name}": value for name, value in versions().items() if name in used}
     if recipe.calibration:  # the order of float sums, and with it a code now and then, depends on them
         fields |= {"device": recipe.device, "threads": torch.get_num_threads()}

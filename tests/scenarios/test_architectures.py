@@ -45,8 +45,8 @@ def test_learned_reloads_as_in_memory(architecture: str, method: dict[str, Any],
     """By gptq, against the logits of the very model that it worked on; what it knows of the inputs pays."""
     text = Calibration("a text", torch.randint(3, 96, (16, 16), generator=torch.Generator().manual_seed(2)), 0)
     assert learn(tiny(architecture), tmp_path / "out", calibration=text, **method) == []
-    witness = str(tmp_path / "out.partial" / "witness.safetensors")
-    request = {"artifact": str(tmp_path / "out"), "expected": witness, "device": "cpu", "dtype": "float32"}
+    reference = str(tmp_path / "out.partial" / "reference_logits.safetensors")
+    request = {"artifact": str(tmp_path / "out"), "expected": reference, "device": "cpu", "dtype": "float32"}
     assert check_task(request)["tokens"] == 16
     layers = read_json(tmp_path / "out" / "bitpress.json")["coverage"]["layers"]
     assert all(layer["tokens"] == 256 and 0 < layer["output_error"] < layer["relative_error"] for layer in layers)

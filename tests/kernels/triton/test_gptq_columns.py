@@ -170,7 +170,7 @@ def test_gptq_finds_what_it_finds_without(name: str, monkeypatch: pytest.MonkeyP
     found = []
     for answer in (None, "not this time"):
         monkeypatch.setattr(gptq_columns, "problem", lambda device, answer=answer: answer)
-        qtensor, diagnostics = GPTQ().quantize(weight, Scheme.parse(name), torch.float16, hessian)
+        qtensor, diagnostics = GPTQ().quantize(weight, Scheme.parse(name), torch.float16, (hessian,))
         codes = unpack(qtensor.codes, qtensor.scheme.bits, columns)
         found.append((codes, diagnostics.output_error))
     (codes, error), (expected, by_torch) = found
