@@ -15,3 +15,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def releases() -> dict[str, str]:
+    """Package -> major and minor version, of those that are installed; and Python's.
+
+    A patch release mends and promises the same results; what a newer release computes may differ.
+    """
+    return {name: ".".join(text.split(".")[:2]) for name, text in versions().items()}
