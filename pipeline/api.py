@@ -1,16 +1,15 @@
 """The library's functions, as small as the command line's."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .checkpoints.convert import convert as convert_checkpoint
-from .config.load import load_calibration, load_eval
-from .config.schema import NOTHING_LEARNS
+from .config.load import load_calibration, load_eval, load_recipe
 from .data.calibration import calibrate
-from .errors import BitpressError, ConfigError
+from .errors import BitpressError
 from .evaluate import process
 from .hub.download import resolve
 from .models.loading import load, load_tokenizer
@@ -27,31 +26,29 @@ OnStep = Callable[[int, int], None]
 
 def quantize(
     model: str | Path,
-    scheme: str,
+    recipe: str | Mapping[str, Any],
     output: str | Path,
     revision: str | None = None,
-    recipe: dict[str, Any] | None = None,
-    calibration: str | dict[str, Any] | None = None,
+    device: str = "auto",
     on_step: OnStep = lambda done, total: None,
 ) -> list[str]:
     """Quantize a model into a folder that bitpress and other runtimes load; call again to go on after a crash.
 
     Args:
         model: a Hub id or a local folder.
-        scheme: such as "int4-g128", "int3-channel-asym", "int8-dynamic", "nf4", "nf4-dq".
-        recipe: "method", "format", "skip", "algorithm" (the method's options), "device" and "max_fallback_layers",
-            where the defaults are not wanted.
-        calibration: what a method such as "gptq" learns from: a file, a Hub data set such as "org/name:config:split",
-            or the keys of a config's quantize.calibration, such as {"text": "wiki.txt", "windows": 64}.
+        recipe: such as "int4-g128", "gptq/int3-channel", "int8-dynamic", "nf4"; or the keys that a recipe has in a
+            config: "scheme", "method", "layers" ({"*.down_proj": "int8-g128", "model.layers.0.*": "none"}), "format",
+            "options" (of the method), "calibration" ({"text": "wiki.txt", "windows": 64}), "max_fallback_layers",
+            "fit_groups", "allow_split_fused".
+        device: "cpu", "cuda" or "auto", for calibrated methods.
+        on_step: called with (units done, units in all).
     Returns:
-        Notes on what happened on the way.
+        Sentences on what happened on the way.
     Raises:
         BitpressError: what, got, expected, and what to do; nothing finished is lost.
     """
-    chosen = Recipe.make(scheme, **(recipe or {}))
-    settings = load_calibration(calibration or {})
-    if calibration and not chosen.method.needs_calibration and (recipe or {}).get("method", "auto") == "auto":
-        raise ConfigError(f"calibration: {NOTHING_LEARNS}")
+    settings = load_recipe(recipe)
+    chosen = Recipe.make(settings, device)
     source = resolve(str(model), revision)
     out = Path(output).expanduser()
     source.check_output(out)
@@ -60,9 +57,10 @@ def quantize(
     with journal.locked(work):
         try:
             checkpoint, notes = Checkpoint(source.folder), []
-            if chosen.method.needs_calibration:
-                learned = calibrate(settings, load_tokenizer(source.folder), checkpoint)
-                chosen, notes = replace(chosen, calibration=learned), [f"calibrated on {learned}"]
+            if chosen.calibrated:
+                text = settings.calibration or load_calibration({})
+                tokens = calibrate(text, load_tokenizer(source.folder), checkpoint)
+                chosen, notes = replace(chosen, calibration=tokens), [f"calibrated on {tokens}"]
             notes += quantize_checkpoint(checkpoint, source.to_dict(), chosen, out, work, on_step)
         except BitpressError:
             files.remove_unused(work)

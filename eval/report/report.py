@@ -58,14 +58,14 @@ def verdicts(runs: Sequence[Metrics]) -> list[tuple[str, str]]:
     return found or [(entry.title, "the unquantized baseline, for comparison only") for entry in entries]
 
 
-def markdown(runs: Sequence[Metrics]) -> str:
-    """The report as GitHub Markdown, without the plots."""
-    return render.markdown("report", _view(runs))
+def markdown(runs: Sequence[Metrics], refused: Sequence[tuple[str, str, str]] = ()) -> str:
+    """The report as GitHub Markdown, without the plots. refused: model, recipe and reason of jobs without figures."""
+    return render.markdown("report", {**_view(runs), "refused": say.printable(refused)})
 
 
-def html(runs: Sequence[Metrics]) -> str:
-    """The report as one HTML page that needs no other file and no network."""
-    return render.html("report", {**_view(runs), "figures_of": _figures})
+def html(runs: Sequence[Metrics], refused: Sequence[tuple[str, str, str]] = ()) -> str:
+    """The report as one HTML page that needs no other file and no network. Arguments as of markdown."""
+    return render.html("report", {**_view(runs), "refused": say.printable(refused), "figures_of": _figures})
 
 
 def card(runs: Sequence[Metrics], page: Mapping[str, Any]) -> str:

@@ -89,12 +89,13 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize, save, reload, measure and report, for every model and scheme of the configs."""
+    """Quantize, save, reload, measure and report, for every model and recipe of the configs."""
     from ..config.load import load_config
+    from ..quantize.recipe import problems
     from ..runs.run import execute, summarize
 
     quiet_libraries()
-    runs = [load_config(path, set) for path in configs or [Path("demo")]]  # all are checked before any starts
+    runs = [load_config(path, set, problems) for path in configs or [Path("demo")]]  # all are checked before any starts
     everything = []
     for config in runs:
         outcomes = execute(config, _typed(), _news, override)
@@ -112,7 +113,7 @@ def _outcome_json(outcome: Any) -> dict[str, Any]:
     error = {"error": str(outcome.error)} if outcome.error else {}
     return {
         "model": outcome.model,
-        "scheme": outcome.scheme,
+        "recipe": outcome.recipe,
         "folder": str(outcome.folder),
         **error,
         "published": outcome.published,
@@ -138,7 +139,7 @@ def _show(outcomes: list[Any], page: Path | None) -> None:
             _out.print(f"\n{escape(protocol)}", highlight=False)
     for outcome in outcomes:
         if outcome.error:
-            line = f"{escape(outcome.model)}  {outcome.scheme}: {escape(str(outcome.error))}"
+            line = f"{escape(outcome.model)}  {outcome.recipe}: {escape(str(outcome.error))}"
             _out.print(f"\n[red]failed[/red]  {line}", soft_wrap=True)
     if page:
         _out.print(f"\nreport: {escape(str(page))}", soft_wrap=True)
@@ -148,43 +149,60 @@ def _show(outcomes: list[Any], page: Path | None) -> None:
 def quantize(
     model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
-    scheme: Annotated[str, typer.Option(help="int4-g128, int3-channel-asym, int8-dynamic, nf4, …")] = "int4-g128",
-    method: Annotated[str, typer.Option(help="auto, or one of `bitpress list`.")] = "auto",
-    format: Annotated[str, typer.Option(help="auto, or one of `bitpress list`.")] = "auto",
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Layers to keep, such as '*.down_proj'; may be repeated.")
+    recipe: Annotated[
+        str, typer.Option(help="[method/]scheme: int4-g128, gptq/int3-channel, int8-dynamic, nf4, …")
+    ] = "int4-g128",
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="'*.down_proj=int8-g128' or 'model.layers.0.*=none' (kept); may be repeated, the last wins."),
     ] = None,
+    format: Annotated[
+        str, typer.Option(help="auto: the first that holds every layer; or one of `bitpress list`.")
+    ] = "auto",
+    option: Annotated[
+        list[str] | None, typer.Option(help="key=value, an option of the method; may be repeated.")
+    ] = None,
+    fit_groups: Annotated[
+        bool, typer.Option("--fit-groups", help="Layers that the group size does not divide get a smaller one.")
+    ] = False,
+    allow_split_fused: Annotated[
+        bool, typer.Option("--allow-split-fused", help="Parts of what servers fuse, such as q, k and v, may differ.")
+    ] = False,
     calibration: Annotated[
-        str | None, typer.Option(help="What gptq learns from: a file, or org/name:config:split; wikitext-2 by default.")
+        str | None,
+        typer.Option(help="The text for calibrated methods: a file, or org/name:config:split; wikitext-2 by default."),
     ] = None,
     windows: Annotated[int | None, typer.Option(help="How many windows of it; 128 by default.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens per window; 2048 by default.")] = None,
     seed: Annotated[
         str | None, typer.Option(help="Draws the windows; 0 by default, null for the text's first ones.")
     ] = None,
-    algorithm: Annotated[
-        list[str] | None, typer.Option(help="key=value, an option of the method; may be repeated.")
-    ] = None,
-    max_fallback_layers: Annotated[int, typer.Option(min=0, help="Layers that may fall back to absmax.")] = 0,
+    max_fallback_layers: Annotated[
+        int, typer.Option(min=0, help="Layers that may fall back to rounding to nearest.")
+    ] = 0,
     device: Device = "auto",
     revision: Revision = None,
 ) -> None:
     """Quantize one checkpoint into a folder that other runtimes load too."""
     from ..api import quantize as quantize_api
-    from ..config.load import load_options
+    from ..config.load import load_layers, load_options
     from ..system.progress import progress
 
     quiet_libraries()
-    recipe = {"method": method, "format": format, "skip": skip or [], "max_fallback_layers": max_fallback_layers}
-    recipe |= {"algorithm": load_options(algorithm or []), "device": device}
-    typed = {"text": calibration, "windows": windows, "context": context}
-    learn = {key: value for key, value in typed.items() if value is not None}
-    learn |= load_options([f"seed={seed}"] if seed else [])
-    with progress(f"quantizing to {scheme}") as step:
-        notes = quantize_api(model, scheme, output, revision, recipe, learn, step)
+    method, slash, scheme = recipe.rpartition("/")
+    settings: dict[str, Any] = {"scheme": scheme, "method": method if slash else "auto", "format": format}
+    settings |= {"layers": load_layers(layer or []), "options": load_options(option or [])}
+    settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
+    settings |= {"max_fallback_layers": max_fallback_layers}
+    text = {"text": calibration, "windows": windows, "context": context}
+    text = {key: value for key, value in text.items() if value is not None}
+    text |= load_options([f"seed={seed}"] if seed else [])
+    settings |= {"calibration": text} if text else {}
+    with progress(f"quantizing to {recipe}") as step:
+        notes = quantize_api(model, settings, output, revision, device, step)
     for note in notes:
         _news(note)
-    _out.print(f"{escape(str(output))}: {scheme}; try `bitpress eval {escape(str(output))}`", soft_wrap=True)
+    _out.print(f"{escape(str(output))}: {recipe}; try `bitpress eval {escape(str(output))}`", soft_wrap=True)
 
 
 @app.command("eval")
@@ -211,7 +229,9 @@ def evaluate(
 
     from ..api import evaluate as evaluate_api
     from ..config.load import load_eval
-    from ..evaluate.external import Subject, examine
+    from ..data.text import read_text
+    from ..evaluate.conditions import Conditions
+    from ..evaluate.external import evaluate_external
     from ..hub.download import resolve
 
     quiet_libraries()
@@ -219,8 +239,9 @@ def evaluate(
     settings |= {"windows": windows, "tasks": tasks or [], "dtype": dtype, "kernel": kernel}
     if output:
         original = resolve(baseline) if baseline else None
-        subject = Subject.of(resolve(model, revision), original, load_eval(settings), device)
-        found = examine(subject, output.expanduser(), _typed())
+        chosen = load_eval(settings)
+        conditions = Conditions.make(chosen, device, read_text(chosen.text), _typed())
+        found = evaluate_external(resolve(model, revision), original, conditions, output.expanduser(), _news)
     else:
         found = evaluate_api(model, revision, device, settings, baseline)
     if as_json:
@@ -245,11 +266,10 @@ def compare(
     context: Annotated[int, typer.Option(min=0, help="Tokens of cache that memory is counted with.")] = 4096,
 ) -> None:
     """Runs and checkpoints on one page: a table, the Pareto fronts, which differ, and which to choose."""
-    from ..evaluate.compare import Options
     from ..evaluate.compare import compare as compare_runs
 
     quiet_libraries()
-    page, choices = compare_runs(runs, output.expanduser(), Options(budget or [], context, _typed(), _news))
+    page, choices = compare_runs(runs, output.expanduser(), budget or [], context, _typed(), _news)
     _table(["memory", "choose"], choices)
     _out.print(f"\ncomparison: {escape(str(page))}", soft_wrap=True)
 

@@ -1,13 +1,12 @@
 """YAML and --set -> a checked Run."""
 
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
@@ -15,7 +14,10 @@ from ruamel.yaml.error import YAMLError
 
 from ..errors import ConfigError, listing
 from .messages import explained
-from .schema import Calibrate, Eval, Run, Section
+from .schema import Calibrate, Eval, RecipeSettings, Run
+
+Section = TypeVar("Section", bound=BaseModel)
+CheckRecipe = Callable[[RecipeSettings], list[tuple[tuple[int | str, ...], str]]]
 
 
 def shipped() -> dict[str, Path]:
@@ -25,12 +27,13 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(Path(folder).glob("*.yaml"))}
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> Run:
+def load_config(path: Path, overrides: list[str] | None = None, check_recipe: CheckRecipe | None = None) -> Run:
     """Read and check a config file.
 
     Args:
         path: a file, or the name of a shipped config such as "demo".
         overrides: "key.path=value", the value in YAML; lists by number, as in models.0.id=org/name.
+        check_recipe: what is wrong with a recipe's settings, as far as methods and formats know.
     Raises:
         ConfigError: everything that is wrong with the file and the overrides, at once.
     """
@@ -47,7 +50,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Run:
     for override in overrides or []:
         problems += _override(data, override)
     try:
-        run = Run.model_validate(_plain(data))
+        run = Run.model_validate(_plain(data), context={"check_recipe": check_recipe} if check_recipe else None)
     except ValidationError as error:
         problems += explained(error, data, Run)
     except RecursionError:
@@ -67,21 +70,30 @@ def load_eval(settings: dict[str, Any]) -> Eval:
 
 
 def load_calibration(settings: str | dict[str, Any]) -> Calibrate:
-    """A quantize.calibration section given as plain values, or as its text alone.
+    """A recipe's calibration section given as plain values, or as its text alone.
 
     Raises:
         ConfigError: everything that is wrong with it.
     """
     given = settings if isinstance(settings, dict) else {"text": settings}
-    return _section(Calibrate, given, ("quantize", "calibration"))
+    return _section(Calibrate, given, ("defaults", "calibration"))
 
 
-def _section(kind: type[Section], settings: dict[str, Any], path: tuple[str, ...]) -> Section:
+def _section(kind: type[Section], settings: Any, path: tuple[str, ...]) -> Section:
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
         problems = explained(error, CommentedMap(), Run, path)
         raise ConfigError(f"these settings cannot be used:\n{listing(problems)}") from error
+
+
+def load_recipe(settings: str | Mapping[str, Any]) -> RecipeSettings:
+    """A recipe given as text, such as "gptq/int4-g128", or as plain values.
+
+    Raises:
+        ConfigError: everything that is wrong with it.
+    """
+    return _section(RecipeSettings, settings, ("recipes",))
 
 
 def load_options(assignments: list[str]) -> dict[str, Any]:
@@ -100,6 +112,21 @@ def load_options(assignments: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f"{assignment}: expected key=value, such as damping=1e-3")
     return options
+
+
+def load_layers(assignments: list[str]) -> dict[str, str]:
+    """Rules typed as "pattern=[method/]scheme", such as "*.down_proj=int8-g128".
+
+    Raises:
+        ConfigError: one is no such thing.
+    """
+    layers = {}
+    for assignment in assignments:
+        pattern, equals, spec = assignment.partition("=")
+        if not equals or not pattern or not spec:
+            raise ConfigError(f"--layer {assignment}: expected pattern=scheme, such as '*.down_proj=int8-g128'")
+        layers[pattern] = spec
+    return layers
 
 
 def _parse(text: str) -> tuple[CommentedMap | None, list[str]]:

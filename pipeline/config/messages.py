@@ -12,7 +12,7 @@ from ..errors import nearest
 class Several(ValueError):
     """Problems, each with the path from where this is raised to what is wrong."""
 
-    def __init__(self, problems: list[tuple[tuple[str, ...], str]]):
+    def __init__(self, problems: list[tuple[tuple[int | str, ...], str]]):
         super().__init__("; ".join(message for _, message in problems))
         self.problems = problems
 

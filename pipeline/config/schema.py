@@ -1,8 +1,8 @@
 """YAML -> a checked Run; every problem is found at once and told with its line, its path and the nearest name."""
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -15,72 +15,29 @@ from pydantic import (
     model_validator,
 )
 
-from bitpress.kernels.scheme import INT_BITS, Scheme
-
-from ..errors import ConfigError, nearest
+from ..errors import nearest
 from .messages import Several
 
-NOTHING_LEARNS = "method auto learns from no text: name a method that does, such as gptq, or leave calibration out"
+AUTO = "auto"
+BASELINE = "none"  # the unquantized model: the name of its run, and the scheme of a layer that is kept
 _SECRETS = ("token", "hf_token", "api_key", "password")
 _LONGEST_TITLE = 59  # characters; the Hub takes no longer ones
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_COMMON_SCHEMES = [
-    "none", "int8-dynamic", "nf4", "nf4-dq",
-    *(f"int{bits}-{group}" for bits in INT_BITS for group in ("g32", "g64", "g128", "channel", "g128-asym")),
-]  # fmt: skip
 
 
-def _registered(kind: str, name: str) -> str:
-    """`name`, if there is such a method, format or kernel. The registries bring torch along, so they are asked late."""
-    if name == "auto":
-        return name
-    if kind == "kernel":
-        from bitpress.kernels.registry import AUTOMATIC
-        from bitpress.kernels.registry import registry as kernels
+def _known_kernel(name: str) -> str:
+    """`name`, if there is such a kernel. The registry brings torch along, so it is asked late."""
+    from bitpress.kernels.registry import AUTOMATIC
+    from bitpress.kernels.registry import registry as kernels
 
-        known = [*AUTOMATIC[1:], *(kernel.name for kernel in kernels())]
-    elif kind == "method":
-        from ..methods import registry as methods
-
-        known = list(methods())
-    else:
-        from ..formats import registry as formats
-
-        known = list(formats())
+    known = [*AUTOMATIC, *(kernel.name for kernel in kernels())]
     if name not in known:
-        hint = nearest(name, known) or f"; use auto or one of {', '.join(known)}"
-        raise ValueError(f"unknown {kind}{hint}")
+        hint = nearest(name, known) or f"; use auto or one of {', '.join(known[1:])}"
+        raise ValueError(f"unknown kernel{hint}")
     return name
 
 
-def _misfits(method: str, options: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What is wrong with a method's options: with each by itself, or else with them together."""
-    from ..methods import registry, with_options
-
-    def problem(some: dict[str, Any]) -> str | None:
-        try:
-            with_options(registry()[method], some)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    single = {name: problem({name: value}) for name, value in options.items()}
-    yield from (((name,), said.removeprefix(f"{name}: ")) for name, said in single.items() if said)
-    if not any(single.values()) and (said := problem(options)):
-        yield (), said
-
-
-def _scheme(name: str) -> str:
-    try:
-        return name if name == "none" else Scheme.parse(name).name
-    except ValueError as error:
-        raise ValueError(f"{error}{nearest(name, _COMMON_SCHEMES)}") from error
-
-
-MethodName = Annotated[str, AfterValidator(lambda name: _registered("method", name))]
-FormatName = Annotated[str, AfterValidator(lambda name: _registered("format", name))]
-KernelName = Annotated[str, AfterValidator(lambda name: _registered("kernel", name))]
-SchemeName = Annotated[str, AfterValidator(_scheme)]
+KernelName = Annotated[str, AfterValidator(_known_kernel)]
 
 
 class _Strict(BaseModel):
@@ -120,23 +77,63 @@ class Calibrate(_Strict):
     seed: int | None = Field(0, ge=0)  # None: the first windows of the text, in order
 
 
-class Quantize(_Strict):
-    method: MethodName = "auto"
-    format: FormatName = "auto"
-    skip: list[str] = []
-    algorithm: dict[str, Any] = {}  # options of the method
-    calibration: Calibrate | None = None  # None: the defaults above, where the method needs any
-    max_fallback_layers: int = Field(0, ge=0)  # where more layers than that fall back to absmax, the job fails
+class RecipeDefaults(_Strict):
+    """What all recipes of a config have in common, where they do not say otherwise."""
 
-    @field_validator("algorithm")
+    method: str = AUTO  # the scheme's default; or one of `bitpress list`
+    format: str = AUTO  # the first that can hold every layer
+    options: dict[str, Any] = {}  # of the method, such as {damping: 1e-3} of gptq
+    layers: dict[str, str] = {}  # shell pattern on the names in the files -> [method/]scheme, or none; the last wins
+    calibration: Calibrate | None = None  # None: the defaults above, where a method needs any
+    max_fallback_layers: int = Field(0, ge=0)  # where more layers fall back to rounding to nearest, the job fails
+    fit_groups: bool = False  # a group size that does not divide a layer is made smaller, in powers of two
+    allow_split_fused: bool = False  # parts of what servers fuse (q, k and v; gate and up; experts) may differ
+
+    @field_validator("layers", mode="before")
     @classmethod
-    def _options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        method = info.data.get("method")  # missing where it was refused itself
-        if value and method == "auto":
-            raise ValueError("these are options of one method, and method is auto: name it, as in method: gptq")
-        if value and method and (problems := list(_misfits(method, value))):
-            raise Several(problems)
-        return value
+    def _kept(cls, value: Any) -> Any:
+        """An empty value keeps a layer, as none does."""
+        if not isinstance(value, dict):
+            return value
+        return {pattern: BASELINE if text is None else text for pattern, text in value.items()}
+
+
+class RecipeSettings(RecipeDefaults):
+    """How one model is quantized; as text, "int4-g128" or "gptq/int4-g128"."""
+
+    name: str | None = Field(None, pattern=_NAME)
+    scheme: str = Field(min_length=1)  # of every layer that no rule names; none keeps them
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        method, slash, scheme = value.rpartition("/")
+        return {"scheme": scheme, **({"method": method} if slash else {})}
+
+    @property
+    def spec(self) -> str:
+        """[method/]scheme of the layers that no rule names."""
+        return self.scheme if self.method == AUTO or self.scheme == BASELINE else f"{self.method}/{self.scheme}"
+
+    @property
+    def label(self) -> str:
+        """The recipe's name, and that of its run's folder."""
+        return self.name or self.spec.replace("/", "-") + ("-mixed" if self.layers else "")
+
+    @property
+    def baseline(self) -> bool:
+        """Whether this is the unquantized model."""
+        return self.scheme == BASELINE and not self.layers
+
+    def with_defaults(self, defaults: RecipeDefaults) -> "RecipeSettings":
+        """These settings, and what they do not say from the defaults; options come along with their method only."""
+        missing = defaults.model_fields_set - self.model_fields_set
+        merged = self.model_copy(update={key: getattr(defaults, key) for key in missing})
+        if "options" in missing and merged.method != defaults.method:
+            merged = merged.model_copy(update={"options": {}})
+        return merged
 
 
 def _positive(value: int | list[int]) -> int | list[int]:
@@ -201,7 +198,7 @@ class Publish(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    repo: str  # owner/name; {model} and {scheme} in it stand for what a job is on
+    repo: str  # owner/name; {model} and {recipe} in it stand for what a job is on
     private: bool = False  # of repositories that do not exist yet
     collection: str | None = Field(None, min_length=1, max_length=_LONGEST_TITLE)  # the title of one for all of them
 
@@ -214,20 +211,20 @@ class Publish(BaseModel):
             )
         return value
 
-    def name_of(self, model: str, scheme: str) -> str:
+    def name_of(self, model: str, recipe: str) -> str:
         """The repository of one job; see check_repo for what is raised."""
         short = re.split(r"[/:]", model.rstrip("/"))[-1]
-        return check_repo(self.repo.replace("{model}", short).replace("{scheme}", scheme))
+        return check_repo(self.repo.replace("{model}", short).replace("{recipe}", recipe))
 
-    def check(self, models: Sequence[str], schemes: Sequence[str]) -> None:
+    def check(self, models: Sequence[str], recipes: Sequence[str]) -> None:
         """Raises Several if a job has no repository of its own."""
-        jobs = [(model, scheme) for model in models for scheme in schemes if scheme != "none"]
+        jobs = [(model, recipe) for model in models for recipe in recipes]
         try:
             names = [self.name_of(*job) for job in jobs]
         except ValueError as error:
             raise Several([(("repo",), str(error))]) from error
         if twice := next((name for name in names if names.count(name) > 1), None):
-            said = f"several jobs would go to {twice}; tell them apart by {{model}} and {{scheme}}"
+            said = f"several jobs would go to {twice}; tell them apart by {{model}} and {{recipe}}"
             raise Several([(("repo",), said)])
 
 
@@ -246,24 +243,28 @@ def check_repo(name: str) -> str:
 
 
 class Run(_Strict):
-    """A whole config: every model is pressed by every scheme; the unquantized baseline is always measured."""
+    """A whole config: every model is quantized by every recipe; the unquantized baseline is always measured."""
 
     name: str = Field(pattern=_NAME)
     models: list[Model] = Field(min_length=1)
-    schemes: list[SchemeName] = Field(min_length=1)
-    quantize: Quantize = Quantize()  # type: ignore[call-arg]
+    defaults: RecipeDefaults = RecipeDefaults()  # type: ignore[call-arg]
+    recipes: list[RecipeSettings] = Field(min_length=1)
     eval: Eval = Eval()  # type: ignore[call-arg]
     cpu: Cpu = Cpu()
     gates: Gates = Gates()  # type: ignore[call-arg]
     publish: Publish | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    executor: str = "serial"  # how the jobs are carried out, see runs/executors
     output: str = "runs"
 
     @field_validator("publish")
     @classmethod
     def _repositories(cls, value: Publish | None, info: ValidationInfo) -> Publish | None:
         if value:
-            value.check([model.id for model in info.data.get("models", [])], info.data.get("schemes", []))
+            value.check(
+                [model.id for model in info.data.get("models", [])],
+                [r.label for r in info.data.get("recipes", []) if not r.baseline],
+            )
         return value
 
     @model_validator(mode="after")
@@ -272,34 +273,21 @@ class Run(_Strict):
             self.eval = self.eval.model_copy(update={"kernel": "auto-bf16"})
         return self
 
-    @field_validator("schemes")
+    @field_validator("recipes")
     @classmethod
-    def _distinct(cls, value: list[str]) -> list[str]:
-        if len(set(value)) != len(value):
-            raise ValueError("a scheme is listed twice")
-        return value
+    def _fitting(cls, value: list[RecipeSettings], info: ValidationInfo) -> list[RecipeSettings]:
+        """Recipes with the defaults in them; each must have a name of its own, and make sense to `check`.
 
-    @field_validator("quantize")
-    @classmethod
-    def _fitting(cls, value: Quantize, info: ValidationInfo) -> Quantize:
-        """What is named must be able to make every scheme; what "auto" picks is."""
-        schemes = [name for name in info.data.get("schemes", []) if name != "none"]
-        if (value.method, value.format, value.calibration) == ("auto", "auto", None):
-            return value
-        from ..quantize.recipe import Recipe
-
-        problems: list[tuple[tuple[str, ...], str]] = []
-        learns = False
-        for name in schemes:
-            try:
-                learns |= Recipe.make(name, value.method, value.format).method.needs_calibration
-            except ConfigError as error:
-                problems.append((("format" if value.method == "auto" else "method",), f"{name}: {error}"))
-        if value.calibration and value.method == "auto" and schemes and not problems and not learns:
-            problems.append((("calibration",), NOTHING_LEARNS))
+        The check comes with the validation's context, from whoever knows methods and formats.
+        """
+        recipes = (
+            [recipe.with_defaults(info.data["defaults"]) for recipe in value] if "defaults" in info.data else value
+        )
+        check = (info.context or {}).get("check_recipe", lambda recipe: [])
+        problems = [((str(n), *path), said) for n, recipe in enumerate(recipes) for path, said in check(recipe)]
+        names = [recipe.label for recipe in recipes]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            problems.append(((), f"several recipes are called {', '.join(twice)}; give each a name of its own"))
         if problems:
             raise Several(problems)
-        return value
-
-
-Section = TypeVar("Section", bound=_Strict)
+        return recipes

@@ -15,7 +15,7 @@ def main() -> None:
     quiet_libraries()
     request = json.loads(Path(sys.argv[1]).read_text())
 
-    tasks = {"check": verify.check_task, "measure": measure.measure_task}
+    tasks = {"verify": verify.verify_task, "measure": measure.measure_task}
     try:
         answer = tasks[request["task"]](request)
     except BitpressError as error:

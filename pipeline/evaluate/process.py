@@ -1,6 +1,5 @@
 """Evaluates a model in a fresh process, into a folder with its metrics.json and report, once and no more than it must."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,15 +9,13 @@ from typing import Any
 from bitpress.eval.measure import tasks
 
 from ..config.schema import Eval
-from ..data.text import Text
 from ..errors import ConfigError, listing
 from ..hub.download import Source
 from ..storage import files
 from ..storage.fingerprint import Fingerprint, differences, digest, refuse
-from ..system.device import pick_device
-from ..system.machine import machine
-from ..system.versions import releases, versions
+from ..system.versions import versions
 from . import worker
+from .conditions import Conditions
 from .measure import Resume
 from .metrics import METRICS, read_metrics
 from .results import Origin, assemble, write_report
@@ -26,46 +23,6 @@ from .results import Origin, assemble, write_report
 Say = Callable[[str], None]
 UNFINISHED = "evaluation.partial"  # windows that are scored, until all are
 PREDICTIONS = "predictions.partial"  # the baseline's, until all runs that are compared with it are done
-_COMPUTE = ("bitpress", "torch", "transformers", "tokenizers")  # whose releases may change a perplexity
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """How a model is evaluated. text, text_sha256: the name and the hash of what settings.text leads to.
-
-    command: what the user typed, for the report. redo: measure again what was measured before.
-    """
-
-    settings: Eval
-    device: str
-    text: str
-    text_sha256: str
-    command: str = ""
-    redo: bool = False
-
-    @staticmethod
-    def make(settings: Eval, device: str, text: Text, command: str = "", redo: bool = False) -> "Conditions":
-        return Conditions(settings, device, text.name, text.sha256, command, redo)
-
-    def fingerprint(self, artifact: Fingerprint) -> dict[str, Fingerprint]:
-        """Stage -> everything that its figures depend on.
-
-        Quality is that of the files: the same on every CPU and by any number of threads. Speed, memory and the loss of
-        the kernels are those of a machine.
-
-        Args:
-            artifact: what tells the files that are measured from others.
-        """
-        plain = {key: json.dumps(value, sort_keys=True) for key, value in self.settings.model_dump(mode="json").items()}
-        del plain["text"]  # its name; what it says is in its hash
-        speed = {"eval.speed": plain.pop("speed")}
-        described, exact = machine(pick_device(self.device)), versions()
-        speed |= {f"machine.{key}": described[key] for key in ("cpu", "device", "threads")}
-        speed |= {f"versions.{name}": exact[name] for name in ("bitpress", "torch")}
-        quality = {f"eval.{key}": value for key, value in plain.items()}
-        quality |= {"text.sha256": self.text_sha256, "device": self.device}
-        quality |= {f"versions.{name}": value for name, value in releases().items() if name in _COMPUTE}
-        return {"artifact": artifact, "quality": quality, "speed": speed}
 
 
 @dataclass(frozen=True)
@@ -156,9 +113,7 @@ def evaluate(
         windows = {**now["artifact"], **now["quality"]}
         predictions, baseline = subject.predictions[0], {**subject.predictions[1], **now["quality"]}
         resume = Resume(_key(folder / UNFINISHED, windows), windows, _key(predictions, baseline), baseline)
-        measured = measure(
-            subject.checkpoint, subject.baseline, conditions.settings, conditions.device, folder, resume
-        )
+        measured = measure(subject.checkpoint, subject.baseline, conditions.settings, conditions.device, folder, resume)
         measured["seconds"] = {**(seconds or {}), "evaluate": measured["seconds"]}
         metrics = assemble(subject.model, subject.origin, conditions, measured | {"reload": reload, "fingerprint": now})
     write_report(folder, [*([read_metrics(beside)] if beside and beside.exists() else []), metrics])

@@ -177,6 +177,32 @@ def linear_kind(model: nn.Module, target: Target) -> str | None:
     return "linear" if isinstance(module, nn.Linear) else None
 
 
+def weight_kind(model: nn.Module, target: Target) -> str | None:
+    """As linear_kind, and "embedding" for the weight of an embedding."""
+    path, _, leaf = target.parameter.rpartition(".")
+    if not target.expert and leaf == "weight" and isinstance(model.get_submodule(path), nn.Embedding):
+        return "embedding"
+    return linear_kind(model, target)
+
+
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+
+
+def fused_unit(layer: str) -> str:
+    """The unit that servers fuse a layer into (q, k and v; gate and up; all experts of a block), or its own name."""
+    experts, inside, _ = layer.partition(".experts.")
+    if inside:
+        return f"{experts}.experts"
+    parent, _, leaf = layer.rpartition(".")
+    return f"{parent}.{_FUSED[leaf]}" if leaf in _FUSED else layer
+
+
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` where `path` is, a submodule or a parameter of the model."""
     parent_path, _, leaf = path.rpartition(".")

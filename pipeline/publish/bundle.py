@@ -101,8 +101,9 @@ def seal(parcel: Parcel, run: Path) -> None:
 def without_paths(text: str, config: Mapping[str, Any]) -> str:
     """The text without this machine's folders, which a published command or config need not tell: of absolute paths in
     the config the last part is left, and the user's own folder is written as ~."""
-    calibration = config["quantize"]["calibration"] or {}
-    named = [config["output"], config["eval"]["text"], calibration.get("text"), *(x["id"] for x in config["models"])]
+    calibrations = [part["calibration"] for part in (config["defaults"], *config["recipes"]) if part["calibration"]]
+    named = [config["output"], config["eval"]["text"], *(each["text"] for each in calibrations)]
+    named += [model["id"] for model in config["models"]]
     paths = [path for path in named if isinstance(path, str) and Path(path).is_absolute()]
     for path in sorted(paths, key=len, reverse=True):
         text = text.replace(path, Path(path).name)

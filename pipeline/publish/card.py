@@ -164,9 +164,10 @@ def _calibration_sets(metrics: Mapping[str, Any]) -> list[str] | None:
     """The data set of the Hub that it learned from."""
     if not metrics["calibration"]:
         return None
-    chosen = Calibrate.model_validate(metrics["config"]["quantize"]["calibration"] or {})
-    text = source_of(chosen.text)
-    return [text.dataset] if isinstance(text, Dataset) else None
+    recipes = metrics["config"]["recipes"]
+    texts = [source_of(Calibrate.model_validate(recipe["calibration"] or {}).text) for recipe in recipes]
+    names = [text.dataset for text in texts if isinstance(text, Dataset)]
+    return list(dict.fromkeys(names)) or None
 
 
 def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:

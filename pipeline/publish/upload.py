@@ -17,7 +17,7 @@ from bitpress.eval.report.report import pictures
 from bitpress.eval.report.words import printable
 
 from ..checkpoints.doctor import diagnose
-from ..config.schema import Gates, check_repo
+from ..config.schema import BASELINE, Gates, check_repo
 from ..errors import CheckpointError, ConfigError, GateError, HubError, listing
 from ..evaluate import gates
 from ..evaluate.metrics import read_metrics
@@ -92,7 +92,7 @@ def prepare(run: Path, repo: str, override: bool, on_step: OnStep = lambda done,
     if not found.sound:
         raise CheckpointError(f"{run / 'artifact'} is unsound, so it stays here:\n{listing(found.faults)}")
     parcel = pack(run, metrics["config"])
-    baseline = run.parent / "none" / "metrics.json"
+    baseline = run.parent / BASELINE / "metrics.json"
     runs = [*([_portable(baseline)] if baseline.exists() else []), _portable(run / "metrics.json") | {"gates": verdict}]
     origin = origin_of(metrics, run / "artifact" / CARD, [item.name for item in parcel.items])
     figures = {f"{FIGURES}/{number}.png": figure for number, figure in enumerate(pictures(printable(runs)), 1)}
@@ -116,12 +116,12 @@ def _finished(run: Path) -> dict[str, Any]:
     if not (run / "metrics.json").is_file():
         raise ConfigError(f"{run} is no finished run: it has no metrics.json; {advice}")
     metrics = read_metrics(run / "metrics.json")
-    if metrics["scheme"] == "none":
+    if metrics["scheme"] == BASELINE:
         raise ConfigError(f"{run} is the unquantized baseline, which is published already; {advice}")
     manifest = run / "artifact" / MANIFEST
     if not manifest.is_file():
         raise ConfigError(f"{run} has no artifact/{MANIFEST}; {advice}")
-    if store.sha256_file(manifest) != metrics["fingerprint"]["artifact.sha256"]:
+    if store.sha256_file(manifest) != metrics["fingerprint"]["artifact"]["sha256"]:
         raise ConfigError(f"{run}: metrics.json is of another artifact than the one beside it; run its config again")
     journal.Journal(run / "journal.jsonl")
     return metrics

@@ -15,10 +15,10 @@ from ..storage import journal
 from ..storage.checkpoint import INDEX, Checkpoint, read_json
 from ..storage.fingerprint import MANIFEST, check_fingerprint, open_work
 from ..system.versions import versions
-from .plan import Plan, Unit, make_plan
+from .plan import Plan, PlannedTensor, Unit, make_plan
 from .recipe import Recipe, fingerprint, order_of_sums
 from .sequential import CalibratedBlocks, clear_states
-from .weights import press
+from .weights import quantize_unit
 
 OnStep = Callable[[int, int], None]
 
@@ -76,7 +76,7 @@ class _Progress:
 
 def _check_source(checkpoint: Checkpoint, unit: Unit, line: dict[str, Any]) -> None:
     digest = hashlib.sha256()
-    for entry in unit.entries:
+    for entry in unit.tensors:
         checkpoint.read(entry.info.name, digest)
     if digest.hexdigest() != line["source_sha256"]:
         raise ConfigError(
@@ -93,12 +93,12 @@ def _write_rest(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: Path
         "weight_map": dict(sorted(weight_map.items())),
     }
     files[INDEX] = store.write_json(folder / INDEX, index)
-    section = recipe.format.quantization_config(recipe.scheme, plan.kept_linear, plan.dtype)
+    section = plan.format.quantization_config(next(iter(plan.schemes.values())), plan.kept_linear, plan.dtype)
     config = {key: value for key, value in checkpoint.config.items() if key != "_name_or_path"}
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = str(plan.dtype).removeprefix("torch.")
     files["config.json"] = store.write_json(folder / "config.json", config | {"quantization_config": section})
-    if recipe.format.quant_method == "gptq":
+    if plan.format.quant_method == "gptq":
         files["quantize_config.json"] = store.write_json(folder / "quantize_config.json", section)
     for path in checkpoint.other_files():
         files[path.name] = store.copy_file(path, folder / path.name)
@@ -108,12 +108,12 @@ def _write_rest(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: Path
 def _compare_names(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: Path) -> None:
     """Every tensor of the source is in the output, as it was or quantized, and nothing else is."""
     found = set(Checkpoint(folder).tensors)
-    expected = {entry.info.name for entry in plan.entries if not entry.kind}
+    expected = {entry.info.name for entry in plan.tensors if not entry.spec}
     layers = {entry.module for entry in plan.quantized}
-    owned = {name for name in found for suffix in recipe.format.suffixes if name.removesuffix(f".{suffix}") in layers}
+    owned = {name for name in found for suffix in plan.format.suffixes if name.removesuffix(f".{suffix}") in layers}
     missing = sorted(expected - found)
     missing += sorted(
-        f"{layer}.{recipe.format.marker}" for layer in layers if f"{layer}.{recipe.format.marker}" not in found
+        f"{layer}.{plan.format.marker}" for layer in layers if f"{layer}.{plan.format.marker}" not in found
     )
     extra = sorted(found - expected - owned)
     if missing or extra:
@@ -148,24 +148,27 @@ def quantize(
         return _verify_finished(out, on_step)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
-    plan = make_plan(checkpoint, recipe.scheme, recipe.format, recipe.skip)
+    plan = make_plan(checkpoint, recipe)
     folder = work / "artifact.tmp"
     open_work(work, marks | order_of_sums(recipe))
     blocks = CalibratedBlocks(checkpoint, plan, recipe, work) if recipe.calibration else None
     store.make_folder(folder)
     progress = _Progress(plan, work, folder)
-    total_bytes = sum(entry.info.nbytes for entry in plan.entries)
     written = sum(line["bytes"] for line in progress.done.values())
-    ratio = recipe.scheme.bits / 16 + 0.1
-    kept = sum(entry.info.nbytes for entry in plan.entries if not entry.kind)
-    needed = max(0, int(kept + (total_bytes - kept) * ratio) - written) + (blocks.nbytes() if blocks else 0)
+    size = sum(tensor.info.nbytes * _ratio(tensor) for tensor in plan.tensors)
+    needed = max(0, int(size) - written) + (blocks.nbytes() if blocks else 0)
     store.preflight(work, needed)
     lines = _write_units(_Job(checkpoint, plan, recipe, blocks), progress, on_step)
     _finish(checkpoint, plan, recipe, folder, lines, marks)
     checkpoint.check_unchanged()
     store.publish_folder(folder, out)
     clear_states(work)
-    return [*progress.notes, *_remarks(lines)]
+    return [*plan.notes, *progress.notes, *_remarks(lines)]
+
+
+def _ratio(tensor: PlannedTensor) -> float:
+    """The bytes of a tensor in the artifact over those in the source, somewhat overestimated."""
+    return tensor.spec.scheme.bits / 8 / tensor.info.dtype.itemsize + 0.1 if tensor.spec else 1.0
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ class _Job:
     def press(self, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.blocks and unit.block is not None:
             return self.blocks.press(unit)
-        return press(self.checkpoint, self.plan, unit, self.recipe)
+        return quantize_unit(self.checkpoint, self.plan, unit)
 
     def finished(self, progress: _Progress) -> set[str]:
         """The files that need not be made again."""
@@ -235,7 +238,7 @@ def _check_fallbacks(lines: Iterable[dict[str, Any]], most: int) -> None:
     if len(fallen := _layers(lines, "fallback")) > most:
         raise NumericsError(
             f"{len(fallen)} layers fell back to absmax, max_fallback_layers is {most}; give more or other calibration "
-            f"text, keep them by quantize.skip, or raise max_fallback_layers to go on:\n{listing(fallen)}"
+            f"text, keep them by a rule, or raise max_fallback_layers to go on:\n{listing(fallen)}"
         )
 
 
@@ -256,7 +259,7 @@ def _finish(
         "fingerprint": marks,
         "versions": versions(),
         **order_of_sums(recipe),
-        "recipe": recipe.to_dict(),
+        "recipe": recipe.to_dict() | {"format": plan.format.name},
         "coverage": plan.coverage() | {"layers": layers},
         "files": files,
     }

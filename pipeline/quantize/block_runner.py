@@ -22,7 +22,7 @@ from ..models.modules import dense_layer, replace_layers, set_tensor
 from ..models.structure import Names, decoder, skeleton
 from ..storage.checkpoint import Checkpoint
 from ..system.threads import pool
-from .plan import Entry
+from .plan import PlannedTensor
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time: what caches, and what memory likes
 _MOST_AT_A_TIME = 4  # batches: one for each core where there are few, but their activations are all in memory
@@ -82,7 +82,9 @@ class Walk:
     `embed` comes first; then `enter`, any of the block's methods, and `leave`, for block after block.
     """
 
-    def __init__(self, checkpoint: Checkpoint, outside: Iterable[Entry], ids: Tensor, dtype: torch.dtype, device: str):
+    def __init__(
+        self, checkpoint: Checkpoint, outside: Iterable[PlannedTensor], ids: Tensor, dtype: torch.dtype, device: str
+    ):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.model = skeleton(checkpoint, dtype)
         self.names = Names(self.model)
@@ -180,7 +182,7 @@ class Walk:
         finally:
             self._ending = None
 
-    def enter(self, number: int, weights: Iterable[tuple[Entry, Tensor]]) -> None:
+    def enter(self, number: int, weights: Iterable[tuple[PlannedTensor, Tensor]]) -> None:
         """Give a block its weights, and the place that is its own."""
         self._blocks[number] = block = self._real[number]
         experts = {}
@@ -203,7 +205,7 @@ class Walk:
         found = self._block(inputs.to(self.device), *call.arguments, **call.options)
         return found[0] if isinstance(found, tuple | list) else found
 
-    def layer(self, entry: Entry) -> nn.Module:
+    def layer(self, entry: PlannedTensor) -> nn.Module:
         """The module that multiplies by an entry's weight."""
         if entry.target.expert is None:
             return self.model.get_submodule(entry.target.parameter.removesuffix(".weight"))
@@ -212,20 +214,20 @@ class Walk:
         expert, piece, _ = entry.target.expert
         return experts.experts[expert][piece]  # type: ignore[index]
 
-    def set_weight(self, entry: Entry, weight: Tensor) -> None:
+    def set_weight(self, entry: PlannedTensor, weight: Tensor) -> None:
         """Replace a layer's weight by `weight` [out, in]."""
         stored = weight.t().contiguous() if entry.kind == "conv1d" else weight
         self.layer(entry).weight = nn.Parameter(stored.to(self.device, self.dtype), requires_grad=False)
 
-    def sharing(self, entries: list[Entry], inputs: Tensor) -> list[list[Entry]]:
+    def sharing(self, entries: list[PlannedTensor], inputs: Tensor) -> list[list[PlannedTensor]]:
         """The entries that read the very same inputs, together, in the order in which the block calls them.
 
         Args:
             inputs: of one batch. Experts that none of its tokens reach count as called last.
         """
-        seen: list[tuple[Any, Tensor | None, list[Entry]]] = []
+        seen: list[tuple[Any, Tensor | None, list[PlannedTensor]]] = []
 
-        def note(entry: Entry, x: Tensor | None) -> None:
+        def note(entry: PlannedTensor, x: Tensor | None) -> None:
             expert = entry.target.expert
             key = (entry.target.parameter, expert[0]) if expert else None
             for known, tensor, group in seen:
@@ -242,7 +244,7 @@ class Walk:
                 note(entry, torch.empty(0))
         return [group for _, _, group in seen]
 
-    def hessians(self, groups: list[list[Entry]], inputs: Iterable[Tensor]) -> list[Hessian]:
+    def hessians(self, groups: list[list[PlannedTensor]], inputs: Iterable[Tensor]) -> list[Hessian]:
         """Of each group's inputs, over all batches.
 
         Raises:
@@ -253,7 +255,7 @@ class Walk:
 
         leaders = [group[0] for group in groups]
 
-        def note(entry: Entry, x: Tensor) -> None:
+        def note(entry: PlannedTensor, x: Tensor) -> None:
             seen.inputs.append((id(entry), x))
             if entry is leaders[-1] and not entry.target.expert:
                 raise _Done
@@ -268,7 +270,7 @@ class Walk:
             for wave in self._waves(inputs):
                 collected = [item for batch in run(collect, wave) for item in batch]
 
-                def add(entry: Entry, given: list[tuple[int, Tensor]] = collected) -> None:
+                def add(entry: PlannedTensor, given: list[tuple[int, Tensor]] = collected) -> None:
                     for layer, x in given:
                         if layer == id(entry):
                             found[layer].add(x)
@@ -304,7 +306,7 @@ class Walk:
             yield wave
 
     @contextlib.contextmanager
-    def _hooked(self, entries: list[Entry], note: Any) -> Iterator[None]:
+    def _hooked(self, entries: list[PlannedTensor], note: Any) -> Iterator[None]:
         """note(entry, inputs) at each call of an entry's layer."""
         handles = [
             self.layer(entry).register_forward_pre_hook(lambda _, inputs, entry=entry: note(entry, inputs[0]))

@@ -1,7 +1,7 @@
 """What will be done to each tensor, decided from headers alone, before any weight is read."""
 
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections import defaultdict
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,25 +11,31 @@ from transformers.pytorch_utils import Conv1D
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, ConfigError, listing
+from ..formats import registry as formats
 from ..formats.base import Format
-from ..models.structure import Names, Target, linear_kind, skeleton, tied
+from ..models.structure import Names, Target, fused_unit, skeleton, tied, weight_kind
 from ..storage.checkpoint import Checkpoint, TensorInfo
+from .recipe import Recipe
+from .spec import KEPT, LayerSpec, Rules
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _UNIT_BYTES = 512 << 20  # outside the blocks, tensors are grouped into shards of at most this
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of the source checkpoint.
+class PlannedTensor:
+    """One tensor of the source checkpoint, and what will be done to it.
 
-    kind: "linear" or "conv1d" (stored transposed) where it will be quantized, None where it is kept.
+    target: its place in the model. block: the decoder block that it is in; None outside of them.
+    spec: how it is quantized; None where it is kept.
+    kind: "linear", "conv1d" (stored transposed) or "embedding" where it is quantized; None where it is kept.
     reason: why it is kept; "" where it is quantized.
     """
 
     info: TensorInfo
     target: Target
     block: int | None
+    spec: LayerSpec | None
     kind: str | None
     reason: str = ""
 
@@ -49,118 +55,243 @@ class Unit:
     """The tensors that are written together, as one shard: a decoder block, or some of what is outside the blocks."""
 
     name: str
-    entries: list[Entry]
+    tensors: list[PlannedTensor]
 
     @property
     def block(self) -> int | None:
-        return self.entries[0].block
+        return self.tensors[0].block
 
 
 @dataclass(frozen=True)
 class Plan:
+    """What will be done to a checkpoint.
+
+    dtype: that of its first weight that is quantized. dropped: tensors that repeat a weight they are tied to.
+    format: how the artifact is stored. notes: sentences on what the recipe left open and the plan decided.
+    """
+
     model: PreTrainedModel
-    entries: list[Entry]
+    tensors: list[PlannedTensor]
     units: list[Unit]
     dtype: torch.dtype
     dropped: list[str]
+    format: Format
+    notes: list[str] = field(default_factory=list)
 
     @property
-    def quantized(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.kind]
+    def quantized(self) -> list[PlannedTensor]:
+        return [tensor for tensor in self.tensors if tensor.spec]
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Layer, as the files name it -> its scheme."""
+        return {tensor.module: tensor.spec.scheme for tensor in self.tensors if tensor.spec}
 
     @property
     def kept_linear(self) -> list[str]:
         """Linear layers that stay as they are, by name, a tied head among them: other runtimes must be told."""
-        named = {entry.target.parameter: entry for entry in self.entries}
+        named = {tensor.target.parameter: tensor for tensor in self.tensors}
         kept = []
         for path, module in self.model.named_modules():
-            entry = named.get(f"{path}.weight")
-            if isinstance(module, nn.Linear | Conv1D) and not (entry and entry.kind):
-                kept.append(entry.module if entry else path)
+            tensor = named.get(f"{path}.weight")
+            if isinstance(module, nn.Linear | Conv1D) and not (tensor and tensor.spec):
+                kept.append(tensor.module if tensor else path)
         return kept
 
     def coverage(self) -> dict[str, object]:
         """Which share of the decoder's weight bytes is quantized, and what is kept and why."""
-        inside = [entry for entry in self.entries if entry.block is not None]
-        total = sum(entry.info.nbytes for entry in inside)
-        done = sum(entry.info.nbytes for entry in inside if entry.kind)
+        inside = [tensor for tensor in self.tensors if tensor.block is not None]
+        total = sum(tensor.info.nbytes for tensor in inside)
+        done = sum(tensor.info.nbytes for tensor in inside if tensor.spec)
         kept = [
             {
-                "name": entry.info.name,
-                "block": entry.block,
-                "shape": list(entry.info.shape),
-                "bytes": entry.info.nbytes,
-                "reason": entry.reason,
+                "name": tensor.info.name,
+                "block": tensor.block,
+                "shape": list(tensor.info.shape),
+                "bytes": tensor.info.nbytes,
+                "reason": tensor.reason,
             }
-            for entry in self.entries
-            if not entry.kind
+            for tensor in self.tensors
+            if not tensor.spec
         ]
-        kept += [
-            {
-                "name": name,
-                "block": None,
-                "shape": [0],
-                "bytes": 0,
-                "reason": "left out: a copy of the weight it is tied to",
-            }
-            for name in self.dropped
-        ]
+        copy = {"block": None, "shape": [0], "bytes": 0, "reason": "left out: a copy of the weight it is tied to"}
+        kept += [{"name": name, **copy} for name in self.dropped]
         return {"decoder_bytes": total, "quantized_bytes": done, "share": done / total if total else 0.0, "kept": kept}
 
 
-def _skipped(name: str, skip: list[str]) -> str | None:
-    module = name.removesuffix(".weight")
-    return next((p for p in skip if fnmatchcase(module, p) or fnmatchcase(name, p)), None)
+class _Problems:
+    """Problems, each once with the layers that have it."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, layer: str, problems: list[str]) -> None:
+        for problem in problems:
+            self.layers[problem].append(layer)
+
+    def sentences(self) -> list[str]:
+        return [f"{problem} ({_counted(layers)})" for problem, layers in self.layers.items()]
 
 
-def _classify(
-    info: TensorInfo, target: Target, names: Names, model: PreTrainedModel, skip: list[str]
-) -> tuple[str | None, str]:
-    """(kind, "") for a weight to quantize, (None, reason) for one to keep.
+def _counted(layers: list[str]) -> str:
+    return layers[0] if len(layers) == 1 else f"{len(layers)} layers, such as {layers[0]}"
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """Decide what happens to each tensor, from headers alone (tied copies excepted, which are compared).
+
+    Raises:
+        CheckpointError: tensors that do not fit config.json, missing or fused ones, all at once.
+        ConfigError: weights that a scheme or the format cannot hold, or a pattern that matches nothing.
+    """
+    if section := checkpoint.config.get("quantization_config"):
+        method = section.get("quant_method", "unknown") if isinstance(section, dict) else section
+        raise CheckpointError(f"{checkpoint.folder.name} is quantized already ({method}); give the original checkpoint")
+    model = skeleton(checkpoint)
+    names = Names(model)
+    targets = {name: names.target(name) for name in checkpoint.tensors}
+    copies = _tied_copies(checkpoint, targets, model)
+    tensors, broken, unfit, fitted = [], [], _Problems(), _Problems()
+    for info in checkpoint.tensors.values():
+        if info.name in copies:
+            continue
+        target = targets[info.name]
+        expected = names.shape(target)
+        if expected is not None and expected != info.shape:
+            broken.append(f"{info.name}: shape {list(info.shape)} in the file, {list(expected)} by config.json")
+            continue
+        try:
+            spec, kind, reason = _decide(info, target, names, model, recipe.rules)
+        except ValueError as error:
+            unfit.add(info.name, [str(error)])
+            continue
+        tensor = PlannedTensor(info, target, names.block(target.parameter), spec, kind, reason)
+        if spec and recipe.fit_groups:
+            spec = spec.fitted(tensor.shape)
+            if spec != tensor.spec:
+                fitted.add(tensor.module, [f"{spec.scheme.name} in place of {tensor.spec.scheme.name}"])  # type: ignore[union-attr]
+                tensor = PlannedTensor(info, target, tensor.block, spec, kind, reason)
+        if spec:
+            unfit.add(tensor.module, spec.scheme.problems(tensor.shape))
+        tensors.append(tensor)
+    complete = not broken and not unfit.layers
+    broken += names.missing(tensor.target for tensor in tensors) if complete else []
+    if broken:
+        raise CheckpointError(f"{checkpoint.folder} does not match its config.json:\n{listing(broken)}")
+    unused = [p for p in recipe.rules.layers if not any(Rules(None, {p: None}).pattern(n) for n in checkpoint.tensors)]
+    if unused:
+        raise ConfigError(f"layers: {', '.join(unused)} matches no tensor of {checkpoint.folder.name}")
+    if unfit.layers:
+        keep = "; keep such layers by a rule, as in layers: {'NAME': none} (--layer 'NAME=none')"
+        if any("group_size" in problem for problem in unfit.layers):
+            keep += ", or set fit_groups: true (--fit-groups)"
+        raise ConfigError(f"{recipe.scheme} does not fit every weight{keep}:\n{listing(unfit.sentences())}")
+    if not any(tensor.spec for tensor in tensors):
+        raise ConfigError(f"nothing to quantize in {checkpoint.folder.name}: the recipe's rules keep every layer")
+    if not recipe.allow_split_fused:
+        _refuse_split_units(tensors, recipe.rules)
+    format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec])
+    dtype = next(tensor.info.dtype for tensor in tensors if tensor.spec)
+    notes = [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
+    if reasons:
+        notes.append(f"saved as {format.name}, for {'; '.join(reasons)}")
+    return Plan(model, tensors, _units(tensors), dtype, copies, format, notes)
+
+
+def _decide(
+    info: TensorInfo, target: Target, names: Names, model: PreTrainedModel, rules: Rules
+) -> tuple[LayerSpec | None, str | None, str]:
+    """(spec, kind, "") for a weight to quantize, (None, None, reason) for one to keep.
+
+    Embeddings and heads are quantized where a rule names them, never because "*" matches them too.
 
     Raises:
         ValueError: it ought to be quantized, and cannot be.
     """
     if not names.known(target.parameter):
-        return None, "not a weight of the model as transformers builds it"
-    if names.block(target.parameter) is None:
-        return None, "outside the decoder blocks"
-    if pattern := _skipped(info.name, skip):
-        return None, f"listed in quantize.skip ({pattern})"
-    kind = linear_kind(model, target)
+        return None, None, "not a weight of the model as transformers builds it"
+    pattern, spec = rules.pattern(info.name), rules.spec(info.name)
+    inside = names.block(target.parameter) is not None
+    layer = info.name.removesuffix(".weight").rpartition(".")[2]
+    if not inside and not (pattern and layer in pattern):
+        return None, None, "outside the decoder blocks"
+    if spec is None:
+        return None, None, f"kept by the rule {pattern}: {KEPT}" if pattern else "no rule of the recipe names it"
+    kind = weight_kind(model, target)
     if kind is None and len(info.shape) >= 3:
         raise ValueError(f"experts fused into one tensor of shape {list(info.shape)} are not supported yet")
-    if kind is None:
+    if kind is None or (kind == "embedding" and inside):
         owner = type(model.get_submodule(target.parameter.rpartition(".")[0])).__name__
-        return None, "a vector" if len(info.shape) < 2 else f"the weight of a {owner}, not of a linear layer"
+        reason = "a vector" if len(info.shape) < 2 else f"the weight of a {owner}, not of a linear layer"
+        return None, None, reason
     if info.dtype not in _FLOATS:
         raise ValueError(f"dtype {info.dtype} is not bfloat16, float16 or float32: quantized already?")
     if info.shape[0] == 1 and kind == "linear":
-        return None, "a single output: a gate"
-    return kind, ""
+        return None, None, "a single output: a gate"
+    if not inside and (origin := tied(model).get(target.parameter)):
+        raise ValueError(f"it is tied to {origin}, which it would not be equal to any more; name that one in the rule")
+    return spec, kind, ""
 
 
-def _shape_problem(info: TensorInfo, target: Target, names: Names) -> str | None:
-    """The header against config.json."""
-    expected = names.shape(target)
-    if expected is None or expected == info.shape:
-        return None
-    return f"{info.name}: shape {list(info.shape)} in the file, {list(expected)} by config.json"
+def _refuse_split_units(tensors: list[PlannedTensor], rules: Rules) -> None:
+    """Servers multiply by q, k and v, by gate and up, and by all experts of a block as by one weight.
+
+    Raises:
+        ConfigError: a rule gives parts of such a unit different schemes.
+    """
+    units: dict[str, list[PlannedTensor]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.block is not None and len(tensor.info.shape) == 2 and tensor.info.name.endswith(".weight"):
+            units[fused_unit(tensor.module)].append(tensor)
+    split = []
+    for unit, parts in units.items():
+        schemes = {part.module: part.spec.scheme.name if part.spec else KEPT for part in parts}
+        if len(set(schemes.values())) > 1 and any(rules.pattern(part.info.name) for part in parts):
+            some = [f"{name} {schemes[name]}" for name in {scheme: name for name, scheme in schemes.items()}.values()]
+            split.append(f"{unit}: {', '.join(some)}")
+    if split:
+        raise ConfigError(
+            "rules give the parts of a unit different schemes, and servers such as vLLM fuse these parts into one "
+            "weight: they stop, or take the first part's scheme for all; name all parts in the rule, or set "
+            f"allow_split_fused: true (--allow-split-fused) for runtimes that do not fuse:\n{listing(split)}"
+        )
 
 
-def _units(entries: list[Entry]) -> list[Unit]:
+def _choose_format(wanted: Format | None, tensors: list[PlannedTensor]) -> tuple[Format, list[str]]:
+    """The format that is wanted or, for None, the first that can hold every layer; and why those before it cannot.
+
+    Raises:
+        ConfigError: it, or every format, cannot hold some layer.
+    """
+    reasons = []
+    for format in [wanted] if wanted else formats().values():
+        unfit = _Problems()
+        for tensor in tensors:
+            assert tensor.spec
+            unfit.add(tensor.module, format.problems(tensor.spec.scheme, tensor.shape))
+        sentences = unfit.sentences()
+        if not sentences and len({tensor.spec.scheme for tensor in tensors if tensor.spec}) > 1:
+            sentences = [f"{format.name} holds one scheme for all layers"]
+        if not sentences:
+            return format, reasons
+        reasons += sentences
+    many = "the format cannot hold every layer" if wanted else "no format can hold every layer together"
+    raise ConfigError(f"{many}; keep such layers by a rule, as in layers: {{'NAME': none}}:\n{listing(reasons)}")
+
+
+def _units(tensors: list[PlannedTensor]) -> list[Unit]:
     units: list[Unit] = []
-    outside = [entry for entry in entries if entry.block is None]
-    group: list[Entry] = []
-    for entry in outside:
-        if group and sum(e.info.nbytes for e in group) + entry.info.nbytes > _UNIT_BYTES:
+    outside = [tensor for tensor in tensors if tensor.block is None]
+    group: list[PlannedTensor] = []
+    for tensor in outside:
+        if group and sum(each.info.nbytes for each in group) + tensor.info.nbytes > _UNIT_BYTES:
             units.append(Unit(f"outside {len(units)}", group))
             group = []
-        group.append(entry)
+        group.append(tensor)
     if group:
         units.append(Unit(f"outside {len(units)}", group))
-    blocks = sorted({entry.block for entry in entries if entry.block is not None})
-    return units + [Unit(f"block {b}", [e for e in entries if e.block == b]) for b in blocks]
+    blocks = sorted({tensor.block for tensor in tensors if tensor.block is not None})
+    return units + [Unit(f"block {b}", [each for each in tensors if each.block == b]) for b in blocks]
 
 
 def _tied_copies(checkpoint: Checkpoint, targets: dict[str, Target], model: PreTrainedModel) -> list[str]:
@@ -183,50 +314,3 @@ def _tied_copies(checkpoint: Checkpoint, targets: dict[str, Target], model: PreT
             )
         copies.append(copy)
     return copies
-
-
-def make_plan(checkpoint: Checkpoint, scheme: Scheme, format: Format, skip: list[str]) -> Plan:
-    """Decide what happens to each tensor, from headers alone (tied copies excepted, which are compared).
-
-    Args:
-        skip: shell patterns of layers to keep, such as "*.down_proj" or "model.layers.0.*".
-    Raises:
-        CheckpointError: tensors that do not fit config.json, missing or fused ones, all at once.
-        ConfigError: weights that the scheme or the format cannot hold, or a skip pattern that matches nothing.
-    """
-    if section := checkpoint.config.get("quantization_config"):
-        method = section.get("quant_method", "unknown") if isinstance(section, dict) else section
-        raise CheckpointError(f"{checkpoint.folder.name} is quantized already ({method}); give the original checkpoint")
-    model = skeleton(checkpoint)
-    names = Names(model)
-    targets = {name: names.target(name) for name in checkpoint.tensors}
-    copies = _tied_copies(checkpoint, targets, model)
-    entries, broken, unfit = [], [], []
-    for info in checkpoint.tensors.values():
-        if info.name in copies:
-            continue
-        target = targets[info.name]
-        if problem := _shape_problem(info, target, names):
-            broken.append(problem)
-            continue
-        try:
-            kind, reason = _classify(info, target, names, model, skip)
-        except ValueError as error:
-            unfit.append(f"{info.name}: {error}; list it under quantize.skip to keep it as it is")
-            continue
-        entry = Entry(info, target, names.block(target.parameter), kind, reason)
-        entries.append(entry)
-        if kind:
-            for problem in scheme.problems(entry.shape) or format.problems(scheme, entry.shape):
-                unfit.append(f"{entry.module}: {problem}, or list it under quantize.skip")
-    broken += names.missing(entry.target for entry in entries) if not broken and not unfit else []
-    if broken:
-        raise CheckpointError(f"{checkpoint.folder} does not match its config.json:\n{listing(broken)}")
-    if unused := [p for p in skip if not any(_skipped(name, [p]) for name in checkpoint.tensors)]:
-        raise ConfigError(f"quantize.skip: {', '.join(unused)} matches no tensor of {checkpoint.folder.name}")
-    if unfit:
-        raise ConfigError(f"{scheme.name} as {format.name} does not fit every weight:\n{listing(unfit)}")
-    if not any(entry.kind for entry in entries):
-        raise ConfigError(f"nothing to quantize in {checkpoint.folder.name}: quantize.skip keeps every layer")
-    dtype = next(entry.info.dtype for entry in entries if entry.kind)
-    return Plan(model, entries, _units(entries), dtype, copies)

@@ -1,92 +1,175 @@
-"""How to quantize, settled and checked before any weight is read; and what a finished artifact is known by."""
+"""How one model is quantized, settled and checked before any weight is read."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bitpress.kernels.scheme import Scheme
 
+from ..config.load import load_recipe
+from ..config.schema import AUTO, RecipeSettings
 from ..data.calibration import Calibration
 from ..errors import ConfigError, nearest
-from ..formats import default_format
 from ..formats import registry as formats
 from ..formats.base import Format
-from ..methods import default_method, options_of, with_options
+from ..methods import options_of
 from ..methods import registry as methods
-from ..methods.base import Method
 from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
 from ..system.versions import releases
+from .spec import KEPT, LayerSpec, Rules
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+NO_CALIBRATION = "no method of the recipe is calibrated: name one that is, such as gptq, or leave calibration out"
+
+
+Problem = tuple[tuple[int | str, ...], str]  # the path to a key, and a sentence
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize: scheme, method, format, and the layers to keep; names resolved and found compatible.
+    """How one model is quantized: its names are resolved and fit together.
 
-    calibration: the tokens that the method learns from; None for a method that needs none.
+    rules: each layer's scheme and method. format: how the artifact is stored; None for the first format that can hold
+    every layer. calibration: the tokens that calibrated methods are given; None where no method needs any.
+    max_fallback_layers: the job fails where more layers than this fall back to rounding to nearest.
+    fit_groups: a layer that its group size does not divide gets the largest smaller power of two that does.
+    allow_split_fused: the parts of a unit that servers fuse, such as q, k and v, may differ.
+    device: where calibrated methods do their work.
     """
 
-    scheme: Scheme
-    method: Method
-    format: Format
-    skip: list[str] = field(default_factory=list)
+    name: str
+    rules: Rules
+    format: Format | None = None
     calibration: Calibration | None = None
-    max_fallback_layers: int = 0  # where more layers than that fall back to absmax, the job fails
-    device: str = "cpu"  # where a method that learns does its work
+    max_fallback_layers: int = 0
+    fit_groups: bool = False
+    allow_split_fused: bool = False
+    device: str = "cpu"
 
     @staticmethod
-    def make(
-        scheme: str,
-        method: str = "auto",
-        format: str = "auto",
-        skip: list[str] | None = None,
-        algorithm: dict[str, Any] | None = None,
-        max_fallback_layers: int = 0,
-        device: str = "auto",
-    ) -> "Recipe":
-        """From names; "auto" is the default method and the most portable format of the scheme.
+    def make(settings: "str | Mapping[str, Any] | RecipeSettings", device: str = "auto") -> "Recipe":
+        """A recipe from its text, such as "gptq/int4-g128", or from its settings as a config has them.
 
         Args:
-            algorithm: options of the method, such as {"damping": 1e-3} of gptq.
-            device: "cpu", "cuda" or "auto", for methods that learn; the others work on the CPU.
+            device: "cpu", "cuda" or "auto", for calibrated methods; the others work on the CPU.
         Raises:
             ConfigError: an unknown name, or things that do not go together.
         """
-        try:
-            parsed = Scheme.parse(scheme)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        for kind, name, known in (("method", method, methods()), ("format", format, formats())):
-            if name != "auto" and name not in known:
-                hint = nearest(name, known) or f"; use auto or one of {', '.join(known)}"
-                raise ConfigError(f"{kind} {name!r} is unknown{hint}")
-        chosen = default_method(parsed) if method == "auto" else methods()[method]
-        try:
-            chosen = with_options(chosen, algorithm or {})
-        except ValueError as error:
-            raise ConfigError(f"algorithm: {error}") from error
-        target = default_format(parsed) if format == "auto" else formats()[format]
-        probe = (1024, 32 * (parsed.group_size or 32))
-        if problems := [*chosen.problems(parsed), *target.problems(parsed, probe)]:
-            raise ConfigError("; ".join(problems))
-        where = str(pick_device(device))
-        return Recipe(parsed, chosen, target, skip or [], max_fallback_layers=max_fallback_layers, device=where)
+        if not isinstance(settings, RecipeSettings):
+            settings = load_recipe(settings)
+        if found := problems(settings):
+            raise ConfigError(
+                "; ".join(f"{'.'.join(map(str, path))}: {said}" if path else said for path, said in found)
+            )
+        options = {settings.method: settings.options}
+        return Recipe(
+            name=settings.label,
+            rules=Rules(
+                LayerSpec.parse(settings.spec, options),
+                {pattern: LayerSpec.parse(text, options) for pattern, text in settings.layers.items()},
+            ),
+            format=None if settings.format == AUTO else formats()[settings.format],
+            max_fallback_layers=settings.max_fallback_layers,
+            fit_groups=settings.fit_groups,
+            allow_split_fused=settings.allow_split_fused,
+            device=str(pick_device(device)),
+        )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether some layer's method needs calibration."""
+        return any(spec.method.needs_calibration for spec in self.rules.specs())
+
+    @property
+    def scheme(self) -> str:
+        """The scheme's name, or "mixed" where layers may differ."""
+        return _common({spec.scheme.name for spec in self.rules.specs()})
+
+    @property
+    def method(self) -> str:
+        """The names of all methods."""
+        return ", ".join(sorted({spec.method.name for spec in self.rules.specs()}))
 
     def to_dict(self) -> dict[str, Any]:
-        described = {
-            "scheme": self.scheme.name,
-            "method": self.method.name,
-            "method_version": self.method.version,
-            "format": self.format.name,
-            "skip": list(self.skip),
+        """Everything that the artifact's bytes depend on, in plain values, flat."""
+        default = self.rules.default
+        described: dict[str, Any] = {
+            "scheme": default.scheme.name if default else KEPT,
+            "method": default.method.name if default else KEPT,
+            "format": self.format.name if self.format else AUTO,
+            "layers": self.rules.to_dict(),
+            "fit_groups": self.fit_groups,
         }
-        described |= {f"algorithm.{name}": value for name, value in options_of(self.method).items()}
+        for method in {spec.method.name: spec.method for spec in self.rules.specs()}.values():
+            described[f"{method.name}.version"] = method.version
+            described |= {f"{method.name}.{name}": value for name, value in options_of(method).items()}
         if self.calibration:
             described |= {f"calibration.{name}": value for name, value in self.calibration.to_dict().items()}
         return described
+
+
+def _common(names: set[str]) -> str:
+    return next(iter(names)) if len(names) == 1 else "mixed"
+
+
+def problems(settings: RecipeSettings) -> list[Problem]:
+    """Everything that is wrong with a recipe's settings: (path to the key, sentence) each."""
+    found: list[Problem] = []
+    for key, known in (("method", methods()), ("format", formats())):
+        value = getattr(settings, key)
+        if value != AUTO and value not in known:
+            hint = nearest(value, known) or f"; use auto or one of {', '.join(known)}"
+            found.append(((key,), f"{key} {value!r} is unknown{hint}"))
+    if found:
+        return found
+    if settings.options and settings.method == AUTO:
+        sentence = "these are options of one method, and method is auto: name it, as in method: gptq"
+        return [(("options",), sentence)]
+    specs: list[LayerSpec] = []
+    texts = {(): settings.spec} | {("layers", pattern): text for pattern, text in settings.layers.items()}
+    for path, text in texts.items():
+        try:
+            specs += [spec] if (spec := LayerSpec.parse(text)) else []
+        except ValueError as error:
+            found.append((path or ("scheme" if settings.method == AUTO else "method",), str(error)))
+    if settings.options and not found:
+        found += _option_problems(settings)
+    if not specs and not found and not settings.baseline:
+        found.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
+    if settings.calibration and specs and not found and not any(spec.method.needs_calibration for spec in specs):
+        found.append((("calibration",), NO_CALIBRATION))
+    if settings.format != AUTO and not found:
+        shape = (1024, 4096)
+        target = formats()[settings.format]
+        unfit = [p for spec in specs for p in target.problems(spec.scheme, _probe(spec.scheme, shape))]
+        found += [(("format",), problem) for problem in dict.fromkeys(unfit)]
+    return found
+
+
+def _probe(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
+    """A shape that the scheme's group size divides."""
+    group = scheme.weight.description().group_size if hasattr(scheme, "weight") else scheme.group_size
+    return shape[0], 32 * (group or 32)
+
+
+def _option_problems(settings: RecipeSettings) -> list[Problem]:
+    """What is wrong with a method's options: with each by itself, or else with them together."""
+
+    def problem(options: Mapping[str, Any]) -> str | None:
+        try:
+            LayerSpec.parse(settings.spec, {settings.method: options})
+        except ValueError as error:
+            return str(error)
+        return None
+
+    single = {name: problem({name: value}) for name, value in settings.options.items()}
+    wrong = [(("options", name), said.removeprefix(f"{name}: ")) for name, said in single.items() if said]
+    if not wrong and (said := problem(settings.options)):
+        wrong.append((("options",), said))
+    return wrong
 
 
 def fingerprint(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -97,8 +180,9 @@ def fingerprint(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe) 
     fields: dict[str, Any] = {f"quantize.{key}": value for key, value in recipe.to_dict().items()}
     fields |= {f"source.{key}": value for key, value in source.items()}
     fields |= {f"files.{name}": value for name, value in checkpoint.identity().items()}
-    used = ["bitpress", "torch", "transformers"]
-    used += ["bitsandbytes"] if recipe.scheme.code == "nf4" else []
+    used = {"bitpress", "torch", "transformers"}
+    for spec in recipe.rules.specs():
+        used |= set(getattr(spec.method, "packages", ()))
     fields |= {f"versions.{name}": value for name, value in releases().items() if name in used}
     return fields | {"format_version": FORMAT_VERSION}
 

@@ -22,7 +22,7 @@ from ..methods.hessian import Hessian
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from .block_runner import Walk
-from .plan import Entry, Plan, Unit
+from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
 from .weights import check_finite, layer_report, quantize_entry, read_ahead
 
@@ -42,10 +42,10 @@ class CalibratedBlocks:
         self.states, self.witness = work / _STATES, work / WITNESS
         # float16 activations overflow in many models that were trained in bfloat16
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
-        outside = [entry for entry in plan.entries if entry.block is None]
+        outside = [entry for entry in plan.tensors if entry.block is None]
         self.ids = recipe.calibration.ids
         self.walk = Walk(checkpoint, outside, self.ids, dtype, recipe.device)
-        self.last = max(entry.block for entry in plan.entries if entry.block is not None)
+        self.last = max(entry.block for entry in plan.tensors if entry.block is not None)
         self._embedded = False
 
     def state(self, block: int) -> Path:
@@ -96,16 +96,16 @@ class CalibratedBlocks:
         for entry, tensor in read_ahead(self.checkpoint, unit, digest):
             check_finite(entry.info.name, tensor)
             weights[entry.info.name] = tensor
-        self.walk.enter(block, ((entry, weights[entry.info.name]) for entry in unit.entries))
-        tensors = {entry.info.name: weights[entry.info.name] for entry in unit.entries if not entry.kind}
+        self.walk.enter(block, ((entry, weights[entry.info.name]) for entry in unit.tensors))
+        tensors = {entry.info.name: weights[entry.info.name] for entry in unit.tensors if not entry.spec}
         reports: dict[str, dict[str, Any]] = {}
         for entry, qtensor, diagnostics in self._quantized(block, unit, weights):
             self.walk.set_weight(entry, qtensor.dequantize(self.walk.dtype))
-            written = self.recipe.format.write(qtensor, self.plan.dtype)
+            written = self.plan.format.write(qtensor, self.plan.dtype)
             tensors |= {f"{entry.module}.{suffix}": tensor for suffix, tensor in written.items()}
             nbytes = sum(tensor.nbytes for tensor in written.values())
             reports[entry.module] = layer_report(entry, qtensor, diagnostics, nbytes)
-        layers = [reports[entry.module] for entry in unit.entries if entry.kind]
+        layers = [reports[entry.module] for entry in unit.tensors if entry.spec]
         line: dict[str, Any] = {"unit": unit.name, "source_sha256": digest.hexdigest(), "layers": layers}
         if block == self.last:
             outputs = self.walk.forward(0, next(self._inputs(block)))
@@ -118,9 +118,9 @@ class CalibratedBlocks:
 
     def _quantized(
         self, block: int, unit: Unit, weights: dict[str, Tensor]
-    ) -> Iterator[tuple[Entry, QTensor, Diagnostics]]:
+    ) -> Iterator[tuple[PlannedTensor, QTensor, Diagnostics]]:
         """Each layer, quantized on its inputs, which are collected at once, or (true_sequential) stage by stage."""
-        groups = self.walk.sharing([entry for entry in unit.entries if entry.kind], next(self._inputs(block)))
+        groups = self.walk.sharing([entry for entry in unit.tensors if entry.spec], next(self._inputs(block)))
         for stage in self._stages(groups):
             hessians = self.walk.hessians(stage, self._inputs(block))
             for group in stage:
@@ -129,21 +129,22 @@ class CalibratedBlocks:
                     yield entry, *self._quantize(entry, weights.pop(entry.info.name), hessian)
                 del hessian
 
-    def _stages(self, groups: list[list[Entry]]) -> list[list[list[Entry]]]:
-        if not getattr(self.recipe.method, "true_sequential", False):
+    def _stages(self, groups: list[list[PlannedTensor]]) -> list[list[list[PlannedTensor]]]:
+        if not any(getattr(spec.method, "true_sequential", False) for spec in self.recipe.rules.specs()):
             return [groups]
-        stages: dict[str, list[list[Entry]]] = {}
+        stages: dict[str, list[list[PlannedTensor]]] = {}
         for group in groups:  # all experts of a kind are one stage
             stages.setdefault(group[0].target.parameter, []).append(group)
         return list(stages.values())
 
-    def _quantize(self, entry: Entry, weight: Tensor, hessian: Hessian) -> tuple[QTensor, Diagnostics]:
+    def _quantize(self, entry: PlannedTensor, weight: Tensor, hessian: Hessian) -> tuple[QTensor, Diagnostics]:
         if entry.target.expert and hessian.tokens < _FEW * entry.shape[1]:
-            qtensor, found = quantize_entry(entry, weight, self.recipe, self.plan.dtype, Absmax().quantize)
+            qtensor, found = quantize_entry(entry, weight, self.plan, Absmax().quantize)
             note = f"rounded by absmax: it saw fewer than {_FEW * entry.shape[1]} tokens"
             return qtensor, replace(found, tokens=hessian.tokens, note=note)
-        learned = partial(self.recipe.method.quantize, hessian=hessian)
-        return quantize_entry(entry, weight.to(self.walk.device), self.recipe, self.plan.dtype, learned)
+        assert entry.spec
+        learned = partial(entry.spec.method.quantize, hessian=hessian)
+        return quantize_entry(entry, weight.to(self.walk.device), self.plan, learned)
 
     def _bear_witness(self, outputs: Tensor) -> None:
         """The logits that this very model, never saved and loaded, gives: what the reloaded one is compared with.

@@ -15,8 +15,7 @@ from ..errors import NumericsError
 from ..methods.base import Diagnostics
 from ..storage.checkpoint import Checkpoint
 from ..system.threads import one_ahead
-from .plan import Entry, Plan, Unit
-from .recipe import Recipe
+from .plan import Plan, PlannedTensor, Unit
 
 _PIECE = 1 << 22
 Quantize = Callable[[Tensor, Scheme, torch.dtype], tuple[QTensor, Diagnostics]]
@@ -37,13 +36,12 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def quantize_entry(
-    entry: Entry, weight: Tensor, recipe: Recipe, dtype: torch.dtype, quantize: Quantize | None = None
+    entry: PlannedTensor, weight: Tensor, plan: Plan, quantize: Quantize | None = None
 ) -> tuple[QTensor, Diagnostics]:
     """One weight of the source, as it was read, as a QTensor, and what that cost.
 
     Args:
-        dtype: the checkpoint's.
-        quantize: in place of the recipe's method.
+        quantize: in place of its spec's method.
 
     Raises:
         NumericsError: NaN or infinite values, or values that the format's scales cannot express.
@@ -51,43 +49,46 @@ def quantize_entry(
     check_finite(entry.info.name, weight)
     weight = weight.t().contiguous() if entry.kind == "conv1d" else weight
     try:
-        scale_dtype = recipe.format.scale_dtype(recipe.scheme, dtype)
-        return (quantize or recipe.method.quantize)(weight, recipe.scheme, scale_dtype)
+        assert entry.spec
+        scale_dtype = plan.format.scale_dtype(entry.spec.scheme, plan.dtype)
+        return (quantize or entry.spec.method.quantize)(weight, entry.spec.scheme, scale_dtype)
     except ValueError as error:
         raise NumericsError(
             f"{entry.info.name}: {error}; use format compressed-tensors with a bfloat16 or float32 checkpoint, "
-            "or list it under quantize.skip"
+            "or keep it by a rule, as in layers: {'NAME': none}"
         ) from error
 
 
-def layer_report(entry: Entry, qtensor: QTensor, diagnostics: Diagnostics, nbytes: int) -> dict[str, Any]:
+def layer_report(entry: PlannedTensor, qtensor: QTensor, diagnostics: Diagnostics, nbytes: int) -> dict[str, Any]:
     return {
         "name": entry.module,
         "block": entry.block,
         "shape": list(entry.shape),
         "bytes": nbytes,
+        "scheme": qtensor.scheme.name,
+        "method": entry.spec.method.name if entry.spec else None,
         **{key: value for key, value in asdict(diagnostics).items() if value is not None},
     }
 
 
-def read_ahead(checkpoint: Checkpoint, unit: Unit, digest: Any) -> Iterator[tuple[Entry, Tensor]]:
+def read_ahead(checkpoint: Checkpoint, unit: Unit, digest: Any) -> Iterator[tuple[PlannedTensor, Tensor]]:
     """Each entry with its tensor; the next one is read, and hashed, while this one is worked on."""
-    tensors = one_ahead(lambda entry: checkpoint.read(entry.info.name, digest), unit.entries)
-    yield from zip(unit.entries, tensors)
+    tensors = one_ahead(lambda entry: checkpoint.read(entry.info.name, digest), unit.tensors)
+    yield from zip(unit.tensors, tensors)
 
 
-def press(checkpoint: Checkpoint, plan: Plan, unit: Unit, recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def quantize_unit(checkpoint: Checkpoint, plan: Plan, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of one shard, and its line in the journal."""
     tensors: dict[str, Tensor] = {}
     layers = []
     digest = hashlib.sha256()
     for entry, tensor in read_ahead(checkpoint, unit, digest):
-        if entry.kind is None:
+        if entry.spec is None:
             check_finite(entry.info.name, tensor)
             tensors[entry.info.name] = tensor
             continue
-        qtensor, diagnostics = quantize_entry(entry, tensor, recipe, plan.dtype)
-        written = recipe.format.write(qtensor, plan.dtype)
+        qtensor, diagnostics = quantize_entry(entry, tensor, plan)
+        written = plan.format.write(qtensor, plan.dtype)
         tensors |= {f"{entry.module}.{suffix}": tensor for suffix, tensor in written.items()}
         nbytes = sum(tensor.nbytes for tensor in written.values())
         layers.append(layer_report(entry, qtensor, diagnostics, nbytes))

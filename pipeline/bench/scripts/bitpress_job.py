@@ -23,8 +23,8 @@ def main() -> None:
 
     request = json.loads(Path(sys.argv[1]).read_text())
     start = time.perf_counter()
-    recipe = Recipe.make(request["scheme"], request["options"]["method"])
-    if recipe.method.needs_calibration:
+    recipe = Recipe.make({"scheme": request["scheme"], "method": request["options"]["method"]})
+    if recipe.calibrated:
         ids = load_file(request["tokens"])["ids"]
         device = str(pick_device("auto"))  # the peers, too, take a GPU where there is one
         recipe = replace(recipe, calibration=Calibration("bench", ids, None), device=device)
