@@ -1,7 +1,7 @@
 """The library's functions, as small as the command line's."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ from .errors import BitpressError
 from .evaluate import process
 from .hub.download import resolve
 from .models.loading import load, load_tokenizer
+from .models.structure import skeleton
 from .publish.upload import Publication, prepare, send
 from .quantize.artifact import quantize as quantize_checkpoint
 from .quantize.recipe import Recipe
 from .storage import files, journal
 from .storage.checkpoint import Checkpoint
+from .system.progress import OnStep
 
 __all__ = ["convert", "evaluate", "load", "publish", "quantize"]
-
-OnStep = Callable[[int, int], None]
 
 
 def quantize(
@@ -59,7 +59,7 @@ def quantize(
             checkpoint, notes = Checkpoint(source.folder), []
             if chosen.calibrated:
                 text = settings.calibration or load_calibration({})
-                tokens = calibrate(text, load_tokenizer(source.folder), checkpoint)
+                tokens = calibrate(text, load_tokenizer(source.folder), skeleton(checkpoint).config)
                 chosen, notes = replace(chosen, calibration=tokens), [f"calibrated on {tokens}"]
             notes += quantize_checkpoint(checkpoint, source.to_dict(), chosen, out, work, on_step)
         except BitpressError:

@@ -17,6 +17,7 @@ from ..errors import BitpressError, ConfigError
 from ..evaluate.process import measure
 from ..hub.download import resolve
 from ..models.loading import load_tokenizer
+from ..models.structure import skeleton
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from .cost import Cost
@@ -72,7 +73,7 @@ def make_job(model: str, scheme: str, calibration: dict[str, Any], text: dict[st
     if judge:
         read_text(judge.text)
     settings, folder = load_calibration(calibration), resolve(model).folder
-    learned = calibrate(settings, load_tokenizer(folder), Checkpoint(folder))
+    learned = calibrate(settings, load_tokenizer(folder), skeleton(Checkpoint(folder)).config)
     return Job(folder, parsed, learned, judge, seed)
 
 

@@ -1,6 +1,6 @@
 """A quantized checkpoint in another format: the same weights to the bit, or a refusal that says why not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from ..storage import files as store
 from ..storage import journal
 from ..storage.checkpoint import INDEX, Checkpoint
 from ..storage.fingerprint import MANIFEST
+from ..system.progress import OnStep
 from ..system.versions import versions
 
 TARGETS = ("compressed-tensors", "gptq", "gptq-v2")
 _UNIT_BYTES = 512 << 20  # tensors are grouped into shards of at most this, and held one group at a time
 _UNFINISHED = "artifact.tmp"
-OnStep = Callable[[int, int], None]
 
 
 @dataclass

@@ -13,7 +13,7 @@ from bitpress.kernels.scheme import Scheme
 from ..formats import registry as formats
 from ..methods import registry as methods
 from ..models.quantized import Layout, detect_scheme, read_layout
-from ..models.structure import Names, skeleton
+from ..models.structure import TensorNames, skeleton
 from ..storage.checkpoint import Checkpoint, TensorInfo
 
 _SCHEMES = ("int4-g128", "int4-g128-asym", "int4-channel", "int8-dynamic", "nf4", "nf4-dq")
@@ -53,7 +53,7 @@ def coverage_of(checkpoint: Checkpoint) -> dict[str, Any]:
         CheckpointError: the files do not fit their config.json.
     """
     if "quantization_config" not in checkpoint.config:
-        names = Names(skeleton(checkpoint))
+        names = TensorNames(skeleton(checkpoint))
         kept = [_kept(info, names) for info in checkpoint.tensors.values()]
         return _coverage([], kept, 0)
     layout = read_layout(checkpoint)
@@ -80,7 +80,7 @@ def _layer(checkpoint: Checkpoint, layout: Layout, name: str) -> dict[str, Any]:
     }
 
 
-def _kept(info: TensorInfo, names: Names) -> dict[str, Any]:
+def _kept(info: TensorInfo, names: TensorNames) -> dict[str, Any]:
     block = names.block(names.target(info.name).parameter)
     why = "not quantized in the files"
     return {"name": info.name, "block": block, "shape": list(info.shape), "bytes": info.nbytes, "reason": why}

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from ..errors import CheckpointError, listing
 from ..formats.base import Format
 from ..formats.gptq import GPTQ
 from ..models.quantized import Layout, check_shape, detect_scheme, read_layer, read_layout
-from ..models.structure import Names, skeleton
+from ..models.structure import TensorNames, skeleton
 from ..storage import files as store
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.fingerprint import MANIFEST
+from ..system.progress import OnStep
 from .convert import kept_linear
 from .describe import describe
 from .runtimes import Facts, tensor_parallel, verdicts
@@ -31,7 +32,6 @@ _JSON = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _GPTQ_CONFIG = "quantize_config.json"
 _DECISIVE = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")  # on which both of GPTQ's configs must agree
 _PIECE = 1 << 22
-OnStep = Callable[[int, int], None]
 
 
 @dataclass
@@ -275,7 +275,7 @@ def _check_ignored(section: dict[str, Any], layout: Layout, found: Diagnosis) ->
 def _check_dense(checkpoint: Checkpoint, found: Diagnosis, steps: _Steps) -> None:
     names = None
     try:
-        names = Names(skeleton(checkpoint))
+        names = TensorNames(skeleton(checkpoint))
         if missing := names.missing(names.target(name) for name in checkpoint.tensors):
             found.faults.append(f"weights of the model are missing:\n{listing(missing)}")
     except CheckpointError as error:
@@ -286,7 +286,7 @@ def _check_dense(checkpoint: Checkpoint, found: Diagnosis, steps: _Steps) -> Non
 
 
 def _check_plain(
-    checkpoint: Checkpoint, tensors: Iterable[str], names: Names | None, found: Diagnosis, steps: _Steps
+    checkpoint: Checkpoint, tensors: Iterable[str], names: TensorNames | None, found: Diagnosis, steps: _Steps
 ) -> None:
     """Tensors that are not quantized: their values and, where the model could be built, their shapes."""
     unknown = []

@@ -89,6 +89,11 @@ class RecipeDefaults(_Strict):
     fit_groups: bool = False  # a group size that does not divide a layer is made smaller, in powers of two
     allow_split_fused: bool = False  # parts of what servers fuse (q, k and v; gate and up; experts) may differ
 
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _text_alone(cls, value: Any) -> Any:
+        return {"text": value} if isinstance(value, str) else value
+
     @field_validator("layers", mode="before")
     @classmethod
     def _kept(cls, value: Any) -> Any:

@@ -13,8 +13,6 @@ from transformers import PretrainedConfig
 
 from ..config.schema import Calibrate, Dataset, TrainingSet
 from ..errors import ConfigError, HubError, NumericsError
-from ..models.structure import skeleton
-from ..storage.checkpoint import Checkpoint
 from .chat import COLUMNS, rendered
 from .text import Rows, Text, join, read_rows
 from .tokens import check_ids, encode, longest
@@ -51,8 +49,8 @@ class Calibration:
         return f"{self.name}: {self.ids.shape[0]} windows of {self.ids.shape[1]} tokens"
 
 
-def calibrate(settings: Calibrate, tokenizer: Any, checkpoint: Checkpoint) -> Calibration:
-    """Windows of the text, cut to what the model can hold, without reading a weight.
+def calibrate(settings: Calibrate, tokenizer: Any, model: PretrainedConfig) -> Calibration:
+    """Windows of the text, no longer than the model's context.
 
     Tokens are cut into windows, what does not fill the last one being left over. `windows` of them are drawn without
     replacement, by a generator of their own, as are the conversations that they are made of, and the parts of a text
@@ -63,7 +61,6 @@ def calibrate(settings: Calibrate, tokenizer: Any, checkpoint: Checkpoint) -> Ca
         NumericsError: it is no text, fewer than `windows` windows of it, or one token over and over.
         CheckpointError: the tokenizer gives ids that the model does not have, or its chat template fails.
     """
-    model = skeleton(checkpoint).config.get_text_config()
     context = longest(model, settings.context)
     rows = _rows(settings.text)
     ids = _tokens(rows, tokenizer, settings.windows * context, settings.seed)
@@ -88,7 +85,7 @@ def _rows(text: str | Dataset) -> Rows:
         return read_rows(source, ("text", *COLUMNS) if source.column == "auto" else (source.column,))
     except (ConfigError, HubError) as error:
         raise type(error)(
-            f"{error}; or calibrate on a file: quantize.calibration.text or --calibration, a .txt, .jsonl or .parquet"
+            f"{error}; or calibrate on a file: a recipe's calibration or --calibration, a .txt, .jsonl or .parquet"
         ) from error
 
 
@@ -130,7 +127,7 @@ def _windows(name: str, ids: Tensor, windows: int, context: int, seed: int | Non
         advice = f"windows (--windows) to {there} or less" if there else "windows and context lower"
         raise NumericsError(
             f"{name} has {ids.numel()} tokens, calibration needs {windows * context}: {windows} windows of {context}; "
-            f"give more text, or set quantize.calibration's {advice}"
+            f"give more text, or set the calibration's {advice}"
         )
     chosen = range(windows) if seed is None else sorted(random.Random(seed).sample(range(there), windows))
     return ids[: there * context].view(there, context)[list(chosen)]

@@ -1,4 +1,4 @@
-"""Evaluates a model in a fresh process, into a folder with its metrics.json and report, once and no more than it must."""
+"""Evaluates a model in a fresh process, into a folder with metrics.json and report; reuses every figure that holds."""
 
 import time
 from collections.abc import Callable

@@ -15,10 +15,11 @@ from ..errors import CheckpointError, ConfigError
 from ..hub.download import resolve
 from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
-from .modules import OnStep, experts_of, quantized_layers, replace_layers, set_tensor
-from .optimize import quicken
+from ..system.progress import OnStep
+from .modules import experts_of, quantized_layers, replace_layers, set_tensor
+from .optimize import optimize_for_decoding
 from .quantized import Layout, read_layout
-from .structure import Target
+from .structure import ParameterPath
 from .transformers import attach
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,12 +100,12 @@ def _load_quantized(
     _fill(checkpoint, layout, {n: t for n, t in layout.plain.items() if t.parameter not in experts}, device)
     replace_layers(model, layout.names, quantized_layers(checkpoint, layout, lambda target: device, kernel, on_step))
     model = _finish(checkpoint, model, device)
-    quicken(model)
+    optimize_for_decoding(model)
     attach(model, checkpoint, layout)
     return model
 
 
-def _fill(checkpoint: Checkpoint, layout: Layout, plain: dict[str, Target], device: torch.device) -> None:
+def _fill(checkpoint: Checkpoint, layout: Layout, plain: dict[str, ParameterPath], device: torch.device) -> None:
     """Put the tensors that are not quantized into the skeleton; those that the model does not have are left out."""
     model, names = layout.model, layout.names
     fused: dict[str, list[tuple[tuple[int, int, int], str]]] = defaultdict(list)

@@ -52,7 +52,7 @@ class _Unfit(Exception):
     """Why a layer is left as it is."""
 
 
-def quicken(model: PreTrainedModel) -> None:
+def optimize_for_decoding(model: PreTrainedModel) -> None:
     """Once every layer is in its place: on the CPU, decoder layers decode in one call where they can; on GPUs, layers
     read the same are one product."""
     devices = {layer.device.type for layer in model.modules() if isinstance(layer, QLinear)}

@@ -14,7 +14,7 @@ from ..formats import detect
 from ..formats.base import Format
 from ..formats.compressed_tensors import ORDER_SUFFIX, scattered
 from ..storage.checkpoint import Checkpoint
-from .structure import Names, Target, linear_kind, skeleton
+from .structure import ParameterPath, TensorNames, linear_kind, skeleton
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Layout:
     format: Format
     scheme: Scheme
     model: PreTrainedModel
-    names: Names
-    quantized: dict[str, Target]
-    plain: dict[str, Target]
+    names: TensorNames
+    quantized: dict[str, ParameterPath]
+    plain: dict[str, ParameterPath]
     shapes: dict[str, tuple[int, ...] | None]
 
 
@@ -60,7 +60,7 @@ def read_layout(
     """
     format, scheme = detect_scheme(checkpoint)
     model = skeleton(checkpoint, dtype) if model is None else model
-    names = Names(model)
+    names = TensorNames(model)
     layers = _quantized_layers(checkpoint, format, model, names)
     owned = {f"{layer}.{suffix}" for layer in layers for suffix in format.suffixes}
     plain = {name: names.target(name) for name in checkpoint.tensors if name not in owned}
@@ -78,7 +78,7 @@ def read_layout(
     return Layout(format, scheme, model, names, quantized, plain, shapes)
 
 
-def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: Names) -> list[str]:
+def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: TensorNames) -> list[str]:
     """Every layer with the format's marker, and every linear layer that has lost it but not the rest."""
     telling = [f".{suffix}" for suffix in format.suffixes if suffix != "weight"]
     candidates = dict.fromkeys(
@@ -91,7 +91,9 @@ def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedM
     ]
 
 
-def _check_plain(checkpoint: Checkpoint, names: Names, plain: dict[str, Target], quantized: set[str]) -> None:
+def _check_plain(
+    checkpoint: Checkpoint, names: TensorNames, plain: dict[str, ParameterPath], quantized: set[str]
+) -> None:
     """Nothing that quantization left behind is taken for a weight, or left out though it would change the numbers.
 
     Raises:
@@ -111,11 +113,13 @@ def _check_plain(checkpoint: Checkpoint, names: Names, plain: dict[str, Target],
         raise CheckpointError(f"{checkpoint.folder} is not a whole quantized checkpoint:\n{listing(faults)}")
 
 
-def _is_linear(model: PreTrainedModel, names: Names, target: Target) -> bool:
+def _is_linear(model: PreTrainedModel, names: TensorNames, target: ParameterPath) -> bool:
     return names.known(target.parameter) and linear_kind(model, target) is not None
 
 
-def _check_fits(model: PreTrainedModel, names: Names, target: Target, layer: str, checkpoint: Checkpoint) -> None:
+def _check_fits(
+    model: PreTrainedModel, names: TensorNames, target: ParameterPath, layer: str, checkpoint: Checkpoint
+) -> None:
     if not _is_linear(model, names, target):
         raise CheckpointError(f"{checkpoint.folder}: {layer} is no linear layer of the model in config.json")
 
@@ -140,7 +144,7 @@ def read_layer(checkpoint: Checkpoint, format: Format, scheme: Scheme, layer: st
     return qtensor
 
 
-def _shape(model: PreTrainedModel, names: Names, target: Target) -> tuple[int, ...] | None:
+def _shape(model: PreTrainedModel, names: TensorNames, target: ParameterPath) -> tuple[int, ...] | None:
     shape = names.shape(target)
     return shape[::-1] if shape and linear_kind(model, target) == "conv1d" else shape
 

@@ -19,9 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError, ConfigError
 from ..storage.checkpoint import Checkpoint
 from .modules import experts_of, quantized_layers, replace_layers
-from .optimize import quicken
+from .optimize import optimize_for_decoding
 from .quantized import Layout, read_layout
-from .structure import Target, replace_module
+from .structure import ParameterPath, replace_module
 
 METHOD = "bitpress"
 
@@ -103,7 +103,7 @@ class BitpressQuantizer(HfQuantizer):
         devices = {path: module.room.device for path, module in model.named_modules() if isinstance(module, _Waiting)}
         layers = quantized_layers(self.checkpoint, self.layout, lambda target: devices[_path(target)])
         replace_layers(model, self.layout.names, layers)
-        quicken(model)
+        optimize_for_decoding(model)
         if split:
             dispatch_model(model, places, main_device="cpu" if "cpu" in places.values() else None)
         return model
@@ -125,7 +125,7 @@ class BitpressQuantizer(HfQuantizer):
         plain = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tables)}
         return plain | quantized, {}
 
-    def _ours(self) -> Iterator[tuple[str, Target]]:
+    def _ours(self) -> Iterator[tuple[str, ParameterPath]]:
         """The tensors that transformers is not to load, and where they go."""
         for layer, target in self.layout.quantized.items():
             for suffix in self.layout.format.suffixes:
@@ -135,7 +135,7 @@ class BitpressQuantizer(HfQuantizer):
         yield from ((name, target) for name, target in self.layout.plain.items() if target.parameter in experts)
 
 
-def _path(target: Target) -> str:
+def _path(target: ParameterPath) -> str:
     """What stands in the place of the weight: a layer, or a table of experts."""
     return target.parameter if target.expert else target.parameter.removesuffix(".weight")
 

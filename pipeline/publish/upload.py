@@ -26,6 +26,7 @@ from ..storage import files as store
 from ..storage import journal
 from ..storage.checkpoint import WEIGHT_SUFFIXES, read_json
 from ..storage.fingerprint import MANIFEST
+from ..system.progress import OnStep
 from ..system.redact import has_token
 from .bundle import CARD, Item, Parcel, pack, seal, without_paths
 from .card import origin_of, write_card
@@ -35,7 +36,6 @@ SHOWN = "card.md"  # the card as it lies in the run's folder
 FIGURES = "figures"  # its pictures, beside it there and on the Hub
 PATIENCE = 60.0  # seconds of silence after which a connection counts as lost
 WAITS = (1, 2, 4)  # seconds before each further try, where the Hub does not say
-OnStep = Callable[[int, int], None]
 Answer = TypeVar("Answer")
 
 

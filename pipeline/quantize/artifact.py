@@ -1,7 +1,7 @@
 """Checkpoint -> artifact, one decoder block at a time; what is finished survives any crash, to the byte."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,17 @@ from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, lis
 from ..storage import files as store
 from ..storage import journal
 from ..storage.checkpoint import INDEX, Checkpoint, read_json
+<<<<<<< HEAD
 from ..storage.fingerprint import MANIFEST, check_fingerprint, open_work
 from ..system.versions import versions
+=======
+from ..storage.fingerprint import MANIFEST, check_fingerprint
+from ..system.progress import OnStep
+>>>>>>> house
 from .plan import Plan, PlannedTensor, Unit, make_plan
 from .recipe import Recipe, fingerprint, order_of_sums
 from .sequential import CalibratedBlocks, clear_states
 from .weights import quantize_unit
-
-OnStep = Callable[[int, int], None]
 
 
 class _Progress:

@@ -19,7 +19,7 @@ from bitpress.kernels.linear import QExperts
 from ..errors import CheckpointError, NumericsError
 from ..methods.hessian import Hessian, bfloat16_products
 from ..models.modules import dense_layer, replace_layers, set_tensor
-from ..models.structure import Names, decoder, skeleton
+from ..models.structure import TensorNames, decoder, skeleton
 from ..storage.checkpoint import Checkpoint
 from ..system.threads import pool
 from .plan import PlannedTensor
@@ -87,7 +87,7 @@ class Walk:
     ):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.model = skeleton(checkpoint, dtype)
-        self.names = Names(self.model)
+        self.names = TensorNames(self.model)
         blocks = self.model.get_submodule(decoder(self.model))
         assert isinstance(blocks, nn.ModuleList)
         self._blocks, self._real = blocks, list(blocks)

@@ -13,7 +13,7 @@ from bitpress.kernels.scheme import Scheme
 from ..errors import CheckpointError, ConfigError, listing
 from ..formats import registry as formats
 from ..formats.base import Format
-from ..models.structure import Names, Target, fused_unit, skeleton, tied, weight_kind
+from ..models.structure import ParameterPath, TensorNames, fused_unit, skeleton, tied, weight_kind
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from .recipe import Recipe
 from .spec import KEPT, LayerSpec, Rules
@@ -33,7 +33,7 @@ class PlannedTensor:
     """
 
     info: TensorInfo
-    target: Target
+    target: ParameterPath
     block: int | None
     spec: LayerSpec | None
     kind: str | None
@@ -148,7 +148,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         method = section.get("quant_method", "unknown") if isinstance(section, dict) else section
         raise CheckpointError(f"{checkpoint.folder.name} is quantized already ({method}); give the original checkpoint")
     model = skeleton(checkpoint)
-    names = Names(model)
+    names = TensorNames(model)
     targets = {name: names.target(name) for name in checkpoint.tensors}
     copies = _tied_copies(checkpoint, targets, model)
     tensors, broken, unfit, fitted = [], [], _Problems(), _Problems()
@@ -199,7 +199,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
 
 
 def _decide(
-    info: TensorInfo, target: Target, names: Names, model: PreTrainedModel, rules: Rules
+    info: TensorInfo, target: ParameterPath, names: TensorNames, model: PreTrainedModel, rules: Rules
 ) -> tuple[LayerSpec | None, str | None, str]:
     """(spec, kind, "") for a weight to quantize, (None, None, reason) for one to keep.
 
@@ -294,8 +294,8 @@ def _units(tensors: list[PlannedTensor]) -> list[Unit]:
     return units + [Unit(f"block {b}", [each for each in tensors if each.block == b]) for b in blocks]
 
 
-def _tied_copies(checkpoint: Checkpoint, targets: dict[str, Target], model: PreTrainedModel) -> list[str]:
-    """Names of tensors that repeat a weight they are tied to.
+def _tied_copies(checkpoint: Checkpoint, targets: dict[str, ParameterPath], model: PreTrainedModel) -> list[str]:
+    """TensorNames of tensors that repeat a weight they are tied to.
 
     Raises:
         CheckpointError: one differs from the weight that the config ties it to.

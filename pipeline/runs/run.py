@@ -76,7 +76,8 @@ def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False,
     source.check_output(parent)
     checkpoint = Checkpoint(source.folder)
     tokenizer = load_tokenizer(source.folder)
-    first = windows(text, tokenizer, run.eval, skeleton(checkpoint).config).windows[0]
+    config = skeleton(checkpoint).config
+    first = windows(text, tokenizer, run.eval, config).windows[0]
     conditions = Conditions.make(run.eval, run.device, text, command, redo)
     baseline = Job(
         run=run,
@@ -98,7 +99,7 @@ def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False,
         if recipes[settings.label].calibrated:
             wanted = settings.calibration or load_calibration({})
             if (key := wanted.model_dump_json()) not in calibrations:
-                calibrations[key] = calibrate(wanted, tokenizer, checkpoint)
+                calibrations[key] = calibrate(wanted, tokenizer, config)
             calibration = calibrations[key]
         folder = parent / settings.label
         jobs.append(replace(baseline, name=settings.label, recipe=settings, calibration=calibration, folder=folder))

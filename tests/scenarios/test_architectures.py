@@ -40,7 +40,7 @@ def test_reloads_as_in_memory(architecture: str, scheme: str, tiny, tmp_path: Pa
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the same weights and operations, in float32
 
 
-@pytest.mark.parametrize("method", [{}, {"algorithm": {"true_sequential": True}, "scheme": "int3-g32"}])
+@pytest.mark.parametrize("method", [{}, {"options": {"true_sequential": True}, "scheme": "int3-g32"}])
 def test_learned_reloads_as_in_memory(architecture: str, method: dict[str, Any], tiny, learn, tmp_path: Path) -> None:
     """By gptq, against the logits of the very model that it worked on; what it knows of the inputs pays."""
     text = Calibration("a text", torch.randint(3, 96, (16, 16), generator=torch.Generator().manual_seed(2)), 0)
@@ -71,9 +71,10 @@ def test_is_close_to_the_source_and_says_what_it_kept(architecture: str, tiny, t
 
 def test_some_experts_may_be_kept(tiny, tmp_path: Path) -> None:
     source = tiny("mixtral")
-    skip = ["*.experts.1.*", "*.experts.2.w3"]
-    quantize(source, "int4-g32", tmp_path / "out", recipe={"skip": skip})
-    recipe = Recipe.make("int4-g32", skip=skip)
+    layers = {"*.experts.1.*": "none", "*.experts.2.w3": "none"}
+    settings = {"scheme": "int4-g32", "layers": layers, "allow_split_fused": True}
+    quantize(source, settings, tmp_path / "out")
+    recipe = Recipe.make(settings)
     expected = in_memory_logits(Checkpoint(source), recipe, ids(), torch.device("cpu"), "auto")
     model = load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto", "reference")
     with torch.inference_mode():
@@ -81,9 +82,12 @@ def test_some_experts_may_be_kept(tiny, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("skip", [[], ["*.experts.0.*"]])
-def test_an_expert_that_is_missing_is_refused_not_replaced_by_the_next(skip: list[str], tiny, tmp_path: Path) -> None:
-    quantize(tiny("mixtral"), "int4-g32", tmp_path / "out", recipe={"skip": skip})
+@pytest.mark.parametrize("layers", [{}, {"*.experts.0.*": "none"}])
+def test_an_expert_that_is_missing_is_refused_not_replaced_by_the_next(
+    layers: dict[str, str], tiny, tmp_path: Path
+) -> None:
+    recipe = {"scheme": "int4-g32", "layers": layers, "allow_split_fused": True}
+    quantize(tiny("mixtral"), recipe, tmp_path / "out")
     index = read_json(tmp_path / "out" / INDEX)
     lost = [name for name in index["weight_map"] if "layers.1." in name and ".experts.1." in name]
     (shard,) = {index["weight_map"].pop(name) for name in lost}
@@ -103,9 +107,9 @@ def test_fused_experts_are_refused_by_name_and_may_be_skipped(tiny, tmp_path: Pa
     )
     with pytest.raises(ConfigError, match=r"layers.0.mlp.experts.gate_up_proj.*fused"):
         quantize(source, "int4-g32", tmp_path / "out")
-    quantize(source, "int4-g32", tmp_path / "out2", recipe={"skip": ["*.experts.*"]})
+    quantize(source, {"scheme": "int4-g32", "layers": {"*.experts.*": "none"}}, tmp_path / "out2")
     kept = read_json(tmp_path / "out2" / "bitpress.json")["coverage"]["kept"]
-    assert any("gate_up_proj" in entry["name"] and "skip" in entry["reason"] for entry in kept)
+    assert any("gate_up_proj" in entry["name"] and "rule" in entry["reason"] for entry in kept)
 
 
 def test_the_head_of_a_tied_model_is_not_doubled(tiny, tmp_path: Path) -> None:

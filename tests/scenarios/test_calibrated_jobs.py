@@ -47,37 +47,36 @@ def text(tmp_path: Path) -> str:
     return write(tmp_path, "a.txt", TEXT)
 
 
-def run(tmp_path: Path, model: Path, text: str, **quantize: Any) -> list[runner.Outcome]:
-    chosen = {"name": "trial", "models": [{"id": str(model)}], "schemes": ["int4-g32", "int8-g32"], "device": "cpu"}
+def run(tmp_path: Path, model: Path, text: str, **defaults: Any) -> list[runner.Outcome]:
+    chosen = {"name": "trial", "models": [{"id": str(model)}], "recipes": ["int4-g32", "int8-g32"], "device": "cpu"}
     chosen["eval"] = {"text": text, "context": 64, "windows": 2, "speed": None}
-    return runner.execute(Run(**chosen, quantize=quantize, output=str(tmp_path / "runs")), "", print)
+    return runner.execute(Run(**chosen, defaults=defaults, output=str(tmp_path / "runs")), "", print)
 
 
 def test_api(tmp_path, tiny_llama, text, recipes):
-    recipe = {"method": "student", "algorithm": {"damping": 0.5}, "max_fallback_layers": 3}
+    recipe = {"method": "student", "scheme": "int4-g32", "options": {"damping": 0.5}, "max_fallback_layers": 3}
+    recipe["calibration"] = {"text": text, "windows": 2}
     with pytest.raises(NumericsError, match="stopped here"):
-        api.quantize(tiny_llama, "int4-g32", tmp_path / "out", None, recipe, {"text": text, "windows": 2})
+        api.quantize(tiny_llama, recipe, tmp_path / "out")
     assert recipes[0].calibration.ids.shape == (2, 256)
     assert recipes[0].max_fallback_layers == 3
     marks = fingerprint(Checkpoint(tiny_llama), {}, recipes[0])
     assert marks["quantize.calibration.sha256"] == recipes[0].calibration.to_dict()["sha256"]
-    assert (marks["quantize.calibration.seed"], marks["quantize.algorithm.damping"]) == (0, 0.5)
+    assert (marks["quantize.calibration.seed"], marks["quantize.student.damping"]) == (0, 0.5)
 
 
 def test_api_takes_a_source_by_itself(tmp_path, tiny_llama, recipes):
     path = write(tmp_path, "b.txt", TEXT * 10)
     with pytest.raises(NumericsError, match="stopped here"):
-        api.quantize(tiny_llama, "int4-g32", tmp_path / "out", recipe={"method": "student"}, calibration=path)
+        api.quantize(tiny_llama, {"method": "student", "scheme": "int4-g32", "calibration": path}, tmp_path / "out")
     assert recipes[0].calibration.ids.shape == (128, 256)
 
 
 def test_api_without_need_of_it(tmp_path, tiny_llama, text, recipes):
-    with pytest.raises(ConfigError, match="method auto learns from no text"):
-        api.quantize(tiny_llama, "int4-g32", tmp_path / "out", calibration=text)
+    for method in ("auto", "absmax"):
+        with pytest.raises(ConfigError, match="no method of the recipe is calibrated"):
+            api.quantize(tiny_llama, {"method": method, "scheme": "int4-g32", "calibration": text}, tmp_path / "out")
     assert not recipes
-    with pytest.raises(NumericsError, match="stopped here"):
-        api.quantize(tiny_llama, "int4-g32", tmp_path / "out", recipe={"method": "absmax"}, calibration="gone.txt")
-    assert recipes[0].calibration is None
 
 
 @pytest.mark.parametrize("content", ["", "short", "a" * 9999])
@@ -87,18 +86,18 @@ def test_refused_before_a_weight_is_read(tmp_path, tiny_llama, refused_early, mo
 
     monkeypatch.setattr(Checkpoint, "read", read)
     settings = {"text": write(tmp_path, "b.txt", content), "windows": 2, "context": 64}
-    refused_early(tiny_llama, "b.txt", NumericsError, recipe={"method": "student"}, calibration=settings)
+    refused_early(tiny_llama, "b.txt", NumericsError, method="student", calibration=settings)
 
 
 def test_run_reads_the_text_once_for_all_schemes(tmp_path, tiny_llama, text, recipes, capsys):
     calibration = {"text": text, "windows": 3, "context": 32, "seed": None}
     run(tmp_path, tiny_llama, text, method="student", calibration=calibration, max_fallback_layers=1)
-    assert [recipe.scheme.name for recipe in recipes] == ["int4-g32", "int8-g32"]
+    assert [recipe.scheme for recipe in recipes] == ["int4-g32", "int8-g32"]
     assert recipes[0].calibration is recipes[1].calibration
     assert recipes[0].calibration.ids.shape == (3, 32)
     assert recipes[0].max_fallback_layers == 1
     said = capsys.readouterr().out
-    assert "quantize by student, calibrated on a.txt: 3 windows of 32 tokens, save as gptq" in said
+    assert "quantize by student, calibrated on a.txt: 3 windows of 32 tokens" in said
     assert "a.txt is also what is measured, so the figures will flatter" in said
 
 

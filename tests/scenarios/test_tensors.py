@@ -85,7 +85,7 @@ class TestOddTensors:
     ):
         name = "model.layers.1.mlp.up_proj.weight"
         edit_tensors(source / SINGLE, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
-        assert f"{name}: dtype {dtype}" in refused_early(source, "list it under quantize.skip", ConfigError)
+        assert f"{name}: dtype {dtype}" in refused_early(source, "keep such layers by a rule", ConfigError)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
     def test_mixed_floats(
@@ -179,23 +179,23 @@ class TestGroups:
         assert message.count("in_features 64 is not divisible by group_size 128; use 64 or 32") == 12
         assert "model.layers.1.self_attn.o_proj: " in message
         assert "down_proj" not in message
-        assert "list it under quantize.skip" in message
+        assert "keep such layers by a rule" in message
 
-    def test_skip_resolves_it(
+    def test_a_rule_resolves_it(
         self,
         source: Path,
         tmp_path: Path,
         kept: Callable[[Path], dict[str, str]],
         logits: Callable[[Path], torch.Tensor],
     ):
-        skip = ["*.self_attn.*", "*.gate_proj", "*.up_proj"]
-        quantize(source, "int4-g128", tmp_path / "out", recipe={"skip": skip})
+        layers = {"*.self_attn.*": "none", "*.gate_proj": "none", "*.up_proj": "none"}
+        quantize(source, {"scheme": "int4-g128", "layers": layers}, tmp_path / "out")
         reasons = kept(tmp_path / "out")
-        assert reasons["model.layers.0.mlp.up_proj.weight"] == "listed in quantize.skip (*.up_proj)"
+        assert reasons["model.layers.0.mlp.up_proj.weight"] == "kept by the rule *.up_proj: none"
         logits(tmp_path / "out")
 
-    def test_skip_that_matches_nothing(self, source: Path, refused_early: Callable[..., str]):
-        refused_early(source, "quantize.skip: *.nothing matches no tensor", ConfigError, recipe={"skip": ["*.nothing"]})
+    def test_rule_that_matches_nothing(self, source: Path, refused_early: Callable[..., str]):
+        refused_early(source, "layers: *.nothing matches no tensor", ConfigError, layers={"*.nothing": "none"})
 
-    def test_skip_of_everything(self, source: Path, refused_early: Callable[..., str]):
-        refused_early(source, "nothing to quantize", ConfigError, recipe={"skip": ["*"]})
+    def test_rule_that_keeps_everything(self, source: Path, refused_early: Callable[..., str]):
+        refused_early(source, "nothing to quantize", ConfigError, layers={"*": "none"})

@@ -17,6 +17,7 @@ from bitpress.pipeline.config.schema import TrainingSet
 from bitpress.pipeline.data.calibration import Calibration, calibrate, source_of
 from bitpress.pipeline.errors import BitpressError, CheckpointError, ConfigError, HubError, NumericsError
 from bitpress.pipeline.models.loading import load_tokenizer
+from bitpress.pipeline.models.structure import skeleton
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 
 TEXT = "".join(f"{number} bottles of beer" for number in range(100, 400))
@@ -41,7 +42,7 @@ def calibrated(tiny_llama: Path, tokenizer: PreTrainedTokenizerBase) -> Calibrat
 
     def make(text: Any, **settings: Any) -> Calibration:
         chosen = {"text": text, "windows": 4, "context": 16, "seed": None, **settings}
-        return calibrate(load_calibration(chosen), tokenizer, Checkpoint(tiny_llama))
+        return calibrate(load_calibration(chosen), tokenizer, skeleton(Checkpoint(tiny_llama)).config)
 
     return make
 
@@ -116,7 +117,7 @@ class TestSources:
 
     def test_the_default_is_wikitext_2s_training_split(self, data_set, tokenizer, tiny_llama):
         calls = data_set(text=["", " = Title = \n", TEXT * 10])
-        found = calibrate(load_calibration({}), tokenizer, Checkpoint(tiny_llama))
+        found = calibrate(load_calibration({}), tokenizer, skeleton(Checkpoint(tiny_llama)).config)
         assert calls == [("Salesforce/wikitext", "wikitext-2-raw-v1", "train")]
         assert found.name == "Salesforce/wikitext/wikitext-2-raw-v1/train"
         assert (found.ids.shape, found.seed) == ((128, 256), 0), "windows of 2048, cut to the model's 256"

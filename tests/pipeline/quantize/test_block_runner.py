@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from bitpress.pipeline.errors import CheckpointError, NumericsError
 from bitpress.pipeline.quantize import block_runner as module
 from bitpress.pipeline.quantize.block_runner import Walk
-from bitpress.pipeline.quantize.plan import Entry, Plan, make_plan
+from bitpress.pipeline.quantize.plan import PlannedTensor, Plan, make_plan
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 
@@ -36,23 +36,23 @@ def ids() -> Tensor:
 
 def planned(folder: Path, *skip: str) -> tuple[Checkpoint, Plan]:
     checkpoint = Checkpoint(folder)
-    recipe = Recipe.make("int4-channel", "gptq", "compressed-tensors")
-    return checkpoint, make_plan(checkpoint, recipe.scheme, recipe.format, list(skip))
+    settings = {"method": "gptq", "scheme": "int4-channel", "format": "compressed-tensors", "allow_split_fused": True}
+    return checkpoint, make_plan(checkpoint, Recipe.make({**settings, "layers": dict.fromkeys(skip, "none")}))
 
 
 def start(folder: Path, *skip: str) -> tuple[Walk, Plan]:
     checkpoint, plan = planned(folder, *skip)
-    outside = [entry for entry in plan.entries if entry.block is None]
+    outside = [entry for entry in plan.tensors if entry.block is None]
     return Walk(checkpoint, outside, ids(), torch.float32, "cpu"), plan
 
 
-def blocks(walk: Walk, plan: Plan, states: list[Tensor]) -> Iterator[list[Entry]]:
+def blocks(walk: Walk, plan: Plan, states: list[Tensor]) -> Iterator[list[PlannedTensor]]:
     """Enters block after block; `states` holds the batches of its inputs, and of the last one's outputs at the end."""
     states += walk.embed()
     for unit in plan.units:
         if unit.block is not None:
-            walk.enter(unit.block, ((entry, walk.checkpoint.read(entry.info.name)) for entry in unit.entries))
-            yield [entry for entry in unit.entries if entry.kind]
+            walk.enter(unit.block, ((entry, walk.checkpoint.read(entry.info.name)) for entry in unit.tensors))
+            yield [entry for entry in unit.tensors if entry.spec]
             states[:] = [*walk.outputs(states)]
             walk.leave()
 

@@ -14,6 +14,7 @@ from bitpress.pipeline.config.schema import Run
 from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.errors import ConfigError, HubError, NumericsError
 from bitpress.pipeline.evaluate import measure, verify, worker
+from bitpress.pipeline.formats import registry as formats
 from bitpress.pipeline.methods.absmax import Absmax
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.quantize.block_runner import Walk
@@ -125,8 +126,8 @@ class TestTakenUpAgain:
             ({"calibration": OTHER_TEXT}, "quantize.calibration.text: was 'a text', is 'b'"),
             ({"calibration": OTHER_TEXT}, "quantize.calibration.windows: was 4, is 2"),
             ({"calibration": Calibration("a text", OTHER_TEXT.ids, 5)}, "quantize.calibration.seed: was 0, is 5"),
-            ({"algorithm": {"damping": 0.5}}, "quantize.algorithm.damping: was "),
-            ({"algorithm": {"true_sequential": True}}, "quantize.algorithm.true_sequential: was False, is True"),
+            ({"options": {"damping": 0.5}}, "quantize.gptq.damping: was "),
+            ({"options": {"true_sequential": True}}, "quantize.gptq.true_sequential: was False, is True"),
             ({"device": "meta"}, "device: was 'cpu', is 'meta'"),
         ],
     )
@@ -226,10 +227,10 @@ def test_experts_that_see_few_tokens_are_rounded_by_absmax_and_named(tiny: Any, 
     seen = [layer["tokens"] for name, layer in experts.items() if "layers.0" in name and name.endswith("w1")]
     assert sum(seen) == 64
     name = "model.layers.1.block_sparse_moe.experts.2.w3"
-    checkpoint, recipe = Checkpoint(source), Recipe.make("int4-g32", "gptq")
-    expected, _ = Absmax().quantize(checkpoint.read(f"{name}.weight"), recipe.scheme, torch.float16)
+    checkpoint, recipe = Checkpoint(source), Recipe.make("gptq/int4-g32")
+    expected, _ = Absmax().quantize(checkpoint.read(f"{name}.weight"), recipe.rules.default.scheme, torch.float16)
     artifact = Checkpoint(out)
-    for suffix, tensor in recipe.format.write(expected, torch.float32).items():
+    for suffix, tensor in formats()["gptq"].write(expected, torch.float32).items():
         assert torch.equal(artifact.read(f"{name}.{suffix}"), tensor), suffix
 
 
@@ -256,7 +257,7 @@ class TestOrder:
         self, tiny: Any, out: Path, sequential: bool, learn: Learn, hessians: dict[str, Tensor]
     ) -> None:
         """All of them (true_sequential), or those of the blocks before theirs."""
-        learn(tiny("llama"), out, algorithm={"true_sequential": sequential})
+        learn(tiny("llama"), out, options={"true_sequential": sequential})
         model, given = load_model(Checkpoint(out), torch.device("cpu"), "float32", "reference"), {}
 
         def note(name: str, x: Tensor) -> None:
@@ -317,7 +318,7 @@ class TestWitness:
 
     def test_is_asked_for_where_it_is_gone(self, tiny: Any, out: Path, learn: Learn) -> None:
         learn(tiny("llama"), out)
-        recipe = replace(Recipe.make("int4-g32", "gptq"), calibration=OTHER_TEXT)
+        recipe = replace(Recipe.make("gptq/int4-g32"), calibration=OTHER_TEXT)
         with pytest.raises(ConfigError, match=r"witness\.safetensors is missing, with which the artifact is checked"):
             verify.check(Checkpoint(out), recipe, out, OTHER_TEXT.ids[0], {"device": "cpu", "dtype": "auto"})
 
@@ -378,9 +379,8 @@ class TestJobs:
     def test_api(self, tmp_path: Path, tiny_llama: Path, text: str) -> None:
         settings = {"text": text, "windows": 3, "context": 32}
         for name in ("one", "two"):
-            notes = api.quantize(
-                tiny_llama, "int4-g32", tmp_path / name, recipe={"method": "gptq"}, calibration=settings
-            )
+            recipe = {"method": "gptq", "scheme": "int4-g32", "calibration": settings}
+            notes = api.quantize(tiny_llama, recipe, tmp_path / name)
             assert notes == ["calibrated on a.txt: 3 windows of 32 tokens"]
         shards = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
         assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in shards)
@@ -396,7 +396,7 @@ class TestJobs:
 
         monkeypatch.setattr(datasets, "load_dataset", unreachable)
         with pytest.raises(HubError) as caught:
-            api.quantize(tiny_llama, "int4-g32", tmp_path / "out", recipe={"method": "gptq"})
+            api.quantize(tiny_llama, "gptq/int4-g32", tmp_path / "out")
         assert "Salesforce/wikitext" in str(caught.value)
         assert "or calibrate on a file: quantize.calibration.text or --calibration" in str(caught.value)
         assert list(tmp_path.iterdir()) == []
