@@ -39,7 +39,6 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
             step(number, len(plan.quantized))
             qtensor, _ = quantize_entry(tensor, checkpoint.read(tensor.info.name), plan)
             qtensor = qtensor.to(device)
-<<<<<<< HEAD
             layers[tensor.target] = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")
     # experts of which only some are quantized keep the others as they are in the checkpoint
     parameters = {target.parameter for target in layers if target.expert}
@@ -51,26 +50,6 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
     return model(input_ids=ids.unsqueeze(0).to(device), use_cache=False).logits[0].cpu()
 
 
-=======
-            layers[entry.target] = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")
-    names = TensorNames(plan.model)
-    _keep_experts_whole(layers, names, checkpoint, model)
-    replace_layers(model, names, layers.items())
-    return model(input_ids=ids.unsqueeze(0).to(device), use_cache=False).logits[0].cpu()
-
-
-def _keep_experts_whole(
-    layers: dict[ParameterPath, Any], names: TensorNames, checkpoint: Checkpoint, model: Any
-) -> None:
-    """Experts of which only some are quantized keep the others as they are in the checkpoint."""
-    touched = {target.parameter for target in layers if target.expert}
-    for name in checkpoint.tensors:
-        target = names.target(name)
-        if target.expert and target.parameter in touched and target not in layers:
-            layers[target] = dense_layer(checkpoint.read(name).to(model.device, model.dtype))
-
-
->>>>>>> house
 @torch.inference_mode()
 def verify_task(request: dict[str, Any]) -> dict[str, Any]:
     """In a fresh process: logits from the files alone, against those of the in-memory model.

@@ -13,13 +13,9 @@ from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, lis
 from ..storage import files as store
 from ..storage import journal
 from ..storage.checkpoint import INDEX, Checkpoint, read_json
-<<<<<<< HEAD
 from ..storage.fingerprint import MANIFEST, check_fingerprint, open_work
-from ..system.versions import versions
-=======
-from ..storage.fingerprint import MANIFEST, check_fingerprint
 from ..system.progress import OnStep
->>>>>>> house
+from ..system.versions import versions
 from .plan import Plan, PlannedTensor, Unit, make_plan
 from .recipe import Recipe, fingerprint, order_of_sums
 from .sequential import CalibratedBlocks, clear_states
