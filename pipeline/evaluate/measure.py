@@ -134,7 +134,7 @@ class _Measurement:
     def finished(self) -> Iterator[tuple[Mapping[int, scores.Scores], scores.Keep]]:
         """Windows that an earlier process finished, and what keeps those of this one."""
         if self.resume is None:
-            yield {}, lambda number, found: None
+            yield {}, lambda number, window_scores: None
             return
         with WindowStore(Path(self.resume.folder), self.resume.fingerprint) as store:
             yield store, store.keep
@@ -212,8 +212,8 @@ def _rounded_inputs(model: Any, text: list[Window]) -> dict[str, Any] | None:
     if not layers:
         return None
     some = text[: max(1, min(_ROUNDED_WINDOWS, len(text) // 10))]
-    found = scores.compare(_InputsLeftAlone(model), model, some)
-    summary = statistics.summarize(found, sum(window.targets.numel() for window in some))
+    rounding = scores.compare(_InputsLeftAlone(model), model, some)
+    summary = statistics.summarize(rounding, sum(window.targets.numel() for window in some))
     return {"layers": layers, "windows": len(some), "kl_mean": summary["kl_mean"], "kl_mean_se": summary["kl_mean_se"]}
 
 
@@ -320,7 +320,7 @@ def _quality(job: _Measurement, model: Any, text: list[Window], crowded: str | N
                 return {**alone, "scores": scores.score(model, text, finished, keep, step)}
         if crowded:
             with job.predictions() as stored, progress("perplexity and divergence") as step:
-                found = scores.each(
+                every = scores.each(
                     text, lambda n, window: stored_predictions.compare(stored[n], model, window), finished, keep, step
                 )
                 baseline_text = read_json(stored.folder / _SAMPLE)["text"]
@@ -328,15 +328,15 @@ def _quality(job: _Measurement, model: Any, text: list[Window], crowded: str | N
             return {
                 "quality": {"path": f"{counts} of each token, as {crowded}"},
                 "output_errors": {"skipped": crowded} if job.settings.output_errors else None,
-                "scores": found,
+                "scores": every,
                 "baseline_text": baseline_text,
             }
         dense = job.load_baseline()
         with progress("perplexity and divergence") as step:
-            found = scores.compare(dense, model, text, finished, keep, step)
+            every = scores.compare(dense, model, text, finished, keep, step)
     return {
         "quality": {"path": "side by side"},
-        "scores": found,
+        "scores": every,
         "output_errors": _output_errors(job, dense, model, text[: job.settings.output_errors]),
         "baseline_text": sample(dense, job.tokenizer, job.settings.prompt),
     }

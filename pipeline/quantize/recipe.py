@@ -139,7 +139,8 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         found += _option_problems(settings)
     if not specs and not found and not settings.baseline:
         found.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
-    if settings.calibration and specs and not found and not any(spec.method.needs_calibration for spec in specs):
+    asked = settings.calibration and "calibration" in settings.model_fields_set
+    if asked and specs and not found and not any(spec.method.needs_calibration for spec in specs):
         found.append((("calibration",), NO_CALIBRATION))
     if settings.format != AUTO and not found:
         shape = (1024, 4096)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitpress.eval.measure import scores, statistics
 from bitpress.eval.measure.protocols import halves
-from bitpress.pipeline.config.schema import Eval, Model, Run
+from bitpress.pipeline.config.schema import Eval, Model, RecipeSettings, Run
 from bitpress.pipeline.errors import ConfigError, DiskError, NumericsError
 from bitpress.pipeline.evaluate import verify, worker
 from bitpress.pipeline.hub.download import resolve
@@ -27,10 +27,10 @@ SCHEMES = ["int4-g128", "int8-dynamic"]
 CONTEXT, WINDOWS = 128, 4
 KEYS: dict[str, set[str]] = {
     "": {
-        "format_version", "name", "model", "scheme", "method", "format", "protocol", "quality", "size", "memory",
+        "format_version", "name", "model", "recipe", "scheme", "method", "format", "protocol", "quality", "size", "memory",
         "speed", "coverage", "reload", "kernels", "sample", "machine", "versions", "config", "command", "seconds",
     },
-    "model": {"id", "revision", "architecture", "parameters", "dtype"},
+    "model": {"id", "name", "identity", "revision", "architecture", "parameters", "dtype"},
     "protocol": {"name", "text", "text_sha256", "context", "windows", "tokens", "dtype"},
     "quality": {"perplexity", "baseline_perplexity", "kl_mean", "kl_max", "top1_agreement"},
     "size": {"file_bytes", "quantized_weights", "bits_per_weight"},
@@ -47,7 +47,7 @@ def make_run(output: Path, schemes: list[str], **settings: Any) -> Run:
     return Run(
         name="demo",
         models=[Model(id="builtin:demo")],
-        schemes=schemes,
+        recipes=[RecipeSettings.model_validate(scheme) for scheme in schemes],
         eval=Eval.model_validate(chosen),
         device="cpu",
         output=str(output),
@@ -67,7 +67,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     run = make_run(output, ["int4-g96", *SCHEMES])
     outcomes = execute(run, "bitpress run demo", news.append)
     assert summarize(run, outcomes) == output / "demo" / "report.html"
-    return output, {outcome.scheme: outcome for outcome in outcomes}, news
+    return output, {outcome.recipe: outcome for outcome in outcomes}, news
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 def again(output: Path, scheme: str, **settings: Any) -> Outcome:
     """The outcome of `scheme` from one more run into `output`."""
     outcomes = execute(make_run(output, [scheme], **settings), "bitpress run demo", lambda line: None)
-    return next(outcome for outcome in outcomes if outcome.scheme == scheme)
+    return next(outcome for outcome in outcomes if outcome.recipe == scheme)
 
 
 class TestFinished:
@@ -109,7 +109,7 @@ class TestFinished:
         _, outcomes, news = finished
         error = outcomes["int4-g96"].error
         assert isinstance(error, ConfigError)
-        assert "model.layers.0.mlp.down_proj: in_features 512 is not divisible by group_size 96" in str(error)
+        assert "in_features 512 is not divisible by group_size 96 (4 layers, such as model.layers.0.mlp.down_proj" in str(error)
         assert outcomes["int4-g96"].metrics is None
         assert [line for line in news if "failed" in line] == [f"  failed: {error}"]
         assert not (outcomes["int4-g96"].folder / "metrics.json").exists()
@@ -336,5 +336,5 @@ def test_the_fresh_process_notices_scales_that_are_not_what_was_quantized(
     assert isinstance(outcome.error, NumericsError)
     assert "gives other logits than" in str(outcome.error)
     assert not (folder / "metrics.json").exists()
-    assert not list(folder.glob(".expected*"))
-    assert not list(folder.glob(".check*"))
+    assert not list(folder.glob(".reference*"))
+    assert not list(folder.glob(".verify*"))

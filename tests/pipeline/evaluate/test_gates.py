@@ -16,7 +16,7 @@ from bitpress.pipeline.evaluate import gates
 CONFIG = """
 name: gated
 models: [{{id: {model}}}]
-schemes: [int4-g32]
+recipes: [int4-g32]
 eval: {{text: {text}, context: 32, windows: 4, speed: null, output_errors: 0}}
 gates: {gates}
 output: {output}
