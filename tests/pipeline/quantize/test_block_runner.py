@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from bitpress.pipeline.errors import CheckpointError, NumericsError
 from bitpress.pipeline.quantize import block_runner as module
 from bitpress.pipeline.quantize.block_runner import Walk
-from bitpress.pipeline.quantize.plan import PlannedTensor, Plan, make_plan
+from bitpress.pipeline.quantize.plan import Plan, PlannedTensor, make_plan
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 
