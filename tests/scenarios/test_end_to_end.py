@@ -27,8 +27,8 @@ SCHEMES = ["int4-g128", "int8-dynamic"]
 CONTEXT, WINDOWS = 128, 4
 KEYS: dict[str, set[str]] = {
     "": {
-        "format_version", "name", "model", "recipe", "scheme", "method", "format", "protocol", "quality", "size", "memory",
-        "speed", "coverage", "reload", "kernels", "sample", "machine", "versions", "config", "command", "seconds",
+        "format_version", "name", "model", "recipe", "scheme", "method", "format", "protocol", "quality", "size",
+        "memory", "speed", "coverage", "reload", "kernels", "sample", "machine", "versions", "config", "command", "seconds",
     },
     "model": {"id", "name", "identity", "revision", "architecture", "parameters", "dtype"},
     "protocol": {"name", "text", "text_sha256", "context", "windows", "tokens", "dtype"},
@@ -234,7 +234,6 @@ def test_figures_agree_with_a_plain_computation(
 ) -> None:
     model = plain_model()
     base = log_probabilities(model, tokens)
-    hooks: list[Any] = []
     noisy = scheme == "int8-dynamic"
     for name, weight in decoded(finished[0] / "demo" / scheme / "artifact", scheme).items():
         layer = model.get_submodule(name)
