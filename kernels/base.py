@@ -1,19 +1,46 @@
-"""What a kernel is, and the repacked weight that it multiplies by."""
+"""What a kernel is, and the weight in the layout that it multiplies by."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .activations.base import Activations
 from .qtensor import QTensor
+from .scheme import Scheme
+from .weights.base import WeightType
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
 
 
-class Prepared(nn.Module):
-    """A kernel's own repacking of one QTensor: its tensors are buffers, so they count, and move, with the model."""
+@dataclass(frozen=True)
+class Serves:
+    """Schemes that a kernel can multiply by: weights of one type and of these bits, with these activations.
+
+    Args:
+        words: what they are called in "serves … only".
+        weight: the type. A kernel reads its tensors, so another type with the same description is not served.
+        bits: bits of a code; () for all that the type has.
+        activations: None stands for inputs that are left alone.
+    """
+
+    words: str
+    weight: type[WeightType]
+    bits: tuple[int, ...] = ()
+    activations: type[Activations] | None = None
+
+    def covers(self, scheme: Scheme) -> bool:
+        """Whether the scheme is one of these."""
+        inputs = None if scheme.activations is None else type(scheme.activations)
+        fits = not self.bits or scheme.bits in self.bits
+        return type(scheme.weight) is self.weight and fits and inputs is self.activations
+
+
+class PackedWeight(nn.Module):
+    """One QTensor in the layout of one kernel: its tensors are buffers, so they count, and move, with the model."""
 
     def __init__(self, qtensor: QTensor, **tensors: Tensor):
         super().__init__()
@@ -22,33 +49,59 @@ class Prepared(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
-    def joined(cls, parts: "Sequence[Prepared]", dimensions: dict[str, int]) -> "Self":
+    def joined(cls, parts: "Sequence[PackedWeight]", dimensions: dict[str, int]) -> "Self":
         """The output features of all parts, one after the other: of each buffer, along this dimension."""
-        made = cls.__new__(cls)
-        nn.Module.__init__(made)
-        made.scheme, made.shape = parts[0].scheme, (sum(part.shape[0] for part in parts), parts[0].shape[1])
+        whole = cls.__new__(cls)
+        nn.Module.__init__(whole)
+        whole.scheme, whole.shape = parts[0].scheme, (sum(part.shape[0] for part in parts), parts[0].shape[1])
         for name, dimension in dimensions.items():
-            made.register_buffer(
+            whole.register_buffer(
                 name, torch.cat([part.get_buffer(name) for part in parts], dimension), persistent=False
             )
-        return made
+        return whole
 
 
 class Kernel(Protocol):
-    """One way to compute x @ dequantized_weight.T + bias.
+    """One way to compute x @ dequantized_weight.T + bias. Kernels derive from this class.
 
-    `join`, where a kernel has it, makes one of several prepared weights of one scheme and number of input features,
-    their output features one after the other; or None where these cannot be one.
+    rank: the place among the kernels, lower (faster) first. serves: the schemes that it can multiply by; what is not
+    listed it refuses. rounds_weight_only_inputs: whether it quantizes the inputs of schemes that leave them alone:
+    that is faster, and a little less exact.
     """
 
+    rank: ClassVar[int]
     name: ClassVar[str]
-    quantizes_inputs: ClassVar[bool]  # of weight-only schemes: faster, and a little less exact
+    serves: ClassVar[tuple[Serves, ...]]
+    rounds_weight_only_inputs: ClassVar[bool] = False
 
-    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
-        """None if this kernel can serve inputs of this dtype on this device, else the reason in a few words."""
+    def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why this kernel cannot serve inputs of this dtype on this device, in a few words; None if it can."""
 
-    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
+    def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
         """Repack once, at load. `qtensor` has passed check() and is on its device already."""
+        raise NotImplementedError
 
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         """x [..., in_features] floating -> [..., out_features] in x's dtype."""
+        raise NotImplementedError
+
+    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
+        """One packed weight of several of one scheme and number of input features, their output features one after the
+        other; None where these cannot be one."""
+        return None
+
+    def exact(self) -> "Kernel | None":
+        """A kernel that reads the same packed weight and leaves inputs alone; None if this one does, or there is
+        none."""
+        return None
+
+    def about(self) -> str | None:
+        """What else is worth knowing of it on this machine, such as its instruction set; None if nothing."""
+        return None
+
+    def unserved(self, scheme: Scheme) -> str | None:
+        """Why `serves` does not have this scheme; None if it has."""
+        if any(each.covers(scheme) for each in self.serves):
+            return None
+        words = [each.words for each in self.serves]
+        return f"serves {' and '.join([', '.join(words[:-1]), words[-1]] if len(words) > 1 else words)} only"

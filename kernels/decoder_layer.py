@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cpu.library import Library, library
-from .cpu.native import DTYPES, NativeInt8
+from .cpu.native import DTYPES, NativeWeight
 from .linear import QLinear
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -45,10 +45,10 @@ class Parts:
     scale: float
     activation: str
 
-    def reject(self) -> str | None:
-        """None if NativeLayer can run it, else the reason in a few words."""
+    def unsupported(self) -> str | None:
+        """Why NativeLayer cannot run it, in a few words; None if it can."""
         for layer in self.linears:
-            if not isinstance(layer.selection.kernel, NativeInt8):
+            if not isinstance(layer.packed, NativeWeight):
                 return f"a linear layer runs on {layer.selection.kernel.name}"
         q, k, _, _, gate, _, _ = self.linears
         queries, keys, hidden, inner = q.out_features, k.out_features, q.in_features, gate.out_features
@@ -88,15 +88,15 @@ class _Step(ctypes.Structure):
 
 @functools.cache
 def _function() -> "ctypes._NamedFuncPointer":
-    found = library()
-    assert isinstance(found, Library)
-    function = found.lib.bitpress_layer_step
+    native = library()
+    assert isinstance(native, Library)
+    function = native.lib.bitpress_layer_step
     function.argtypes = [_POINTER, _POINTER]
     return function
 
 
 class NativeLayer:
-    """Parts that reject() nothing, as csrc/layer.c reads them: biases and norms as they are now, kernels likewise."""
+    """Supported Parts, as csrc/layer.c reads them: biases and norms as they are now, kernels likewise."""
 
     def __init__(self, parts: Parts):
         self.parts = parts
@@ -130,10 +130,10 @@ class NativeLayer:
 
     def _structure(self) -> _Layer:
         parts, layer = self.parts, _Layer()
-        kernel = parts.linears[0].selection.kernel
-        assert isinstance(kernel, NativeInt8)
+        first = parts.linears[0]
+        assert isinstance(first.packed, NativeWeight)
         for to, linear in zip(layer.linears, parts.linears):
-            to.packed = self._pointer(linear.prepared.get_buffer("packed"))
+            to.packed = self._pointer(linear.packed.get_buffer("data"))
             to.bias = None if linear.bias is None else self._pointer(linear.bias.detach().to(torch.float32))
             to.order = None if linear.order is None else self._pointer(linear.order)
             to.inputs, to.outputs = linear.in_features, linear.out_features
@@ -142,7 +142,8 @@ class NativeLayer:
                 layer.norms[place], layer.eps[place] = self._pointer(norm.weight), norm.eps
         layer.heads, layer.key_heads = parts.linears[0].out_features // parts.dim, self.key_heads
         layer.dim, layer.activation, layer.scale = parts.dim, ACTIVATIONS.index(parts.activation), parts.scale
-        layer.exact, layer.kernel = kernel.exact, kernel.chosen()
+        layer.exact = not first.selection.kernel.rounds_weight_only_inputs
+        layer.kernel = first.packed.instructions
         return layer
 
     def _pointer(self, tensor: Tensor) -> int:

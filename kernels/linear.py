@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cpu.native import NativeInt8
+from .base import PackedWeight
 from .qtensor import QTensor
+from .reference import UnpackedWeight
 from .registry import Selection, select
 
 
@@ -21,7 +22,7 @@ class QLinear(nn.Module):
     """
 
     order: Tensor | None
-    siblings: "Siblings | None" = None  # whose product this layer's is a part of
+    joined: "JoinedProjections | None" = None  # whose product this layer's is a part of
     number: int = 0  # among them
 
     def __init__(self, qtensor: QTensor, bias: Tensor | None, dtype: torch.dtype, kernel: str = "auto"):
@@ -31,53 +32,60 @@ class QLinear(nn.Module):
         self.register_buffer("order", qtensor.order, persistent=False)  # so that its bytes count with the model's
         qtensor = replace(qtensor, order=None)
         self.selection: Selection = select(qtensor, dtype, self.device, kernel)
-        self.prepared = self.selection.kernel.prepare(qtensor, dtype)
+        self.packed: nn.Module = self.selection.kernel.pack(qtensor, dtype)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLinear":
         """Refuse what .to(), .half(), .cuda() … would break: the weight was repacked for one device and dtype."""
-        before = torch.empty(0, dtype=self.dtype, device=self.device)
-        after = fn(before)
-        if (after.dtype, after.device) != (before.dtype, before.device):
-            raise ValueError(
-                f"this layer was packed for {self.dtype} on {self.device}, not {after.dtype} on {after.device}; "
-                "load the model again with the device and dtype that are wanted"
-            )
+        _refuse_to_move(self.dtype, self.device, fn)
         return self
 
-    def join(self, siblings: "Siblings", number: int) -> None:
-        """From now on, this layer's output is a part of theirs. The first holds all of the weight, the others none."""
-        self.siblings, self.number = siblings, number
-        self.prepared = nn.Module() if number else siblings.prepared
+    def join(self, joined: "JoinedProjections", number: int) -> None:
+        """From now on, this layer's output is a part of the joined one. The first layer holds all of the weight, the
+        others none."""
+        self.joined, self.number = joined, number
+        self.packed = nn.Module() if number else joined.packed
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.siblings is not None:
-            return self.siblings.part(self.number, x)
+        if self.joined is not None:
+            return self.joined.part(self.number, x)
         x = x if self.order is None else x.index_select(-1, self.order)
-        return self.selection.kernel.linear(x, self.prepared, self.bias)
+        return self.selection.kernel.linear(x, cast(PackedWeight, self.packed), self.bias)
 
     def extra_repr(self) -> str:
         ordered = "" if self.order is None else ", inputs reordered"
-        joined = "" if self.siblings is None else ", with its siblings"
+        joined = "" if self.joined is None else ", joined"
         kernel = self.selection.kernel.name
         return f"{self.in_features} -> {self.out_features}, {self.scheme.name}, {kernel}{ordered}{joined}"
 
 
+def _refuse_to_move(dtype: torch.dtype, device: torch.device, fn: Callable[[Tensor], Tensor]) -> None:
+    """Raises ValueError where `fn`, of nn.Module._apply, would change a quantized layer's dtype or device."""
+    after = fn(torch.empty(0, dtype=dtype, device=device))
+    if (after.dtype, after.device) != (dtype, device):
+        raise ValueError(
+            f"this layer was packed for {dtype} on {device}, not {after.dtype} on {after.device}; "
+            "load the model again with the device and dtype that are wanted"
+        )
+
+
 @contextmanager
 def inputs_left_alone(model: nn.Module) -> Iterator[int]:
-    """Meanwhile, layers of weight-only schemes whose kernel rounds its inputs do not; yields how many these are."""
-    found = []
-    for layer in model.modules():
-        if isinstance(layer, QLinear) and layer.scheme.activations is None:
-            kernel = layer.selection.kernel
-            if isinstance(kernel, NativeInt8) and kernel.quantizes_inputs:
-                found.append((layer, layer.selection, replace(layer.selection, kernel=kernel.unrounded())))
+    """Meanwhile, layers of weight-only schemes whose kernel rounds its inputs use its exact kernel instead.
+
+    Yields how many layers these are.
+    """
+    rounding: list[tuple[QLinear, Selection]] = []
     try:
-        for layer, _, other in found:
-            layer.selection = other
-        yield len(found)
+        for layer in model.modules():
+            if isinstance(layer, QLinear) and layer.scheme.activations is None:
+                own = layer.selection
+                if (exact := own.kernel.exact()) is not None:
+                    rounding.append((layer, own))
+                    layer.selection = replace(own, kernel=exact)
+        yield len(rounding)
     finally:
-        for layer, own, _ in found:
+        for layer, own in rounding:
             layer.selection = own
 
 
@@ -112,58 +120,90 @@ class _ExpertWeight:
         return torch.cat([piece(args[0]) for piece in args[1].pieces], -1)
 
 
-_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+class QEmbedding(nn.Module):
+    """Stands in the place of nn.Embedding with a quantized weight [num_embeddings, embedding_dim].
+
+    Only the rows that are asked for are dequantized, into `dtype`.
+
+    Raises:
+        ValueError: rows of such a weight cannot be taken apart.
+    """
+
+    def __init__(self, qtensor: QTensor, dtype: torch.dtype):
+        super().__init__()
+        self.scheme, (self.num_embeddings, self.embedding_dim) = qtensor.scheme, qtensor.shape
+        self.dtype, self.device = dtype, qtensor.codes.device
+        self.packed = UnpackedWeight(qtensor)
+        qtensor.rows(torch.zeros(1, dtype=torch.int64, device=self.device))  # says now what is wrong, not in forward
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QEmbedding":
+        _refuse_to_move(self.dtype, self.device, fn)
+        return self
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: integers [...] -> [..., embedding_dim] of `dtype`."""
+        if not ids.numel():
+            return torch.empty(*ids.shape, self.embedding_dim, dtype=self.dtype, device=self.device)
+        rows = self.packed.qtensor.rows(ids.flatten()).dequantize(self.dtype)
+        return rows.view(*ids.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme.name}"
 
 
-class Siblings:
-    """What the layers share. The last one lets go of input and outputs, so that nothing is held between forwards."""
+# The projections that read the same input, by the names that Llama-like models give them.
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-    def __init__(self, layers: Sequence[QLinear], prepared: nn.Module):
-        self.selection, self.prepared, self.bias = layers[0].selection, prepared, _biases(layers)
+
+class JoinedProjections:
+    """One product for several layers that read the same input.
+
+    The layer that asks first computes all of it; the last one lets go of input and outputs, so that nothing is held
+    between forwards.
+    """
+
+    def __init__(self, layers: Sequence[QLinear], packed: PackedWeight):
+        self.selection, self.packed = layers[0].selection, packed
         self.sizes = [layer.out_features for layer in layers]
+        self.bias: Tensor | None = None
+        if any(layer.bias is not None for layer in layers):
+            first = layers[0]
+            zeros = [torch.zeros(layer.out_features, dtype=first.dtype, device=first.device) for layer in layers]
+            self.bias = torch.cat([z if layer.bias is None else layer.bias.detach() for layer, z in zip(layers, zeros)])
         self._held: tuple[Tensor, Tensor] | None = None  # one attribute, so that threads cannot mix two
 
     def part(self, number: int, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] of this layer."""
         held = self._held
         if held is None or held[0] is not x:
-            held = (x, self.selection.kernel.linear(x, self.prepared, self.bias))
+            held = (x, self.selection.kernel.linear(x, self.packed, self.bias))
         self._held = held if number + 1 < len(self.sizes) else None
         start = sum(self.sizes[:number])
         return held[1][..., start : start + self.sizes[number]]
 
 
-def join_siblings(model: nn.Module) -> int:
-    """Join the quantized layers that go by the names of siblings, where their schemes and kernels are the same and the
-    kernel has `join`; returns how many there are now fewer."""
+def join_projections(model: nn.Module) -> int:
+    """Join the quantized layers of a model that PROJECTIONS names together; returns how many products fewer there are.
+
+    Layers stay as they are where their schemes, kernels, dtypes or devices differ, where one has an order of inputs or
+    is joined already, and where the kernel cannot join them.
+    """
     fewer = 0
     for parent in list(model.modules()):
-        for names in _NAMES:
+        for names in PROJECTIONS:
             layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), QLinear)]
-            if len(layers) == len(names) and _alike(layers) and (prepared := _joined(layers)) is not None:
-                shared = Siblings(layers, prepared)
-                for number, layer in enumerate(layers):
-                    layer.join(shared, number)
-                fewer += len(names) - 1
+            if len(layers) < len(names) or any(layer.order is not None or layer.joined is not None for layer in layers):
+                continue
+            kinds = {
+                (each.scheme, each.in_features, each.selection.kernel.name, each.dtype, each.device) for each in layers
+            }
+            if len(kinds) > 1:
+                continue
+            packed = layers[0].selection.kernel.join([cast(PackedWeight, layer.packed) for layer in layers])
+            if packed is None:
+                continue
+            joined = JoinedProjections(layers, packed)
+            for number, layer in enumerate(layers):
+                layer.join(joined, number)
+            fewer += len(names) - 1
     return fewer
-
-
-def _alike(layers: Sequence[QLinear]) -> bool:
-    kinds = {
-        (layer.scheme, layer.in_features, layer.selection.kernel.name, layer.dtype, layer.device) for layer in layers
-    }
-    free = all(layer.order is None and layer.siblings is None for layer in layers)
-    return len(kinds) == 1 and free
-
-
-def _joined(layers: Sequence[QLinear]) -> nn.Module | None:
-    join = getattr(layers[0].selection.kernel, "join", None)
-    return join([layer.prepared for layer in layers]) if join else None
-
-
-def _biases(layers: Sequence[QLinear]) -> Tensor | None:
-    if all(layer.bias is None for layer in layers):
-        return None
-    first = layers[0]
-    none = [torch.zeros(layer.out_features, dtype=first.dtype, device=first.device) for layer in layers]
-    return torch.cat([zeros if layer.bias is None else layer.bias.detach() for layer, zeros in zip(layers, none)])

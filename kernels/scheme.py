@@ -1,85 +1,95 @@
-"""What the numbers of a quantized weight mean: data only."""
+"""How a layer is quantized: the type of its weight, and what becomes of its inputs. Data only."""
 
-import re
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
-INT_BITS = (2, 3, 4, 8)
-NF4_BLOCK = 64
+from .activations.base import Activations
+from .discovery import discover
+from .weights.base import WeightDescription, WeightType
 
-_INT = re.compile(r"int(?P<bits>\d+)-(?:g(?P<group>\d+)|(?P<channel>channel))(?P<asym>-asym)?")
+
+def weight_types() -> tuple[type[WeightType], ...]:
+    """Every type of kernels/weights/."""
+    return discover("bitpress.kernels.weights")
+
+
+def activation_types() -> tuple[type[Activations], ...]:
+    """Every type of kernels/activations/."""
+    return discover("bitpress.kernels.activations")
+
+
+def examples() -> list[str]:
+    """Common names of schemes: those that messages suggest and `bitpress list` shows."""
+    dynamic = [name for kind in activation_types() for name in kind.schemes]
+    return [*(name for kind in weight_types() for name in kind.examples), *dynamic]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a weight matrix [out_features, in_features] is coded.
+    """How a weight matrix [out_features, in_features] and its inputs are coded.
 
     Args:
-        code: "int" (affine integers) or "nf4" (the 16 quantiles of QLoRA, arXiv 2305.14314, appendix E).
-        bits: bits per code.
-        group_size: input features that share a scale; None means one group per output channel.
-            NF4 groups run over the flattened matrix, as bitsandbytes lays them out.
-        symmetric: the zero point is the middle code, 2^(bits-1), and is not stored.
-        activations: "int8-token" quantizes each row of the layer's input to INT8 as it comes; None leaves it alone.
-        double_quant: NF4's scales are themselves quantized to 8 bits.
+        weight: the weight's type.
+        activations: quantizes the layer's inputs; None leaves them alone.
+
+    Raises:
+        ValueError: these activations do not go with this weight.
     """
 
-    code: Literal["int", "nf4"]
-    bits: int
-    group_size: int | None = None
-    symmetric: bool = True
-    activations: Literal["int8-token"] | None = None
-    double_quant: bool = False
+    weight: WeightType
+    activations: Activations | None = None
 
     def __post_init__(self) -> None:
-        if self.code == "int" and self.bits not in INT_BITS:
-            raise ValueError(f"int{self.bits} is not a scheme: bits must be one of {', '.join(map(str, INT_BITS))}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size {self.group_size} is not a positive number")
-        if self.activations and (self.code, self.bits, self.group_size, self.symmetric) != ("int", 8, None, True):
-            raise ValueError("quantized activations go with symmetric 8-bit weights, one scale per channel")
+        if self.activations is not None and self.weight.name not in self.activations.schemes.values():
+            own = " or ".join(self.activations.schemes.values())
+            raise ValueError(f"{self.activations.name} activations go with {own} weights, not {self.weight.name}")
 
     @property
     def name(self) -> str:
         """The name that `parse` reads, such as "int4-g128"."""
-        if self.code == "nf4":
-            return "nf4-dq" if self.double_quant else "nf4"
-        if self.activations:
-            return f"int{self.bits}-dynamic"
-        group = f"g{self.group_size}" if self.group_size else "channel"
-        return f"int{self.bits}-{group}" + ("" if self.symmetric else "-asym")
+        if self.activations is None:
+            return self.weight.name
+        return next(name for name, weight in self.activations.schemes.items() if weight == self.weight.name)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight's code."""
+        return self.weight.bits
 
     @staticmethod
     def parse(name: str) -> "Scheme":
-        """Scheme from its name: int4-g128, int3-channel-asym, int8-dynamic, nf4, nf4-dq.
+        """The scheme of this name: int4-g128, int3-channel-asym, int8-dynamic, nf4, nf4-dq.
 
         Raises:
-            ValueError: the name is none of these; the message lists the forms.
+            ValueError: no registered type has such names (the message lists their forms), or a value is impossible.
         """
-        if name in ("nf4", "nf4-dq"):
-            return Scheme("nf4", 4, NF4_BLOCK, double_quant=name == "nf4-dq")
-        if name == "int8-dynamic":
-            return Scheme("int", 8, activations="int8-token")
-        if match := _INT.fullmatch(name):
-            group = int(match["group"]) if match["group"] else None
-            return Scheme("int", int(match["bits"]), group, symmetric=not match["asym"])
-        raise ValueError(
-            f"{name!r} is not a scheme; use int{{2,3,4,8}}-g{{group size}} or int{{2,3,4,8}}-channel "
-            "(each with -asym if wanted), int8-dynamic, nf4 or nf4-dq"
-        )
+        for kind in activation_types():
+            if name in kind.schemes:
+                return Scheme(Scheme.parse(kind.schemes[name]).weight, kind())
+        forms = [
+            *(kind.forms for kind in weight_types()),
+            *(form for kind in activation_types() for form in kind.schemes),
+        ]
+        return Scheme(_ask(lambda kind: kind.parse(name), f"{name!r} is not a scheme; use {', '.join(forms)}"))
 
-    @property
-    def middle(self) -> int:
-        """The zero point of a symmetric scheme."""
-        return 1 << (self.bits - 1)
+    @staticmethod
+    def from_description(weights: WeightDescription, activations: Mapping[str, Any] | None = None) -> "Scheme":
+        """The scheme of weights and inputs that are described in neutral terms.
 
-    @property
-    def max_code(self) -> int:
-        return (1 << self.bits) - 1
+        Args:
+            activations: as compressed-tensors' `input_activations`; None where inputs are left alone.
 
-    def groups(self, in_features: int) -> int:
-        """Number of scales per output channel of an integer scheme."""
-        return in_features // self.group_size if self.group_size else 1
+        Raises:
+            ValueError: no registered type is described so, or a value is impossible.
+        """
+        weight = _ask(lambda kind: kind.from_description(weights), f"weights of {weights} are not supported")
+        if activations is None:
+            return Scheme(weight)
+        for kind in activation_types():
+            if (inputs := kind.from_description(activations)) is not None:
+                return Scheme(weight, inputs)
+        raise ValueError(f"input activations of {dict(activations)} are not supported")
 
     def problems(self, shape: tuple[int, ...]) -> list[str]:
         """Why a weight of this shape [out_features, in_features] cannot be coded; [] if it can."""
@@ -87,11 +97,67 @@ class Scheme:
             return [f"has {len(shape)} dimensions {list(shape)}, expected 2"]
         if 0 in shape:
             return [f"is empty: shape {list(shape)}"]
-        if self.code == "int" and self.group_size and shape[1] % self.group_size:
-            fitting = [g for g in (128, 64, 32) if shape[1] % g == 0]
-            use = f"use {' or '.join(map(str, fitting))}" if fitting else f"use int{self.bits}-channel"
-            return [f"in_features {shape[1]} is not divisible by group_size {self.group_size}; {use}"]
-        return []
+        return self.weight.problems((shape[0], shape[1]))
+
+    def fitted(self, shape: tuple[int, int]) -> "Scheme":
+        """This scheme, or the same with a smaller group size that divides in_features (see WeightType.fitted)."""
+        return replace(self, weight=self.weight.fitted(shape))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The name and the descriptions, for JSON."""
+        inputs = None if self.activations is None else self.activations.description()
+        return {"name": self.name, "weights": asdict(self.weight.description()), "activations": inputs}
+
+    # What integer types say about themselves, for code that knows that it has one. On others these raise.
+
+    @property
+    def group_size(self) -> int | None:
+        """Elements that share a scale; None for one scale per channel."""
+        return self.weight.description().group_size
+
+    @property
+    def symmetric(self) -> bool:
+        """No zero points are stored."""
+        return self.weight.description().symmetric
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric integer scheme."""
+        return cast(Any, self.weight).middle
+
+    @property
+    def max_code(self) -> int:
+        """The largest code of an integer scheme."""
+        return cast(Any, self.weight).max_code
+
+    def groups(self, in_features: int) -> int:
+        """The number of scales per output channel of an integer scheme."""
+        return cast(Any, self.weight).groups(in_features)
+
+    # Only until nobody outside asks any more.
+
+    @property
+    def code(self) -> str:
+        return "int" if self.weight.description().type == "int" else self.weight.name.partition("-")[0]
+
+    @property
+    def double_quant(self) -> bool:
+        return getattr(self.weight, "double_quant", False)
+
+
+def _ask(question: Callable[[type[WeightType]], WeightType | None], otherwise: str) -> WeightType:
+    """The first answer of a registered type.
+
+    Raises:
+        ValueError: there is none. A type that found the form right and a value impossible says so; else `otherwise`.
+    """
+    refusals: list[ValueError] = []
+    for kind in weight_types():
+        try:
+            answer = question(kind)
+        except ValueError as error:  # another type may have the same form with other values
+            refusals.append(error)
+            continue
+        if answer is not None:
+            return answer
+    raise refusals[0] if refusals else ValueError(otherwise)

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..base import Kernel, Prepared
+from ..activations.int8_token import Int8Token
+from ..base import Kernel, PackedWeight, Serves
 from ..packing import unpack
 from ..qtensor import QTensor
 from ..registry import registry
+from ..weights.integer import Integer
 
 DENSE = "bf16 linear"
 _OPERATORS = ("torch-int4", "bnb-nf4")  # of the registry: another library's operator, and little else
@@ -60,7 +62,7 @@ class Entrant(Protocol):
     @property
     def name(self) -> str: ...
 
-    def reject(self, qtensor: QTensor, device: torch.device) -> str | None:
+    def unsupported(self, qtensor: QTensor, device: torch.device) -> str | None:
         """None if it can take part, else the reason."""
 
     def enter(self, qtensor: QTensor) -> Contender:
@@ -104,8 +106,8 @@ class InProcess:
     def dtype(self) -> torch.dtype:
         return getattr(self.kernel, "dtype", torch.bfloat16)
 
-    def reject(self, qtensor: QTensor, device: torch.device) -> str | None:
-        return self.kernel.reject(qtensor, self.dtype, device)
+    def unsupported(self, qtensor: QTensor, device: torch.device) -> str | None:
+        return self.kernel.unsupported(qtensor, self.dtype, device)
 
     def enter(self, qtensor: QTensor) -> Contender:
         kind = OnCuda if qtensor.codes.is_cuda else Local
@@ -119,13 +121,13 @@ class Local:
         self.kernel, self.name, self.dtype = kernel, kernel.name, dtype
         self.about: dict[str, Any] = {}
         self.itemsize = dtype.itemsize
-        first = kernel.prepare(qtensor, dtype)
+        first = kernel.pack(qtensor, dtype)
         self.nbytes = getattr(first, "nbytes", 0) or sum(buffer.nbytes for buffer in first.buffers())
         self.copies = copies(self.nbytes, qtensor.codes.device)
         self.longest = self.copies - 1  # the copy that wakes the threads is not used again
-        # Each prepared by itself, as a model's layers are: a copy of the tensors would lie in other kinds of pages.
-        self.prepared = [first, *(kernel.prepare(qtensor, dtype) for _ in range(self.copies - 1))]
-        self._turns = itertools.cycle(self.prepared)
+        # Each packed by itself, as a model's layers are: a copy of the tensors would lie in other kinds of pages.
+        self.packed = [first, *(kernel.pack(qtensor, dtype) for _ in range(self.copies - 1))]
+        self._turns = itertools.cycle(self.packed)
 
     def error(self, x: Tensor, expected: Tensor) -> float:
         found = self._linear(x.to(self.dtype)).to(torch.float32)
@@ -142,8 +144,8 @@ class Local:
         return (time.perf_counter() - start) / calls
 
     def close(self) -> None:
-        self.prepared.clear()
-        self._turns = itertools.cycle(self.prepared)
+        self.packed.clear()
+        self._turns = itertools.cycle(self.packed)
 
     def _linear(self, x: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -202,49 +204,53 @@ def cuda_seconds(work: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-class Dense:
+class Dense(Kernel):
     """The dequantized weight in bfloat16, by torch's linear layer: what quantizing is meant to beat."""
 
+    rank: ClassVar[int] = 0
     name: ClassVar[str] = DENSE
-    quantizes_inputs: ClassVar[bool] = False
+    serves: ClassVar[tuple[Serves, ...]] = ()  # every scheme: the weight is dequantized before
+    rounds_weight_only_inputs: ClassVar[bool] = False
 
-    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+    def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         return None
 
-    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
-        return Prepared(qtensor, weight=qtensor.dequantize(torch.bfloat16))
+    def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
+        return PackedWeight(qtensor, weight=qtensor.dequantize(torch.bfloat16))
 
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
-        return F.linear(x, prepared.get_buffer("weight"), bias)
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        return F.linear(x, packed.get_buffer("weight"), bias)
 
 
-class _PackedByTorch(Prepared):
-    """`packed` hides its bytes: one for a weight, four for a channel's scale."""
+class TorchWeight(PackedWeight):
+    """`handle` hides its bytes: one for a weight, four for a channel's scale."""
 
-    packed: Any
+    handle: Any
 
-    def __init__(self, qtensor: QTensor, packed: Any):
+    def __init__(self, qtensor: QTensor, handle: Any):
         super().__init__(qtensor)
-        self.packed, self.nbytes = packed, (qtensor.shape[1] + 4) * qtensor.shape[0]
+        self.handle, self.nbytes = handle, (qtensor.shape[1] + 4) * qtensor.shape[0]
 
 
-class TorchDynamic:
+class TorchDynamic(Kernel):
     """PyTorch's dynamic INT8 linear layer on one of its engines: float32 in and out, one scale for all activations."""
 
+    rank: ClassVar[int] = 0
     name: ClassVar[str]
+    serves: ClassVar[tuple[Serves, ...]] = (Serves("int8-dynamic", Integer, (8,), Int8Token),)
     engine: ClassVar[str]
     dtype: ClassVar[torch.dtype] = torch.float32
-    quantizes_inputs: ClassVar[bool] = True
+    rounds_weight_only_inputs: ClassVar[bool] = True
 
-    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
-        if qtensor.scheme.activations is None:
-            return "serves int8-dynamic only"
+    def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+        if reason := self.unserved(qtensor.scheme):
+            return reason
         if device.type != "cpu":
             return f"runs on CPUs, not on {device.type}"
         known = torch.backends.quantized.supported_engines
         return None if self.engine in known else f"this PyTorch has the engines {', '.join(known)} only"
 
-    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
+    def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
         codes = (unpack(qtensor.codes, 8, qtensor.shape[1]) ^ 128).view(torch.int8)
         scales = qtensor.scales.flatten().to(torch.float64)
         before = torch.backends.quantized.engine
@@ -253,12 +259,13 @@ class TorchDynamic:
             with warnings.catch_warnings():  # quantized tensors are deprecated, and all that linear_prepack reads
                 warnings.simplefilter("ignore")
                 whole = torch._make_per_channel_quantized_tensor(codes, scales, torch.zeros_like(scales).long(), 0)
-                return _PackedByTorch(qtensor, torch.ops.quantized.linear_prepack(whole, None))
+                return TorchWeight(qtensor, torch.ops.quantized.linear_prepack(whole, None))
         finally:
             torch.backends.quantized.engine = before
 
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
-        return torch.ops.quantized.linear_dynamic(x, prepared.packed, True)  # as torch.ao's layer calls it
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        assert isinstance(packed, TorchWeight)
+        return torch.ops.quantized.linear_dynamic(x, packed.handle, True)  # as torch.ao's layer calls it
 
 
 class Fbgemm(TorchDynamic):

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packing import pack
-from ..qtensor import NESTED_BLOCK, NestedScales, QTensor
-from ..scheme import NF4_BLOCK, Scheme
+from ..qtensor import QTensor
+from ..scheme import Scheme
 from .entrants import Contender, Entrant, cuda_seconds
 
 # Relative RMS. Rounding activations to 8 bits costs 0.5 to 1%, to 7 bits, as torch's dynamic INT8 does, twice that.
@@ -107,7 +106,7 @@ def measure(everyone: list[Entrant], job: Job, news: Callable[[str], None]) -> I
             news(f"{scheme.name}, {shape[0]} x {shape[1]}: preparing")
             for entrant in everyone:
                 try:
-                    if reason := entrant.reject(qtensor, job.device):
+                    if reason := entrant.unsupported(qtensor, job.device):
                         absent[entrant.name] = reason
                         continue
                     contenders.append(entrant.enter(qtensor))
@@ -223,25 +222,9 @@ def _in_huge_pages(nbytes: int) -> Tensor:
 
 
 def random_weight(scheme: Scheme, shape: tuple[int, int], device: torch.device) -> QTensor:
-    """Random codes, scales and zero points: for speed, all weights are alike."""
-    generator = torch.Generator().manual_seed(0)
-
-    def integers(high: int, *size: int) -> Tensor:
-        return torch.randint(0, high, size, dtype=torch.uint8, generator=generator)
-
-    def scales(*size: int) -> Tensor:
-        return torch.rand(size, generator=generator) + 0.5
-
-    if scheme.code == "nf4":
-        blocks, codes = -(-shape[0] * shape[1] // NF4_BLOCK), integers(256, -(-shape[0] * shape[1] // 2))
-        if not scheme.double_quant:
-            return QTensor(scheme, shape, codes, scales(blocks)).to(device)
-        nested = NestedScales(scales(-(-blocks // NESTED_BLOCK)), torch.linspace(-1, 1, 256), torch.tensor(2.0))
-        return QTensor(scheme, shape, codes, integers(256, blocks), nested=nested).to(device)
-    groups, levels = scheme.groups(shape[1]), scheme.max_code + 1
-    zeros = None if scheme.symmetric else integers(levels, shape[0], groups)
-    steps = (scales(shape[0], groups) / levels).to(torch.float16)
-    return QTensor(scheme, shape, pack(integers(levels, *shape), scheme.bits), steps, zeros).to(device)
+    """Random codes, scales and zero points, always the same: for speed, all weights are alike."""
+    tensors = scheme.weight.random(shape, torch.Generator().manual_seed(0))
+    return QTensor.of(scheme, shape, tensors).to(device)
 
 
 def cache_bytes(device: torch.device) -> int | None:

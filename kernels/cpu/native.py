@@ -9,13 +9,16 @@ import mmap
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..base import Prepared
+from ..activations.int8_token import Int8Token
+from ..base import Kernel, PackedWeight, Serves
 from ..packing import pack, unpack
 from ..qtensor import QTensor
-from ..scheme import NF4_BLOCK
+from ..scheme import Scheme
+from ..weights.integer import INT_BITS, Integer
+from ..weights.nf4 import NF4, NF4_BLOCK, block_scales
 from .library import Library, library
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/ numbers them
@@ -26,143 +29,154 @@ _HEADER = 128  # bytes
 _PIECE = 512  # output features dequantized at once
 _HUGE_PAGE = 2 << 20  # bytes
 
-# NF4's code book in int8 has 128 added where weights must be unsigned.
-_ZERO = {_NF4: 128}
+_NF4_ZERO = 128  # is added to NF4's code book in int8 where weights must be unsigned
 
 # From so many rows on, inputs that stay as they are meet a dequantized weight and torch's own product.
 _EXACT_ROWS = 48
 
 
-class _Packed(Prepared):
-    """`packed` uint8 [bytes]: a header and what csrc/bitpress.h calls Weight. `instructions`: which set multiplies."""
+class NativeWeight(PackedWeight):
+    """`data` uint8 [bytes]: a header and what csrc/bitpress.h calls Weight. `instructions`: which set multiplies."""
 
-    packed: Tensor
+    data: Tensor
     instructions: int
 
 
-class NativeInt8:
+class NativeInt8(Kernel):
     """Inputs quantized to INT8: each changes by at most 1/254 of the largest in its group.
 
     NF4's code book is rounded too, by at most 0.0028 of its range; scales to float16, relative to their row's largest.
     """
 
+    rank: ClassVar[int] = 10
     name: ClassVar[str] = "native-int8"
-    quantizes_inputs: ClassVar[bool] = True
-    exact: ClassVar[bool] = False
+    serves: ClassVar[tuple[Serves, ...]] = (
+        Serves("integer weights of 2, 3, 4 or 8 bits", Integer, INT_BITS),
+        Serves("nf4, nf4-dq", NF4),
+        Serves("int8-dynamic", Integer, (8,), Int8Token),
+    )
+    rounds_weight_only_inputs: ClassVar[bool] = True
 
     def __init__(self, instructions: str | None = None):
         """`instructions`: the name of one set of csrc/, for tests; by default the machine's best."""
         self.instructions = instructions
 
-    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+    def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"runs on CPUs, not on {device.type}"
         if dtype not in DTYPES:
             return f"inputs are {dtype}, expected float16, bfloat16 or float32"
-        if reason := self._reject_scheme(qtensor):
+        if reason := self.unserved(qtensor.scheme) or _misfit(qtensor.scheme, qtensor.shape[1]):
             return reason
-        found = library()
-        return found if isinstance(found, str) else None
+        native = library()
+        return native if isinstance(native, str) else None
 
-    def unrounded(self) -> "NativeExact":
-        """The kernel that reads the same packed weight and leaves inputs as they are."""
+    def exact(self) -> Kernel | None:
         return NativeExact(self.instructions)
 
     def about(self) -> str:
         """Which instruction set serves, and where the library comes from."""
-        found = library()
-        assert isinstance(found, Library)
-        return f"{found.instructions[self.chosen()]}, {found.origin}"
+        native = library()
+        assert isinstance(native, Library)
+        return f"{native.instructions[self.chosen()]}, {native.origin}"
 
-    def _reject_scheme(self, qtensor: QTensor) -> str | None:
-        scheme, in_features = qtensor.scheme, qtensor.shape[1]
-        if scheme.code == "nf4" and in_features % NF4_BLOCK:
-            return f"in_features {in_features} is not divisible by {NF4_BLOCK}: blocks would run across rows"
-        if scheme.group_size and scheme.group_size % 32:
-            return f"group_size {scheme.group_size} is not a multiple of 32"
-        if scheme.activations and in_features > 1 << 16:
-            return f"in_features {in_features} is more than 65536: sums of products could exceed int32"
-        return None
+    def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
+        native = library()
+        assert isinstance(native, Library)
+        packed = NativeWeight(qtensor, data=_pack(native, qtensor))
+        packed.instructions = self.chosen()
+        return packed
 
-    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
-        found = library()
-        assert isinstance(found, Library)
-        prepared = _Packed(qtensor, packed=_pack(found, qtensor))
-        prepared.instructions = self.chosen()
-        return prepared
-
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
-        assert isinstance(prepared, _Packed)
-        if x.shape[-1] != prepared.shape[1] or x.dtype not in DTYPES:  # the library trusts them
-            expected = f"[..., {prepared.shape[1]}] of float16, bfloat16 or float32"
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        assert isinstance(packed, NativeWeight)
+        if x.shape[-1] != packed.shape[1] or x.dtype not in DTYPES:  # the library trusts them
+            expected = f"[..., {packed.shape[1]}] of float16, bfloat16 or float32"
             raise ValueError(f"inputs are {list(x.shape)} of {x.dtype}, expected {expected}")
-        return torch.ops.bitpress.linear_cpu(
-            x, prepared.packed, bias, prepared.shape[0], self.exact, prepared.instructions
-        )
+        exact = not self.rounds_weight_only_inputs
+        return torch.ops.bitpress.linear_cpu(x, packed.data, bias, packed.shape[0], exact, packed.instructions)
 
     def chosen(self) -> int:
         """Which set of instructions serves, as the library counts them."""
-        found = library()
-        assert isinstance(found, Library)
-        return found.instructions.index(self.instructions) if self.instructions else found.best
+        native = library()
+        assert isinstance(native, Library)
+        return native.instructions.index(self.instructions) if self.instructions else native.best
 
 
 class NativeExact(NativeInt8):
     """Inputs stay as they are: weights are dequantized in registers, and multiplied in float32."""
 
+    rank: ClassVar[int] = 11
     name: ClassVar[str] = "native-bf16"
-    quantizes_inputs: ClassVar[bool] = False
-    exact: ClassVar[bool] = True
+    serves: ClassVar[tuple[Serves, ...]] = NativeInt8.serves[:2]
+    rounds_weight_only_inputs: ClassVar[bool] = False
 
-    def _reject_scheme(self, qtensor: QTensor) -> str | None:
-        if qtensor.scheme.activations:
-            return f"{qtensor.scheme.name} quantizes its inputs"
-        return super()._reject_scheme(qtensor)
+    def unserved(self, scheme: Scheme) -> str | None:
+        return super().unserved(scheme) if scheme.activations is None else f"{scheme.name} quantizes its inputs"
+
+    def exact(self) -> Kernel | None:
+        return None
 
 
-def _pack(found: Library, qtensor: QTensor) -> Tensor:
+def _misfit(scheme: Scheme, in_features: int) -> str | None:
+    """Why csrc/ cannot multiply by a weight of so many input features; None if it can."""
+    if _is_table(scheme) and in_features % NF4_BLOCK:
+        return f"in_features {in_features} is not divisible by {NF4_BLOCK}: blocks would run across rows"
+    if scheme.group_size and scheme.group_size % 32:
+        return f"group_size {scheme.group_size} is not a multiple of 32"
+    if scheme.activations is not None and in_features > 1 << 16:
+        return f"in_features {in_features} is more than 65536: sums of products could exceed int32"
+    return None
+
+
+def _is_table(scheme: Scheme) -> bool:
+    """Whether codes are places in a table; NF4's is the only one that is served."""
+    return scheme.weight.description().type == "codebook"
+
+
+def _pack(native: Library, qtensor: QTensor) -> Tensor:
     """The header and everything after it, as csrc/ reads it."""
     scheme, (out_features, in_features) = qtensor.scheme, qtensor.shape
-    code = _NF4 if scheme.code == "nf4" else _INT8 if scheme.bits == 8 else _INT4
-    step, group = _grouping(qtensor)
+    table = _is_table(scheme)
+    code, zero = (_NF4, _NF4_ZERO) if table else (_INT8 if scheme.bits == 8 else _INT4, scheme.middle)
+    step, group = _grouping(scheme, in_features)
     single = group >= in_features  # the multiplier is its scale
     header = torch.zeros(_HEADER, dtype=torch.uint8)
-    layout = (out_features, in_features, group, step, code, _ZERO.get(code, scheme.middle))
-    size = found.lib.bitpress_layout(header.data_ptr(), *layout, not single, qtensor.zeros is not None)
+    layout = (out_features, in_features, group, step, code, zero)
+    size = native.lib.bitpress_layout(header.data_ptr(), *layout, not single, qtensor.zeros is not None)
     assert size > 0, layout
-    packed = _in_huge_pages(found, size)
+    packed = _in_huge_pages(native, size)
     packed[:_HEADER] = header
-    codes, high_first = qtensor.codes, scheme.code == "nf4"
-    if high_first:
+    codes = qtensor.codes
+    if table:
         codes = codes.view(torch.int32).view(out_features, -1)
     elif scheme.bits in (2, 3):
         codes = pack(unpack(codes, scheme.bits, in_features), 4)
     words, strides = codes.shape[1], codes.stride()
-    found.lib.bitpress_pack(packed.data_ptr(), codes.data_ptr(), words, *strides, high_first, torch.get_num_threads())
+    high_first = table
+    native.lib.bitpress_pack(packed.data_ptr(), codes.data_ptr(), words, *strides, high_first, torch.get_num_threads())
     _fill_scales(packed, qtensor, single)
     return packed
 
 
-def _in_huge_pages(found: Library, size: int) -> Tensor:
+def _in_huge_pages(native: Library, size: int) -> Tensor:
     """Zeros, uint8 [size], in pages of 2 MiB where the system has them: memory is read a third faster then."""
     if size < _HUGE_PAGE:
         return torch.zeros(size, dtype=torch.uint8)
-    # Of the addresses that are asked for in excess no page is ever touched.
+    # More addresses are asked for than are used: no page of the others is ever touched.
     whole = torch.frombuffer(
         mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
     )
     start = -whole.data_ptr() % _HUGE_PAGE
-    found.lib.bitpress_use_huge_pages(whole.data_ptr() + start, size)
+    native.lib.bitpress_use_huge_pages(whole.data_ptr() + start, size)
     return whole[start : start + size]
 
 
-def _grouping(qtensor: QTensor) -> tuple[int, int]:
+def _grouping(scheme: Scheme, in_features: int) -> tuple[int, int]:
     """Features that share an activation scale, and features that share a weight scale, as csrc/ counts them."""
-    scheme, in_features = qtensor.scheme, qtensor.shape[1]
-    group = NF4_BLOCK if scheme.code == "nf4" else scheme.group_size
+    group = scheme.group_size
     if group is None:
         whole = -(-in_features // _STEP) * _STEP
-        return (whole if scheme.activations else _STEP), whole
+        return (_STEP if scheme.activations is None else whole), whole
     step = next(step for step in (_STEP, 96, 64, 32) if group % step == 0)
     return step, group
 
@@ -171,7 +185,7 @@ def _fill_scales(packed: Tensor, qtensor: QTensor, single: bool) -> None:
     """scales = float16(scale / multiplier), the multiplier a power of two for each row, so that only small scales,
     of less than 2^-28 of the row's largest, lose more than float16's 11 bits; zeros as they are."""
     out_features = qtensor.shape[0]
-    scales = qtensor.block_scales() if qtensor.scheme.code == "nf4" else qtensor.scales
+    scales = block_scales(dict(qtensor.tensors())) if _is_table(qtensor.scheme) else qtensor.scales
     scales = scales.to(torch.float32).view(out_features, -1)
     offsets = packed[:_HEADER].view(torch.int64).tolist()
     scale_at, zero_at, multiplier_at = offsets[9:12]
@@ -194,16 +208,16 @@ def _put(packed: Tensor, at: int, values: Tensor) -> None:
 
 def touch(tensor: Tensor) -> int:
     """Read every byte (of whole 128 KiB pieces) with torch's threads, as fast as they can; returns a checksum."""
-    found = _shared()
-    return int(found.lib.bitpress_read(tensor.data_ptr(), tensor.nbytes, found.best, torch.get_num_threads()))
+    native = _shared()
+    return int(native.lib.bitpress_read(tensor.data_ptr(), tensor.nbytes, native.best, torch.get_num_threads()))
 
 
 @functools.cache
 def _shared() -> Library:
-    found = library()
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    return found
+    native = library()
+    if isinstance(native, str):
+        raise RuntimeError(native)
+    return native
 
 
 def _linear(
@@ -277,3 +291,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("bitpress::linear_cpu", _backward, setup_context=_remember, lib=_ops)
+
+
+PLUGINS = (NativeInt8(), NativeExact())

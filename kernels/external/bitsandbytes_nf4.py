@@ -4,11 +4,11 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..base import Prepared
-from ..qtensor import NESTED_BLOCK, NF4_CODEBOOK, QTensor
-from ..scheme import NF4_BLOCK
+from ..base import Kernel, PackedWeight, Serves
+from ..qtensor import QTensor
+from ..weights.nf4 import NESTED_BLOCK, NF4, NF4_BLOCK, NF4_CODEBOOK, block_scales
 
 # bitsandbytes interleaves 32 output features at a time for its AVX512-BF16 product.
 _INTERLEAVED = 32
@@ -20,19 +20,22 @@ _PRODUCT_ROWS = 40
 _PIECE = 512  # output features dequantized at once, so that the pieces stay in cache
 
 
-class _Plain(Prepared):
+class PlainWeight(PackedWeight):
     """The QTensor's own tensors; `nested_*` for nf4-dq only."""
 
     codes: Tensor
     scales: Tensor
     codebook: Tensor
+    nested_absmax: Tensor
+    nested_codebook: Tensor
+    nested_offset: Tensor
 
 
-class _Interleaved(_Plain):
+class InterleavedWeight(PlainWeight):
     """`codes`: bitsandbytes' layout for AVX512-BF16, uint8 [out, in / 2]; `scales`: bfloat16 [in / 64, out]."""
 
 
-class BitsAndBytesNF4:
+class BitsAndBytesNF4(Kernel):
     """nf4 and nf4-dq.
 
     On CPUs with AVX512-BF16, bfloat16 inputs take a product for which double quantization is undone and the scales are
@@ -40,12 +43,14 @@ class BitsAndBytesNF4:
     relative RMS of 2^-8 of the exact one. Elsewhere the weight is dequantized, or multiplied by on CUDA, as it is.
     """
 
+    rank: ClassVar[int] = 32
     name: ClassVar[str] = "bnb-nf4"
-    quantizes_inputs: ClassVar[bool] = False
+    serves: ClassVar[tuple[Serves, ...]] = (Serves("nf4 and nf4-dq", NF4),)
+    rounds_weight_only_inputs: ClassVar[bool] = False
 
-    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
-        if qtensor.scheme.code != "nf4":
-            return "serves nf4 and nf4-dq only"
+    def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+        if reason := self.unserved(qtensor.scheme):
+            return reason
         if dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"inputs are {dtype}, expected float16, bfloat16 or float32"
         if device.type not in ("cpu", "cuda"):
@@ -60,34 +65,34 @@ class BitsAndBytesNF4:
             return "bitsandbytes loaded no CUDA library; `python -m bitsandbytes` says why"
         return None
 
-    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
+    def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
         library = _library()
         assert not isinstance(library, str)
         codebook = torch.tensor(NF4_CODEBOOK, device=qtensor.codes.device)
         if not _can_interleave(library, qtensor, dtype):
-            nested = {name.replace(".", "_"): tensor for name, tensor in qtensor.tensors() if "." in name}
-            return _Plain(qtensor, codes=qtensor.codes, scales=qtensor.scales, codebook=codebook, **nested)
+            nested = {name.replace(".", "_"): tensor for name, tensor in qtensor.extra.items()}
+            return PlainWeight(qtensor, codes=qtensor.codes, scales=qtensor.scales, codebook=codebook, **nested)
         # The library's helper rewrites the state it is given, and makes new tensors.
-        state = _state(library, qtensor.shape, qtensor.block_scales(), codebook)
+        state = _state(library, qtensor.shape, block_scales(dict(qtensor.tensors())), codebook)
         codes, state = library.functional._convert_weight_packed_for_cpu(qtensor.codes, state, _INTERLEAVED)
-        return _Interleaved(qtensor, codes=codes, scales=state.absmax, codebook=codebook)
+        return InterleavedWeight(qtensor, codes=codes, scales=state.absmax, codebook=codebook)
 
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         library = _library()
-        assert isinstance(prepared, _Plain)
+        assert isinstance(packed, PlainWeight)
         assert not isinstance(library, str)
-        out_features, in_features = prepared.shape
+        out_features, in_features = packed.shape
         rows = x.reshape(-1, in_features).contiguous()
         if len(rows) == 0:
             y = rows.new_empty(0, out_features)
-        elif not isinstance(prepared, _Interleaved):
-            y = library.matmul_4bit(rows, prepared.codes.view(1, -1), _plain_state(library, prepared))
+        elif not isinstance(packed, InterleavedWeight):
+            y = library.matmul_4bit(rows, packed.codes.view(1, -1), _plain_state(library, packed))
         elif len(rows) <= _PRODUCT_ROWS:
-            state = _state(library, prepared.shape, prepared.scales, prepared.codebook)
+            state = _state(library, packed.shape, packed.scales, packed.codebook)
             state.packing_format_for_cpu = True
-            y = library.matmul_4bit(rows, prepared.codes, state)
+            y = library.matmul_4bit(rows, packed.codes, state)
         else:
-            y = _multiply_dequantized(library, rows, prepared)
+            y = _multiply_dequantized(library, rows, packed)
         if bias is not None:
             y = y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], out_features)
@@ -109,14 +114,14 @@ def _state(library: Any, shape: tuple[int, int], scales: Tensor, codebook: Tenso
     return library.functional.QuantState(scales, torch.Size(shape), codebook, NF4_BLOCK, "nf4", torch.float32, **nested)
 
 
-def _plain_state(library: Any, prepared: _Plain) -> Any:
+def _plain_state(library: Any, packed: PlainWeight) -> Any:
     nested: dict[str, Any] = {}
-    if prepared.scheme.double_quant:
+    if packed.scales.dtype == torch.uint8:  # double quantization
         inner = library.functional.QuantState(
-            prepared.nested_absmax, code=prepared.nested_codebook, blocksize=NESTED_BLOCK, dtype=torch.float32
+            packed.nested_absmax, code=packed.nested_codebook, blocksize=NESTED_BLOCK, dtype=torch.float32
         )
-        nested = {"offset": prepared.nested_offset, "state2": inner}
-    return _state(library, prepared.shape, prepared.scales, prepared.codebook, **nested)
+        nested = {"offset": packed.nested_offset, "state2": inner}
+    return _state(library, packed.shape, packed.scales, packed.codebook, **nested)
 
 
 def _can_interleave(library: Any, qtensor: QTensor, dtype: torch.dtype) -> bool:
@@ -128,15 +133,15 @@ def _can_interleave(library: Any, qtensor: QTensor, dtype: torch.dtype) -> bool:
     )
 
 
-def _multiply_dequantized(library: Any, x: Tensor, prepared: _Interleaved) -> Tensor:
+def _multiply_dequantized(library: Any, x: Tensor, packed: InterleavedWeight) -> Tensor:
     """bfloat16 x [rows, in] -> [rows, out], the weight dequantized a piece at a time from the interleaved layout."""
-    out_features, in_features = prepared.shape
+    out_features, in_features = packed.shape
     y = x.new_empty(len(x), out_features)
     for start in range(0, out_features, _PIECE):
         piece = slice(start, start + _PIECE)
-        codes = _plain_codes(prepared.codes[piece])
-        scales = prepared.scales[:, piece].t().to(torch.float32).contiguous()
-        state = _state(library, (len(codes), in_features), scales.flatten(), prepared.codebook)
+        codes = _plain_codes(packed.codes[piece])
+        scales = packed.scales[:, piece].t().to(torch.float32).contiguous()
+        state = _state(library, (len(codes), in_features), scales.flatten(), packed.codebook)
         state.dtype = x.dtype
         y[:, piece] = x @ library.functional.dequantize_4bit(codes.view(-1, 1), state).t()
     return y
@@ -154,3 +159,6 @@ def _plain_codes(interleaved: Tensor) -> Tensor:
     rows[:, 0] = (both << 4 & 240) | (both >> 8 & 15)
     rows[:, 1] = (both & 240) | (both >> 12 & 15)
     return rows.view(interleaved.shape)
+
+
+PLUGINS = (BitsAndBytesNF4(),)

@@ -8,11 +8,12 @@ a weight w = s (q - z) enters as scale = s, zero = (8 - z) s. Rounding those two
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..base import Prepared
+from ..base import Kernel, PackedWeight, Serves
 from ..packing import unpack
 from ..qtensor import QTensor
+from ..weights.integer import Integer
 
 _OPERATOR_GROUPS = (256, 128, 64, 32)
 _PADDING = 64  # output features; the CPU operator's largest block, and a multiple of CUDA's tile of 8
@@ -25,27 +26,29 @@ _OPERATOR_ROWS = 40
 _PIECE = 512
 
 
-class _Packed(Prepared):
-    """`packed`: the operator's own layout; `scales_and_zeros`: bfloat16 [in / group, padded out, 2]."""
+class Int4Weight(PackedWeight):
+    """`codes`: the operator's own layout; `scales_and_zeros`: bfloat16 [in / group, padded out, 2]."""
 
-    packed: Tensor
+    codes: Tensor
     scales_and_zeros: Tensor
 
-    def __init__(self, qtensor: QTensor, packed: Tensor, scales_and_zeros: Tensor, block: int | None):
-        super().__init__(qtensor, packed=packed, scales_and_zeros=scales_and_zeros)
+    def __init__(self, qtensor: QTensor, codes: Tensor, scales_and_zeros: Tensor, block: int | None):
+        super().__init__(qtensor, codes=codes, scales_and_zeros=scales_and_zeros)
         self.group, self.block = qtensor.shape[1] // scales_and_zeros.shape[0], block
 
 
-class TorchInt4:
+class TorchInt4(Kernel):
     """int4-g<multiple of 32> and int4-channel, symmetric or not, bfloat16 inputs."""
 
+    rank: ClassVar[int] = 30
     name: ClassVar[str] = "torch-int4"
-    quantizes_inputs: ClassVar[bool] = False
+    serves: ClassVar[tuple[Serves, ...]] = (Serves("4-bit integer weights", Integer, (4,)),)
+    rounds_weight_only_inputs: ClassVar[bool] = False
 
-    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+    def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme, in_features = qtensor.scheme, qtensor.shape[1]
-        if scheme.code != "int" or scheme.bits != 4 or scheme.activations:
-            return "serves 4-bit integer weights only"
+        if reason := self.unserved(scheme):
+            return reason
         if dtype != torch.bfloat16:
             return f"inputs are {dtype}: the operator is fast for torch.bfloat16 only"
         if _operator_group(qtensor) is None:
@@ -61,16 +64,16 @@ class TorchInt4:
             return "needs a GPU of compute capability 8.0 or higher"
         return None
 
-    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
+    def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
         out_features, in_features = qtensor.shape
         padding = (0, 0, 0, -out_features % _PADDING)
         codes = torch.nn.functional.pad(unpack(qtensor.codes, 4, in_features), padding)
         if codes.is_cuda:
             inner_tiles = next(tiles for tiles in (8, 4, 2) if in_features % (16 * tiles) == 0)
             pairs = codes[:, ::2] << 4 | codes[:, 1::2]
-            packed, block = torch.ops.aten._convert_weight_to_int4pack(pairs, inner_tiles), None
+            operand, block = torch.ops.aten._convert_weight_to_int4pack(pairs, inner_tiles), None
         else:
-            packed, block = _pack_cpu(codes), _packed_block()
+            operand, block = _pack_cpu(codes), _packed_block()
         scales = qtensor.scales.to(torch.bfloat16)
         zeros = torch.zeros_like(scales)
         if qtensor.zeros is not None:
@@ -79,22 +82,20 @@ class TorchInt4:
         group = _operator_group(qtensor)
         assert group is not None
         both = both.transpose(0, 1).repeat_interleave(in_features // group // both.shape[1], 0)
-        return _Packed(qtensor, packed, both.contiguous(), block)
+        return Int4Weight(qtensor, operand, both.contiguous(), block)
 
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
-        assert isinstance(prepared, _Packed)
-        out_features, in_features = prepared.shape
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        assert isinstance(packed, Int4Weight)
+        out_features, in_features = packed.shape
         rows = x.reshape(-1, in_features).contiguous()
         if len(rows) == 0:
             y = rows.new_empty(0, out_features)
         elif rows.is_cuda:
-            y = torch.ops.aten._weight_int4pack_mm(rows, prepared.packed, prepared.group, prepared.scales_and_zeros)
-        elif prepared.block is None or len(rows) <= _OPERATOR_ROWS:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                rows, prepared.packed, prepared.group, prepared.scales_and_zeros
-            )
+            y = torch.ops.aten._weight_int4pack_mm(rows, packed.codes, packed.group, packed.scales_and_zeros)
+        elif packed.block is None or len(rows) <= _OPERATOR_ROWS:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed.codes, packed.group, packed.scales_and_zeros)
         else:
-            y = _multiply_dequantized(rows, prepared, prepared.block)
+            y = _multiply_dequantized(rows, packed, packed.block)
         y = y[:, :out_features]
         y = y.contiguous() if bias is None else y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], out_features)
@@ -122,28 +123,31 @@ def _packed_block() -> int | None:
     low, high = units & 15 | sixteens << 4, units >> 4 | sixteens & 240
     for block in (64, 32):
         expected = rows.view(-1, 1, 2, block // 2).expand(-1, 2, -1, -1)
-        found = torch.stack([nibbles.view(-1, 2, block // 2) for nibbles in (low, high)], 2)
-        if torch.equal(found, expected):
+        actual = torch.stack([nibbles.view(-1, 2, block // 2) for nibbles in (low, high)], 2)
+        if torch.equal(actual, expected):
             return block
     return None
 
 
-def _multiply_dequantized(x: Tensor, prepared: _Packed, block: int) -> Tensor:
+def _multiply_dequantized(x: Tensor, packed: Int4Weight, block: int) -> Tensor:
     """bfloat16 x [rows, in] -> [rows, padded out], the weight dequantized a piece at a time from the packed layout."""
     in_features = x.shape[1]
-    scales, zeros = prepared.scales_and_zeros.movedim(-1, 0).contiguous()
+    scales, zeros = packed.scales_and_zeros.movedim(-1, 0).contiguous()
     # zero / scale is within 2^-4 of the integer 8 - z, so rounding undoes what bfloat16 lost.
     offsets = (8 - torch.round(zeros / scales).nan_to_num_(0)).to(torch.int8)
     y = x.new_empty(len(x), scales.shape[1])
     for start in range(0, scales.shape[1], _PIECE):
         piece = slice(start, start + _PIECE)
-        packed = prepared.packed[piece].view(-1, in_features, block // 2)
-        codes = packed.new_empty(in_features, len(packed), 2, block // 2)
-        for half, nibbles in enumerate((packed & 15, packed >> 4)):
+        pairs = packed.codes[piece].view(-1, in_features, block // 2)
+        codes = pairs.new_empty(in_features, len(pairs), 2, block // 2)
+        for half, nibbles in enumerate((pairs & 15, pairs >> 4)):
             codes[:, :, half] = nibbles.transpose(0, 1)
-        centred = codes.view(torch.int8).view(len(scales), prepared.group, -1)
+        centred = codes.view(torch.int8).view(len(scales), packed.group, -1)
         centred -= offsets[:, None, piece]
         weight = centred.to(x.dtype)
         weight *= scales[:, None, piece]
         y[:, piece] = x @ weight.view(in_features, -1)
     return y
+
+
+PLUGINS = (TorchInt4(),)

@@ -3,18 +3,19 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..base import Prepared
+from ..activations.int8_token import Int8Token, quantize_rows
+from ..base import Kernel, PackedWeight, Serves
 from ..packing import unpack
 from ..qtensor import QTensor
-from ..reference import quantize_rows
+from ..weights.integer import Integer
 
 _CPU_MIN_ROWS = 4  # for one or two rows of a small matrix oneDNN falls to a plain loop, 20 times slower
 _CUDA_MIN_ROWS = 17  # torch._int_mm on CUDA wants more than 16 rows, and multiples of 8 for the other dimensions
 
 
-class _Int8(Prepared):
+class Int8Weight(PackedWeight):
     """`weight`: int8 [out, in], oneDNN's own layout on CPU; `scales`: float32 [out]; `zeros`: int64 [out], CPU only."""
 
     weight: Tensor
@@ -22,18 +23,17 @@ class _Int8(Prepared):
     zeros: Tensor
 
 
-class TorchInt8:
+class TorchInt8(Kernel):
     """int8-dynamic: oneDNN's prepacked product on CPUs with VNNI, `torch._int_mm` on CUDA."""
 
+    rank: ClassVar[int] = 31
     name: ClassVar[str] = "torch-int8"
-    quantizes_inputs: ClassVar[bool] = False
+    serves: ClassVar[tuple[Serves, ...]] = (Serves("int8-dynamic", Integer, (8,), Int8Token),)
+    rounds_weight_only_inputs: ClassVar[bool] = False
 
-    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
-        scheme = qtensor.scheme
-        if scheme.activations != "int8-token":
-            return "serves int8-dynamic only"
-        if scheme.code != "int" or scheme.bits != 8 or scheme.group_size or not scheme.symmetric:
-            return "weights must be 8-bit, symmetric, with one scale per channel"
+    def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+        if reason := self.unserved(qtensor.scheme):
+            return reason
         if not dtype.is_floating_point:
             return f"inputs are {dtype}, expected a floating dtype"
         if device.type == "cpu":
@@ -47,43 +47,46 @@ class TorchInt8:
             return f"shape {list(qtensor.shape)} is not divisible by 8 in both dimensions, as CUDA's product needs"
         return None
 
-    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
+    def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
         codes = unpack(qtensor.codes, 8, qtensor.shape[1])
         weight = (codes ^ 128).view(torch.int8)  # code - 128 in two's complement
         scales = qtensor.scales.flatten().to(torch.float32)
         if weight.is_cuda:
-            return _Int8(qtensor, weight=weight, scales=scales)
+            return Int8Weight(qtensor, weight=weight, scales=scales)
         packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
-        return _Int8(qtensor, weight=packed, scales=scales, zeros=torch.zeros_like(scales, dtype=torch.int64))
+        return Int8Weight(qtensor, weight=packed, scales=scales, zeros=torch.zeros_like(scales, dtype=torch.int64))
 
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
-        assert isinstance(prepared, _Int8)
-        out_features, in_features = prepared.shape
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        assert isinstance(packed, Int8Weight)
+        out_features, in_features = packed.shape
         rows = x.reshape(-1, in_features)
         if len(rows) == 0:
             return x.new_empty(*x.shape[:-1], out_features)
         codes, row_scales = quantize_rows(rows)
-        y = _product_cuda(codes, prepared) if codes.is_cuda else _product_cpu(codes, prepared)
+        y = _product_cuda(codes, packed) if codes.is_cuda else _product_cpu(codes, packed)
         y *= row_scales
         if bias is not None:
             y += bias
         return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
-def _product_cpu(codes: Tensor, prepared: _Int8) -> Tensor:
+def _product_cpu(codes: Tensor, packed: Int8Weight) -> Tensor:
     """int8 [rows, in] -> float32 [rows, out], the channels' scales applied."""
     rows = len(codes)
     codes = torch.nn.functional.pad(codes, (0, 0, 0, max(_CPU_MIN_ROWS - rows, 0)))
     product = torch.ops.onednn.qlinear_pointwise(
-        codes.contiguous(), 1.0, 0, prepared.weight, prepared.scales, prepared.zeros,
+        codes.contiguous(), 1.0, 0, packed.weight, packed.scales, packed.zeros,
         None, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return product[:rows]
 
 
-def _product_cuda(codes: Tensor, prepared: _Int8) -> Tensor:
+def _product_cuda(codes: Tensor, packed: Int8Weight) -> Tensor:
     """int8 [rows, in] -> float32 [rows, out], the channels' scales applied."""
     rows = len(codes)
     codes = torch.nn.functional.pad(codes, (0, 0, 0, max(_CUDA_MIN_ROWS - rows, 0)))
-    product = torch._int_mm(codes.contiguous(), prepared.weight.t())
-    return product[:rows] * prepared.scales
+    product = torch._int_mm(codes.contiguous(), packed.weight.t())
+    return product[:rows] * packed.scales
+
+
+PLUGINS = (TorchInt8(),)

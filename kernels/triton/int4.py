@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..base import Prepared
+from ..base import Kernel, PackedWeight, Serves
 from ..packing import unpack
 from ..qtensor import QTensor
+from ..weights.integer import Integer
 from .launch import Config, choose, problem, row_bucket
 from .product import add_parts, multiply_dequantized
 
@@ -78,41 +79,43 @@ _DECODE_ROWS, _BATCH_ROWS = 8, 64  # at most
 _TORCH_ROWS = 1024  # from which on torch multiplies where nothing was timed
 
 
-class _Packed(Prepared):
+class Int4Weight(PackedWeight):
     """`weight`: int16 [blocks, out, 32]; `scales`: int32 [blocks * groups of a block, out]."""
 
     weight: Tensor
     scales: Tensor
 
 
-class TritonInt4:
+class TritonInt4(Kernel):
     """int2, int3 and int4 in groups of a multiple of 32 or per channel, symmetric or not; float16 and bfloat16."""
 
+    rank: ClassVar[int] = 20
     name: ClassVar[str] = "triton-int4"
-    quantizes_inputs: ClassVar[bool] = False
+    serves: ClassVar[tuple[Serves, ...]] = (Serves("integer weights of 2 to 4 bits", Integer, (2, 3, 4)),)
+    rounds_weight_only_inputs: ClassVar[bool] = False
 
-    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+    def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme = qtensor.scheme
-        if scheme.code != "int" or scheme.bits > 4:
-            return "serves integer weights of 2 to 4 bits only"
+        if reason := self.unserved(scheme):
+            return reason
         if dtype not in _MAGIC:
             return f"inputs are {dtype}, expected float16 or bfloat16"
         if scheme.group_size and scheme.group_size % _SLICE:
             return f"group_size {scheme.group_size} is not a multiple of {_SLICE}"
         return problem(device)
 
-    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
-        return _Packed(qtensor, weight=_pack_codes(qtensor), scales=_pack_scales(qtensor))
+    def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
+        return Int4Weight(qtensor, weight=_pack_codes(qtensor), scales=_pack_scales(qtensor))
 
-    def join(self, parts: Sequence[Prepared]) -> Prepared:
-        return _Packed.joined(parts, {"weight": 1, "scales": 1})
+    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
+        return Int4Weight.joined(parts, {"weight": 1, "scales": 1})
 
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
-        assert isinstance(prepared, _Packed)
-        if x.shape[-1] != prepared.shape[1] or x.dtype not in _MAGIC:  # the programs trust them
-            expected = f"[..., {prepared.shape[1]}] of float16 or bfloat16"
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        assert isinstance(packed, Int4Weight)
+        if x.shape[-1] != packed.shape[1] or x.dtype not in _MAGIC:  # the programs trust them
+            expected = f"[..., {packed.shape[1]}] of float16 or bfloat16"
             raise ValueError(f"inputs are {list(x.shape)} of {x.dtype}, expected {expected}")
-        return torch.ops.bitpress.linear_int4(x, prepared.weight, prepared.scales, bias)
+        return torch.ops.bitpress.linear_int4(x, packed.weight, packed.scales, bias)
 
 
 def _pack_codes(qtensor: QTensor) -> Tensor:
@@ -381,3 +384,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("bitpress::linear_int4", _backward, setup_context=_remember, lib=_ops)
+
+
+PLUGINS = (TritonInt4(),)

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..base import Prepared
+from ..base import Kernel, PackedWeight, Serves
 from ..packing import unpack
 from ..qtensor import QTensor
+from ..weights.integer import Integer
 from .launch import Config, choose, problem, row_bucket
 from .product import add_parts, multiply_dequantized
 
@@ -62,7 +63,7 @@ _CONVERSION = {
 }
 
 
-class _Packed(Prepared):
+class Int8Weight(PackedWeight):
     """codes: int32 [out, words]. scales: float32 [groups, out]. zeros: [groups, out] of dtype, zero points less 128."""
 
     codes: Tensor
@@ -77,39 +78,45 @@ class _Packed(Prepared):
         self.register_buffer("zeros", zeros, persistent=False)
 
 
-class TritonInt8Weights:
+class TritonInt8Weights(Kernel):
     """int8-channel, and int8 in groups of a multiple of 64, symmetric or not; float16 and bfloat16 inputs."""
 
+    rank: ClassVar[int] = 22
     name: ClassVar[str] = "triton-int8-weights"
-    quantizes_inputs: ClassVar[bool] = False
+    serves: ClassVar[tuple[Serves, ...]] = (
+        Serves("8-bit integer weights with inputs that stay as they are", Integer, (8,)),
+    )
+    rounds_weight_only_inputs: ClassVar[bool] = False
 
-    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+    def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme = qtensor.scheme
-        if scheme.code != "int" or scheme.bits != 8 or scheme.activations:
-            return "serves 8-bit integer weights with inputs that stay as they are only"
+        if reason := self.unserved(scheme):
+            return reason
         if dtype not in _CONVERSION:
             return f"inputs are {dtype}, expected float16 or bfloat16"
         if scheme.group_size and scheme.group_size % _TILE:
             return f"group_size {scheme.group_size} is not a multiple of {_TILE}"
         return problem(device)
 
-    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
-        return _Packed(qtensor, dtype)
+    def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
+        return Int8Weight(qtensor, dtype)
 
-    def join(self, parts: Sequence[_Packed]) -> _Packed:
-        asymmetric = parts[0].zeros is not None
-        joined = _Packed.joined(parts, {"codes": 0, "scales": 1, **({"zeros": 1} if asymmetric else {})})
-        joined.dtype = parts[0].dtype
+    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
+        first = parts[0]
+        assert isinstance(first, Int8Weight)
+        asymmetric = first.zeros is not None
+        joined = Int8Weight.joined(parts, {"codes": 0, "scales": 1, **({"zeros": 1} if asymmetric else {})})
+        joined.dtype = first.dtype
         if not asymmetric:
             joined.register_buffer("zeros", None)
         return joined
 
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
-        assert isinstance(prepared, _Packed)
-        if x.dtype != prepared.dtype or x.shape[-1] != prepared.shape[1]:  # the kernels trust them
-            expected = f"[..., {prepared.shape[1]}] of {prepared.dtype}"
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        assert isinstance(packed, Int8Weight)
+        if x.dtype != packed.dtype or x.shape[-1] != packed.shape[1]:  # the kernels trust them
+            expected = f"[..., {packed.shape[1]}] of {packed.dtype}"
             raise ValueError(f"inputs are {list(x.shape)} of {x.dtype}, expected {expected}")
-        return torch.ops.bitpress.linear_int8_weights(x, prepared.codes, prepared.scales, prepared.zeros, bias)
+        return torch.ops.bitpress.linear_int8_weights(x, packed.codes, packed.scales, packed.zeros, bias)
 
 
 def _words(qtensor: QTensor) -> Tensor:
@@ -272,3 +279,6 @@ _ops.impl("linear_int8_weights", _linear, "CompositeExplicitAutograd")  # on the
 @torch.library.register_fake("bitpress::linear_int8_weights", lib=_ops)
 def _(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(codes))
+
+
+PLUGINS = (TritonInt8Weights(),)

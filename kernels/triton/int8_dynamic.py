@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..base import Prepared
+from ..activations.int8_token import Int8Token
+from ..base import Kernel, PackedWeight, Serves
 from ..packing import unpack
 from ..qtensor import QTensor
+from ..weights.integer import Integer
 from .launch import Config, choose, problem, row_bucket
 from .product import add_parts
 
@@ -51,43 +53,45 @@ MANY = (
 )
 
 
-class _Packed(Prepared):
+class Int8Weight(PackedWeight):
     """weight: int8 [out, in filled up to 16]. scales: float32 [out]."""
 
     weight: Tensor
     scales: Tensor
 
 
-class TritonInt8:
+class TritonInt8(Kernel):
     """int8-dynamic; float16, bfloat16 and float32 inputs."""
 
+    rank: ClassVar[int] = 21
     name: ClassVar[str] = "triton-int8"
-    quantizes_inputs: ClassVar[bool] = False
+    serves: ClassVar[tuple[Serves, ...]] = (Serves("int8-dynamic", Integer, (8,), Int8Token),)
+    rounds_weight_only_inputs: ClassVar[bool] = False
 
-    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
-        if qtensor.scheme.activations != "int8-token":
-            return "serves int8-dynamic only"
+    def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+        if reason := self.unserved(qtensor.scheme):
+            return reason
         if dtype not in _DTYPES:
             return f"inputs are {dtype}, expected float16, bfloat16 or float32"
         if qtensor.shape[1] > _MOST_INPUTS:
             return f"in_features {qtensor.shape[1]} is more than {_MOST_INPUTS}: sums of products could exceed int32"
         return problem(device)
 
-    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
+    def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
         ins = qtensor.shape[1]
         weight = (unpack(qtensor.codes, 8, ins) ^ 128).view(torch.int8)  # code - 128 in two's complement
         weight = F.pad(weight, (0, -ins % _ALIGNED)).contiguous()
-        return _Packed(qtensor, weight=weight, scales=qtensor.scales.flatten().to(torch.float32))
+        return Int8Weight(qtensor, weight=weight, scales=qtensor.scales.flatten().to(torch.float32))
 
-    def join(self, parts: Sequence[Prepared]) -> Prepared:
-        return _Packed.joined(parts, {"weight": 0, "scales": 0})
+    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
+        return Int8Weight.joined(parts, {"weight": 0, "scales": 0})
 
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
-        assert isinstance(prepared, _Packed)
-        if x.dtype not in _DTYPES or x.shape[-1] != prepared.shape[1]:  # the kernels trust them
-            expected = f"[..., {prepared.shape[1]}] of float16, bfloat16 or float32"
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        assert isinstance(packed, Int8Weight)
+        if x.dtype not in _DTYPES or x.shape[-1] != packed.shape[1]:  # the kernels trust them
+            expected = f"[..., {packed.shape[1]}] of float16, bfloat16 or float32"
             raise ValueError(f"inputs are {list(x.shape)} of {x.dtype}, expected {expected}")
-        return torch.ops.bitpress.linear_int8(x, prepared.weight, prepared.scales, bias)
+        return torch.ops.bitpress.linear_int8(x, packed.weight, packed.scales, bias)
 
 
 def configs(rows: int, outs: int) -> tuple[Config, ...]:
@@ -116,8 +120,8 @@ def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> T
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of x [rows, in], contiguous, what reference.quantize_rows makes: int8 codes [rows, in filled up to 16 by zeros],
-    float32 scales [rows]; the codes of a row that is not finite are 0, its scale is not finite either."""
+    """What activations/int8_token.quantize_rows makes of x [rows, in], contiguous: int8 codes [rows, in filled up to 16
+    by zeros], float32 scales [rows]; the codes of a row that is not finite are 0, its scale is not finite either."""
     rows, ins = x.shape
     width = ins + -ins % _ALIGNED
     codes = x.new_empty(rows, width, dtype=torch.int8)
@@ -211,3 +215,6 @@ _ops.impl("linear_int8", _linear, "CompositeExplicitAutograd")  # on the CPU it 
 @torch.library.register_fake("bitpress::linear_int8", lib=_ops)
 def _(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
+
+
+PLUGINS = (TritonInt8(),)

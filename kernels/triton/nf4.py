@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..base import Prepared
-from ..qtensor import NF4_CODEBOOK, NestedScales, QTensor
-from ..scheme import NF4_BLOCK
+from ..base import Kernel, PackedWeight, Serves
+from ..qtensor import QTensor
+from ..weights.nf4 import NF4, NF4_BLOCK, NF4_CODEBOOK, NestedScales, block_scales, nested_scales
 from .launch import Config, choose, problem, row_bucket
 from .product import add_parts, multiply_dequantized
 
@@ -55,7 +55,7 @@ TORCH = Config(rows=0, outs=0, depth=_STEP)  # no tile: the weight is dequantize
 _TORCH_ROWS = 257  # from which on that is the default: each 64 rows cost the fused product the look-ups again
 
 
-class _Packed(Prepared):
+class NF4Weight(PackedWeight):
     """codes: int32 [out, words]. scales: float32 [steps * 4, out], or with double quantization int32 [steps, out],
     four codes each, levels: float32 [257], code book and offset, and absmax: float32 [ceil(in * out / 64 / 256)]."""
 
@@ -71,49 +71,53 @@ class _Packed(Prepared):
         self.register_buffer("levels", None if nested is None else _levels(nested, dtype), persistent=False)
 
 
-class TritonNF4:
+class TritonNF4(Kernel):
     """nf4 and nf4-dq with in_features divisible by 64; float16 and bfloat16 inputs.
 
     The double quantization of a row that is no multiple of 256 is undone at load.
     """
 
+    rank: ClassVar[int] = 23
     name: ClassVar[str] = "triton-nf4"
-    quantizes_inputs: ClassVar[bool] = False
+    serves: ClassVar[tuple[Serves, ...]] = (Serves("nf4 and nf4-dq", NF4),)
+    rounds_weight_only_inputs: ClassVar[bool] = False
 
-    def reject(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
-        if qtensor.scheme.code != "nf4":
-            return "serves nf4 and nf4-dq only"
+    def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+        if reason := self.unserved(qtensor.scheme):
+            return reason
         if dtype not in _GAIN:
             return f"inputs are {dtype}, expected float16 or bfloat16"
         if qtensor.shape[1] % NF4_BLOCK:
             return f"in_features {qtensor.shape[1]} is not divisible by {NF4_BLOCK}: blocks would run across rows"
         return problem(device)
 
-    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
+    def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
         outs, ins = qtensor.shape
-        nested = qtensor.nested if ins % _STEP == 0 else None
+        tensors = dict(qtensor.tensors())
+        nested = nested_scales(tensors) if ins % _STEP == 0 else None
         if nested is None:
-            scales = F.pad(qtensor.block_scales().view(outs, -1), (0, -(ins // NF4_BLOCK) % _TILES)) / _GAIN[dtype]
+            scales = F.pad(block_scales(tensors).view(outs, -1), (0, -(ins // NF4_BLOCK) % _TILES)) / _GAIN[dtype]
         else:
             scales = qtensor.scales.view(outs, -1, _TILES).contiguous().view(torch.int32).view(outs, -1)
-        return _Packed(qtensor, dtype, scales.t().contiguous(), nested)
+        return NF4Weight(qtensor, dtype, scales.t().contiguous(), nested)
 
-    def join(self, parts: Sequence[_Packed]) -> _Packed | None:
+    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
         """None with double quantization, as each weight has a code book of its own for its scales."""
         if any(part.levels is not None for part in parts):
             return None
-        joined = _Packed.joined(parts, {"codes": 0, "scales": 1})
-        joined.dtype = parts[0].dtype
+        first, joined = parts[0], NF4Weight.joined(parts, {"codes": 0, "scales": 1})
+        assert isinstance(first, NF4Weight)
+        joined.dtype = first.dtype
         joined.register_buffer("absmax", None)
         joined.register_buffer("levels", None)
         return joined
 
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
-        assert isinstance(prepared, _Packed)
-        if x.dtype != prepared.dtype or x.shape[-1] != prepared.shape[1]:  # the kernels trust them
-            expected = f"[..., {prepared.shape[1]}] of {prepared.dtype}"
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        assert isinstance(packed, NF4Weight)
+        if x.dtype != packed.dtype or x.shape[-1] != packed.shape[1]:  # the kernels trust them
+            expected = f"[..., {packed.shape[1]}] of {packed.dtype}"
             raise ValueError(f"inputs are {list(x.shape)} of {x.dtype}, expected {expected}")
-        return torch.ops.bitpress.linear_nf4(x, prepared.codes, prepared.scales, prepared.absmax, prepared.levels, bias)
+        return torch.ops.bitpress.linear_nf4(x, packed.codes, packed.scales, packed.absmax, packed.levels, bias)
 
 
 def _words(qtensor: QTensor) -> Tensor:
@@ -376,3 +380,6 @@ def _(
     x: Tensor, codes: Tensor, scales: Tensor, absmax: Tensor | None, levels: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(codes))
+
+
+PLUGINS = (TritonNF4(),)

@@ -61,7 +61,7 @@ class LlamaCpp:
     def name(self) -> str:
         return self.program.name
 
-    def reject(self, qtensor: QTensor, device: torch.device) -> str | None:
+    def unsupported(self, qtensor: QTensor, device: torch.device) -> str | None:
         if format_like(qtensor.scheme) is None:
             return f"has no format like {qtensor.scheme.name}"
         if device.type != "cpu":

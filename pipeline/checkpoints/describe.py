@@ -108,21 +108,9 @@ def catalogue() -> dict[str, dict[str, str]]:
 def _serves(kernel: Any, schemes: list[Scheme], device: torch.device) -> str:
     reasons = {}
     for scheme in schemes:
-        with torch.device("meta"):
-            probe = _probe(scheme)
-        reasons[scheme.name] = kernel.reject(probe, torch.bfloat16, device)
+        probe = QTensor.without_content(scheme, (1024, 1024))
+        reasons[scheme.name] = kernel.unsupported(probe, torch.bfloat16, device)
     usable = [name for name, reason in reasons.items() if reason is None]
     own = [reason for name, reason in reasons.items() if reason]
-    about = f"; {kernel.about()}" if usable and hasattr(kernel, "about") else ""
+    about = f"; {about}" if usable and (about := kernel.about()) else ""
     return f"{', '.join(usable)} (bfloat16){about}" if usable else f"not here: {own[-1]}"
-
-
-def _probe(scheme: Scheme) -> QTensor:
-    """A 1024 x 1024 weight without content."""
-    if scheme.code == "nf4":
-        scales = torch.empty(1 << 14, dtype=torch.uint8 if scheme.double_quant else torch.float32)
-        return QTensor(scheme, (1024, 1024), torch.empty(1 << 19, dtype=torch.uint8), scales)
-    codes = torch.empty(1024, 32 * scheme.bits, dtype=torch.int32)
-    scales = torch.empty(1024, scheme.groups(1024), dtype=torch.float16)
-    zeros = None if scheme.symmetric else torch.empty_like(scales, dtype=torch.uint8)
-    return QTensor(scheme, (1024, 1024), codes, scales, zeros)

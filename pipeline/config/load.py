@@ -13,11 +13,11 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
 from ..errors import ConfigError, listing
-from .messages import explained
-from .schema import Calibrate, Eval, RecipeSettings, Run
+from .messages import Problem, explained
+from .schema import Calibrate, Eval, RecipeDefaults, RecipeSettings, Run
 
 Section = TypeVar("Section", bound=BaseModel)
-CheckRecipe = Callable[[RecipeSettings], list[tuple[tuple[int | str, ...], str]]]
+CheckRecipe = Callable[[RecipeSettings], list[Problem]]
 
 
 def shipped() -> dict[str, Path]:
@@ -50,14 +50,45 @@ def load_config(path: Path, overrides: list[str] | None = None, check_recipe: Ch
     for override in overrides or []:
         problems += _override(data, override)
     try:
-        run = Run.model_validate(_plain(data), context={"check_recipe": check_recipe} if check_recipe else None)
-    except ValidationError as error:
-        problems += explained(error, data, Run)
+        plain = _plain(data)
+        fault: ValidationError | None = None
+        try:
+            run = Run.model_validate(plain)
+        except ValidationError as error:
+            fault = error
+        more = _recipe_problems(plain, fault, check_recipe) if check_recipe else []
+        problems += explained(fault, data, Run, more=more)
     except RecursionError:
         problems.append("nested too deeply, or an alias that holds itself")
     if problems:
         raise ConfigError(f"{path} cannot be used:\n{listing(problems)}")
     return run
+
+
+def _recipe_problems(data: Any, fault: ValidationError | None, check: CheckRecipe) -> list[Problem]:
+    """What `check` finds wrong with the recipes, as far as their keys are well-formed, so that all is told at once.
+
+    Args:
+        data: the file's plain values. fault: what pydantic finds wrong with them.
+    """
+    broken = {error["loc"][:length] for error in (fault.errors() if fault else []) for length in (2, 3)}
+
+    def sound(values: Any, *path: int | str) -> dict[str, Any]:
+        known = values if isinstance(values, dict) else {}
+        return {key: value for key, value in known.items() if (*path, key) not in broken}
+
+    if not isinstance(data, dict) or not isinstance(data.get("recipes"), list):
+        return []
+    defaults = RecipeDefaults.model_validate(sound(data.get("defaults"), "defaults"))
+    problems: list[Problem] = []
+    for number, recipe in enumerate(data["recipes"]):
+        values = recipe if isinstance(recipe, str) else sound(recipe, "recipes", number)
+        if values and ("scheme" in values or isinstance(values, str)):
+            settings = RecipeSettings.model_validate(values).with_defaults(defaults)
+            for path, sentence in check(settings):
+                inherited = bool(path) and settings.inherits(str(path[0])) and path[0] in data["defaults"]
+                problems.append((("defaults", *path) if inherited else ("recipes", number, *path), sentence))
+    return list(dict.fromkeys(problems))
 
 
 def load_eval(settings: dict[str, Any]) -> Eval:

@@ -1,6 +1,6 @@
 """What pydantic finds wrong with a config -> sentences, each with its line, its path and the nearest name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -8,11 +8,13 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from ..errors import nearest
 
+Problem = tuple[tuple[int | str, ...], str]  # the path to a key, and a sentence
+
 
 class Several(ValueError):
     """Problems, each with the path from where this is raised to what is wrong."""
 
-    def __init__(self, problems: list[tuple[tuple[int | str, ...], str]]):
+    def __init__(self, problems: list[Problem]):
         super().__init__("; ".join(message for _, message in problems))
         self.problems = problems
 
@@ -67,16 +69,21 @@ def _located(data: CommentedMap, path: tuple[int | str, ...], message: str) -> t
 
 
 def explained(
-    error: ValidationError, data: CommentedMap, root: type[BaseModel], base: tuple[str, ...] = ()
+    error: ValidationError | None,
+    data: CommentedMap,
+    root: type[BaseModel],
+    base: tuple[str, ...] = (),
+    more: Sequence[Problem] = (),
 ) -> list[str]:
     """Sentences in the order of the file.
 
     Args:
         data: what was validated, with the lines of where it stands; empty where it came from no file.
         root: the model of a whole file. base: where in that `data` would stand.
+        more: what else is wrong, as far as pydantic cannot know.
     """
-    problems = []
-    for item in error.errors():
+    problems = [_located(data, path, message) for path, message in more]
+    for item in error.errors() if error else []:
         if _other_branch(item):
             continue
         path = tuple(part for part in item["loc"] if part not in _UNION_TAGS or part in data)

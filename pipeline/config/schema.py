@@ -10,6 +10,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -108,6 +109,7 @@ class RecipeSettings(RecipeDefaults):
 
     name: str | None = Field(None, pattern=_NAME)
     scheme: str = Field(min_length=1)  # of every layer that no rule names; none keeps them
+    _inherited: frozenset[str] = PrivateAttr(frozenset())
 
     @model_validator(mode="before")
     @classmethod
@@ -134,13 +136,23 @@ class RecipeSettings(RecipeDefaults):
 
     def with_defaults(self, defaults: RecipeDefaults) -> "RecipeSettings":
         """These settings, and what they do not say from the defaults; options come along with their method only."""
+        if self.baseline:
+            return self
         missing = defaults.model_fields_set - self.model_fields_set
         merged = self.model_copy(update={key: getattr(defaults, key) for key in missing})
         if "options" in missing and merged.method != defaults.method:
             merged = merged.model_copy(update={"options": {}})
+<<<<<<< HEAD
         if "calibration" in missing:  # it serves the recipes that are calibrated, and is no mistake of the others
             merged.model_fields_set.discard("calibration")
+=======
+        merged._inherited = frozenset(missing)
+>>>>>>> house
         return merged
+
+    def inherits(self, key: str) -> bool:
+        """Whether a key's value is that of the defaults, which a recipe may have no use for."""
+        return key in self._inherited
 
 
 def _positive(value: int | list[int]) -> int | list[int]:
@@ -282,19 +294,12 @@ class Run(_Strict):
 
     @field_validator("recipes")
     @classmethod
-    def _fitting(cls, value: list[RecipeSettings], info: ValidationInfo) -> list[RecipeSettings]:
-        """Recipes with the defaults in them; each must have a name of its own, and make sense to `check`.
-
-        The check comes with the validation's context, from whoever knows methods and formats.
-        """
+    def _with_defaults(cls, value: list[RecipeSettings], info: ValidationInfo) -> list[RecipeSettings]:
+        """Recipes with the defaults in them, each with a name of its own."""
         recipes = (
             [recipe.with_defaults(info.data["defaults"]) for recipe in value] if "defaults" in info.data else value
         )
-        check = (info.context or {}).get("check_recipe", lambda recipe: [])
-        problems = [((str(n), *path), said) for n, recipe in enumerate(recipes) for path, said in check(recipe)]
         names = [recipe.label for recipe in recipes]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            problems.append(((), f"several recipes are called {', '.join(twice)}; give each a name of its own"))
-        if problems:
-            raise Several(problems)
+            raise ValueError(f"several recipes are called {', '.join(twice)}; give each a name of its own")
         return recipes

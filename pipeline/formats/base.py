@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.weights.integer import Integer
 
 
 class Format(Protocol):
@@ -67,7 +68,7 @@ def integer_scheme(bits: Any, group_size: Any, symmetric: Any) -> Scheme:
     require(type(bits) is int, f"bits is {bits!r}, expected a whole number")
     require(group_size is None or type(group_size) is int, f"group_size is {group_size!r}, expected a whole number")
     require(isinstance(symmetric, bool), f"symmetric is {symmetric!r}, expected true or false")
-    return Scheme("int", bits, group_size, symmetric)
+    return Scheme(Integer(bits, group_size, symmetric))
 
 
 def require(condition: bool, message: str) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress.kernels.qtensor import NESTED_BLOCK, NF4_CODEBOOK, NestedScales, QTensor
-from bitpress.kernels.scheme import NF4_BLOCK, Scheme
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.weights.nf4 import NESTED_BLOCK, NF4_BLOCK, NF4_CODEBOOK, NestedScales, nested_scales
 
 from .base import require
 
@@ -46,7 +47,7 @@ class BitsAndBytes:
             "weight.absmax": qtensor.scales,
             "weight.quant_map": torch.tensor(NF4_CODEBOOK),
         }
-        if (nested := qtensor.nested) is not None:
+        if (nested := nested_scales(qtensor.extra)) is not None:
             state |= {
                 "nested_blocksize": NESTED_BLOCK,
                 "nested_dtype": "float32",
@@ -72,17 +73,17 @@ class BitsAndBytes:
         require(same, "weight.quant_map is not NF4's code book in float32")
         return QTensor(
             scheme, (shape[0], shape[1]), tensors["weight"].flatten(), tensors["weight.absmax"].flatten(),
-            nested=self._nested(state, tensors),
+            extra=self._nested(state, tensors),
         )  # fmt: skip
 
-    def _nested(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> NestedScales | None:
+    def _nested(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not {"weight.nested_absmax", "weight.nested_quant_map"} & tensors.keys():
-            return None
+            return {}
         size, offset = state.get("nested_blocksize"), state.get("nested_offset")
         require(size == NESTED_BLOCK, f"nested_blocksize is {size!r}, expected {NESTED_BLOCK}")
         require(isinstance(offset, float), f"nested_offset is {offset!r}")
         absmax, codebook = tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"]
-        return NestedScales(absmax, codebook, torch.tensor(offset, dtype=torch.float32))
+        return NestedScales(absmax, codebook, torch.tensor(offset, dtype=torch.float32)).tensors()
 
     def quantization_config(self, scheme: Scheme, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:
         return {

@@ -23,9 +23,10 @@ from bitpress.kernels.packing import pack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.triton import gptq_columns
+from bitpress.kernels.weights.integer import affine_parameters
 
 from ..system.threads import map_threads
-from .absmax import Absmax, affine_parameters
+from .absmax import Absmax
 from .base import Diagnostics
 from .hessian import Factor, Hessian
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from bitpress.kernels.qtensor import NestedScales, QTensor
-from bitpress.kernels.scheme import NF4_BLOCK, Scheme
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.weights.nf4 import NF4_BLOCK, NestedScales
 
 from ..errors import ConfigError
 from .base import Diagnostics
@@ -33,14 +34,13 @@ class NF4:
             wide, blocksize=NF4_BLOCK, compress_statistics=scheme.double_quant, quant_type="nf4"
         )
         codes = packed.flatten()
-        nested = None
+        extra = {}
         if scheme.double_quant:
             inner = state.state2
-            nested = NestedScales(
-                inner.absmax, inner.code.to(torch.float32), state.offset.to(torch.float32).reshape(())
-            )
+            offset = state.offset.to(torch.float32).reshape(())
+            extra = NestedScales(inner.absmax, inner.code.to(torch.float32), offset).tensors()
         shape = (weight.shape[0], weight.shape[1])
-        qtensor = QTensor(scheme, shape, self._keep_zeros(wide, codes), state.absmax, nested=nested)
+        qtensor = QTensor(scheme, shape, self._keep_zeros(wide, codes), state.absmax, extra=extra)
         norm = torch.linalg.vector_norm(wide)
         lost = torch.linalg.vector_norm(qtensor.dequantize() - wide)
         return qtensor, Diagnostics((lost / norm).item() if norm else 0.0)

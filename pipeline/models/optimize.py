@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from bitpress.kernels.cpu.native import DTYPES
 from bitpress.kernels.decoder_layer import ACTIVATIONS, NativeLayer, Norm, Parts
-from bitpress.kernels.linear import QLinear, join_siblings
+from bitpress.kernels.linear import QLinear, join_projections
 
 from .structure import decoder
 
@@ -60,7 +60,7 @@ def optimize_for_decoding(model: PreTrainedModel) -> None:
     if devices == {"cpu"} and not split:
         model.fusing = fuse(model)  # type: ignore[assignment]
     else:
-        join_siblings(model)
+        join_projections(model)
 
 
 def fuse(model: PreTrainedModel) -> Fusing:
@@ -84,7 +84,7 @@ def unfuse(model: nn.Module) -> None:
 
 def _fuse_layer(layer: nn.Module, model: PreTrainedModel) -> None:
     parts = _parts(layer)
-    if reason := parts.reject():
+    if reason := parts.unsupported():
         raise _Unfit(reason)
     if any("forward" in module.__dict__ for module in layer.modules()):
         raise _Unfit("its forward was replaced")

@@ -130,11 +130,10 @@ class _Problems:
             self.layers[problem].append(layer)
 
     def sentences(self) -> list[str]:
-        return [f"{problem} ({_counted(layers)})" for problem, layers in self.layers.items()]
-
-
-def _counted(layers: list[str]) -> str:
-    return layers[0] if len(layers) == 1 else f"{len(layers)} layers, such as {layers[0]}"
+        return [
+            f"{layers[0]}: {problem}" if len(layers) == 1 else f"{problem} ({len(layers)} layers, such as {layers[0]})"
+            for problem, layers in self.layers.items()
+        ]
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
@@ -179,6 +178,14 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if broken:
         raise CheckpointError(f"{checkpoint.folder} does not match its config.json:\n{listing(broken)}")
     unused = [p for p in recipe.rules.layers if not any(Rules(None, {p: None}).pattern(n) for n in checkpoint.tensors)]
+    for pattern in unused:
+        for copy, origin in tied(model).items():
+            if Rules(None, {pattern: None}).pattern(copy):
+                raise ConfigError(
+                    f"layers: {pattern} names {copy.removesuffix('.weight')}, which is tied to "
+                    f"{origin.removesuffix('.weight')} and has no weight of its own in {checkpoint.folder.name}; name "
+                    "that one, or set tie_word_embeddings to false and store the head"
+                )
     if unused:
         raise ConfigError(f"layers: {', '.join(unused)} matches no tensor of {checkpoint.folder.name}")
     if unfit.layers:
@@ -263,7 +270,7 @@ def _choose_format(wanted: Format | None, tensors: list[PlannedTensor]) -> tuple
     Raises:
         ConfigError: it, or every format, cannot hold some layer.
     """
-    reasons = []
+    reasons: list[str] = []
     for format in [wanted] if wanted else formats().values():
         unfit = _Problems()
         for tensor in tensors:

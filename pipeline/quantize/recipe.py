@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 
-from bitpress.kernels.scheme import Scheme
-
 from ..config.load import load_recipe
+from ..config.messages import Problem
 from ..config.schema import AUTO, RecipeSettings
 from ..data.calibration import Calibration
 from ..errors import ConfigError, nearest
 from ..formats import registry as formats
 from ..formats.base import Format
-from ..methods import options_of
+from ..methods import options_of, with_options
 from ..methods import registry as methods
 from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
@@ -23,9 +22,6 @@ from .spec import KEPT, LayerSpec, Rules
 
 FORMAT_VERSION = 2
 NO_CALIBRATION = "no method of the recipe is calibrated: name one that is, such as gptq, or leave calibration out"
-
-
-Problem = tuple[tuple[int | str, ...], str]  # the path to a key, and a sentence
 
 
 @dataclass(frozen=True)
@@ -64,12 +60,12 @@ class Recipe:
             raise ConfigError(
                 "; ".join(f"{'.'.join(map(str, path))}: {said}" if path else said for path, said in found)
             )
-        options = {settings.method: settings.options}
+        method = None if settings.method == AUTO else with_options(methods()[settings.method], settings.options)
         return Recipe(
             name=settings.label,
             rules=Rules(
-                LayerSpec.parse(settings.spec, options),
-                {pattern: LayerSpec.parse(text, options) for pattern, text in settings.layers.items()},
+                LayerSpec.parse(settings.spec, method),
+                {pattern: LayerSpec.parse(text, method) for pattern, text in settings.layers.items()},
             ),
             format=None if settings.format == AUTO else formats()[settings.format],
             max_fallback_layers=settings.max_fallback_layers,
@@ -139,21 +135,20 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         found += _option_problems(settings)
     if not specs and not found and not settings.baseline:
         found.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
+<<<<<<< HEAD
     asked = settings.calibration and "calibration" in settings.model_fields_set
     if asked and specs and not found and not any(spec.method.needs_calibration for spec in specs):
+=======
+    unused = settings.calibration and not any(spec.method.needs_calibration for spec in specs)
+    if unused and specs and not found and not settings.inherits("calibration"):
+>>>>>>> house
         found.append((("calibration",), NO_CALIBRATION))
     if settings.format != AUTO and not found:
-        shape = (1024, 4096)
         target = formats()[settings.format]
-        unfit = [p for spec in specs for p in target.problems(spec.scheme, _probe(spec.scheme, shape))]
-        found += [(("format",), problem) for problem in dict.fromkeys(unfit)]
-    return found
-
-
-def _probe(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
-    """A shape that the scheme's group size divides."""
-    group = scheme.weight.description().group_size if hasattr(scheme, "weight") else scheme.group_size
-    return shape[0], 32 * (group or 32)
+        for spec in specs:
+            fitting = (1024, 32 * (spec.scheme.weight.description().group_size or 32))
+            found += [(("format",), problem) for problem in target.problems(spec.scheme, fitting)]
+    return list(dict.fromkeys(found))
 
 
 def _option_problems(settings: RecipeSettings) -> list[Problem]:
@@ -161,13 +156,15 @@ def _option_problems(settings: RecipeSettings) -> list[Problem]:
 
     def problem(options: Mapping[str, Any]) -> str | None:
         try:
-            LayerSpec.parse(settings.spec, {settings.method: options})
+            with_options(methods()[settings.method], dict(options))
         except ValueError as error:
             return str(error)
         return None
 
     single = {name: problem({name: value}) for name, value in settings.options.items()}
-    wrong = [(("options", name), said.removeprefix(f"{name}: ")) for name, said in single.items() if said]
+    wrong: list[Problem] = [
+        (("options", name), said.removeprefix(f"{name}: ")) for name, said in single.items() if said
+    ]
     if not wrong and (said := problem(settings.options)):
         wrong.append((("options",), said))
     return wrong

@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
-from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.scheme import Scheme, examples
 
 from ..errors import nearest
-from ..methods import default_method, with_options
+from ..methods import default_method
 from ..methods import registry as methods
 from ..methods.base import Method
 
@@ -31,28 +30,34 @@ class LayerSpec:
         return f"{self.method.name}/{self.scheme.name}"
 
     @staticmethod
-    def parse(text: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> "LayerSpec | None":
-        """The spec that a text names: "int4-g128" (by the scheme's default method), "gptq/int4-g128", None for "none".
+    def parse(text: str, preferred: Method | None = None) -> "LayerSpec | None":
+        """The spec that a text names: "int4-g128", "gptq/int4-g128"; None for "none".
 
         Args:
-            options: method name -> its options, where its defaults are not wanted.
+            preferred: the method where the text names none and this one can make the scheme, or where the text names
+                it, with its options; otherwise it is the scheme's default method.
         Raises:
-            ValueError: an unknown scheme or method, a method that cannot make the scheme, or options it does not have.
+            ValueError: an unknown scheme or method, or a method that cannot make the scheme.
         """
         method_name, slash, scheme_name = text.rpartition("/")
         if scheme_name == KEPT and not slash:
             return None
-        scheme = Scheme.parse(scheme_name)
+        try:
+            scheme = Scheme.parse(scheme_name)
+        except ValueError as error:
+            raise ValueError(f"{error}{nearest(scheme_name, [KEPT, *examples()])}") from error
         if slash and method_name not in methods():
             hint = nearest(method_name, methods()) or f"; use one of {', '.join(methods())}"
             raise ValueError(f"method {method_name!r} is unknown{hint}")
-        method = methods()[method_name] if slash else default_method(scheme)
-        method = with_options(method, dict((options or {}).get(method.name, {})))
+        if preferred and (preferred.name == method_name or not (slash or preferred.problems(scheme))):
+            method = preferred
+        else:
+            method = methods()[method_name] if slash else default_method(scheme)
         if problems := method.problems(scheme):
             raise ValueError("; ".join(problems))
         return LayerSpec(scheme, method)
 
-    def fitted(self, shape: tuple[int, ...]) -> "LayerSpec":
+    def fitted(self, shape: tuple[int, int]) -> "LayerSpec":
         """The same spec, its group size made to divide the weight's inputs (see Scheme.fitted)."""
         return replace(self, scheme=self.scheme.fitted(shape))
 

@@ -27,11 +27,11 @@ import torch
 import uninstalled  # noqa: F401
 from torch import Tensor
 
+from bitpress.kernels.activations.int8_token import quantize_rows
 from bitpress.kernels.base import Kernel
 from bitpress.kernels.bench.entrants import DENSE, entrants
 from bitpress.kernels.bench.measure import Cell, Job, Result, measure, random_weight
 from bitpress.kernels.qtensor import QTensor
-from bitpress.kernels.reference import quantize_rows
 from bitpress.kernels.registry import registry
 from bitpress.kernels.scheme import Scheme
 
@@ -59,7 +59,7 @@ def check(options: argparse.Namespace) -> int:
                 continue
             q = random_weight(scheme, shape, torch.device(options.device))
             for kernel in registry():
-                if kernel.name != "reference" and (scheme.activations or not kernel.quantizes_inputs):
+                if kernel.name != "reference" and (scheme.activations or not kernel.rounds_weight_only_inputs):
                     wrong += sum(check_kernel(kernel, q, dtype) for dtype in TOLERANCE)
     print(f"check: {wrong} products are wrong" if wrong else "check: all products are right", flush=True)
     return wrong
@@ -68,16 +68,16 @@ def check(options: argparse.Namespace) -> int:
 def check_kernel(kernel: Kernel, q: QTensor, dtype: torch.dtype) -> int:
     """How many of its products were wrong; the worst, and what happened, is printed."""
     where = f"{kernel.name}, {q.scheme.name}, {q.shape[0]}x{q.shape[1]}, {dtype}"
-    if kernel.reject(q, dtype, q.codes.device):
+    if kernel.unsupported(q, dtype, q.codes.device):
         return 0
     worst, wrong = 0.0, 0
     try:
-        prepared = kernel.prepare(q, dtype)
+        packed = kernel.pack(q, dtype)
         for rows in CHECKED_ROWS:
             x = torch.randn(rows, q.shape[1], generator=torch.Generator().manual_seed(rows)).to(q.codes.device, dtype)
             bias = torch.randn(q.shape[0], generator=torch.Generator().manual_seed(0)).to(q.codes.device)
             for number in each_configuration(kernel):
-                found = [kernel.linear(x, prepared, bias) for _ in range(2)]
+                found = [kernel.linear(x, packed, bias) for _ in range(2)]
                 error = relative(found[0], q, x, bias)
                 worst = max(worst, error)
                 if not error <= TOLERANCE[dtype]:
@@ -87,7 +87,7 @@ def check_kernel(kernel: Kernel, q: QTensor, dtype: torch.dtype) -> int:
                     wrong += 1
                     print(f"CHANGES from run to run: {where}, {rows} rows, configuration {number}", flush=True)
         if x.is_cuda:
-            wrong += check_graph(kernel, prepared, x[:1], where)
+            wrong += check_graph(kernel, packed, x[:1], where)
     except Exception:
         print(f"FAILED: {where}\n{traceback.format_exc()}", flush=True)
         return wrong + 1
@@ -117,16 +117,16 @@ def each_configuration(kernel: Kernel) -> Iterator[int]:
         module.choose = choose
 
 
-def check_graph(kernel: Kernel, prepared: torch.nn.Module, x: Tensor, where: str) -> int:
+def check_graph(kernel: Kernel, packed: torch.nn.Module, x: Tensor, where: str) -> int:
     """The same product from a CUDA graph whose input changed after it was captured."""
-    kernel.linear(x, prepared, None)
+    kernel.linear(x, packed, None)
     held = x.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = kernel.linear(held, prepared, None)
+        y = kernel.linear(held, packed, None)
     held.copy_(2 * x)
     graph.replay()
-    if torch.equal(y, kernel.linear(2 * x, prepared, None)):
+    if torch.equal(y, kernel.linear(2 * x, packed, None)):
         return 0
     print(f"WRONG in a CUDA graph: {where}", flush=True)
     return 1

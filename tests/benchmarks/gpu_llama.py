@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitpress.kernels.bench.measure import random_weight
-from bitpress.kernels.linear import QLinear, join_siblings
+from bitpress.kernels.linear import QLinear, join_projections
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
@@ -172,7 +172,7 @@ def measure(options: argparse.Namespace, batch: int) -> dict[str, Any]:
     scheme = None if options.scheme == "bf16" else Scheme.parse(options.scheme)
     length = options.prompt + options.generate + 8
     model = Llama(shape, Layers(scheme, options.kernel, device), batch, length)
-    joined = bool(options.joined and join_siblings(model))
+    joined = bool(options.joined and join_projections(model))
     used = {layer.selection.kernel.name for layer in model.modules() if isinstance(layer, QLinear)} or {"bf16"}
     if options.compile:
         for block in model.blocks:  # one compilation serves all of them

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from bitpress.kernels.packing import pack
-from bitpress.kernels.qtensor import NESTED_BLOCK, NestedScales, QTensor
-from bitpress.kernels.scheme import NF4_BLOCK, Scheme
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.weights.nf4 import NESTED_BLOCK, NF4_BLOCK, NestedScales
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -50,7 +51,7 @@ def make_qtensor(generator: torch.Generator) -> Callable[..., QTensor]:
                 return QTensor(scheme, shape, codes, rand(blocks))
             codebook = torch.linspace(-1, 1, 256)
             nested = NestedScales(rand(-(-blocks // NESTED_BLOCK)), codebook, torch.tensor(2.0))
-            return QTensor(scheme, shape, codes, randint(256, blocks), nested=nested)
+            return QTensor(scheme, shape, codes, randint(256, blocks), extra=nested.tensors())
         groups, levels = scheme.groups(in_features), 1 << scheme.bits
         codes = pack(randint(levels, out_features, in_features), scheme.bits)
         scales = (rand(out_features, groups) * 2 / levels).to(scale_dtype)
@@ -76,11 +77,11 @@ def nan_stays_in_its_row() -> Callable[..., None]:
     """nan_stays_in_its_row(kernel, qtensor): of few rows and of many; no output shows the input of another row."""
 
     def check(kernel: Any, qtensor: QTensor) -> None:
-        prepared = kernel.prepare(qtensor, torch.bfloat16)
+        packed = kernel.pack(qtensor, torch.bfloat16)
         for rows in (3, 65):
             x = torch.ones(rows, qtensor.shape[1], dtype=torch.bfloat16, device=qtensor.codes.device)
             x[1, 5] = torch.nan
-            y = kernel.linear(x, prepared, None)
+            y = kernel.linear(x, packed, None)
             assert y[1].isnan().all()
             assert y[2:].isfinite().all()
 

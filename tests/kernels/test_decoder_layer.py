@@ -48,6 +48,7 @@ def make_parts(make_qtensor: Callable[..., QTensor], generator: torch.Generator)
             bias = torch.randn(out_features, generator=generator).to(torch.bfloat16) if extras else None
             layer = QLinear(qtensor, bias, torch.float32, "native-bf16")
             layer.selection = Selection(kernel or NativeExact(), {})
+            layer.packed.instructions = layer.selection.kernel.chosen()
             return layer
 
         def norm(features: int) -> Norm:
@@ -189,7 +190,7 @@ def test_a_copy_has_its_own_weights(make_parts: MakeParts):
     x, rotation, keys, values = inputs(native.parts, 4, torch.float32)
     want = native.step(x, (rotation[0], rotation[1]), keys, values, 4)
     for linear in native.parts.linears:
-        linear.prepared.get_buffer("packed")[128:] = 0
+        linear.packed.get_buffer("data")[128:] = 0
     assert torch.equal(copied.step(x, (rotation[0], rotation[1]), keys, values, 4), want)
     assert not torch.equal(native.step(x, (rotation[0], rotation[1]), keys, values, 4), want)
 
@@ -202,14 +203,14 @@ def test_a_copy_has_its_own_weights(make_parts: MakeParts):
     ],
 )
 def test_reasons(changes: dict[str, int], said: str, make_parts: MakeParts):
-    assert make_parts(**changes).reject() == said
+    assert make_parts(**changes).unsupported() == said
 
 
 def test_more_reasons(make_parts: MakeParts):
     parts = make_parts()
-    assert parts.reject() is None
-    assert replace(parts, activation="relu").reject() == "activation relu; expected silu or gelu_tanh"
+    assert parts.unsupported() is None
+    assert replace(parts, activation="relu").unsupported() == "activation relu; expected silu or gelu_tanh"
     swapped = (*parts.linears[:6], parts.linears[0])
-    assert replace(parts, linears=swapped).reject() == "linear layers that do not fit each other"
+    assert replace(parts, linears=swapped).unsupported() == "linear layers that do not fit each other"
     short = (parts.norms[0], Norm(torch.ones(63), 1e-3), None, None)
-    assert replace(parts, norms=short).reject() == "norms that do not fit the linear layers"
+    assert replace(parts, norms=short).unsupported() == "norms that do not fit the linear layers"

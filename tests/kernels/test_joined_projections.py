@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitpress.kernels import registry as select
-from bitpress.kernels.base import Kernel, Prepared
-from bitpress.kernels.linear import QLinear, join_siblings
+from bitpress.kernels import registry as kernel_registry
+from bitpress.kernels.base import Kernel, PackedWeight
+from bitpress.kernels.linear import QLinear, join_projections
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.reference import Reference
 from bitpress.kernels.registry import registry
@@ -25,20 +25,20 @@ class Joining(Reference):
     name: ClassVar[str] = "joining"
     calls = 0
 
-    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
-        return Prepared(qtensor, weight=qtensor.dequantize(dtype))
+    def pack(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
+        return PackedWeight(qtensor, weight=qtensor.dequantize(dtype))
 
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, packed: nn.Module, bias: Tensor | None) -> Tensor:
         Joining.calls += 1
-        return F.linear(x, prepared.get_buffer("weight"), bias)
+        return F.linear(x, packed.get_buffer("weight"), bias)
 
-    def join(self, parts: Sequence[Prepared]) -> Prepared:
-        return Prepared.joined(parts, {"weight": 0})
+    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight:
+        return PackedWeight.joined(parts, {"weight": 0})
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "registry", lambda: [Joining(), Reference()])
+    monkeypatch.setattr(kernel_registry, "registry", lambda: [Joining(), Reference()])
     monkeypatch.setattr(Joining, "calls", 0)
 
 
@@ -60,7 +60,7 @@ def stacked(weights: list[QTensor]) -> QTensor:
 
 
 def expected(parent: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    weights = {name: parent.get_submodule(name).prepared.get_buffer("weight") for name in OUTS}
+    weights = {name: parent.get_submodule(name).packed.get_buffer("weight") for name in OUTS}
     return {name: F.linear(x, weights[name], parent.get_submodule(name).bias) for name in OUTS}
 
 
@@ -68,7 +68,7 @@ def test_one_product_for_all(attention: nn.Module, generator: torch.Generator) -
     x = torch.randn(2, 5, 64, generator=generator)
     alone = expected(attention, x)
     before = sum(buffer.nbytes for buffer in attention.buffers())
-    assert join_siblings(attention) == 2
+    assert join_projections(attention) == 2
     assert sum(buffer.nbytes for buffer in attention.buffers()) == before
     for _ in range(2):
         for name in OUTS:
@@ -76,9 +76,9 @@ def test_one_product_for_all(attention: nn.Module, generator: torch.Generator) -
             torch.testing.assert_close(found, alone[name])
             assert found.view(2, 5, -1, 8).shape[2] == OUTS[name] // 8
     assert Joining.calls == 2
-    assert attention.q_proj.siblings._held is None
-    assert "with its siblings" in repr(attention.k_proj)
-    assert join_siblings(attention) == 0
+    assert attention.q_proj.joined._held is None
+    assert "joined" in repr(attention.k_proj)
+    assert join_projections(attention) == 0
 
 
 @pytest.mark.parametrize("order", ["vkq", "kk", "v", "qvkq", "kqv"])
@@ -86,7 +86,7 @@ def test_any_order(attention: nn.Module, generator: torch.Generator, order: str)
     """Another tensor for each but two that are the same, though of equal shape: none gets what is another's."""
     inputs = [torch.randn(3, 64, generator=generator) for _ in range(2)]
     alone = [expected(attention, x) for x in inputs]
-    join_siblings(attention)
+    join_projections(attention)
     for turn in range(4):
         for place, letter in enumerate(order):
             which = (turn + place // 2) % 2
@@ -100,12 +100,12 @@ def test_compiled_in_one_piece(attention: nn.Module, generator: torch.Generator)
 
     x = torch.randn(3, 64, generator=generator)
     alone = torch.cat([expected(attention, x)[name] for name in OUTS], -1)
-    join_siblings(attention)
+    join_projections(attention)
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(compiled(x), alone)
-    assert attention.q_proj.siblings._held is None
+    assert attention.q_proj.joined._held is None
 
 
 @pytest.mark.parametrize("what", ["scheme", "order", "kernel", "missing"])
@@ -116,11 +116,11 @@ def test_who_stays_alone(attention: nn.Module, make_qtensor: Make, what: str) ->
     attention.k_proj = QLinear(q, None, torch.float32, "reference" if what == "kernel" else "auto")
     if what == "missing":
         attention.k_proj = nn.Linear(64, 16)
-    assert join_siblings(attention) == 0
-    assert attention.q_proj.siblings is None
+    assert join_projections(attention) == 0
+    assert attention.q_proj.joined is None
 
 
-JOINING = [kernel for kernel in registry() if hasattr(kernel, "join")]
+JOINING = [kernel for kernel in registry() if type(kernel).join is not Kernel.join]
 
 
 @pytest.mark.parametrize(
@@ -132,10 +132,10 @@ def test_joined_is_what_the_whole_would_be(
 ) -> None:
     monkeypatch.setattr(sys.modules[type(kernel).__module__], "problem", lambda device: None)
     weights = [make_qtensor(scheme, outs, 192) for outs in (33, 7, 16)]
-    if reason := kernel.reject(weights[0], torch.float16, torch.device("cuda")):
+    if reason := kernel.unsupported(weights[0], torch.float16, torch.device("cuda")):
         pytest.skip(reason)
-    whole = kernel.prepare(stacked(weights), torch.float16)
-    joined = kernel.join([kernel.prepare(q, torch.float16) for q in weights])
+    whole = kernel.pack(stacked(weights), torch.float16)
+    joined = kernel.join([kernel.pack(q, torch.float16) for q in weights])
     assert joined.shape == whole.shape
     assert vars(joined).keys() == vars(whole).keys()
     assert joined._buffers.keys() == whole._buffers.keys()
@@ -144,4 +144,4 @@ def test_joined_is_what_the_whole_would_be(
 
 def test_scales_with_code_books_of_their_own_are_not_joined(make_qtensor: Make) -> None:
     kernel = next(kernel for kernel in JOINING if kernel.name == "triton-nf4")
-    assert kernel.join([kernel.prepare(make_qtensor("nf4-dq", 8, 256), torch.float16) for _ in range(2)]) is None
+    assert kernel.join([kernel.pack(make_qtensor("nf4-dq", 8, 256), torch.float16) for _ in range(2)]) is None

@@ -1,12 +1,13 @@
 """QLinear's own promises; what it computes is tested with the kernels."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from bitpress.eval.measure.memory import resident_bytes
-from bitpress.kernels.linear import QExperts, QLinear
+from bitpress.kernels.linear import QEmbedding, QExperts, QLinear
 from bitpress.kernels.packing import pack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
@@ -34,7 +35,7 @@ def test_another_dtype_is_refused_rather_than_half_done(move: str) -> None:
 def test_a_move_that_moves_nothing_is_fine() -> None:
     module = torch.nn.Sequential(layer())
     assert module.to("cpu", torch.float32) is module
-    assert module.float()[0].prepared.scales.dtype == torch.float16
+    assert module.float()[0].packed.scales.dtype == torch.float16
 
 
 class TestOrder:
@@ -54,8 +55,8 @@ class TestOrder:
         from bitpress.kernels.reference import Reference
 
         seen = []
-        prepare = Reference.prepare
-        monkeypatch.setattr(Reference, "prepare", lambda self, q, dtype: seen.append(q) or prepare(self, q, dtype))
+        pack = Reference.pack
+        monkeypatch.setattr(Reference, "pack", lambda self, q, dtype: seen.append(q) or pack(self, q, dtype))
         QLinear(shuffled(), None, torch.float32, "reference")
         assert [q.order for q in seen] == [None]
 
@@ -75,3 +76,39 @@ class TestOrder:
         found = torch.nn.functional.linear(x, QExperts([pieces])[0])
         expected = torch.cat([x @ q.dequantize().t() for q in (shuffled(), weight())], -1)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # float32's order of sums
+
+
+class TestEmbedding:
+    SCHEMES = ("int8-g32", "int4-channel-asym", "int3-g32", "nf4", "nf4-dq", "int8-dynamic")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_gives_the_rows_of_the_weight(self, make_qtensor: Callable[..., QTensor], scheme: str, dtype: torch.dtype):
+        q = make_qtensor(scheme, 97, 64)
+        layer = QEmbedding(q, dtype)
+        for ids in (torch.tensor([[0, 96, 5], [5, 5, 1]]), torch.tensor([3]), torch.empty(2, 0, dtype=torch.int64)):
+            assert torch.equal(layer(ids), q.dequantize(dtype)[ids])
+            assert layer(ids).dtype == dtype
+        assert (layer.num_embeddings, layer.embedding_dim) == (97, 64)
+        assert resident_bytes(layer) == q.nbytes
+        assert not layer.state_dict()
+        assert repr(layer) == f"QEmbedding(\n  97, 64, {scheme}\n  (packed): UnpackedWeight()\n)"
+
+    def test_an_order_is_undone(self) -> None:
+        ids = torch.tensor([31, 2, 2])
+        assert torch.equal(QEmbedding(shuffled(), torch.float32)(ids), shuffled().dequantize()[ids])
+
+    @pytest.mark.parametrize("move", ["half", "bfloat16", "double"])
+    def test_another_dtype_is_refused(self, move: str) -> None:
+        layer = QEmbedding(weight(), torch.float32)
+        assert torch.nn.Sequential(layer).to("cpu", torch.float32)[0] is layer
+        with pytest.raises(ValueError, match="load the model again"):
+            getattr(layer, move)()
+
+    def test_an_id_out_of_range_is_an_error(self) -> None:
+        with pytest.raises(IndexError):
+            QEmbedding(weight(), torch.float32)(torch.tensor([32]))
+
+    def test_rows_that_cannot_be_taken_apart_are_refused_at_once(self, make_qtensor: Callable[..., QTensor]) -> None:
+        with pytest.raises(ValueError, match="blocks would run across rows"):
+            QEmbedding(make_qtensor("nf4", 8, 96), torch.float32)

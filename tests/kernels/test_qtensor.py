@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from bitpress.kernels.packing import unpack
-from bitpress.kernels.qtensor import NF4_CODEBOOK, QTensor
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.weights.nf4 import NF4_CODEBOOK
 
 Make = Callable[..., QTensor]
 
@@ -17,14 +19,14 @@ def one_by_one(q: QTensor) -> Tensor:
     weight = torch.zeros(q.shape, dtype=torch.float64)
     for row in range(out_features):
         for column in range(in_features):
-            if q.scheme.code == "nf4":
+            if q.scheme.weight.description().type == "codebook":
                 place = row * in_features + column
                 byte, block = int(q.codes[place // 2]), place // 64
                 code = byte & 15 if place % 2 else byte >> 4
                 scale = float(q.scales[block])
-                if q.nested:
-                    unit = float(q.nested.codebook[int(q.scales[block])])
-                    scale = unit * float(q.nested.absmax[block // 256]) + float(q.nested.offset)
+                if q.extra:
+                    unit = float(q.extra["nested.codebook"][int(q.scales[block])])
+                    scale = unit * float(q.extra["nested.absmax"][block // 256]) + float(q.extra["nested.offset"])
                 weight[row, column] = NF4_CODEBOOK[code] * scale
             else:
                 code = int(unpack(q.codes, q.scheme.bits, in_features)[row, column])
@@ -92,6 +94,15 @@ def with_nan(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def with_weight(q: QTensor, **changes: int | bool) -> QTensor:
+    """The same tensors, said to be of another weight type."""
+    return replace(q, scheme=Scheme(replace(q.scheme.weight, **changes)))  # type: ignore[type-var]
+
+
+def with_extra(q: QTensor, name: str, tensor: Tensor) -> QTensor:
+    return replace(q, extra={**q.extra, name: tensor})
+
+
 def ordered(*changes: tuple[int, int], dtype: torch.dtype = torch.int32) -> Callable[[QTensor], QTensor]:
     """With the order of the inputs as they are, but for some entries."""
 
@@ -115,13 +126,13 @@ INT_FAULTS: dict[str, tuple[Callable[[QTensor], QTensor], str]] = {
     "zeros dtype": (lambda q: replace(q, zeros=q.zeros.int()), "zeros has dtype torch.int32"),  # type: ignore[union-attr]
     "zeros range": (lambda q: replace(q, zeros=q.zeros | 16), r"out of range 0\.\.15"),  # type: ignore[operator]
     "zeros missing": (lambda q: replace(q, zeros=None), "zeros missing for scheme int4-g32-asym"),
-    "group mismatch": (lambda q: replace(q, scheme=replace(q.scheme, group_size=64)), r"expected \[4, 1\]"),
+    "group mismatch": (lambda q: with_weight(q, group_size=64), r"expected \[4, 1\]"),
     "group does not divide": (
-        lambda q: replace(q, scheme=replace(q.scheme, group_size=48)),
+        lambda q: with_weight(q, group_size=48),
         "not divisible by group_size 48",
     ),
     "zeros extra": (
-        lambda q: replace(q, scheme=replace(q.scheme, symmetric=True)),
+        lambda q: with_weight(q, symmetric=True),
         "zeros does not belong to scheme int4-g32",
     ),
     "order twice": (ordered((3, 4)), "order is no permutation: 1 of 64 inputs are there more than once"),
@@ -154,21 +165,21 @@ NF4_FAULTS: dict[str, tuple[Callable[[QTensor], QTensor], str]] = {
         lambda q: replace(q, scales=q.scales.float()),
         "scales has dtype torch.float32, expected torch.uint8",
     ),
-    "nested missing": (lambda q: replace(q, nested=None), "nested.absmax, nested.codebook, nested.offset missing"),
+    "nested missing": (lambda q: replace(q, extra={}), "nested.absmax, nested.codebook, nested.offset missing"),
     "nested extra": (
-        lambda q: replace(q, scheme=replace(q.scheme, double_quant=False)),
+        lambda q: with_weight(q, double_quant=False),
         "does not belong to scheme nf4",
     ),
     "absmax nan": (
-        lambda q: replace(q, nested=replace(q.nested, absmax=with_nan(q.nested.absmax))),
+        lambda q: with_extra(q, "nested.absmax", with_nan(q.extra["nested.absmax"])),
         "nested.absmax has 1 NaN",
     ),
     "offset shape": (
-        lambda q: replace(q, nested=replace(q.nested, offset=torch.ones(1))),
+        lambda q: with_extra(q, "nested.offset", torch.ones(1)),
         r"nested.offset has shape \[1\]",
     ),
     "codebook shape": (
-        lambda q: replace(q, nested=replace(q.nested, codebook=torch.ones(16))),
+        lambda q: with_extra(q, "nested.codebook", torch.ones(16)),
         "nested.codebook has shape",
     ),
     "zeros extra": (lambda q: replace(q, zeros=torch.zeros(4, 1, dtype=torch.uint8)), "zeros does not belong"),

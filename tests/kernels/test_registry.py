@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitpress.kernels.activations.int8_token import quantize_rows
 from bitpress.kernels.base import Kernel
 from bitpress.kernels.qtensor import QTensor
-from bitpress.kernels.reference import quantize_rows
 from bitpress.kernels.registry import registry, select
 
 Make = Callable[..., QTensor]
@@ -88,7 +88,7 @@ def tolerance(q: QTensor, dtype: torch.dtype, count: int = 64, name: str = "") -
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[dtype]
     if name.startswith("native") and not q.scheme.activations:
         rounding += 2.0**-11
-        if name == "native-int8" and q.scheme.code == "nf4":
+        if name == "native-int8" and q.scheme.weight.description().type == "codebook":
             rounding += 2.0**-7
     return rounding * (1 if q.scheme.activations or count >= 64 else 2) + 2.0**-20
 
@@ -101,13 +101,13 @@ def test_product(
 ) -> None:
     q, kernel = make_qtensor(scheme, *shape), kernel_named(name)
     q.check()
-    if reason := kernel.reject(q, dtype, CPU):
+    if reason := kernel.unsupported(q, dtype, CPU):
         pytest.skip(reason)
-    prepared = kernel.prepare(q, dtype)
+    packed = kernel.pack(q, dtype)
     for rows in ROWS:
         x = torch.randn(rows, shape[1], generator=generator).to(dtype)
         with torch.inference_mode():
-            y = kernel.linear(x, prepared, None)
+            y = kernel.linear(x, packed, None)
         assert y.shape == (rows, shape[0])
         assert y.dtype == dtype
         assert relative_rms(y, q, x, name=name) <= tolerance(q, dtype, y.numel(), name), rows
@@ -119,15 +119,15 @@ def test_product(
 def test_forms_of_input(make_qtensor: Make, generator: torch.Generator, name: str, scheme: str) -> None:
     """1, 2 and 3 dimensions, views, bias of the input's dtype or float32: all the same product."""
     q, kernel, dtype = make_qtensor(scheme, 66 if name != "bnb-nf4" else 64, 64), kernel_named(name), torch.bfloat16
-    if reason := kernel.reject(q, dtype, CPU):
+    if reason := kernel.unsupported(q, dtype, CPU):
         pytest.skip(reason)
-    prepared = kernel.prepare(q, dtype)
+    packed = kernel.pack(q, dtype)
     bias = torch.randn(q.shape[0], generator=generator)
     cube = torch.randn(64, 50, 2, generator=generator).to(dtype)
     for x in (cube[:, 0, 0], cube[..., 0].t(), cube.permute(2, 1, 0), cube[:, :0, 0].t(), cube[:, :0].permute(2, 1, 0)):
         for b in (None, bias, bias.to(dtype)):
             with torch.no_grad():
-                y = kernel.linear(x, prepared, b)
+                y = kernel.linear(x, packed, b)
             assert y.shape == (*x.shape[:-1], q.shape[0])
             assert y.dtype == dtype
             assert y.is_contiguous()
@@ -151,25 +151,25 @@ def test_forms_of_input(make_qtensor: Make, generator: torch.Generator, name: st
 )
 def test_nan_in_the_input_shows(make_qtensor: Make, scheme: str, name: str, rows: int) -> None:
     q, kernel = make_qtensor(scheme, 64, 64), kernel_named(name)
-    if reason := kernel.reject(q, torch.bfloat16, CPU):
+    if reason := kernel.unsupported(q, torch.bfloat16, CPU):
         pytest.skip(reason)
     x = torch.ones(rows, 64, dtype=torch.bfloat16)
     x[1, 5] = torch.nan
-    y = kernel.linear(x, kernel.prepare(q, torch.bfloat16), None)
+    y = kernel.linear(x, kernel.pack(q, torch.bfloat16), None)
     assert y[1].isnan().all()
     assert y[[0, 2]].isfinite().all()
 
 
 def test_int4_layout_is_read_off_and_both_ways_agree(make_qtensor: Make, generator: torch.Generator) -> None:
     q, kernel = make_qtensor("int4-g64-asym", 640, 128), kernel_named("torch-int4")
-    if reason := kernel.reject(q, torch.bfloat16, CPU):
+    if reason := kernel.unsupported(q, torch.bfloat16, CPU):
         pytest.skip(reason)
-    prepared = kernel.prepare(q, torch.bfloat16)
-    assert prepared.block in (32, 64)  # without it the operator would serve all rows, correctly and slowly
+    packed = kernel.pack(q, torch.bfloat16)
+    assert packed.block in (32, 64)  # without it the operator would serve all rows, correctly and slowly
     x = torch.randn(65, 128, generator=generator).to(torch.bfloat16)
-    dequantized = kernel.linear(x, prepared, None)
-    prepared.block = None
-    operator = kernel.linear(x, prepared, None)
+    dequantized = kernel.linear(x, packed, None)
+    packed.block = None
+    operator = kernel.linear(x, packed, None)
     assert not torch.equal(operator, dequantized)
     assert relative_rms(operator, q, x) <= tolerance(q, torch.bfloat16)
     assert relative_rms(dequantized, q, x) <= tolerance(q, torch.bfloat16)
@@ -177,40 +177,24 @@ def test_int4_layout_is_read_off_and_both_ways_agree(make_qtensor: Make, generat
 
 def test_int4_group_of_scale_zero(make_qtensor: Make) -> None:
     q, kernel = make_qtensor("int4-g32-asym", 64, 64), kernel_named("torch-int4")
-    if reason := kernel.reject(q, torch.bfloat16, CPU):
+    if reason := kernel.unsupported(q, torch.bfloat16, CPU):
         pytest.skip(reason)
     q.scales[:, 0] = 0
     x = torch.ones(65, 64, dtype=torch.bfloat16)
-    prepared = kernel.prepare(q, torch.bfloat16)
+    packed = kernel.pack(q, torch.bfloat16)
     for rows in (1, 65):
-        assert relative_rms(kernel.linear(x[:rows], prepared, None), q, x[:rows]) <= 2**-8
+        assert relative_rms(kernel.linear(x[:rows], packed, None), q, x[:rows]) <= 2**-8
 
 
 @pytest.mark.parametrize("name", ["torch-int8", "native-int8"])
 def test_int8_rows_are_independent(make_qtensor: Make, generator: torch.Generator, name: str) -> None:
     """A row's result does not depend on how many rows come with it."""
     q, kernel = make_qtensor("int8-dynamic", 65, 64), kernel_named(name)
-    if reason := kernel.reject(q, torch.float32, CPU):
+    if reason := kernel.unsupported(q, torch.float32, CPU):
         pytest.skip(reason)
-    prepared = kernel.prepare(q, torch.float32)
+    packed = kernel.pack(q, torch.float32)
     x = torch.randn(33, 64, generator=generator)
-    assert torch.equal(kernel.linear(x, prepared, None)[:1], kernel.linear(x[:1], prepared, None))
-
-
-def test_quantize_rows() -> None:
-    codes, scales = quantize_rows(torch.tensor([[0.0, 0.0], [-254.0, 1.0], [3.0, 5.0]]))
-    assert codes.tolist() == [[0, 0], [-127, 0], [76, 127]]  # 1 / 2 rounds to even
-    assert scales.flatten().tolist() == [1.0, 2.0, pytest.approx(5 / 127)]
-
-
-def test_quantize_rows_at_the_edges() -> None:
-    x = torch.tensor([[2.7e-43, 0.0], [torch.nan, 1.0], [torch.inf, 1.0], [3.4e38, -3.4e38]])
-    before = x.clone()
-    codes, scales = quantize_rows(x)
-    assert codes[[0, 3]].tolist() == [[0, 0], [127, -127]]
-    assert scales[0] == 1
-    assert not scales[1:3].isfinite().any()
-    assert torch.equal(x.nan_to_num(), before.nan_to_num())  # the input is left alone
+    assert torch.equal(kernel.linear(x, packed, None)[:1], kernel.linear(x[:1], packed, None))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +230,7 @@ def test_quantize_rows_at_the_edges() -> None:
 def test_reasons_for_rejection(
     make_qtensor: Make, kernel: str, scheme: str, shape: tuple[int, int], dtype: torch.dtype, device: str, word: str
 ) -> None:
-    reason = kernel_named(kernel).reject(make_qtensor(scheme, *shape), dtype, torch.device(device))
+    reason = kernel_named(kernel).unsupported(make_qtensor(scheme, *shape), dtype, torch.device(device))
     assert reason is not None
     assert word in reason
 
@@ -258,7 +242,7 @@ def test_bitsandbytes_absent(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch
     assert selection.kernel.name == "reference"
     q = make_qtensor("nf4", 64, 64)
     assert (
-        kernel_named("bnb-nf4").reject(q, torch.bfloat16, CPU)
+        kernel_named("bnb-nf4").unsupported(q, torch.bfloat16, CPU)
         == "bitsandbytes is not installed; pip install 'bitpress[bnb]'"
     )
     with pytest.raises(ValueError, match=r"kernel bnb-nf4 cannot run nf4 here: .*pip install"):
@@ -275,13 +259,13 @@ def test_bitsandbytes_is_not_imported_for_other_schemes(make_qtensor: Make, monk
 def test_bitsandbytes_leaves_the_qtensor_alone(make_qtensor: Make, interleaved: bool) -> None:
     kernel, dtype = kernel_named("bnb-nf4"), torch.bfloat16 if interleaved else torch.float32
     q = make_qtensor("nf4-dq", 64, 128)
-    if reason := kernel.reject(q, dtype, CPU):
+    if reason := kernel.unsupported(q, dtype, CPU):
         pytest.skip(reason)
     before = {name: tensor.clone() for name, tensor in q.tensors()}
-    prepared = kernel.prepare(q, dtype)
+    packed = kernel.pack(q, dtype)
     x = torch.ones(2, 128, dtype=dtype)
-    first = kernel.linear(x, prepared, None)
-    assert torch.equal(first, kernel.linear(x, prepared, None))
+    first = kernel.linear(x, packed, None)
+    assert torch.equal(first, kernel.linear(x, packed, None))
     assert all(torch.equal(tensor, before[name]) for name, tensor in q.tensors())
 
 
@@ -296,7 +280,7 @@ def test_select_falls_back_and_says_why(make_qtensor: Make) -> None:
 def test_inputs_that_are_to_stay_as_they_are(make_qtensor: Make, scheme: str) -> None:
     """Of weight-only schemes: int8-dynamic is served by the same kernel, for it says itself what becomes of them."""
     q, best = make_qtensor(scheme, 64, 64), kernel_named("native-int8")
-    if reason := best.reject(q, torch.float32, CPU):
+    if reason := best.unsupported(q, torch.float32, CPU):
         pytest.skip(reason)
     assert select(q, torch.float32, CPU).kernel.name == "native-int8"
     selection = select(q, torch.float32, CPU, "auto-bf16")

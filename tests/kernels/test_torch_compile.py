@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bitpress.kernels.linear import QLinear, join_siblings
+from bitpress.kernels.linear import QLinear, join_projections
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import registry
 
@@ -44,7 +44,7 @@ def llama(make_qtensor: Make, scheme: str, kernel: str, dtype: torch.dtype) -> n
 def test_on_the_cpu(make_qtensor: Make, scheme: str, kernel: str) -> None:
     dtype = torch.bfloat16
     named = next(each for each in registry() if each.name == kernel)
-    if reason := named.reject(make_qtensor(scheme, 128, 128), dtype, torch.device("cpu")):
+    if reason := named.unsupported(make_qtensor(scheme, 128, 128), dtype, torch.device("cpu")):
         pytest.skip(reason)
     model = llama(make_qtensor, scheme, kernel, dtype)
     tokens = torch.arange(7)[None]
@@ -61,11 +61,11 @@ def test_triton_without_a_gpu(make_qtensor: Make, monkeypatch: pytest.MonkeyPatc
     """Traced with shapes alone, as the compiler does before it runs anything."""
     named = next(each for each in registry() if each.name == kernel)
     monkeypatch.setattr(importlib.import_module(type(named).__module__), "problem", lambda _: None)
-    if reason := named.reject(make_qtensor(scheme, 128, 128), torch.bfloat16, torch.device("cpu")):
+    if reason := named.unsupported(make_qtensor(scheme, 128, 128), torch.bfloat16, torch.device("cpu")):
         pytest.skip(reason)
     model = llama(make_qtensor, scheme, kernel, torch.bfloat16)
     tokens = torch.arange(14).view(2, 7)
-    fewer = join_siblings(model)
+    fewer = join_projections(model)
     with torch.no_grad():
         traced = torch.export.export(model, (tokens,), {"use_cache": False}, strict=True)
     called = [str(node.target) for node in traced.graph.nodes if str(node.target).startswith("bitpress.")]

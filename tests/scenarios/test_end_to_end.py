@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitpress.eval.measure import scores, statistics
 from bitpress.eval.measure.protocols import halves
-from bitpress.pipeline.config.schema import Eval, Model, RecipeSettings, Run
+from bitpress.pipeline.config.schema import Eval, Model, Run
 from bitpress.pipeline.errors import ConfigError, DiskError, NumericsError
 from bitpress.pipeline.evaluate import verify, worker
 from bitpress.pipeline.hub.download import resolve
@@ -47,7 +47,7 @@ def make_run(output: Path, schemes: list[str], **settings: Any) -> Run:
     return Run(
         name="demo",
         models=[Model(id="builtin:demo")],
-        recipes=[RecipeSettings.model_validate(scheme) for scheme in schemes],
+        recipes=schemes,
         eval=Eval.model_validate(chosen),
         device="cpu",
         output=str(output),

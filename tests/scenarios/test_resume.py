@@ -205,7 +205,7 @@ class TestInterrupted:
         monkeypatch: pytest.MonkeyPatch,
         digests: Callable[[Path], dict[str, str]],
     ):
-        monkeypatch.setattr(sys, "argv", ["bitpress", "quantize", str(source), "--scheme", SCHEME, "-o", str(out)])
+        monkeypatch.setattr(sys, "argv", ["bitpress", "quantize", str(source), "--recipe", SCHEME, "-o", str(out)])
 
         def job() -> None:
             signal_at_commit(1, which)

@@ -345,7 +345,7 @@ def test_symmetric_zero_points_of_either_version_count_the_same(
     tamper(folder, replaced("qzeros", lambda t: t + shift), edit_tensors)
     layer = load_reference(folder).get_submodule(LAYER)
     expected = load_reference(artifacts["int4-g32"]).get_submodule(LAYER)
-    assert torch.equal(layer.prepared.qtensor.dequantize(), expected.prepared.qtensor.dequantize())
+    assert torch.equal(layer.packed.qtensor.dequantize(), expected.packed.qtensor.dequantize())
 
 
 @pytest.mark.parametrize("scheme", FAULTS)

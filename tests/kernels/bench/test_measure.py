@@ -52,21 +52,21 @@ class Wrong(Reference):
 
     name: ClassVar[str] = "wrong"
 
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
-        return F.linear(x[:, 32:], prepared.qtensor.dequantize(x.dtype)[:, 32:])
+    def linear(self, x: Tensor, packed: nn.Module, bias: Tensor | None) -> Tensor:
+        return F.linear(x[:, 32:], packed.qtensor.dequantize(x.dtype)[:, 32:])
 
 
 class Failing(Reference):
     name: ClassVar[str] = "failing"
 
-    def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, packed: nn.Module, bias: Tensor | None) -> Tensor:
         raise RuntimeError("no luck today")
 
 
 class Unpreparable(Reference):
     name: ClassVar[str] = "unpreparable"
 
-    def prepare(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
+    def pack(self, qtensor: QTensor, dtype: torch.dtype) -> nn.Module:
         raise RuntimeError("out of memory")
 
 
@@ -150,7 +150,7 @@ def test_all_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Entrant:
         name = "fake"
 
-        def reject(self, qtensor: QTensor, device: torch.device) -> str | None:
+        def unsupported(self, qtensor: QTensor, device: torch.device) -> str | None:
             return None
 
         def enter(self, qtensor: QTensor) -> Fake:
@@ -172,9 +172,9 @@ def test_copies_lie_in_memory_of_their_own_and_are_used_in_turn() -> None:
         def __init__(self) -> None:
             self.seen: list[int] = []
 
-        def linear(self, x: Tensor, prepared: nn.Module, bias: Tensor | None) -> Tensor:
-            self.seen.append(prepared.get_buffer("weight").data_ptr())
-            return super().linear(x, prepared, bias)
+        def linear(self, x: Tensor, packed: nn.Module, bias: Tensor | None) -> Tensor:
+            self.seen.append(packed.get_buffer("weight").data_ptr())
+            return super().linear(x, packed, bias)
 
     kernel = Watching()
     contender = Local(kernel, random_weight(Scheme.parse("int4-g32"), (32, 64), CPU), torch.bfloat16)
@@ -186,7 +186,7 @@ def test_copies_lie_in_memory_of_their_own_and_are_used_in_turn() -> None:
     assert len(set(kernel.seen)) == 4
     assert kernel.seen[:4] == kernel.seen[4:]
     contender.close()
-    assert not contender.prepared
+    assert not contender.packed
 
 
 @pytest.mark.parametrize("kernel", entrants(operators=True), ids=lambda entrant: entrant.name)
@@ -194,7 +194,7 @@ def test_copies_lie_in_memory_of_their_own_and_are_used_in_turn() -> None:
 def test_copies_agree(kernel: InProcess, scheme: str) -> None:
     """Whatever a library packed, a copy of it gives the same product."""
     q = random_weight(Scheme.parse(scheme), (64, 128), CPU)
-    if reason := kernel.reject(q, CPU):
+    if reason := kernel.unsupported(q, CPU):
         pytest.skip(reason)
     contender, x = kernel.enter(q), torch.ones(3, 128, dtype=torch.bfloat16)
     assert isinstance(contender, Local)
@@ -209,17 +209,17 @@ def test_torchs_engine_is_put_back() -> None:
     before = torch.backends.quantized.engine
     operator = OneDNN()
     q = random_weight(Scheme.parse("int8-dynamic"), (16, 32), CPU)
-    if reason := operator.reject(q, torch.float32, CPU):
+    if reason := operator.unsupported(q, torch.float32, CPU):
         pytest.skip(reason)
-    operator.prepare(q, torch.float32)
+    operator.pack(q, torch.float32)
     assert torch.backends.quantized.engine == before
-    assert "not on cuda" in str(operator.reject(q, torch.float32, torch.device("cuda")))
+    assert "not on cuda" in str(operator.unsupported(q, torch.float32, torch.device("cuda")))
 
 
 def test_an_engine_that_torch_was_built_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OneDNN, "engine", "abacus")
     q = random_weight(Scheme.parse("int8-dynamic"), (16, 32), CPU)
-    assert "this PyTorch has the engines" in str(OneDNN().reject(q, torch.float32, CPU))
+    assert "this PyTorch has the engines" in str(OneDNN().unsupported(q, torch.float32, CPU))
 
 
 def test_kernels_by_name() -> None:

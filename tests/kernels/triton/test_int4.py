@@ -39,8 +39,8 @@ TILES = [*DECODE, *(config for configs in BATCH.values() for config in configs),
 ROWS = {8: (1, 7, 8, 9), 16: (1, 15, 17), 32: (31, 33), 64: (2, 63, 65), 128: (65, 129)}  # by the tile's rows
 
 
-def prepared(q: QTensor) -> tuple[Tensor, Tensor]:
-    held = TritonInt4().prepare(q, torch.float16)
+def packed(q: QTensor) -> tuple[Tensor, Tensor]:
+    held = TritonInt4().pack(q, torch.float16)
     return held.weight, held.scales
 
 
@@ -57,7 +57,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def test_layout(make_qtensor: Make, scheme: str, shape: tuple[int, int]) -> None:
     """As the module's docstring has it, read element by element."""
     q = make_qtensor(scheme, *shape, scale_dtype=torch.float16)
-    weight, scales = prepared(q)
+    weight, scales = packed(q)
     blocks = -(-shape[1] // BLOCK)
     assert weight.shape == (blocks, shape[0], 32)
     groups = len(scales) // blocks
@@ -72,7 +72,7 @@ def test_layout(make_qtensor: Make, scheme: str, shape: tuple[int, int]) -> None
 
 def test_float32_scales_keep_twenty_bits(make_qtensor: Make) -> None:
     q = make_qtensor("int4-g32-asym", 65, 128)
-    _, scales = prepared(q)
+    _, scales = packed(q)
     kept = (scales & ~15).view(torch.float32).t()
     assert ((kept - q.scales).abs() <= 2.0**-20 * q.scales).all()
 
@@ -82,7 +82,7 @@ def test_float32_scales_keep_twenty_bits(make_qtensor: Make) -> None:
 def test_every_tile(make_qtensor: Make, generator: torch.Generator, scheme: str, shape: tuple[int, int]) -> None:
     """Sums of float32 are all that may differ; float16 and bfloat16 inputs and codes multiply without rounding."""
     q = make_qtensor(scheme, *shape, scale_dtype=torch.float16)
-    weight, scales = prepared(q)
+    weight, scales = packed(q)
     bias = torch.randn(shape[0], generator=generator)
     groups = len(scales) // len(weight)
     turn = SHAPES.index((scheme, shape))
@@ -112,7 +112,7 @@ def test_linear(make_qtensor: Make, generator: torch.Generator, dtype: torch.dty
     q = make_qtensor("int4-g64-asym", 67, 192)
     x = torch.randn(192, rows, 1, generator=generator).to(dtype).permute(1, 2, 0)
     bias = torch.randn(67, generator=generator).to(dtype)
-    y = int4._linear(x, *prepared(q), bias)
+    y = int4._linear(x, *packed(q), bias)
     assert y.shape == (rows, 1, 67)
     assert y.dtype == dtype
     assert y.is_contiguous()
@@ -123,7 +123,7 @@ def test_linear(make_qtensor: Make, generator: torch.Generator, dtype: torch.dty
 @runs
 def test_no_rows(make_qtensor: Make) -> None:
     q = make_qtensor("int4-g64", 8, 64)
-    assert int4._linear(torch.ones(2, 0, 64, dtype=torch.float16), *prepared(q), None).shape == (2, 0, 8)
+    assert int4._linear(torch.ones(2, 0, 64, dtype=torch.float16), *packed(q), None).shape == (2, 0, 8)
 
 
 @runs
@@ -132,7 +132,7 @@ def test_nan_stays_in_its_row(make_qtensor: Make, config: Config) -> None:
     q = make_qtensor("int4-g64", 33, 192)
     x = torch.ones(3, 192, dtype=torch.float16)
     x[1, 5] = torch.nan
-    y = int4._product(config, x, *prepared(q), None)
+    y = int4._product(config, x, *packed(q), None)
     assert y[1].isnan().all()
     assert y[[0, 2]].isfinite().all()
 
@@ -140,7 +140,7 @@ def test_nan_stays_in_its_row(make_qtensor: Make, config: Config) -> None:
 @runs
 def test_joined(make_qtensor: Make, generator: torch.Generator) -> None:
     kernel, weights = TritonInt4(), [make_qtensor("int4-g64-asym", outs, 192, torch.float16) for outs in (40, 8, 17)]
-    joined = kernel.join([kernel.prepare(q, torch.float16) for q in weights])
+    joined = kernel.join([kernel.pack(q, torch.float16) for q in weights])
     x = torch.randn(3, 192, generator=generator).to(torch.float16)
     y = int4._product(DECODE[0], x, joined.weight, joined.scales, None)
     assert relative(y, torch.cat([exact(q, x) for q in weights], 1)) <= 2.0**-11
@@ -153,7 +153,7 @@ def test_dequantize(make_qtensor: Make, scheme: str, shape: tuple[int, int]) -> 
     q = make_qtensor(scheme, *shape, scale_dtype=torch.float16)
     start = shape[0] // 3
     found = torch.full((shape[0] - start, shape[1]), torch.nan, dtype=torch.float16)
-    int4.dequantize(*prepared(q), start, found)
+    int4.dequantize(*packed(q), start, found)
     assert torch.equal(found, q.dequantize(torch.float16)[start:])
 
 

@@ -55,10 +55,10 @@ def tolerance(y: Tensor) -> float:
 @pytest.mark.parametrize(("scheme", "shape"), WEIGHTS)
 def test_product(make_qtensor: Make, generator: torch.Generator, scheme: str, shape: tuple[int, int], dtype) -> None:
     q, kernel = make_qtensor(scheme, *shape), TritonInt8Weights()
-    prepared, bias = kernel.prepare(q.to(DEVICE), dtype), torch.randn(shape[0], generator=generator)
+    packed, bias = kernel.pack(q.to(DEVICE), dtype), torch.randn(shape[0], generator=generator)
     for rows in ROWS[dtype]:
         x = torch.randn(rows, shape[1], generator=generator).to(dtype)
-        y = kernel.linear(x.to(DEVICE), prepared, bias.to(DEVICE))
+        y = kernel.linear(x.to(DEVICE), packed, bias.to(DEVICE))
         assert (y.shape, y.dtype) == ((rows, shape[0]), dtype)
         assert relative_rms(y, q, x, bias) <= tolerance(y), rows
 
@@ -70,7 +70,7 @@ def test_every_configuration(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch
     q, kernel = make_qtensor("int8-g64-asym", 67, 448), TritonInt8Weights()
     monkeypatch.setattr(int8, "choose", lambda *args: config)
     x = torch.randn(config.rows + 1, 448, generator=torch.Generator().manual_seed(1)).to(torch.float16)
-    y = kernel.linear(x.to(DEVICE), kernel.prepare(q.to(DEVICE), torch.float16), None)
+    y = kernel.linear(x.to(DEVICE), kernel.pack(q.to(DEVICE), torch.float16), None)
     assert relative_rms(y, q, x) <= tolerance(y)
 
 
@@ -84,10 +84,10 @@ def test_very_many_rows_are_for_torch() -> None:
 def test_forms_of_input(make_qtensor: Make, generator: torch.Generator) -> None:
     """1, 2 and 3 dimensions, views, no rows: all the same product."""
     q, kernel = make_qtensor("int8-g64", 66, 64), TritonInt8Weights()
-    prepared = kernel.prepare(q.to(DEVICE), torch.float16)
+    packed = kernel.pack(q.to(DEVICE), torch.float16)
     cube = torch.randn(64, 50, 2, generator=generator).to(DEVICE, torch.float16)
     for x in (cube[:, 0, 0], cube[..., 0].t(), cube.permute(2, 1, 0), cube[:, :0, 0].t(), cube[:, :0].permute(2, 1, 0)):
-        y = kernel.linear(x, prepared, None)
+        y = kernel.linear(x, packed, None)
         assert (y.shape, y.dtype, y.is_contiguous()) == ((*x.shape[:-1], 66), torch.float16, True)
         if y.numel():
             assert relative_rms(y, q, x) <= tolerance(y)
@@ -206,24 +206,26 @@ def test_compiled_unpacking(capability: int, compiled: Callable[..., Any]) -> No
 
 def test_reasons(make_qtensor: Make) -> None:
     kernel, cpu = TritonInt8Weights(), torch.device("cpu")
-    assert "inputs that stay as they are" in kernel.reject(make_qtensor("int8-dynamic", 64, 64), torch.bfloat16, cpu)
-    assert "8-bit integer weights" in kernel.reject(make_qtensor("int4-g64", 64, 64), torch.bfloat16, cpu)
+    assert "inputs that stay as they are" in kernel.unsupported(
+        make_qtensor("int8-dynamic", 64, 64), torch.bfloat16, cpu
+    )
+    assert "8-bit integer weights" in kernel.unsupported(make_qtensor("int4-g64", 64, 64), torch.bfloat16, cpu)
     q = make_qtensor("int8-g32", 64, 64)
-    assert "inputs are torch.float32" in kernel.reject(q, torch.float32, cpu)
-    assert "group_size 32 is not a multiple of 64" in kernel.reject(q, torch.bfloat16, cpu)
+    assert "inputs are torch.float32" in kernel.unsupported(q, torch.float32, cpu)
+    assert "group_size 32 is not a multiple of 64" in kernel.unsupported(q, torch.bfloat16, cpu)
     q = make_qtensor("int8-channel", 64, 64)
-    assert kernel.reject(q, torch.bfloat16, cpu) == "runs on NVIDIA GPUs, not on cpu"
+    assert kernel.unsupported(q, torch.bfloat16, cpu) == "runs on NVIDIA GPUs, not on cpu"
 
 
 def test_inputs_that_the_weight_was_not_packed_for(make_qtensor: Make) -> None:
-    prepared = TritonInt8Weights().prepare(make_qtensor("int8-g64-asym", 64, 64), torch.bfloat16)
+    packed = TritonInt8Weights().pack(make_qtensor("int8-g64-asym", 64, 64), torch.bfloat16)
     for x in (torch.ones(2, 64), torch.ones(2, 63, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match=r"inputs are .*, expected \[\.\.\., 64\] of torch.bfloat16"):
-            TritonInt8Weights().linear(x, prepared, None)
+            TritonInt8Weights().linear(x, packed, None)
 
 
 def test_the_fake_operator(make_qtensor: Make) -> None:
     """Shapes for torch.compile, with nothing computed."""
-    prepared = TritonInt8Weights().prepare(make_qtensor("int8-g64", 65, 256), torch.float16).to("meta")
-    y = TritonInt8Weights().linear(torch.empty(2, 3, 256, dtype=torch.float16, device="meta"), prepared, None)
+    packed = TritonInt8Weights().pack(make_qtensor("int8-g64", 65, 256), torch.float16).to("meta")
+    y = TritonInt8Weights().linear(torch.empty(2, 3, 256, dtype=torch.float16, device="meta"), packed, None)
     assert (y.shape, y.dtype, y.device.type) == ((2, 3, 65), torch.float16, "meta")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitpress.kernels.activations.int8_token import quantize_rows
 from bitpress.kernels.packing import unpack
 from bitpress.kernels.qtensor import QTensor
-from bitpress.kernels.reference import quantize_rows
 from bitpress.kernels.triton import int8_dynamic
 from bitpress.kernels.triton.int8_dynamic import FEW, MANY, SOME, TritonInt8, quantize
 from bitpress.kernels.triton.launch import Config, problem
@@ -74,10 +74,10 @@ def test_rows_are_quantized_as_by_the_reference(dtype: torch.dtype, ins: int, mo
 @pytest.mark.parametrize("shape", SHAPES)
 def test_product(make_qtensor: Make, generator: torch.Generator, shape: tuple[int, int], dtype: torch.dtype) -> None:
     q, kernel = make_qtensor("int8-dynamic", *shape), TritonInt8()
-    prepared, bias = kernel.prepare(q.to(DEVICE), dtype), torch.randn(shape[0], generator=generator)
+    packed, bias = kernel.pack(q.to(DEVICE), dtype), torch.randn(shape[0], generator=generator)
     for rows in (1, 2, 17, 65):
         x = torch.randn(rows, shape[1], generator=generator).to(dtype)
-        y = kernel.linear(x.to(DEVICE), prepared, bias.to(DEVICE))
+        y = kernel.linear(x.to(DEVICE), packed, bias.to(DEVICE))
         assert (y.shape, y.dtype) == ((rows, shape[0]), dtype)
         assert relative_rms(y, q, x, bias) <= tolerance(dtype), rows
 
@@ -91,13 +91,13 @@ def test_every_configuration(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(int8_dynamic, "choose", lambda *args: config)
     generator = torch.Generator().manual_seed(1)
     x, bias = torch.randn(config.rows + 1, 140, generator=generator), torch.randn(136, generator=generator)
-    prepared = kernel.prepare(q.to(DEVICE), torch.float32)
-    y = kernel.linear(x.to(DEVICE), prepared, bias.to(DEVICE, torch.bfloat16))
+    packed = kernel.pack(q.to(DEVICE), torch.float32)
+    y = kernel.linear(x.to(DEVICE), packed, bias.to(DEVICE, torch.bfloat16))
     assert relative_rms(y, q, x, bias.to(torch.bfloat16).double()) <= tolerance(torch.float32)
     codes = (unpack(q.codes, 8, 140).int() - 128).double()
     rounded, scales = quantize_rows(x)
     exact = (rounded.double() @ codes.t()).float() * scales * q.scales.flatten()
-    assert torch.equal(kernel.linear(x.to(DEVICE), prepared, None).cpu(), exact)
+    assert torch.equal(kernel.linear(x.to(DEVICE), packed, None).cpu(), exact)
 
 
 @runs
@@ -105,10 +105,10 @@ def test_every_configuration(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch
 def test_forms_of_input(make_qtensor: Make, generator: torch.Generator) -> None:
     """1, 2 and 3 dimensions, views, no rows: all the same product."""
     q, kernel = make_qtensor("int8-dynamic", 66, 64), TritonInt8()
-    prepared = kernel.prepare(q.to(DEVICE), torch.float16)
+    packed = kernel.pack(q.to(DEVICE), torch.float16)
     cube = torch.randn(64, 50, 2, generator=generator).to(DEVICE, torch.float16)
     for x in (cube[:, 0, 0], cube[..., 0].t(), cube.permute(2, 1, 0), cube[:, :0, 0].t(), cube[:, :0].permute(2, 1, 0)):
-        y = kernel.linear(x, prepared, None)
+        y = kernel.linear(x, packed, None)
         assert (y.shape, y.dtype, y.is_contiguous()) == ((*x.shape[:-1], 66), torch.float16, True)
         if y.numel():
             assert relative_rms(y, q, x) <= tolerance(torch.float16)
@@ -168,23 +168,23 @@ def test_compiled_adding(capability: int, compiled: Callable[..., Any]) -> None:
 
 def test_reasons(make_qtensor: Make) -> None:
     kernel, cpu = TritonInt8(), torch.device("cpu")
-    assert "int8-dynamic only" in kernel.reject(make_qtensor("int8-channel", 64, 64), torch.bfloat16, cpu)
+    assert "int8-dynamic only" in kernel.unsupported(make_qtensor("int8-channel", 64, 64), torch.bfloat16, cpu)
     q = make_qtensor("int8-dynamic", 1, (1 << 17) + 1)
-    assert "inputs are torch.float64" in kernel.reject(q, torch.float64, cpu)
-    assert "in_features 131073 is more than 131072" in kernel.reject(q, torch.bfloat16, cpu)
+    assert "inputs are torch.float64" in kernel.unsupported(q, torch.float64, cpu)
+    assert "in_features 131073 is more than 131072" in kernel.unsupported(q, torch.bfloat16, cpu)
     q = make_qtensor("int8-dynamic", 64, 64)
-    assert kernel.reject(q, torch.bfloat16, cpu) == "runs on NVIDIA GPUs, not on cpu"
+    assert kernel.unsupported(q, torch.bfloat16, cpu) == "runs on NVIDIA GPUs, not on cpu"
 
 
 def test_inputs_that_do_not_fit(make_qtensor: Make) -> None:
-    prepared = TritonInt8().prepare(make_qtensor("int8-dynamic", 64, 63), torch.bfloat16)
+    packed = TritonInt8().pack(make_qtensor("int8-dynamic", 64, 63), torch.bfloat16)
     for x in (torch.ones(2, 63, dtype=torch.float64), torch.ones(2, 64)):
         with pytest.raises(ValueError, match=r"inputs are .*, expected \[\.\.\., 63\] of float16, bfloat16 or float32"):
-            TritonInt8().linear(x, prepared, None)
+            TritonInt8().linear(x, packed, None)
 
 
 def test_the_fake_operator(make_qtensor: Make) -> None:
     """Shapes for torch.compile, with nothing computed."""
-    prepared = TritonInt8().prepare(make_qtensor("int8-dynamic", 65, 63), torch.float16).to("meta")
-    y = torch.ops.bitpress.linear_int8(torch.empty(2, 3, 63, device="meta"), prepared.weight, prepared.scales, None)
+    packed = TritonInt8().pack(make_qtensor("int8-dynamic", 65, 63), torch.float16).to("meta")
+    y = torch.ops.bitpress.linear_int8(torch.empty(2, 3, 63, device="meta"), packed.weight, packed.scales, None)
     assert (y.shape, y.dtype, y.device.type) == ((2, 3, 65), torch.float32, "meta")

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitpress.kernels.qtensor import NF4_CODEBOOK, QTensor
+from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.triton import nf4
 from bitpress.kernels.triton.launch import Config, problem
 from bitpress.kernels.triton.nf4 import FEW, TORCH, TritonNF4, configs
+from bitpress.kernels.weights.nf4 import NF4_CODEBOOK
 
 Make = Callable[..., QTensor]
 
@@ -54,10 +55,10 @@ def tolerance(dtype: torch.dtype, count: int) -> float:
 @pytest.mark.parametrize("scheme", ["nf4", "nf4-dq"])
 def test_product(make_qtensor: Make, generator: torch.Generator, scheme: str, shape: tuple[int, int], dtype) -> None:
     q, kernel = make_qtensor(scheme, *shape), TritonNF4()
-    prepared, bias = kernel.prepare(q.to(DEVICE), dtype), torch.randn(shape[0], generator=generator)
+    packed, bias = kernel.pack(q.to(DEVICE), dtype), torch.randn(shape[0], generator=generator)
     for rows in ROWS[dtype]:
         x = torch.randn(rows, shape[1], generator=generator).to(dtype)
-        y = kernel.linear(x.to(DEVICE), prepared, bias.to(DEVICE))
+        y = kernel.linear(x.to(DEVICE), packed, bias.to(DEVICE))
         assert y.shape == (rows, shape[0])
         assert y.dtype == dtype
         assert relative_rms(y, q, x, bias) <= tolerance(dtype, y.numel()), rows
@@ -70,7 +71,7 @@ def test_every_configuration(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch
     q, kernel = make_qtensor("nf4-dq", 17, 768), TritonNF4()
     monkeypatch.setattr(nf4, "choose", lambda *args: config)
     x = torch.randn(config.rows + 1, 768, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    y = kernel.linear(x.to(DEVICE), kernel.prepare(q.to(DEVICE), torch.bfloat16), None)
+    y = kernel.linear(x.to(DEVICE), kernel.pack(q.to(DEVICE), torch.bfloat16), None)
     assert relative_rms(y, q, x) <= tolerance(torch.bfloat16, y.numel())
 
 
@@ -84,11 +85,11 @@ def test_very_many_rows_are_for_torch() -> None:
 def test_forms_of_input(make_qtensor: Make, generator: torch.Generator) -> None:
     """1, 2 and 3 dimensions, views, no rows, bias of x's dtype, float32 or none: all the same product."""
     q, kernel, dtype = make_qtensor("nf4-dq", 66, 64), TritonNF4(), torch.bfloat16
-    prepared, bias = kernel.prepare(q.to(DEVICE), dtype), torch.randn(66, generator=generator)
+    packed, bias = kernel.pack(q.to(DEVICE), dtype), torch.randn(66, generator=generator)
     cube = torch.randn(64, 50, 2, generator=generator).to(DEVICE, dtype)
     for x in (cube[:, 0, 0], cube[..., 0].t(), cube.permute(2, 1, 0), cube[:, :0, 0].t(), cube[:, :0].permute(2, 1, 0)):
         for b in (None, bias, bias.to(dtype)):
-            y = kernel.linear(x, prepared, None if b is None else b.to(DEVICE))
+            y = kernel.linear(x, packed, None if b is None else b.to(DEVICE))
             assert y.shape == (*x.shape[:-1], 66)
             assert y.dtype == dtype
             assert y.is_contiguous()
@@ -108,7 +109,7 @@ def test_pieces_of_a_large_weight(make_qtensor: Make, monkeypatch: pytest.Monkey
     monkeypatch.setattr(product, "_PIECE", 320 * 50)
     q, kernel = make_qtensor("nf4", 113, 320), TritonNF4()
     x = torch.randn(257, 320, generator=torch.Generator().manual_seed(1)).to(torch.float16)
-    y = kernel.linear(x.to(DEVICE), kernel.prepare(q.to(DEVICE), torch.float16), None)
+    y = kernel.linear(x.to(DEVICE), kernel.pack(q.to(DEVICE), torch.float16), None)
     assert relative_rms(y, q, x) <= tolerance(torch.float16, y.numel())
 
 
@@ -219,21 +220,23 @@ def test_compiled_unpacking(nested: bool, capability: int, compiled: Callable[..
 
 def test_reasons(make_qtensor: Make) -> None:
     kernel, cpu = TritonNF4(), torch.device("cpu")
-    assert "nf4 and nf4-dq only" in kernel.reject(make_qtensor("int4-g64", 64, 64), torch.bfloat16, cpu)
-    assert "inputs are torch.float32" in kernel.reject(make_qtensor("nf4", 64, 64), torch.float32, cpu)
-    assert "in_features 96 is not divisible by 64" in kernel.reject(make_qtensor("nf4", 64, 96), torch.bfloat16, cpu)
-    assert kernel.reject(make_qtensor("nf4", 64, 64), torch.bfloat16, cpu) == "runs on NVIDIA GPUs, not on cpu"
+    assert "nf4 and nf4-dq only" in kernel.unsupported(make_qtensor("int4-g64", 64, 64), torch.bfloat16, cpu)
+    assert "inputs are torch.float32" in kernel.unsupported(make_qtensor("nf4", 64, 64), torch.float32, cpu)
+    assert "in_features 96 is not divisible by 64" in kernel.unsupported(
+        make_qtensor("nf4", 64, 96), torch.bfloat16, cpu
+    )
+    assert kernel.unsupported(make_qtensor("nf4", 64, 64), torch.bfloat16, cpu) == "runs on NVIDIA GPUs, not on cpu"
 
 
 def test_inputs_that_the_weight_was_not_packed_for(make_qtensor: Make) -> None:
-    prepared = TritonNF4().prepare(make_qtensor("nf4", 64, 64), torch.bfloat16)
+    packed = TritonNF4().pack(make_qtensor("nf4", 64, 64), torch.bfloat16)
     for x in (torch.ones(2, 64), torch.ones(2, 63, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match=r"inputs are .*, expected \[\.\.\., 64\] of torch.bfloat16"):
-            TritonNF4().linear(x, prepared, None)
+            TritonNF4().linear(x, packed, None)
 
 
 def test_the_fake_operator(make_qtensor: Make) -> None:
     """Shapes for torch.compile, with nothing computed."""
-    prepared = TritonNF4().prepare(make_qtensor("nf4-dq", 65, 256), torch.float16).to("meta")
-    y = TritonNF4().linear(torch.empty(2, 3, 256, dtype=torch.float16, device="meta"), prepared, None)
+    packed = TritonNF4().pack(make_qtensor("nf4-dq", 65, 256), torch.float16).to("meta")
+    y = TritonNF4().linear(torch.empty(2, 3, 256, dtype=torch.float16, device="meta"), packed, None)
     assert (y.shape, y.dtype, y.device.type) == ((2, 3, 65), torch.float16, "meta")

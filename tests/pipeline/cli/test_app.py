@@ -58,7 +58,7 @@ def bitpress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def artifact(tmp_path: Path, tiny_llama: Path, bitpress: Bitpress) -> Path:
-    assert bitpress("quantize", tiny_llama, "--scheme", "int4-g32", "-o", tmp_path / "pressed").code == 0
+    assert bitpress("quantize", tiny_llama, "--recipe", "int4-g32", "-o", tmp_path / "pressed").code == 0
     return tmp_path / "pressed"
 
 
@@ -66,7 +66,7 @@ def config(folder: Path, model: Path, **changes: Any) -> Path:
     """A config file in JSON, which is YAML."""
     (folder / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
     evaluation = {"text": str(folder / "text.txt"), "context": 64, "windows": 2, "speed": None}
-    value = {"name": "trial", "models": [{"id": str(model)}], "schemes": ["int4-g32"], "eval": evaluation}
+    value = {"name": "trial", "models": [{"id": str(model)}], "recipes": ["int4-g32"], "eval": evaluation}
     path = folder / "trial.yaml"
     path.write_text(json.dumps({**value, "output": str(folder / "runs"), "device": "cpu", **changes}))
     return path
@@ -94,9 +94,9 @@ class TestExitCodes:
         assert "Traceback" in with_trace.err
 
     def test_config(self, bitpress: Bitpress, tmp_path: Path, tiny_llama: Path):
-        found = bitpress("run", config(tmp_path, tiny_llama, schemas=["nf4"]))
+        found = bitpress("run", config(tmp_path, tiny_llama, recpes=["nf4"]))
         assert found.code == 2
-        assert "schemas: unknown key; did you mean schemes?" in found.err
+        assert "recpes: unknown key; did you mean recipes?" in found.err
 
     def test_checkpoint(self, bitpress: Bitpress, tmp_path: Path):
         found = bitpress("inspect", tmp_path)
@@ -108,7 +108,7 @@ class TestExitCodes:
     def test_numerics(self, bitpress: Bitpress, source: Path, tmp_path: Path, edit_tensors: Any):
         name = "model.norm.weight"
         edit_tensors(source / "model.safetensors", lambda tensors: tensors[name].fill_(torch.nan))
-        found = bitpress("quantize", source, "--scheme", "int4-g32", "-o", tmp_path / "out")
+        found = bitpress("quantize", source, "--recipe", "int4-g32", "-o", tmp_path / "out")
         assert found.code == 4
         assert f"{name}: 64 of 64 values are NaN" in found.err
 
@@ -117,7 +117,7 @@ class TestExitCodes:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(files, "write", full)
-        found = bitpress("quantize", tiny_llama, "--scheme", "int4-g32", "-o", tmp_path / "out")
+        found = bitpress("quantize", tiny_llama, "--recipe", "int4-g32", "-o", tmp_path / "out")
         assert found.code == 5
         assert "the disk is full" in found.err
         assert "run the same command again" in found.err
@@ -132,7 +132,7 @@ class TestExitCodes:
     def test_locked(self, bitpress: Bitpress, tiny_llama: Path, tmp_path: Path):
         (tmp_path / "out.partial").mkdir()
         with journal.locked(tmp_path / "out.partial"):
-            found = bitpress("quantize", tiny_llama, "--scheme", "int4-g32", "-o", tmp_path / "out")
+            found = bitpress("quantize", tiny_llama, "--recipe", "int4-g32", "-o", tmp_path / "out")
         assert found.code == 7
         assert f"in use by process {os.getpid()} on " in found.err
 
@@ -186,14 +186,14 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["--scheme", "int4g128"], "'int4g128' is not a scheme"),
-            (["--scheme", "int5-g32"], "bits must be one of 2, 3, 4, 8"),
-            (["--scheme", "int4-g32", "--method", "absmx"], "method 'absmx' is unknown; did you mean absmax?"),
-            (["--scheme", "int4-g32", "--format", "gtpq"], "format 'gtpq' is unknown; did you mean gptq?"),
-            (["--scheme", "int4-g32", "--method", "nf4"], "nf4"),
-            (["--scheme", "int4-g32-asym", "--format", "gptq"], "gptq"),
-            (["--scheme", "int4-g32", "--skip", "nothing*"], "nothing* matches no tensor"),
-            (["--scheme", "int4-g32", "--revision", "main"], "is a local folder, which has no revision main"),
+            (["--recipe", "int4g128"], "'int4g128' is not a scheme"),
+            (["--recipe", "int5-g32"], "bits must be one of 2, 3, 4, 8"),
+            (["--recipe", "absmx/int4-g32"], "method 'absmx' is unknown; did you mean absmax?"),
+            (["--recipe", "int4-g32", "--format", "gtpq"], "format 'gtpq' is unknown; did you mean gptq?"),
+            (["--recipe", "nf4/int4-g32"], "nf4"),
+            (["--recipe", "int4-g32-asym", "--format", "gptq"], "gptq"),
+            (["--recipe", "int4-g32", "--layer", "nothing*=none"], "nothing* matches no tensor"),
+            (["--recipe", "int4-g32", "--revision", "main"], "is a local folder, which has no revision main"),
         ],
     )
     def test_quantize_refuses(
@@ -209,22 +209,22 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("arguments", "code", "said"),
         [
-            (["--algorithm", "dampin=1"], 2, "student has no option 'dampin'; did you mean damping?"),
-            (["--algorithm", "damping=0"], 2, "algorithm: damping: Input should be greater than 0, got 0"),
-            (["--algorithm", "damping"], 2, "damping: expected key=value, such as damping=1e-3"),
+            (["--option", "dampin=1"], 2, "student has no option 'dampin'; did you mean damping?"),
+            (["--option", "damping=0"], 2, "options.damping: Input should be greater than 0, got 0"),
+            (["--option", "damping"], 2, "damping: expected key=value, such as damping=1e-3"),
             (["--calibration", "gone.txt"], 2, "gone.txt: no such text file"),
             (["--windows", 0], 2, "windows: Input should be greater than or equal to 1, got 0"),
             (["--context", 1], 2, "context: Input should be greater than or equal to 2, got 1"),
             (["--seed", "x"], 2, "seed: Input should be a valid integer, got 'x'"),
             (["--max-fallback-layers", -1], 2, "max-fallback-layers"),
             (["--calibration", __file__, "--context", 64, "--windows", 9999], 4, "calibration needs 639936"),
-            (["--calibration", "a.txt", "--method", "auto"], 2, "method auto learns from no text"),
+            (["--calibration", "a.txt", "--recipe", "int4-g32"], 2, "no method of the recipe is calibrated"),
         ],
     )
     def test_quantize_refuses_what_there_is_to_learn(
         self, bitpress: Bitpress, tiny_llama: Path, tmp_path: Path, arguments: list[Any], code: int, said: str
     ):
-        found = bitpress("quantize", tiny_llama, "-o", tmp_path / "out", "--method", "student", *arguments)
+        found = bitpress("quantize", tiny_llama, "-o", tmp_path / "out", "--recipe", "student/int4-g128", *arguments)
         assert found.code == code
         assert said in found.err
         assert "Traceback" not in found.err
@@ -237,12 +237,15 @@ class TestOptions:
         given: list[Any] = []
         monkeypatch.setattr("bitpress.pipeline.api.quantize", lambda *arguments: given.extend(arguments) or [])
         options = ["--calibration", "a.txt", "--windows", 3, "--context", 64, "--seed", "null"]
-        options += ["--algorithm", "damping=1e-3", "--algorithm", "order=plain", "--max-fallback-layers", 2]
-        assert bitpress("quantize", "model", "-o", tmp_path, "--method", "student", *options).code == 0
-        recipe, calibration = given[4:6]
-        assert recipe["algorithm"] == {"damping": 1e-3, "order": "plain"}
-        assert (recipe["method"], recipe["max_fallback_layers"]) == ("student", 2)
-        assert calibration == {"text": "a.txt", "windows": 3, "context": 64, "seed": None}
+        options += ["--option", "damping=1e-3", "--option", "order=plain", "--max-fallback-layers", 2]
+        options += ["--layer", "*.down_proj=int8-g128", "--layer", "model.layers.0.*=none", "--fit-groups"]
+        assert bitpress("quantize", "model", "-o", tmp_path, "--recipe", "student/int4-g128", *options).code == 0
+        recipe = given[1]
+        assert recipe["options"] == {"damping": 1e-3, "order": "plain"}
+        assert (recipe["method"], recipe["scheme"], recipe["max_fallback_layers"]) == ("student", "int4-g128", 2)
+        assert recipe["layers"] == {"*.down_proj": "int8-g128", "model.layers.0.*": "none"}
+        assert (recipe["fit_groups"], recipe["allow_split_fused"]) == (True, False)
+        assert recipe["calibration"] == {"text": "a.txt", "windows": 3, "context": 64, "seed": None}
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
@@ -266,7 +269,7 @@ class TestOptions:
     def test_quantize_says_what_next_and_verifies_when_repeated(
         self, bitpress: Bitpress, tiny_llama: Path, tmp_path: Path
     ):
-        arguments = ["quantize", tiny_llama, "--scheme", "int4-g32", "-o", tmp_path / "out"]
+        arguments = ["quantize", tiny_llama, "--recipe", "int4-g32", "-o", tmp_path / "out"]
         assert f"try `bitpress eval {tmp_path / 'out'}`" in bitpress(*arguments).out
         assert "finished before, verified" in bitpress(*arguments).err
 
@@ -322,7 +325,7 @@ class TestRun:
 
         monkeypatch.setattr(verify, "check", refuse)
         monkeypatch.setattr(process, "measure", refuse)
-        path = config(tmp_path, tiny_llama, schemes=["int4-g128", "int4-g32"])
+        path = config(tmp_path, tiny_llama, recipes=["int4-g128", "int4-g32"])
         found = bitpress("run", path, "--json")
         assert found.code == 1
         jobs = {job["scheme"]: job for job in json.loads(found.out)}
@@ -341,7 +344,7 @@ class TestRun:
 
     def test_output_inside_the_source(self, bitpress: Bitpress, tmp_path: Path, source: Path):
         before = sorted(source.iterdir())
-        found = bitpress("run", config(tmp_path, source, output=str(source / "runs"), schemes=["none"]))
+        found = bitpress("run", config(tmp_path, source, output=str(source / "runs"), recipes=["none"]))
         assert found.code == 2
         assert "lies in the checkpoint's own folder" in found.out
         assert sorted(source.iterdir()) == before
@@ -356,7 +359,7 @@ class TestRun:
         [("", 4, "holds no text"), (" \n", 4, "holds no text"), ("short", 4, "has 5 tokens"), (None, 2, "no such")],
     )
     def test_text(self, bitpress: Bitpress, tmp_path: Path, tiny_llama: Path, text: str | None, code: int, said: str):
-        path = config(tmp_path, tiny_llama, schemes=["none"])
+        path = config(tmp_path, tiny_llama, recipes=["none"])
         (tmp_path / "text.txt").unlink()
         if text is not None:
             (tmp_path / "text.txt").write_text(text)

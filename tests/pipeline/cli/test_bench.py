@@ -189,7 +189,7 @@ def test_no_layout_works(fake: LlamaCpp):
 
 def test_what_llama_cpp_cannot_do(fake: LlamaCpp):
     def reason(scheme: str, shape: tuple[int, int], device: str = "cpu") -> str | None:
-        return fake.reject(random_weight(Scheme.parse(scheme), shape, CPU), torch.device(device))
+        return fake.unsupported(random_weight(Scheme.parse(scheme), shape, CPU), torch.device(device))
 
     assert reason("int3-g32", (8, 64)) == "has no format like int3-g32"
     assert reason("int4-channel", (8, 40)) == "in_features 40 is not divisible by its block of 32"

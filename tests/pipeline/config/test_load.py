@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bitpress.pipeline.config.load import load_calibration, load_config, load_eval, load_options, shipped
+from bitpress.pipeline.config.load import load_calibration, load_eval, load_options, shipped
+from bitpress.pipeline.config.load import load_config as load_config_file
 from bitpress.pipeline.config.schema import Dataset, Run, TrainingSet
 from bitpress.pipeline.errors import ConfigError
+from bitpress.pipeline.quantize.recipe import Recipe, problems
 
+load_config = partial(load_config_file, check_recipe=problems)
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 GOOD = """\
 name: trial
 models:
   - id: org/name
-schemes: [int4-g128]
-quantize:
-  skip: ["*.down_proj"]
+recipes: [int4-g128]
+defaults:
+  layers: {"*.down_proj": none}
 eval:
   context: 512
   speed: {prompt: 16, generate: 4, batch: [1]}
@@ -45,8 +49,9 @@ def refused(path: Path, overrides: list[str] | None = None) -> list[str]:
 
 def test_good_one(tmp_path: Path):
     run = load_config(write(tmp_path, GOOD))
-    assert (run.name, run.models[0].id, run.schemes) == ("trial", "org/name", ["int4-g128"])
-    assert (run.quantize.skip, run.eval.context, run.eval.kernel) == (["*.down_proj"], 512, "auto")
+    assert (run.name, run.models[0].id, run.recipes[0].scheme) == ("trial", "org/name", "int4-g128")
+    assert run.recipes[0].layers == {"*.down_proj": "none"}
+    assert (run.recipes[0].label, run.eval.context, run.eval.kernel) == ("int4-g128-mixed", 512, "auto")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
@@ -64,7 +69,7 @@ CASES = [
     # what stands there, what stands there instead, the line's number, what is said
     ("models:", "model:", 2, "model: unknown key; did you mean models?"),
     ("- id:", "- idd:", 3, "models.0.idd: unknown key; did you mean id?"),
-    ("quantize:", "quantise:", 5, "quantise: unknown key; did you mean quantize?"),
+    ("defaults:", "default:", 5, "default: unknown key; did you mean defaults?"),
     ("context:", "contxt:", 8, "eval.contxt: unknown key; did you mean context?"),
     ("generate:", "genrate:", 9, "eval.speed.genrate: unknown key; did you mean generate?"),
     ("name: trial", "name: trial\nzzz: 1", 2, "zzz: unknown key"),
@@ -84,20 +89,20 @@ CASES = [
     ("batch: [1]", "batch: [0]", 9, "eval.speed.batch: batch sizes must be at least 1"),
     ("batch: [1]", "batch: [true]", 9, "eval.speed.batch.0: Input should be a valid integer, got True"),
     ("batch: [1]", "repeats: 1001", 9, "eval.speed.repeats: Input should be less than or equal to 1000"),
-    ("[int4-g128]", "[]", 4, "schemes: List should have at least 1 item"),
-    ("[int4-g128]", "int4-g128", 4, "schemes: Input should be a valid list, got 'int4-g128'"),
-    ("[int4-g128]", "[int4-g128, int4g128]", 4, "schemes.1: 'int4g128' is not a scheme; use int{2,3,4,8}"),
+    ("[int4-g128]", "[]", 4, "recipes: List should have at least 1 item"),
+    ("[int4-g128]", "int4-g128", 4, "recipes: Input should be a valid list, got 'int4-g128'"),
+    ("[int4-g128]", "[int4-g128, int4g128]", 4, "recipes.1.scheme: 'int4g128' is not a scheme; use int{2,3,4,8}"),
     ("[int4-g128]", "[int4g128]", 4, "did you mean int4-g128?"),
     ("[int4-g128]", "[int5-g128]", 4, "bits must be one of 2, 3, 4, 8"),
-    ("[int4-g128]", "[int4-g0]", 4, "schemes.0: group_size 0 is not a positive number"),
+    ("[int4-g128]", "[int4-g0]", 4, "recipes.0.scheme: group_size 0 is not a positive number"),
     ("[int4-g128]", "[nf5]", 4, "did you mean nf4?"),
-    ("[int4-g128]", "[nf4, nf4]", 4, "schemes: a scheme is listed twice"),
-    ("skip:", "method: absmx\n  skip:", 6, "quantize.method: unknown method; did you mean absmax?, got 'absmx'"),
-    ("skip:", "method: zzz\n  skip:", 6, "quantize.method: unknown method; use auto or one of absmax, "),
-    ("skip:", "format: gptqq\n  skip:", 6, "quantize.format: unknown format; did you mean gptq?"),
-    ("skip:", "format: true\n  skip:", 6, "quantize.format: Input should be a valid string, got True"),
+    ("[int4-g128]", "[nf4, nf4]", 4, "recipes: several recipes are called nf4-mixed; give each a name"),
+    ("layers:", "method: absmx\n  layers:", 6, "defaults.method: method 'absmx' is unknown; did you mean absmax?"),
+    ("layers:", "method: zzz\n  layers:", 6, "defaults.method: method 'zzz' is unknown; use auto or one of absmax, "),
+    ("layers:", "format: gptqq\n  layers:", 6, "defaults.format: format 'gptqq' is unknown; did you mean gptq?"),
+    ("layers:", "format: true\n  layers:", 6, "defaults.format: Input should be a valid string, got True"),
     ("context:", "kernel: referense\n  context:", 8, "eval.kernel: unknown kernel; did you mean reference?"),
-    ('["*.down_proj"]', '"*.down_proj"', 6, "quantize.skip: Input should be a valid list"),
+    ('{"*.down_proj": none}', '"*.down_proj"', 6, "defaults.layers: Input should be a valid dictionary"),
     ("context:", "text: {datset: a}\n  context:", 8, "eval.text.datset: unknown key; did you mean dataset?"),
     ("context:", "text: 5\n  context:", 8, "eval.text: Input should be a valid string, got 5"),
     ("name: trial", "name: trial\ndevice: gpu", 2, "device: Input should be 'auto', 'cpu' or 'cuda', got 'gpu'"),
@@ -114,7 +119,7 @@ def test_one_fault(tmp_path: Path, old: str, new: str, line: int, said: str):
 
 
 def test_missing_keys(tmp_path: Path):
-    assert refused(write(tmp_path, "name: x\n")) == ["models: is missing", "schemes: is missing"]
+    assert refused(write(tmp_path, "name: x\n")) == ["models: is missing", "recipes: is missing"]
 
 
 def test_everything_at_once_in_the_order_of_the_file(tmp_path: Path):
@@ -122,8 +127,8 @@ def test_everything_at_once_in_the_order_of_the_file(tmp_path: Path):
 name: trial
 models:
   - {id: 3, revison: main}
-schemes: [int4-g12b, nf5]
-quantize: {method: absmx, format: gtpq}
+recipes: [int4-g12b, nf5]
+defaults: {method: absmx, format: gtpq}
 eval:
   kernel: referense
   context: yes please
@@ -138,10 +143,8 @@ speeed: 1
         "--set models.7.id=a: there is no models.7.id to set",
         "line 3: models.0.id: Input should be a valid string, got 3",
         "line 3: models.0.revison: unknown key; did you mean revision?",
-        "line 4: schemes.0: 'int4-g12b' is not a scheme",
-        "line 4: schemes.1: 'nf5' is not a scheme",
-        "line 5: quantize.format: unknown format; did you mean gptq?",
-        "line 5: quantize.method: unknown method; did you mean absmax?",
+        "line 5: defaults.format: format 'gtpq' is unknown; did you mean gptq?",
+        "line 5: defaults.method: method 'absmx' is unknown; did you mean absmax?",
         "line 6: eval.promt: unknown key; did you mean prompt?",
         "line 7: eval.kernel: unknown kernel; did you mean reference?",
         "line 8: eval.context: Input should be a valid integer, got 'yes please'",
@@ -159,12 +162,12 @@ speeed: 1
         ("eval.windows=10", ("eval", "windows"), 10),
         ("eval.windows=null", ("eval", "windows"), None),
         ("name=other", ("name",), "other"),
-        ("schemes=[nf4, none]", ("schemes",), ["nf4", "none"]),
+        ("recipes=[nf4, none]", ("recipes", 0, "scheme"), "nf4"),
         ("models.0.revision=main", ("models", 0, "revision"), "main"),
         ("models.0.id=a/b=c", ("models", 0, "id"), "a/b=c"),
         ("eval.speed=null", ("eval", "speed"), None),
         ("eval.speed.repeats=7", ("eval", "speed", "repeats"), 7),
-        ("quantize.skip.0=x", ("quantize", "skip", 0), "x"),
+        ("defaults.max_fallback_layers=3", ("recipes", 0, "max_fallback_layers"), 3),
         ("output=elsewhere", ("output",), "elsewhere"),
         ("eval.text.dataset=wikitext", ("eval", "text"), Dataset(dataset="wikitext")),
     ],
@@ -188,7 +191,7 @@ def test_set(tmp_path: Path, override: str, path: tuple[Any, ...], value: Any):
         ("models.3.id=x", "there is no models.3.id to set"),
         ("models.x.id=x", "there is no models.x.id to set"),
         ("name.first=x", "there is no name.first to set"),
-        ("quantize.method=gptqq", "quantize.method: unknown method"),
+        ("defaults.method=gptqq", "defaults.method: method 'gptqq' is unknown"),
     ],
 )
 def test_set_refused(tmp_path: Path, override: str, said: str):
@@ -258,17 +261,17 @@ def test_eval_settings_by_themselves():
         load_eval({"windws": 3})
 
 
-class TestCalibration:
-    """quantize.calibration, quantize.algorithm and what goes with them; the method `student` has two options."""
+class TestRecipes:
+    """Recipes, their defaults, and what goes with them; the method `student` has two options."""
 
-    def with_section(self, folder: Path, section: str, schemes: str = "[int4-g128]") -> Path:
-        old = 'quantize:\n  skip: ["*.down_proj"]'
+    def with_section(self, folder: Path, section: str, recipes: str = "[int4-g128]") -> Path:
+        old = 'defaults:\n  layers: {"*.down_proj": none}'
         assert old in GOOD
-        return write(folder, GOOD.replace(old, f"quantize:\n{section}").replace("[int4-g128]", schemes))
+        return write(folder, GOOD.replace(old, f"defaults:\n{section}").replace("[int4-g128]", recipes))
 
     def test_defaults(self, tmp_path: Path):
-        found = load_config(write(tmp_path, GOOD)).quantize
-        assert (found.algorithm, found.calibration, found.max_fallback_layers) == ({}, None, 0)
+        [found] = load_config(write(tmp_path, GOOD)).recipes
+        assert (found.options, found.calibration, found.max_fallback_layers) == ({}, None, 0)
         text = TrainingSet(dataset="Salesforce/wikitext", config="wikitext-2-raw-v1", split="train")
         chosen = load_calibration({})
         assert (chosen.text, chosen.windows, chosen.context, chosen.seed) == (text, 128, 2048, 0)
@@ -277,55 +280,72 @@ class TestCalibration:
     def test_good_one(self, tmp_path: Path):
         section = """\
   method: student
-  algorithm: {damping: 1e-3, order: activation}
+  options: {damping: 1e-3, order: activation}
   max_fallback_layers: 2
   calibration: {text: {dataset: org/chat, column: messages}, windows: 64, context: 512, seed: null}"""
-        found = load_config(self.with_section(tmp_path, section)).quantize
-        assert (found.algorithm, found.max_fallback_layers) == ({"damping": 1e-3, "order": "activation"}, 2)
+        [found] = load_config(self.with_section(tmp_path, section)).recipes
+        assert (found.options, found.max_fallback_layers) == ({"damping": 1e-3, "order": "activation"}, 2)
         assert found.calibration is not None
         assert found.calibration.text == TrainingSet(dataset="org/chat", split="train", column="messages")
         assert (found.calibration.windows, found.calibration.context, found.calibration.seed) == (64, 512, None)
+
+    def test_methods_side_by_side_and_a_mixture(self, tmp_path: Path):
+        recipes = """
+  - absmax/int4-g128
+  - gptq/int4-g128
+  - name: careful
+    method: gptq
+    scheme: int4-g128
+    layers: {"*.down_proj": int8-g128, "model.layers.0.*": none, "lm_head": absmax/int8-channel}
+    options: {passes: 0}"""
+        run = load_config(self.with_section(tmp_path, "  calibration: a.txt", recipes))
+        assert [recipe.label for recipe in run.recipes] == ["absmax-int4-g128", "gptq-int4-g128", "careful"]
+        assert {recipe.calibration.text for recipe in run.recipes if recipe.calibration} == {"a.txt"}
+        rules = Recipe.make(run.recipes[2]).rules
+        specs = {name: rules.spec(name) for name in ("model.layers.1.mlp.down_proj", "model.layers.0.mlp.down_proj")}
+        assert [spec.name if spec else None for spec in specs.values()] == ["gptq/int8-g128", None]
+        assert [spec.name for spec in rules.specs()] == ["gptq/int4-g128", "gptq/int8-g128", "absmax/int8-channel"]
+        assert rules.default.method.passes == 0
 
     @pytest.mark.usefixtures("student")
     @pytest.mark.parametrize(
         ("section", "line", "said"),
         [
-            ("  calibration: {windws: 1}", 6, "quantize.calibration.windws: unknown key; did you mean windows?"),
+            ("  calibration: {windws: 1}", 6, "defaults.calibration.windws: unknown key; did you mean windows?"),
             (
                 "  calibration:\n    windows: 0",
                 7,
-                "quantize.calibration.windows: Input should be greater than or equal",
+                "defaults.calibration.windows: Input should be greater than or equal",
             ),
-            ("  calibration: {context: 1}", 6, "quantize.calibration.context: Input should be greater than or equal"),
-            ("  calibration: {seed: -1}", 6, "quantize.calibration.seed: Input should be greater than or equal to 0"),
-            ("  calibration: {seed: x}", 6, "quantize.calibration.seed: Input should be a valid integer, got 'x'"),
-            ("  calibration: {text: 5}", 6, "quantize.calibration.text: Input should be a valid string, got 5"),
+            ("  calibration: {context: 1}", 6, "defaults.calibration.context: Input should be greater than or equal"),
+            ("  calibration: {seed: -1}", 6, "defaults.calibration.seed: Input should be greater than or equal to 0"),
+            ("  calibration: {seed: x}", 6, "defaults.calibration.seed: Input should be a valid integer, got 'x'"),
+            ("  calibration: {text: 5}", 6, "defaults.calibration.text: Input should be a valid string, got 5"),
             ("  calibration: {text: {dataset: a, colum: b}}", 6, "text.colum: unknown key; did you mean column?"),
-            (
-                "  calibration: a.txt",
-                6,
-                "quantize.calibration: expected keys and values (text, windows, context, seed)",
-            ),
+            ("  calibration: 5", 6, "defaults.calibration: expected keys and values (text, windows, context, seed)"),
             (
                 "  max_fallback_layers: -1",
                 6,
-                "quantize.max_fallback_layers: Input should be greater than or equal to 0",
+                "defaults.max_fallback_layers: Input should be greater than or equal to 0",
             ),
             ("  max_fallback_layer: 1", 6, "unknown key; did you mean max_fallback_layers?"),
-            ("  algorithm: {damping: 1}", 6, "quantize.algorithm: these are options of one method, and method is auto"),
-            ("  algorithm: 5", 6, "quantize.algorithm: Input should be a valid dictionary, got 5"),
+            ("  options: {damping: 1}", 6, "defaults.options: these are options of one method, and method is auto"),
+            ("  options: 5", 6, "defaults.options: Input should be a valid dictionary, got 5"),
             (
-                "  method: student\n  algorithm:\n    order: plain\n    dampin: 1",
+                "  method: student\n  options:\n    order: plain\n    dampin: 1",
                 9,
-                "quantize.algorithm.dampin: student has no option 'dampin'; did you mean damping?",
+                "defaults.options.dampin: student has no option 'dampin'; did you mean damping?",
             ),
             (
-                "  method: student\n  algorithm:\n    damping: 0",
+                "  method: student\n  options:\n    damping: 0",
                 8,
-                "quantize.algorithm.damping: Input should be greater than 0, got 0",
+                "defaults.options.damping: Input should be greater than 0, got 0",
             ),
-            ("  method: absmax\n  algorithm: {a: 1}", 7, "algorithm.a: absmax has no option 'a'; it has none"),
-            ("  calibration: {text: a.txt}", 6, "quantize.calibration: method auto learns from no text: name a method"),
+            ("  method: absmax\n  options: {a: 1}", 7, "options.a: absmax has no option 'a'; it has none"),
+            ("  layers: {'*.o_proj': int5-g2}", 6, "defaults.layers.*.o_proj: int5 is not a scheme: bits must be one"),
+            ("  layers: {'*.o_proj': studnt/nf4}", 6, "method 'studnt' is unknown; did you mean student?"),
+            ("  layers: {'*.o_proj': student/nf4}", 6, "absmax produces integer schemes, not nf4"),
+            ("  layers: {'*.o_proj': 4}", 6, "defaults.layers.*.o_proj: Input should be a valid string, got 4"),
         ],
     )
     def test_one_fault(self, tmp_path: Path, section: str, line: int, said: str):
@@ -338,16 +358,16 @@ class TestCalibration:
     def test_with_all_the_others(self, tmp_path: Path):
         section = """\
   method: student
-  algorithm: {damping: -1, ordr: plain}
+  options: {damping: -1, ordr: plain}
   max_fallback_layers: x
   calibration: {windows: 0}"""
-        path = self.with_section(tmp_path, section, "[int4-g128, nf5]")
+        path = self.with_section(tmp_path, section, "[int4-g128, {scheme: nf5, method: auto}]")
         starts = [
-            "line 4: schemes.1: 'nf5' is not a scheme",
-            "line 7: quantize.algorithm.damping: Input should be greater than 0, got -1",
-            "line 7: quantize.algorithm.ordr: student has no option 'ordr'; did you mean order?",
-            "line 8: quantize.max_fallback_layers: Input should be a valid integer, got 'x'",
-            "line 9: quantize.calibration.windows: Input should be greater than or equal to 1, got 0",
+            "line 4: recipes.1.scheme: 'nf5' is not a scheme",
+            "line 7: defaults.options.damping: Input should be greater than 0, got -1",
+            "line 7: defaults.options.ordr: student has no option 'ordr'; did you mean order?",
+            "line 8: defaults.max_fallback_layers: Input should be a valid integer, got 'x'",
+            "line 9: defaults.calibration.windows: Input should be greater than or equal to 1, got 0",
         ]
         lines = refused(path)
         assert len(lines) == len(starts), lines
@@ -357,16 +377,25 @@ class TestCalibration:
     def test_a_method_that_cannot_make_a_scheme(self, tmp_path: Path):
         path = self.with_section(tmp_path, "  method: student", "[int4-g128, none, nf4]")
         [line] = refused(path, ["eval.windows=3"])
-        assert line.startswith("line 6: quantize.method: nf4: "), line
+        assert line.startswith("line 6: defaults.method: absmax produces integer schemes, not nf4"), line
 
     def test_a_format_that_cannot_hold_a_scheme(self, tmp_path: Path):
         [line] = refused(self.with_section(tmp_path, "  format: gptq", "[int4-g128, nf4]"))
-        assert line.startswith("line 6: quantize.format: nf4: "), line
+        assert line.startswith("line 6: defaults.format: gptq holds weight-only integers, not nf4"), line
 
-    def test_a_named_method_without_need_of_calibration_ignores_it(self, tmp_path: Path):
-        """So that `--set quantize.method=absmax` is all that a comparison takes."""
-        section = "  method: auto\n  calibration: {text: a.txt}"
-        assert load_config(self.with_section(tmp_path, section), ["quantize.method=absmax"])
+    def test_calibration_of_the_defaults_is_for_those_who_need_it(self, tmp_path: Path):
+        assert load_config(self.with_section(tmp_path, "  calibration: {text: a.txt}"))
+        recipe = "[{scheme: int4-g128, calibration: {text: a.txt}}]"
+        [line] = refused(self.with_section(tmp_path, "  fit_groups: true", recipe))
+        assert line.startswith("line 4: recipes.0.calibration: no method of the recipe is calibrated"), line
+
+    @pytest.mark.parametrize(
+        ("recipe", "name"),
+        [("int4-g128", "int4-g128"), ("gptq/int4-g128", "gptq-int4-g128"), ("{scheme: nf4, name: x}", "x")],
+    )
+    def test_names(self, tmp_path: Path, recipe: str, name: str):
+        text = GOOD.replace('defaults:\n  layers: {"*.down_proj": none}\n', "").replace("[int4-g128]", f"[{recipe}]")
+        assert load_config(write(tmp_path, text)).recipes[0].label == name
 
     def test_by_itself(self):
         assert load_calibration("a.txt").text == "a.txt"

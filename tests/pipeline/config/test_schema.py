@@ -14,7 +14,7 @@ from bitpress.pipeline.system.redact import redact
 CONFIG = """
 name: x
 models: [{{id: org/Base-1B}}, {{id: {second}}}]
-schemes: [none, int4-g128, nf4]
+recipes: [none, int4-g128, nf4]
 publish: {publish}
 """
 
@@ -43,18 +43,18 @@ def refused(tmp_path: Path) -> Any:
     ],
 )
 def test_names(model: str, name: str) -> None:
-    assert Publish(repo="me/{model}-{scheme}").name_of(model, "nf4") == name
+    assert Publish(repo="me/{model}-{recipe}").name_of(model, "nf4") == name
 
 
 def test_every_job_has_its_own(refused: Any) -> None:
-    said = "line 5: publish.repo: several jobs would go to {}; tell them apart by {{model}} and {{scheme}}"
+    said = "line 5: publish.repo: several jobs would go to {}; tell them apart by {{model}} and {{recipe}}"
     assert said.format("me/Base-1B") in refused("repo: 'me/{model}'")
-    assert said.format("me/nf4") in refused("repo: 'me/{scheme}'").replace("me/int4-g128", "me/nf4")
-    assert said.format("me/Base-1B-int4-g128") in refused("repo: 'me/{model}-{scheme}'", second="other/Base-1B")
+    assert said.format("me/nf4") in refused("repo: 'me/{recipe}'").replace("me/int4-g128", "me/nf4")
+    assert said.format("me/Base-1B-int4-g128") in refused("repo: 'me/{model}-{recipe}'", second="other/Base-1B")
 
 
 @pytest.mark.parametrize(
-    "repo", ["x", "a/b/{model}{scheme}", "me/{modell}{scheme}{model}", "me/--{model}{scheme}", "/{model}"]
+    "repo", ["x", "a/b/{model}{recipe}", "me/{modell}{recipe}{model}", "me/--{model}{recipe}", "/{model}"]
 )
 def test_what_the_hub_would_not_take(refused: Any, repo: str) -> None:
     assert "line 5: publish.repo: " in refused(f"repo: '{repo}'")
@@ -62,7 +62,7 @@ def test_what_the_hub_would_not_take(refused: Any, repo: str) -> None:
 
 @pytest.mark.parametrize("key", ["token", "hf_token", "api_key", "password"])
 def test_secrets_are_refused_by_name(refused: Any, key: str) -> None:
-    said = refused(f"repo: 'me/{{model}}-{{scheme}}', {key}: {CANARY}")
+    said = refused(f"repo: 'me/{{model}}-{{recipe}}', {key}: {CANARY}")
     assert f"publish: {key} is never read from a config; take it out, and `hf auth login` or set HF_TOKEN" in said
     assert CANARY not in said
 
@@ -72,9 +72,9 @@ def test_secrets_are_refused_by_name(refused: Any, key: str) -> None:
     [
         ("repoo: a/b", "publish.repoo: unknown key; did you mean repo?"),
         ("private: true", "publish.repo: is missing"),
-        ("repo: '{model}/{scheme}', private: 1", "publish.private"),
-        ("repo: 'a/{model}{scheme}', collection: ''", "publish.collection"),
-        (f"repo: 'a/{{model}}{{scheme}}', collection: {'x' * 60}", "publish.collection"),
+        ("repo: '{model}/{recipe}', private: 1", "publish.private"),
+        ("repo: 'a/{model}{recipe}', collection: ''", "publish.collection"),
+        (f"repo: 'a/{{model}}{{recipe}}', collection: {'x' * 60}", "publish.collection"),
     ],
 )
 def test_other_mistakes(refused: Any, wrong: str, said: str) -> None:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from bitpress.kernels.packing import pack
-from bitpress.kernels.qtensor import NF4_CODEBOOK, QTensor
+from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.weights.integer import Integer
+from bitpress.kernels.weights.nf4 import NF4_CODEBOOK
 from bitpress.pipeline.formats import default_format, detect, registry
 from bitpress.pipeline.formats.base import Format
 from bitpress.pipeline.methods import default_method
@@ -48,7 +50,7 @@ def random_qtensor(scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dt
     q, _ = default_method(scheme).quantize(weight, scheme, scale_dtype)
     if scheme.code == "nf4":
         codes = torch.randint(256, q.codes.shape, dtype=torch.uint8, generator=generator)
-        return QTensor(scheme, shape, codes, q.scales, nested=q.nested)
+        return QTensor(scheme, shape, codes, q.scales, extra=q.extra)
     codes = torch.randint(scheme.max_code + 1, shape, dtype=torch.uint8, generator=generator)
     zeros = None
     if q.zeros is not None:
@@ -196,18 +198,18 @@ def told_to_keep(config: dict[str, Any], names: list[str]) -> set[str]:
 class TestGPTQ:
     @pytest.mark.parametrize(("bits", "word"), [(2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)])
     def test_zero_points_are_stored_minus_one(self, bits: int, word: int) -> None:
-        _, stored = written(registry()["gptq"], Scheme("int", bits, 32), SHAPE, torch.float16)
+        _, stored = written(registry()["gptq"], Scheme(Integer(bits, 32)), SHAPE, torch.float16)
         assert (stored["qzeros"] == word).all()
 
     def test_zero_points_of_three_bits(self) -> None:
-        _, stored = written(registry()["gptq"], Scheme("int", 3, 32), SHAPE, torch.float16)
+        _, stored = written(registry()["gptq"], Scheme(Integer(3, 32)), SHAPE, torch.float16)
         assert {code for row in stored["qzeros"].tolist() for code in stream(row, 3)} == {3}
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     @pytest.mark.parametrize("group", [32, 64, None])
     def test_dtypes_shapes_and_groups(self, bits: int, group: int | None) -> None:
         (rows, columns), size = SHAPE, group or SHAPE[1]
-        _, stored = written(registry()["gptq"], Scheme("int", bits, group), SHAPE, torch.bfloat16)
+        _, stored = written(registry()["gptq"], Scheme(Integer(bits, group)), SHAPE, torch.bfloat16)
         assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in stored.items()} == {
             "qweight": (torch.int32, (columns * bits // 32, rows)),
             "qzeros": (torch.int32, (columns // size, rows * bits // 32)),
@@ -229,21 +231,21 @@ class TestGPTQ:
 
     @pytest.mark.parametrize(("bits", "word"), [(2, 0xAAAAAAAA), (4, 0x88888888), (8, 0x80808080)])
     def test_zero_points_of_version_2_are_stored_as_they_are(self, bits: int, word: int) -> None:
-        _, stored = written(registry()["gptq-v2"], Scheme("int", bits, 32), SHAPE, torch.float16)
+        _, stored = written(registry()["gptq-v2"], Scheme(Integer(bits, 32)), SHAPE, torch.float16)
         assert {value & 0xFFFFFFFF for value in stored["qzeros"].flatten().tolist()} == {word}
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     def test_symmetric_files_under_the_other_version_s_tag_are_read_right(self, bits: int) -> None:
         first, second = registry()["gptq"], registry()["gptq-v2"]
         for writer, reader in ((first, second), (second, first)):
-            q, stored = written(writer, Scheme("int", bits, 32), SHAPE, torch.float16)
+            q, stored = written(writer, Scheme(Integer(bits, 32)), SHAPE, torch.float16)
             assert_same(reader.read(q.scheme, stored), q)
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     def test_asymmetric_version_1_whose_zero_points_borrow_from_their_neighbours(self, bits: int) -> None:
         """Its writers take version 2's words as numbers and subtract a 1 in the place of every code; 3-bit codes
         straddle words, and are subtracted from one by one."""
-        q, _ = written(registry()["gptq-v2"], Scheme("int", bits, 32, symmetric=False), SHAPE, torch.float16)
+        q, _ = written(registry()["gptq-v2"], Scheme(Integer(bits, 32, symmetric=False)), SHAPE, torch.float16)
         assert q.zeros is not None
         q.zeros[::3] = 0  # where the borrow comes from
         stored = registry()["gptq-v2"].write(q, torch.float16)
@@ -311,7 +313,7 @@ class TestCompressedTensors:
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     def test_is_gptq_transposed_where_both_hold_it(self, bits: int) -> None:
-        scheme = Scheme("int", bits, 32)
+        scheme = Scheme(Integer(bits, 32))
         _, one = written(registry()["compressed-tensors"], scheme, SHAPE, torch.float16)
         _, other = written(registry()["gptq"], scheme, SHAPE, torch.float16)
         assert torch.equal(one["weight_packed"].t(), other["qweight"])
@@ -387,4 +389,4 @@ class TestBitsAndBytes:
         state = QuantState.from_dict(stored, torch.device("cpu"))
         found = dequantize_4bit(weight, state)
         # their double-quantized scales may be multiplied and added in one step: one rounding less
-        torch.testing.assert_close(found, q.dequantize(), rtol=2**-22 if q.nested else 0, atol=0)
+        torch.testing.assert_close(found, q.dequantize(), rtol=2**-22 if q.extra else 0, atol=0)

@@ -339,7 +339,7 @@ def test_the_command_in_its_own_process(hub: Hub, tmp_path: Path):
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
 
     def bitpress(model: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", MAIN, "quantize", model, "--scheme", "int4-g32", "-o", "out"]
+        command = [sys.executable, "-c", MAIN, "quantize", model, "--recipe", "int4-g32", "-o", "out"]
         return subprocess.run(
             command, cwd=tmp_path, env=clean | settings, capture_output=True, text=True, timeout=120, check=False
         )

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitpress.kernels.packing import unpack
-from bitpress.kernels.qtensor import NF4_CODEBOOK, QTensor
+from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.weights.integer import Integer
+from bitpress.kernels.weights.nf4 import NF4_CODEBOOK, block_scales
 from bitpress.pipeline.methods import default_method, registry
 from bitpress.pipeline.methods.absmax import Absmax
 from bitpress.pipeline.methods.base import Method
@@ -75,7 +77,7 @@ def allowed(weight: Tensor, q: QTensor) -> Tensor:
         limit = limit * (1 + 2**-20)  # w / S is computed in float32
         return limit.repeat_interleave(weight.shape[1] // q.scales.shape[1], 1)
     absmax = torch.stack([block.abs().max() for block in wide.flatten().split(64)])
-    moved = (q.block_scales().double() - absmax).abs()
+    moved = (block_scales(q.extra | {"scales": q.scales}).double() - absmax).abs()
     limit = absmax * (NF4_WIDEST_GAP / 2 + 2**-20) + moved
     return limit.repeat_interleave(64)[: weight.numel()].view(weight.shape)
 
@@ -251,7 +253,7 @@ def rounded(value: float) -> set[int]:
 )
 def test_the_formulas_number_by_number(row: list[float], bits: int, symmetric: bool, dtype: torch.dtype) -> None:
     """S = (max - min) / (2^n - 1), Z = round(-min / S), q = clamp(round(w / S) + Z, 0, 2^n - 1), w' = S (q - Z)."""
-    scheme, last = Scheme("int", bits, None, symmetric), 2**bits - 1
+    scheme, last = Scheme(Integer(bits, None, symmetric)), 2**bits - 1
     q, _ = Absmax().quantize(torch.tensor([row]), scheme, dtype)
     q.check()
     low, high = min(*row, 0.0, 0.0), max(*row, 0.0, 0.0)

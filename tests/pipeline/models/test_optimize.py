@@ -288,7 +288,7 @@ def test_a_copy_of_the_model_is_its_own(model: PreTrainedModel, steps: list[int]
     want, _ = roll(model, [9, 1, 1])
     copied = copy.deepcopy(model)
     steps.clear()
-    model.model.layers[0].mlp.down_proj.prepared.packed[128:] = 0
+    model.model.layers[0].mlp.down_proj.packed.data[128:] = 0
     assert torch.equal(roll(copied, [9, 1, 1])[0], want)
     assert len(steps) == 4
     assert not torch.equal(roll(model, [9, 1, 1])[0], want)

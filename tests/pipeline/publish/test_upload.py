@@ -159,7 +159,7 @@ class TestAllowList:
     def vouch(run: Path) -> None:
         metrics = json.loads((run / "metrics.json").read_text())
         digest = hashlib.sha256((run / "artifact" / "bitpress.json").read_bytes()).hexdigest()
-        edit(run / "metrics.json", fingerprint=metrics["fingerprint"] | {"artifact.sha256": digest})
+        edit(run / "metrics.json", fingerprint=metrics["fingerprint"] | {"artifact": {"sha256": digest}})
 
     def refused(self, hub: Hub, run: Path, said: str) -> None:
         with pytest.raises(CheckpointError, match=said) as caught:
@@ -315,8 +315,8 @@ class TestBatch:
         self, hub: Hub, make_run: Callable[..., Run], tmp_path: Path, in_process: None
     ) -> None:
         """What misses its gate stays here; the others go, and again, nothing is sent twice."""
-        where = Publish(repo="user/{model}-{scheme}", private=True, collection="Tiny things")
-        config = make_run(tmp_path, schemes=["int4-g32", "int8-dynamic"], gates=Gates(kl_mean=0.002), publish=where)
+        where = Publish(repo="user/{model}-{recipe}", private=True, collection="Tiny things")
+        config = make_run(tmp_path, recipes=["int4-g32", "int8-dynamic"], gates=Gates(kl_mean=0.002), publish=where)
         news: list[str] = []
         outcomes = {outcome.scheme: outcome for outcome in execute(config, "bitpress run", news.append)}
         assert isinstance(outcomes["int4-g32"].error, GateError)
@@ -342,7 +342,7 @@ class TestBatch:
         self, hub: Hub, make_run: Callable[..., Run], tmp_path: Path, in_process: None
     ) -> None:
         hub.fail("/commit/", status=403)
-        config = make_run(tmp_path, schemes=["int8-dynamic"], publish=Publish(repo="user/x"))
+        config = make_run(tmp_path, recipes=["int8-dynamic"], publish=Publish(repo="user/x"))
         outcomes = execute(config, "bitpress run", lambda line: None)
         assert [type(outcome.error) for outcome in outcomes] == [type(None), HubError]
         assert outcomes[1].metrics

@@ -1,0 +1,1 @@
+"""How the inputs of a layer are quantized: one file for each type."""

@@ -1,0 +1,1 @@
+"""How weights are coded: one file for each type."""
