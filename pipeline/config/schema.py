@@ -142,12 +142,7 @@ class RecipeSettings(RecipeDefaults):
         merged = self.model_copy(update={key: getattr(defaults, key) for key in missing})
         if "options" in missing and merged.method != defaults.method:
             merged = merged.model_copy(update={"options": {}})
-<<<<<<< HEAD
-        if "calibration" in missing:  # it serves the recipes that are calibrated, and is no mistake of the others
-            merged.model_fields_set.discard("calibration")
-=======
         merged._inherited = frozenset(missing)
->>>>>>> house
         return merged
 
     def inherits(self, key: str) -> bool:

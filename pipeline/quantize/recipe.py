@@ -135,13 +135,8 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         found += _option_problems(settings)
     if not specs and not found and not settings.baseline:
         found.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
-<<<<<<< HEAD
-    asked = settings.calibration and "calibration" in settings.model_fields_set
-    if asked and specs and not found and not any(spec.method.needs_calibration for spec in specs):
-=======
     unused = settings.calibration and not any(spec.method.needs_calibration for spec in specs)
     if unused and specs and not found and not settings.inherits("calibration"):
->>>>>>> house
         found.append((("calibration",), NO_CALIBRATION))
     if settings.format != AUTO and not found:
         target = formats()[settings.format]

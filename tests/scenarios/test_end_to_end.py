@@ -28,7 +28,8 @@ CONTEXT, WINDOWS = 128, 4
 KEYS: dict[str, set[str]] = {
     "": {
         "format_version", "name", "model", "recipe", "scheme", "method", "format", "protocol", "quality", "size",
-        "memory", "speed", "coverage", "reload", "kernels", "sample", "machine", "versions", "config", "command", "seconds",
+        "memory", "speed", "coverage", "reload", "kernels", "sample", "machine", "versions", "config",
+        "command", "seconds",
     },
     "model": {"id", "name", "identity", "revision", "architecture", "parameters", "dtype"},
     "protocol": {"name", "text", "text_sha256", "context", "windows", "tokens", "dtype"},
