@@ -12,7 +12,7 @@ from ..errors import BitpressError, ConfigError
 from ..hub.download import Source, resolve
 from ..storage import files, journal
 from ..storage.checkpoint import INDEX, SINGLE, Checkpoint
-from ..storage.fingerprint import Fingerprint, digest
+from ..storage.fingerprint import Fingerprint, digest, stage
 from . import process
 from .conditions import Conditions
 from .metrics import METRICS
@@ -71,7 +71,7 @@ def _artifact(source: Source, baseline: Source | None) -> Fingerprint:
     for role, model in (("checkpoint", source), ("baseline", baseline)):
         if model:
             identity = Checkpoint(model.folder).identity()
-            fields |= {f"{role}.{name}": value for name, value in {**model.to_dict(), **identity}.items()}
+            fields |= {f"artifact.{role}.{name}": value for name, value in {**model.to_dict(), **identity}.items()}
     return fields
 
 
@@ -103,7 +103,7 @@ def measure_like(
     for checkpoint in checkpoints:
         source = resolve(str(checkpoint))
         now = conditions.fingerprint(_artifact(source, baseline))
-        own = folder / f"{source.id}-{digest([now['artifact'], now['quality']])[:8]}"
+        own = folder / f"{source.id}-{digest([stage(now, 'artifact'), stage(now, 'quality')])[:8]}"
         if not (own / METRICS).exists():
             say(f"{checkpoint}: measured like the runs, against {baseline.id}")
         evaluate_external(source, baseline, conditions, own)

@@ -12,7 +12,7 @@ from ..config.schema import Eval
 from ..errors import ConfigError, listing
 from ..hub.download import Source
 from ..storage import files
-from ..storage.fingerprint import Fingerprint, differences, digest, refuse
+from ..storage.fingerprint import Fingerprint, differences, digest, refuse, stage
 from ..system.versions import versions
 from . import worker
 from .conditions import Conditions
@@ -84,8 +84,8 @@ def evaluate(
     if path.exists():
         metrics = read_metrics(path)
         before = metrics.get("fingerprint") or {}
-        refuse(folder, before.get("artifact") or {}, subject.artifact)
-        changes = {stage: differences(before.get(stage) or {}, now[stage]) for stage in stages}
+        refuse(folder, stage(before, "artifact"), subject.artifact)
+        changes = {name: differences(stage(before, name), stage(now, name)) for name in stages}
         if conditions.redo:
             say("measured before, and asked for again")
         elif changes["quality"]:
@@ -110,8 +110,8 @@ def evaluate(
             say("reload in a fresh process, compared with the model in memory")
             reload = subject.verify()
         say("measure in a fresh process")
-        windows = {**now["artifact"], **now["quality"]}
-        predictions, baseline = subject.predictions[0], {**subject.predictions[1], **now["quality"]}
+        windows = {**subject.artifact, **stage(now, "quality")}
+        predictions, baseline = subject.predictions[0], {**subject.predictions[1], **stage(now, "quality")}
         resume = Resume(_key(folder / UNFINISHED, windows), windows, _key(predictions, baseline), baseline)
         measured = measure(subject.checkpoint, subject.baseline, conditions.settings, conditions.device, folder, resume)
         measured["seconds"] = {**(seconds or {}), "evaluate": measured["seconds"]}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress.kernels.linear import QLinear
+from bitpress.kernels.linear import QEmbedding, QLinear
 
 from ..errors import ConfigError, NumericsError
 from ..models.loading import load_model
@@ -39,7 +39,10 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
             step(number, len(plan.quantized))
             qtensor, _ = quantize_entry(tensor, checkpoint.read(tensor.info.name), plan)
             qtensor = qtensor.to(device)
-            layers[tensor.target] = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")
+            if tensor.kind == "embedding":
+                layers[tensor.target] = lambda bias, q=qtensor: QEmbedding(q, model.dtype)
+            else:
+                layers[tensor.target] = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")
     # experts of which only some are quantized keep the others as they are in the checkpoint
     parameters = {target.parameter for target in layers if target.expert}
     for tensor in plan.tensors:

@@ -96,7 +96,7 @@ def unexpected(error: Exception) -> BitpressError:
 def _metrics(job: Job, say: Say) -> dict[str, Any]:
     """The metrics of a job, whose stages are done as far as they are not done already."""
     checkpoint = Checkpoint(job.source.folder)
-    baseline = {f"files.{name}": value for name, value in checkpoint.identity().items()}
+    baseline = {f"artifact.files.{name}": value for name, value in checkpoint.identity().items()}
     beside = job.folder.parent
     subject = process.Subject(
         model=job.source,
@@ -124,7 +124,7 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
         checkpoint=artifact,
         baseline=job.source.folder,
         origin=origin_of_run(job.run, job.source, recipe, job.folder),
-        artifact={"sha256": files.sha256_file(artifact / MANIFEST)},
+        artifact={"artifact.sha256": files.sha256_file(artifact / MANIFEST)},
         verify=lambda: verify_artifact(
             checkpoint, recipe, artifact, torch.tensor(job.probe), job.run.device, job.conditions.settings.dtype
         ),

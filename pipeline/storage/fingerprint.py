@@ -1,7 +1,8 @@
 """What a result was made from, compared field by field, so that nothing is taken for what it is not.
 
-A fingerprint is flat: name -> plain value. It holds what the result depends on and nothing else; what is worth knowing
-besides (threads, the machine, exact versions) is recorded next to it and compared with nothing.
+A fingerprint is flat: name -> plain value; the name may begin with the stage whose result it is about. It holds what
+the result depends on and nothing else. What is worth knowing besides (threads, the machine, exact versions) is recorded
+next to it and compared with nothing.
 """
 
 import hashlib
@@ -26,6 +27,11 @@ def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]
+
+
+def stage(fields: Fingerprint, name: str) -> Fingerprint:
+    """The fields of one stage: those whose names begin with its name and a dot."""
+    return {key: value for key, value in fields.items() if key.startswith(f"{name}.")}
 
 
 def refuse(folder: Path, before: Fingerprint, now: Fingerprint) -> None:

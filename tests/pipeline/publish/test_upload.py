@@ -159,7 +159,7 @@ class TestAllowList:
     def vouch(run: Path) -> None:
         metrics = json.loads((run / "metrics.json").read_text())
         digest = hashlib.sha256((run / "artifact" / "bitpress.json").read_bytes()).hexdigest()
-        edit(run / "metrics.json", fingerprint=metrics["fingerprint"] | {"artifact": {"sha256": digest}})
+        edit(run / "metrics.json", fingerprint=metrics["fingerprint"] | {"artifact.sha256": digest})
 
     def refused(self, hub: Hub, run: Path, said: str) -> None:
         with pytest.raises(CheckpointError, match=said) as caught:
