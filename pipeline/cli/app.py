@@ -115,7 +115,7 @@ def _outcome_json(outcome: Any) -> dict[str, Any]:
     error = {"error": str(outcome.error)} if outcome.error else {}
     return {
         "model": outcome.model,
-        "scheme": outcome.scheme,
+        "recipe": outcome.recipe,
         "folder": str(outcome.folder),
         **error,
         "published": outcome.published,
@@ -141,7 +141,7 @@ def _show(outcomes: list[Any], page: Path | None) -> None:
             _out.print(f"\n{escape(protocol)}", highlight=False)
     for outcome in outcomes:
         if outcome.error:
-            line = f"{escape(outcome.model)}  {outcome.scheme}: {escape(str(outcome.error))}"
+            line = f"{escape(outcome.model)}  {outcome.recipe}: {escape(str(outcome.error))}"
             _out.print(f"\n[red]failed[/red]  {line}", soft_wrap=True)
     if page:
         _out.print(f"\nreport: {escape(str(page))}", soft_wrap=True)
@@ -231,7 +231,9 @@ def evaluate(
 
     from ..api import evaluate as evaluate_api
     from ..config.load import load_eval
-    from ..evaluate.external import Subject, examine
+    from ..data.text import read_text
+    from ..evaluate.conditions import Conditions
+    from ..evaluate.external import evaluate_external
     from ..hub.download import resolve
 
     quiet_libraries()
@@ -239,8 +241,9 @@ def evaluate(
     settings |= {"windows": windows, "tasks": tasks or [], "dtype": dtype, "kernel": kernel}
     if output:
         original = resolve(baseline) if baseline else None
-        subject = Subject.of(resolve(model, revision), original, load_eval(settings), device)
-        found = examine(subject, output.expanduser(), _typed())
+        chosen = load_eval(settings)
+        conditions = Conditions.make(chosen, device, read_text(chosen.text), _typed())
+        found = evaluate_external(resolve(model, revision), original, conditions, output.expanduser(), _news)
     else:
         found = evaluate_api(model, revision, device, settings, baseline)
     if as_json:
@@ -265,11 +268,10 @@ def compare(
     context: Annotated[int, typer.Option(min=0, help="Tokens of cache that memory is counted with.")] = 4096,
 ) -> None:
     """Runs and checkpoints on one page: a table, the Pareto fronts, which differ, and which to choose."""
-    from ..evaluate.compare import Options
     from ..evaluate.compare import compare as compare_runs
 
     quiet_libraries()
-    page, choices = compare_runs(runs, output.expanduser(), Options(budget or [], context, _typed(), _news))
+    page, choices = compare_runs(runs, output.expanduser(), budget or [], context, _typed(), _news)
     _table(["memory", "choose"], choices)
     _out.print(f"\ncomparison: {escape(str(page))}", soft_wrap=True)
 

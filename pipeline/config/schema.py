@@ -268,6 +268,7 @@ class Run(_Strict):
     gates: Gates = Gates()  # type: ignore[call-arg]
     publish: Publish | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    executor: str = "serial"  # how the jobs are carried out, see runs/executors
     output: str = "runs"
 
     @field_validator("publish")

@@ -1,8 +1,7 @@
-"""Finished runs, and checkpoints of whomever -> compare.html, compare.md and compare.json."""
+"""Finished runs and external checkpoints -> compare.html, compare.md and compare.json."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +11,53 @@ from bitpress.eval.report.comparison import compare as compare_runs
 from bitpress.eval.report.recommend import Budget
 
 from ..errors import ConfigError
-from ..storage import files as store
-from .external import Say, is_checkpoint, measure_like
+from ..storage import files
+from .external import is_checkpoint, measure_like
 from .metrics import METRICS, read_metrics
+from .process import Say
 
 MEASURED = "measured"  # of the output: checkpoints that no run made
-_DEEP = 4  # folders: output, name, model, scheme
+_DEEP = 4  # folders: output, name, model, recipe
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
-@dataclass(frozen=True)
-class Options:
-    """budgets: amounts of memory such as "6GB". context: tokens of cache that memory is counted with. command: what the
-    user typed, for the reports. say: takes a line of news."""
-
-    budgets: Sequence[str] = ()
-    context: int = CONTEXT
-    command: str = ""
-    say: Say = lambda line: None
-
-
-def compare(paths: Sequence[Path], output: Path, options: Options) -> tuple[Path, list[list[str]]]:
+def compare(
+    paths: Sequence[Path],
+    output: Path,
+    budgets: Sequence[str] = (),
+    context: int = CONTEXT,
+    command: str = "",
+    say: Say = lambda line: None,
+) -> tuple[Path, list[list[str]]]:
     """Write the comparison of these runs; checkpoints among them are measured first, as the runs were.
 
+    Args:
+        budgets: amounts of memory such as "6GB". context: tokens of cache that memory is counted with.
+        command: what the user typed, for the reports. say: takes a line of news.
     Returns:
         The page, and rows of a budget and what to choose for it, for a terminal.
     Raises:
         ConfigError: no runs, runs that do not compare, or a budget that is no amount of memory.
         CheckpointError: a metrics.json or a checkpoint that cannot be used.
     """
-    room = [Budget(budget, _bytes(budget)) for budget in options.budgets]
+    room = [Budget(budget, _bytes(budget)) for budget in budgets]
     paths = [path.expanduser() for path in paths]
-    checkpoints = [path for path in paths if _foreign(path)]
-    files = [file for path in paths if path not in checkpoints for file in _metrics(path)]
+    checkpoints = [path for path in paths if is_checkpoint(path) and not (path / METRICS).exists()]
+    runs = [file for path in paths if path not in checkpoints for file in _metrics(path)]
     if checkpoints:
-        files += _measured(files, checkpoints, output / MEASURED, options)
-    sections = _compared([read_metrics(file) for file in _once(files)], room, options.context)
-    store.make_folder(output)
-    store.write_json(output / "compare.json", comparison_page.plain(sections))
-    store.write_text(output / "compare.md", comparison_page.markdown(sections))
-    store.write_text(output / "compare.html", comparison_page.html(sections))
+        if not runs:
+            raise ConfigError(
+                f"{checkpoints[0]} is no run, and there is none beside it by whose settings to measure it; give one, "
+                f"or measure it by `bitpress eval {checkpoints[0]} --baseline MODEL -o DIR`, and compare DIR"
+            )
+        measured = [read_metrics(file) for file in _once(runs)]
+        _compared(measured, (), 0)  # before anything is measured that would stand beside what does not compare
+        runs += measure_like(measured, checkpoints, output / MEASURED, command, say)
+    sections = _compared([read_metrics(file) for file in _once(runs)], room, context)
+    files.make_folder(output)
+    files.write_json(output / "compare.json", comparison_page.plain(sections))
+    files.write_text(output / "compare.md", comparison_page.markdown(sections))
+    files.write_text(output / "compare.html", comparison_page.html(sections))
     rows = []
     for section in sections:
         named = f"{section.model}: " if len(sections) > 1 else ""
@@ -59,8 +65,8 @@ def compare(paths: Sequence[Path], output: Path, options: Options) -> tuple[Path
     return output / "compare.html", rows
 
 
-def _once(files: Sequence[Path]) -> list[Path]:
-    return list(dict.fromkeys(file.resolve() for file in files))
+def _once(paths: Sequence[Path]) -> list[Path]:
+    return list(dict.fromkeys(path.resolve() for path in paths))
 
 
 def _compared(runs: Sequence[dict[str, Any]], room: Sequence[Budget], context: int) -> list[Section]:
@@ -68,23 +74,6 @@ def _compared(runs: Sequence[dict[str, Any]], room: Sequence[Budget], context: i
         return compare_runs(runs, room, context)
     except Incomparable as error:
         raise ConfigError(str(error)) from error
-
-
-def _measured(files: Sequence[Path], checkpoints: Sequence[Path], folder: Path, options: Options) -> list[Path]:
-    """The metrics.json of each checkpoint."""
-    if not files:
-        raise ConfigError(
-            f"{checkpoints[0]} is no run, and there is none beside it by whose settings to measure it; give one, or "
-            f"measure it by `bitpress eval {checkpoints[0]} --baseline MODEL -o DIR`, and compare DIR"
-        )
-    runs = [read_metrics(file) for file in _once(files)]
-    _compared(runs, (), 0)  # before anything is measured that would stand beside what does not compare
-    return measure_like(runs, checkpoints, folder, options.command, options.say)
-
-
-def _foreign(path: Path) -> bool:
-    """Whether it is a checkpoint without figures."""
-    return is_checkpoint(path) and not (path / METRICS).exists()
 
 
 def _metrics(path: Path) -> list[Path]:
@@ -95,16 +84,16 @@ def _metrics(path: Path) -> list[Path]:
         return [path]
     if (path / METRICS).exists():
         return [path / METRICS]
-    found = sorted(file for depth in range(1, _DEEP + 1) for file in path.glob("*/" * depth + METRICS))
-    if not found:
+    runs = sorted(file for depth in range(1, _DEEP + 1) for file in path.glob("*/" * depth + METRICS))
+    if not runs:
         raise ConfigError(
             f"{path} holds no checkpoint and no {METRICS}, nor do folders below it; has a run finished there?"
         )
-    return found
+    return runs
 
 
 def _bytes(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", text.strip(), re.IGNORECASE)
-    if not found:
+    amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", text.strip(), re.IGNORECASE)
+    if not amount:
         raise ConfigError(f"--budget {text}: expected an amount of memory, such as 6GB, 500MB or 8GiB")
-    return float(found[1]) * _UNITS[(found[2] or "GB").upper()]
+    return float(amount[1]) * _UNITS[(amount[2] or "GB").upper()]

@@ -23,29 +23,29 @@ def judge(gates: Gates, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """Each gate that is set against what was measured, in plain values.
 
     Args:
-        metrics: of a quantized model; see stages.report.assemble.
+        metrics: of a quantized model; see results.assemble.
     Returns:
         For each {"gate", "limit", "found", "passed", "said"}; a figure that was not measured passes no gate.
     """
     quality, layers = metrics["quality"], metrics["coverage"]["layers"]
     ratio = quality["perplexity_ratio"]
-    found = {
+    figures = {
         "kl_mean": quality["kl_mean"],
         "ppl_increase": None if ratio is None else ratio - 1,
         "top1": quality["top1_agreement"],
         "fallback_layers": sum(bool(layer.get("fallback")) for layer in layers),
     }
     limits = {gate: limit for gate, limit in gates.model_dump().items() if limit is not None}
-    return [_judged(gate, limit, found[gate]) for gate, limit in limits.items()]
+    return [_judged(gate, limit, figures[gate]) for gate, limit in limits.items()]
 
 
-def _judged(gate: str, limit: float, found: float | None) -> dict[str, Any]:
+def _judged(gate: str, limit: float, figure: float | None) -> dict[str, Any]:
     name, words, least = _GATES[gate]
-    passed = found is not None and (found >= limit if least else found <= limit)
-    shown = "was not measured" if found is None else f"is {words(found)}"
+    passed = figure is not None and (figure >= limit if least else figure <= limit)
+    shown = "was not measured" if figure is None else f"is {words(figure)}"
     wanted = f"gates.{gate} asks for at {'least' if least else 'most'} {words(limit)}"
     said = f"{name} {shown}, {'as' if passed else 'but'} {wanted}"
-    return {"gate": gate, "limit": limit, "found": found, "passed": passed, "said": said}
+    return {"gate": gate, "limit": limit, "found": figure, "passed": passed, "said": said}
 
 
 def verdict(gates: Gates, metrics: dict[str, Any], override: bool) -> dict[str, Any] | None:

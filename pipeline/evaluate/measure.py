@@ -1,4 +1,9 @@
-"""What is measured of one model, in a fresh process: memory, speed, perplexity, and how far it is from its baseline."""
+"""What is measured of one model, in a fresh process: memory, speed, perplexity, and how far it is from its baseline.
+
+Quality belongs to the file: perplexity, divergence, tasks and errors by depth are those of the weights, with layers'
+inputs left as the scheme has them. Memory and speed are those of the kernels as they run; what a kernel's own rounding
+of inputs costs is measured by itself.
+"""
 
 import contextlib
 import gc
@@ -15,17 +20,14 @@ from bitpress.eval.measure import (
     energy,
     layer_errors,
     memory,
+    scores,
     speed,
     statistics,
     stored_predictions,
     tasks,
 )
-from bitpress.eval.measure import (
-    scores as quality,
-)
-from bitpress.eval.measure.protocols import EvaluationWindows, Window
+from bitpress.eval.measure.protocols import Window
 from bitpress.eval.measure.sample import sample
-from bitpress.eval.measure.scores import Scores
 from bitpress.kernels.linear import inputs_left_alone
 
 from ..config.schema import Eval, Speed
@@ -37,10 +39,11 @@ from ..models.modules import names_of_experts, part_experts
 from ..models.structure import decoder, skeleton
 from ..storage import files, journal
 from ..storage.checkpoint import Checkpoint, read_json
+from ..storage.fingerprint import Fingerprint
 from ..system.device import pick_device
 from ..system.machine import machine
 from ..system.progress import progress
-from .resume import Windows
+from .resume import WindowStore
 from .windows import windows
 
 _ROOM = 1.2  # times a baseline's weights, or a cache: what it takes with the activations that come along
@@ -51,20 +54,20 @@ _ROUNDED_WINDOWS = 8  # on which the cost of rounded inputs is measured, but at 
 
 @dataclass(frozen=True)
 class Resume:
-    """Where an evaluation keeps what is finished, each folder with what it depends on (see Windows).
+    """Where an evaluation keeps what is finished, each folder with what it depends on (see WindowStore).
 
     predictions: the baseline's, for a model that does not fit beside it; those of one baseline serve many models.
     """
 
     folder: str
-    marks: dict[str, Any]
+    fingerprint: Fingerprint
     predictions: str
-    predictions_marks: dict[str, Any]
+    predictions_fingerprint: Fingerprint
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What a request asks for, ready to load."""
+class _Measurement:
+    """One model to measure, as a request asks for it, ready to load."""
 
     settings: Eval
     device: torch.device
@@ -74,9 +77,9 @@ class _Job:
     resume: Resume | None
 
     @staticmethod
-    def of(request: dict[str, Any]) -> "_Job":
+    def of(request: dict[str, Any]) -> "_Measurement":
         baseline, resume = request.get("baseline"), request.get("resume")
-        return _Job(
+        return _Measurement(
             Eval.model_validate(request["eval"]),
             pick_device(request["device"]),
             Checkpoint(Path(request["artifact"])),
@@ -128,37 +131,49 @@ class _Job:
             raise NumericsError(f"{self.checkpoint.folder.name}: {error}") from error
 
     @contextlib.contextmanager
-    def finished(self) -> Iterator[tuple[Mapping[int, Scores], quality.Keep]]:
+    def finished(self) -> Iterator[tuple[Mapping[int, scores.Scores], scores.Keep]]:
         """Windows that an earlier process finished, and what keeps those of this one."""
         if self.resume is None:
-            yield {}, lambda number, scores: None
+            yield {}, lambda number, window_scores: None
             return
-        with Windows(Path(self.resume.folder), self.resume.marks) as kept:
-            yield kept, kept.keep
+        with WindowStore(Path(self.resume.folder), self.resume.fingerprint) as store:
+            yield store, store.keep
 
     @contextlib.contextmanager
-    def predictions(self) -> Iterator[Windows]:
+    def predictions(self) -> Iterator[WindowStore]:
         """The baseline's predictions, on the disk; no other process writes them meanwhile."""
         folder = Path(self.resume.predictions) if self.resume else self.folder / "predictions"
         files.make_folder(folder)
-        with journal.locked(folder), Windows(folder, self.resume.predictions_marks if self.resume else {}) as kept:
-            yield kept
+        fingerprint = self.resume.predictions_fingerprint if self.resume else {}
+        with journal.locked(folder), WindowStore(folder, fingerprint) as stored:
+            yield stored
 
 
 def measure_task(request: dict[str, Any]) -> dict[str, Any]:
-    """In a fresh process: everything that is measured of one model.
+    """In a fresh process: everything that is measured of one model, or with "speed_only" what is the machine's of it.
 
     Raises:
         BitpressError: of the files, the text or the numbers.
     """
-    job = _Job.of(request)
+    job = _Measurement.of(request)
     job.check_vocabulary()
     with memory.Peak(job.device) as loading:
         model = job.load()
     plan = windows(read_text(job.settings.text), job.tokenizer, job.settings, model.config)
     text = [window.to(job.device) for window in plan.windows]
     answer = _costs(job, model, text, loading)
-    answer["protocol"] = _protocol(plan)
+    if request.get("speed_only"):
+        with job.numbers():
+            answer["kernels"]["rounded_inputs"] = _rounded_inputs(model, text)
+        return answer
+    answer["protocol"] = {
+        "name": plan.name,
+        "context": plan.context,
+        "windows": len(plan.windows),
+        "tokens": plan.tokens,
+        "unit": plan.unit,
+        "units": plan.units,
+    }
     answer["dtype"] = str(model.dtype).removeprefix("torch.")
     answer["sample"] = {"prompt": job.settings.prompt, "text": sample(model, job.tokenizer, job.settings.prompt)}
     answer["tasks"] = _tasks(job, model)
@@ -169,16 +184,16 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
         _predict(job, text)
         model = job.load()
     with job.numbers():
-        answer |= _quality(job, model, text, reason)
+        with inputs_left_alone(model):
+            answer |= _quality(job, model, text, reason)
         answer["kernels"]["rounded_inputs"] = _rounded_inputs(model, text)
-    scores = answer.pop("scores")
-    answer["quality"] |= statistics.summarize(scores, plan.units)
+    answer["quality"] |= statistics.summarize(answer.pop("scores"), plan.units)
     answer["sample"] |= {"baseline_text": answer.pop("baseline_text")}
     return answer
 
 
-class _Unrounded(torch.nn.Module):
-    """The same model, its layers' inputs left as they are."""
+class _InputsLeftAlone(torch.nn.Module):
+    """The same model, its layers' inputs left as the scheme has them."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
@@ -190,26 +205,16 @@ class _Unrounded(torch.nn.Module):
 
 
 def _rounded_inputs(model: Any, text: list[Window]) -> dict[str, Any] | None:
-    """What rounding the inputs of weight-only layers costs: KL from the same model without it, on some windows."""
+    """The loss of kernels that round the inputs of weight-only layers: the model's KL from itself without that, on some
+    windows; None where no kernel does."""
     with inputs_left_alone(model) as layers:
         pass
     if not layers:
         return None
     some = text[: max(1, min(_ROUNDED_WINDOWS, len(text) // 10))]
-    scores = quality.compare(_Unrounded(model), model, some)
-    found = statistics.summarize(scores, sum(window.targets.numel() for window in some))
-    return {"layers": layers, "windows": len(some), "kl_mean": found["kl_mean"], "kl_mean_se": found["kl_mean_se"]}
-
-
-def _protocol(plan: EvaluationWindows) -> dict[str, Any]:
-    return {
-        "name": plan.name,
-        "context": plan.context,
-        "windows": len(plan.windows),
-        "tokens": plan.tokens,
-        "unit": plan.unit,
-        "units": plan.units,
-    }
+    rounding = scores.compare(_InputsLeftAlone(model), model, some)
+    summary = statistics.summarize(rounding, sum(window.targets.numel() for window in some))
+    return {"layers": layers, "windows": len(some), "kl_mean": summary["kl_mean"], "kl_mean_se": summary["kl_mean_se"]}
 
 
 def _free() -> None:
@@ -219,13 +224,13 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _costs(job: _Job, model: Any, text: list[Window], loading: memory.Peak) -> dict[str, Any]:
+def _costs(job: _Measurement, model: Any, text: list[Window], loading: memory.Peak) -> dict[str, Any]:
     """Memory and speed."""
     resident = memory.resident_bytes(model)
     prompt, reading = memory.prefill(model, max((window.ids for window in text), key=len))
     rates = _speeds(model, text, job.settings.speed, prompt["kv_cache_bytes_per_token"])
     with memory.Peak(job.device) as scoring, job.numbers():
-        quality.score(model, text[:1])
+        scores.score(model, text[:1])
     peaks = (loading, reading, scoring)
     activations = prompt["activation_peak_bytes"]
     per_token = None if activations is None else activations / prompt["prompt"]
@@ -263,8 +268,8 @@ def _speeds(model: Any, text: list[Window], settings: Speed | None, cache: float
                 results.append({**asdict(load), "skipped": reason})
                 continue
             with progress(f"speed, batch {batch}, prompt {prompt}") as step:
-                found = speed.measure(model, ids, load, meter, step)
-            results.append(found | speed.traffic(found, weights, cache, bandwidth))
+                rates = speed.measure(model, ids, load, meter, step)
+            results.append(rates | speed.traffic(rates, weights, cache, bandwidth))
     return {"speed": results, "bandwidth": bandwidth, "energy_meter": meter.name if meter else None}
 
 
@@ -276,78 +281,76 @@ def _too_large(load: speed.Load, cache: float | None, device: torch.device) -> s
     return f"its cache needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
-def _tasks(job: _Job, model: Any) -> list[dict[str, Any]]:
+def _tasks(job: _Measurement, model: Any) -> list[dict[str, Any]]:
     if not job.settings.tasks:
         return []
     try:
-        return tasks.run_tasks(model, job.tokenizer, job.settings.tasks, job.settings.task_limit)
+        with inputs_left_alone(model):
+            return tasks.run_tasks(model, job.tokenizer, job.settings.tasks, job.settings.task_limit)
     except ValueError as error:
         raise ConfigError(f"eval.tasks: {error}") from error
 
 
-def _predict(job: _Job, text: list[Window]) -> None:
+def _predict(job: _Measurement, text: list[Window]) -> None:
     """Put the baseline's predictions on the disk, as far as they are not there."""
-    with job.predictions() as kept:
-        if len(kept) == len(text) and (kept.folder / _SAMPLE).exists():
+    with job.predictions() as stored:
+        if len(stored) == len(text) and (stored.folder / _SAMPLE).exists():
             return
         files.preflight(
-            kept.folder, stored_predictions.bytes_per_token() * sum(window.targets.numel() for window in text)
+            stored.folder, stored_predictions.bytes_per_token() * sum(window.targets.numel() for window in text)
         )
         baseline = job.load_baseline()
         with progress("the baseline's predictions") as step:
             for number, window in enumerate(text):
                 step(number, len(text))
-                if number not in kept:
-                    kept.keep(number, stored_predictions.predict(baseline, window, number))
-        said = sample(baseline, job.tokenizer, job.settings.prompt)
-        files.write_json(kept.folder / _SAMPLE, {"text": said})
+                if number not in stored:
+                    stored.keep(number, stored_predictions.predict(baseline, window, number))
+        text_of_baseline = sample(baseline, job.tokenizer, job.settings.prompt)
+        files.write_json(stored.folder / _SAMPLE, {"text": text_of_baseline})
     del baseline
     _free()
 
 
-def _quality(job: _Job, model: Any, text: list[Window], crowded: str | None) -> dict[str, Any]:
+def _quality(job: _Measurement, model: Any, text: list[Window], crowded: str | None) -> dict[str, Any]:
     """Scores of all windows, the baseline's sample, and errors by depth; without a baseline the scores alone."""
     alone: dict[str, Any] = {"quality": {"path": None}, "output_errors": None, "baseline_text": None}
     with job.finished() as (finished, keep):
         if job.baseline is None:
             with progress("perplexity") as step:
-                return {**alone, "scores": quality.score(model, text, finished, keep, step)}
+                return {**alone, "scores": scores.score(model, text, finished, keep, step)}
         if crowded:
-            with job.predictions() as kept, progress("perplexity and divergence") as step:
-                scores = quality.each(
-                    text, lambda n, window: stored_predictions.compare(kept[n], model, window), finished, keep, step
+            with job.predictions() as stored, progress("perplexity and divergence") as step:
+                every = scores.each(
+                    text, lambda n, window: stored_predictions.compare(stored[n], model, window), finished, keep, step
                 )
-                said = read_json(kept.folder / _SAMPLE)["text"]
+                baseline_text = read_json(stored.folder / _SAMPLE)["text"]
             counts = f"{stored_predictions.TOP} stored and {stored_predictions.SAMPLES} sampled probabilities"
-            how = f"{counts} of each token, as {crowded}"
-            missing = {"skipped": crowded} if job.settings.output_errors else None
             return {
-                **alone,
-                "quality": {"path": how},
-                "output_errors": missing,
-                "scores": scores,
-                "baseline_text": said,
+                "quality": {"path": f"{counts} of each token, as {crowded}"},
+                "output_errors": {"skipped": crowded} if job.settings.output_errors else None,
+                "scores": every,
+                "baseline_text": baseline_text,
             }
         dense = job.load_baseline()
         with progress("perplexity and divergence") as step:
-            scores = quality.compare(dense, model, text, finished, keep, step)
+            every = scores.compare(dense, model, text, finished, keep, step)
     return {
         "quality": {"path": "side by side"},
-        "scores": scores,
+        "scores": every,
         "output_errors": _output_errors(job, dense, model, text[: job.settings.output_errors]),
         "baseline_text": sample(dense, job.tokenizer, job.settings.prompt),
     }
 
 
-def _output_errors(job: _Job, dense: Any, model: Any, text: list[Window]) -> dict[str, Any] | None:
+def _output_errors(job: _Measurement, dense: Any, model: Any, text: list[Window]) -> dict[str, Any] | None:
     """By the checkpoint's names of layers; None where no window is asked for."""
     if not text:
         return None
     part_experts(dense, model)
     with progress("errors by depth") as step:
-        found = layer_errors.output_errors(dense, model, text, decoder(dense), step)
+        errors = layer_errors.output_errors(dense, model, text, decoder(dense), step)
     if "quantization_config" in job.checkpoint.config:
         names = names_of_experts(model.hf_quantizer.layout)
-        for layer in found["layers"]:
+        for layer in errors["layers"]:
             layer["name"] = names.get(layer["name"], layer["name"])
-    return found
+    return errors

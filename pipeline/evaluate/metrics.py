@@ -26,8 +26,12 @@ class _Part(BaseModel):
 
 
 class Model(_Part):
+    """The unquantized model. identity: a hash of its files; name: what tells local folders of one id apart."""
+
     id: str
     revision: str | None = None
+    name: str | None = None
+    identity: str | None = None
     architecture: str | None = None
     parameters: Count = None
 
@@ -44,7 +48,7 @@ class Protocol(_Part):
     dtype: str | None = None
 
 
-class Windows(_Part):
+class WindowSums(_Part):
     """Sums over the scored tokens of each window of text: what paired tests between runs need."""
 
     tokens: list[Annotated[int, Field(gt=0)]]
@@ -53,14 +57,15 @@ class Windows(_Part):
     kl: Sums | None = None
 
     @model_validator(mode="after")
-    def _one_length(self) -> "Windows":
+    def _one_length(self) -> "WindowSums":
         if any(sums is not None and len(sums) != len(self.tokens) for sums in (self.nll, self.baseline_nll, self.kl)):
             raise ValueError("its lists are not of one length")
         return self
 
 
 class Quality(_Part):
-    """Errors (_se) are standard errors over windows; what compares with the baseline is paired, token by token."""
+    """Quality of the files: inputs are left as the scheme has them. Errors (_se) are standard errors over windows; what
+    compares with the baseline is paired, token by token."""
 
     perplexity: Positive = None
     perplexity_se: Positive = None
@@ -74,7 +79,7 @@ class Quality(_Part):
     kl_max: Number = None
     top1_agreement: Positive = None
     top1_agreement_se: Positive = None
-    windows: Windows | None = None
+    windows: WindowSums | None = None
 
 
 class Judged(_Part):
@@ -143,6 +148,27 @@ class Config(_Part):
     device: str = "auto"
 
 
+class Recipe(_Part):
+    """layers: pattern on the names of layers -> [method/]scheme, or none."""
+
+    name: str
+    layers: dict[str, str] = {}
+
+
+class RoundedInputs(_Part):
+    """What kernels lose that round the inputs of weight-only layers: the model's KL from itself without that."""
+
+    layers: Count = None
+    windows: Count = None
+    kl_mean: Number = None
+    kl_mean_se: Positive = None
+
+
+class Kernels(_Part):
+    selected: dict[str, int] = {}
+    rounded_inputs: RoundedInputs | None = None
+
+
 class Metrics(_Part):
     """A metrics.json of bitpress: what was measured of one run, of what, how, and on what machine."""
 
@@ -151,6 +177,7 @@ class Metrics(_Part):
     scheme: str
     method: str | None = None
     format: str | None = None
+    recipe: Recipe | None = None
     checkpoint: dict[str, Any] | None = None
     protocol: Protocol
     quality: Quality
@@ -158,6 +185,7 @@ class Metrics(_Part):
     size: Size
     memory: Memory | None = None
     speed: list[Speed] | None = None
+    kernels: Kernels | None = None
     machine: dict[str, Any] | None = None
     versions: dict[str, str | None] | None = None
     config: Config | None = None
@@ -175,14 +203,14 @@ def read_metrics(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: of another version of the format, or not of its types.
     """
-    found = read_json(path)
-    if (version := found.get("format_version")) != FORMAT_VERSION:
+    metrics = read_json(path)
+    if (version := metrics.get("format_version")) != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version {version!r}, expected {FORMAT_VERSION}; run it again by this version of bitpress"
         )
     try:
-        Metrics.model_validate(found)
+        Metrics.model_validate(metrics)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
         raise CheckpointError(f"{path}: not the metrics of a run:\n{listing(problems)}") from error
-    return found
+    return metrics

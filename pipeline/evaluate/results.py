@@ -1,5 +1,6 @@
 """Measurements -> metrics.json, report.md and report.html."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -8,20 +9,21 @@ from typing import Any
 from bitpress.eval.report import report
 
 from ..checkpoints.describe import coverage_of
-from ..config.schema import Run
-from ..data.text import Text
+from ..config.schema import BASELINE, Run
 from ..hub.download import Source
 from ..methods import options_of
 from ..models.quantized import detect_scheme
 from ..quantize.recipe import Recipe
 from ..storage import files
 from ..storage.checkpoint import Checkpoint, read_json
-from ..storage.fingerprint import MANIFEST
+from ..storage.fingerprint import MANIFEST, digest
 from ..system.versions import versions
+from .conditions import Conditions
 from .metrics import FORMAT_VERSION
 
-BASELINE = "none"
+MIXED = "mixed"  # in place of a scheme, where layers have several
 NO_COVERAGE: dict[str, Any] = {"decoder_bytes": 0, "quantized_bytes": 0, "share": 0.0, "layers": [], "kept": []}
+Refused = tuple[str, str, str]
 _NOT_COMPARED: dict[str, Any] = dict.fromkeys(
     (
         "baseline_perplexity", "baseline_perplexity_se", "perplexity_ratio", "perplexity_ratio_se", "kl_mean",
@@ -63,10 +65,10 @@ def sizes(checkpoint: Checkpoint, coverage: dict[str, Any], parameters: int) -> 
 
 
 @dataclass(frozen=True)
-class Made:
-    """How what is measured came about, in plain values as in metrics.json.
+class Origin:
+    """How the model that is measured came about, in plain values as in metrics.json.
 
-    checkpoint: where it is, unless it is the run's own artifact or the model itself.
+    recipe: its name and its rules. checkpoint: where it is, unless it is the run's own artifact or the model itself.
     """
 
     name: str
@@ -77,74 +79,96 @@ class Made:
     coverage: dict[str, Any]
     size: dict[str, Any]
     config: dict[str, Any]
+    recipe: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     checkpoint: dict[str, Any] | None = None
 
 
-def made_here(run: Run, source: Source, recipe: Recipe | None, folder: Path) -> Made:
-    """Of a run: the artifact in `folder`, or the baseline where there is no recipe."""
+def origin_of_run(run: Run, source: Source, recipe: Recipe | None, folder: Path) -> Origin:
+    """The origin of the artifact in `folder`, or of the baseline where there is no recipe."""
     original = Checkpoint(source.folder)
     parameters, config = _parameters(original), run.model_dump(mode="json")
     if recipe is None:
         size = sizes(original, coverage_of(original), parameters)
-        return Made(run.name, BASELINE, None, None, parameters, NO_COVERAGE, size, config)
-    coverage = read_json(folder / "artifact" / MANIFEST)["coverage"]
-    size = sizes(Checkpoint(folder / "artifact"), coverage, parameters)
-    how = (recipe.scheme, recipe.method, read_json(folder / "artifact" / MANIFEST)["recipe"]["format"])
-    return Made(run.name, *how, parameters, coverage, size, config, _learned(recipe))
+        return Origin(run.name, BASELINE, None, None, parameters, NO_COVERAGE, size, config)
+    artifact = Checkpoint(folder / "artifact")
+    manifest = read_json(artifact.folder / MANIFEST)
+    layers = manifest["coverage"]["layers"]
+    schemes, methods = ({layer[key] for layer in layers} for key in ("scheme", "method"))
+    calibration = None
+    if recipe.calibration:
+        specs = [spec for spec in recipe.rules.specs() if spec.method.needs_calibration]
+        options = {name: value for spec in specs for name, value in options_of(spec.method).items()}
+        names = ", ".join(sorted({spec.method.name for spec in specs}))
+        calibration = {**recipe.calibration.to_dict(), "method": names, **options}
+    return Origin(
+        name=run.name,
+        scheme=schemes.pop() if len(schemes) == 1 else MIXED,
+        method=", ".join(sorted(methods)),
+        format=manifest["recipe"]["format"],
+        parameters=parameters,
+        coverage=manifest["coverage"],
+        size=sizes(artifact, manifest["coverage"], parameters),
+        config=config,
+        recipe={"name": recipe.name, "layers": recipe.rules.to_dict()},
+        calibration=calibration,
+    )
 
 
-def made_elsewhere(source: Source, baseline: Source | None, config: dict[str, Any]) -> Made:
-    """Of a checkpoint, whoever made it: what its files tell."""
+def origin_of_external(source: Source, baseline: Source | None, config: dict[str, Any]) -> Origin:
+    """The origin of a checkpoint that no run of bitpress made, as far as its files say."""
     checkpoint = Checkpoint(source.folder)
     coverage = coverage_of(checkpoint)
-    entries = [*coverage["layers"], *coverage["kept"]]
-    parameters = _parameters(Checkpoint(baseline.folder)) if baseline else sum(prod(x["shape"]) for x in entries)
+    tensors = [*coverage["layers"], *coverage["kept"]]
+    parameters = _parameters(Checkpoint(baseline.folder)) if baseline else sum(prod(x["shape"]) for x in tensors)
     size = sizes(checkpoint, coverage, parameters)
     if baseline is None and not coverage["layers"]:
-        return Made(source.id, BASELINE, None, None, parameters, NO_COVERAGE, size, config)
+        return Origin(source.id, BASELINE, None, None, parameters, NO_COVERAGE, size, config)
     scheme, format = _dtype(checkpoint), None
     if "quantization_config" in checkpoint.config:
-        found = detect_scheme(checkpoint)
-        scheme, format = found[1].name, found[0].name
-    return Made(source.id, scheme, None, format, parameters, coverage, size, config, checkpoint=source.to_dict())
+        detected = detect_scheme(checkpoint)
+        scheme, format = detected[1].name, detected[0].name
+    return Origin(source.id, scheme, None, format, parameters, coverage, size, config, checkpoint=source.to_dict())
 
 
 def _dtype(checkpoint: Checkpoint) -> str:
     return str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
 
 
-def _learned(recipe: Recipe) -> dict[str, Any] | None:
-    """The tokens that a method learned from, and its options."""
-    if recipe.calibration is None:
-        return None
-    options = {}
-    for spec in recipe.rules.specs():
-        options |= options_of(spec.method) if spec.method.needs_calibration else {}
-    return {**recipe.calibration.to_dict(), "method": recipe.method, **options}
+def identity_of(checkpoint: Checkpoint) -> str:
+    """What a model is, whatever its folder is called: a hash over its weights, its config and what lies beside them."""
+    return digest(checkpoint.identity())[:16]
 
 
-def assemble(source: Source, text: Text, made: Made, measured: dict[str, Any]) -> dict[str, Any]:
+def telling_name(source: Source) -> str:
+    """The id on the Hub; the last two parts of a local folder's path: many are called checkpoint-1000."""
+    folder = source.folder.resolve()
+    return source.id if source.id != folder.name else "/".join(folder.parts[-2:]).lstrip("/")
+
+
+def assemble(source: Source, origin: Origin, conditions: Conditions, measured: dict[str, Any]) -> dict[str, Any]:
     """metrics.json: what was measured, of what, how, and on what.
 
     Args:
-        source: the unquantized model; where it is not known, what is measured itself.
-        measured: from stages.evaluate, with "check", "seconds", "fingerprint" and "command".
+        source: the unquantized model; where it is not known, the checkpoint that is measured.
+        measured: the answer of measure_task, with "reload", "seconds" and "fingerprint".
     """
-    checkpoint, told = Checkpoint(source.folder), asdict(made)
+    checkpoint, described = Checkpoint(source.folder), asdict(origin)
     return {
         "format_version": FORMAT_VERSION,
         "model": {
             **source.to_dict(),
+            "name": telling_name(source),
+            "identity": identity_of(checkpoint),
             "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
-            "parameters": told.pop("parameters"),
+            "parameters": described.pop("parameters"),
             "dtype": _dtype(checkpoint),
         },
-        **told,
+        **described,
         "protocol": {
             "name": measured["protocol"]["name"],
-            "text": text.name,
-            "text_sha256": text.sha256,
+            "text": conditions.text,
+            "text_sha256": conditions.text_sha256,
             **measured["protocol"],
             "dtype": measured["dtype"],
         },
@@ -156,19 +180,23 @@ def assemble(source: Source, text: Text, made: Made, measured: dict[str, Any]) -
         "energy_meter": measured["energy_meter"],
         "output_errors": measured["output_errors"],
         "tasks": measured["tasks"],
-        "reload": measured["check"],
-        "kernels": measured["kernels"] if made.scheme != BASELINE else {},
+        "reload": measured["reload"],
+        "kernels": measured["kernels"] if origin.scheme != BASELINE else {},
         "sample": measured["sample"],
         "machine": measured["machine"],
         "versions": versions(),
-        "command": measured["command"],
+        "command": conditions.command,
         "seconds": measured["seconds"],
         "fingerprint": measured["fingerprint"],
     }
 
 
-def write_report(folder: Path, runs: list[dict[str, Any]]) -> Path:
-    """report.md and report.html for these metrics; returns the HTML's path."""
-    files.write_text(folder / "report.md", report.markdown(runs))
-    files.write_text(folder / "report.html", report.html(runs))
+def write_report(folder: Path, runs: Sequence[dict[str, Any]], refused: Sequence[Refused] = ()) -> Path:
+    """report.md and report.html for these metrics; returns the HTML's path.
+
+    Args:
+        refused: model, recipe and the reason of jobs that did not finish.
+    """
+    files.write_text(folder / "report.md", report.markdown(runs, refused))
+    files.write_text(folder / "report.html", report.html(runs, refused))
     return folder / "report.html"

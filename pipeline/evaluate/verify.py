@@ -1,4 +1,4 @@
-"""Artifact -> metrics: reloaded in a fresh process, proven to be what was quantized, and measured."""
+"""Proves an artifact: reloaded in a fresh process, it gives the logits of the model that was quantized in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitpress.kernels.linear import QLinear
+from bitpress.kernels.linear import QEmbedding, QLinear
 
 from ..errors import ConfigError, NumericsError
 from ..models.loading import load_model
@@ -35,30 +35,26 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
     model = load_model(checkpoint, device, dtype)
     layers: dict[ParameterPath, Any] = {}
     with progress("quantizing in memory") as step:
-        for number, entry in enumerate(plan.quantized):
+        for number, tensor in enumerate(plan.quantized):
             step(number, len(plan.quantized))
-            qtensor, _ = quantize_weight(entry, checkpoint.read(entry.info.name), plan)
+            qtensor, _ = quantize_weight(tensor, checkpoint.read(tensor.info.name), plan)
             qtensor = qtensor.to(device)
-            layers[entry.target] = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")
-    names = TensorNames(plan.model)
-    _keep_experts_whole(layers, names, checkpoint, model)
-    replace_layers(model, names, layers.items())
+            if tensor.kind == "embedding":
+                layers[tensor.target] = lambda bias, q=qtensor: QEmbedding(q, model.dtype)
+            else:
+                layers[tensor.target] = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")
+    # experts of which only some are quantized keep the others as they are in the checkpoint
+    parameters = {target.parameter for target in layers if target.expert}
+    for tensor in plan.tensors:
+        target = tensor.target
+        if target.expert and target.parameter in parameters and target not in layers:
+            layers[target] = dense_layer(checkpoint.read(tensor.info.name).to(model.device, model.dtype))
+    replace_layers(model, TensorNames(plan.model), layers.items())
     return model(input_ids=ids.unsqueeze(0).to(device), use_cache=False).logits[0].cpu()
 
 
-def _keep_experts_whole(
-    layers: dict[ParameterPath, Any], names: TensorNames, checkpoint: Checkpoint, model: Any
-) -> None:
-    """Experts of which only some are quantized keep the others as they are in the checkpoint."""
-    touched = {target.parameter for target in layers if target.expert}
-    for name in checkpoint.tensors:
-        target = names.target(name)
-        if target.expert and target.parameter in touched and target not in layers:
-            layers[target] = dense_layer(checkpoint.read(name).to(model.device, model.dtype))
-
-
 @torch.inference_mode()
-def check_task(request: dict[str, Any]) -> dict[str, Any]:
+def verify_task(request: dict[str, Any]) -> dict[str, Any]:
     """In a fresh process: logits from the files alone, against those of the in-memory model.
 
     Raises:
@@ -67,10 +63,10 @@ def check_task(request: dict[str, Any]) -> dict[str, Any]:
     artifact = Checkpoint(Path(request["artifact"]))
     with progress("loading") as step:
         model = load_model(artifact, pick_device(request["device"]), request["dtype"], "reference", step)
-    expected_file = Checkpoint.single(Path(request["expected"]))
-    ids, expected = expected_file.read("ids"), expected_file.read("logits")
-    found = model(input_ids=ids.unsqueeze(0).to(model.device), use_cache=False).logits[0].cpu()
-    difference = (found.double() - expected.double()).abs().max().item() / expected.double().abs().max().item()
+    reference = Checkpoint.single(Path(request["reference"]))
+    ids, expected = reference.read("ids"), reference.read("logits")
+    logits = model(input_ids=ids.unsqueeze(0).to(model.device), use_cache=False).logits[0].cpu()
+    difference = (logits.double() - expected.double()).abs().max().item() / expected.double().abs().max().item()
     tolerance = _TOLERANCE[model.dtype]
     if not difference <= tolerance:
         raise NumericsError(
@@ -80,27 +76,35 @@ def check_task(request: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": ids.numel(), "max_difference": difference, "tolerance": tolerance}
 
 
-def check(checkpoint: Checkpoint, recipe: Recipe, artifact: Path, ids: Tensor, run: dict[str, str]) -> dict[str, Any]:
-    """The artifact, reloaded in a fresh process, against the quantized model that was never saved and loaded: the one
-    in which a method that learns did its work, or else the same quantization, done in memory here.
+def verify_artifact(
+    checkpoint: Checkpoint, recipe: Recipe, artifact: Path, ids: Tensor, device: str, dtype: str
+) -> dict[str, Any]:
+    """The artifact, reloaded in a fresh process, against the quantized model that was never saved and loaded.
+
+    A calibrated method left the reference logits of that model in the work folder; for any other, the same quantization
+    is done again, in memory.
 
     Args:
-        run: {"device", "dtype"}.
+        ids: int64 [tokens], which both models read.
+    Raises:
+        NumericsError: see verify_task. ConfigError: the reference logits of a calibrated method are missing.
     """
     if recipe.calibration:
-        return _compare(artifact, artifact.parent / REFERENCE_LOGITS, run)
-    expected = artifact.parent / ".expected.safetensors"
-    logits = in_memory_logits(checkpoint, recipe, ids, pick_device(run["device"]), run["dtype"])
-    store.write_safetensors(expected, {"ids": ids, "logits": logits})
+        reference = artifact.parent / REFERENCE_LOGITS
+        if not reference.exists():
+            raise ConfigError(f"{reference} is missing, by which the artifact is verified; move {artifact.parent} away")
+    else:
+        reference = artifact.parent / ".reference.safetensors"
+        logits = in_memory_logits(checkpoint, recipe, ids, pick_device(device), dtype)
+        store.write_safetensors(reference, {"ids": ids, "logits": logits})
     try:
-        return _compare(artifact, expected, run)
+        request = {
+            "artifact": str(artifact.resolve()),
+            "reference": str(reference.resolve()),
+            "device": device,
+            "dtype": str(Checkpoint.single(reference).tensors["logits"].dtype).removeprefix("torch."),
+        }
+        return worker.call("verify", request, artifact.parent)
     finally:
-        expected.unlink()
-
-
-def _compare(artifact: Path, expected: Path, run: dict[str, str]) -> dict[str, Any]:
-    if not expected.exists():
-        raise ConfigError(f"{expected} is missing, with which the artifact is checked; move {artifact.parent} away")
-    dtype = str(Checkpoint.single(expected).tensors["logits"].dtype).removeprefix("torch.")
-    request = {"artifact": str(artifact.resolve()), "expected": str(expected.resolve()), **run, "dtype": dtype}
-    return worker.call("check", request, artifact.parent)
+        if not recipe.calibration:
+            reference.unlink()

@@ -17,7 +17,7 @@ from bitpress.eval.report.report import pictures
 from bitpress.eval.report.words import printable
 
 from ..checkpoints.doctor import diagnose
-from ..config.schema import Gates, check_repo
+from ..config.schema import BASELINE, Gates, check_repo
 from ..errors import CheckpointError, ConfigError, GateError, HubError, listing
 from ..evaluate import gates
 from ..evaluate.metrics import read_metrics
@@ -94,7 +94,7 @@ def prepare(run: Path, repo: str, override: bool, on_step: OnStep = lambda done,
     if not diagnosis.sound:
         raise CheckpointError(f"{run / 'artifact'} is unsound, so it stays here:\n{listing(diagnosis.faults)}")
     bundle = make_bundle(run, metrics["config"])
-    baseline = run.parent / "none" / "metrics.json"
+    baseline = run.parent / BASELINE / "metrics.json"
     runs = [
         *([_metrics_without_paths(baseline)] if baseline.exists() else []),
         _metrics_without_paths(run / "metrics.json") | {"gates": verdict},
@@ -121,7 +121,7 @@ def _finished(run: Path) -> dict[str, Any]:
     if not (run / "metrics.json").is_file():
         raise ConfigError(f"{run} is no finished run: it has no metrics.json; {advice}")
     metrics = read_metrics(run / "metrics.json")
-    if metrics["scheme"] == "none":
+    if metrics["scheme"] == BASELINE:
         raise ConfigError(f"{run} is the unquantized baseline, which is published already; {advice}")
     manifest = run / "artifact" / MANIFEST
     if not manifest.is_file():

@@ -13,10 +13,11 @@ from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, lis
 from ..storage import files as store
 from ..storage import journal
 from ..storage.checkpoint import INDEX, Checkpoint, read_json
-from ..storage.fingerprint import MANIFEST, check_fingerprint
+from ..storage.fingerprint import MANIFEST, check_fingerprint, open_work
 from ..system.progress import OnStep
+from ..system.versions import versions
 from .plan import Plan, PlannedTensor, Unit, make_plan
-from .recipe import Recipe, fingerprint
+from .recipe import Recipe, fingerprint, order_of_sums
 from .sequential import CalibratedBlocks, clear_states
 from .weights import quantize_unit
 
@@ -26,7 +27,7 @@ class _Progress:
 
     def __init__(self, plan: Plan, work: Path, folder: Path):
         self.folder = folder
-        self.journal = journal.Journal(work / "journal.jsonl")
+        self.journal = journal.Journal(work / journal.NAME)
         self.notes: list[str] = []
         total = len(plan.units)
         known = {store.shard_name(number, total): unit.name for number, unit in enumerate(plan.units)}
@@ -119,17 +120,6 @@ def _compare_names(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: P
         raise CheckpointError(f"{folder}: tensors differ from the source's:\n{listing(faults)}")
 
 
-def _open_run(work: Path, marks: dict[str, Any]) -> None:
-    """Record what this run makes, or compare with the run that is taken up again."""
-    path = work / "run.json"
-    if path.exists():
-        check_fingerprint(path, marks)
-    elif (work / "journal.jsonl").exists():
-        raise ConfigError(f"{path} is missing, so it cannot be told what {work} was made from; move it away")
-    else:
-        store.write_json(path, {"fingerprint": marks})
-
-
 def quantize(
     checkpoint: Checkpoint,
     source: dict[str, Any],
@@ -159,7 +149,7 @@ def quantize(
         raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
     plan = make_plan(checkpoint, recipe)
     folder = work / "artifact.tmp"
-    _open_run(work, marks)
+    open_work(work, marks | order_of_sums(recipe))
     blocks = CalibratedBlocks(checkpoint, plan, recipe, work) if recipe.calibration else None
     store.make_folder(folder)
     progress = _Progress(plan, work, folder)
@@ -266,6 +256,8 @@ def _finish(
     layers = [layer for line in lines for layer in line["layers"]]
     manifest = {
         "fingerprint": marks,
+        "versions": versions(),
+        **order_of_sums(recipe),
         "recipe": recipe.to_dict() | {"format": plan.format.name},
         "coverage": plan.coverage() | {"layers": layers},
         "files": files,

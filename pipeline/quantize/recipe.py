@@ -17,7 +17,7 @@ from ..methods import options_of, with_options
 from ..methods import registry as methods
 from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
-from ..system.versions import versions
+from ..system.versions import releases
 from .spec import KEPT, LayerSpec, Rules
 
 FORMAT_VERSION = 2
@@ -166,14 +166,24 @@ def _option_problems(settings: RecipeSettings) -> list[Problem]:
 
 
 def fingerprint(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Everything that the artifact's bytes depend on, flat: compared field by field when a run is taken up again."""
+    """Everything that the artifact's bytes depend on, flat: compared field by field when a run is repeated.
+
+    Of versions, the release counts (see releases). safetensors is not among them: bitpress writes its files itself.
+    """
     fields: dict[str, Any] = {f"quantize.{key}": value for key, value in recipe.to_dict().items()}
     fields |= {f"source.{key}": value for key, value in source.items()}
     fields |= {f"files.{name}": value for name, value in checkpoint.identity().items()}
-    used = {"bitpress", "torch", "transformers", "safetensors"}
+    used = {"bitpress", "torch", "transformers"}
     for spec in recipe.rules.specs():
         used |= set(spec.method.packages)
-    fields |= {f"versions.{name}": value for name, value in versions().items() if name in used}
-    if recipe.calibration:  # the order of float sums, and with it a code now and then, depends on them
-        fields |= {"device": recipe.device, "threads": torch.get_num_threads()}
+    fields |= {f"versions.{name}": value for name, value in releases().items() if name in used}
     return fields | {"format_version": FORMAT_VERSION}
+
+
+def order_of_sums(recipe: Recipe) -> dict[str, Any]:
+    """What the last bit of a float sum, and with it a code now and then, may depend on where a method is calibrated.
+
+    A finished artifact is as good on another machine: it is recorded there and not compared. Unfinished work, whose
+    blocks read what the quantized blocks before them put out, must end in the bytes of an unbroken run: it is compared.
+    """
+    return {"device": recipe.device, "threads": torch.get_num_threads()} if recipe.calibration else {}

@@ -1,233 +1,163 @@
-"""Runs a config: every model by every scheme, stage by stage, skipping what is done and verified."""
+"""Runs a config: every model by every recipe, each pair a job; what is done and verified is skipped."""
 
-import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from ..config.load import load_calibration
-from ..config.schema import Model, Publish, Run
+from ..config.schema import BASELINE, Model, Publish, Run
 from ..data.calibration import Calibration, calibrate
-from ..data.text import Text, read_text
-from ..errors import BitpressError, GateError
-from ..evaluate import gates, process, results, verify
-from ..evaluate.measure import Resume
-from ..evaluate.results import BASELINE
+from ..data.text import read_text
+from ..errors import BitpressError, CheckpointError
+from ..evaluate import process
+from ..evaluate.conditions import Conditions
+from ..evaluate.metrics import METRICS, read_metrics
+from ..evaluate.results import write_report
+from ..evaluate.verify import PROBE_TOKENS
 from ..evaluate.windows import windows
-from ..hub.download import Source, resolve
+from ..hub.download import resolve
 from ..models.loading import load_tokenizer
 from ..models.structure import skeleton
 from ..publish.upload import prepare, send
-from ..quantize.artifact import quantize
 from ..quantize.recipe import Recipe
-from ..storage import files as store
-from ..storage import journal
-from ..storage.checkpoint import Checkpoint, read_json
-from ..storage.fingerprint import MANIFEST, check_fingerprint
-from ..system.progress import progress
+from ..storage.checkpoint import Checkpoint
 from ..system.redact import redact
+from .executors import executor
+from .job import Job, Outcome, Say, unexpected
 
-_UNFINISHED = "evaluation.partial"  # windows that are evaluated, until all are
-_PREDICTIONS = "predictions.partial"  # of the baseline, until all jobs of its model are done
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one job ended: its metrics, or what stopped it."""
-
-    model: str
-    scheme: str
-    folder: Path
-    metrics: dict[str, Any] | None = None
-    error: BitpressError | None = None
-    published: str | None = None  # where on the Hub
+__all__ = ["Outcome", "execute", "plan_jobs", "summarize"]
 
 
-@dataclass(frozen=True)
-class _Input:
-    """What all jobs on one model share. recipes: by scheme, the baseline's left out."""
-
-    source: Source
-    checkpoint: Checkpoint
-    text: Text
-    probe: Tensor
-    recipes: dict[str, Recipe]
-
-
-def execute(run: Run, command: str, say: Say, override: bool = False) -> list[Outcome]:
-    """Every job of a config; a failed one does not stop the others.
+def execute(run: Run, command: str, say: Say, override: bool = False, redo: bool = False) -> list[Outcome]:
+    """The outcome of every job of a config, in the config's order; one that fails does not stop the others.
 
     Args:
         command: what the user typed, for the report.
         say: takes a line of news.
-        override: missed gates are recorded as overridden, and no error.
+        override: missed gates are recorded as overridden, and are no error.
+        redo: measure again what was measured before; finished artifacts are kept.
+    Raises:
+        ConfigError: there is no such executor.
     """
-    outcomes: list[Outcome] = []
-    for model in run.models:
-        folder = _model_folder(run, model)
-        schemes = [BASELINE, *(recipe.label for recipe in run.recipes if not recipe.baseline)]
-        try:
-            given = _prepare(run, model)
-        except BitpressError as error:
-            outcomes += [Outcome(model.id, scheme, folder / scheme, error=error) for scheme in schemes]
-            continue
-        for scheme in schemes:
-            say(f"{model.id}  {scheme}")
-            outcome = Outcome(model.id, scheme, folder / scheme)
+    outcomes: dict[Path, Outcome] = {}
+
+    def jobs() -> Iterator[Job]:
+        """One model's jobs after another's: nothing of a model is fetched before its turn."""
+        for model in run.models:
             try:
-                metrics = _job(run, given, scheme, folder, command, lambda line: say(f"  {line}"))
-                missed = _pass(run, metrics, folder / scheme, override, lambda line: say(f"  {line}"))
-                outcome = Outcome(model.id, scheme, folder / scheme, metrics, missed)
+                yield from plan_jobs(run, model, command, override, redo)
             except BitpressError as error:
-                outcome = Outcome(model.id, scheme, folder / scheme, error=error)
-                say(f"  failed: {error}")
-            except Exception as error:  # a bug, or want of memory: the other jobs are not to blame
-                outcome = Outcome(model.id, scheme, folder / scheme, error=_unexpected(error))
-                say(traceback.format_exc())
-            outcomes.append(outcome)
-        if all(outcome.metrics for outcome in outcomes if outcome.model == model.id):
-            process.forget(folder / _PREDICTIONS)
-    return [_publish(run.publish, outcome, override, say) for outcome in outcomes] if run.publish else outcomes
+                for name in _names(run):
+                    folder = model_folder(run, model) / name
+                    outcomes[folder] = Outcome(model.id, name, folder, error=error)
+
+    for outcome in executor(run.executor).map(jobs(), say):
+        outcomes[outcome.folder] = outcome
+    for model in run.models:
+        folder = model_folder(run, model)
+        if all(outcomes[folder / name].metrics for name in _names(run)):
+            process.remove_partial(folder / process.PREDICTIONS)
+    ordered = [outcomes[model_folder(run, model) / name] for model in run.models for name in _names(run)]
+    return [_publish(run.publish, outcome, override, say) for outcome in ordered] if run.publish else ordered
 
 
-def _unexpected(error: Exception) -> BitpressError:
-    return BitpressError(f"unexpected {type(error).__name__}: {redact(str(error))}; please report it")
+def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False, redo: bool = False) -> list[Job]:
+    """The jobs of one model, the baseline's first.
+
+    Raises:
+        BitpressError: everything that can be refused before a weight is read.
+    """
+    process.require_lm_eval(run.eval)
+    text = read_text(run.eval.text)
+    recipes = {settings.label: Recipe.make(settings, run.device) for settings in run.recipes if not settings.baseline}
+    source = resolve(model.id, model.revision)
+    parent = model_folder(run, model)
+    source.check_output(parent)
+    checkpoint = Checkpoint(source.folder)
+    tokenizer = load_tokenizer(source.folder)
+    config = skeleton(checkpoint).config
+    first = windows(text, tokenizer, run.eval, config).windows[0]
+    conditions = Conditions.make(run.eval, run.device, text, command, redo)
+    baseline = Job(
+        run=run,
+        model=model.id,
+        source=source,
+        name=BASELINE,
+        recipe=None,
+        calibration=None,
+        conditions=conditions,
+        probe=tuple(first.ids[:PROBE_TOKENS].tolist()),
+        folder=parent / BASELINE,
+        override=override,
+    )
+    jobs, calibrations = [baseline], dict[str, Calibration]()
+    for settings in run.recipes:
+        if settings.baseline:
+            continue
+        calibration = None
+        if recipes[settings.label].calibrated:
+            wanted = settings.calibration or load_calibration({})
+            if (key := wanted.model_dump_json()) not in calibrations:
+                calibrations[key] = calibrate(wanted, tokenizer, config)
+            calibration = calibrations[key]
+        folder = parent / settings.label
+        jobs.append(replace(baseline, name=settings.label, recipe=settings, calibration=calibration, folder=folder))
+    return jobs
 
 
-def _publish(where: Publish, outcome: Outcome, override: bool, say: Say) -> Outcome:
-    """What is done and passed its gates goes to the Hub."""
-    if outcome.error or outcome.scheme == BASELINE:
-        return outcome
-    try:
-        shipment = prepare(outcome.folder, where.name_of(outcome.model, outcome.scheme), override)
-        found = send(shipment, where.private, where.collection)
-    except BitpressError as error:
-        say(f"{outcome.model}  {outcome.scheme}  not published: {error}")
-        return replace(outcome, error=error)
-    except Exception as error:
-        say(redact(traceback.format_exc()))
-        return replace(outcome, error=_unexpected(error))
-    say(f"{outcome.model}  {outcome.scheme}  {found.state}: {found.url}")
-    return replace(outcome, published=found.url)
+def _names(run: Run) -> list[str]:
+    return [BASELINE, *(settings.label for settings in run.recipes if not settings.baseline)]
 
 
-def summarize(run: Run, outcomes: list[Outcome]) -> Path | None:
-    """One report over all jobs that finished; None if none did."""
-    finished = [outcome.metrics for outcome in outcomes if outcome.metrics]
-    return results.write_report(Path(run.output) / run.name, finished) if finished else None
+def run_folder(run: Run) -> Path:
+    """The folder of a run, with its report."""
+    return Path(run.output).expanduser() / run.name
 
 
-def _model_folder(run: Run, model: Model) -> Path:
-    folder = Path(run.output).expanduser() / run.name
+def model_folder(run: Run, model: Model) -> Path:
+    """The folder in which each job on a model has its own: the run's, or one in it where there are several models."""
+    folder = run_folder(run)
     if len(run.models) == 1:
         return folder
     slug = "".join(c if c.isalnum() or c in "._-" else "--" for c in model.id.strip("/.~"))
     return folder / (f"{slug}@{model.revision}" if model.revision else slug)
 
 
-def _prepare(run: Run, model: Model) -> _Input:
-    """Everything that can be refused before a weight is read."""
-    process.check_tasks(run.eval)
-    text = read_text(run.eval.text)
-    recipes = {each.label: Recipe.make(each, run.device) for each in run.recipes if not each.baseline}
-    source = resolve(model.id, model.revision)
-    source.check_output(_model_folder(run, model))
-    checkpoint = Checkpoint(source.folder)
-    tokenizer = load_tokenizer(source.folder)
-    config = skeleton(checkpoint).config
-    plan = windows(text, tokenizer, run.eval, config)
-    calibrations: dict[str, Calibration] = {}
-    for each in run.recipes:
-        if not each.baseline and recipes[each.label].calibrated:
-            settings = each.calibration or load_calibration({})
-            if (key := settings.model_dump_json()) not in calibrations:
-                calibrations[key] = calibrate(settings, tokenizer, config)
-            recipes[each.label] = replace(recipes[each.label], calibration=calibrations[key])
-    return _Input(source, checkpoint, text, plan.windows[0].ids[: verify.PROBE_TOKENS], recipes)
+def summarize(run: Run, outcomes: Sequence[Outcome]) -> Path | None:
+    """The page of one report over all jobs that are finished, those of earlier calls among them; None where none is.
+
+    Jobs that were refused or failed are listed on it with the reason.
+    """
+    finished = []
+    refused = [(o.model, o.recipe, str(o.error)) for o in outcomes if o.error and not o.metrics]
+    for model in run.models:
+        for path in sorted(model_folder(run, model).glob(f"*/{METRICS}")):
+            try:
+                metrics = read_metrics(path)
+            except CheckpointError as error:
+                if (model.id, path.parent.name) not in {reason[:2] for reason in refused}:
+                    refused.append((model.id, path.parent.name, str(error)))
+                continue
+            if (
+                metrics.get("checkpoint") is None
+            ):  # an external one, whose folder happens to lie there, is not the run's
+                finished.append(metrics)
+    return write_report(run_folder(run), finished, refused) if finished else None
 
 
-def _job(run: Run, given: _Input, scheme: str, parent: Path, command: str, say: Say) -> dict[str, Any]:
-    """One scheme on one model: quantize, check, measure, report; returns the metrics."""
-    folder = parent / scheme
-    store.make_folder(folder)
-    recipe = given.recipes.get(scheme)
-    with journal.locked(folder):
-        seconds: dict[str, float] = {}
-        if recipe:
-            seconds["quantize"] = _quantize(given, recipe, folder, say)
-        path = folder / "metrics.json"
-        marks = _marks(run, given, folder / "artifact" if recipe else None)
-        if path.exists():
-            check_fingerprint(path, marks)
-            say("measured before")
-            return read_json(path)
-        measured: dict[str, Any] = {"check": None, "fingerprint": marks, "command": command}
-        if recipe:
-            say("reload in a fresh process, compared with the model in memory")
-            how: dict[str, str] = {"device": run.device, "dtype": run.eval.dtype}
-            measured["check"] = verify.check(given.checkpoint, recipe, folder / "artifact", given.probe, how)
-        say("measure in a fresh process")
-        artifact = folder / "artifact" if recipe else given.source.folder
-        baseline = given.source.folder if recipe else None
-        resume = Resume(*_place(folder / _UNFINISHED, marks), *_place(parent / _PREDICTIONS, _marks(run, given)))
-        measured |= process.measure(artifact, baseline, run.eval, run.device, folder, resume)
-        measured["seconds"] = seconds | {"evaluate": measured["seconds"]}
-        made = results.made_here(run, given.source, recipe, folder)
-        metrics = results.assemble(given.source, given.text, made, measured)
-        results.write_report(folder, _with_baseline(parent, metrics))
-        store.write_json(path, metrics)
-        process.forget(folder / _UNFINISHED)
-        return metrics
-
-
-def _place(folder: Path, marks: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    return str(folder.resolve()), marks
-
-
-def _pass(run: Run, metrics: dict[str, Any], folder: Path, override: bool, say: Say) -> GateError | None:
-    """The gates' verdict, recorded with the measurements: gates may change without measuring again."""
-    if metrics["scheme"] == BASELINE:
-        return None
-    verdict = gates.verdict(run.gates, metrics, override)
-    missed = gates.missed(verdict["judged"]) if verdict else []
-    if verdict != metrics["gates"]:
-        with journal.locked(folder):
-            metrics |= {"gates": verdict, "config": {**metrics["config"], "gates": run.gates.model_dump(mode="json")}}
-            results.write_report(folder, _with_baseline(folder.parent, metrics))
-            store.write_json(folder / "metrics.json", metrics)
-    for sentence in missed:
-        say(f"gate missed{' (overridden)' if override else ''}: {sentence}")
-    return GateError("; ".join(missed)) if missed and not override else None
-
-
-def _with_baseline(parent: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    path = parent / BASELINE / "metrics.json"
-    if metrics["scheme"] == BASELINE or not path.exists():
-        return [metrics]
-    return [read_json(path), metrics]
-
-
-def _quantize(given: _Input, recipe: Recipe, folder: Path, say: Say) -> float:
-    start = time.perf_counter()
-    learned = f", calibrated on {recipe.calibration}" if recipe.calibration else ""
-    say(f"quantize by {recipe.method}{learned}")
-    if recipe.calibration and recipe.calibration.name == given.text.name:
-        say(f"{given.text.name} is also what is measured, so the figures will flatter: give eval.text another text")
-    with progress("quantizing") as step:
-        notes = quantize(given.checkpoint, given.source.to_dict(), recipe, folder / "artifact", folder, step)
-    for note in notes:
-        say(note)
-    return time.perf_counter() - start
-
-
-def _marks(run: Run, given: _Input, artifact: Path | None = None) -> dict[str, Any]:
-    """Everything that measurements depend on; of the baseline, where there is no artifact."""
-    files = {f"files.{name}": value for name, value in given.checkpoint.identity().items()}
-    if artifact:
-        files = {"artifact.sha256": store.sha256_file(artifact / MANIFEST)}
-    return process.marks(run.eval, run.device, given.text, files)
+def _publish(where: Publish, outcome: Outcome, override: bool, say: Say) -> Outcome:
+    """The outcome, and where it was published: what is finished and passed its gates goes to the Hub."""
+    if outcome.error or outcome.recipe == BASELINE:
+        return outcome
+    try:
+        upload = prepare(outcome.folder, where.name_of(outcome.model, outcome.recipe), override)
+        publication = send(upload, where.private, where.collection)
+    except BitpressError as error:
+        say(f"{outcome.model}  {outcome.recipe}  not published: {error}")
+        return replace(outcome, error=error)
+    except Exception as error:
+        say(redact(traceback.format_exc()))
+        return replace(outcome, error=unexpected(error))
+    say(f"{outcome.model}  {outcome.recipe}  {publication.state}: {publication.url}")
+    return replace(outcome, published=publication.url)

@@ -13,6 +13,8 @@ from typing import Any
 from ..errors import ConfigError, DiskError, LockedError
 from . import files
 
+NAME = "journal.jsonl"
+
 
 def _seal(entry: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(entry, allow_nan=False).encode()).hexdigest()[:16]

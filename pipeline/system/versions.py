@@ -8,10 +8,18 @@ _PACKAGES = ("bitpress", "torch", "transformers", "safetensors", "accelerate", "
 
 def versions() -> dict[str, str]:
     """Package -> version, of those that are installed; and Python's."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
+
+
+def releases() -> dict[str, str]:
+    """Package -> major and minor version, of those that are installed; and Python's.
+
+    A patch release mends and promises the same results; what a newer release computes may differ.
+    """
+    return {name: ".".join(text.split(".")[:2]) for name, text in versions().items()}

@@ -12,6 +12,7 @@ from bitpress.pipeline.config.schema import Run
 from bitpress.pipeline.errors import ConfigError, NumericsError
 from bitpress.pipeline.evaluate import process
 from bitpress.pipeline.quantize.recipe import Recipe, fingerprint
+from bitpress.pipeline.runs import job
 from bitpress.pipeline.runs import run as runner
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 
@@ -37,7 +38,7 @@ def recipes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recipe]]:
         raise NumericsError("stopped here")
 
     monkeypatch.setattr(api, "quantize_checkpoint", stop)
-    monkeypatch.setattr(runner, "quantize", stop)
+    monkeypatch.setattr(job, "quantize", stop)
     monkeypatch.setattr(process, "measure", refuse)
     return found
 
@@ -60,9 +61,9 @@ def test_api(tmp_path, tiny_llama, text, recipes):
         api.quantize(tiny_llama, recipe, tmp_path / "out")
     assert recipes[0].calibration.ids.shape == (2, 256)
     assert recipes[0].max_fallback_layers == 3
-    marks = fingerprint(Checkpoint(tiny_llama), {}, recipes[0])
-    assert marks["quantize.calibration.sha256"] == recipes[0].calibration.to_dict()["sha256"]
-    assert (marks["quantize.calibration.seed"], marks["quantize.student.damping"]) == (0, 0.5)
+    fields = fingerprint(Checkpoint(tiny_llama), {}, recipes[0])
+    assert fields["quantize.calibration.sha256"] == recipes[0].calibration.to_dict()["sha256"]
+    assert (fields["quantize.calibration.seed"], fields["quantize.student.damping"]) == (0, 0.5)
 
 
 def test_api_takes_a_source_by_itself(tmp_path, tiny_llama, recipes):

@@ -27,10 +27,11 @@ SCHEMES = ["int4-g128", "int8-dynamic"]
 CONTEXT, WINDOWS = 128, 4
 KEYS: dict[str, set[str]] = {
     "": {
-        "format_version", "name", "model", "scheme", "method", "format", "protocol", "quality", "size", "memory",
-        "speed", "coverage", "reload", "kernels", "sample", "machine", "versions", "config", "command", "seconds",
+        "format_version", "name", "model", "recipe", "scheme", "method", "format", "protocol", "quality", "size",
+        "memory", "speed", "coverage", "reload", "kernels", "sample", "machine", "versions", "config",
+        "command", "seconds",
     },
-    "model": {"id", "revision", "architecture", "parameters", "dtype"},
+    "model": {"id", "name", "identity", "revision", "architecture", "parameters", "dtype"},
     "protocol": {"name", "text", "text_sha256", "context", "windows", "tokens", "dtype"},
     "quality": {"perplexity", "baseline_perplexity", "kl_mean", "kl_max", "top1_agreement"},
     "size": {"file_bytes", "quantized_weights", "bits_per_weight"},
@@ -67,7 +68,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     run = make_run(output, ["int4-g96", *SCHEMES])
     outcomes = execute(run, "bitpress run demo", news.append)
     assert summarize(run, outcomes) == output / "demo" / "report.html"
-    return output, {outcome.scheme: outcome for outcome in outcomes}, news
+    return output, {outcome.recipe: outcome for outcome in outcomes}, news
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 def again(output: Path, scheme: str, **settings: Any) -> Outcome:
     """The outcome of `scheme` from one more run into `output`."""
     outcomes = execute(make_run(output, [scheme], **settings), "bitpress run demo", lambda line: None)
-    return next(outcome for outcome in outcomes if outcome.scheme == scheme)
+    return next(outcome for outcome in outcomes if outcome.recipe == scheme)
 
 
 class TestFinished:
@@ -109,7 +110,8 @@ class TestFinished:
         _, outcomes, news = finished
         error = outcomes["int4-g96"].error
         assert isinstance(error, ConfigError)
-        assert "model.layers.0.mlp.down_proj: in_features 512 is not divisible by group_size 96" in str(error)
+        assert "in_features 512 is not divisible by group_size 96" in str(error)
+        assert "model.layers.0.mlp.down_proj" in str(error)
         assert outcomes["int4-g96"].metrics is None
         assert [line for line in news if "failed" in line] == [f"  failed: {error}"]
         assert not (outcomes["int4-g96"].folder / "metrics.json").exists()
@@ -233,15 +235,14 @@ def test_figures_agree_with_a_plain_computation(
 ) -> None:
     model = plain_model()
     base = log_probabilities(model, tokens)
-    hooks: list[Any] = []
-    noisy = scheme == "int8-dynamic" or "native-int8" in metrics[scheme]["kernels"]["selected"]
+    noisy = scheme == "int8-dynamic"
     for name, weight in decoded(finished[0] / "demo" / scheme / "artifact", scheme).items():
         layer = model.get_submodule(name)
         assert not torch.equal(layer.weight, weight)
         assert (layer.weight - weight).norm() < 0.2 * layer.weight.norm()
         layer.weight.data = weight
         if noisy:
-            hooks.append(layer.register_forward_pre_hook(int8_rows if scheme == "int8-dynamic" else int8_groups))
+            layer.register_forward_pre_hook(int8_rows)
     found, log_q = metrics[scheme]["quality"], log_probabilities(model, tokens)
     divergence = (base.exp() * (base - log_q)).sum(-1)
     assert found["baseline_perplexity"] == pytest.approx(perplexity(base, tokens), rel=1e-5)
@@ -253,15 +254,31 @@ def test_figures_agree_with_a_plain_computation(
     assert found["kl_max"] == pytest.approx(divergence.max().item(), rel=0.5 if noisy else 1e-3)
     same = (base.argmax(-1) == log_q.argmax(-1)).double().mean().item()
     assert found["top1_agreement"] == pytest.approx(same, abs=0.01)
-    if scheme != "int8-dynamic":  # these kernels leave inputs alone
-        for hook in hooks:
-            hook.remove()
-        divergence = (base.exp() * (base - log_probabilities(model, tokens))).sum(-1)
-    for kernel in ("reference", "auto-bf16") if scheme != "int8-dynamic" else ("reference",):
+    for kernel in ("reference",) if noisy else ("reference", "auto-bf16"):
         loaded, _ = load(finished[0] / "demo" / scheme / "artifact", device="cpu", dtype="float32", kernel=kernel)
         windows = halves(tokens.flatten(), CONTEXT, 0)
         again = statistics.summarize(scores.compare(plain_model(), loaded, windows), tokens.numel())
         assert again["kl_mean"] == pytest.approx(divergence.mean().item(), rel=1e-4)
+
+
+def test_what_the_kernels_lose_agrees_with_a_plain_computation(
+    finished: tuple[Path, dict[str, Outcome], list[str]], metrics: dict[str, Any], tokens: Tensor
+) -> None:
+    """The file's figures do not hold what the kernels' rounding of inputs adds; that is a figure of its own."""
+    loss = metrics["int4-g128"]["kernels"]["rounded_inputs"]
+    if "native-int8" not in metrics["int4-g128"]["kernels"]["selected"]:
+        assert loss is None
+        return
+    model = plain_model()
+    weights = decoded(finished[0] / "demo" / "int4-g128" / "artifact", "int4-g128")
+    for name, weight in weights.items():
+        model.get_submodule(name).weight.data = weight
+    before = log_probabilities(model, tokens[:1])
+    for name in weights:
+        model.get_submodule(name).register_forward_pre_hook(int8_groups)
+    divergence = (before.exp() * (before - log_probabilities(model, tokens[:1]))).sum(-1)
+    assert (loss["layers"], loss["windows"]) == (len(weights), 1)
+    assert loss["kl_mean"] == pytest.approx(divergence.mean().item(), rel=0.05)  # INT8 inputs at the edge of two codes
 
 
 class TestAgain:
@@ -274,22 +291,6 @@ class TestAgain:
         assert files(copied) == before
         assert [line.strip() for line in news].count("measured before") == 3
         assert [line.strip() for line in news].count("finished before, verified") == 2
-
-    @pytest.mark.usefixtures("no_worker")
-    @pytest.mark.parametrize(
-        ("settings", "said"),
-        [
-            ({"windows": 5}, "eval.windows: was '4', is '5'"),
-            ({"context": 64, "dtype": "bfloat16"}, "eval.dtype: was '\"float32\"', is '\"bfloat16\"'"),
-        ],
-    )
-    def test_refuses_other_settings_and_lists_them(self, copied: Path, settings: dict[str, Any], said: str) -> None:
-        before = files(copied)
-        outcome = again(copied, "int4-g128", **settings)
-        assert isinstance(outcome.error, ConfigError)
-        assert said in str(outcome.error)
-        assert all(f"eval.{key}" in str(outcome.error) for key in settings)
-        assert files(copied) == before
 
     @pytest.mark.usefixtures("no_worker")
     def test_refuses_a_corrupted_artifact(self, copied: Path) -> None:
@@ -336,5 +337,5 @@ def test_the_fresh_process_notices_scales_that_are_not_what_was_quantized(
     assert isinstance(outcome.error, NumericsError)
     assert "gives other logits than" in str(outcome.error)
     assert not (folder / "metrics.json").exists()
-    assert not list(folder.glob(".expected*"))
-    assert not list(folder.glob(".check*"))
+    assert not list(folder.glob(".reference*"))
+    assert not list(folder.glob(".verify*"))

@@ -325,8 +325,8 @@ class TestChanged:
     @pytest.mark.parametrize("package", ["torch", "bitpress", "transformers"])
     def test_versions(self, source: Path, out: Path, package: str, monkeypatch: pytest.MonkeyPatch):
         broken_after(source, out, 1)
-        now = recipe.versions()
-        monkeypatch.setattr(recipe, "versions", lambda: {**now, package: "99.0"})
+        now = recipe.releases()
+        monkeypatch.setattr(recipe, "releases", lambda: {**now, package: "99.0"})
         with pytest.raises(ConfigError, match=rf"versions\.{package}: was .*, is '99\.0'"):
             quantize(source, SCHEME, out)
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from bitpress.pipeline.cli.app import app
 from bitpress.pipeline.errors import CheckpointError, ConfigError
 from bitpress.pipeline.evaluate import metrics as shape
-from bitpress.pipeline.evaluate.compare import Options, compare
+from bitpress.pipeline.evaluate.compare import compare
 
 
 def metrics(scheme: str, size: int, kl: float | None) -> dict[str, Any]:
@@ -57,28 +57,28 @@ def test_the_command(runs: Path, tmp_path: Path):
 
 
 def test_a_run_a_folder_of_runs_or_a_file_each_once(runs: Path, tmp_path: Path):
-    compare([runs / "demo" / "nf4", runs / "demo" / "none" / "metrics.json"], tmp_path / "two", Options())
+    compare([runs / "demo" / "nf4", runs / "demo" / "none" / "metrics.json"], tmp_path / "two")
     assert compared(tmp_path / "two") == ["baseline", "nf4"]
-    compare([runs, runs / "demo", runs / "demo" / "nf4"], tmp_path / "all", Options())
+    compare([runs, runs / "demo", runs / "demo" / "nf4"], tmp_path / "all")
     assert compared(tmp_path / "all") == ["baseline", "int8-dynamic", "nf4"]
 
 
 def test_what_cannot_be_compared_is_a_sentence(runs: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="does not exist"):
-        compare([tmp_path / "absent"], tmp_path / "page", Options())
+        compare([tmp_path / "absent"], tmp_path / "page")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"holds no checkpoint and no metrics\.json"):
-        compare([tmp_path / "empty"], tmp_path / "page", Options())
+        compare([tmp_path / "empty"], tmp_path / "page")
     with pytest.raises(ConfigError, match="--budget lots: expected an amount of memory"):
-        compare([runs], tmp_path / "page", Options(["lots"]))
+        compare([runs], tmp_path / "page", ["lots"])
     path = runs / "demo" / "nf4" / "metrics.json"
     other = json.loads(path.read_text())
     path.write_text(json.dumps({**other, "protocol": {**other["protocol"], "name": "word"}}))
     with pytest.raises(ConfigError, match="do not compare"):
-        compare([runs], tmp_path / "page", Options())
+        compare([runs], tmp_path / "page")
     path.write_text(json.dumps({**other, "format_version": 1}))
     with pytest.raises(CheckpointError, match="format_version 1, expected 2"):
-        compare([runs], tmp_path / "page", Options())
+        compare([runs], tmp_path / "page")
     assert not (tmp_path / "page").exists()
 
 
@@ -102,4 +102,4 @@ def test_what_is_no_metrics_is_told_by_its_field(runs: Path, tmp_path: Path, spo
     path = runs / "demo" / "nf4" / "metrics.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **spoil}))
     with pytest.raises(CheckpointError, match=f"nf4/metrics.json: not the metrics of a run(.|\n)*{said}"):
-        compare([runs], tmp_path / "page", Options())
+        compare([runs], tmp_path / "page")

@@ -126,7 +126,7 @@ def test_two_that_do_not_fit_are_compared_by_stored_predictions(
 
 
 def ask_streamed(ask: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(measure._Job, "crowding", lambda self: None)
+    monkeypatch.setattr(measure._Measurement, "crowding", lambda self: None)
     found = ask(resume=False)
     assert found["quality"]["path"] == "side by side"
     assert found["quality"]["kl_mean_bound"] == 0
@@ -146,7 +146,7 @@ def test_predictions_go_on_too_and_serve_the_next_model(
     monkeypatch.setattr(stored_predictions, "predict", lambda *a: seen.append(a[-1]) or original(*a))
     assert json.dumps(ask()["quality"]["windows"]) == json.dumps(whole["windows"])
     assert seen == [4, 5, 6, 7, 8]
-    monkeypatch.setattr(measure._Job, "load_baseline", lambda self: pytest.fail("all predictions are there"))
+    monkeypatch.setattr(measure._Measurement, "load_baseline", lambda self: pytest.fail("all predictions are there"))
     assert ask()["quality"]["kl_mean"] == whole["kl_mean"]
 
 

@@ -12,9 +12,9 @@ import torch
 
 from bitpress.pipeline.errors import ConfigError
 from bitpress.pipeline.evaluate import resume
-from bitpress.pipeline.evaluate.resume import Windows
+from bitpress.pipeline.evaluate.resume import WindowStore
 
-MARKS = {"text.sha256": "ab", "eval.context": "8"}
+FINGERPRINT = {"text.sha256": "ab", "eval.context": "8"}
 
 
 def found(number):
@@ -44,12 +44,12 @@ def at_once(monkeypatch):
 
 
 def test_what_is_kept_comes_back(folder):
-    with Windows(folder, MARKS) as kept:
+    with WindowStore(folder, FINGERPRINT) as kept:
         assert not kept
         for number in (0, 1, 5):
             kept.keep(number, found(number))
         assert equal(kept[5], found(5))  # before it is on the disk, too
-    again = Windows(folder, MARKS)
+    again = WindowStore(folder, FINGERPRINT)
     assert sorted(again) == [0, 1, 5]
     assert all(equal(again[number], found(number)) for number in again)
     assert again.get(2) is None
@@ -58,7 +58,7 @@ def test_what_is_kept_comes_back(folder):
 def test_windows_are_committed_in_time_and_together(folder, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
-    kept = Windows(folder, MARKS)
+    kept = WindowStore(folder, FINGERPRINT)
     for number in range(7):
         now[0] += 0.4
         kept.keep(number, found(number))
@@ -71,7 +71,7 @@ def test_killed_at_every_write_sync_and_rename(tmp_path, die_at):
     """Whatever was committed is there; the next process adds the rest and ends with all."""
 
     def work(folder):
-        with Windows(folder, MARKS) as kept:
+        with WindowStore(folder, FINGERPRINT) as kept:
             for number in range(3):
                 if number not in kept:
                     kept.keep(number, found(number))
@@ -84,9 +84,9 @@ def test_killed_at_every_write_sync_and_rename(tmp_path, die_at):
             work(folder)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        counts.add(len(Windows(folder, MARKS)))
+        counts.add(len(WindowStore(folder, FINGERPRINT)))
         work(folder)
-        again = Windows(folder, MARKS)
+        again = WindowStore(folder, FINGERPRINT)
         assert sorted(again) == [0, 1, 2]
         assert all(equal(again[number], found(number)) for number in again)
         if code == 0:
@@ -99,40 +99,40 @@ def test_an_exception_keeps_what_was_finished(folder, monkeypatch):
     monkeypatch.setattr(resume, "_SECONDS", 1e9)
 
     def work():
-        with Windows(folder, MARKS) as kept:
+        with WindowStore(folder, FINGERPRINT) as kept:
             kept.keep(0, found(0))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         work()
-    assert list(Windows(folder, MARKS)) == [0]
+    assert list(WindowStore(folder, FINGERPRINT)) == [0]
 
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?")])
 def test_a_damaged_file_is_as_if_it_had_never_been(folder, damage):
-    with Windows(folder, MARKS) as kept:
+    with WindowStore(folder, FINGERPRINT) as kept:
         for number in range(3):
             kept.keep(number, found(number))
     damage(sorted(folder.glob("*.safetensors"))[1])
-    with Windows(folder, MARKS) as again:
+    with WindowStore(folder, FINGERPRINT) as again:
         assert sorted(again) == [0, 2]
         again.keep(1, found(1))
-    assert equal(Windows(folder, MARKS)[1], found(1))
+    assert equal(WindowStore(folder, FINGERPRINT)[1], found(1))
 
 
 def test_of_something_else_is_refused_by_name(folder):
-    Windows(folder, MARKS)
+    WindowStore(folder, FINGERPRINT)
     with pytest.raises(ConfigError, match=r"eval\.context: was '8', is '16'"):
-        Windows(folder, MARKS | {"eval.context": "16"})
+        WindowStore(folder, FINGERPRINT | {"eval.context": "16"})
 
 
 def test_a_damaged_journal_is_refused(folder):
-    with Windows(folder, MARKS) as kept:
+    with WindowStore(folder, FINGERPRINT) as kept:
         kept.keep(0, found(0))
     journal = folder / "journal.jsonl"
     journal.write_text(journal.read_text().replace("[0]", "[1]"))
     with pytest.raises(ConfigError, match="line 1 is not as it was written"):
-        Windows(folder, MARKS)
+        WindowStore(folder, FINGERPRINT)
     shutil.rmtree(folder)
-    assert not Windows(folder, MARKS)
+    assert not WindowStore(folder, FINGERPRINT)

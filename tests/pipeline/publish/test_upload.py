@@ -315,7 +315,7 @@ class TestBatch:
         self, hub: Hub, make_run: Callable[..., Run], tmp_path: Path, in_process: None
     ) -> None:
         """What misses its gate stays here; the others go, and again, nothing is sent twice."""
-        where = Publish(repo="user/{model}-{scheme}", private=True, collection="Tiny things")
+        where = Publish(repo="user/{model}-{recipe}", private=True, collection="Tiny things")
         config = make_run(tmp_path, recipes=["int4-g32", "int8-dynamic"], gates=Gates(kl_mean=0.002), publish=where)
         news: list[str] = []
         outcomes = {outcome.scheme: outcome for outcome in execute(config, "bitpress run", news.append)}

@@ -1,0 +1,25 @@
+"""What an executor is."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar, Protocol
+
+from ..job import Job, Outcome
+
+
+class Executor(Protocol):
+    """Carries out jobs by `run_job`, here or elsewhere: a job is plain values and can be sent to another process.
+
+    Jobs share nothing but the disk, where each holds the lock of its own folder. Their files must be within reach under
+    the same paths wherever they run.
+    """
+
+    name: ClassVar[str]
+    rank: ClassVar[int]
+
+    def map(self, jobs: Iterable[Job], say: Callable[[str], None]) -> Iterator[Outcome]:
+        """The outcome of each job as it ends, in any order; the next job is taken from `jobs` when there is room.
+
+        Args:
+            say: takes a line of news.
+        """
+        ...

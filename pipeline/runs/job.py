@@ -1,0 +1,148 @@
+"""One job of a run: a model, quantized by a recipe, saved, reloaded, evaluated, reported and judged."""
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.schema import BASELINE, RecipeSettings, Run
+from ..data.calibration import Calibration
+from ..errors import BitpressError, GateError
+from ..evaluate import gates, process
+from ..evaluate.conditions import Conditions
+from ..evaluate.metrics import METRICS, read_metrics
+from ..evaluate.results import origin_of_run, write_report
+from ..evaluate.verify import verify_artifact
+from ..hub.download import Source
+from ..quantize.artifact import quantize
+from ..quantize.recipe import Recipe
+from ..storage import files, journal
+from ..storage.checkpoint import Checkpoint
+from ..storage.fingerprint import MANIFEST
+from ..system.progress import progress
+from ..system.redact import redact
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recipe on one model, in plain values, so that any process that sees the same files can run it.
+
+    Attributes:
+        run: the config. model: the id that the config has for the model. source: where its files are.
+        name: the recipe's. recipe: its settings; None for the baseline.
+        calibration: the tokens for it; None where no method of it is calibrated.
+        conditions: how it is evaluated. probe: tokens that the reloaded model and the one in memory both read.
+        folder: its own, beside those of the model's other jobs.
+        override: gates that are missed are recorded as overridden, and are no error.
+    """
+
+    run: Run
+    model: str
+    source: Source
+    name: str
+    recipe: RecipeSettings | None
+    calibration: Calibration | None
+    conditions: Conditions
+    probe: tuple[int, ...]
+    folder: Path
+    override: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one job ended: its metrics, or what stopped it, or both where it misses a gate."""
+
+    model: str
+    recipe: str
+    folder: Path
+    metrics: dict[str, Any] | None = None
+    error: BitpressError | None = None
+    published: str | None = None  # where on the Hub
+
+
+def run_job(job: Job, say: Say) -> Outcome:
+    """The outcome of a job, whatever happens: a job that fails does not stop the others.
+
+    Args:
+        say: takes a line of news.
+    """
+    outcome = Outcome(job.model, job.name, job.folder)
+    say(f"{job.model}  {job.name}")
+    try:
+        files.make_folder(job.folder)
+        with journal.locked(job.folder):
+            metrics = _metrics(job, lambda line: say(f"  {line}"))
+            missed = _judge(job, metrics, lambda line: say(f"  {line}"))
+        return replace(outcome, metrics=metrics, error=missed)
+    except BitpressError as error:
+        say(f"  failed: {error}")
+        return replace(outcome, error=error)
+    except Exception as error:
+        say(redact(traceback.format_exc()))
+        return replace(outcome, error=unexpected(error))
+
+
+def unexpected(error: Exception) -> BitpressError:
+    """What to tell of an error that is a bug, or want of memory: the other jobs are not to blame."""
+    return BitpressError(f"unexpected {type(error).__name__}: {redact(str(error))}; please report it")
+
+
+def _metrics(job: Job, say: Say) -> dict[str, Any]:
+    """The metrics of a job, whose stages are done as far as they are not done already."""
+    checkpoint = Checkpoint(job.source.folder)
+    baseline = {f"artifact.files.{name}": value for name, value in checkpoint.identity().items()}
+    beside = job.folder.parent
+    subject = process.Subject(
+        model=job.source,
+        checkpoint=job.source.folder,
+        baseline=None,
+        origin=origin_of_run(job.run, job.source, None, job.folder),
+        artifact=baseline,
+        predictions=(beside / process.PREDICTIONS, baseline),
+    )
+    if job.recipe is None:
+        return process.evaluate(subject, job.conditions, job.folder, say)
+    recipe = replace(Recipe.make(job.recipe, job.run.device), calibration=job.calibration)
+    artifact = job.folder / "artifact"
+    start = time.perf_counter()
+    say(f"quantize by {recipe.method}{f', calibrated on {recipe.calibration}' if recipe.calibration else ''}")
+    if recipe.calibration and recipe.calibration.name == job.conditions.text:
+        say(f"{job.conditions.text} is also what is measured, so the figures will flatter: give eval.text another text")
+    with progress("quantizing") as step:
+        notes = quantize(checkpoint, job.source.to_dict(), recipe, artifact, job.folder, step)
+    for note in notes:
+        say(note)
+    seconds = {"quantize": time.perf_counter() - start}
+    subject = replace(
+        subject,
+        checkpoint=artifact,
+        baseline=job.source.folder,
+        origin=origin_of_run(job.run, job.source, recipe, job.folder),
+        artifact={"artifact.sha256": files.sha256_file(artifact / MANIFEST)},
+        verify=lambda: verify_artifact(
+            checkpoint, recipe, artifact, torch.tensor(job.probe), job.run.device, job.conditions.settings.dtype
+        ),
+    )
+    return process.evaluate(subject, job.conditions, job.folder, say, seconds, beside / BASELINE / METRICS)
+
+
+def _judge(job: Job, metrics: dict[str, Any], say: Say) -> GateError | None:
+    """What the metrics miss; the gates' verdict is recorded with them: gates may change without measuring again."""
+    if job.recipe is None:
+        return None
+    verdict = gates.verdict(job.run.gates, metrics, job.override)
+    missed = gates.missed(verdict["judged"]) if verdict else []
+    if verdict != metrics["gates"]:
+        metrics |= {"gates": verdict, "config": {**metrics["config"], "gates": job.run.gates.model_dump(mode="json")}}
+        baseline = job.folder.parent / BASELINE / METRICS
+        write_report(job.folder, [*([read_metrics(baseline)] if baseline.exists() else []), metrics])
+        files.write_json(job.folder / METRICS, metrics)
+    for sentence in missed:
+        say(f"gate missed{' (overridden)' if job.override else ''}: {sentence}")
+    return GateError("; ".join(missed)) if missed and not job.override else None
