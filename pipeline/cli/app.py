@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import traceback
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,13 @@ from ..system.progress import quiet_libraries
 from ..system.redact import redact
 from . import bench, chat
 from .options import Device, Dtype, Json, KernelName, Revision
+
+
+class Redo(str, Enum):
+    """Stages that a run can be told to do again."""
+
+    evaluate = "evaluate"
+
 
 app = typer.Typer(
     help="Press Transformer checkpoints into fewer bits, and know what that cost.",
@@ -89,6 +97,9 @@ def run(
     override: Annotated[
         bool, typer.Option("--override", help="Accept what misses a gate; the report records it.")
     ] = False,
+    redo: Annotated[
+        Redo | None, typer.Option(help="evaluate: measure again what was measured before; artifacts are kept.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize, save, reload, measure and report, for every model and recipe of the configs."""
@@ -100,7 +111,7 @@ def run(
     runs = [load_config(path, set, problems) for path in configs or [Path("demo")]]  # all are checked before any starts
     everything = []
     for config in runs:
-        outcomes = execute(config, _typed(), _news, override)
+        outcomes = execute(config, _typed(), _news, override, redo is Redo.evaluate)
         page = summarize(config, outcomes)
         everything += outcomes
         if not as_json:
