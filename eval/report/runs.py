@@ -191,8 +191,10 @@ def circumstances(runs: Sequence[ReportedRun]) -> dict[str, list[tuple[str, Any]
 
     def hashes(run: Metrics) -> list[tuple[str, str]]:
         """The model's identity, and sha256 of files, or of the list of an artifact's files and their hashes."""
-        facts = {"model.identity": dig(run, "model", "identity"), **(run.get("fingerprint") or {})}
-        return [(name, str(value)) for name, value in facts.items() if re.fullmatch("[0-9a-f]{64}", str(value))]
+        facts = run.get("fingerprint") or {}
+        files = [(name, str(value)) for name, value in facts.items() if re.fullmatch("[0-9a-f]{64}", str(value))]
+        identity = dig(run, "model", "identity")
+        return [("model.identity", str(identity)), *files] if identity else files
 
     return {
         "protocols": distinct(runs, lambda run: terms_of(run.get("protocol"))),
