@@ -47,6 +47,14 @@ def _concatenated(parts: Sequence[Scores]) -> Scores:
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
+def _score(model: nn.Module, window: Window) -> Scores:
+    parts = []
+    for some, targets in rows(logits(model, window), window.targets):
+        _, total, _ = best(some)
+        parts.append({"nll": total - pick(some, targets)})
+    return _concatenated(parts)
+
+
 def _divergence(p: Tensor, one: Tensor, other: Tensor, gap: Tensor) -> Tensor:
     """KL [rows] = sum p (x - y) - (lse x - lse y), of logits x and y [rows, vocabulary], p = softmax(x)."""
     kl = (p * (one - other)).sum(-1) - gap
@@ -56,6 +64,22 @@ def _divergence(p: Tensor, one: Tensor, other: Tensor, gap: Tensor) -> Tensor:
         terms = torch.where(p > 0, p * (F.log_softmax(one, -1) - F.log_softmax(other, -1)), 0.0)
         kl[unclear] = terms.sum(-1)
     return kl
+
+
+def _compare(baseline: nn.Module, model: nn.Module, window: Window) -> Scores:
+    parts = []
+    for one, other, targets in rows(logits(baseline, window), logits(model, window), window.targets):
+        p, base_sum, base_best = best(one)
+        _, own_sum, own_best = best(other)
+        parts.append(
+            {
+                "baseline_nll": base_sum - pick(one, targets),
+                "nll": own_sum - pick(other, targets),
+                "kl": _divergence(p, one, other, base_sum - own_sum),
+                "same": base_best == own_best,
+            }
+        )
+    return _concatenated(parts)
 
 
 def each(
@@ -106,15 +130,7 @@ def score(
     Raises:
         ValueError: the model gives NaN, or a token of the text has no chance at all.
     """
-
-    def measure(number: int, window: Window) -> Scores:
-        parts = []
-        for some, targets in rows(logits(model, window), window.targets):
-            _, total, _ = best(some)
-            parts.append({"nll": total - pick(some, targets)})
-        return _concatenated(parts)
-
-    return each(windows, measure, finished or {}, keep, on_step)
+    return each(windows, lambda _, window: _score(model, window), finished or {}, keep, on_step)
 
 
 @torch.inference_mode()
@@ -135,20 +151,4 @@ def compare(
     Raises:
         ValueError: a model gives NaN or infinite figures.
     """
-
-    def measure(number: int, window: Window) -> Scores:
-        parts = []
-        for one, other, targets in rows(logits(baseline, window), logits(model, window), window.targets):
-            p, base_sum, base_best = best(one)
-            _, own_sum, own_best = best(other)
-            parts.append(
-                {
-                    "baseline_nll": base_sum - pick(one, targets),
-                    "nll": own_sum - pick(other, targets),
-                    "kl": _divergence(p, one, other, base_sum - own_sum),
-                    "same": base_best == own_best,
-                }
-            )
-        return _concatenated(parts)
-
-    return each(windows, measure, finished or {}, keep, on_step)
+    return each(windows, lambda _, window: _compare(baseline, model, window), finished or {}, keep, on_step)

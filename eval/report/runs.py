@@ -88,11 +88,11 @@ def reported_runs(runs: Sequence[Metrics]) -> list[ReportedRun]:
         baseline = next((run for run in own if run.get("scheme") == BASELINE), None)
         names = [_name(run) for run in own]
         ranked = []
-        for name, run in zip(names, own, strict=True):
-            label = name
-            if names.count(name) > 1:
-                more = ("name",) if _recipe_name(run) else ("method", "name")
-                label = " ".join([name, *(str(run[key]) for key in more if run.get(key))])
+        for (label, more), run in zip(names, own, strict=True):
+            if external := dig(run, "checkpoint", "id"):
+                label = f"{label} {external}"
+            elif names.count((label, more)) > 1:
+                label = " ".join([label, *(str(run[key]) for key in more if run.get(key))])
             bits = dig(run, "size", "bits_per_weight", "quantized") or 0.0
             ranked.append((run.get("scheme") != BASELINE, -bits, label, run))
         for _, _, label, run in sorted(ranked, key=lambda rank: rank[:3]):
@@ -101,16 +101,14 @@ def reported_runs(runs: Sequence[Metrics]) -> list[ReportedRun]:
     return reported
 
 
-def _name(run: Metrics) -> str:
-    scheme = "baseline" if run.get("scheme") == BASELINE else str(run.get("scheme"))
-    if external := dig(run, "checkpoint", "id"):
-        return f"{scheme} {external}"
-    return scheme if scheme == "baseline" else _recipe_name(run) or scheme
-
-
-def _recipe_name(run: Metrics) -> str | None:
-    name = dig(run, "recipe", "name")
-    return name if isinstance(name, str) and name else None
+def _name(run: Metrics) -> tuple[str, tuple[str, ...]]:
+    """The name of a run, and the keys of its metrics.json that tell runs of this name apart."""
+    if run.get("scheme") == BASELINE:
+        return "baseline", ("name",)
+    recipe = dig(run, "recipe", "name")
+    if isinstance(recipe, str) and recipe:
+        return recipe, ("name",)
+    return str(run.get("scheme")), ("method", "name")  # an older run, or an external checkpoint
 
 
 def _by_model(runs: Iterable[Metrics]) -> dict[str, list[Metrics]]:
@@ -193,8 +191,10 @@ def circumstances(runs: Sequence[ReportedRun]) -> dict[str, list[tuple[str, Any]
 
     def hashes(run: Metrics) -> list[tuple[str, str]]:
         """The model's identity, and sha256 of files, or of the list of an artifact's files and their hashes."""
-        facts = {"model.identity": dig(run, "model", "identity"), **(run.get("fingerprint") or {})}
-        return [(name, str(value)) for name, value in facts.items() if re.fullmatch("[0-9a-f]{64}", str(value))]
+        facts = run.get("fingerprint") or {}
+        files = [(name, str(value)) for name, value in facts.items() if re.fullmatch("[0-9a-f]{64}", str(value))]
+        identity = dig(run, "model", "identity")
+        return [("model.identity", str(identity)), *files] if identity else files
 
     return {
         "protocols": distinct(runs, lambda run: terms_of(run.get("protocol"))),

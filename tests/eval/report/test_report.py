@@ -446,6 +446,14 @@ def test_jobs_that_did_not_finish_are_listed_with_the_reason():
         assert "Not finished" not in render([metrics()])
 
 
+def test_a_models_identity_is_among_the_hashes_and_not_in_the_head_of_the_page():
+    run = metrics()
+    run["model"]["identity"] = "0123456789abcdef"
+    for render in (report.html, report.markdown):
+        assert render([run]).count("0123456789abcdef") == 1
+        assert render([run]).index("0123456789abcdef") > render([run]).index("How to repeat it")
+
+
 def test_the_head_is_no_block_of_the_plot_by_depth():
     run = metrics("int4-g128")
     run["coverage"]["layers"].append({"name": "lm_head", "block": None, "shape": [9, 9], "relative_error": 0.1})
