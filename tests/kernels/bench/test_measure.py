@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "cache_bytes", lambda device: 1 << 16)
     monkeypatch.setattr(bench, "_BURST", 1e-6)
-    monkeypatch.setitem(contenders._COPIED, "cpu", 1 << 14)
+    monkeypatch.setitem(entrants_module._COPIED, "cpu", 1 << 14)
 
 
 class Fake:
