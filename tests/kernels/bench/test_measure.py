@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitpress.kernels.bench import entrants as entrants_module
 from bitpress.kernels.bench import measure as bench
 from bitpress.kernels.bench.entrants import DENSE, Dense, InProcess, Local, OneDNN, entrants
 from bitpress.kernels.bench.measure import TOLERANCE, Cell, Job, Memory, Result, compare, measure, random_weight
