@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpu.native import touch
 from ..qtensor import QTensor
 from ..scheme import Scheme
 from .entrants import Contender, Entrant, cuda_seconds
@@ -201,9 +202,7 @@ class Memory:
 def readers() -> dict[str, Callable[[Tensor], Any]]:
     """What reads a tensor on the CPU with all of torch's threads; which is the fastest differs between machines."""
     known: dict[str, Callable[[Tensor], Any]] = {"torch's amax": Tensor.amax}
-    with contextlib.suppress(ImportError, OSError, RuntimeError):
-        from ..cpu.native import touch
-
+    with contextlib.suppress(RuntimeError):  # there is no native library here
         touch(torch.ones(64, dtype=torch.int32))
         known["the native library"] = touch
     return known
