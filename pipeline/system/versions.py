@@ -8,10 +8,10 @@ _PACKAGES = ("bitpress", "torch", "transformers", "safetensors", "accelerate", "
 
 def versions() -> dict[str, str]:
     """Package -> version, of those that are installed; and Python's."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
