@@ -86,7 +86,7 @@ def _rows(text: str | Dataset) -> Rows:
         return read_rows(source, ("text", *COLUMNS) if source.column == "auto" else (source.column,))
     except (ConfigError, HubError) as error:
         raise type(error)(
-            f"{error}; or calibrate on a file: quantize.calibration.text or --calibration, a .txt, .jsonl or .parquet"
+            f"{error}; or calibrate on a file: a recipe's calibration or --calibration, a .txt, .jsonl or .parquet"
         ) from error
 
 
@@ -131,7 +131,7 @@ def _windows(name: str, ids: Tensor, windows: int, context: int, seed: int | Non
         advice = f"windows (--windows) to {available} or less" if available else "windows and context lower"
         raise NumericsError(
             f"{name} has {ids.numel()} tokens, calibration needs {windows * context}: {windows} windows of {context}; "
-            f"give more text, or set quantize.calibration's {advice}"
+            f"give more text, or set the calibration's {advice}"
         )
     chosen = range(windows) if seed is None else sorted(random.Random(seed).sample(range(available), windows))
     return ids[: available * context].view(available, context)[list(chosen)]
