@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.errors import CheckpointError, ConfigError
-from bitpress.pipeline.evaluate.verify import verify_task, in_memory_logits
+from bitpress.pipeline.evaluate.verify import in_memory_logits, verify_task
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import INDEX, Checkpoint, read_json
