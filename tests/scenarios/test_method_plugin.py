@@ -114,10 +114,10 @@ def test_the_transformed_model_computes_what_the_original_computed(
     layers = read_json(out / "bitpress.json")["coverage"]["layers"]
     assert {layer["method"] for layer in layers} == {"smooth"}
     assert all(layer["note"].startswith("inputs up to") for layer in layers if ".experts." not in layer["name"])
-    verify.check_task(
+    verify.verify_task(
         {
             "artifact": str(out),
-            "expected": str(tmp_path / "out.partial" / "reference_logits.safetensors"),
+            "reference": str(tmp_path / "out.partial" / "reference_logits.safetensors"),
             "device": "cpu",
             "dtype": "float32",
         }
@@ -127,7 +127,7 @@ def test_the_transformed_model_computes_what_the_original_computed(
 @pytest.mark.usefixtures("smooth")
 def test_from_config_to_report(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a fresh process would do is done in this one."""
-    tasks = {"check": verify.check_task, "measure": measure.measure_task}
+    tasks = {"verify": verify.verify_task, "measure": measure.measure_task}
     monkeypatch.setattr(worker, "call", lambda task, request, folder: tasks[task](request))
     text = tmp_path / "a.txt"
     text.write_text("".join(f"{number} bottles of beer" for number in range(100, 400)))

@@ -294,8 +294,8 @@ class TestReferenceLogits:
     def check(self, artifact: Path) -> dict[str, Any]:
         """As in a fresh process."""
         reference = artifact.with_name("out.partial") / "reference_logits.safetensors"
-        return verify.check_task(
-            {"artifact": str(artifact), "expected": str(reference), "device": "cpu", "dtype": "float32"}
+        return verify.verify_task(
+            {"artifact": str(artifact), "reference": str(reference), "device": "cpu", "dtype": "float32"}
         )
 
     def test_the_artifact_is_what_was_in_memory(self, tiny: Any, out: Path, learn: Learn) -> None:
@@ -322,9 +322,9 @@ class TestReferenceLogits:
         learn(tiny("llama"), out)
         recipe = replace(Recipe.make("gptq/int4-g32"), calibration=OTHER_TEXT)
         with pytest.raises(
-            ConfigError, match=r"reference_logits\.safetensors is missing, with which the artifact is checked"
+            ConfigError, match=r"reference_logits\.safetensors is missing, by which the artifact is verified"
         ):
-            verify.check(Checkpoint(out), recipe, out, OTHER_TEXT.ids[0], {"device": "cpu", "dtype": "auto"})
+            verify.verify_artifact(Checkpoint(out), recipe, out, OTHER_TEXT.ids[0], "cpu", "auto")
 
 
 class TestJobs:
@@ -344,7 +344,7 @@ class TestJobs:
     @pytest.fixture
     def here(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What a fresh process would do is done in this one."""
-        tasks = {"check": verify.check_task, "measure": measure.measure_task}
+        tasks = {"verify": verify.verify_task, "measure": measure.measure_task}
         monkeypatch.setattr(worker, "call", lambda task, request, folder: tasks[task](request))
 
     @pytest.mark.usefixtures("here")
