@@ -102,8 +102,11 @@ class _Codes:
 
 @dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
 class _Grid:
-    """The values that weights may take, for G groups of R rows: scales [G, R] as stored, zeros uint8 [G, R] or None;
-    wide: the scales in float32; low, high: the least and largest centred code (code - zero point), float32 [G, R]."""
+    """The values that weights may take, for G groups of R rows.
+
+    scales: [G, R] as stored. zeros: uint8 [G, R] or None. wide: the scales in float32.
+    low, high: the least and the largest centred code (code - zero point), float32 [G, R].
+    """
 
     scales: Tensor
     zeros: Tensor | None
@@ -280,7 +283,11 @@ class _Solver:
 
 
 def _settle(codes: Tensor, slope: Tensor, inner: Tensor, scale: Tensor, limits: tuple[Tensor, Tensor]) -> None:
-    """Set the codes [g, R] of a group, one after the other and in place, to the best for the slope [g, R] there is."""
+    """Set the codes [g, R] of a group in place, one after the other, each to the best one for its slope [g, R].
+
+    slope: minus half the gradient of the loss. inner: the group's part of the damped Hessian [g, g]. scale: [R].
+    limits: the least and the largest centred code [R].
+    """
     for start in range(0, len(codes), _BLOCK):
         end = min(start + _BLOCK, len(codes))
         changes = torch.empty_like(codes[start:end])
@@ -291,7 +298,7 @@ def _settle(codes: Tensor, slope: Tensor, inner: Tensor, scale: Tensor, limits: 
 def _settle_block(
     part: slice, codes: Tensor, slope: Tensor, inner: Tensor, grid: tuple[Tensor, Tensor, Tensor], changes: Tensor
 ) -> None:
-    """The same for these columns alone; changes [columns, R] receives what that made of their values."""
+    """Do the same for these columns alone; changes [columns, R] is set to how their values change."""
     start, end = part.start, part.stop
     if gptq_columns.problem(codes.device) is None:
         scale, low, high = (each.unsqueeze(0) for each in grid)

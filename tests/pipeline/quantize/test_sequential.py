@@ -145,7 +145,6 @@ class TestTakenUpAgain:
             ({"calibration": Calibration("a text", OTHER_TEXT.ids, 5)}, "quantize.calibration.seed: was 0, is 5"),
             ({"options": {"damping": 0.5}}, "quantize.gptq.damping: was "),
             ({"options": {"true_sequential": True}}, "quantize.gptq.true_sequential: was False, is True"),
-            ({"device": "meta"}, "device: was 'cpu', is 'meta'"),
         ],
     )
     def test_what_changed_is_refused_by_name(
@@ -160,13 +159,29 @@ class TestTakenUpAgain:
             learn(source, out, **changes)
         assert said in str(finished.value)
 
-    def test_another_number_of_threads_is_refused(self, source: Path, out: Path, broken: Any, learn: Learn) -> None:
+    def test_another_device_is_refused_until_the_artifact_is_finished(
+        self, source: Path, out: Path, broken: Any, learn: Learn
+    ) -> None:
+        """Blocks from two devices do not go together; a finished artifact is what it is."""
+        broken(source, 1)
+        with pytest.raises(ConfigError, match="device: was 'cpu', is 'meta'"):
+            learn(source, out, device="meta")
+        learn(source, out)
+        assert learn(source, out, device="meta") == ["finished before, verified"]
+
+    def test_another_number_of_threads_is_refused_until_the_artifact_is_finished(
+        self, source: Path, out: Path, broken: Any, learn: Learn
+    ) -> None:
         """The order of sums, and with it a code now and then, depends on it."""
         broken(source, 2)
         try:
             torch.set_num_threads(2)
             with pytest.raises(ConfigError, match="threads: was 1, is 2"):
                 learn(source, out)
+            torch.set_num_threads(1)
+            learn(source, out)
+            torch.set_num_threads(2)
+            assert learn(source, out) == ["finished before, verified"]
         finally:
             torch.set_num_threads(1)
 
