@@ -1,15 +1,26 @@
-"""Plug-ins of a folder: what the modules of one of our packages list as `PLUGINS`."""
+"""Finds plug-ins: every module of a folder names its own in `PLUGINS = (…)`, and no list elsewhere has to be edited."""
 
+import functools
 import importlib
 import pkgutil
-from functools import cache
 from typing import Any
 
 
-@cache
+@functools.cache
 def discover(package: str) -> tuple[Any, ...]:
-    """The plug-ins of every module of a package of ours, sorted by their `rank`, then by their name."""
-    folder = importlib.import_module(package)
-    modules = [importlib.import_module(f"{package}.{info.name}") for info in pkgutil.iter_modules(folder.__path__)]
+    """The plug-ins of all modules of a package, by `rank` (lower first), then by name.
+
+    A module without `PLUGINS` is a helper of the others. Nothing outside of the package is looked at.
+
+    Args:
+        package: one of bitpress's own packages, such as "bitpress.kernels.weights".
+    """
+    paths = importlib.import_module(package).__path__
+    modules = [importlib.import_module(f"{package}.{module.name}") for module in pkgutil.iter_modules(paths)]
     plugins = [plugin for module in modules for plugin in getattr(module, "PLUGINS", ())]
-    return tuple(sorted(plugins, key=lambda plugin: (plugin.rank, plugin.name)))
+    return tuple(sorted(plugins, key=lambda plugin: (plugin.rank, _name(plugin))))
+
+
+def _name(plugin: Any) -> str:
+    """A class stands for all its values, whose names differ: it is sorted by its own name."""
+    return plugin.__name__ if isinstance(plugin, type) else plugin.name

@@ -7,12 +7,12 @@ from typing import Any
 
 from bitpress.eval.report import report
 
-from ..checkpoints.describe import coverage_of
+from ..checkpoints.coverage import coverage_of
 from ..config.schema import Run
 from ..data.text import Text
+from ..formats import count_schemes, scheme_name
 from ..hub.download import Source
 from ..methods import options_of
-from ..models.quantized import detect_scheme
 from ..quantize.recipe import Recipe
 from ..storage import files
 from ..storage.checkpoint import Checkpoint, read_json
@@ -105,8 +105,8 @@ def made_elsewhere(source: Source, baseline: Source | None, config: dict[str, An
         return Made(source.id, BASELINE, None, None, parameters, NO_COVERAGE, size, config)
     scheme, format = _dtype(checkpoint), None
     if "quantization_config" in checkpoint.config:
-        found = detect_scheme(checkpoint)
-        scheme, format = found[1].name, found[0].name
+        stored_as, counts = count_schemes(checkpoint)
+        scheme, format = scheme_name(counts), stored_as.name
     return Made(source.id, scheme, None, format, parameters, coverage, size, config, checkpoint=source.to_dict())
 
 

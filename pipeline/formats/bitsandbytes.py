@@ -1,35 +1,47 @@
 """bitsandbytes' NF4 as transformers saves it: plain tensors and a small JSON; writing needs no package."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitpress.kernels.qtensor import NESTED_BLOCK, NF4_CODEBOOK, NestedScales, QTensor
-from bitpress.kernels.scheme import NF4_BLOCK, Scheme
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.weights.nf4 import NESTED_BLOCK, NF4, NF4_BLOCK, NF4_CODEBOOK, NestedScales, nested_scales
 
-from .base import require
+from .base import Facts, Format, Loading, SchemeRules, dtype_name, require
+from .names import NameRules
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _STATE_LIMIT = 4096  # bytes of JSON
 
 
-class BitsAndBytes:
+_DOUBLE_QUANT = {Scheme(NF4()): False, Scheme(NF4(double_quant=True)): True}  # the schemes that it holds
+
+
+class BitsAndBytes(Format):
     """weight uint8 [ceil(out * in / 2), 1], the even element in the high nibble; weight.absmax per block of 64 of the
     flattened matrix; with double quantization, absmax is uint8 and weight.nested_* tell how to decode it."""
 
     name = "bitsandbytes"
+    rank = 30
     quant_method = "bitsandbytes"
     tags = ("bitsandbytes",)
-    holds_order = False
+    hf_methods = ("bitsandbytes_4bit",)
+    uncuttable = "how runtimes cut bitsandbytes' blocks is not documented"
     marker = _STATE
     suffixes = (
         "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", _STATE,
     )  # fmt: skip
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
-        return [] if scheme.code == "nf4" else [f"{self.name} holds nf4, not {scheme.name}"]
+        return [] if scheme in _DOUBLE_QUANT else [f"{self.name} holds nf4, not {scheme.name}"]
+
+    def mixture_problems(self, schemes: Mapping[str, Scheme]) -> list[str]:
+        names = list(dict.fromkeys(scheme.name for scheme in schemes.values()))
+        return [f"{self.name} holds one scheme for all layers, not {' and '.join(names)}"] if len(names) > 1 else []
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return torch.float32
@@ -38,7 +50,7 @@ class BitsAndBytes:
         state: dict[str, Any] = {
             "quant_type": "nf4",
             "blocksize": NF4_BLOCK,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "shape": list(qtensor.shape),
         }
         tensors = {
@@ -46,7 +58,7 @@ class BitsAndBytes:
             "weight.absmax": qtensor.scales,
             "weight.quant_map": torch.tensor(NF4_CODEBOOK),
         }
-        if (nested := qtensor.nested) is not None:
+        if (nested := nested_scales(qtensor.extra)) is not None:
             state |= {
                 "nested_blocksize": NESTED_BLOCK,
                 "nested_dtype": "float32",
@@ -72,19 +84,22 @@ class BitsAndBytes:
         require(same, "weight.quant_map is not NF4's code book in float32")
         return QTensor(
             scheme, (shape[0], shape[1]), tensors["weight"].flatten(), tensors["weight.absmax"].flatten(),
-            nested=self._nested(state, tensors),
+            extra=self._nested(state, tensors),
         )  # fmt: skip
 
-    def _nested(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> NestedScales | None:
+    def _nested(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not {"weight.nested_absmax", "weight.nested_quant_map"} & tensors.keys():
-            return None
+            return {}
         size, offset = state.get("nested_blocksize"), state.get("nested_offset")
         require(size == NESTED_BLOCK, f"nested_blocksize is {size!r}, expected {NESTED_BLOCK}")
         require(isinstance(offset, float), f"nested_offset is {offset!r}")
         absmax, codebook = tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"]
-        return NestedScales(absmax, codebook, torch.tensor(offset, dtype=torch.float32))
+        return NestedScales(absmax, codebook, torch.tensor(offset, dtype=torch.float32)).tensors()
 
-    def quantization_config(self, scheme: Scheme, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:
+    def quantization_config(
+        self, schemes: Mapping[str, Scheme], kept: Sequence[str], dtype: torch.dtype, ordered: bool = False
+    ) -> dict[str, Any]:
+        (scheme,) = set(schemes.values())
         return {
             "quant_method": "bitsandbytes",
             "_load_in_4bit": True,
@@ -92,16 +107,26 @@ class BitsAndBytes:
             "load_in_4bit": True,
             "load_in_8bit": False,
             "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": scheme.double_quant,
-            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_use_double_quant": _DOUBLE_QUANT[scheme],
+            "bnb_4bit_compute_dtype": dtype_name(dtype),
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": kept or None,
+            "llm_int8_skip_modules": [name for name in kept if not name.startswith("re:")] or None,
             "llm_int8_threshold": 6.0,
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
         }
 
-    def scheme(self, config: dict[str, Any]) -> Scheme:
+    def schemes(self, config: dict[str, Any]) -> SchemeRules:
         kind = config.get("bnb_4bit_quant_type")
         require(config.get("load_in_4bit") is True and kind == "nf4", f"only NF4 is read, this is {kind or '8-bit'}")
-        return Scheme.parse("nf4-dq" if config.get("bnb_4bit_use_double_quant") else "nf4")
+        return NameRules(Scheme(NF4(double_quant=bool(config.get("bnb_4bit_use_double_quant")))))
+
+    def kept(self, config: dict[str, Any]) -> list[str]:
+        skipped = config.get("llm_int8_skip_modules")
+        return [name for name in skipped if isinstance(name, str)] if isinstance(skipped, list) else []
+
+    def runtimes(self, facts: Facts) -> dict[str, Loading]:
+        return {name: Loading(needs="bitsandbytes") for name in ("transformers", "vLLM", "SGLang")}
+
+
+PLUGINS = (BitsAndBytes(),)

@@ -15,10 +15,10 @@ from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
 
-_FUSED = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
-}  # fmt: skip
+_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+_FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
+_MOST_PATTERNS = 4096  # each is tried on every layer
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 _ONE = r"\\[dw]|\\[^\w\s]|\.|\[[^\[\]\\]+\]|[\w\-/ ]"  # one character of the name: a class, an escaped one, any, a set
 _LITERAL = re.compile(r"(?:\\([^\w\s])|([\w\-/ ]))")
@@ -93,7 +93,7 @@ def name_pattern(text: str) -> NamePattern:
     while place < len(text):
         item = _ITEM.match(text, place)
         if item is None:
-            raise ValueError(f"the pattern {text[:80]!r} is not of the kinds that are read (see docs on formats)")
+            raise ValueError(f"the pattern {text[:80]!r} is not of the kinds that are read")
         place = item.end()
         if item["end"]:
             items.append(None)
@@ -123,7 +123,11 @@ def name_pattern(text: str) -> NamePattern:
 
 def exactly(name: str) -> str:
     """The pattern that only this name matches."""
-    return f"^{name.replace('.', chr(92) + '.')}$"
+    return f"^{_escaped(name)}$"
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"[^\w\-/ ]", r"\\\g<0>", text)
 
 
 @dataclass
@@ -133,6 +137,24 @@ class NameRules(Generic[Value]):
     otherwise: Value | None = None
     names: dict[str, Value] = field(default_factory=dict)
     patterns: list[tuple[NamePattern, Value]] = field(default_factory=list)
+
+    def add_name(self, name: str, value: Value) -> None:
+        """The first value that a name is given counts."""
+        self.names.setdefault(name, value)
+
+    def add_pattern(self, text: str, value: Value) -> None:
+        """A pattern in the syntax of `re`, after those that were added before.
+
+        Raises:
+            ValueError: it is not of the kinds that are matched here, or one too many.
+        """
+        pattern = name_pattern(text)
+        if pattern.literal is not None and not self.patterns:
+            self.add_name(pattern.literal, value)
+        elif len(self.patterns) >= _MOST_PATTERNS:
+            raise ValueError(f"more than {_MOST_PATTERNS} patterns of names")
+        else:
+            self.patterns.append((pattern, value))
 
     def get(self, name: str) -> Value | None:
         if name in self.names:
@@ -146,17 +168,18 @@ def patterns_of(names: Collection[str], others: Iterable[str]) -> list[str]:
     Names that differ in their numbers only share a pattern: ^model\.layers\.(0|3)\.mlp\.down_proj$, with \d+ where no
     other name stands against it.
     """
-    templates: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    templates: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
     for name in dict.fromkeys(names):
-        templates[_NUMBER.sub(".#", name)].append(tuple(_NUMBER.findall(name)))
-    against = {template for name in others if (template := _NUMBER.sub(".#", name)) in templates}
+        templates[tuple(_NUMBER.split(name)[::2])].append(tuple(_NUMBER.findall(name)))
+    against = {tuple(_NUMBER.split(name)[::2]) for name in others}
     patterns = []
-    for template, rows in templates.items():
-        parts = [part.replace(".", r"\.") for part in template.split("#")]
-        choices = _choices(rows) if template in against else [(r"\d+",) * (len(parts) - 1)]
+    for texts, rows in templates.items():
+        choices = _choices(rows) if texts in against else [(r"\d+",) * (len(texts) - 1)]
         for choice in choices:
-            filled = "".join(f"{part}{number}" for part, number in zip(parts, (*choice, "")))
-            patterns.append(f"^{filled}$")
+            numbers = (rf"\.{number}" for number in choice)
+            patterns.append(
+                f"^{_escaped(texts[0])}{''.join(n + _escaped(text) for n, text in zip(numbers, texts[1:]))}$"
+            )
     return patterns
 
 

@@ -17,7 +17,7 @@ from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
 from .modules import OnStep, experts_of, quantized_layers, replace_layers, set_tensor
 from .optimize import quicken
-from .quantized import Layout, read_layout
+from .quantized import QuantizedCheckpoint, read_quantized
 from .structure import Target
 from .transformers import attach
 
@@ -94,19 +94,22 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreT
 def _load_quantized(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str, on_step: OnStep
 ) -> PreTrainedModel:
-    layout = read_layout(checkpoint, dtype)
-    model, experts = layout.model, experts_of(layout)
-    _fill(checkpoint, layout, {n: t for n, t in layout.plain.items() if t.parameter not in experts}, device)
-    replace_layers(model, layout.names, quantized_layers(checkpoint, layout, lambda target: device, kernel, on_step))
+    contents = read_quantized(checkpoint, dtype)
+    model, experts = contents.model, experts_of(contents)
+    _fill(checkpoint, contents, {n: t for n, t in contents.plain.items() if t.parameter not in experts}, device)
+    layers = quantized_layers(checkpoint, contents, lambda target: device, kernel, on_step)
+    replace_layers(model, contents.names, layers)
     model = _finish(checkpoint, model, device)
     quicken(model)
-    attach(model, checkpoint, layout)
+    attach(model, checkpoint, contents)
     return model
 
 
-def _fill(checkpoint: Checkpoint, layout: Layout, plain: dict[str, Target], device: torch.device) -> None:
+def _fill(
+    checkpoint: Checkpoint, contents: QuantizedCheckpoint, plain: dict[str, Target], device: torch.device
+) -> None:
     """Put the tensors that are not quantized into the skeleton; those that the model does not have are left out."""
-    model, names = layout.model, layout.names
+    model, names = contents.model, contents.names
     fused: dict[str, list[tuple[tuple[int, int, int], str]]] = defaultdict(list)
     for name, target in plain.items():
         if not names.known(target.parameter):

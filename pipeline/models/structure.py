@@ -195,9 +195,9 @@ def kept_names(
 ) -> list[str]:
     """Layers that stay unquantized although they could be linear layers, by their names in the files.
 
-    Other runtimes build such layers by their own model classes, which may have more than transformers' causal model: MTP
-    blocks, a vision tower. So every two-dimensional floating-point `*.weight` counts, experts included, unless the model
-    holds it in something else than a linear layer. A tied head counts, though no tensor of the files is its own.
+    Other runtimes build such layers by their own model classes, which may have more than transformers' causal model:
+    MTP blocks, a vision tower. So every two-dimensional floating-point `*.weight` counts, experts included, unless the
+    model holds it in something else than a linear layer. A tied head counts, though no tensor of the files is its own.
 
     Args:
         tensors: the unquantized ones of the files, others beside them do no harm.

@@ -92,13 +92,14 @@ def _write_rest(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: Path
         "weight_map": dict(sorted(weight_map.items())),
     }
     files[INDEX] = store.write_json(folder / INDEX, index)
-    section = recipe.format.quantization_config(recipe.scheme, plan.kept_linear, plan.dtype)
+    schemes = {entry.module: recipe.scheme for entry in plan.quantized}
+    section = recipe.format.quantization_config(schemes, plan.kept_linear, plan.dtype)
     config = {key: value for key, value in checkpoint.config.items() if key != "_name_or_path"}
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = str(plan.dtype).removeprefix("torch.")
     files["config.json"] = store.write_json(folder / "config.json", config | {"quantization_config": section})
-    if recipe.format.quant_method == "gptq":
-        files["quantize_config.json"] = store.write_json(folder / "quantize_config.json", section)
+    for name, content in recipe.format.side_files(section).items():
+        files[name] = store.write_json(folder / name, content)
     for path in checkpoint.other_files():
         files[path.name] = store.copy_file(path, folder / path.name)
     return dict(sorted(files.items()))

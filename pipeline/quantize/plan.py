@@ -4,15 +4,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, ConfigError, listing
 from ..formats.base import Format
-from ..models.structure import Names, Target, linear_kind, skeleton, tied
+from ..models.structure import Names, Target, kept_names, linear_kind, skeleton, tied
 from ..storage.checkpoint import Checkpoint, TensorInfo
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -71,13 +69,8 @@ class Plan:
     @property
     def kept_linear(self) -> list[str]:
         """Linear layers that stay as they are, by name, a tied head among them: other runtimes must be told."""
-        named = {entry.target.parameter: entry for entry in self.entries}
-        kept = []
-        for path, module in self.model.named_modules():
-            entry = named.get(f"{path}.weight")
-            if isinstance(module, nn.Linear | Conv1D) and not (entry and entry.kind):
-                kept.append(entry.module if entry else path)
-        return kept
+        tensors = {entry.info.name: entry.info for entry in self.entries if not entry.kind}
+        return kept_names(tensors, [entry.module for entry in self.quantized], self.model, Names(self.model))
 
     def coverage(self) -> dict[str, object]:
         """Which share of the decoder's weight bytes is quantized, and what is kept and why."""
