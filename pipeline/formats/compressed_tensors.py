@@ -88,10 +88,10 @@ class CompressedTensors(Format):
         return tensors
 
     def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
-        packed = {"weight_packed", "weight_shape", _ORDER} & tensors.keys()
-        if "weight" not in tensors:
+        if "weight" not in tensors and is_packed_integer(scheme):
             return _read_packed(scheme, tensors)
-        require(not packed, f"weight does not belong beside {', '.join(sorted(packed))}")
+        packed = sorted({"weight_packed", "weight_shape", _ORDER} & tensors.keys())
+        require(not packed, f"{', '.join(packed)} does not belong to a layer of plain elements")
         return _read_plain(scheme, tensors)
 
     def quantization_config(
@@ -346,7 +346,6 @@ def _read_packed(scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
         stored.dtype in (torch.int64, torch.int32) and stored.shape == (2,) and bool((stored > 0).all()),
         f"weight_shape is {stored}, expected two positive whole numbers",
     )
-    require(is_packed_integer(scheme), f"weight_packed does not belong to {scheme.name}")
     shape = stored.tolist()
     zeros = None
     if (packed := tensors.get("weight_zero_point")) is not None:

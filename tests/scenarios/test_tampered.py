@@ -275,7 +275,8 @@ def group(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         ("int4-g32", lambda section: section.update(group_size=-7), "group_size: -7"),
         ("int4-g32", lambda section: section.update(sym="no"), "symmetric is 'no'"),
         ("int4-g32", lambda section: section.update(checkpoint_format="marlin"), "'marlin' is not supported"),
-        ("int4-g32", lambda section: section.update(dynamic={"+:.*down.*": {"bits": 8}}), "settings of their own"),
+        ("int4-g32", lambda section: section.update(dynamic={"+:.*down.*": {"bits": 8}}), LAYER),
+        ("int4-g32", lambda section: section.update(dynamic={"(a+)+$": {"bits": 8}}), "the pattern '(a+)+$'"),
         ("int4-g32", lambda section: section.update(quant_method="awq"), "awq"),
         ("int4-g32", lambda section: section.update(quant_method="bitsandbytes"), "no tensor name ends in"),
         ("int4-g32-asym", group(num_bits=8), LAYER),
@@ -345,7 +346,7 @@ def test_symmetric_zero_points_of_either_version_count_the_same(
     tamper(folder, replaced("qzeros", lambda t: t + shift), edit_tensors)
     layer = load_reference(folder).get_submodule(LAYER)
     expected = load_reference(artifacts["int4-g32"]).get_submodule(LAYER)
-    assert torch.equal(layer.prepared.qtensor.dequantize(), expected.prepared.qtensor.dequantize())
+    assert torch.equal(layer.packed.qtensor.dequantize(), expected.packed.qtensor.dequantize())
 
 
 @pytest.mark.parametrize("scheme", FAULTS)

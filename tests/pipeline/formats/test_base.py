@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from bitpress.kernels.packing import pack
-from bitpress.kernels.qtensor import NF4_CODEBOOK, QTensor
+from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.weights.integer import Integer
+from bitpress.kernels.weights.nf4 import NF4_CODEBOOK
 from bitpress.pipeline.formats import default_format, detect, registry
 from bitpress.pipeline.formats.base import Format
 from bitpress.pipeline.methods import default_method
@@ -31,6 +33,7 @@ CASES = [
 EVERY = pytest.mark.parametrize(("format", "scheme"), CASES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KEPT = ["lm_head", "model.layers.1.mlp.gate", "model.layers.0.self_attn.k_proj"]
+QUANTIZED = "model.layers.0.mlp.up_proj"
 Stored = dict[str, Tensor]
 
 
@@ -48,7 +51,7 @@ def random_qtensor(scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dt
     q, _ = default_method(scheme).quantize(weight, scheme, scale_dtype)
     if scheme.code == "nf4":
         codes = torch.randint(256, q.codes.shape, dtype=torch.uint8, generator=generator)
-        return QTensor(scheme, shape, codes, q.scales, nested=q.nested)
+        return QTensor(scheme, shape, codes, q.scales, extra=q.extra)
     codes = torch.randint(scheme.max_code + 1, shape, dtype=torch.uint8, generator=generator)
     zeros = None
     if q.zeros is not None:
@@ -104,6 +107,10 @@ def read_packed(stored: Stored, scheme: Scheme) -> np.ndarray:
     return weight
 
 
+def read_compressed(stored: Stored, scheme: Scheme) -> np.ndarray:
+    return read_packed(stored, scheme) if "weight_packed" in stored else read_int8(stored, scheme)
+
+
 def read_int8(stored: Stored, scheme: Scheme) -> np.ndarray:
     scales = stored["weight_scale"].float().numpy()
     weight = np.zeros(stored["weight"].shape, np.float32)
@@ -130,8 +137,7 @@ def read_nf4(stored: Stored, scheme: Scheme) -> np.ndarray:
 READERS: dict[str, Callable[[Stored, Scheme], np.ndarray]] = {
     "gptq": read_gptq,
     "gptq-v2": read_gptq_v2,
-    "compressed-tensors": read_packed,
-    "int-quantized": read_int8,
+    "compressed-tensors": read_compressed,
     "bitsandbytes": read_nf4,
 }
 
@@ -172,8 +178,8 @@ class TestEveryFormat:
     @EVERY
     @pytest.mark.parametrize("kept", [KEPT, ["lm_head"], []])
     def test_the_config_leads_back_to_the_scheme(self, format: Format, scheme: Scheme, kept: list[str]) -> None:
-        config = json.loads(json.dumps(format.quantization_config(scheme, kept, torch.bfloat16)))
-        assert format.scheme(config) == scheme
+        config = json.loads(json.dumps(format.quantization_config({QUANTIZED: scheme}, kept, torch.bfloat16)))
+        assert format.schemes(config).get(QUANTIZED) == scheme
         _, stored = written(format, scheme, SHAPE, torch.bfloat16)
         assert detect(config, [f"model.layers.0.q_proj.{suffix}" for suffix in stored]).name == format.name
         every = [*KEPT, "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate"]
@@ -196,18 +202,18 @@ def told_to_keep(config: dict[str, Any], names: list[str]) -> set[str]:
 class TestGPTQ:
     @pytest.mark.parametrize(("bits", "word"), [(2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)])
     def test_zero_points_are_stored_minus_one(self, bits: int, word: int) -> None:
-        _, stored = written(registry()["gptq"], Scheme("int", bits, 32), SHAPE, torch.float16)
+        _, stored = written(registry()["gptq"], Scheme(Integer(bits, 32)), SHAPE, torch.float16)
         assert (stored["qzeros"] == word).all()
 
     def test_zero_points_of_three_bits(self) -> None:
-        _, stored = written(registry()["gptq"], Scheme("int", 3, 32), SHAPE, torch.float16)
+        _, stored = written(registry()["gptq"], Scheme(Integer(3, 32)), SHAPE, torch.float16)
         assert {code for row in stored["qzeros"].tolist() for code in stream(row, 3)} == {3}
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     @pytest.mark.parametrize("group", [32, 64, None])
     def test_dtypes_shapes_and_groups(self, bits: int, group: int | None) -> None:
         (rows, columns), size = SHAPE, group or SHAPE[1]
-        _, stored = written(registry()["gptq"], Scheme("int", bits, group), SHAPE, torch.bfloat16)
+        _, stored = written(registry()["gptq"], Scheme(Integer(bits, group)), SHAPE, torch.bfloat16)
         assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in stored.items()} == {
             "qweight": (torch.int32, (columns * bits // 32, rows)),
             "qzeros": (torch.int32, (columns // size, rows * bits // 32)),
@@ -229,21 +235,21 @@ class TestGPTQ:
 
     @pytest.mark.parametrize(("bits", "word"), [(2, 0xAAAAAAAA), (4, 0x88888888), (8, 0x80808080)])
     def test_zero_points_of_version_2_are_stored_as_they_are(self, bits: int, word: int) -> None:
-        _, stored = written(registry()["gptq-v2"], Scheme("int", bits, 32), SHAPE, torch.float16)
+        _, stored = written(registry()["gptq-v2"], Scheme(Integer(bits, 32)), SHAPE, torch.float16)
         assert {value & 0xFFFFFFFF for value in stored["qzeros"].flatten().tolist()} == {word}
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     def test_symmetric_files_under_the_other_version_s_tag_are_read_right(self, bits: int) -> None:
         first, second = registry()["gptq"], registry()["gptq-v2"]
         for writer, reader in ((first, second), (second, first)):
-            q, stored = written(writer, Scheme("int", bits, 32), SHAPE, torch.float16)
+            q, stored = written(writer, Scheme(Integer(bits, 32)), SHAPE, torch.float16)
             assert_same(reader.read(q.scheme, stored), q)
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     def test_asymmetric_version_1_whose_zero_points_borrow_from_their_neighbours(self, bits: int) -> None:
         """Its writers take version 2's words as numbers and subtract a 1 in the place of every code; 3-bit codes
         straddle words, and are subtracted from one by one."""
-        q, _ = written(registry()["gptq-v2"], Scheme("int", bits, 32, symmetric=False), SHAPE, torch.float16)
+        q, _ = written(registry()["gptq-v2"], Scheme(Integer(bits, 32, symmetric=False)), SHAPE, torch.float16)
         assert q.zeros is not None
         q.zeros[::3] = 0  # where the borrow comes from
         stored = registry()["gptq-v2"].write(q, torch.float16)
@@ -258,22 +264,33 @@ class TestGPTQ:
         assert_same(registry()["gptq"].read(q.scheme, stored), q)
 
     def config(self, **changes: Any) -> dict[str, Any]:
-        return registry()["gptq"].quantization_config(Scheme.parse("int4-g128"), [], torch.float16) | changes
+        schemes = {QUANTIZED: Scheme.parse("int4-g128")}
+        return registry()["gptq"].quantization_config(schemes, [], torch.float16) | changes
 
     def test_gptqmodel_s_other_names(self) -> None:
         config = self.config(method="gptq", format="gptq_v2")
         del config["quant_method"], config["checkpoint_format"]
         found = detect(config, ["a.qweight"])
         assert found.name == "gptq-v2"
-        assert found.scheme(config) == Scheme.parse("int4-g128")
+        assert found.schemes(config).get(QUANTIZED) == Scheme.parse("int4-g128")
 
-    def test_layers_left_alone_are_fine_and_layers_with_settings_of_their_own_are_refused(self) -> None:
+    def test_layers_left_alone_and_layers_with_settings_of_their_own(self) -> None:
         gptq = registry()["gptq"]
-        assert gptq.scheme(self.config(dynamic={"-:^lm_head$": {}})) == Scheme.parse("int4-g128")
-        assert gptq.scheme(self.config(dynamic=None)) == Scheme.parse("int4-g128")
+        assert gptq.schemes(self.config(dynamic={"-:^lm_head$": {}})).get(QUANTIZED) == Scheme.parse("int4-g128")
+        assert gptq.schemes(self.config(dynamic=None)).get(QUANTIZED) == Scheme.parse("int4-g128")
         for pattern in (r"+:.*\.down_proj", r".*\.down_proj"):
-            with pytest.raises(ValueError, match=r"dynamic gives layers like \+?:?\.\*"):
-                gptq.scheme(self.config(dynamic={"-:^lm_head$": {}, pattern: {"bits": 8}}))
+            later = {r".*\.layers\.1\..*": {"bits": 2}}
+            rules = gptq.schemes(self.config(dynamic={"-:^lm_head$": {}, pattern: {"bits": 8}, **later}))
+            assert rules.get("model.layers.1.mlp.down_proj") == Scheme.parse("int8-g128")  # the first that matches
+            assert rules.get("model.layers.1.mlp.up_proj") == Scheme.parse("int2-g128")
+            assert rules.get(QUANTIZED) == Scheme.parse("int4-g128")
+
+    @pytest.mark.parametrize("pattern", ["(a+)+$", r"(.*a){30}", r"(\w|\w\w)*x", "(?=x)", "[", "a|b"])
+    def test_patterns_that_could_take_for_ever_are_refused(self, pattern: str) -> None:
+        with pytest.raises(ValueError, match="pattern"):
+            registry()["gptq"].schemes(self.config(dynamic={pattern: {"bits": 8}}))
+        left_alone = self.config(dynamic={f"-:{pattern}": {}})  # need not be run to read what is quantized
+        assert registry()["gptq"].schemes(left_alone).get(QUANTIZED) == Scheme.parse("int4-g128")
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -288,7 +305,7 @@ class TestGPTQ:
     def test_configs_that_are_not_read(self, change: dict[str, Any], said: str) -> None:
         config = self.config(**change)
         with pytest.raises(ValueError, match=said):
-            detect(config, ["a.qweight"]).scheme(config)
+            detect(config, ["a.qweight"]).schemes(config)
 
 
 class TestCompressedTensors:
@@ -311,7 +328,7 @@ class TestCompressedTensors:
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     def test_is_gptq_transposed_where_both_hold_it(self, bits: int) -> None:
-        scheme = Scheme("int", bits, 32)
+        scheme = Scheme(Integer(bits, 32))
         _, one = written(registry()["compressed-tensors"], scheme, SHAPE, torch.float16)
         _, other = written(registry()["gptq"], scheme, SHAPE, torch.float16)
         assert torch.equal(one["weight_packed"].t(), other["qweight"])
@@ -319,7 +336,7 @@ class TestCompressedTensors:
 
     def test_int8(self) -> None:
         scheme, shape = Scheme.parse("int8-dynamic"), (7, 13)
-        _, stored = written(registry()["int-quantized"], scheme, shape, torch.bfloat16)
+        _, stored = written(registry()["compressed-tensors"], scheme, shape, torch.bfloat16)
         assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in stored.items()} == {
             "weight": (torch.int8, shape),
             "weight_scale": (torch.bfloat16, (7, 1)),
@@ -340,16 +357,16 @@ class TestCompressedTensors:
     )
     def test_configs_that_are_not_read(self, change: dict[str, Any], said: str) -> None:
         packed = registry()["compressed-tensors"]
-        config = packed.quantization_config(Scheme.parse("int4-g128"), [], torch.bfloat16)
+        config = packed.quantization_config({QUANTIZED: Scheme.parse("int4-g128")}, [], torch.bfloat16)
         config["config_groups"]["group_0"]["weights"] |= change
         with pytest.raises(ValueError, match=said):
-            packed.scheme(config)
+            packed.schemes(config)
 
     def test_rotations_are_not_read(self) -> None:
         packed = registry()["compressed-tensors"]
-        config = packed.quantization_config(Scheme.parse("int4-g128"), [], torch.bfloat16)
+        config = packed.quantization_config({QUANTIZED: Scheme.parse("int4-g128")}, [], torch.bfloat16)
         with pytest.raises(ValueError, match="transform_config"):
-            packed.scheme(config | {"transform_config": {"config_groups": {"u": {}}}})
+            packed.schemes(config | {"transform_config": {"config_groups": {"u": {}}}})
 
 
 class TestBitsAndBytes:
@@ -387,4 +404,4 @@ class TestBitsAndBytes:
         state = QuantState.from_dict(stored, torch.device("cpu"))
         found = dequantize_4bit(weight, state)
         # their double-quantized scales may be multiplied and added in one step: one rounding less
-        torch.testing.assert_close(found, q.dequantize(), rtol=2**-22 if q.nested else 0, atol=0)
+        torch.testing.assert_close(found, q.dequantize(), rtol=2**-22 if q.extra else 0, atol=0)
