@@ -1,6 +1,5 @@
 """A quantized checkpoint in another format: the same weights to the bit, or a refusal that says why not."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from ..storage import files as store
 from ..storage import journal
 from ..storage.checkpoint import Checkpoint
 from ..storage.fingerprint import MANIFEST
+from ..system.progress import OnStep
 from ..system.versions import versions
 
 _SHARD_BYTES = SHARD_BYTES
 _UNFINISHED = "artifact.tmp"
-OnStep = Callable[[int, int], None]
 
 
 @dataclass

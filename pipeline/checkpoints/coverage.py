@@ -4,7 +4,7 @@ from math import prod
 from typing import Any
 
 from ..models.quantized import QuantizedCheckpoint, read_quantized
-from ..models.structure import Names, skeleton
+from ..models.structure import TensorNames, skeleton
 from ..storage.checkpoint import Checkpoint, TensorInfo
 
 
@@ -15,7 +15,7 @@ def coverage_of(checkpoint: Checkpoint) -> dict[str, Any]:
         CheckpointError: the files do not fit their config.json.
     """
     if "quantization_config" not in checkpoint.config:
-        names = Names(skeleton(checkpoint))
+        names = TensorNames(skeleton(checkpoint))
         kept = [_kept(info, names) for info in checkpoint.tensors.values()]
         return _coverage([], kept, 0)
     contents = read_quantized(checkpoint)
@@ -42,7 +42,7 @@ def _layer(checkpoint: Checkpoint, contents: QuantizedCheckpoint, name: str) -> 
     }
 
 
-def _kept(info: TensorInfo, names: Names) -> dict[str, Any]:
+def _kept(info: TensorInfo, names: TensorNames) -> dict[str, Any]:
     return {
         "name": info.name,
         "block": names.block(names.target(info.name).parameter),

@@ -1,7 +1,7 @@
 """What a checkpoint is, whether it is sound, and which runtimes load it; reads one tensor at a time, runs nothing."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,17 @@ from ..errors import CheckpointError, listing
 from ..formats import read_config, registry
 from ..formats.base import Examination, Facts, LayerExamination, some
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
-from ..models.structure import Names, kept_names, skeleton
+from ..models.structure import TensorNames, kept_names, skeleton
 from ..storage import files as store
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.fingerprint import MANIFEST
+from ..system.progress import OnStep
 from .describe import describe
 from .runtimes import tensor_parallel, verdicts
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _JSON = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _PIECE = 1 << 22
-OnStep = Callable[[int, int], None]
 
 
 @dataclass
@@ -59,7 +59,7 @@ class _Steps:
 
 
 def diagnose(folder: Path, on_step: OnStep = lambda done, total: None) -> Diagnosis:
-    """Everything that can be told of a checkpoint folder from its files.
+    """Everything that the files of a checkpoint folder tell.
 
     Args:
         on_step: called with (files and tensors read, all of them).
@@ -181,7 +181,7 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
     try:
         contents = read_quantized(checkpoint)
         layers = list(contents.quantized)
-    except CheckpointError as error:  # what each layer holds can be told all the same
+    except CheckpointError as error:  # each layer can be examined all the same
         diagnosis.faults.append(_short(error, checkpoint.folder))
     section = checkpoint.config["quantization_config"]
     dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
@@ -221,7 +221,7 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
 def _check_dense(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps) -> None:
     names = None
     try:
-        names = Names(skeleton(checkpoint))
+        names = TensorNames(skeleton(checkpoint))
         if missing := names.missing(names.target(name) for name in checkpoint.tensors):
             diagnosis.faults.append(f"weights of the model are missing:\n{listing(missing)}")
     except CheckpointError as error:
@@ -232,7 +232,7 @@ def _check_dense(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps) ->
 
 
 def _check_plain(
-    checkpoint: Checkpoint, tensors: Iterable[str], names: Names | None, diagnosis: Diagnosis, steps: _Steps
+    checkpoint: Checkpoint, tensors: Iterable[str], names: TensorNames | None, diagnosis: Diagnosis, steps: _Steps
 ) -> None:
     """Tensors that are not quantized: their values and, where the model could be built, their shapes."""
     unknown = []

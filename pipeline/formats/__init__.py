@@ -84,7 +84,7 @@ def read_config(checkpoint: Checkpoint) -> tuple[Format, SchemeRules]:
     config = checkpoint.config["quantization_config"]
     try:
         format = detect(config, checkpoint.tensors)
-        return format, format.schemes(config)
+        return format, format.scheme_rules(config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: quantization_config: {error}") from error
 
@@ -117,7 +117,7 @@ def readable(config: dict[str, Any]) -> bool:
     for format in registry().values():
         if format.quant_method == config.get("quant_method") and (tag is None or tag in format.tags):
             try:
-                format.schemes(config)
+                format.scheme_rules(config)
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
             return True

@@ -192,7 +192,7 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def schemes(self, config: dict[str, Any]) -> SchemeRules:
+    def scheme_rules(self, config: dict[str, Any]) -> SchemeRules:
         """Which scheme each layer has that is quantized in the files, by an untrusted quantization_config.
 
         Raises:

@@ -14,6 +14,7 @@ from bitpress.kernels.weights.nf4 import NESTED_BLOCK, NF4, NF4_BLOCK, NF4_CODEB
 from .base import Facts, Format, Loading, SchemeRules, dtype_name, require
 from .names import NameRules
 
+_TYPE = "nf4"  # what bitsandbytes calls it
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _STATE_LIMIT = 4096  # bytes of JSON
 
@@ -48,7 +49,7 @@ class BitsAndBytes(Format):
 
     def write(self, qtensor: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
         state: dict[str, Any] = {
-            "quant_type": "nf4",
+            "quant_type": _TYPE,
             "blocksize": NF4_BLOCK,
             "dtype": dtype_name(dtype),
             "shape": list(qtensor.shape),
@@ -74,7 +75,7 @@ class BitsAndBytes(Format):
         require(packed.dtype == torch.uint8 and packed.numel() <= _STATE_LIMIT, "the quant_state is not a short JSON")
         state = json.loads(bytes(packed.flatten().tolist()))
         require(isinstance(state, dict), "the quant_state is not a JSON object")
-        require(state.get("quant_type") == "nf4", f"quant_type is {state.get('quant_type')!r}, expected 'nf4'")
+        require(state.get("quant_type") == _TYPE, f"quant_type is {state.get('quant_type')!r}, expected {_TYPE!r}")
         require(state.get("blocksize") == NF4_BLOCK, f"blocksize is {state.get('blocksize')!r}, expected {NF4_BLOCK}")
         shape = state.get("shape")
         fits = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
@@ -106,7 +107,7 @@ class BitsAndBytes(Format):
             "_load_in_8bit": False,
             "load_in_4bit": True,
             "load_in_8bit": False,
-            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_quant_type": _TYPE,
             "bnb_4bit_use_double_quant": _DOUBLE_QUANT[scheme],
             "bnb_4bit_compute_dtype": dtype_name(dtype),
             "bnb_4bit_quant_storage": "uint8",
@@ -116,9 +117,9 @@ class BitsAndBytes(Format):
             "llm_int8_has_fp16_weight": False,
         }
 
-    def schemes(self, config: dict[str, Any]) -> SchemeRules:
+    def scheme_rules(self, config: dict[str, Any]) -> SchemeRules:
         kind = config.get("bnb_4bit_quant_type")
-        require(config.get("load_in_4bit") is True and kind == "nf4", f"only NF4 is read, this is {kind or '8-bit'}")
+        require(config.get("load_in_4bit") is True and kind == _TYPE, f"only NF4 is read, this is {kind or '8-bit'}")
         return NameRules(Scheme(NF4(double_quant=bool(config.get("bnb_4bit_use_double_quant")))))
 
     def kept(self, config: dict[str, Any]) -> list[str]:

@@ -124,7 +124,7 @@ class CompressedTensors(Format):
             "config_groups": groups,
         }
 
-    def schemes(self, config: dict[str, Any]) -> SchemeRules:
+    def scheme_rules(self, config: dict[str, Any]) -> SchemeRules:
         require(not config.get("transform_config"), "transform_config is not supported")
         rules = _groups(config)
         known = {id(group): _scheme(group, str(group.get("format") or config.get("format"))) for group in _each(rules)}

@@ -149,7 +149,7 @@ class GPTQ(Format):
                 dynamic[f"+:{pattern}"] = _settings(scheme, ordered)
         return config | {"dynamic": dynamic} if dynamic else config
 
-    def schemes(self, config: dict[str, Any]) -> SchemeRules:
+    def scheme_rules(self, config: dict[str, Any]) -> SchemeRules:
         version = config.get("checkpoint_format", config.get("format", "gptq"))
         require(version in self.tags, f"checkpoint_format {version!r} is not supported, only 'gptq' and 'gptq_v2'")
         rules: SchemeRules = NameRules(_scheme(config))

@@ -139,7 +139,7 @@ class NameRules(Generic[Value]):
     patterns: list[tuple[NamePattern, Value]] = field(default_factory=list)
 
     def add_name(self, name: str, value: Value) -> None:
-        """The first value that a name is given counts."""
+        """Give a name its value; where it has one, that stays."""
         self.names.setdefault(name, value)
 
     def add_pattern(self, text: str, value: Value) -> None:

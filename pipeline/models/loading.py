@@ -15,10 +15,11 @@ from ..errors import CheckpointError, ConfigError
 from ..hub.download import resolve
 from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
-from .modules import OnStep, experts_of, quantized_layers, replace_layers, set_tensor
-from .optimize import quicken
+from ..system.progress import OnStep
+from .modules import experts_of, quantized_layers, replace_layers, set_tensor
+from .optimize import optimize_for_decoding
 from .quantized import QuantizedCheckpoint, read_quantized
-from .structure import Target
+from .structure import ParameterPath
 from .transformers import attach
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -100,13 +101,13 @@ def _load_quantized(
     layers = quantized_layers(checkpoint, contents, lambda target: device, kernel, on_step)
     replace_layers(model, contents.names, layers)
     model = _finish(checkpoint, model, device)
-    quicken(model)
+    optimize_for_decoding(model)
     attach(model, checkpoint, contents)
     return model
 
 
 def _fill(
-    checkpoint: Checkpoint, contents: QuantizedCheckpoint, plain: dict[str, Target], device: torch.device
+    checkpoint: Checkpoint, contents: QuantizedCheckpoint, plain: dict[str, ParameterPath], device: torch.device
 ) -> None:
     """Put the tensors that are not quantized into the skeleton; those that the model does not have are left out."""
     model, names = contents.model, contents.names
@@ -128,7 +129,7 @@ def _fill(
 
 
 def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)  # quantized layers are tied to nothing any more
     if (checkpoint.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     return model.to(device)  # type: ignore[arg-type]

@@ -12,12 +12,12 @@ from bitpress.kernels.qtensor import QTensor
 
 from ..errors import ConfigError
 from ..storage.checkpoint import Checkpoint
+from ..system.progress import OnStep
 from ..system.threads import one_ahead
 from .quantized import QuantizedCheckpoint, check_shape, read_layer
-from .structure import Names, Target, replace_module
+from .structure import ParameterPath, TensorNames, replace_module
 
 MakeLayer = Callable[[Tensor | None], nn.Module]  # of the bias, None for experts
-OnStep = Callable[[int, int], None]
 
 
 class _DenseLinear(nn.Module):
@@ -36,7 +36,9 @@ def dense_layer(weight: Tensor) -> MakeLayer:
     return lambda bias: _DenseLinear(weight)
 
 
-def replace_layers(model: PreTrainedModel, names: Names, layers: Iterable[tuple[Target, MakeLayer]]) -> None:
+def replace_layers(
+    model: PreTrainedModel, names: TensorNames, layers: Iterable[tuple[ParameterPath, MakeLayer]]
+) -> None:
     """Put a module in the place of each target, linear layers and experts alike, one after the other.
 
     Args:
@@ -68,10 +70,10 @@ def experts_of(contents: QuantizedCheckpoint) -> set[str]:
 def quantized_layers(
     checkpoint: Checkpoint,
     contents: QuantizedCheckpoint,
-    device_of: Callable[[Target], torch.device],
+    device_of: Callable[[ParameterPath], torch.device],
     kernel: str = "auto",
     on_step: OnStep = lambda done, total: None,
-) -> Iterator[tuple[Target, MakeLayer]]:
+) -> Iterator[tuple[ParameterPath, MakeLayer]]:
     """For replace_layers: each quantized layer, checked, and experts beside quantized ones as they are.
 
     The next layer is being read while a kernel repacks one.
@@ -87,6 +89,8 @@ def quantized_layers(
         on_step(number, total)
         check_shape(layer, contents.shapes[layer], qtensor)
         yield target, _maker(qtensor.to(device_of(target)), dtype, kernel, contents.kinds[layer])
+        for tied in contents.shared.get(layer, ()):
+            yield tied, _maker(qtensor.to(device_of(tied)), dtype, kernel, "linear")
         del qtensor  # its memory serves for the next but one
     on_step(total, total)
 

@@ -13,7 +13,7 @@ from ..errors import CheckpointError, listing
 from ..formats import read_config
 from ..formats.base import Format
 from ..storage.checkpoint import Checkpoint
-from .structure import Names, Target, skeleton, tied, weight_kind
+from .structure import ParameterPath, TensorNames, skeleton, tied, weight_kind
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,18 @@ class QuantizedCheckpoint:
     quantized: layer -> where its weight goes. schemes: layer -> its scheme. kinds: layer -> see weight_kind.
     shapes: layer -> [out_features, in_features], by config.json.
     plain: every other tensor -> where it goes, if the model has it.
+    shared: layer -> the linear layers that are tied to it, such as a head to an embedding.
     """
 
     format: Format
     model: PreTrainedModel
-    names: Names
-    quantized: dict[str, Target]
+    names: TensorNames
+    quantized: dict[str, ParameterPath]
     schemes: dict[str, Scheme]
     kinds: dict[str, str]
     shapes: dict[str, tuple[int, ...] | None]
-    plain: dict[str, Target]
+    plain: dict[str, ParameterPath]
+    shared: dict[str, list[ParameterPath]]
 
     def tensors_of(self, checkpoint: Checkpoint, layer: str) -> list[str]:
         """The names of a quantized layer's tensors in the files."""
@@ -52,7 +54,7 @@ def read_quantized(
     """
     format, rules = read_config(checkpoint)
     model = skeleton(checkpoint, dtype) if model is None else model
-    names = Names(model)
+    names = TensorNames(model)
     quantized = {
         layer: names.target(f"{layer}.weight") for layer in _quantized_layers(checkpoint, format, model, names)
     }
@@ -73,13 +75,13 @@ def read_quantized(
         shape = names.shape(target)
         schemes[layer], kinds[layer] = scheme, kind
         shapes[layer] = shape[::-1] if shape and kind == "conv1d" else shape
-    _untie(checkpoint, model, quantized, plain)
     if lost := format.missing_tensors(checkpoint.config["quantization_config"], quantized, checkpoint.tensors):
         raise CheckpointError(f"{checkpoint.folder}: {lost}")
-    return QuantizedCheckpoint(format, model, names, quantized, schemes, kinds, shapes, plain)
+    shared = _untie(checkpoint, model, quantized, plain)
+    return QuantizedCheckpoint(format, model, names, quantized, schemes, kinds, shapes, plain, shared)
 
 
-def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: Names) -> list[str]:
+def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: TensorNames) -> list[str]:
     """Every layer with the format's marker, and every linear layer that has lost it but not the rest."""
     telling = [f".{suffix}" for suffix in format.suffixes if suffix != "weight"]
     candidates = dict.fromkeys(
@@ -94,7 +96,9 @@ def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedM
     return layers
 
 
-def _check_plain(checkpoint: Checkpoint, names: Names, plain: dict[str, Target], quantized: set[str]) -> None:
+def _check_plain(
+    checkpoint: Checkpoint, names: TensorNames, plain: dict[str, ParameterPath], quantized: set[str]
+) -> None:
     """Nothing that quantization left behind is taken for a weight, or left out though it would change the numbers.
 
     Raises:
@@ -115,26 +119,28 @@ def _check_plain(checkpoint: Checkpoint, names: Names, plain: dict[str, Target],
 
 
 def _untie(
-    checkpoint: Checkpoint, model: PreTrainedModel, quantized: dict[str, Target], plain: dict[str, Target]
-) -> None:
-    """A quantized weight is tied to no other, whatever config.json says: a head that has tensors of its own keeps them.
+    checkpoint: Checkpoint, model: PreTrainedModel, quantized: dict[str, ParameterPath], plain: dict[str, ParameterPath]
+) -> dict[str, list[ParameterPath]]:
+    """What is tied to a quantized layer, by that layer; transformers, which ties weights, ties none of it any more.
 
-    A weight that others are tied to is not quantized without them: there would be no weight for them.
+    A head that has tensors of its own keeps them, whatever config.json says.
 
     Raises:
-        CheckpointError: names them, and what to do.
+        CheckpointError: something that is no linear layer is tied to a quantized one.
     """
-    packed = {target.parameter for target in quantized.values()}
-    own = packed | {target.parameter for target in plain.values()}
+    layers = {target.parameter: layer for layer, target in quantized.items()}
+    own = layers.keys() | {target.parameter for target in plain.values()}
+    shared: dict[str, list[ParameterPath]] = {}
     for parameter, origin in tied(model).items():
-        if parameter in packed:
+        if parameter in layers:
             model.all_tied_weights_keys.pop(parameter)
             model.config.tie_word_embeddings = False
-        elif origin in packed and parameter not in own:
-            raise CheckpointError(
-                f"{checkpoint.folder}: {origin} is quantized, and config.json ties {parameter} to it, which has no "
-                "tensors of its own; quantize both, or set tie_word_embeddings to false and give it its own weight"
-            )
+        elif origin in layers and parameter not in own:
+            if weight_kind(model, ParameterPath(parameter)) != "linear":
+                raise CheckpointError(f"{checkpoint.folder}: {parameter} is tied to {origin}, which is quantized")
+            model.all_tied_weights_keys.pop(parameter)
+            shared.setdefault(layers[origin], []).append(ParameterPath(parameter))
+    return shared
 
 
 def read_layer(checkpoint: Checkpoint, format: Format, scheme: Scheme, layer: str) -> QTensor:

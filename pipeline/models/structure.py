@@ -28,7 +28,7 @@ from ..storage.checkpoint import Checkpoint, TensorInfo
 
 
 @dataclass(frozen=True)
-class Target:
+class ParameterPath:
     """Where a checkpoint's tensor goes in the model.
 
     parameter: the model's own name of it, such as "model.layers.0.mlp.experts.gate_up_proj".
@@ -81,7 +81,7 @@ def decoder(model: nn.Module) -> str:
     return max(sizes, key=lambda name: (sizes[name], -len(name)))
 
 
-class Names:
+class TensorNames:
     """Translates a checkpoint's tensor names into the model's, by transformers' own rules of renaming and merging."""
 
     def __init__(self, model: PreTrainedModel):
@@ -96,7 +96,7 @@ class Names:
             self._state.setdefault(name, self._state[origin])
         self._blocks = decoder(model)
 
-    def target(self, name: str) -> Target:
+    def target(self, name: str) -> ParameterPath:
         """The parameter that `name` fills; a name that the model does not have comes back as it is.
 
         Raises:
@@ -106,7 +106,7 @@ class Names:
             name, self._renamings, self._converters, base_model_prefix=self._prefix, meta_state_dict=self._state
         )
         if pattern is None:
-            return Target(renamed)
+            return ParameterPath(renamed)
         converter = next(c for c in self._converters if pattern in c.source_patterns)
         kinds = [type(operation) for operation in converter.operations]
         dims = [getattr(operation, "dim", None) for operation in converter.operations]
@@ -118,16 +118,16 @@ class Names:
             )
         for renaming in self._renamings:
             name, _ = renaming.rename_source_key(name)
-        found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
-        if found is None:
-            return Target(renamed)
+        expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+        if expert is None:
+            return ParameterPath(renamed)
         pieces = converter.source_patterns
-        return Target(renamed, (int(found[1]), pieces.index(pattern), len(pieces)))
+        return ParameterPath(renamed, (int(expert[1]), pieces.index(pattern), len(pieces)))
 
     def known(self, parameter: str) -> bool:
         return parameter in self._state
 
-    def shape(self, target: Target) -> tuple[int, ...] | None:
+    def shape(self, target: ParameterPath) -> tuple[int, ...] | None:
         """The shape that config.json gives the tensor; None where the model does not say."""
         parameter = self._state.get(target.parameter)
         if not isinstance(parameter, torch.Tensor):
@@ -136,12 +136,12 @@ class Names:
             return tuple(parameter.shape)
         return (parameter.shape[1] // target.expert[2], *parameter.shape[2:])
 
-    def floating(self, target: Target) -> bool:
+    def floating(self, target: ParameterPath) -> bool:
         """Whether the model computes with the tensor as floating-point numbers."""
         parameter = self._state.get(target.parameter)
         return isinstance(parameter, torch.Tensor) and parameter.is_floating_point()
 
-    def missing(self, targets: Iterable[Target]) -> list[str]:
+    def missing(self, targets: Iterable[ParameterPath]) -> list[str]:
         """Parameters of the model that none of the targets fills, or not with every piece of every expert."""
         filled: dict[str, set[tuple[int, int] | None]] = defaultdict(set)
         pieces: dict[str, int] = {}
@@ -165,7 +165,7 @@ class Names:
         return int(rest.split(".")[0]) if rest != parameter else None
 
 
-def weight_kind(model: nn.Module, target: Target) -> str | None:
+def weight_kind(model: nn.Module, target: ParameterPath) -> str | None:
     """How a module holds the weight that could be quantized there.
 
     "linear" for a weight stored [out, in], "conv1d" for one stored [in, out], "embedding" for the rows [ids, features]
@@ -184,14 +184,14 @@ def weight_kind(model: nn.Module, target: Target) -> str | None:
     return "linear" if isinstance(module, nn.Linear) else None
 
 
-def linear_kind(model: nn.Module, target: Target) -> str | None:
+def linear_kind(model: nn.Module, target: ParameterPath) -> str | None:
     """ "linear" or "conv1d", as `weight_kind` has it; None for anything else."""
     kind = weight_kind(model, target)
     return kind if kind in ("linear", "conv1d") else None
 
 
 def kept_names(
-    tensors: Mapping[str, TensorInfo], quantized: Collection[str], model: PreTrainedModel, names: Names
+    tensors: Mapping[str, TensorInfo], quantized: Collection[str], model: PreTrainedModel, names: TensorNames
 ) -> list[str]:
     """Layers that stay unquantized although they could be linear layers, by their names in the files.
 

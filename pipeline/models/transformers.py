@@ -19,9 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError, ConfigError
 from ..storage.checkpoint import Checkpoint
 from .modules import experts_of, quantized_layers, replace_layers
-from .optimize import quicken
+from .optimize import optimize_for_decoding
 from .quantized import QuantizedCheckpoint, read_quantized
-from .structure import Target, replace_module
+from .structure import ParameterPath, replace_module
 
 METHOD = "bitpress"
 
@@ -81,16 +81,17 @@ class BitpressQuantizer(HfQuantizer):
                 "allow more of it, or use a model of fewer bits"
             )
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **given: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         with torch.device("cpu"):  # instead of the meta device
-            self.checkpoint = Checkpoint(Path(given["checkpoint_files"][0]).parent)
+            self.checkpoint = Checkpoint(Path(options["checkpoint_files"][0]).parent)
             self.checkpoint.fetch()
             self.contents = read_quantized(self.checkpoint, model=model)
         sizes: dict[str, int] = {}
         for name, target in self._ours():
             path = _path(target)
             sizes[path] = sizes.get(path, 0) + self.checkpoint.tensors[name].nbytes
-        for path, nbytes in sizes.items():
+        tied = [_path(target) for targets in self.contents.shared.values() for target in targets]
+        for path, nbytes in (sizes | dict.fromkeys(tied, 0)).items():
             bias = None if _is_parameter(model, path) else getattr(model.get_submodule(path), "bias", None)
             replace_module(model, path, _Waiting(nbytes, bias))
         model._keys_to_ignore_on_load_unexpected = {".*"}  # read_quantized says what does not belong
@@ -103,7 +104,7 @@ class BitpressQuantizer(HfQuantizer):
         devices = {path: module.room.device for path, module in model.named_modules() if isinstance(module, _Waiting)}
         layers = quantized_layers(self.checkpoint, self.contents, lambda target: devices[_path(target)])
         replace_layers(model, self.contents.names, layers)
-        quicken(model)
+        optimize_for_decoding(model)
         if split:
             dispatch_model(model, places, main_device="cpu" if "cpu" in places.values() else None)
         return model
@@ -125,7 +126,7 @@ class BitpressQuantizer(HfQuantizer):
         plain = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tables)}
         return plain | quantized, {}
 
-    def _ours(self) -> Iterator[tuple[str, Target]]:
+    def _ours(self) -> Iterator[tuple[str, ParameterPath]]:
         """The tensors that transformers is not to load, and where they go."""
         for layer, target in self.contents.quantized.items():
             yield from ((name, target) for name in self.contents.tensors_of(self.checkpoint, layer))
@@ -133,7 +134,7 @@ class BitpressQuantizer(HfQuantizer):
         yield from ((name, target) for name, target in self.contents.plain.items() if target.parameter in experts)
 
 
-def _path(target: Target) -> str:
+def _path(target: ParameterPath) -> str:
     """What stands in the place of the weight: a layer, or a table of experts."""
     return target.parameter if target.expert else target.parameter.removesuffix(".weight")
 

@@ -119,7 +119,7 @@ def write_card(
         "snippets": [vars(snippet) for snippet in usage_snippets(repo, runtimes, chat)],
         "unsupported": unsupported_runtimes(runtimes),
         "figures": list(figures.items()),
-        "made": _made(metrics, origin),
+        "provenance": _provenance(metrics, origin),
         "command": str(metrics["command"]),
         "config": json.dumps(metrics["config"], indent=2),
         "files": [(item.name, f"{item.size:,}", item.sha256) for item in files],
@@ -136,7 +136,7 @@ def _what(metrics: Mapping[str, Any], origin: Origin) -> str:
     return f"{origin.id}, its weights quantized to {metrics['scheme']} by {metrics['method']}{calibrated}, {stored}."
 
 
-def _made(metrics: Mapping[str, Any], origin: Origin) -> list[tuple[str, str]]:
+def _provenance(metrics: Mapping[str, Any], origin: Origin) -> list[tuple[str, str]]:
     source = f"{origin.id}, revision {origin.revision}" if origin.on_hub else f"{origin.id}, which is not of the Hub"
     return [
         ("from", source),
@@ -165,12 +165,13 @@ def _metadata(repo: str, metrics: Mapping[str, Any], origin: Origin) -> dict[str
 
 
 def _calibration_sets(metrics: Mapping[str, Any]) -> list[str] | None:
-    """The data set of the Hub that it was calibrated on."""
+    """The data sets of the Hub that it was calibrated on."""
     if not metrics["calibration"]:
         return None
-    chosen = Calibrate.model_validate(metrics["config"]["quantize"]["calibration"] or {})
-    text = source_of(chosen.text)
-    return [text.dataset] if isinstance(text, Dataset) else None
+    recipes = metrics["config"]["recipes"]
+    texts = [source_of(Calibrate.model_validate(recipe["calibration"] or {}).text) for recipe in recipes]
+    names = [text.dataset for text in texts if isinstance(text, Dataset)]
+    return list(dict.fromkeys(names)) or None
 
 
 def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:

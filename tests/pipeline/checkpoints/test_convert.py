@@ -37,7 +37,7 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     def make(scheme: str, form: str) -> Path:
         out = folder / f"{scheme}.{form}"
         if not out.exists():
-            quantize(tiny_llama, scheme, out, recipe={"format": form})
+            quantize(tiny_llama, {"scheme": scheme, "format": form}, out)
         return out
 
     return make

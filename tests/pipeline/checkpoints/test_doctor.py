@@ -36,7 +36,7 @@ def whole(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """Format -> an artifact, read only."""
     folder = tmp_path_factory.mktemp("whole")
     for form, scheme in KINDS.items():
-        quantize(tiny_llama, scheme, folder / form, recipe={"format": FORMATS.get(form, form)})
+        quantize(tiny_llama, {"scheme": scheme, "format": FORMATS.get(form, form)}, folder / form)
     return {form: folder / form for form in KINDS}
 
 

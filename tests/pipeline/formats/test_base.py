@@ -179,7 +179,7 @@ class TestEveryFormat:
     @pytest.mark.parametrize("kept", [KEPT, ["lm_head"], []])
     def test_the_config_leads_back_to_the_scheme(self, format: Format, scheme: Scheme, kept: list[str]) -> None:
         config = json.loads(json.dumps(format.quantization_config({QUANTIZED: scheme}, kept, torch.bfloat16)))
-        assert format.schemes(config).get(QUANTIZED) == scheme
+        assert format.scheme_rules(config).get(QUANTIZED) == scheme
         _, stored = written(format, scheme, SHAPE, torch.bfloat16)
         assert detect(config, [f"model.layers.0.q_proj.{suffix}" for suffix in stored]).name == format.name
         every = [*KEPT, "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate"]
@@ -272,15 +272,15 @@ class TestGPTQ:
         del config["quant_method"], config["checkpoint_format"]
         found = detect(config, ["a.qweight"])
         assert found.name == "gptq-v2"
-        assert found.schemes(config).get(QUANTIZED) == Scheme.parse("int4-g128")
+        assert found.scheme_rules(config).get(QUANTIZED) == Scheme.parse("int4-g128")
 
     def test_layers_left_alone_and_layers_with_settings_of_their_own(self) -> None:
         gptq = registry()["gptq"]
-        assert gptq.schemes(self.config(dynamic={"-:^lm_head$": {}})).get(QUANTIZED) == Scheme.parse("int4-g128")
-        assert gptq.schemes(self.config(dynamic=None)).get(QUANTIZED) == Scheme.parse("int4-g128")
+        assert gptq.scheme_rules(self.config(dynamic={"-:^lm_head$": {}})).get(QUANTIZED) == Scheme.parse("int4-g128")
+        assert gptq.scheme_rules(self.config(dynamic=None)).get(QUANTIZED) == Scheme.parse("int4-g128")
         for pattern in (r"+:.*\.down_proj", r".*\.down_proj"):
             later = {r".*\.layers\.1\..*": {"bits": 2}}
-            rules = gptq.schemes(self.config(dynamic={"-:^lm_head$": {}, pattern: {"bits": 8}, **later}))
+            rules = gptq.scheme_rules(self.config(dynamic={"-:^lm_head$": {}, pattern: {"bits": 8}, **later}))
             assert rules.get("model.layers.1.mlp.down_proj") == Scheme.parse("int8-g128")  # the first that matches
             assert rules.get("model.layers.1.mlp.up_proj") == Scheme.parse("int2-g128")
             assert rules.get(QUANTIZED) == Scheme.parse("int4-g128")
@@ -288,9 +288,9 @@ class TestGPTQ:
     @pytest.mark.parametrize("pattern", ["(a+)+$", r"(.*a){30}", r"(\w|\w\w)*x", "(?=x)", "[", "a|b"])
     def test_patterns_that_could_take_for_ever_are_refused(self, pattern: str) -> None:
         with pytest.raises(ValueError, match="pattern"):
-            registry()["gptq"].schemes(self.config(dynamic={pattern: {"bits": 8}}))
+            registry()["gptq"].scheme_rules(self.config(dynamic={pattern: {"bits": 8}}))
         left_alone = self.config(dynamic={f"-:{pattern}": {}})  # need not be run to read what is quantized
-        assert registry()["gptq"].schemes(left_alone).get(QUANTIZED) == Scheme.parse("int4-g128")
+        assert registry()["gptq"].scheme_rules(left_alone).get(QUANTIZED) == Scheme.parse("int4-g128")
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -305,7 +305,7 @@ class TestGPTQ:
     def test_configs_that_are_not_read(self, change: dict[str, Any], said: str) -> None:
         config = self.config(**change)
         with pytest.raises(ValueError, match=said):
-            detect(config, ["a.qweight"]).schemes(config)
+            detect(config, ["a.qweight"]).scheme_rules(config)
 
 
 class TestCompressedTensors:
@@ -360,13 +360,13 @@ class TestCompressedTensors:
         config = packed.quantization_config({QUANTIZED: Scheme.parse("int4-g128")}, [], torch.bfloat16)
         config["config_groups"]["group_0"]["weights"] |= change
         with pytest.raises(ValueError, match=said):
-            packed.schemes(config)
+            packed.scheme_rules(config)
 
     def test_rotations_are_not_read(self) -> None:
         packed = registry()["compressed-tensors"]
         config = packed.quantization_config({QUANTIZED: Scheme.parse("int4-g128")}, [], torch.bfloat16)
         with pytest.raises(ValueError, match="transform_config"):
-            packed.schemes(config | {"transform_config": {"config_groups": {"u": {}}}})
+            packed.scheme_rules(config | {"transform_config": {"config_groups": {"u": {}}}})
 
 
 class TestBitsAndBytes:

@@ -129,9 +129,10 @@ class TestMetadata:
         assert "datasets" not in metadata(write())
         config = metrics("int4-g32")["config"]
         for text, names in (("org/set:raw:train", ["org/set"]), ("mine.txt", None)):
-            quantize = config["quantize"] | {"calibration": {"text": text, "windows": 4, "context": 32, "seed": 0}}
-            found = metadata(write(calibration=learned, config=config | {"quantize": quantize}))
-            assert found.get("datasets") == names
+            calibration = {"text": text, "windows": 4, "context": 32, "seed": 0}
+            recipes = [recipe | {"calibration": calibration} for recipe in config["recipes"]]
+            card = metadata(write(calibration=learned, config=config | {"recipes": recipes}))
+            assert card.get("datasets") == names
 
 
 class TestOrigin:
