@@ -19,7 +19,7 @@ def registry() -> dict[str, Format]:
 def first_fitting(
     layers: Mapping[str, tuple[Scheme, tuple[int, ...]]], embeddings: Collection[str] = ()
 ) -> tuple[Format, list[str]]:
-    """The first format, by rank, that holds every layer; and for each one before it a sentence that says why not.
+    """The first format, by rank, that holds every layer; and sentences on why those before it do not.
 
     Args:
         layers: name -> (scheme, [out_features, in_features]).
@@ -31,8 +31,8 @@ def first_fitting(
     for format in registry().values():
         if not (problems := misfits(format, layers, embeddings)):
             return format, reasons
-        reasons.append(f"not {format.name}: {'; '.join(problems)}")
-    raise ConfigError(f"no format holds every layer:\n{listing(reasons)}")
+        reasons += problems
+    raise ConfigError(f"no format can hold every layer together:\n{listing(reasons)}")
 
 
 def misfits(
