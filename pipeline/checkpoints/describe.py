@@ -1,6 +1,5 @@
 """What a checkpoint is, from its headers; what bitpress has, from its registries."""
 
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -55,21 +54,18 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def catalogue() -> dict[str, dict[str, str]]:
     """{"methods", "formats", "kernels"}: name -> what it serves, or why it cannot run here."""
-    schemes = {name: Scheme.parse(name) for name in examples()}
-
-    def served(problems: Callable[[Scheme], list[str]]) -> str:
-        return ", ".join(name for name, scheme in schemes.items() if not problems(scheme))
-
+    schemes = [Scheme.parse(name) for name in examples()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        "methods": {name: served(method.problems) for name, method in methods().items()},
+        "methods": {
+            name: ", ".join(scheme.name for scheme in schemes if not method.problems(scheme))
+            for name, method in methods().items()
+        },
         "formats": {
-            name: served(lambda scheme, format=format: format.problems(scheme, _PROBE))
+            name: ", ".join(scheme.name for scheme in schemes if not format.problems(scheme, _PROBE))
             for name, format in formats().items()
         },
-        f"kernels on {device.type}": {
-            kernel.name: _serves(kernel, list(schemes.values()), device) for kernel in kernels()
-        },
+        f"kernels on {device.type}": {kernel.name: _serves(kernel, schemes, device) for kernel in kernels()},
     }
 
 

@@ -201,7 +201,7 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
         scales, integers = qtensor.scales, scheme.weight.description().type == "int"
         if integers and (zero := int((scales == 0).sum())):
             diagnosis.faults.append(f"{layer}: {zero} of {scales.numel()} scales are zero, so their weights are, too")
-        observation = format.observe(qtensor, lambda suffix, layer=layer: checkpoint.read(f"{layer}.{suffix}"))
+        observation = format.observe(checkpoint, layer, qtensor)
         ordered = qtensor.order is not None
         seen.layers[layer] = LayerExamination(scheme, qtensor.shape, scales.dtype, ordered, observation)
     if contents:

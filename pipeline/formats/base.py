@@ -207,12 +207,8 @@ class Format(ABC):
         """What a config says the files have and they do not have; a sentence that begins with the reason."""
         return None
 
-    def observe(self, qtensor: QTensor, read: Callable[[str], Tensor]) -> Any:
-        """Something about a layer's files that `diagnose` needs to know and the QTensor does not tell.
-
-        Args:
-            read: reads one of the layer's tensors, by its suffix.
-        """
+    def observe(self, checkpoint: Checkpoint, layer: str, qtensor: QTensor) -> Any:
+        """Something about a layer's files that `diagnose` needs to know and the QTensor does not tell."""
         return None
 
     def diagnose(self, seen: Examination) -> tuple[list[str], list[str]]:

@@ -147,7 +147,8 @@ class CompressedTensors(Format):
         return f"actorder is 'group', and these tensors are missing:\n{listing(lost)}" if lost else None
 
     def diagnose(self, seen: Examination) -> tuple[list[str], list[str]]:
-        faults, notes = [], []
+        faults: list[str] = []
+        notes: list[str] = []
         if seen.scale_dtypes not in ([], [seen.dtype]):
             dtypes = " and ".join(seen.scale_dtypes)
             notes.append(f"scales are {dtypes}: a runtime that computes in {seen.dtype} rounds them to it")
@@ -175,8 +176,11 @@ class CompressedTensors(Format):
         experts, ordered = bool(facts.experts), facts.ordered
         transformers = Loading(facts.by_scheme(lambda scheme: _transformers(scheme, ordered)), "compressed-tensors")
         if not all(scheme.symmetric for scheme in facts.schemes.values()):
-            asked = {"arguments": "quantization_config=CompressedTensorsConfig(dequantize=True)"}
-            transformers = replace(transformers, **asked, imports="CompressedTensorsConfig")
+            transformers = replace(
+                transformers,
+                arguments="quantization_config=CompressedTensorsConfig(dequantize=True)",
+                imports="CompressedTensorsConfig",
+            )
         vllm: list[Reason] = []
         if ordered:
             vllm.append(

@@ -6,7 +6,7 @@ Per layer: qweight int32 [ceil(in * bits / 32), out], codes packed along the inp
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from bitpress.kernels.packing import pack, unpack, words
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
+from ..storage.checkpoint import Checkpoint
 from .act_order import gather_codes, read_order, scatter_codes, write_groups
 from .base import (
     Examination,
@@ -167,11 +168,11 @@ class GPTQ(Format):
             names.append(f"re:{pattern}" if literal is None else literal)
         return names
 
-    def observe(self, qtensor: QTensor, read: Callable[[str], Tensor]) -> int | None:
+    def observe(self, checkpoint: Checkpoint, layer: str, qtensor: QTensor) -> int | None:
         """The zero point that a symmetric layer stores."""
         if not qtensor.scheme.symmetric:
             return None
-        return _stored_zero(qtensor.scheme, read("qzeros"), qtensor.shape[0]) or 0
+        return _stored_zero(qtensor.scheme, checkpoint.read(f"{layer}.qzeros"), qtensor.shape[0]) or 0
 
     def diagnose(self, seen: Examination) -> tuple[list[str], list[str]]:
         faults, notes = [], []

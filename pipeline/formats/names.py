@@ -191,8 +191,8 @@ def _choices(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     for first, *rest in rows:
         rests[first].append(tuple(rest))
     alike: dict[frozenset[tuple[str, ...]], list[str]] = defaultdict(list)
-    for first, rest in rests.items():
-        alike[frozenset(rest)].append(first)
+    for first, after in rests.items():
+        alike[frozenset(after)].append(first)
     return [
         (firsts[0] if len(firsts) == 1 else f"({'|'.join(firsts)})", *choice)
         for firsts in alike.values()
