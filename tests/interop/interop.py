@@ -63,7 +63,7 @@ OURS = [
     ("qwen2", "int4-g128", "compressed-tensors", TRANSFORMERS),
     ("demo", "int4-g128-asym", "compressed-tensors", LLMCOMPRESSOR),
     ("demo", "int4-g128-asym", "compressed-tensors", TRANSFORMERS),
-    ("demo", "int8-dynamic", "int-quantized", TRANSFORMERS),
+    ("demo", "int8-dynamic", "compressed-tensors", TRANSFORMERS),
     ("demo", "nf4", "bitsandbytes", TRANSFORMERS),
     ("demo", "nf4-dq", "bitsandbytes", TRANSFORMERS),
     ("qwen2", "nf4", "bitsandbytes", TRANSFORMERS),
