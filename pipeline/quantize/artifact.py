@@ -3,16 +3,14 @@
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, listing
+from ..formats.base import Shard, Writer
 from ..storage import files as store
 from ..storage import journal
-from ..storage.checkpoint import INDEX, Checkpoint, read_json
+from ..storage.checkpoint import Checkpoint, read_json
 from ..storage.fingerprint import MANIFEST, check_fingerprint, open_work
 from ..system.progress import OnStep
 from ..system.versions import versions
@@ -56,11 +54,6 @@ class _Progress:
         self.notes.append(f"{file} is not as it was written; made again")
         return False
 
-    def commit(self, line: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Write a shard and, once it is safe, its line; `line` gains the file's size and hash."""
-        line |= store.write_safetensors(self.folder / line["file"], tensors)
-        self.journal.append(line)
-
     def finished_blocks(self, blocks: CalibratedBlocks, files: list[str]) -> int:
         """How many blocks need not be made again: all up to the last one, if its outputs are there for the next."""
         count = next((n for n, file in enumerate(files) if not self.committed(file)), len(files))
@@ -83,28 +76,7 @@ def _check_source(checkpoint: Checkpoint, unit: Unit, line: dict[str, Any]) -> N
         )
 
 
-def _write_rest(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: Path, lines: list[dict[str, Any]]) -> dict:
-    """Index, config and companions; returns file -> {bytes, sha256} of all."""
-    files = {line["file"]: {"bytes": line["bytes"], "sha256": line["sha256"]} for line in lines}
-    weight_map = {name: line["file"] for line in lines for name in Checkpoint.names_in(folder / line["file"])}
-    index = {
-        "metadata": {"total_size": sum(line["bytes"] for line in lines)},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    files[INDEX] = store.write_json(folder / INDEX, index)
-    section = plan.format.quantization_config(plan.schemes, plan.kept, plan.dtype)
-    config = {key: value for key, value in checkpoint.config.items() if key != "_name_or_path"}
-    if "dtype" not in config and "torch_dtype" not in config:
-        config["dtype"] = str(plan.dtype).removeprefix("torch.")
-    files["config.json"] = store.write_json(folder / "config.json", config | {"quantization_config": section})
-    for name, content in plan.format.side_files(section).items():
-        files[name] = store.write_json(folder / name, content)
-    for path in checkpoint.other_files():
-        files[path.name] = store.copy_file(path, folder / path.name)
-    return dict(sorted(files.items()))
-
-
-def _compare_names(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: Path) -> None:
+def _compare_names(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
     """Every tensor of the source is in the output, as it was or quantized, and nothing else is."""
     found = set(Checkpoint(folder).tensors)
     expected = {entry.info.name for entry in plan.tensors if not entry.spec}
@@ -155,10 +127,22 @@ def quantize(
     progress = _Progress(plan, work, folder)
     written = sum(line["bytes"] for line in progress.done.values())
     size = sum(tensor.info.nbytes * _ratio(tensor) for tensor in plan.tensors)
-    needed = max(0, int(size) - written) + (blocks.nbytes() if blocks else 0)
-    store.preflight(work, needed)
-    lines = _write_units(_Job(checkpoint, plan, recipe, blocks), progress, on_step)
-    _finish(checkpoint, plan, recipe, folder, lines, marks)
+    store.preflight(work, max(0, int(size) - written) + (blocks.nbytes() if blocks else 0))
+    writer = plan.format.writer(folder, plan.dtype, len(plan.units))
+    lines = _write_units(checkpoint, plan, blocks, writer, progress, recipe.max_fallback_layers, on_step)
+    section = plan.format.quantization_config(plan.schemes, plan.kept, plan.dtype)
+    files = writer.close(checkpoint.config, section, checkpoint.other_files())
+    _compare_names(checkpoint, plan, folder)
+    layers = [layer for line in lines for layer in line["layers"]]
+    manifest = {
+        "fingerprint": marks,
+        "versions": versions(),
+        **order_of_sums(recipe),
+        "recipe": recipe.to_dict() | {"format": plan.format.name},
+        "coverage": plan.coverage() | {"layers": layers},
+        "files": files,
+    }
+    store.write_json(folder / MANIFEST, manifest)
     checkpoint.check_unchanged()
     store.publish_folder(folder, out)
     clear_states(work)
@@ -170,58 +154,59 @@ def _ratio(tensor: PlannedTensor) -> float:
     return tensor.spec.scheme.bits / 8 / tensor.info.dtype.itemsize + 0.1 if tensor.spec else 1.0
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is to be done. blocks: for a method that learns, which takes the decoder's blocks one after the other."""
+def _write_units(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    blocks: CalibratedBlocks | None,
+    writer: Writer,
+    progress: _Progress,
+    max_fallback_layers: int,
+    on_step: OnStep,
+) -> list[dict[str, Any]]:
+    """Write every unit's shard that is not there yet; returns the journal's lines in the order of the units.
 
-    checkpoint: Checkpoint
-    plan: Plan
-    recipe: Recipe
-    blocks: CalibratedBlocks | None
+    A shard is written, synced and journaled by a thread while the next one is quantized, one at a time and in order.
 
-    def press(self, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if self.blocks and unit.block is not None:
-            return self.blocks.quantize_block(unit)
-        return quantize_unit(self.checkpoint, self.plan, unit)
-
-    def finished(self, progress: _Progress) -> set[str]:
-        """The files that need not be made again."""
-        files = {store.shard_name(n, len(self.plan.units)): unit.block for n, unit in enumerate(self.plan.units)}
-        if self.blocks is None:
-            return {file for file in files if progress.committed(file)}
-        inside = [file for file, block in files.items() if block is not None]
-        outside = {file for file, block in files.items() if block is None and progress.committed(file)}
-        return outside | set(inside[: progress.finished_blocks(self.blocks, inside)])
-
-    def commit(self, progress: _Progress, unit: Unit, line: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        progress.commit(line, tensors)
-        if self.blocks and unit.block is not None:
-            self.blocks.committed(unit.block)
-
-
-def _write_units(job: _Job, progress: _Progress, on_step: OnStep) -> list[dict[str, Any]]:
-    """Every unit's shard, but for those that are there; the journal's lines in the units' order.
-
-    A shard is written, synced and journaled by a thread while the next one is made, one at a time and in order.
+    Args:
+        blocks: quantizes the decoder's blocks where some method is calibrated, one after the other.
     """
+    total = len(plan.units)
+    names = {store.shard_name(number, total): unit for number, unit in enumerate(plan.units)}
+    if blocks is None:
+        finished = {file for file in names if progress.committed(file)}
+    else:
+        inside = [file for file, unit in names.items() if unit.block is not None]
+        finished = set(inside[: progress.finished_blocks(blocks, inside)])
+        finished |= {file for file, unit in names.items() if unit.block is None and progress.committed(file)}
+
+    def commit(unit: Unit, shard: Shard, line: dict[str, Any]) -> None:
+        line |= shard.write()
+        progress.journal.append(line)  # the shard is safe: from here on it counts
+        writer.adopt(line)
+        if blocks and unit.block is not None:
+            blocks.committed(unit.block)
+
     lines: dict[str, dict[str, Any]] = {}
-    finished, total = job.finished(progress), len(job.plan.units)
-    with ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(1) as thread:
         pending: Future[None] | None = None
-        for number, unit in enumerate(job.plan.units):
+        for number, (file, unit) in enumerate(names.items()):
             on_step(number, total)
-            file = store.shard_name(number, total)
             if file in finished:
                 lines[file] = progress.done[file]
-                _check_source(job.checkpoint, unit, lines[file])
+                _check_source(checkpoint, unit, lines[file])
+                writer.adopt(lines[file])
             else:
-                tensors, line = job.press(unit)
+                if blocks and unit.block is not None:
+                    line = blocks.quantize_block(unit, writer)
+                else:
+                    line = quantize_unit(checkpoint, plan, unit, writer)
+                shard = writer.cut(number)
                 if pending:
                     pending.result()
                 lines[file] = line | {"file": file}
-                pending = writer.submit(job.commit, progress, unit, lines[file], tensors)
-                del tensors  # the writer's alone, which lets go of them
-            _check_fallbacks(lines.values(), job.recipe.max_fallback_layers)
+                pending = thread.submit(commit, unit, shard, lines[file])
+                del shard  # the thread's alone, which lets go of the tensors
+            _check_fallbacks(lines.values(), max_fallback_layers)
         if pending:
             pending.result()
     on_step(total, total)
@@ -246,23 +231,6 @@ def _remarks(lines: list[dict[str, Any]]) -> list[str]:
     fallen, noted = _layers(lines, "fallback"), _layers(lines, "note")
     remarks = [f"{len(fallen)} layers fell back to absmax:\n{listing(fallen)}"] if fallen else []
     return remarks + ([f"{len(noted)} layers are special:\n{listing(noted)}"] if noted else [])
-
-
-def _finish(
-    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: Path, lines: list[dict[str, Any]], marks: dict[str, Any]
-) -> None:
-    files = _write_rest(checkpoint, plan, recipe, folder, lines)
-    _compare_names(checkpoint, plan, recipe, folder)
-    layers = [layer for line in lines for layer in line["layers"]]
-    manifest = {
-        "fingerprint": marks,
-        "versions": versions(),
-        **order_of_sums(recipe),
-        "recipe": recipe.to_dict() | {"format": plan.format.name},
-        "coverage": plan.coverage() | {"layers": layers},
-        "files": files,
-    }
-    store.write_json(folder / MANIFEST, manifest)
 
 
 def _verify_finished(out: Path, on_step: OnStep) -> list[str]:

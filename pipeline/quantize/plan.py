@@ -194,7 +194,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     dtype = next(tensor.info.dtype for tensor in tensors if tensor.spec)
     notes = [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     if reasons:
-        notes.append(f"saved as {format.name}, {'; '.join(reasons)}")
+        notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
     return Plan(model, tensors, _units(tensors), dtype, copies, format, notes)
 
 
@@ -228,8 +228,9 @@ def _decide(
         raise ValueError(f"dtype {info.dtype} is not bfloat16, float16 or float32: quantized already?")
     if info.shape[0] == 1 and kind == "linear":
         return None, None, "a single output: a gate"
-    if not inside and (origin := tied(model).get(target.parameter)):
-        raise ValueError(f"it is tied to {origin}, which it would not be equal to any more; name that one in the rule")
+    copies = [copy for copy, origin in tied(model).items() if origin == target.parameter]
+    if copies:
+        raise ValueError(f"{', '.join(copies)} is tied to it, and has no weight of its own")
     return spec, kind, ""
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 
+from ..formats.base import Writer
 from ..methods import uncalibrated_method
 from ..methods.base import Diagnostics, Method, Statistic
 from ..storage import files
@@ -25,7 +26,7 @@ from ..storage.finite import check_finite
 from .block_runner import BlockRunner, BlockView
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
-from .weights import Shard, quantize_outside, quantize_weight, read_ahead
+from .weights import UnitWriter, quantize_outside, quantize_weight, read_ahead
 
 REFERENCE_LOGITS = "reference_logits.safetensors"
 REFERENCE_TOKENS = 64
@@ -92,8 +93,8 @@ class CalibratedBlocks:
         """A block's inputs, batch by batch."""
         return Checkpoint.single(self.state(block)).read_rows(_HIDDEN, map(len, self.runner.batches))
 
-    def quantize_block(self, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors of a block's shard and its line in the journal.
+    def quantize_block(self, unit: Unit, writer: Writer) -> dict[str, Any]:
+        """Add a block's tensors to the writer's next shard; returns the shard's line in the journal.
 
         Afterwards the next block's inputs are on the disk or, after the last block, the reference logits.
 
@@ -116,7 +117,7 @@ class CalibratedBlocks:
                 methods.append(planned.spec.method)
         for method in methods:
             method.transform(BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block), method))
-        shard = Shard(unit, self.plan)
+        shard = UnitWriter(unit, writer)
         for planned in unit.tensors:
             if planned.spec is None:
                 shard.keep(planned, weights.pop(planned.info.name))
@@ -131,7 +132,7 @@ class CalibratedBlocks:
         else:
             line["state"] = self._write(block + 1, self.runner.outputs(self._inputs(block)))
             self.runner.unload_block()
-        return shard.tensors, line
+        return line
 
     def _quantized(
         self, block: int, unit: Unit, weights: dict[str, Tensor]

@@ -57,9 +57,9 @@ class LayerSpec:
             raise ValueError("; ".join(problems))
         return LayerSpec(scheme, method)
 
-    def fitted(self, shape: tuple[int, int]) -> "LayerSpec":
+    def fitted(self, shape: tuple[int, ...]) -> "LayerSpec":
         """The same spec, its group size made to divide the weight's inputs (see Scheme.fitted)."""
-        return replace(self, scheme=self.scheme.fitted(shape))
+        return replace(self, scheme=self.scheme.fitted((shape[0], shape[1])))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from bitpress.kernels.qtensor import QTensor
 
 from ..errors import ConfigError, NumericsError
+from ..formats.base import Writer
 from ..methods import uncalibrated_method
 from ..methods.base import Diagnostics, Method
 from ..storage.checkpoint import Checkpoint
@@ -18,28 +19,25 @@ from ..system.threads import one_ahead
 from .plan import Plan, PlannedTensor, Unit
 
 
-class Shard:
-    """The tensors that are written together, by their names in the artifact, and a report on each quantized layer."""
+class UnitWriter:
+    """Adds a unit's tensors to the artifact's next shard, and reports on each quantized layer."""
 
-    def __init__(self, unit: Unit, plan: Plan):
-        self.unit, self.plan = unit, plan
-        self.tensors: dict[str, Tensor] = {}
+    def __init__(self, unit: Unit, writer: Writer):
+        self.unit, self.writer = unit, writer
         self._reports: dict[str, dict[str, Any]] = {}
 
     def keep(self, planned: PlannedTensor, tensor: Tensor) -> None:
         """Add a tensor that is not quantized."""
-        self.tensors[planned.info.name] = tensor
+        self.writer.add(planned.info.name, tensor)
 
     def add(self, planned: PlannedTensor, qtensor: QTensor, diagnostics: Diagnostics) -> None:
-        """Add a quantized layer, as the plan's format stores it."""
+        """Add a quantized layer."""
         assert planned.spec
-        stored = self.plan.format.write(qtensor, self.plan.dtype)
-        self.tensors |= {f"{planned.module}.{suffix}": tensor for suffix, tensor in stored.items()}
         self._reports[planned.module] = {
             "name": planned.module,
             "block": planned.block,
             "shape": list(planned.shape),
-            "bytes": sum(tensor.nbytes for tensor in stored.values()),
+            "bytes": self.writer.add(planned.module, qtensor),
             "scheme": qtensor.scheme.name,
             "method": planned.spec.method.name,
             **{key: value for key, value in asdict(diagnostics).items() if value is not None},
@@ -114,13 +112,13 @@ def read_ahead(checkpoint: Checkpoint, unit: Unit, digest: Any) -> Iterator[tupl
     yield from zip(unit.tensors, tensors)
 
 
-def quantize_unit(checkpoint: Checkpoint, plan: Plan, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of one shard, and its line in the journal.
+def quantize_unit(checkpoint: Checkpoint, plan: Plan, unit: Unit, writer: Writer) -> dict[str, Any]:
+    """Add a unit's tensors to the writer's next shard; returns the shard's line in the journal.
 
     Raises:
         NumericsError: NaN or infinite values, or values that the format's scales cannot express.
     """
-    shard, digest = Shard(unit, plan), hashlib.sha256()
+    shard, digest = UnitWriter(unit, writer), hashlib.sha256()
     for planned, tensor in read_ahead(checkpoint, unit, digest):
         if planned.spec is None:
             check_finite(planned.info.name, tensor)
@@ -129,4 +127,4 @@ def quantize_unit(checkpoint: Checkpoint, plan: Plan, unit: Unit) -> tuple[dict[
             shard.add(planned, *quantize_outside(planned, tensor, plan))
         else:
             shard.add(planned, *quantize_weight(planned, tensor, plan))
-    return shard.tensors, shard.line(digest)
+    return shard.line(digest)

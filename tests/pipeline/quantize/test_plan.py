@@ -121,7 +121,7 @@ class TestFormat:
         made = plan("int4-g16", folder=odd)
         assert made.format.name == "compressed-tensors"
         assert any(
-            note.startswith("saved as compressed-tensors, for gptq needs multiples of 32") and "4 layers" in note
+            note.startswith("saved as compressed-tensors, because gptq needs multiples of 32") and "4 layers" in note
             for note in made.notes
         ), made.notes
 
