@@ -40,7 +40,6 @@ LATE_IMPORTS = {
     "pipeline/system/progress.py": "every command imports it, and few of them need the libraries that it silences",
     "pipeline/system/redact.py": "every command imports it, and huggingface_hub takes its time",
     "pipeline/data/text.py": "the text is large, pyarrow and datasets are optional",
-    "pipeline/models/structure.py": "transformers takes seconds, and inspect reads headers alone",
     "pipeline/methods/nf4.py": "bitsandbytes is optional",
     "pipeline/bench/scripts/*_job.py": "another program's Python runs them, and tests import them without that program",
     "kernels/external/bitsandbytes_nf4.py": "bitsandbytes is optional",
@@ -337,8 +336,10 @@ OTHER_MEANINGS = {
     "eval/measure/protocols.py": "protocols of perplexity are named after the papers of methods",
     "pipeline/bench/scripts/*_job.py": "the options of another program",
 }
-# A registry finds a plug-in by a name that it was handed; it holds no name itself.
-REGISTRIES = ("kernels/registry.py", "pipeline/formats/__init__.py", "pipeline/methods/__init__.py")
+# A registry finds a plug-in by a name that it was handed; it holds no name itself. So does a scheme, of its two parts.
+REGISTRIES = (
+    "kernels/registry.py", "kernels/scheme.py", "pipeline/formats/__init__.py", "pipeline/methods/__init__.py",
+)  # fmt: skip
 
 
 def registered() -> dict[str, set[Path]]:

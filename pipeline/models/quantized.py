@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
@@ -15,9 +15,6 @@ from ..formats.base import Format
 from ..formats.compressed_tensors import ORDER_SUFFIX, scattered
 from ..storage.checkpoint import Checkpoint
 from .structure import ParameterPath, TensorNames, linear_kind, skeleton
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Layout:
 
     format: Format
     scheme: Scheme
-    model: "PreTrainedModel"
+    model: PreTrainedModel
     names: TensorNames
     quantized: dict[str, ParameterPath]
     plain: dict[str, ParameterPath]
@@ -52,7 +49,7 @@ def detect_scheme(checkpoint: Checkpoint) -> tuple[Format, Scheme]:
 
 
 def read_layout(
-    checkpoint: Checkpoint, dtype: torch.dtype | None = None, model: "PreTrainedModel | None" = None
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, model: PreTrainedModel | None = None
 ) -> Layout:
     """What each tensor of a quantized checkpoint is, from headers alone.
 
@@ -81,9 +78,7 @@ def read_layout(
     return Layout(format, scheme, model, names, quantized, plain, shapes)
 
 
-def _quantized_layers(
-    checkpoint: Checkpoint, format: Format, model: "PreTrainedModel", names: TensorNames
-) -> list[str]:
+def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: TensorNames) -> list[str]:
     """Every layer with the format's marker, and every linear layer that has lost it but not the rest."""
     telling = [f".{suffix}" for suffix in format.suffixes if suffix != "weight"]
     candidates = dict.fromkeys(
@@ -118,12 +113,12 @@ def _check_plain(
         raise CheckpointError(f"{checkpoint.folder} is not a whole quantized checkpoint:\n{listing(faults)}")
 
 
-def _is_linear(model: "PreTrainedModel", names: TensorNames, target: ParameterPath) -> bool:
+def _is_linear(model: PreTrainedModel, names: TensorNames, target: ParameterPath) -> bool:
     return names.known(target.parameter) and linear_kind(model, target) is not None
 
 
 def _check_fits(
-    model: "PreTrainedModel", names: TensorNames, target: ParameterPath, layer: str, checkpoint: Checkpoint
+    model: PreTrainedModel, names: TensorNames, target: ParameterPath, layer: str, checkpoint: Checkpoint
 ) -> None:
     if not _is_linear(model, names, target):
         raise CheckpointError(f"{checkpoint.folder}: {layer} is no linear layer of the model in config.json")
@@ -149,7 +144,7 @@ def read_layer(checkpoint: Checkpoint, format: Format, scheme: Scheme, layer: st
     return qtensor
 
 
-def _shape(model: "PreTrainedModel", names: TensorNames, target: ParameterPath) -> tuple[int, ...] | None:
+def _shape(model: PreTrainedModel, names: TensorNames, target: ParameterPath) -> tuple[int, ...] | None:
     shape = names.shape(target)
     return shape[::-1] if shape and linear_kind(model, target) == "conv1d" else shape
 

@@ -1,24 +1,29 @@
 """The structure of any decoder-only architecture that transformers has: which tensor is which weight of which block.
 
 The model is built from config.json alone, its parameters on the meta device, and asked; there is no per-model code.
-transformers is imported where it is needed: it takes seconds, and `bitpress inspect` reads headers alone.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError
 from ..storage.checkpoint import Checkpoint
-from ..system.collector import collector_paused
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,12 @@ class ParameterPath:
     expert: tuple[int, int, int] | None = None
 
 
-def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> "PreTrainedModel":
+def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a checkpoint, its parameters on the meta device (they take no memory), its buffers real.
 
     Raises:
         CheckpointError: transformers has no causal language model for this config, or the config is not sane.
     """
-    with collector_paused():
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel  # noqa: F401 (the bulk of it all)
-
     layers = checkpoint.config.get("num_hidden_layers", checkpoint.config.get("n_layer", 1))
     if not isinstance(layers, int) or not 1 <= layers <= len(checkpoint.tensors):
         raise CheckpointError(
@@ -82,10 +83,7 @@ def decoder(model: nn.Module) -> str:
 class TensorNames:
     """Translates a checkpoint's tensor names into the model's, by transformers' own rules of renaming and merging."""
 
-    def __init__(self, model: "PreTrainedModel"):
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
+    def __init__(self, model: PreTrainedModel):
         transforms = get_model_conversion_mapping(model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -103,8 +101,6 @@ class TensorNames:
         Raises:
             CheckpointError: transformers would rework this tensor in a way that bitpress does not follow.
         """
-        from transformers.core_model_loading import Concatenate, MergeModulelist, rename_source_key
-
         renamed, pattern = rename_source_key(
             name, self._renamings, self._converters, base_model_prefix=self._prefix, meta_state_dict=self._state
         )
@@ -170,8 +166,6 @@ class TensorNames:
 
 def linear_kind(model: nn.Module, target: ParameterPath) -> str | None:
     """ "linear" for a weight stored [out, in], "conv1d" for one stored [in, out], None for anything else."""
-    from transformers.pytorch_utils import Conv1D
-
     if target.expert:
         return "linear"
     path, _, leaf = target.parameter.rpartition(".")
@@ -217,6 +211,6 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(parent, leaf, module)
 
 
-def tied(model: "PreTrainedModel") -> dict[str, str]:
+def tied(model: PreTrainedModel) -> dict[str, str]:
     """Parameter -> the parameter whose storage it shares, such as lm_head.weight -> model.embed_tokens.weight."""
     return dict(model.all_tied_weights_keys)
