@@ -49,13 +49,6 @@ def misfits(
     return [*(counted(problem, names) for problem, names in problems.items()), *mixture]
 
 
-def default_format(scheme: Scheme) -> Format:
-    """The format that most runtimes load for a scheme, whatever the shapes."""
-    description = scheme.weight.description()
-    probe = (1024, 32 * (description.group_size or 32))
-    return first_fitting({"": (scheme, probe)})[0]
-
-
 def detect(config: dict[str, Any], names: Iterable[str]) -> Format:
     """The format of a checkpoint from its quantization_config and tensor names.
 

@@ -15,7 +15,7 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.weights.integer import Integer
 from bitpress.kernels.weights.nf4 import NF4_CODEBOOK
-from bitpress.pipeline.formats import default_format, detect, registry
+from bitpress.pipeline.formats import detect, first_fitting, registry
 from bitpress.pipeline.formats.base import Format
 from bitpress.pipeline.methods import default_method
 
@@ -153,7 +153,7 @@ def assert_same(found: QTensor, expected: QTensor) -> None:
 def test_every_scheme_has_a_format() -> None:
     assert {case.values[1].name for case in CASES} == {scheme.name for scheme in SCHEMES}
     assert {case.values[0].name for case in CASES} == set(registry())
-    assert all(not default_format(scheme).problems(scheme, SHAPE) for scheme in SCHEMES)
+    assert all(not first_fitting({"": (scheme, SHAPE)})[0].problems(scheme, SHAPE) for scheme in SCHEMES)
 
 
 class TestEveryFormat:
@@ -230,8 +230,8 @@ class TestGPTQ:
         assert "zero point of 0" in gptq.problems(Scheme.parse("int4-g32-asym"), SHAPE)[0]
 
     def test_version_2_is_no_default(self) -> None:
-        assert default_format(Scheme.parse("int4-g32")).name == "gptq"
-        assert default_format(Scheme.parse("int4-g32-asym")).name == "compressed-tensors"
+        assert first_fitting({"": (Scheme.parse("int4-g32"), SHAPE)})[0].name == "gptq"
+        assert first_fitting({"": (Scheme.parse("int4-g32-asym"), SHAPE)})[0].name == "compressed-tensors"
 
     @pytest.mark.parametrize(("bits", "word"), [(2, 0xAAAAAAAA), (4, 0x88888888), (8, 0x80808080)])
     def test_zero_points_of_version_2_are_stored_as_they_are(self, bits: int, word: int) -> None:
