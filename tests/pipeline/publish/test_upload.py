@@ -318,7 +318,7 @@ class TestBatch:
         where = Publish(repo="user/{model}-{recipe}", private=True, collection="Tiny things")
         config = make_run(tmp_path, recipes=["int4-g32", "int8-dynamic"], gates=Gates(kl_mean=0.002), publish=where)
         news: list[str] = []
-        outcomes = {outcome.scheme: outcome for outcome in execute(config, "bitpress run", news.append)}
+        outcomes = {outcome.recipe: outcome for outcome in execute(config, "bitpress run", news.append)}
         assert isinstance(outcomes["int4-g32"].error, GateError)
         assert outcomes["int4-g32"].published is None
         assert outcomes["none"].published is None
