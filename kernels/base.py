@@ -66,13 +66,16 @@ class Kernel(Protocol):
 
     rank: the place among the kernels, lower (faster) first. serves: the schemes that it can multiply by; what is not
     listed it refuses. rounds_weight_only_inputs: whether it quantizes the inputs of schemes that leave them alone:
-    that is faster, and a little less exact.
+    that is faster, and a little less exact. only_calls_library: it is another library's operator, and little else.
+    last_resort: it serves everything, slowly, and no benchmark times it unless asked to.
     """
 
     rank: ClassVar[int]
     name: ClassVar[str]
     serves: ClassVar[tuple[Serves, ...]]
     rounds_weight_only_inputs: ClassVar[bool] = False
+    only_calls_library: ClassVar[bool] = False
+    last_resort: ClassVar[bool] = False
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this kernel cannot serve inputs of this dtype on this device, in a few words; None if it can."""

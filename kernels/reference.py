@@ -24,7 +24,7 @@ class Reference(Kernel):
     rank: ClassVar[int] = 100  # behind all others
     name: ClassVar[str] = "reference"
     serves: ClassVar[tuple[Serves, ...]] = ()  # every scheme: it asks the weight type and the activations themselves
-    rounds_weight_only_inputs: ClassVar[bool] = False
+    last_resort: ClassVar[bool] = True
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         return None

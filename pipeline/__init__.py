@@ -1,4 +1,4 @@
-"""bitpress: press Transformer checkpoints into fewer bits, and know what that cost.
+"""bitpress: quantize Transformer checkpoints to fewer bits, and know what that costs.
 
 from bitpress.pipeline import quantize, load
 

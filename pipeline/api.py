@@ -127,5 +127,5 @@ def publish(
     Raises:
         BitpressError: what, got, expected, and what to do.
     """
-    shipment = prepare(Path(run).expanduser(), repo, override, on_step)
-    return shipment.publication("dry run") if dry_run else send(shipment, private)
+    upload = prepare(Path(run).expanduser(), repo, override, on_step)
+    return upload.publication("dry run") if dry_run else send(upload, private)

@@ -10,26 +10,23 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
-from .formats import readable
+from .formats import readable, registry
 from .models.transformers import METHOD, BitpressConfig, BitpressQuantizer
-
-# What a config.json's quant_method is called in transformers' registry.
-_METHODS = ("gptq", "compressed-tensors", "bitsandbytes_4bit")
 
 
 class _Choice:
-    """Stands in the registry for the config of one method, and makes bitpress's own where bitpress reads the format."""
+    """Stands in transformers' registry for the config of one method; makes bitpress's own where bitpress reads it."""
 
     def __init__(self, original: Any):
         self.original = original
 
-    def from_dict(self, stored: dict[str, Any], **given: Any) -> Any:
-        return BitpressConfig(stored) if readable(stored) else self.original.from_dict(stored, **given)
+    def from_dict(self, stored: dict[str, Any], **options: Any) -> Any:
+        return BitpressConfig(stored) if readable(stored) else self.original.from_dict(stored, **options)
 
 
 register_quantization_config(METHOD)(BitpressConfig)
 register_quantizer(METHOD)(BitpressQuantizer)
-for _method in _METHODS:
+for _method in dict.fromkeys(method for format in registry().values() for method in format.hf_methods):
     AUTO_QUANTIZATION_CONFIG_MAPPING[_method] = _Choice(  # type: ignore[assignment]
         AUTO_QUANTIZATION_CONFIG_MAPPING[_method]
     )

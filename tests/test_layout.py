@@ -336,8 +336,10 @@ OTHER_MEANINGS = {
     "eval/measure/protocols.py": "protocols of perplexity are named after the papers of methods",
     "pipeline/bench/scripts/*_job.py": "the options of another program",
 }
-# A registry finds a plug-in by a name that it was handed; it holds no name itself.
-REGISTRIES = ("kernels/registry.py", "pipeline/formats/__init__.py", "pipeline/methods/__init__.py")
+# A registry finds a plug-in by a name that it was handed; it holds no name itself. So does a scheme, of its two parts.
+REGISTRIES = (
+    "kernels/registry.py", "kernels/scheme.py", "pipeline/formats/__init__.py", "pipeline/methods/__init__.py",
+)  # fmt: skip
 
 
 def registered() -> dict[str, set[Path]]:

@@ -1,1 +1,1 @@
-"""What is measured of a model."""
+"""Measurements of a model: quality, memory, speed, energy, tasks."""

@@ -1,4 +1,4 @@
-"""Joules that a device has used, from the machine's own counters, where it has them and lets them be read."""
+"""Joules that a device has used, from the machine's own counters. Not every machine has them or lets us read them."""
 
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +10,7 @@ _RAPL = Path("/sys/class/powercap")
 
 
 class Meter(Protocol):
-    """name: of the counter. since(reading): joules between an earlier `read()` and now."""
+    """A counter of energy. name: what it counts. since(reading): joules between an earlier `read()` and now."""
 
     name: str
 
@@ -20,7 +20,7 @@ class Meter(Protocol):
 
 
 class Rapl:
-    """The processor packages' counters (Linux's powercap): cores, caches, and whatever else runs on them."""
+    """The counters of the processor packages (Linux's powercap). They count all programs that run, not only ours."""
 
     name = "RAPL, processor packages"
 
@@ -28,7 +28,7 @@ class Rapl:
         names = [path for path in sorted(folder.glob("*/name")) if path.read_text().startswith("package")]
         self._packages = [path.parent for path in names]
         self._ranges = [self._number(package / "max_energy_range_uj") for package in self._packages]
-        self.read()  # may be forbidden
+        self.read()  # raises where reading is forbidden
 
     @staticmethod
     def _number(path: Path) -> float:
@@ -45,7 +45,7 @@ class Rapl:
 
 
 class Nvml:
-    """One GPU's counter, from NVIDIA's management library."""
+    """The counter of one GPU, from NVIDIA's management library."""
 
     name = "NVML, the whole card"
 
@@ -64,14 +64,14 @@ class Nvml:
 
 
 def meter(device: torch.device) -> Meter | None:
-    """The counter of a device; None where there is none that this process may read."""
+    """The counter of a device; None where this process can read none."""
     if device.type == "cuda":
         try:
             return Nvml(device)
         except (ImportError, AttributeError):
             return None
         except Exception as error:
-            if type(error).__module__ != "pynvml":  # its errors have no other mark
+            if type(error).__module__ != "pynvml":  # its error class cannot be named before the module is imported
                 raise
             return None
     try:

@@ -1,15 +1,14 @@
-"""Where quantization hurts: how far the outputs of layers and blocks are from those of the model they were made from.
+"""Where quantization hurts: how far the outputs of layers and blocks are from those of the unquantized model.
 
-An output's relative error is ||y' - y|| / ||y||, norms over all tokens and channels; y is the unquantized model's.
+The relative error of an output is ||y' - y|| / ||y||, with norms over all tokens and channels. y is the output of the
+unquantized model, and y' that of the quantized one.
 
-- output_error: of y' that the quantized layer or block puts out for the unquantized model's own inputs: what it does
-  wrong by itself.
-- cumulative_error: of what the quantized model's block puts out, which reads what the blocks before it got wrong.
+- output_error: the quantized layer or block reads the unquantized model's own inputs. This is its own error.
+- cumulative_error: the quantized model's block reads what the blocks before it put out, so their errors come along.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,69 +18,66 @@ from .protocols import Window
 
 OnStep = Callable[[int, int], None]
 See = Callable[[int, tuple, dict, Tensor], None]  # a module's number, arguments, options and output
-TOKENS = 512  # of each window: errors hardly depend on the position, and all blocks' outputs are held
-WORST = 3  # channels told of each layer
+TOKENS = 512  # tokens of each window: errors hardly depend on the position, and the outputs of all blocks are in memory
+WORST = 3  # the number of channels that are reported of each layer
 
 
 class _Error:
-    """Sums of squares over tokens, for each channel."""
+    """Sums of squares over tokens, for each channel, of outputs and of their errors."""
 
     def __init__(self) -> None:
-        self.wrong: Tensor | float = 0.0
-        self.right: Tensor | float = 0.0
+        self.squared_error: Tensor | float = 0.0
+        self.squared_output: Tensor | float = 0.0
 
-    def add(self, found: Tensor, expected: Tensor) -> None:
+    def add(self, output: Tensor, expected: Tensor) -> None:
         channels = expected.shape[-1]
         expected = expected.reshape(-1, channels).float()
-        self.wrong = self.wrong + (found.reshape(-1, channels).float() - expected).square().sum(0)
-        self.right = self.right + expected.square().sum(0)
+        self.squared_error = self.squared_error + (output.reshape(-1, channels).float() - expected).square().sum(0)
+        self.squared_output = self.squared_output + expected.square().sum(0)
 
     def relative(self) -> float | None:
-        """None where there was nothing to be wrong about."""
-        right, wrong = (sums.double().sum().item() for sums in self._sums())
-        return (wrong / right) ** 0.5 if right else None
-
-    def _sums(self) -> tuple[Tensor, Tensor]:
-        return torch.as_tensor(self.right), torch.as_tensor(self.wrong)
+        """The relative error over all channels; None where the expected output is zero."""
+        output = torch.as_tensor(self.squared_output).double().sum().item()
+        return (torch.as_tensor(self.squared_error).double().sum().item() / output) ** 0.5 if output else None
 
     def worst(self) -> list[dict[str, Any]]:
-        """The channels with the largest part in the error: {"channel", "share" of the squared error, "error"}."""
-        right, wrong = (sums.double() for sums in self._sums())
-        total = wrong.sum().item()
+        """The WORST channels with the largest part of the error: {"channel", "share" of the squared error, "error"}."""
+        outputs, errors = torch.as_tensor(self.squared_output).double(), torch.as_tensor(self.squared_error).double()
+        total = errors.sum().item()
         if not total:
             return []
-        found = wrong.topk(min(WORST, wrong.numel())).indices.tolist()
         return [
             {
                 "channel": channel,
-                "share": wrong[channel].item() / total,
-                "error": (wrong[channel] / right[channel]).sqrt().item() if right[channel] else None,
+                "share": errors[channel].item() / total,
+                "error": (errors[channel] / outputs[channel]).sqrt().item() if outputs[channel] else None,
             }
-            for channel in found
+            for channel in errors.topk(min(WORST, errors.numel())).indices.tolist()
         ]
 
 
 def pairs(baseline: nn.Module, model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(name, unquantized, quantized) of each layer that is of another kind in the quantized model."""
-    there = dict(model.named_modules())
+    """Yields (name, unquantized, quantized) for each layer whose class differs in the quantized model."""
+    quantized = dict(model.named_modules())
     for name, layer in baseline.named_modules():
-        changed = name in there and type(there[name]) is not type(layer)
+        changed = name in quantized and type(quantized[name]) is not type(layer)
         if changed and not any(layer.children()) and getattr(layer, "weight", None) is not None:
-            yield name, layer, there[name]
+            yield name, layer, quantized[name]
 
 
-def _output(found: Any) -> Tensor:
-    return found[0] if isinstance(found, tuple | list) else found
+def _first(output: Any) -> Tensor:
+    """A module's output, or the first part of it: blocks of some models return a tuple."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 @contextmanager
 def _watched(modules: Iterable[nn.Module], see: See) -> Iterator[None]:
-    """see(number, arguments, options, output) after each call of the number-th module."""
+    """Calls see(number, arguments, options, output) after each call of the number-th module, within the block."""
     handles = []
     for number, module in enumerate(modules):
 
-        def hook(_: Any, arguments: tuple, options: dict, found: Any, number: int = number) -> None:
-            see(number, arguments, options, _output(found))
+        def hook(_: Any, arguments: tuple, options: dict, output: Any, number: int = number) -> None:
+            see(number, arguments, options, _first(output))
 
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
     try:
@@ -89,43 +85,6 @@ def _watched(modules: Iterable[nn.Module], see: See) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@dataclass(frozen=True)
-class _Twins:
-    """Modules that stand in each other's place, and the error of the quantized ones."""
-
-    old: list[nn.Module]
-    new: list[nn.Module]
-    errors: list[_Error]
-
-    @staticmethod
-    def of(old: Iterable[nn.Module], new: Iterable[nn.Module]) -> "_Twins":
-        twins = list(zip(old, new))
-        return _Twins([one for one, _ in twins], [other for _, other in twins], [_Error() for _ in twins])
-
-    def watched(self) -> AbstractContextManager[None]:
-        """Each call of an unquantized module is repeated by its twin, on the same inputs."""
-
-        def see(number: int, arguments: tuple, options: dict, expected: Tensor) -> None:
-            self.errors[number].add(_output(self.new[number](*arguments, **options)), expected)
-
-        return _watched(self.old, see)
-
-
-class _Outputs(list[Tensor]):
-    """Of each block of the unquantized model, for one window."""
-
-    def add(self, number: int, arguments: tuple, options: dict, found: Tensor) -> None:
-        self.append(found)
-
-    def compared(self, errors: list[_Error]) -> See:
-        """Adds up how far those of the quantized model's blocks are from them."""
-
-        def see(number: int, arguments: tuple, options: dict, found: Tensor) -> None:
-            errors[number].add(found, self[number])
-
-        return see
 
 
 @torch.inference_mode()
@@ -136,45 +95,53 @@ def output_errors(
     blocks: str,
     on_step: OnStep = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Errors of layers and blocks, over the first TOKENS tokens of each window; costs about four forwards of each.
+    """Errors of layers and blocks over the first TOKENS tokens of each window; costs about four forwards of each model.
 
     Args:
         blocks: the name of the list of decoder blocks in both models, such as "model.layers".
     Returns:
         {"tokens", "layers": [{"name", "block", "output_error", "worst_channels"}], "blocks": [{"block",
-        "output_error", "cumulative_error"}]}; errors are None where the output is zero, or where
-        nothing reached a layer, as may happen to experts.
+        "output_error", "cumulative_error"}]}. An error is None where the output is zero, or where no token reached a
+        layer, which happens to experts.
     """
-    changed = list(pairs(baseline, model))
-    layers = _Twins.of((layer for _, layer, _ in changed), (twin for _, _, twin in changed))
-    whole = _Twins.of(_children(baseline, blocks), _children(model, blocks))
-    cumulative = [_Error() for _ in whole.old]
+    layers = list(pairs(baseline, model))
+    old_blocks, new_blocks = (list(m.get_submodule(blocks).children()) for m in (baseline, model))
+    # Layers come first, then blocks. Each quantized one repeats the calls of the unquantized one, on the same inputs.
+    old = [*(layer for _, layer, _ in layers), *old_blocks]
+    new = [*(layer for _, _, layer in layers), *new_blocks]
+    errors, cumulative = [_Error() for _ in old], [_Error() for _ in old_blocks]
+    outputs: list[Tensor] = []  # the unquantized blocks' outputs for one window
+
+    def repeat(number: int, arguments: tuple, options: dict, expected: Tensor) -> None:
+        errors[number].add(_first(new[number](*arguments, **options)), expected)
+        if number >= len(layers):
+            outputs.append(expected)
+
+    def accumulate(number: int, arguments: tuple, options: dict, output: Tensor) -> None:
+        cumulative[number].add(output, outputs[number])
+
     for number, window in enumerate(windows):
         on_step(number, len(windows))
         ids = window.ids[:TOKENS].unsqueeze(0)
-        outputs = _Outputs()
-        with layers.watched(), whole.watched(), _watched(whole.old, outputs.add):
+        outputs.clear()
+        with _watched(old, repeat):
             baseline(input_ids=ids, use_cache=False)
-        with _watched(whole.new, outputs.compared(cumulative)):
+        with _watched(new_blocks, accumulate):
             model(input_ids=ids, use_cache=False)
     on_step(len(windows), len(windows))
+
+    def block_of(name: str) -> int | None:
+        rest = name.removeprefix(f"{blocks}.")
+        return int(rest.partition(".")[0]) if rest != name else None
+
     return {
         "tokens": sum(min(TOKENS, window.ids.numel()) for window in windows),
         "layers": [
-            {"name": name, "block": _block(name, blocks), "output_error": e.relative(), "worst_channels": e.worst()}
-            for (name, _, _), e in zip(changed, layers.errors)
+            {"name": name, "block": block_of(name), "output_error": e.relative(), "worst_channels": e.worst()}
+            for (name, _, _), e in zip(layers, errors)
         ],
         "blocks": [
             {"block": number, "output_error": own.relative(), "cumulative_error": both.relative()}
-            for number, (own, both) in enumerate(zip(whole.errors, cumulative))
+            for number, (own, both) in enumerate(zip(errors[len(layers) :], cumulative))
         ],
     }
-
-
-def _children(model: nn.Module, blocks: str) -> list[nn.Module]:
-    return list(model.get_submodule(blocks).children())
-
-
-def _block(name: str, blocks: str) -> int | None:
-    rest = name.removeprefix(f"{blocks}.")
-    return int(rest.partition(".")[0]) if rest != name else None

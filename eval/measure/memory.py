@@ -1,4 +1,4 @@
-"""What a model takes: bytes of weights, cache and activations, and the peak of the process that runs it."""
+"""The memory of a model: bytes of weights, cache and activations, and the peak of the process that runs it."""
 
 import contextlib
 import inspect
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from . import container_memory
 
-CARDS = (8, 12, 16, 24, 48, 80)  # GiB, as graphics cards come
-RESERVE = 1 << 30  # bytes of a card that CUDA and its libraries keep: half a GiB and up, more with every library
+CARDS = (8, 12, 16, 24, 48, 80)  # GiB: common sizes of graphics cards
+RESERVE = 1 << 30  # bytes of a card that CUDA and its libraries need: half a GiB or more
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -22,7 +22,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each storage counted once (tied weights are one).
 
-    A tensor in oneDNN's own layout has no storage to ask; it counts by its elements.
+    A tensor in oneDNN's own layout has no storage that can be asked: its elements are counted.
     """
     opaque, storages = 0, {}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -36,7 +36,7 @@ def resident_bytes(model: nn.Module) -> int:
 def peak_rss_bytes() -> int:
     """The most memory that this process has held so far, or since a Peak began, in bytes.
 
-    Linux's ru_maxrss will not do: a new process starts with that of the one that started it.
+    Linux's ru_maxrss is no use here: a new process inherits the value of the process that started it.
     """
     if _STATUS.exists():
         return _status("VmHWM")
@@ -50,13 +50,13 @@ def _status(key: str) -> int:
 
 
 def peak_cuda_bytes() -> int | None:
-    """The most memory that torch has allocated on the current CUDA device so far, or since a Peak began; None without
-    one."""
+    """The most bytes that torch has allocated on the current CUDA device so far, or since a Peak began; None without a
+    device."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be allocated on a device."""
+    """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free, left = psutil.virtual_memory().available, container_memory.left()
@@ -64,10 +64,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 class Peak:
-    """How far memory rises while a `with` block runs: of the CUDA device, or on a CPU of this process.
+    """How far memory rises while a `with` block runs: memory of the CUDA device, or on a CPU memory of this process.
 
-    growth: bytes above those held at the start; None where the system cannot tell (it takes Linux to start a process's
-        peak anew). rss, cuda: the highest until the block's end, as peak_rss_bytes and peak_cuda_bytes.
+    growth: bytes above the memory held at the start; None where the system cannot tell (only Linux can reset a
+        process's peak). rss, cuda: peak_rss_bytes and peak_cuda_bytes at the block's end.
     """
 
     def __init__(self, device: torch.device):
@@ -95,15 +95,12 @@ class Peak:
         if self._start is not None and now is not None:
             self.growth = max(0, now - self._start)
         self.rss = max(self.rss, peak_rss_bytes())
-        self.cuda = _larger(self.cuda, peak_cuda_bytes())
-
-
-def _larger(one: int | None, other: int | None) -> int | None:
-    return max((value for value in (one, other) if value is not None), default=None)
+        peaks = (self.cuda, peak_cuda_bytes())
+        self.cuda = max((peak for peak in peaks if peak is not None), default=None)
 
 
 def cache_bytes(cache: Any) -> int | None:
-    """Bytes of the keys and values in transformers' cache; None for a cache of another kind."""
+    """Bytes of the keys and values in a cache of transformers; None for another kind of cache."""
     layers = getattr(cache, "layers", None)
     tensors = [getattr(layer, part, None) for layer in layers or [] for part in ("keys", "values")]
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
@@ -113,43 +110,46 @@ def cache_bytes(cache: Any) -> int | None:
 
 @torch.inference_mode()
 def prefill(model: nn.Module, ids: Tensor) -> tuple[dict[str, Any], Peak]:
-    """What reading a prompt takes, with the cache that generation needs and the logits of the last token alone.
+    """Measures the memory of reading a prompt, with a cache for generation, and logits of the last token only.
 
     Args:
         ids: int64 [n], on the model's device.
     Returns:
         {"prompt": n, "kv_cache_bytes_per_token", "activation_peak_bytes": the most beside weights and cache}, each None
-        where it cannot be told; and the Peak. Layers with a sliding window keep no more than that of long prompts, so
-        a model that has them needs less than the figure says.
+        where it cannot be measured; and the Peak. A layer with a sliding window stores only its window of a long
+        prompt, so a model with such layers needs less than the figure says.
     """
-    found: dict[str, Any] = {"prompt": ids.numel(), "kv_cache_bytes_per_token": None, "activation_peak_bytes": None}
+    costs: dict[str, Any] = {"prompt": ids.numel(), "kv_cache_bytes_per_token": None, "activation_peak_bytes": None}
     with Peak(ids.device) as peak:
-        if "past_key_values" not in inspect.signature(model.forward).parameters:  # it keeps a state instead
-            return found, peak
+        if (
+            "past_key_values" not in inspect.signature(model.forward).parameters
+        ):  # the model has a state instead of a cache
+            return costs, peak
         output = model(input_ids=ids.unsqueeze(0), use_cache=True, logits_to_keep=1)
     if (cache := cache_bytes(output.past_key_values)) is not None:
-        found["kv_cache_bytes_per_token"] = cache / ids.numel()
-        found["activation_peak_bytes"] = None if peak.growth is None else max(0, peak.growth - cache)
-    return found, peak
+        costs["kv_cache_bytes_per_token"] = cache / ids.numel()
+        costs["activation_peak_bytes"] = None if peak.growth is None else max(0, peak.growth - cache)
+    return costs, peak
 
 
 def fitting(weights: int, cache: float | None, activations: float | None, longest: int | None) -> list[dict[str, Any]]:
-    """The longest context that fits on each card beside the weights, at batch 1; computed, not tried.
+    """The longest context that fits on each card beside the weights, at batch 1. It is computed, not tried:
 
-    context = (card - RESERVE - weights) / (cache + activations), cut to what the model can hold.
+    context = (card - RESERVE - weights) / (cache + activations), at most `longest`.
 
     Args:
-        weights: bytes. cache, activations: bytes per token; activations grow with the prompt, as attention works piece
-            by piece. longest: tokens that the model can hold.
+        weights: bytes.
+        cache, activations: bytes per token; activations grow with the prompt, because attention works piece by piece.
+        longest: tokens that the model can read.
     Returns:
-        For each of CARDS {"card_gib", "context": tokens, 0 where the weights do not fit, None where it cannot be told}.
+        For each of CARDS {"card_gib", "context": tokens, 0 where the weights do not fit, None where it is not known}.
     """
-    found = []
+    fits = []
     for card in CARDS:
         free = card * (1 << 30) - RESERVE - weights
         per_token = (cache or 0) + (activations or 0)
         context = 0 if free < 0 else int(free / per_token) if cache and per_token else None
         if context is not None and longest is not None:
             context = min(context, longest)
-        found.append({"card_gib": card, "context": context})
-    return found
+        fits.append({"card_gib": card, "context": context})
+    return fits

@@ -1,4 +1,4 @@
-"""What a model writes: one greedy continuation, by which a broken model is seen at a glance."""
+"""A sample of what a model writes: one greedy continuation, which shows a broken model at a glance."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How well a model predicts a text, token by token, alone or beside the model that it was made from."""
+"""How well a model predicts a text, token by token: alone, or beside its unquantized baseline."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -9,21 +9,21 @@ from torch.nn import functional as F
 from .protocols import Window
 
 OnStep = Callable[[int, int], None]
-# What is found of one window, by name, one value for each scored token; see score, compare and predictions.compare.
+# The scores of one window by name, one value for each scored token; see score, compare, stored_predictions.compare.
 Scores = dict[str, Tensor]
 Keep = Callable[[int, Scores], None]
-# Logits that are worked on at a time: as many as stay in a core's cache, or as keep a GPU busy.
+# Logits that are processed at a time: so many that they stay in a core's cache, or keep a GPU busy.
 _CHUNK = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 
 def logits(model: nn.Module, window: Window) -> Tensor:
-    """What a causal LM predicts of the window's targets: [targets, vocabulary], in the model's dtype."""
-    found = model(input_ids=window.ids.unsqueeze(0), use_cache=False).logits[0]
-    return found[window.first : window.first + window.targets.numel()]
+    """A causal LM's logits for the window's targets: [targets, vocabulary], in the model's dtype."""
+    every = model(input_ids=window.ids.unsqueeze(0), use_cache=False).logits[0]
+    return every[window.first : window.first + window.targets.numel()]
 
 
 def rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """A few rows at a time of tensors, the first of them the widest, floating-point ones in float32."""
+    """Yields a few rows at a time of all tensors, floating-point ones in float32. The first tensor is the widest."""
     widest = tensors[0]
     count = max(1, _CHUNK.get(widest.device.type, _CHUNK["cpu"]) // widest.shape[-1])
     for parts in zip(*(tensor.split(count) for tensor in tensors)):
@@ -31,7 +31,7 @@ def rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def best(some: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits [rows, vocabulary]: probabilities, log of the sum of exponentials [rows], and the best token [rows]."""
+    """Logits [rows, vocabulary] -> their probabilities, log of the sum of exponentials [rows], best token [rows]."""
     probabilities = torch.softmax(some, -1)
     highest, token = some.max(-1)
     # log sum exp x = max x - log softmax(max x): softmax has summed already
@@ -43,7 +43,7 @@ def pick(table: Tensor, columns: Tensor) -> Tensor:
     return table.gather(-1, columns.unsqueeze(-1)).squeeze(-1)
 
 
-def _joined(parts: Sequence[Scores]) -> Scores:
+def _concatenated(parts: Sequence[Scores]) -> Scores:
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
@@ -52,14 +52,14 @@ def _score(model: nn.Module, window: Window) -> Scores:
     for some, targets in rows(logits(model, window), window.targets):
         _, total, _ = best(some)
         parts.append({"nll": total - pick(some, targets)})
-    return _joined(parts)
+    return _concatenated(parts)
 
 
 def _divergence(p: Tensor, one: Tensor, other: Tensor, gap: Tensor) -> Tensor:
     """KL [rows] = sum p (x - y) - (lse x - lse y), of logits x and y [rows, vocabulary], p = softmax(x)."""
     kl = (p * (one - other)).sum(-1) - gap
     unclear = ~torch.isfinite(kl)
-    if unclear.any():  # logits of minus infinity: what the baseline rules out adds nothing
+    if unclear.any():  # logits of minus infinity: a token that the baseline rules out adds nothing
         p, one, other = p[unclear], one[unclear], other[unclear]
         terms = torch.where(p > 0, p * (F.log_softmax(one, -1) - F.log_softmax(other, -1)), 0.0)
         kl[unclear] = terms.sum(-1)
@@ -79,42 +79,38 @@ def _compare(baseline: nn.Module, model: nn.Module, window: Window) -> Scores:
                 "same": base_best == own_best,
             }
         )
-    return _joined(parts)
-
-
-def _check(scores: Scores) -> None:
-    for name, whose in (("baseline_nll", "baseline"), ("nll", "model")):
-        if name in scores and scores[name].isnan().any():
-            raise ValueError(f"the {whose}'s logits are NaN")
-        if name in scores and scores[name].isinf().any():
-            raise ValueError(f"the {whose} gives a token of the text no chance: its perplexity is infinite")
-    if "kl" in scores and not scores["kl"].isfinite().all():
-        raise ValueError("the divergence is infinite: the model rules out tokens that the baseline allows")
+    return _concatenated(parts)
 
 
 def each(
     windows: Sequence[Window],
-    find: Callable[[int, Window], Scores],
+    measure: Callable[[int, Window], Scores],
     finished: Mapping[int, Scores],
     keep: Keep,
     on_step: OnStep,
 ) -> list[Scores]:
-    """find(number, window) for every window that is not finished, each kept as soon as it is there; all in order.
+    """The scores of all windows in order: finished ones as they are, others by measure(number, window), then kept.
 
     Raises:
-        ValueError: what was found is NaN or infinite.
+        ValueError: a score is NaN or infinite.
     """
-    found = []
+    every = []
     for number, window in enumerate(windows):
         on_step(number, len(windows))
         scores = finished.get(number)
         if scores is None:
-            scores = find(number, window)
-            _check(scores)
+            scores = measure(number, window)
+            for name, owner in (("baseline_nll", "baseline"), ("nll", "model")):
+                if name in scores and scores[name].isnan().any():
+                    raise ValueError(f"the {owner}'s logits are NaN")
+                if name in scores and scores[name].isinf().any():
+                    raise ValueError(f"the {owner} gives a token of the text no chance: its perplexity is infinite")
+            if "kl" in scores and not scores["kl"].isfinite().all():
+                raise ValueError("the divergence is infinite: the model rules out tokens that the baseline allows")
             keep(number, scores)
-        found.append(scores)
+        every.append(scores)
     on_step(len(windows), len(windows))
-    return found
+    return every
 
 
 @torch.inference_mode()
@@ -125,14 +121,14 @@ def score(
     keep: Keep = lambda number, scores: None,
     on_step: OnStep = lambda done, total: None,
 ) -> list[Scores]:
-    """A causal LM on windows: of each, "nll", minus the log-probability of each target, float32 [targets], in nats.
+    """For each window "nll": minus the log-probability of each target by a causal LM, float32 [targets], in nats.
 
     Args:
         windows: on the model's device.
-        finished: what an earlier call found, by the window's number; it is not computed again.
-        keep: called with each window's number and what was found.
+        finished: scores of an earlier call by the window's number; they are not computed again.
+        keep: called with each new window's number and scores.
     Raises:
-        ValueError: the model gives NaN, or a token of the text no chance at all.
+        ValueError: the model gives NaN, or a token of the text has no chance at all.
     """
     return each(windows, lambda _, window: _score(model, window), finished or {}, keep, on_step)
 
@@ -146,12 +142,12 @@ def compare(
     keep: Keep = lambda number, scores: None,
     on_step: OnStep = lambda done, total: None,
 ) -> list[Scores]:
-    """Both models side by side, window by window; no logits are stored. Arguments as of score.
+    """Scores of both models side by side, window by window; no logits are stored. Arguments as for score.
 
     Returns:
-        Of each window, one value for each target: "nll" and "baseline_nll" as of score; "kl", float32, the divergence
-        KL(p || q) = sum p (log p - log q) over the vocabulary, p the baseline's probabilities and q the model's, in
-        nats; and "same", bool, whether both rank the same token first.
+        For each window, one value per target: "nll" and "baseline_nll" as in score; "kl", float32, the divergence
+        KL(p || q) = sum p (log p - log q) over the vocabulary in nats, where p are the baseline's probabilities and q
+        the model's; and "same", bool, whether both rank the same token first.
     Raises:
         ValueError: a model gives NaN or infinite figures.
     """

@@ -1,7 +1,7 @@
-"""Tokens per second: prefill (reading a prompt) and decode (one token at a time) apart, with a warm-up and a spread.
+"""Tokens per second of prefill (reading a prompt) and of decode (one token at a time), with a warm-up and a spread.
 
-At decode each step reads all weights and the cache once, so bytes per second, set against what the memory can give,
-tell how near to its limit a kernel is.
+Each step of decode reads all weights and the cache once. So its bytes per second, as a share of the memory's bandwidth,
+tell how near to the limit a kernel is.
 """
 
 import time
@@ -23,7 +23,7 @@ _BANDWIDTH_REPEATS = 4
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a model at a time: prompts of so many tokens in a batch, and tokens to generate for each."""
+    """A batch of prompts of so many tokens each, and the number of tokens to generate for each prompt."""
 
     batch: int
     prompt: int
@@ -33,7 +33,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of repeated measurements."""
+    """Median, lowest and highest value of repeated measurements."""
 
     median: float
     min: float
@@ -51,7 +51,7 @@ class _Phase:
 
 
 def fit(context: int, prompt: int, generate: int) -> tuple[int, int]:
-    """Prompt and generated tokens that fit a context, in the proportion asked for."""
+    """(prompt, generate) that fit into a context, in the same proportion."""
     if prompt + generate <= context:
         return prompt, generate
     generate = max(1, context * generate // (prompt + generate))
@@ -64,7 +64,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 class _Stopwatch:
-    """Phases one after the other, each with its time and, where there is a meter, its energy."""
+    """Measures phases one after the other: the time of each, and its energy where there is a meter."""
 
     def __init__(self, device: torch.device, meter: Meter | None):
         self._device, self._meter = device, meter
@@ -82,7 +82,7 @@ class _Stopwatch:
 
 
 def _once(model: nn.Module, prompt: Tensor, generate: int, meter: Meter | None) -> tuple[_Phase, _Phase]:
-    """The prefill and the decode; greedy, the model's own key-value cache."""
+    """One prefill and one greedy decode, with the model's own key-value cache."""
     watch = _Stopwatch(prompt.device, meter)
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
@@ -101,11 +101,11 @@ def measure(
     """Speed under one load, after one warm-up.
 
     Args:
-        ids: token ids [n] to take prompts from, wrapped round where they are too few.
+        ids: token ids [n] from which prompts are taken; too few are repeated.
         on_step: called with (runs done, runs in all).
     Returns:
         The load's fields; "prefill" and "decode", each a Spread of tokens per second over the whole batch;
-        "first_token_seconds", a Spread; and "joules_per_token", {"prefill", "decode"} on average, None without a meter.
+        "first_token_seconds", a Spread; and "joules_per_token": averages {"prefill", "decode"}, None without a meter.
     """
     positions = torch.arange(load.batch * load.prompt) % ids.numel()
     rows = ids.cpu()[positions].view(load.batch, load.prompt).to(ids.device)
@@ -133,8 +133,9 @@ def measure(
 
 
 def read_bytes(model: Any) -> int | None:
-    """Bytes of weights that a step of decode reads: all but the table of embeddings, of which it looks up a few rows,
-    unless the head is the same table. None for a mixture of experts, which reads those that the tokens choose.
+    """Bytes of weights that a step of decode reads: all but the table of embeddings, unless the head is the same table.
+
+    A step looks up only a few rows of the embeddings. None for a mixture of experts: the tokens choose the experts.
     """
     config = model.config.get_text_config()
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
@@ -145,14 +146,14 @@ def read_bytes(model: Any) -> int | None:
 
 
 def traffic(speed: dict[str, Any], weights: int | None, cache: float | None, bandwidth: float) -> dict[str, Any]:
-    """What decode moves, from a speed as `measure` gives it.
+    """The bytes that decode moves, from the result of `measure`.
 
     Args:
-        weights: bytes that a step reads; None where that cannot be told. cache: bytes per token. bandwidth: bytes per
+        weights: bytes that a step reads; None where that is not known. cache: bytes per token. bandwidth: bytes per
             second, as `bandwidth` measures it.
     Returns:
-        {"bytes_per_second", "bandwidth_share"} of decode; more than all of the bandwidth says that a cache of the
-        processor holds the weights.
+        {"bytes_per_second", "bandwidth_share"} of decode. A share above 1 says that a cache of the processor holds the
+        weights.
     """
     if weights is None:
         return {"bytes_per_second": None, "bandwidth_share": None}
@@ -162,8 +163,10 @@ def traffic(speed: dict[str, Any], weights: int | None, cache: float | None, ban
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second between memory and the processor or GPU: the better of a copy (counted read and written, as
-    STREAM does) and a sum, the best of a few, over a quarter of a GiB and up, so that few caches hold it.
+    """Bytes per second between memory and the processor or GPU: the best of a few copies and a few sums.
+
+    A copy counts bytes read and bytes written, like the benchmark STREAM. The tensor has a quarter of a GiB: hardly any
+    cache holds it.
     """
     source = torch.ones(_BANDWIDTH_BYTES // 4, device=device)
     target = torch.empty_like(source)

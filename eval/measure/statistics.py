@@ -1,13 +1,14 @@
 """Scores of tokens -> the figures of a report, each with its standard error.
 
-Tokens of one window share their context, so their scores are not independent; windows nearly are. The errors are
-therefore those of a mean over clusters (Cochran, Sampling Techniques, 3rd ed., 9A.1, the ratio estimator): with sums
-S_w over T_w tokens of window w, mean m = sum S / sum T, of W windows
+Tokens of one window share their context, so their scores are not independent. Windows nearly are. Each error is
+therefore the error of a mean over clusters (Cochran, Sampling Techniques, 3rd ed., 9A.1, the ratio estimator). With
+the sum S_w over the T_w tokens of window w, the mean m = sum S / sum T, and W windows,
 
     error = sqrt(W / (W - 1) * sum (S_w - m T_w)^2) / sum T
 
-What compares the two models is summed over differences token by token (both read the same tokens), so the spread of
-the text itself, many times that of the difference, cancels: the errors are paired.
+Figures that compare two models are sums of differences, token by token: both models read the same tokens. The spread
+of the text itself is many times larger than the spread of the differences, and it cancels. Such errors are called
+paired.
 """
 
 import math
@@ -20,15 +21,20 @@ from torch import Tensor
 
 from .scores import Scores
 
-_LARGEST = 700.0  # exp of more than that is no float
-_BOUND = 4.0  # standard deviations of a sampling error: a normal one is beyond them once in 16,000 times
+_LARGEST = 700.0  # exp of a larger number is no float
+_BOUND = 4.0  # standard deviations: a normal sampling error is larger once in 16,000 times
+
+
+def finite(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def mean_and_error(values: Sequence[Tensor]) -> tuple[float, float | None]:
     """Mean over all values of all windows, and its standard error; None for the error of a single window.
 
     Args:
-        values: of each window, one for each token.
+        values: for each window a tensor with one value per token.
     """
     sums = torch.stack([window.double().sum() for window in values])
     counts = torch.tensor([window.numel() for window in values], dtype=torch.float64)
@@ -58,27 +64,25 @@ def perplexity(scores: Sequence[Scores], units: int, of: str = "nll") -> tuple[f
 
 
 def summarize(scores: Sequence[Scores], units: int) -> dict[str, Any]:
-    """The figures of one model, or of one beside its baseline, in plain values; of divergences in nats.
+    """The figures of one model, or of a model beside its baseline, as plain values. Divergences are in nats.
 
-    Where they were compared: "perplexity_ratio" to the baseline's; "kl_mean", "kl_median", "kl_p99", "kl_max";
-    "top1_agreement"; "rms_dp", the root of the mean squared change of the probability given to the true token; and
-    "kl_mean_bound" with "kl_token_bound": how far a kl_mean, and a single token's, may be off for being sampled (0
-    where nothing is). "windows" are the sums of each, from which two runs on the same tokens can be compared.
+    Returns:
+        "perplexity" with "perplexity_se", and "windows": the sums of each window, from which two runs on the same
+        tokens can be compared later. Beside a baseline also "perplexity_ratio" to the baseline's; "kl_mean",
+        "kl_median", "kl_p99", "kl_max"; "top1_agreement"; "rms_dp", the root of the mean squared change of the
+        probability of the true token; and "kl_mean_bound" and "kl_token_bound": the largest error that the sampling of
+        stored predictions may have put into kl_mean and into the KL of one token (0 where nothing was sampled).
     """
+
+    def sums(name: str) -> list[float]:
+        return [window[name].double().sum().item() for window in scores]
+
     value, error = perplexity(scores, units)
-    found: dict[str, Any] = {"perplexity": value, "perplexity_se": error}
-    by_window = {"tokens": [window["nll"].numel() for window in scores], "nll": _sums(scores, "nll")}
-    if "kl" in scores[0]:
-        found |= _compared(scores, units)
-        by_window |= {"baseline_nll": _sums(scores, "baseline_nll"), "kl": _sums(scores, "kl")}
-    return found | {"windows": by_window}
-
-
-def _sums(scores: Sequence[Scores], name: str) -> list[float]:
-    return [window[name].double().sum().item() for window in scores]
-
-
-def _compared(scores: Sequence[Scores], units: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {"perplexity": value, "perplexity_se": error}
+    windows = {"tokens": [window["nll"].numel() for window in scores], "nll": sums("nll")}
+    if "kl" not in scores[0]:
+        return figures | {"windows": windows}
+    windows |= {"baseline_nll": sums("baseline_nll"), "kl": sums("kl")}
     kl = torch.cat([window["kl"] for window in scores]).double()
     median, p99 = np.quantile(kl.numpy(), [0.5, 0.99]).tolist()
     variance = torch.cat([w.get("kl_variance", torch.zeros_like(w["kl"])) for w in scores]).double()
@@ -90,7 +94,7 @@ def _compared(scores: Sequence[Scores], units: int) -> dict[str, Any]:
     baseline, baseline_error = perplexity(scores, units, "baseline_nll")
     mean, error = mean_and_error([window["kl"] for window in scores])
     same, same_error = mean_and_error([window["same"] for window in scores])
-    return {
+    figures |= {
         "baseline_perplexity": baseline,
         "baseline_perplexity_se": baseline_error,
         "perplexity_ratio": ratio,
@@ -108,3 +112,4 @@ def _compared(scores: Sequence[Scores], units: int) -> dict[str, Any]:
         # d sqrt(x) = dx / (2 sqrt(x))
         "rms_dp_se": None if dp_error is None else dp_error / (2 * rms) if rms else 0.0,
     }
+    return figures | {"windows": windows}

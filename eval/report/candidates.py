@@ -1,4 +1,4 @@
-"""One run as a candidate for a choice, and how two differ."""
+"""One run as a candidate for a choice, and the difference of two."""
 
 from dataclasses import dataclass, field
 
@@ -16,13 +16,17 @@ class Difference:
 
     @property
     def differ(self) -> bool | None:
-        """None for a single window, of which nothing can be told."""
+        """Whether they differ by more than chance; None for a single window, which has no standard error."""
         return None if self.standard_error is None else abs(self.difference) > SURE * self.standard_error
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One run in plain figures: sizes in bytes, speed in tokens per second; None for what was not measured."""
+    """One run in plain figures: sizes in bytes, KL in nats, speed in tokens per second; None for what was not measured.
+
+    kl_mean belongs to the file; kernel_kl_mean is what the kernel's rounding of inputs adds to it. decode: median,
+    lowest, highest.
+    """
 
     run: str
     baseline: bool
@@ -34,6 +38,8 @@ class Candidate:
     bits_per_weight: float | None
     kl_mean: float | None
     kl_mean_se: float | None
+    kernel_kl_mean: float | None
+    kernel_kl_mean_se: float | None
     perplexity: float | None
     top1_agreement: float | None
     decode: tuple[float, float, float] | None

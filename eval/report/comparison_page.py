@@ -1,4 +1,4 @@
-"""A comparison as a page: one HTML file, Markdown, and JSON, of the same figures."""
+"""A comparison as a page: one HTML file, Markdown, and JSON, all with the same figures."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,62 +8,79 @@ from markupsafe import Markup
 
 from . import render
 from . import words as say
-from .candidates import SURE, Candidate
+from .candidates import SURE
 from .comparison import Section
 from .figures import front_plot
 from .runs import circumstances
 from .svg import Point, unit_of
+from .tables import recipe_table
 from .words import DASH
 
 FORMAT_VERSION = 1
 
 
 def plain(sections: Sequence[Section]) -> dict[str, Any]:
-    """For a machine: all figures, sizes in bytes, KL in nats, speeds in tokens per second [median, lowest, highest]."""
-    models = []
-    for section in sections:
-        found = {key: value for key, value in vars(section).items() if key in ("model", "windows", "context", "notes")}
-        found |= {"protocol": section.entries[0].get("protocol"), "decode_load": section.load}
-        found["runs"] = [asdict(run) for run in section.runs]
-        found["differences"] = [{**asdict(pair), "differ": pair.differ} for pair in section.differences]
-        found["choices"] = [asdict(choice) for choice in section.choices]
-        models.append(found)
+    """All figures as JSON: sizes in bytes, KL in nats, speeds in tokens per second [median, lowest, highest]."""
+    models = [
+        {
+            "model": section.model,
+            "windows": section.windows,
+            "context": section.context,
+            "notes": section.notes,
+            "protocol": section.reported[0].get("protocol"),
+            "decode_load": section.load,
+            "runs": [asdict(run) for run in section.runs],
+            "differences": [{**asdict(pair), "differ": pair.differ} for pair in section.differences],
+            "choices": [asdict(choice) for choice in section.choices],
+        }
+        for section in sections
+    ]
     return {"format_version": FORMAT_VERSION, "standard_errors": SURE, "models": models}
 
 
 def markdown(sections: Sequence[Section]) -> str:
-    """For a pull request, without the plots."""
+    """The comparison as Markdown for a pull request, without the plots."""
     return render.markdown("compare", _view(sections))
 
 
 def html(sections: Sequence[Section]) -> str:
-    """For a browser: one file that needs no other and no network."""
+    """The comparison for a browser: one file that needs no other and no network."""
     return render.html("compare", {**_view(sections), "figures_of": _figures})
 
 
 def _view(sections: Sequence[Section]) -> dict[str, Any]:
-    entries = [entry for section in sections for entry in section.entries]
+    reported = [run for section in sections for run in section.reported]
     quantized = sum(not run.baseline for section in sections for run in section.runs)
+    rounded = any(run.kernel_kl_mean is not None for section in sections for run in section.runs)
     return {
         "title": sections[0].model if len(sections) == 1 else f"{len(sections)} models",
         "quantized": f"{quantized} quantized run{'' if quantized == 1 else 's'}",
         "sections": [(section, *_table(section), _significance(section)) for section in sections],
-        "measured": [entry.title for entry in entries if entry.get("checkpoint")],
-        **circumstances(entries),
+        "external": [run.title for run in reported if run.get("checkpoint")],
+        "kernel_kl": say.KERNEL_KL if rounded else "",
+        "recipes": recipe_table(reported),
+        **circumstances(reported),
     }
 
 
 def _table(section: Section) -> tuple[list[str], list[tuple[list[str], bool]]]:
-    """Header, and rows with whether it is a baseline."""
+    """Header, and rows with whether each is a baseline."""
     gates = any(run.missed_gates for run in section.runs)
-    header = ["run", "method/format", "mean KL", "KL above the next better run's", "memory", "file size", "bits/weight"]
+    kernel = any(run.kernel_kl_mean is not None for run in section.runs)
+    header = ["run", "method/format", "mean KL"] + ["KL added by the kernel"] * kernel
+    header += ["KL above the next better run's", "memory", "file size", "bits/weight"]
     header += ["top-1", "perplexity", "decode tok/s", "Pareto front"] + ["gates"] * gates
     rows = []
-    for run in section.runs:
-        how = [run.method or DASH, run.format or DASH]
-        row = [run.run, DASH if how == [DASH, DASH] else "/".join(how)]
+    for run, reported in zip(section.runs, section.reported, strict=True):
+        above = DASH
+        if pair := run.next_better:
+            difference, error = say.known(pair.difference, pair.standard_error)
+            sign = "+" if pair.differ else "≈ +"
+            above = f"{sign}{difference} ({f'± {error} ' if error else ''}to {pair.other})"
+        row = [run.run, reported.method_and_format]
         row.append("0" if run.baseline else say.divergence(run.kl_mean, run.kl_mean_se))
-        row += [_more(run), say.size(run.memory_bytes), say.size(run.file_bytes), say.number(run.bits_per_weight)]
+        row += [say.divergence(run.kernel_kl_mean, run.kernel_kl_mean_se)] * kernel
+        row += [above, say.size(run.memory_bytes), say.size(run.file_bytes), say.number(run.bits_per_weight)]
         row += [say.percent(run.top1_agreement), say.number(run.perplexity)]
         row += [say.count(run.decode and run.decode[0]), ", ".join(run.fronts) or DASH]
         row += [f"misses {', '.join(run.missed_gates)}" if run.missed_gates else DASH] * gates
@@ -71,16 +88,8 @@ def _table(section: Section) -> tuple[list[str], list[tuple[list[str], bool]]]:
     return header, rows
 
 
-def _more(run: Candidate) -> str:
-    if not (pair := run.next_better):
-        return DASH
-    sign = "+" if pair.differ else "≈ +"
-    difference, error = say.known(pair.difference, pair.standard_error)
-    return f"{sign}{difference} ({f'± {error} ' if error else ''}to {pair.other})"
-
-
 def _significance(section: Section) -> list[str]:
-    """Which runs cannot be told apart, in sentences."""
+    """Sentences that say which runs do not differ by more than chance."""
     known = [pair for pair in section.differences if pair.differ is not None]
     if not known:
         return ["Which runs differ by more than chance is not known: it takes two quantized runs on several windows."]

@@ -5,17 +5,16 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ..measure.statistics import finite
+from .runs import ReportedRun, SpeedPoint
 from .svg import COLOURS, FONT, INK, STYLE, WIDTH, Drawing, Point, clean, grid, label_points, log_if_wide, unit_of
-
-if TYPE_CHECKING:
-    from .runs import Entry, SpeedPoint
 
 MARKERS = "osD^vPX<>h"
 SHALLOW = 12  # blocks that lines can show
@@ -33,56 +32,58 @@ class Bar:
     verdict: str  # baseline, faster, slower or same
 
 
-def model_figures(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str]) -> list[tuple[str, Drawing]]:
+def model_figures(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str]) -> list[tuple[str, Drawing]]:
     """(caption, drawing) of each plot of one model's runs; what was not measured is not drawn.
 
     Args:
-        points: the measured speeds, with their names.
+        points: the loads at which speed was measured, with their names.
     """
     drawn = []
     sizes = [
-        Point(entry.label, size, perplexity, entry.is_baseline)
-        for entry in entries
-        if _finite(size := entry.get("size", "file_bytes"))
-        and _finite(perplexity := entry.get("quality", "perplexity"))
+        Point(run.label, size, perplexity, run.is_baseline)
+        for run in runs
+        if finite(size := run.get("size", "file_bytes")) and finite(perplexity := run.get("quality", "perplexity"))
     ]
     if sizes:
         caption = "Perplexity against file size. Best is the lower left corner; the open circle is the baseline."
         drawn.append((caption, size_plot(sizes)))
-    for entry in entries:
-        drawn += _error_figures(entry)
+    for run in runs:
+        drawn += _error_figures(run)
     if points:
         caption = (
             "Speed, with the ratio to the baseline: blue is faster, orange slower, grey the same within the "
             "spread of the repeats (the thin line on each bar). The dashed line is the baseline."
         )
-        rows = [(name, _speeds(entries, p, "prefill"), _speeds(entries, p, "decode")) for p, name in points.items()]
+        rows = [(name, _speeds(runs, p, "prefill"), _speeds(runs, p, "decode")) for p, name in points.items()]
         drawn.append((caption, speed_plot(rows)))
     return drawn
 
 
-def _error_figures(entry: "Entry") -> list[tuple[str, Drawing]]:
-    """Where a run is wrong, by depth: in its layers' outputs where these were compared, else in its weights."""
-    compared = [x for x in entry.get("output_errors", "layers") or [] if _finite(x["output_error"]) and _inner(x)]
-    if compared:
-        layers = [{**x, "relative_error": x["output_error"]} for x in compared]
-        caption = f"{entry.label}: relative error of each layer's outputs, on the unquantized model's inputs."
-        drawn = [(caption, error_plot(layers, as_map=True))]
-        blocks = [x for x in entry.get("output_errors", "blocks") if _finite(x["output_error"])]
-        caption = f"{entry.label}: relative error of each block's output: by itself, and with what it inherits."
+def _error_figures(run: ReportedRun) -> list[tuple[str, Drawing]]:
+    """Errors by depth: of the layers' outputs where they were measured, else of their weights."""
+    outputs = [
+        {**layer, "relative_error": layer["output_error"]}
+        for layer in run.get("output_errors", "layers") or []
+        if finite(layer["output_error"]) and layer["block"] is not None
+    ]
+    if outputs:
+        caption = f"{run.label}: relative error of each layer's outputs, on the unquantized model's inputs."
+        drawn = [(caption, error_plot(outputs, as_map=True))]
+        blocks = [block for block in run.get("output_errors", "blocks") if finite(block["output_error"])]
+        caption = f"{run.label}: relative error of each block's output: by itself, and with what it inherits."
         return [*drawn, (caption, depth_plot(blocks))] if len(blocks) > 1 else drawn
-    layers = [x for x in entry.get("coverage", "layers") or [] if _finite(x.get("relative_error"))]
+    layers = [
+        layer
+        for layer in run.get("coverage", "layers") or []
+        if finite(layer.get("relative_error")) and layer.get("block") is not None  # lm_head has no depth
+    ]
     if not layers:
         return []
     measured = "relative error of the quantized layers"
-    if all(_finite(x.get("output_error")) for x in layers):  # what a method that learns keeps small
-        layers = [{**x, "relative_error": x["output_error"]} for x in layers]
+    if all(finite(layer.get("output_error")) for layer in layers):  # a calibrated method keeps this error small
+        layers = [{**layer, "relative_error": layer["output_error"]} for layer in layers]
         measured = "relative error of the quantized layers' outputs"
-    return [(f"{entry.label}: {measured}, by depth.", error_plot(layers))]
-
-
-def _inner(layer: Mapping[str, Any]) -> bool:
-    return layer["block"] is not None
+    return [(f"{run.label}: {measured}, by depth.", error_plot(layers))]
 
 
 def size_plot(points: Sequence[Point]) -> Drawing:
@@ -103,18 +104,18 @@ def size_plot(points: Sequence[Point]) -> Drawing:
         axes.set_xlabel(f"file size ({unit}), smaller is better")
         axes.set_ylabel("perplexity, lower is better")
         grid(axes)
-        figure.draw_without_rendering()  # settles the layout, so that data coordinates become places
+        figure.draw_without_rendering()  # settles the layout: only then data coordinates have a place on the page
         label_points(axes, points)
         return Drawing(figure, "perplexity against file size")
 
 
 def front_plot(points: Sequence[Point], members: Collection[str], quantity: tuple[str, str, float]) -> Drawing:
-    """Divergence from the unquantized model against what it is paid with; the Pareto front is filled and joined.
+    """Divergence from the unquantized model against size or speed; the Pareto front is filled and joined.
 
     Args:
-        points: y is a mean KL, in nats; that of a baseline is 0, so a dashed line at its x stands for it.
-        members: labels of those on the front.
-        quantity: of x: its name for a screen reader, the axis' words, and what x is divided by.
+        points: y is a mean KL, in nats. A baseline's is 0, so a dashed line at its x stands for it.
+        members: labels of the points on the front.
+        quantity: what x is: its name for a screen reader, the axis' label, and the number that x is divided by.
     """
     name, words, divisor = quantity
     points = [replace(point, x=point.x / divisor) for point in points]
@@ -142,12 +143,12 @@ def front_plot(points: Sequence[Point], members: Collection[str], quantity: tupl
 
 
 def depth_plot(blocks: Sequence[Mapping[str, Any]]) -> Drawing:
-    """Relative error of each decoder block's output, its own and with that of the blocks before it."""
+    """Relative error of each decoder block's output: its own, and together with the errors of the blocks before it."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         axes = figure.add_subplot()
         series = {
-            name: {x["block"]: x[key] for x in blocks if _finite(x[key])}
+            name: {x["block"]: x[key] for x in blocks if finite(x[key])}
             for name, key in (("by itself", "output_error"), ("with what it inherits", "cumulative_error"))
         }
         _error_lines(figure, axes, series)
@@ -159,8 +160,8 @@ def depth_plot(blocks: Sequence[Mapping[str, Any]]) -> Drawing:
 def error_plot(layers: Sequence[Mapping[str, Any]], as_map: bool = False) -> Drawing:
     """Relative error by depth for each kind of projection, from a run's `coverage.layers`.
 
-    Lines for a shallow model, a heat map where lines would tangle, or if asked. Where a block has several layers of one
-    kind (experts), the worst is drawn.
+    Lines for a shallow model, a heat map for a deep one or where `as_map` asks for it. Where a block has several layers
+    of one kind (experts), the worst is drawn.
     """
     series = _errors_by_kind(layers)
     draw = _error_map if as_map or max(map(len, series.values())) > SHALLOW else _error_lines
@@ -208,7 +209,7 @@ def _error_map(figure: Figure, axes: Axes, series: Mapping[str, Mapping[int, flo
 
 
 def _errors_by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """{"q_proj": {block: worst error}}; a longer name where the last part would be ambiguous."""
+    """{"q_proj": {block: worst error}}, with a longer name where the last part of it is ambiguous."""
     kinds = [re.sub(r"(?<=\.)\d+(?=\.)", "*", re.split(r"\.\d+\.", x["name"], maxsplit=1)[-1]) for x in layers]
     last = Counter(kind.rpartition(".")[2] for kind in set(kinds))
     series: dict[str, dict[int, float]] = {}
@@ -220,7 +221,7 @@ def _errors_by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, 
 
 
 def speed_plot(rows: Sequence[tuple[str, Sequence[Bar], Sequence[Bar]]]) -> Drawing:
-    """Tokens per second: one row of panels per measured point (its title, prefill bars, decode bars)."""
+    """Tokens per second: one row of panels for each load (its title, prefill bars, decode bars)."""
     with mpl.rc_context(STYLE):
         heights = [0.2 * max(len(prefill), len(decode)) + 0.6 for _, prefill, decode in rows]
         figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
@@ -234,30 +235,26 @@ def speed_plot(rows: Sequence[tuple[str, Sequence[Bar], Sequence[Bar]]]) -> Draw
         return Drawing(figure, "speed of prefill and decode, tokens per second")
 
 
-def _speeds(entries: Sequence["Entry"], point: "SpeedPoint", phase: str) -> list[Bar]:
+def _speeds(runs: Sequence[ReportedRun], point: SpeedPoint, phase: str) -> list[Bar]:
     bars = []
-    for entry in entries:
-        if speed := entry.speed(point, phase):
-            ratio, verdict = entry.speed_against(point, phase)
+    for run in runs:
+        if speed := run.speed(point, phase):
+            ratio, verdict = run.speed_against(point, phase)
             short = f"{speed[0] / 1000:.3g}k" if speed[0] >= 1000 else f"{speed[0]:.3g}"
             note = short if ratio is None else f"{ratio:.2f}x"
-            bars.append(Bar(entry.label, *speed, note, "baseline" if entry.is_baseline else verdict))
+            bars.append(Bar(run.label, *speed, note, "baseline" if run.is_baseline else verdict))
     return bars
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _bars(axes: Axes, bars: Sequence[Bar], named: bool) -> None:
-    """Horizontal bars, first on top, each with the spread as a line and its note behind it."""
+    """Horizontal bars, the first on top: each with its spread as a line, and its note at the right."""
     colours = {"baseline": INK, "same": COLOURS[-1], "faster": COLOURS[0], "slower": COLOURS[1]}
     top = max((bar.high for bar in bars), default=1.0) or 1.0
     for index, bar in enumerate(bars):
         alpha = 0.45 if bar.verdict == "baseline" else 1.0
         axes.barh(index, bar.value, height=0.7, color=colours[bar.verdict], alpha=alpha, lw=0)
         axes.plot([bar.low, bar.high], [index, index], color=INK, lw=1)
-        # In a column of their own, the notes collide with nothing.
+        # The notes have a column of their own, so they collide with nothing.
         axes.text(1.6 * top, index, bar.note, va="center", ha="right", fontsize=FONT - 1)
         if bar.verdict == "baseline":
             axes.axvline(bar.value, color=INK, alpha=0.35, lw=0.8, ls=(0, (4, 3)))

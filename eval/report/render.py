@@ -1,4 +1,4 @@
-"""Templates -> pages. HTML is escaped by Jinja, Markdown by `wording.markdown_text`; both see every expression."""
+"""Templates -> pages. Jinja escapes HTML, and `words.markdown_text` escapes Markdown; both see every expression."""
 
 import base64
 import hashlib
@@ -22,21 +22,21 @@ def html(name: str, view: Mapping[str, Any]) -> str:
 def markdown(name: str, view: Mapping[str, Any]) -> str:
     """GitHub Markdown."""
     # Jinja's own escaping is for HTML; `finalize` sees every expression, so that nothing is forgotten here.
-    found = environment(autoescape=False, finalize=say.markdown_text)
-    return found.get_template(f"{name}.md.j2").render(view) + "\n"
+    templates = environment(autoescape=False, finalize=say.markdown_text)
+    return templates.get_template(f"{name}.md.j2").render(view) + "\n"
 
 
 def script() -> dict[str, str]:
-    """What the base template asks for: the script of every page, and its hash, by which the page's policy allows it
-    and no other."""
+    """The script of every page, and its hash: the page's policy allows the script with this hash and no other."""
     text = (_TEMPLATES / "sort.js.j2").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return {"script": Markup(text), "script_hash": f"sha256-{digest}"}
 
 
 def environment(autoescape: bool, finalize: Callable[[Any], Any] | None = None) -> Environment:
+    """The templates' environment. autoescape: for HTML. finalize: sees every expression before it is written."""
     loader = FileSystemLoader(_TEMPLATES)
-    made = Environment(loader=loader, autoescape=autoescape, finalize=finalize, undefined=StrictUndefined)
-    made.trim_blocks = made.lstrip_blocks = True
-    made.filters["fenced"] = say.fenced
-    return made
+    templates = Environment(loader=loader, autoescape=autoescape, finalize=finalize, undefined=StrictUndefined)
+    templates.trim_blocks = templates.lstrip_blocks = True
+    templates.filters["fenced"] = say.fenced
+    return templates

@@ -1,165 +1,180 @@
 """The report: what one or more runs measured, as table rows, Markdown and one self-contained HTML page.
 
-A run is a metrics.json as a dict. Runs come in any order and may be of several models; the baseline of a
-model is its run with scheme "none" and may be missing. All text in a run is taken for hostile: names come
-from checkpoints.
+A run is a metrics.json as a dict. Runs come in any order and may be of several models. The baseline of a model is its
+run with the scheme "none", and may be missing. All text in a run counts as hostile: names come from checkpoints.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
+from ..measure.statistics import finite
 from . import render
 from . import words as say
-from .runs import Entry, Metrics, circumstances, dig, distinct, entries_of, facts_of, finite, points_of
-from .tables import tables
+from .runs import Metrics, ReportedRun, circumstances, dig, distinct, points_of, reported_runs, terms_of
+from .tables import recipe_table, tables
 from .words import DASH
+
+Refused = Sequence[tuple[str, str, str]]  # jobs that did not finish: model, recipe, the reason in a sentence
 
 
 def summary_rows(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the summary, one row per run, each model's baseline first.
+    """Header and rows of the summary, one row for each run, each model's baseline first.
 
-    Missing values are an en dash. Sizes are decimal (1 MB = 10^6 bytes), speeds are tokens per second, and
-    what stands in brackets compares with the baseline.
+    Missing values are an en dash. Sizes are decimal (1 MB = 10^6 bytes), speeds are tokens per second. A comparison
+    with the baseline stands in brackets behind a value.
     """
-    entries = entries_of(runs)
-    points = points_of(entries)
-    cuda = any(entry.get("memory", "peak_cuda_bytes") is not None for entry in entries)
-    several = len({entry.model for entry in entries}) > 1
-    header = ["scheme", "method/format", "file size", "bits/weight quantized/blocks/all", "perplexity", "mean KL"]
-    header = ["model"] * several + header + ["top-1", "resident", "peak RSS"] + ["peak CUDA"] * cuda
+    reported = reported_runs(runs)
+    points = points_of(reported)
+    cuda = any(run.get("memory", "peak_cuda_bytes") is not None for run in reported)
+    kernel = any(run.get("kernels", "rounded_inputs") for run in reported)
+    several = len({run.model for run in reported}) > 1
+    header = ["model"] * several + ["run", "method/format", "file size", "bits/weight quantized/blocks/all"]
+    header += ["perplexity", "mean KL"] + ["KL added by the kernel"] * kernel
+    header += ["top-1", "resident", "peak RSS"] + ["peak CUDA"] * cuda
     header += [f"{phase} tok/s {name}" for name in points.values() for phase in ("prefill", "decode")]
     rows = []
-    for entry in entries:
-        after, before = entry.perplexities()
-        increase = None if entry.is_baseline else say.increase(after, before)
-        bits = [say.number(entry.get("size", "bits_per_weight", which)) for which in ("quantized", "decoder", "all")]
-        how = [entry.get(key) or DASH for key in ("method", "format")]
-        row = [entry.model] * several + [entry.label, DASH if how == [DASH, DASH] else "/".join(how)]
-        row.append(say.followed(say.size(entry.get("size", "file_bytes")), say.ratio(entry.size_ratio())))
-        row += [" / ".join(bits), say.followed(say.number(after), increase), say.small(entry.get("quality", "kl_mean"))]
-        row.append(say.percent(entry.get("quality", "top1_agreement")))
+    for run in reported:
+        after, before = run.perplexities()
+        increase = None if run.is_baseline else say.increase(after, before)
+        bits = [say.number(run.get("size", "bits_per_weight", which)) for which in ("quantized", "decoder", "all")]
+        row = [run.model] * several + [run.label, run.method_and_format]
+        row.append(say.followed(say.size(run.get("size", "file_bytes")), say.ratio(run.size_ratio())))
+        row += [" / ".join(bits), say.followed(say.number(after), increase), say.small(run.get("quality", "kl_mean"))]
+        row += [say.small(run.get("kernels", "rounded_inputs", "kl_mean"))] * kernel
+        row.append(say.percent(run.get("quality", "top1_agreement")))
         memory = ["resident_bytes", "peak_rss_bytes"] + ["peak_cuda_bytes"] * cuda
-        row += [say.size(entry.get("memory", key)) for key in memory]
+        row += [say.size(run.get("memory", key)) for key in memory]
         for point in points:
             for phase in ("prefill", "decode"):
-                speed = entry.speed(point, phase)
-                row.append(say.followed(say.count(speed and speed[0]), say.ratio(entry.speed_against(point, phase)[0])))
+                speed = run.speed(point, phase)
+                row.append(say.followed(say.count(speed and speed[0]), say.ratio(run.speed_against(point, phase)[0])))
         rows.append(row)
     return header, rows
 
 
 def verdicts(runs: Sequence[Metrics]) -> list[tuple[str, str]]:
-    """One plain sentence per quantized run, as (run, sentence): what it saved and what that cost."""
-    entries = entries_of(runs)
-    found = [(entry.title, _verdict(entry)) for entry in entries if not entry.is_baseline]
-    return found or [(entry.title, "the unquantized baseline, for comparison only") for entry in entries]
+    """(run, sentence) for each quantized run: what it saved, and what that cost."""
+    reported = reported_runs(runs)
+    sentences = [(run.title, _verdict(run)) for run in reported if not run.is_baseline]
+    return sentences or [(run.title, "the unquantized baseline, for comparison only") for run in reported]
 
 
-def markdown(runs: Sequence[Metrics], refused: Sequence[tuple[str, str, str]] = ()) -> str:
-    """The report as GitHub Markdown, without the plots. refused: model, recipe and reason of jobs without figures."""
-    return render.markdown("report", {**_view(runs), "refused": say.printable(refused)})
+def markdown(runs: Sequence[Metrics], refused: Refused = ()) -> str:
+    """The report as GitHub Markdown, without the plots.
+
+    Args:
+        refused: (model, recipe, reason) of each job that did not finish.
+    """
+    return render.markdown("report", _view(runs, refused))
 
 
-def html(runs: Sequence[Metrics], refused: Sequence[tuple[str, str, str]] = ()) -> str:
-    """The report as one HTML page that needs no other file and no network. Arguments as of markdown."""
-    return render.html("report", {**_view(runs), "refused": say.printable(refused), "figures_of": _figures})
+def html(runs: Sequence[Metrics], refused: Refused = ()) -> str:
+    """The report as one HTML page that needs no other file and no network. Arguments as for markdown."""
+    return render.html("report", {**_view(runs, refused), "figures_of": _figures})
 
 
 def card(runs: Sequence[Metrics], page: Mapping[str, Any]) -> str:
-    """The body of a model card, as Markdown: the report's words and tables, and what its `page` says besides.
+    """The body of a model card as Markdown: the words and tables of the report, and those of `page`.
 
     Args:
-        runs: the run that the card is of, and its baseline where there is one.
-        page: see pipeline/card.py, which makes it.
+        runs: the run that the card is about, and its baseline where there is one.
+        page: what else the card says; see pipeline/publish/card.py.
     """
     return render.markdown("card", {**_view(runs), **say.printable(page)})
 
 
 def pictures(runs: Sequence[Metrics]) -> list[tuple[str, bytes]]:
     """(caption, PNG) of each figure of one model's runs."""
-    from .figures import model_figures
+    from .figures import model_figures  # matplotlib takes a second to import, and Markdown does not need it
 
-    entries = entries_of(runs)
-    return [(caption, drawing.png()) for caption, drawing in model_figures(entries, points_of(entries))]
+    reported = reported_runs(runs)
+    return [(caption, drawing.png()) for caption, drawing in model_figures(reported, points_of(reported))]
 
 
-def _view(runs: Sequence[Metrics]) -> dict[str, Any]:
-    """Everything the templates show, in words."""
-    entries = entries_of(runs)
+def _view(runs: Sequence[Metrics], refused: Refused = ()) -> dict[str, Any]:
+    """Everything that the templates show, in words."""
+    reported = reported_runs(runs)
     header, rows = summary_rows(runs)
-    models = list(dict.fromkeys(entry.model for entry in entries))
-    quantized = [entry for entry in entries if not entry.is_baseline]
-    groups = {model: [entry for entry in entries if entry.model == model] for model in models}
+    by_model: dict[str, list[ReportedRun]] = {}
+    for run in reported:
+        by_model.setdefault(run.model, []).append(run)
+    models = list(by_model) or list(dict.fromkeys(say.printable(model) for model, _, _ in refused))
+    quantized = [run for run in reported if not run.is_baseline]
+    several = len(by_model) > 1
     return {
         "title": models[0] if len(models) == 1 else f"{len(models)} models",
-        "models": [(model, facts_of(own[0].run.get("model")), own) for model, own in groups.items()],
+        "models": [
+            # The identity is among the hashes.
+            (model, [pair for pair in terms_of(own[0].run.get("model")) if pair[0] != "identity"], own)
+            for model, own in by_model.items()
+        ],
         "verdicts": verdicts(runs),
-        "tables": tables(entries, points_of(entries)),
-        "without_baseline": [model for model, own in groups.items() if not any(e.is_baseline for e in own)],
+        "refused": say.printable([tuple(map(str, job)) for job in refused]),
+        "tables": tables(reported, points_of(reported)),
+        "without_baseline": [model for model, own in by_model.items() if not any(run.is_baseline for run in own)],
         "header": header,
-        "rows": [(row, entry.is_baseline) for row, entry in zip(rows, entries, strict=True)],
-        "label_columns": 2 if len(models) > 1 else 1,
-        "quantized": [_checks(entry) for entry in quantized],
-        "learned": distinct(quantized, lambda run: facts_of(run.get("calibration"))),
-        "special": [(entry.title, special) for entry in quantized if (special := _special(entry))],
-        "kept": distinct(quantized, lambda run: _kept(dig(run, "coverage", "kept") or [])),
-        "rejected": distinct(quantized, lambda run: list((dig(run, "kernels", "rejected") or {}).items())),
-        **circumstances(entries),
+        "rows": [(row, run.is_baseline) for row, run in zip(rows, reported, strict=True)],
+        "label_columns": 2 if several else 1,
+        "kernel_kl": say.KERNEL_KL if any(run.get("kernels", "rounded_inputs") for run in reported) else "",
+        "quantized": [_checks(run) for run in quantized],
+        "recipes": recipe_table(reported),
+        "rules": [(names, pairs) for names, pairs in distinct(quantized, _rules) if pairs],
+        "calibration": distinct(quantized, lambda run: terms_of(run.get("calibration"))),
+        "deviations": [(run.title, layers) for run in quantized if (layers := _deviations(run))],
+        "kept": distinct(quantized, _kept),
+        "unused_kernels": distinct(quantized, lambda run: list((dig(run, "kernels", "rejected") or {}).items())),
+        **circumstances(reported),
     }
 
 
-def _verdict(entry: Entry) -> str:
+def _verdict(run: ReportedRun) -> str:
     parts = []
-    if (ratio := entry.size_ratio()) is not None:
+    if missed := [gate["gate"] for gate in run.get("gates", "judged") or [] if not gate["passed"]]:
+        parts.append(f"misses {'its gate' if len(missed) == 1 else 'its gates'} {', '.join(missed)}")
+    if (ratio := run.size_ratio()) is not None:
         parts.append(f"{say.ratio(ratio)} the size")
-    after, before = entry.perplexities()
+    after, before = run.perplexities()
     if after is not None and before is not None:
         parts.append(f"perplexity {say.number(before)} → {say.number(after)} ({say.increase(after, before)})")
     elif after is not None:
         parts.append(f"perplexity {say.number(after)}")
-    missed = [x["gate"] for x in entry.get("gates", "judged") or [] if not x["passed"]]
-    if missed:
-        parts.insert(0, f"misses {'its gate' if len(missed) == 1 else 'its gates'} {', '.join(missed)}")
-    if (agreement := entry.get("quality", "top1_agreement")) is not None:
+    if (agreement := run.get("quality", "top1_agreement")) is not None:
         parts.append(f"same next token {say.percent(agreement)} of the time")
-    return ", ".join([*parts, *_speed_words(entry)]) or "nothing was measured"
-
-
-def _speed_words(entry: Entry) -> list[str]:
-    """Decode at the smallest batch, then everything else that became slower."""
-    points = points_of([entry])
-    found = [(phase, p, *entry.speed_against(p, phase)) for p in points for phase in ("decode", "prefill")]
-    known = [(phase, points[p], ratio, verdict) for phase, p, ratio, verdict in found if ratio is not None]
-    words, others = [], "slower than the baseline"
+    # Decode at the smallest batch, then everything else that became slower.
+    points = points_of([run])
+    speeds = [(phase, p, *run.speed_against(p, phase)) for p in points for phase in ("decode", "prefill")]
+    known = [(phase, points[p], ratio, verdict) for phase, p, ratio, verdict in speeds if ratio is not None]
+    others = "slower than the baseline"
     if known and known[0][0] == "decode":
         _, _, ratio, verdict = known.pop(0)
-        text = {"faster": "decode {} faster", "same": "decode {} (no clear difference)"}
-        words.append(text.get(verdict, "{} the decode speed: slower than the baseline").format(say.ratio(ratio)))
+        sentence = {"faster": "decode {} faster", "same": "decode {} (no clear difference)"}
+        parts.append(sentence.get(verdict, "{} the decode speed: slower than the baseline").format(say.ratio(ratio)))
         others = "also slower" if verdict == "slower" else others
-    slower = [f"{phase} {name} ({say.ratio(x)})" for phase, name, x, verdict in known if verdict == "slower"]
-    if slower:
+    if slower := [f"{phase} {name} ({say.ratio(x)})" for phase, name, x, verdict in known if verdict == "slower"]:
         more = f" and {len(slower) - 3} more" if len(slower) > 3 else ""
-        words.append(f"{others}: {', '.join(slower[:3])}{more}")
-    return words
+        parts.append(f"{others}: {', '.join(slower[:3])}{more}")
+    return ", ".join(parts) or "nothing was measured"
 
 
-def _checks(entry: Entry) -> dict[str, Any]:
+def _checks(run: ReportedRun) -> dict[str, Any]:
     """Coverage, reload check and kernels of one quantized run, in words."""
-    coverage, reload, kernels = (entry.get(key) or {} for key in ("coverage", "reload", "kernels"))
+    coverage, reload, kernels = (run.get(key) or {} for key in ("coverage", "reload", "kernels"))
     layers = coverage.get("layers") or []
     known = [layer for layer in layers if finite(layer.get("relative_error"))]
     worst = max(known, key=lambda layer: layer["relative_error"], default=None)
-    outputs = [x["output_error"] for x in layers if finite(x.get("output_error"))]
+    outputs = [layer["output_error"] for layer in layers if finite(layer.get("output_error"))]
     share = coverage.get("share")
     # Rounding must not claim that everything was quantized.
     part = "over 99.9%" if share is not None and 0.9995 <= share < 1 else say.percent(share)
     difference, tolerance = reload.get("max_difference"), reload.get("tolerance")
     passed = None if difference is None or tolerance is None else difference <= tolerance
+    selected = ", ".join(f"{name} × {n}" for name, n in (kernels.get("selected") or {}).items())
+    rounded = dig(kernels, "rounded_inputs", "layers")
     return {
-        "title": entry.title,
+        "title": run.title,
         "share": f"{part} of {say.size(coverage.get('decoder_bytes'))}",
         "layers": str(len(layers)) if layers else DASH,
         "mean_error": say.percent(sum(x["relative_error"] for x in known) / len(known), 2) if known else DASH,
@@ -169,22 +184,27 @@ def _checks(entry: Entry) -> dict[str, Any]:
         "difference": say.small(difference),
         "tolerance": say.small(tolerance),
         "tokens": say.count(reload.get("tokens")),
-        "kernels": ", ".join(f"{name} × {n}" for name, n in (kernels.get("selected") or {}).items()) or DASH,
-        "rounded": say.rounded_inputs(kernels),
+        "kernels": (selected or DASH) + (f"; inputs rounded in {rounded} layers" if rounded else ""),
     }
 
 
-def _special(entry: Entry) -> list[str]:
-    """Layers that were not quantized as asked, and why."""
-    layers = entry.get("coverage", "layers") or []
-    fallen = [f"{x['name']} fell back to absmax: {x['fallback']}" for x in layers if x.get("fallback")]
-    return fallen + [f"{x['name']}: {x['note']}" for x in layers if x.get("note")]
+def _rules(run: Metrics) -> list[tuple[str, str]]:
+    """The recipe's rules for single layers: (pattern, what it says)."""
+    rules = dig(run, "recipe", "layers")
+    return [(str(pattern), str(rule)) for pattern, rule in rules.items()] if isinstance(rules, Mapping) else []
 
 
-def _kept(tensors: Iterable[Metrics]) -> list[tuple[str, str, str, str]]:
-    """(name, count, bytes, reason) of what was not quantized, largest first, blocks put together."""
+def _deviations(run: ReportedRun) -> list[str]:
+    """Layers that were not quantized as the recipe says, and why."""
+    layers = run.get("coverage", "layers") or []
+    fallbacks = [f"{x['name']} fell back to absmax: {x['fallback']}" for x in layers if x.get("fallback")]
+    return fallbacks + [f"{x['name']}: {x['note']}" for x in layers if x.get("note")]
+
+
+def _kept(run: Metrics) -> list[tuple[str, str, str, str]]:
+    """(name, count, bytes, reason) of what was not quantized, the largest first; all blocks share one line."""
     groups: dict[tuple[str, str], list[Metrics]] = {}
-    for tensor in tensors:
+    for tensor in dig(run, "coverage", "kept") or []:
         name = str(tensor.get("name"))
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
         reason = str(tensor.get("reason") or DASH).replace(name, pattern)
@@ -196,8 +216,8 @@ def _kept(tensors: Iterable[Metrics]) -> list[tuple[str, str, str, str]]:
     return [(name, f"{count:,}", say.size(-total), reason) for total, name, count, reason in sorted(rows)]
 
 
-def _figures(entries: Sequence[Entry], ident: str) -> list[tuple[str, Markup]]:
+def _figures(runs: Sequence[ReportedRun], ident: str) -> list[tuple[str, Markup]]:
     from .figures import model_figures
 
-    drawn = enumerate(model_figures(entries, points_of(entries)))
+    drawn = enumerate(model_figures(runs, points_of(runs)))
     return [(caption, Markup(drawing.svg(f"{ident}-{number}"))) for number, (caption, drawing) in drawn]

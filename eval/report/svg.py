@@ -1,8 +1,8 @@
-"""What the figures share: their style, labels that cover nothing, and the way to SVG that sits inline in a page.
+"""The common parts of figures: their style, labels that cover nothing, and SVG for use inside a page.
 
-Every figure is one `<svg>` element as text: text stays text in the page's own font, ink is `currentColor` (so
-dark mode works), no width or height (the page scales it), ids carry the caller's prefix, and the same data
-give the same bytes. The figures are small in inches because a phone shows them at about that size.
+Every figure is one `<svg>` element. Its text stays text, in the page's own font. Its ink is `currentColor`, so dark
+mode works. It has no width or height: the page scales it. Its ids carry the caller's prefix. The same data give the
+same bytes. The figures are small in inches because a phone shows them at about that size.
 """
 
 import io
@@ -47,7 +47,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": FONT,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
-ANGLES = (0, 180, 90, 270, 30, 150, 210, 330, 60, 120, 240, 300)  # of a label from its point, best first
+ANGLES = (0, 180, 90, 270, 30, 150, 210, 330, 60, 120, 240, 300)  # from a point to its label, the best first
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
@@ -67,13 +67,13 @@ def grid(axes: Axes) -> None:
 
 
 def unit_of(values: Sequence[float]) -> tuple[str, float]:
-    """The unit for these bytes, and how many bytes it has."""
+    """The unit for these numbers of bytes, and how many bytes one unit has."""
     units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
     return next((unit, one) for unit, one in units if one == 1e3 or max(values) >= one)
 
 
 def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic y axis where the values span more than a linear one shows."""
+    """Makes the y axis logarithmic where a linear one could not show the range of the values."""
     if min(values) > 0 and max(values) > 4 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -84,7 +84,7 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
 def label_points(axes: Axes, points: Sequence[Point]) -> None:
     """Writes each label at the nearest place where it covers no point and no other label.
 
-    Widths are estimated from the number of letters, because the page's font is not known here. A label that
+    A label's width is estimated from its number of letters, because the page's font is not known here. A label that
     fits nowhere is left out: the table beside the figure has it.
     """
     scale = 72 / axes.figure.dpi
@@ -134,7 +134,7 @@ def _overlap(one: Box, other: Box) -> bool:
 
 
 def clean(text: str, longest: int) -> str:
-    """Text for a figure: matplotlib's font lacks most scripts, and XML refuses control characters."""
+    """Text for a figure, cut and in ASCII: matplotlib's font lacks most scripts, and XML forbids control characters."""
     text = re.sub(r"[^\x20-\x7e]", "?", text)
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
@@ -147,7 +147,7 @@ class Drawing:
     title: str
 
     def svg(self, ident: str) -> str:
-        """One `<svg>` element fit for an HTML page; `ident` keeps its ids apart from others' on that page."""
+        """One `<svg>` element for an HTML page; `ident` makes its ids differ from those of other figures."""
         buffer = io.StringIO()
         with mpl.rc_context(STYLE):
             self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -163,7 +163,7 @@ class Drawing:
         return ET.tostring(root, encoding="unicode").strip()
 
     def png(self) -> bytes:
-        """On white, for pages that take no SVG."""
+        """The figure on white, for pages that cannot show SVG."""
         buffer = io.BytesIO()
         with mpl.rc_context(STYLE):
             self.figure.savefig(buffer, format="png", dpi=_DOTS, facecolor="white", metadata={"Software": None})
@@ -171,7 +171,7 @@ class Drawing:
 
 
 def _value(name: str, value: str, ident: str) -> str:
-    """An attribute with ids made the figure's own, ink made currentColor, and the font left to the page."""
+    """An attribute's value with the figure's prefix before ids, currentColor as ink, and the page's own font."""
     if name == "id":
         return f"{ident}-{value}"
     if name == "href":

@@ -1,44 +1,80 @@
-"""The report's tables besides the summary: how sure the figures are, what memory and speed come to, tasks, gates.
+"""The report's tables besides the summary: how sure the figures are, gates, errors, tasks, memory, speed, recipes.
 
-Each is (title, header, rows, note); one that nothing was measured for is left out.
+Each is (title, header, rows, note). A table of something that no run measured is left out.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import Any
 
 from . import words as say
+from .runs import ReportedRun, SpeedPoint
 from .task_change import difference
-from .why_slower import because
-
-if TYPE_CHECKING:
-    from .runs import Entry, SpeedPoint
+from .why_slower import why_slower
 
 Table = tuple[str, list[str], list[list[str]], str]
 _WORST = 3  # layers of each run
 
 
-def tables(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str]) -> list[Table]:
-    """All tables of a report's runs."""
-    made = (_divergence(entries), _gates(entries), _errors(entries), _tasks(entries), _memory(entries))
-    return [table for table in (*made, _speed(entries, points)) if table[2]]
+def tables(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str]) -> list[Table]:
+    """All tables of measurements that a report of these runs has."""
+    every = (_divergence(runs), _gates(runs), _errors(runs), _tasks(runs), _memory(runs), _speed(runs, points))
+    return [table for table in every if table[2]]
 
 
-def _divergence(entries: Sequence["Entry"]) -> Table:
-    header = ["run", "perplexity", "its ratio to the baseline's", "mean KL", "median KL", "99% of tokens below"]
-    header += ["largest KL", "top-1 agreement", "RMS change of p", "how"]
+def recipe_table(runs: Sequence[ReportedRun]) -> Table:
+    """How each run was quantized: one row for each scheme and method among its layers.
+
+    `coverage.layers` has "scheme" and "method" of each layer. Where it does not, those of the run count for all layers.
+    """
     rows = []
-    for entry in entries:
-        found = entry.get("quality") or {}
-        if found.get("perplexity") is None:
+    for run in runs:
+        if run.is_baseline:
             continue
-        bound = found.get("kl_mean_bound")
-        how = found.get("path") or say.DASH
-        row = [entry.title, say.plus_minus(found["perplexity"], found.get("perplexity_se"), say.number)]
-        row.append(say.plus_minus(found.get("perplexity_ratio"), found.get("perplexity_ratio_se"), say.fine))
-        row.append(say.divergence(found.get("kl_mean"), found.get("kl_mean_se")))
-        row += [say.small(found.get(key)) for key in ("kl_median", "kl_p99", "kl_max")]
-        row.append(say.plus_minus(found.get("top1_agreement"), found.get("top1_agreement_se"), say.hundredths))
-        row.append(say.plus_minus(found.get("rms_dp"), found.get("rms_dp_se"), say.hundredths))
+        groups: dict[str, list[Mapping[str, Any]]] = {}
+        for layer in run.get("coverage", "layers") or [{}]:
+            parts = [layer.get(key) or run.get(key) for key in ("method", "scheme")]
+            groups.setdefault("/".join(str(part) for part in parts if part) or say.DASH, []).append(layer)
+        for spec, layers in sorted(groups.items(), key=lambda group: (-len(group[1]), group[0])):
+            weights = sum(prod(layer.get("shape") or [0]) for layer in layers) or None
+            complete = all(layer.get("bytes") is not None for layer in layers)
+            size = sum(layer["bytes"] for layer in layers) if complete else None
+            row = [
+                run.title,
+                spec,
+                str(run.get("format") or say.DASH),
+                say.DASH if layers == [{}] else str(len(layers)),
+            ]
+            row += [say.count(weights), say.size(size)]
+            rows.append([*row, say.number(say.over(None if size is None else 8 * size, weights))])
+    note = (
+        "Layers, weights and size count the quantized layers of this scheme and method. Size includes scales and zero "
+        "points. What was not quantized is listed below with the reason."
+    )
+    header = ["run", "method/scheme", "format", "layers", "weights", "size", "bits/weight"]
+    return "How it was made", header, rows, note
+
+
+def _divergence(runs: Sequence[ReportedRun]) -> Table:
+    header = ["run", "perplexity", "its ratio to the baseline's", "mean KL"]
+    kernel = any(run.get("kernels", "rounded_inputs") for run in runs)
+    header += ["KL added by the kernel"] * kernel
+    header += ["median KL", "99% of tokens below", "largest KL", "top-1 agreement", "RMS change of p", "how"]
+    rows = []
+    for run in runs:
+        quality = run.get("quality") or {}
+        if quality.get("perplexity") is None:
+            continue
+        bound = quality.get("kl_mean_bound")
+        how = quality.get("path") or say.DASH
+        row = [run.title, say.plus_minus(quality["perplexity"], quality.get("perplexity_se"), say.number)]
+        row.append(say.plus_minus(quality.get("perplexity_ratio"), quality.get("perplexity_ratio_se"), say.fine))
+        row.append(say.divergence(quality.get("kl_mean"), quality.get("kl_mean_se")))
+        rounded = run.get("kernels", "rounded_inputs") or {}
+        row += [say.divergence(rounded.get("kl_mean"), rounded.get("kl_mean_se"))] * kernel
+        row += [say.small(quality.get(key)) for key in ("kl_median", "kl_p99", "kl_max")]
+        row.append(say.plus_minus(quality.get("top1_agreement"), quality.get("top1_agreement_se"), say.hundredths))
+        row.append(say.plus_minus(quality.get("rms_dp"), quality.get("rms_dp_se"), say.hundredths))
         row.append(f"{how}; mean KL within {say.small(bound)} of the exact one" if bound else how)
         rows.append(row)
     note = (
@@ -48,116 +84,108 @@ def _divergence(entries: Sequence["Entry"]) -> Table:
     return "How sure the figures are", header, rows, note
 
 
-def _errors(entries: Sequence["Entry"]) -> Table:
-    """The layers whose outputs are furthest off; a run that was not asked for them has no row."""
+def _errors(runs: Sequence[ReportedRun]) -> Table:
+    """The layers whose outputs are furthest off; a run for which they were not measured has no row."""
     rows = []
-    for entry in entries:
-        errors = entry.get("output_errors") or {}
+    for run in runs:
+        errors = run.get("output_errors") or {}
         if reason := errors.get("skipped"):
-            rows.append([entry.title, say.DASH, say.DASH, f"not measured: {reason}"])
+            rows.append([run.title, say.DASH, say.DASH, f"not measured: {reason}"])
         known = [layer for layer in errors.get("layers") or [] if layer.get("output_error") is not None]
         for layer in sorted(known, key=lambda layer: -layer["output_error"])[:_WORST]:
             channels = [f"{x['channel']} ({say.percent(x['share'], 0)})" for x in layer.get("worst_channels") or []]
             error = say.percent(layer["output_error"], 2)
-            rows.append([entry.title, str(layer.get("name")), error, ", ".join(channels) or say.DASH])
+            rows.append([run.title, str(layer.get("name")), error, ", ".join(channels) or say.DASH])
     note = (
-        f"The {_WORST} layers of each run whose outputs are furthest off, on the unquantized model's inputs; "
-        "in brackets behind a channel its share in the layer's squared error. All layers are in metrics.json."
+        f"The {_WORST} layers of each run whose outputs are furthest off, on the unquantized model's inputs. In "
+        "brackets behind a channel is its share of the layer's squared error. All layers are in metrics.json."
     )
     return "Where it hurts most", ["run", "layer", "relative error of outputs", "worst channels"], rows, note
 
 
-def _gates(entries: Sequence["Entry"]) -> Table:
+def _gates(runs: Sequence[ReportedRun]) -> Table:
     rows = []
-    for entry in entries:
-        verdict = entry.get("gates") or {}
-        judged = sorted(verdict.get("judged") or [], key=lambda gate: gate["passed"])  # what was missed comes first
+    for run in runs:
+        verdict = run.get("gates") or {}
+        judged = sorted(verdict.get("judged") or [], key=lambda gate: gate["passed"])  # missed gates come first
         if judged:
-            word = "missed, overridden" if verdict.get("overridden") else "MISSED"
-            found = "; ".join(str(gate["said"]) for gate in judged)
-            rows.append([entry.title, "passed" if judged[0]["passed"] else word, found])
-    return "Gates", ["run", "verdict", "found"], rows, ""
+            missed = "missed, overridden" if verdict.get("overridden") else "MISSED"
+            sentences = "; ".join(str(gate["said"]) for gate in judged)
+            rows.append([run.title, "passed" if judged[0]["passed"] else missed, sentences])
+    return "Gates", ["run", "verdict", "measured"], rows, ""
 
 
-def _tasks(entries: Sequence["Entry"]) -> Table:
+def _tasks(runs: Sequence[ReportedRun]) -> Table:
     rows = []
-    for entry in entries:
-        for line in entry.get("tasks") or []:
+    for run in runs:
+        others = (run.baseline or {}).get("tasks") or []
+        for line in run.get("tasks") or []:
+            change = say.DASH
+            if compared := next((pair for other in others if (pair := difference(line, other))), None):
+                text, error = say.known(*compared)
+                signed = text if text.startswith("-") else f"+{text}"
+                change = say.followed(signed, f"± {error}" if error else None)
             value = say.plus_minus(line.get("value"), line.get("standard_error"), say.small)
-            row = [entry.title, str(line.get("task")), str(line.get("metric")), value, _change(entry, line)]
+            row = [run.title, str(line.get("task")), str(line.get("metric")), value, change]
             rows.append([*row, say.count(line.get("samples"))])
-    note = "±: one standard error; of the change it is paired, document by document, and so far smaller."
+    note = "±: one standard error. That of a change is paired, document by document, so it is far smaller."
     return "Tasks, by lm-eval", ["run", "task", "metric", "value", "against the baseline", "documents"], rows, note
 
 
-def _change(entry: "Entry", line: Mapping[str, Any]) -> str:
-    """The difference to the baseline's score."""
-    others = (entry.baseline or {}).get("tasks") or []
-    found = next((change for other in others if (change := difference(line, other))), None)
-    if found is None:
-        return say.DASH
-    words, error = say.known(*found)
-    return say.followed(words if words.startswith("-") else f"+{words}", f"± {error}" if error else None)
-
-
-def _memory(entries: Sequence["Entry"]) -> Table:
+def _memory(runs: Sequence[ReportedRun]) -> Table:
     header = ["run", "weights", "loading peak", "cache per token", "activations"]
     cards: list[int] = []
     rows = []
-    for entry in entries:
-        found = entry.get("memory") or {}
-        fits = {fit["card_gib"]: fit["context"] for fit in found.get("fits") or []}
+    for run in runs:
+        memory = run.get("memory") or {}
+        fits = {fit["card_gib"]: fit["context"] for fit in memory.get("fits") or []}
         if not fits:
             continue
         cards = cards or list(fits)
         sizes = ("resident_bytes", "loading_peak_bytes", "kv_cache_bytes_per_token", "activation_peak_bytes")
         contexts = ["no" if fits.get(card) == 0 else say.count(fits.get(card)) for card in cards]
-        rows.append([entry.title, *(say.size(found.get(key)) for key in sizes), *contexts])
+        rows.append([run.title, *(say.size(memory.get(key)) for key in sizes), *contexts])
     note = (
-        "Loading peak: beside what was there. Activations: the most while a prompt was read. Under a card's size, the "
-        "longest context (tokens, batch 1) that fits on it: computed from the columns before, 1 GiB of the card left "
-        "to CUDA and its libraries, up to what the model can hold."
+        "Loading peak: above the memory that the process held before. Activations: the most while a prompt was read. "
+        "Under a card's size: the longest context (tokens, batch 1) that fits on it. It is computed from the columns "
+        "before, leaves 1 GiB of the card to CUDA and its libraries, and is at most what the model can read."
     )
     return "Memory, and what fits where", header + [f"{card} GiB" for card in cards], rows, note
 
 
-def _speed(entries: Sequence["Entry"], points: Mapping["SpeedPoint", str]) -> Table:
-    header = [
-        "run",
-        "load",
-        "first token",
-        "decode reads",
-        "of memory's bandwidth",
-        "joules per token",
-        "slower because",
-    ]
+def _speed(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str]) -> Table:
+    header = ["run", "load", "first token", "decode reads", "of memory's bandwidth", "joules per token"]
+    header.append("slower because")
     rows = []
-    for entry in entries:
-        for measured in entry.get("speed") or []:
+    for run in runs:
+        for measured in run.get("speed") or []:
             if "skipped" in measured:
                 load = f"batch {measured['batch']}, {measured['prompt']}+{measured['generate']} tokens"
-                rows.append([entry.title, load, *[say.DASH] * 4, f"not measured: {measured['skipped']}"])
+                rows.append([run.title, load, *[say.DASH] * 4, f"not measured: {measured['skipped']}"])
                 continue
             point = (measured.get("batch") or 0, measured.get("prompt") or 0, measured.get("generate") or 0)
             if point not in points or "first_token_seconds" not in measured:
                 continue
             rate, joules = measured.get("bytes_per_second"), measured.get("joules_per_token") or {}
-            spent = [say.small(joules.get(phase)) for phase in ("prefill", "decode")]
-            row = [entry.title, points[point], say.seconds(measured["first_token_seconds"].get("median"))]
-            row += [
-                say.DASH if rate is None else f"{say.size(rate)}/s",
-                say.percent(measured.get("bandwidth_share"), 0),
-            ]
-            row.append(" / ".join(spent) if joules else say.DASH)
             reasons = [
                 f"{phase}: {why}"
                 for phase in ("prefill", "decode")
-                if entry.speed_against(point, phase)[1] == "slower" and (why := because(entry.run, measured, phase))
+                if run.speed_against(point, phase)[1] == "slower" and (why := why_slower(run.run, measured, phase))
             ]
-            rows.append([*row, "; ".join(reasons) or say.DASH])
+            rows.append(
+                [
+                    run.title,
+                    points[point],
+                    say.seconds(measured["first_token_seconds"].get("median")),
+                    say.DASH if rate is None else f"{say.size(rate)}/s",
+                    say.percent(measured.get("bandwidth_share"), 0),
+                    " / ".join(say.small(joules.get(phase)) for phase in ("prefill", "decode")) if joules else say.DASH,
+                    "; ".join(reasons) or say.DASH,
+                ]
+            )
     note = (
-        "First token: seconds from the prompt to it. Decode reads all weights once a step: bytes per second, and their "
-        "share of what this machine's memory gives; above 100%, a cache of the processor holds them. Joules: prefill / "
-        "decode, of the whole processor or card, where the machine tells."
+        "First token: the time from the prompt to it. Decode reads all weights at every step: bytes per second, and "
+        "their share of the bandwidth of this machine's memory. Above 100%, a cache of the processor holds them. "
+        "Joules: prefill / decode, of the whole processor or card, where the machine can measure them."
     )
     return "Speed, further", header, rows, note

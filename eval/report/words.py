@@ -1,4 +1,4 @@
-"""Numbers and texts as the report shows them; what was not measured is a dash."""
+"""Numbers and texts as a page shows them; a dash stands for what was not measured."""
 
 import math
 import re
@@ -8,15 +8,22 @@ from typing import Any
 from markupsafe import Markup
 
 DASH = "–"
-# Control characters, invalid in XML, and those that reverse the direction of the text around them.
+KERNEL_KL = (
+    "KL added by the kernel: the kernel also rounds the inputs of layers whose scheme quantizes only the weights. The "
+    "figure is the mean KL of the model with this rounding from the same model without it, on some of the windows. "
+    "Mean KL and perplexity are measured without it: they belong to the file, and this figure belongs to the kernel."
+)
+# Control characters, characters that XML forbids, and those that reverse the direction of the text around them.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 
 
 def over(value: float | None, reference: float | None) -> float | None:
+    """value / reference, or None where one is missing."""
     return value / reference if value is not None and reference else None
 
 
 def followed(text: str, extra: str | None) -> str:
+    """The text with something in brackets behind it, where both exist."""
     return text if extra in (None, DASH) or text == DASH else f"{text} ({extra})"
 
 
@@ -60,6 +67,7 @@ def hundredths(value: float | None) -> str:
 
 
 def increase(after: float | None, before: float | None) -> str | None:
+    """The change in percent, with its sign."""
     if (quotient := over(after, before)) is None:
         return None
     change = 100 * (quotient - 1)
@@ -78,7 +86,7 @@ def size(value: float | None) -> str:
 
 
 def markdown_text(value: Any) -> Any:
-    """Text that GitHub Markdown shows as it is, in a table cell too; Markup passes."""
+    """Text that GitHub Markdown shows as it is, in a cell of a table too. Markup is not changed."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     text = re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", " ".join(value.split()))
@@ -86,13 +94,13 @@ def markdown_text(value: Any) -> Any:
 
 
 def fenced(text: str, language: str = "") -> Markup:
-    """A Markdown code block that its content cannot close."""
+    """A code block of Markdown that its content cannot close."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return Markup(f"{fence}{language}\n{text}\n{fence}")
 
 
 def printable(value: Any) -> Any:
-    """The same data without characters that would break a page."""
+    """The same data, without characters that could break a page."""
     if isinstance(value, str):
         return _UNPRINTABLE.sub("\ufffd", value)
     if isinstance(value, Mapping):
@@ -101,12 +109,15 @@ def printable(value: Any) -> Any:
 
 
 def plus_minus(value: float | None, error: float | None, words: Callable[[float | None], str]) -> str:
+    """A value and its standard error, both in the same words."""
     return followed(words(value), None if error is None else f"± {words(error)}")
 
 
 def known(value: float | None, error: float | None) -> tuple[str, str]:
-    """A value to the digits that its standard error leaves it, and the error ("" where there is none): 0.00435 and
-    0.00005. Of an error that begins with 1, two digits."""
+    """A value with as many digits as its standard error allows, and the error ("" where there is none).
+
+    For example 0.00435 and 0.00005. An error that begins with 1 has two digits.
+    """
     if value is None or not error or not math.isfinite(error):
         return small(value), "" if error is None else small(error)
     power = math.floor(math.log10(error))
@@ -120,9 +131,9 @@ def divergence(value: float | None, error: float | None) -> str:
     return followed(words, f"± {spread}" if spread else None)
 
 
-def facts_of(found: Mapping[str, Any]) -> list[list[str]]:
-    """One measured model in lines of a name and a value, for a terminal."""
-    quality, memory = found["quality"], found["memory"]
+def facts_of(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """The figures of one model as lines of a name and a value, for a terminal."""
+    quality, memory, kernels = metrics["quality"], metrics["memory"], metrics["kernels"]
     rows = [["perplexity", plus_minus(quality["perplexity"], quality["perplexity_se"], number)]]
     if quality["path"]:
         ratio_error = quality["perplexity_ratio_se"]
@@ -134,26 +145,19 @@ def facts_of(found: Mapping[str, Any]) -> list[list[str]]:
             ["same next token", plus_minus(quality["top1_agreement"], quality["top1_agreement_se"], percent)],
             ["compared", quality["path"]],
         ]
-    rows += [[line["task"], f"{line['metric']} {small(line['value'])}"] for line in found["tasks"]]
+    if cost := kernels.get("rounded_inputs"):
+        rows.append(["KL added by the kernel", divergence(cost["kl_mean"], cost["kl_mean_se"])])
+    rows += [[line["task"], f"{line['metric']} {small(line['value'])}"] for line in metrics["tasks"]]
     rows += [["resident weights", size(memory["resident_bytes"])], ["peak RSS", size(memory["peak_rss_bytes"])]]
     rows += [["cache per token", size(memory["kv_cache_bytes_per_token"])]]
-    for speed in found["speed"]:
+    for speed in metrics["speed"]:
         if "skipped" in speed:
             rows.append([f"tokens/s, batch {speed['batch']}, prompt {speed['prompt']}", speed["skipped"]])
             continue
         rates = f"{speed['prefill']['median']:.0f} prefill, {speed['decode']['median']:.1f} decode"
         rows.append([f"tokens/s, batch {speed['batch']}, prompt {speed['prompt']}", rates])
-    rows += [[f"kernel {name}", f"{layers} layers"] for name, layers in found["kernels"]["selected"].items()]
-    if fused := found["kernels"].get("fused"):
+    rows += [[f"kernel {name}", f"{layers} layers"] for name, layers in kernels["selected"].items()]
+    if fused := kernels.get("fused"):
         why = "; ".join(f"{count}: {reason}" for reason, count in fused["why"].items())
         rows.append(["decoder layers in one call", f"{fused['fused']} of {fused['of']}{f' ({why})' if why else ''}"])
-    return rows + ([["inputs", rounded]] if (rounded := rounded_inputs(found["kernels"])) else [])
-
-
-def rounded_inputs(kernels: Mapping[str, Any]) -> str:
-    """What it cost that kernels rounded the inputs of weight-only layers; "" where none did."""
-    cost = kernels.get("rounded_inputs")
-    if not cost:
-        return ""
-    alone = divergence(cost["kl_mean"], cost["kl_mean_se"])
-    return f"rounded to 8 bits in {cost['layers']} layers; that alone is a mean KL of {alone}"
+    return rows

@@ -20,7 +20,6 @@ from ..registry import registry
 from ..weights.integer import Integer
 
 DENSE = "bf16 linear"
-_OPERATORS = ("torch-int4", "bnb-nf4")  # of the registry: another library's operator, and little else
 
 # Bytes of copies of a weight. On the CPU no copy is used twice in a burst; on CUDA bursts are longer, to outweigh the
 # launch, and the copies are to exceed the level-2 cache twice over.
@@ -36,7 +35,8 @@ def copies(nbytes: int, device: torch.device) -> int:
 class Contender(Protocol):
     """One way to multiply by a weight [out, in], copies of it at hand.
 
-    nbytes: of one copy, as this one reads it. itemsize: bytes of an element of its x and y. longest: calls in a sample.
+    nbytes: bytes of one copy, as this one reads it. itemsize: bytes of an element of its x and y. longest: the most
+    calls in a sample.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Contender(Protocol):
         """Relative RMS error of the product with x bfloat16 [rows, in]. Raises RuntimeError where there is none."""
 
     def seconds(self, x: Tensor, calls: int) -> float:
-        """Of one product, from `calls` of them, each with the next copy."""
+        """The time of one product, from `calls` of them, each with the next copy."""
 
     def close(self) -> None:
         """Give the memory back."""
@@ -63,14 +63,14 @@ class Entrant(Protocol):
     def name(self) -> str: ...
 
     def unsupported(self, qtensor: QTensor, device: torch.device) -> str | None:
-        """None if it can take part, else the reason."""
+        """Why it cannot take part; None if it can."""
 
     def enter(self, qtensor: QTensor) -> Contender:
         """Raises RuntimeError where it cannot after all."""
 
 
 def entrants(kernels: list[str] | None = None, operators: bool = False) -> list[Entrant]:
-    """torch's dense layer and the kernels of these names, by default all but `reference`.
+    """torch's dense layer and the kernels of these names, by default all but the last resort.
 
     Args:
         operators: also those of torch's operators that no kernel uses.
@@ -78,7 +78,7 @@ def entrants(kernels: list[str] | None = None, operators: bool = False) -> list[
         ValueError: an unknown name.
     """
     known = {kernel.name: kernel for kernel in registry()}
-    names = [name for name in known if name != "reference"] if kernels is None else kernels
+    names = [name for name, kernel in known.items() if not kernel.last_resort] if kernels is None else kernels
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"kernel {unknown[0]!r} is unknown; use one of {', '.join(known)}")
     chosen: list[Kernel] = [Dense(), *(known[name] for name in names)]
@@ -89,7 +89,7 @@ def entrants(kernels: list[str] | None = None, operators: bool = False) -> list[
 
 def own_kernels() -> set[str]:
     """The names of the registry's kernels but for those that only call another library's operator."""
-    return {kernel.name for kernel in registry()} - set(_OPERATORS)
+    return {kernel.name for kernel in registry() if not kernel.only_calls_library}
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,10 @@ class Local:
         self._turns = itertools.cycle(self.packed)
 
     def error(self, x: Tensor, expected: Tensor) -> float:
-        found = self._linear(x.to(self.dtype)).to(torch.float32)
-        if found.shape != expected.shape:
-            raise RuntimeError(f"the product's shape is {list(found.shape)}, expected {list(expected.shape)}")
-        return float((found - expected).norm() / expected.norm())
+        product = self._linear(x.to(self.dtype)).to(torch.float32)
+        if product.shape != expected.shape:
+            raise RuntimeError(f"the product's shape is {list(product.shape)}, expected {list(expected.shape)}")
+        return float((product - expected).norm() / expected.norm())
 
     def seconds(self, x: Tensor, calls: int) -> float:
         x = x.to(self.dtype)
@@ -210,7 +210,6 @@ class Dense(Kernel):
     rank: ClassVar[int] = 0
     name: ClassVar[str] = DENSE
     serves: ClassVar[tuple[Serves, ...]] = ()  # every scheme: the weight is dequantized before
-    rounds_weight_only_inputs: ClassVar[bool] = False
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         return None

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpu.native import touch
 from ..qtensor import QTensor
 from ..scheme import Scheme
 from .entrants import Contender, Entrant, cuda_seconds
@@ -45,8 +46,10 @@ class Job:
 
 @dataclass
 class Result:
-    """Of one contender. nbytes: of the weight as it is read; moved: with x and y. error: relative RMS. problem: why it
-    was not timed. samples: seconds per product, one from each round's burst of `calls`. about: versions and such."""
+    """What was measured of one contender.
+
+    nbytes: bytes of the weight as it is read; moved: with x and y. error: relative RMS. problem: why it was not timed.
+    samples: seconds per product, one from each round's burst of `calls`. about: versions and such."""
 
     name: str
     nbytes: int
@@ -79,7 +82,7 @@ class Cell:
     absent: dict[str, str]
 
     def share(self, result: Result) -> float:
-        """Of the memory's bandwidth."""
+        """The part of the memory's bandwidth that a contender reached."""
         return result.bytes_per_second / self.memory.bytes_per_second
 
     def gops(self, result: Result) -> float:
@@ -198,13 +201,11 @@ class Memory:
 
 def readers() -> dict[str, Callable[[Tensor], Any]]:
     """What reads a tensor on the CPU with all of torch's threads; which is the fastest differs between machines."""
-    found: dict[str, Callable[[Tensor], Any]] = {"torch's amax": Tensor.amax}
-    with contextlib.suppress(ImportError, OSError, RuntimeError):
-        from ..cpu.native import touch
-
+    known: dict[str, Callable[[Tensor], Any]] = {"torch's amax": Tensor.amax}
+    with contextlib.suppress(RuntimeError):  # there is no native library here
         touch(torch.ones(64, dtype=torch.int32))
-        found["the native library"] = touch
-    return found
+        known["the native library"] = touch
+    return known
 
 
 def _on_cuda(device: torch.device) -> Tensor:
@@ -228,17 +229,17 @@ def random_weight(scheme: Scheme, shape: tuple[int, int], device: torch.device) 
 
 
 def cache_bytes(device: torch.device) -> int | None:
-    """Of all the caches of the last level before the memory; None where the system does not tell."""
+    """Bytes of all the caches of the last level before the memory; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    found: dict[int, dict[str, int]] = {}
+    levels: dict[int, dict[str, int]] = {}
     units = {"K": 1 << 10, "M": 1 << 20}
     for size in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*/size"):
         level, shared = ((size.parent / name).read_text().strip() for name in ("level", "shared_cpu_list"))
         text = size.read_text().strip()
         if text[-1:] in units:
-            found.setdefault(int(level), {})[shared] = int(text[:-1]) * units[text[-1]]
-    return sum(found[max(found)].values()) if found else None
+            levels.setdefault(int(level), {})[shared] = int(text[:-1]) * units[text[-1]]
+    return sum(levels[max(levels)].values()) if levels else None
 
 
 def _free_bytes() -> int:

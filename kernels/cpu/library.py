@@ -41,7 +41,7 @@ class Library:
 
     @property
     def runnable(self) -> list[str]:
-        return [name for name, there in zip(self.instructions, self.available) if there]
+        return [name for name, runs in zip(self.instructions, self.available) if runs]
 
 
 @functools.cache
@@ -87,13 +87,13 @@ def _build() -> Path:
         return target
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        made = Path(folder) / target.name
+        library = Path(folder) / target.name
         units = [str(source) for source in sources if source.suffix == ".c"]
         subprocess.run(
-            [command, *_FLAGS, "-shared", "-o", str(made), *units, "-lm", "-lpthread"],
+            [command, *_FLAGS, "-shared", "-o", str(library), *units, "-lm", "-lpthread"],
             check=True, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
-        os.replace(made, target)
+        os.replace(library, target)
     return target
 
 

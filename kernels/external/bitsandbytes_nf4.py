@@ -46,7 +46,7 @@ class BitsAndBytesNF4(Kernel):
     rank: ClassVar[int] = 32
     name: ClassVar[str] = "bnb-nf4"
     serves: ClassVar[tuple[Serves, ...]] = (Serves("nf4 and nf4-dq", NF4),)
-    rounds_weight_only_inputs: ClassVar[bool] = False
+    only_calls_library: ClassVar[bool] = True
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         if reason := self.unserved(qtensor.scheme):

@@ -43,7 +43,7 @@ class TorchInt4(Kernel):
     rank: ClassVar[int] = 30
     name: ClassVar[str] = "torch-int4"
     serves: ClassVar[tuple[Serves, ...]] = (Serves("4-bit integer weights", Integer, (4,)),)
-    rounds_weight_only_inputs: ClassVar[bool] = False
+    only_calls_library: ClassVar[bool] = True
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme, in_features = qtensor.scheme, qtensor.shape[1]

@@ -29,7 +29,6 @@ class TorchInt8(Kernel):
     rank: ClassVar[int] = 31
     name: ClassVar[str] = "torch-int8"
     serves: ClassVar[tuple[Serves, ...]] = (Serves("int8-dynamic", Integer, (8,), Int8Token),)
-    rounds_weight_only_inputs: ClassVar[bool] = False
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         if reason := self.unserved(qtensor.scheme):

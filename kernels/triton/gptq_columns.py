@@ -9,12 +9,12 @@ try:
 except ImportError:  # it comes with torch's CUDA builds, not with its CPU ones
     triton = None
 
-from .launch import missing
+from .launch import unsupported_machine
 
 MAX_COLUMNS = 128  # of a block: a program holds all of them, for its rows, in registers
 
-# Of one program: 56 to 72 registers a thread on compute capability 8.0 and 9.0, none spilled. 64 rows take 125 to 164,
-# and a layer's few thousand rows would then leave most of a GPU idle.
+# One program takes 56 to 72 registers a thread on compute capability 8.0 and 9.0, none spilled. With 64 rows it takes
+# 125 to 164, and a layer's few thousand rows would then leave most of a GPU idle.
 _ROWS = 16
 _WARPS = 4
 
@@ -22,10 +22,10 @@ Grid = tuple[Tensor, Tensor, Tensor]
 
 
 def problem(device: torch.device) -> str | None:
-    """None if `round_columns` and `settle_columns` can run on this device, else the reason in a few words."""
+    """Why `round_columns` and `settle_columns` cannot run on this device, in a few words; None if they can."""
     if device.type != "cuda":
         return f"runs on CUDA, not on {device.type}"
-    return missing()
+    return unsupported_machine()
 
 
 def round_columns(left: Tensor, upper: Tensor, grid: Grid, groups: Tensor, codes: Tensor, errors: Tensor) -> None:
@@ -70,8 +70,8 @@ def _launch(
     assert 0 < columns <= MAX_COLUMNS
     assert factor.stride(1) == 1 or columns == 1
     assert groups.dtype == torch.int32
-    given = (left, *grid, groups, codes, steps) if before is None else (left, *grid, groups, before, codes, steps)
-    assert all(tensor.is_contiguous() for tensor in given)
+    assert all(tensor.is_contiguous() for tensor in (left, *grid, groups, codes, steps))
+    assert before is None or before.is_contiguous()
     block = max(16, triton.next_power_of_2(columns))
     pointers = (left, factor, *grid, groups, before, codes, steps)
     with torch.cuda.device_of(left):  # Triton would launch on the current one

@@ -24,7 +24,7 @@ from ..base import Kernel, PackedWeight, Serves
 from ..packing import unpack
 from ..qtensor import QTensor
 from ..weights.integer import Integer
-from .launch import Config, choose, problem, row_bucket
+from .launch import Config, choose, row_bucket, unsupported_device
 from .product import add_parts, multiply_dequantized
 
 try:
@@ -92,7 +92,6 @@ class TritonInt4(Kernel):
     rank: ClassVar[int] = 20
     name: ClassVar[str] = "triton-int4"
     serves: ClassVar[tuple[Serves, ...]] = (Serves("integer weights of 2 to 4 bits", Integer, (2, 3, 4)),)
-    rounds_weight_only_inputs: ClassVar[bool] = False
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme = qtensor.scheme
@@ -102,7 +101,7 @@ class TritonInt4(Kernel):
             return f"inputs are {dtype}, expected float16 or bfloat16"
         if scheme.group_size and scheme.group_size % _SLICE:
             return f"group_size {scheme.group_size} is not a multiple of {_SLICE}"
-        return problem(device)
+        return unsupported_device(device)
 
     def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
         return Int4Weight(qtensor, weight=_pack_codes(qtensor), scales=_pack_scales(qtensor))
@@ -182,7 +181,7 @@ def _product(config: Config, x: Tensor, weight: Tensor, scales: Tensor, bias: Te
     """x [rows, in], contiguous -> [rows, out]."""
     outs = weight.shape[1]
     if config == TORCH:
-        return multiply_dequantized(x, outs, lambda first, found: dequantize(weight, scales, first, found), bias)
+        return multiply_dequantized(x, outs, lambda first, output: dequantize(weight, scales, first, output), bias)
     y = x.new_empty(len(x), outs)
     if config.split == 1 or config in DECODE:
         _launch(config, x, weight, scales, bias, y)
@@ -210,13 +209,13 @@ def _launch(config: Config, x: Tensor, weight: Tensor, scales: Tensor, bias: Ten
             _multiply[(*tiles, config.split)](*tensors, *sizes, **constants)
 
 
-def dequantize(weight: Tensor, scales: Tensor, first: int, found: Tensor) -> None:
-    """found [count, in], contiguous, is set to the packed weight's output features from `first` on, rounded to its
+def dequantize(weight: Tensor, scales: Tensor, first: int, output: Tensor) -> None:
+    """output [count, in], contiguous, is set to the packed weight's output features from `first` on, rounded to its
     dtype."""
-    (count, ins), (blocks, outs, _) = found.shape, weight.shape
+    (count, ins), (blocks, outs, _) = output.shape, weight.shape
     constants = {"OUTS": 64, "GROUPS": len(scales) // blocks}
     with torch.cuda.device_of(weight):
-        _dequantize[(triton.cdiv(count, 64), blocks)](weight, scales, found, ins, outs, first, count, **constants)
+        _dequantize[(triton.cdiv(count, 64), blocks)](weight, scales, output, ins, outs, first, count, **constants)
 
 
 if triton is not None:
@@ -240,21 +239,21 @@ if triton is not None:
         reckon in bfloat16: for it, these are float32 and nothing is added.
         """
         if not ASM:
-            found = (
+            codes = (
                 (words & 15).to(tl.float32),
                 ((words >> 4) & 15).to(tl.float32),
                 ((words >> 8) & 15).to(tl.float32),
                 ((words >> 12) & 15).to(tl.float32),
             )
         elif DTYPE.is_fp16():
-            found = tl.inline_asm_elementwise(
+            codes = tl.inline_asm_elementwise(
                 _TO_FLOAT16, _REGISTERS, [words], (tl.float16, tl.float16, tl.float16, tl.float16), True, 2
             )
         else:
-            found = tl.inline_asm_elementwise(
+            codes = tl.inline_asm_elementwise(
                 _TO_BFLOAT16, _REGISTERS, [words], (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2
             )
-        return found
+        return codes
 
     @triton.jit
     def _zero(affine, DTYPE: tl.constexpr, ASM: tl.constexpr):
@@ -295,8 +294,8 @@ if triton is not None:
                 product = tl.zeros((PARTS, OUTS, ROWS), tl.float32)
                 for j in tl.static_range(group * (4 // GROUPS), (group + 1) * (4 // GROUPS)):
                     start = block * 128 + j * 32
-                    there = (start + feature < ins)[:, :, None] & (row < rows)[None, None, :]
-                    x = tl.load(x_at + start, mask=there, other=0.0)
+                    inside_x = (start + feature < ins)[:, :, None] & (row < rows)[None, None, :]
+                    x = tl.load(x_at + start, mask=inside_x, other=0.0)
                     product = tl.dot(codes[j] - zero, x if ASM else x.to(tl.float32), product)
                 sums += product * _scale(affine)[:, :, None]
             weight_at += PARTS * 32 * pitch
@@ -327,8 +326,8 @@ if triton is not None:
                 product = tl.zeros((OUTS, ROWS), tl.float32)
                 for j in tl.static_range(group * (4 // GROUPS), (group + 1) * (4 // GROUPS)):
                     start = block * 128 + j * 32
-                    there = (start + word < ins)[:, None] & (row < rows)[None, :]
-                    x = tl.load(x_at + start, mask=there, other=0.0)
+                    inside_x = (start + word < ins)[:, None] & (row < rows)[None, :]
+                    x = tl.load(x_at + start, mask=inside_x, other=0.0)
                     product = tl.dot(codes[j] - zero, x if ASM else x.to(tl.float32), product)
                 sums += product * _scale(affine)[:, None]
             weight_at += step * 32 * pitch
@@ -338,9 +337,9 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["first", "count"])
     def _dequantize(
-        weight_at, scales_at, found_at, ins, outs, first, count, OUTS: tl.constexpr, GROUPS: tl.constexpr
+        weight_at, scales_at, output_at, ins, outs, first, count, OUTS: tl.constexpr, GROUPS: tl.constexpr
     ):  # fmt: skip
-        """One block of OUTS outputs of those from `first` on -> found [count, ins]."""
+        """One block of OUTS outputs of those from `first` on -> output [count, ins]."""
         place = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
         block = tl.program_id(1).to(tl.int64)
         word = tl.arange(0, 32)
@@ -353,8 +352,8 @@ if triton is not None:
             codes = ((words >> (4 * j)) & 15).to(tl.float32) - (affine & 15).to(tl.float32)[:, None]
             k = block * 128 + j * 32 + word
             tl.store(
-                found_at + place.to(tl.int64)[:, None] * ins + k[None, :],
-                (codes * _scale(affine)[:, None]).to(found_at.dtype.element_ty),
+                output_at + place.to(tl.int64)[:, None] * ins + k[None, :],
+                (codes * _scale(affine)[:, None]).to(output_at.dtype.element_ty),
                 mask=inside[:, None] & (k < ins)[None, :],
             )
 

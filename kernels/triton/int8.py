@@ -18,7 +18,7 @@ from ..base import Kernel, PackedWeight, Serves
 from ..packing import unpack
 from ..qtensor import QTensor
 from ..weights.integer import Integer
-from .launch import Config, choose, problem, row_bucket
+from .launch import Config, choose, row_bucket, unsupported_device
 from .product import add_parts, multiply_dequantized
 
 try:
@@ -86,7 +86,6 @@ class TritonInt8Weights(Kernel):
     serves: ClassVar[tuple[Serves, ...]] = (
         Serves("8-bit integer weights with inputs that stay as they are", Integer, (8,)),
     )
-    rounds_weight_only_inputs: ClassVar[bool] = False
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme = qtensor.scheme
@@ -96,7 +95,7 @@ class TritonInt8Weights(Kernel):
             return f"inputs are {dtype}, expected float16 or bfloat16"
         if scheme.group_size and scheme.group_size % _TILE:
             return f"group_size {scheme.group_size} is not a multiple of {_TILE}"
-        return problem(device)
+        return unsupported_device(device)
 
     def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
         return Int8Weight(qtensor, dtype)
@@ -200,8 +199,8 @@ if triton is not None:
             shape: tl.constexpr = (words.shape[0], 2 * words.shape[1])
             return tl.reshape(lower.to(tl.float32).to(DTYPE), shape), tl.reshape(upper.to(tl.float32).to(DTYPE), shape)
         else:
-            found = tl.inline_asm_elementwise(PTX, "=&r,=&r,r", [words], (tl.int32, tl.int32), is_pure=True, pack=1)
-            return halves(found[0], DTYPE), halves(found[1], DTYPE)
+            halved = tl.inline_asm_elementwise(PTX, "=&r,=&r,r", [words], (tl.int32, tl.int32), is_pure=True, pack=1)
+            return halves(halved[0], DTYPE), halves(halved[1], DTYPE)
 
     @triton.jit
     def _centred(values, zeros_at, place, real):
@@ -267,8 +266,8 @@ if triton is not None:
                 scaled_by += tl.cast(tl.minimum(feature, ins - 1) // GROUP, tl.int64) * outs
             weight = _centred(values[tile], zeros_at, scaled_by, real).to(tl.float32)
             weight *= tl.load(scales_at + scaled_by, mask=real, other=0.0)[:, None]
-            there = weight_at + here[:, None] * ins + feature + place[None, :]
-            tl.store(there, weight, mask=real[:, None] & (place < ins - feature)[None, :])
+            to = weight_at + here[:, None] * ins + feature + place[None, :]
+            tl.store(to, weight, mask=real[:, None] & (place < ins - feature)[None, :])
 
 
 _ops = torch.library.Library("bitpress", "FRAGMENT")

@@ -17,7 +17,7 @@ from ..base import Kernel, PackedWeight, Serves
 from ..packing import unpack
 from ..qtensor import QTensor
 from ..weights.integer import Integer
-from .launch import Config, choose, problem, row_bucket
+from .launch import Config, choose, row_bucket, unsupported_device
 from .product import add_parts
 
 try:
@@ -66,7 +66,6 @@ class TritonInt8(Kernel):
     rank: ClassVar[int] = 21
     name: ClassVar[str] = "triton-int8"
     serves: ClassVar[tuple[Serves, ...]] = (Serves("int8-dynamic", Integer, (8,), Int8Token),)
-    rounds_weight_only_inputs: ClassVar[bool] = False
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         if reason := self.unserved(qtensor.scheme):
@@ -75,7 +74,7 @@ class TritonInt8(Kernel):
             return f"inputs are {dtype}, expected float16, bfloat16 or float32"
         if qtensor.shape[1] > _MOST_INPUTS:
             return f"in_features {qtensor.shape[1]} is more than {_MOST_INPUTS}: sums of products could exceed int32"
-        return problem(device)
+        return unsupported_device(device)
 
     def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
         ins = qtensor.shape[1]

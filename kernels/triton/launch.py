@@ -38,11 +38,11 @@ class Config(NamedTuple):
     stages: int = 1
 
 
-def problem(device: torch.device) -> str | None:
-    """None if Triton's kernels can run on this device, else the reason in a few words."""
+def unsupported_device(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on this device, in a few words; None if they can."""
     if device.type != "cuda" or torch.version.hip:
         return f"runs on NVIDIA GPUs, not on {'AMD ones' if device.type == 'cuda' else device.type}"
-    if reason := missing():
+    if reason := unsupported_machine():
         return reason
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"
@@ -52,8 +52,8 @@ def problem(device: torch.device) -> str | None:
 
 
 @functools.cache
-def missing() -> str | None:
-    """What Triton, which compiles a piece of C for every kernel's launch, does not find on this machine."""
+def unsupported_machine() -> str | None:
+    """What Triton lacks on this machine; None if nothing. It compiles a piece of C for every kernel's launch."""
     if triton is None:
         return "Triton is not installed"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
@@ -81,8 +81,8 @@ def choose(
     if device.type != "cuda" or len(configs) == 1:
         return configs[0]
     choices = _choices(torch.cuda.get_device_name(device))
-    if found := choices.get(kernel, bucket, configs):
-        return found
+    if best := choices.get(kernel, bucket, configs):
+        return best
     if torch.cuda.is_current_stream_capturing():
         return configs[0]
     seconds = {config: _time(run, config) for config in configs}
@@ -111,38 +111,38 @@ class Choices:
 
     def __init__(self, path: Path):
         self.path = path
-        self._found = self._read()
+        self._best = self._read()
 
     def get(self, kernel: str, bucket: str, configs: Sequence[Config]) -> Config | None:
-        """None where nothing was timed, or what the file says is not among `configs` (any more)."""
-        numbers = self._found.get(kernel, {}).get(bucket)
+        """The best of `configs`; None where nothing was timed, or what the file says is none of them (any more)."""
+        numbers = self._best.get(kernel, {}).get(bucket)
         return next((config for config in configs if list(config) == numbers), None)
 
     def put(self, kernel: str, bucket: str, config: Config) -> None:
-        """Into the file too, with what other processes put there meanwhile; where that fails, with a warning."""
+        """Keep the choice, in the file too, beside what other processes put there meanwhile. Warns where that fails."""
         others = self._read()
-        for name in {*others, *self._found}:
-            self._found[name] = {**others.get(name, {}), **self._found.get(name, {})}
-        self._found.setdefault(kernel, {})[bucket] = list(config)
+        for name in {*others, *self._best}:
+            self._best[name] = {**others.get(name, {}), **self._best.get(name, {})}
+        self._best.setdefault(kernel, {})[bucket] = list(config)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
-                made = Path(folder) / self.path.name
-                made.write_text(json.dumps(self._found, indent=1, sort_keys=True))
-                os.replace(made, self.path)
+                file = Path(folder) / self.path.name
+                file.write_text(json.dumps(self._best, indent=1, sort_keys=True))
+                os.replace(file, self.path)
         except OSError as error:
             warnings.warn(f"{self.path}: cannot keep which kernels are fastest: {error}", stacklevel=2)
 
     def _read(self) -> dict[str, dict[str, list[int]]]:
-        """{} where there is no file yet, or it is not one that `put` wrote; of the latter a warning is given."""
+        """{} where there is no file yet, or it is not one that `put` wrote; in the second case it warns."""
         try:
-            found = json.loads(self.path.read_text())
+            content = json.loads(self.path.read_text())
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
             warnings.warn(f"{self.path} is not read: {error}; kernels are timed again", stacklevel=2)
             return {}
-        if isinstance(found, dict) and all(isinstance(buckets, dict) for buckets in found.values()):
-            return found
+        if isinstance(content, dict) and all(isinstance(buckets, dict) for buckets in content.values()):
+            return content
         warnings.warn(f"{self.path} is not read: it holds something else; kernels are timed again", stacklevel=2)
         return {}

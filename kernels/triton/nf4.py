@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ..base import Kernel, PackedWeight, Serves
 from ..qtensor import QTensor
 from ..weights.nf4 import NF4, NF4_BLOCK, NF4_CODEBOOK, NestedScales, block_scales, nested_scales
-from .launch import Config, choose, problem, row_bucket
+from .launch import Config, choose, row_bucket, unsupported_device
 from .product import add_parts, multiply_dequantized
 
 try:
@@ -80,7 +80,6 @@ class TritonNF4(Kernel):
     rank: ClassVar[int] = 23
     name: ClassVar[str] = "triton-nf4"
     serves: ClassVar[tuple[Serves, ...]] = (Serves("nf4 and nf4-dq", NF4),)
-    rounds_weight_only_inputs: ClassVar[bool] = False
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         if reason := self.unserved(qtensor.scheme):
@@ -89,7 +88,7 @@ class TritonNF4(Kernel):
             return f"inputs are {dtype}, expected float16 or bfloat16"
         if qtensor.shape[1] % NF4_BLOCK:
             return f"in_features {qtensor.shape[1]} is not divisible by {NF4_BLOCK}: blocks would run across rows"
-        return problem(device)
+        return unsupported_device(device)
 
     def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
         outs, ins = qtensor.shape
@@ -249,10 +248,10 @@ if triton is not None:
     def _patterns(words, TILE: tl.constexpr, BOOK: tl.constexpr):
         """int32, two 16-bit patterns of a tile of each word."""
         lower, upper = (words >> 8 * TILE) & 15, (words >> (8 * TILE + 4)) & 15
-        found = tl.zeros(words.shape, tl.int32)
+        patterns = tl.zeros(words.shape, tl.int32)
         for code in tl.static_range(16):
-            found |= tl.where(lower == code, BOOK[code], 0) | (tl.where(upper == code, BOOK[code], 0) << 16)
-        return found
+            patterns |= tl.where(lower == code, BOOK[code], 0) | (tl.where(upper == code, BOOK[code], 0) << 16)
+        return patterns
 
     @triton.jit
     def _look_up(words, HALF: tl.constexpr, PTX: tl.constexpr, BOOK: tl.constexpr):
@@ -264,7 +263,7 @@ if triton is not None:
 
     @triton.jit
     def _nested(scales_at, absmax_at, levels_at, step, out, steps, real):
-        """Of double-quantized scales, their four codes and what the scales of this step are multiplied by."""
+        """The four codes of double-quantized scales, and what the scales of this step are multiplied by."""
         if levels_at is None:
             return 0, 0.0
         else:

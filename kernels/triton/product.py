@@ -74,7 +74,7 @@ if triton is not None:
 
     @triton.jit
     def store(total, bias_at, y_at, row, out, rows, outs):
-        """float32 total [OUTS, ROWS], its bias added where there is one, to y [rows, outs] at these int64 places."""
+        """float32 total [OUTS, ROWS], with the bias if any, is stored in y [rows, outs] at these int64 places."""
         if bias_at is not None:
             total += tl.load(bias_at + out, mask=out < outs, other=0.0).to(tl.float32)[:, None]
         y_at += row[None, :] * outs + out[:, None]

@@ -1,1 +1,1 @@
-"""bitpress beside other programs that quantize and run models."""
+"""bitpress compared with other programs that quantize and run models."""

@@ -1,4 +1,4 @@
-"""What a process and all that it starts cost: wall time, processor time, memory."""
+"""The cost of a process and of all that it starts: wall time, processor time, memory."""
 
 import resource
 import subprocess
@@ -23,10 +23,12 @@ class Cost:
 
 
 def measured(command: list[str], log: IO[bytes], folder: Path | None = None) -> tuple[int, Cost]:
-    """Run a command, its output into `log`: exit code and cost. One at a time: the children's times are counted.
+    """Run a command with its output going to `log`; returns its exit code and its cost.
+
+    Run one at a time: the processor times of all children are counted.
 
     Args:
-        folder: to run it in, for programs that leave files where they are.
+        folder: the working folder, for programs that leave files there.
     """
     before, start = _children_seconds(), time.perf_counter()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder)

@@ -1,6 +1,6 @@
-"""llama.cpp's matrix product as an entrant of the kernel benchmark, in the process of ggml_worker.py.
+"""llama.cpp's matrix product as an entrant of the kernel benchmark, in a process of its own (scripts/llamacpp_job.py).
 
-Its formats are its own, so that it multiplies by other weights of the same size, and is checked against those.
+Its formats differ from ours: it multiplies by other weights of the same size, and is checked against those.
 """
 
 import json
@@ -25,28 +25,28 @@ from .programs import Program
 NAME = "llama.cpp"
 _SCRIPT = Path(__file__).parent / "scripts" / "llamacpp_job.py"
 _BLOCK = 32  # input features that share a scale, in all of its formats here
-_BITS = {"q4_0": 4.5, "q8_0": 8.5, "iq4_nl": 4.5}  # per weight
-_TRIAL_ROWS = (1, 33)  # one row and many take different ways through a layout; both must work
+_BITS = {"q4_0": 4.5, "q8_0": 8.5, "iq4_nl": 4.5}  # bits per weight, scales included
+_TRIAL_ROWS = (1, 33)  # one row and many run different code of a layout; both must work
 
 
-class PeerError(BitpressError, RuntimeError):
-    """A peer that said no, or ended."""
+class ProgramError(BitpressError, RuntimeError):
+    """Another program that refused, or ended."""
 
 
-def find_kernels(peers: list[str]) -> "LlamaCpp":
+def find_kernels(pythons: list[str]) -> "LlamaCpp":
     """llama.cpp as it is installed here, or in the Python of "llama.cpp=PYTHON", which must have it.
 
     Raises:
         ConfigError: an unknown name, or a Python without llama-cpp-python.
     """
     python = sys.executable
-    for text in peers:
+    for text in pythons:
         name, _, python = text.partition("=")
         if name != NAME or not python:
             hint = nearest(name, [NAME]) if name != NAME else ""
             raise ConfigError(f"peer {text!r}: expected NAME=PYTHON, NAME {NAME}{hint}")
     entrant = LlamaCpp(Program(NAME, "llama_cpp", _SCRIPT, python))
-    if peers and not entrant.program.installed():
+    if pythons and not entrant.program.installed():
         raise ConfigError(f"peer {NAME}: {python} has no package llama_cpp; pip install llama-cpp-python there")
     return entrant
 
@@ -72,31 +72,31 @@ class LlamaCpp:
             return f"llama-cpp-python is not installed here; say where it is: --peer {NAME}=PYTHON"
         return None
 
-    def enter(self, qtensor: QTensor) -> "_Asked":
-        """In the first of its layouts that works: AMX's crashes in some builds, for more than one row."""
+    def enter(self, qtensor: QTensor) -> "_Contender":
+        """The weight in the first of llama.cpp's layouts that works: in some builds AMX's crashes for several rows."""
         failed: dict[str, str] = {}
         while True:
-            asked = _Asked(self.program, qtensor, list(failed))
+            contender = _Contender(self.program, qtensor, list(failed))
             try:
                 for rows in _TRIAL_ROWS:
-                    asked.ask({"do": "check", "rows": rows})
-            except PeerError as error:
-                asked.close()
-                failed[asked.about["layout"]] = str(error)
+                    contender.ask({"do": "check", "rows": rows})
+            except ProgramError as error:
+                contender.close()
+                failed[contender.about["layout"]] = str(error)
                 continue
-            asked.about |= {f"passed over {layout}": why for layout, why in failed.items()}
-            return asked
+            contender.about |= {f"passed over {layout}": why for layout, why in failed.items()}
+            return contender
 
 
 def format_like(scheme: Scheme) -> str | None:
-    """The format of ggml that llama.cpp would use in a scheme's place."""
-    if scheme.code == "nf4":
-        return "iq4_nl"
-    return {4: "q4_0", 8: "q8_0"}.get(scheme.bits)
+    """The format of ggml that llama.cpp would use in a scheme's place; None if it has none."""
+    weights = scheme.weight.description()
+    formats = {("int", 4): "q4_0", ("int", 8): "q8_0", ("codebook", 4): "iq4_nl"}
+    return formats.get((weights.type, weights.num_bits))
 
 
-class _Asked:
-    """The contender: a weight in a worker, and questions about it."""
+class _Contender:
+    """The contender: a weight in another process, and requests about it."""
 
     def __init__(self, program: Program, qtensor: QTensor, skip: list[str]):
         kind = format_like(qtensor.scheme)
@@ -113,14 +113,18 @@ class _Asked:
         request = {"type": kind, "out": out_features, "in": in_features, "copies": self.copies, "skip": skip}
         try:
             answer = self.ask({"do": "load", **request, "threads": torch.get_num_threads()})
-        except PeerError:
+        except ProgramError:
             self.close()
             raise
         self.nbytes = answer["nbytes"]
         self.about: dict[str, Any] = {"format": kind, "layout": answer["layout"], **answer["versions"]}
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Raises PeerError: the worker refused, or it ended."""
+        """The answer to one request.
+
+        Raises:
+            ProgramError: the process refused, or it ended.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -131,10 +135,10 @@ class _Asked:
         else:
             line = self.process.stdout.readline()
         if not line:
-            raise PeerError(f"{self.name} {_ending(self.process.wait())}{self._last_words()}")
+            raise ProgramError(f"{self.name} {_ending(self.process.wait())}{self._traceback_end()}")
         answer = json.loads(line)
         if "failed" in answer:
-            raise PeerError(f"{self.name}: {answer['failed']}")
+            raise ProgramError(f"{self.name}: {answer['failed']}")
         return answer
 
     def error(self, x: Tensor, expected: Tensor) -> float:
@@ -144,7 +148,7 @@ class _Asked:
         return self.ask({"do": "sample", "rows": len(x), "calls": calls})["seconds"]
 
     def close(self) -> None:
-        """Its input's end is the worker's; one that hangs is killed."""
+        """End the process by the end of its input; kill one that hangs."""
         try:
             self.process.communicate(timeout=10)
         except subprocess.TimeoutExpired:
@@ -152,7 +156,7 @@ class _Asked:
             self.process.wait()
         self.log.close()
 
-    def _last_words(self) -> str:
+    def _traceback_end(self) -> str:
         """The last line of a traceback; ggml's own lines say what it repacked, not what was wrong."""
         self.log.seek(0)
         lines = self.log.read().decode(errors="replace").strip().splitlines()

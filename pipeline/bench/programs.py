@@ -1,15 +1,15 @@
-"""Other programs that quantize, and the one job that they and bitpress are given, each in a process of its own.
+"""bitpress and other programs that quantize: each does the same job in a process of its own.
 
-A peer may live in another virtual environment: its script imports nothing of bitpress and is run by that environment's
-Python as `python SCRIPT REQUEST.json`. The request's keys:
+Another program may live in another virtual environment. Its script imports nothing of bitpress, and that environment's
+Python runs it as `python SCRIPT REQUEST.json`. The request's keys:
 
     model       folder of the checkpoint
     tokens      safetensors file; its "ids", int64 [windows, context], are what to calibrate on
     output      folder to make: the quantized checkpoint with its tokenizer
     answer      JSON file to write: {"seconds": of quantizing without the imports, "versions": {package: version}}
     bits, group_size (null: one group per output channel), symmetric, seed
-    batch       windows per forward pass, where the program lets one choose
-    options     what one program alone knows
+    batch       windows per forward pass, for programs that have such a setting
+    options     settings of this program alone
 """
 
 import importlib.util
@@ -28,8 +28,8 @@ from ..storage import files
 from .cost import Cost, measured
 
 _HERE = Path(__file__).parent / "scripts"
-_TAIL = 30  # lines of a failed program's last words
-_ASK = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+_TAIL = 30  # lines of a failed program's output that are shown
+_HAS_MODULE = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,18 @@ class Program:
         if self.python == sys.executable:
             return importlib.util.find_spec(self.module) is not None
         try:
-            return subprocess.run([self.python, "-c", _ASK, self.module], check=False).returncode == 0
+            return subprocess.run([self.python, "-c", _HAS_MODULE, self.module], check=False).returncode == 0
         except OSError as error:
             raise ConfigError(f"{self.name}: {self.python} cannot be run: {error.strerror}") from error
 
 
 def bitpress(method: str) -> Program:
+    """bitpress itself, quantizing by a method."""
     return Program("bitpress", "bitpress", _HERE / "bitpress_job.py", options={"method": method})
 
 
-def peers() -> dict[str, tuple[str, Path]]:
-    """Name -> the module that must be importable, and the script."""
+def other_programs() -> dict[str, tuple[str, Path]]:
+    """The programs that bitpress is compared with: name -> the module that must be importable, and the script."""
     return {
         "gptqmodel": ("gptqmodel", _HERE / "gptqmodel_job.py"),
         "llm-compressor": ("llmcompressor", _HERE / "llmcompressor_job.py"),
@@ -69,57 +70,59 @@ def peers() -> dict[str, tuple[str, Path]]:
 
 
 def find(pythons: list[str]) -> list[Program]:
-    """The peers that are installed here, and those of "NAME=PYTHON", which must be there.
+    """The other programs that are installed here, and those of "NAME=PYTHON", which must be installed.
 
     Raises:
-        ConfigError: an unknown name, or a Python without that peer.
+        ConfigError: an unknown name, or a Python without that program.
     """
+    others = other_programs()
     chosen: dict[str, str] = {}
     for text in pythons:
         name, separator, python = text.partition("=")
-        if name not in peers() or not separator or not python:
-            hint = nearest(name, peers()) if name not in peers() else ""
-            raise ConfigError(f"peer {text!r}: expected NAME=PYTHON, NAME one of {', '.join(peers())}{hint}")
+        if name not in others or not separator or not python:
+            hint = nearest(name, others) if name not in others else ""
+            raise ConfigError(f"peer {text!r}: expected NAME=PYTHON, NAME one of {', '.join(others)}{hint}")
         chosen[name] = str(Path(python).absolute()) if os.sep in python else python
-    found = []
-    for name, (module, script) in peers().items():
+    programs = []
+    for name, (module, script) in others.items():
         program = Program(name, module, script, chosen.get(name, sys.executable))
         if program.installed():
-            found.append(program)
+            programs.append(program)
         elif name in chosen:
             raise ConfigError(f"peer {name}: {chosen[name]} has no package {module}; install it there")
-    return found
+    return programs
 
 
 def request(model: Path, tokens: Path, output: Path, scheme: Scheme, seed: int = 0) -> dict[str, Any]:
-    """What every program is asked; see the keys above."""
+    """The request to a program; see the keys above."""
+    weights = scheme.weight.description()
     return {
         "model": str(model.resolve()),
         "tokens": str(tokens.resolve()),
         "output": str(output.resolve()),
         "answer": str(output.resolve().with_name(f"{output.name}.answer.json")),
         "scheme": scheme.name,
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "symmetric": scheme.symmetric,
+        "bits": weights.num_bits,
+        "group_size": weights.group_size,
+        "symmetric": weights.symmetric,
         "seed": seed,
         "batch": 8,
     }
 
 
-def run(program: Program, asked: dict[str, Any]) -> tuple[dict[str, Any], Cost]:
-    """One job in a fresh process: the program's answer, and what the process with all its children cost.
+def run(program: Program, request: dict[str, Any]) -> tuple[dict[str, Any], Cost]:
+    """Run one job in a fresh process; returns the program's answer, and the cost of the process and all its children.
 
     Raises:
-        BitpressError: it failed; the message ends with its last words.
+        BitpressError: it failed; the message ends with the last lines of its output.
     """
-    answer = Path(asked["answer"])
+    answer = Path(request["answer"])
     answer.unlink(missing_ok=True)
     path, log = answer.with_suffix(".request.json"), answer.with_suffix(".log")
-    files.write_json(path, {**asked, "options": program.options})
+    files.write_json(path, {**request, "options": program.options})
     with log.open("wb") as file:
         code, cost = measured([program.python, str(program.script), str(path)], file, answer.parent)
     if code or not answer.exists():
-        words = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
-        raise BitpressError(f"{program.name} ended with exit code {code}:\n{words}")
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
+        raise BitpressError(f"{program.name} ended with exit code {code}:\n{tail}")
     return json.loads(answer.read_text()), cost

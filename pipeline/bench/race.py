@@ -1,4 +1,4 @@
-"""The same job by bitpress and by its peers, in turns, and what each one's result is worth."""
+"""The same job by bitpress and by other programs, in turns: what each costs, and how good its result is."""
 
 import shutil
 import statistics
@@ -28,7 +28,11 @@ News = Callable[[str], None]
 
 @dataclass
 class Result:
-    """Of one program. seconds: of each run's quantizing alone, by its own clock. quality: as eval's, None unasked."""
+    """What one program needed, and how good its result is.
+
+    costs: one for each run. seconds: for each run, the time of quantizing alone by the program's own clock.
+    quality: as `bitpress eval` reports it; None where it was not asked for. error: why the program is out.
+    """
 
     name: str
     versions: dict[str, str] = field(default_factory=dict)
@@ -38,6 +42,7 @@ class Result:
     error: str | None = None
 
     def median(self, key: str) -> float:
+        """The median over all runs of one field of Cost."""
         return statistics.median(getattr(cost, key) for cost in self.costs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,7 +51,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Job:
-    """text: what to measure the results on, None for speed alone."""
+    """What every program does. text: what to measure the results on; None for speed alone."""
 
     model: Path
     scheme: Scheme
@@ -56,10 +61,10 @@ class Job:
 
 
 def make_job(model: str, scheme: str, calibration: dict[str, Any], text: dict[str, Any] | None, seed: int = 0) -> Job:
-    """The job from plain values, every one of them checked before anything runs.
+    """A job from plain values, all of them checked before anything runs.
 
     Args:
-        calibration, text: keys of a config's quantize.calibration and eval sections.
+        calibration, text: keys of a config's calibration and eval sections.
     Raises:
         BitpressError: which of them cannot be used, and why.
     """
@@ -67,20 +72,20 @@ def make_job(model: str, scheme: str, calibration: dict[str, Any], text: dict[st
         parsed = Scheme.parse(scheme)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if parsed.code != "int" or parsed.activations:
-        raise ConfigError(f"the peers quantize weights alone, to integers, not to {parsed.name}; try int4-g128")
+    if parsed.weight.description().type != "int" or parsed.activations:
+        raise ConfigError(f"other programs quantize weights alone, to integers, not to {parsed.name}; try int4-g128")
     judge = load_eval({"dtype": "float32", "speed": None, **text}) if text else None
     if judge:
         read_text(judge.text)
     settings, folder = load_calibration(calibration), resolve(model).folder
-    learned = calibrate(settings, load_tokenizer(folder), skeleton(Checkpoint(folder)).config)
-    return Job(folder, parsed, learned, judge, seed)
+    tokens = calibrate(settings, load_tokenizer(folder), skeleton(Checkpoint(folder)).config)
+    return Job(folder, parsed, tokens, judge, seed)
 
 
 def race(programs: list[Program], job: Job, repeats: int, folder: Path, news: News) -> list[Result]:
-    """Every program `repeats` times, in turns, so that a machine that slows down slows them all.
+    """Run every program `repeats` times, in turns, so that a machine that slows down slows them all.
 
-    A peer that fails is out, and its error is in its result.
+    Another program that fails is out, and its error is in its result.
 
     Args:
         programs: bitpress first.
@@ -120,7 +125,7 @@ def _once(program: Program, job: Job, tokens: Path, result: Result, label: str, 
 
 
 def _judge(result: Result, job: Job, text: Eval, folder: Path, news: News) -> None:
-    """KL and perplexity of what the last run made, where bitpress can load it."""
+    """Measure KL and perplexity of the last run's checkpoint, where bitpress can load it."""
     if result.error:
         return
     try:
@@ -133,7 +138,7 @@ def _judge(result: Result, job: Job, text: Eval, folder: Path, news: News) -> No
 
 
 def rows(results: list[Result]) -> tuple[list[str], list[list[str]]]:
-    """A table's header and cells; ratios are to the first program that is there, bitpress."""
+    """A table's header and cells; ratios are to the first program, bitpress."""
     judged = any(result.quality for result in results)
     header = ["program", "wall s", "ratio", "quantizing s", "CPU s", "ratio", "peak RSS MB", "ratio"]
     header += ["mean KL", "perplexity"] if judged else []
@@ -152,7 +157,7 @@ def rows(results: list[Result]) -> tuple[list[str], list[list[str]]]:
 
 
 def _named(result: Result) -> str:
-    """With the program's own version, which comes first among those it told."""
+    """The program's name and version; its own version comes first in its answer."""
     version = next(iter(result.versions.values()), "")
     return f"{result.name} {version}".strip()
 

@@ -1,1 +1,1 @@
-"""What is told of a checkpoint, and made of it, without running it."""
+"""Quantized checkpoints without running them: what they are, whether they are sound, who loads them; conversion."""

@@ -1,10 +1,12 @@
 """The command line: parses, prints, and maps errors to exit codes; no logic."""
 
+import gc
 import json
 import shlex
 import signal
 import sys
 import traceback
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +16,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import BitpressError, CheckpointError
+from ..system.collector import collector_paused
 from ..system.progress import quiet_libraries
 from ..system.redact import redact
 from . import bench, chat
 from .options import Device, Dtype, Json, KernelName, Revision
+
+
+class Redo(str, Enum):
+    """Stages that a run can be told to do again."""
+
+    evaluate = "evaluate"
+
 
 app = typer.Typer(
     help="Press Transformer checkpoints into fewer bits, and know what that cost.",
@@ -59,8 +69,8 @@ def _fitting(header: list[str], rows: list[list[str]], width: int) -> list[int]:
     """The columns that fit, the most dispensable given up first."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     columns = list(range(len(header)))
-    for mark in _DISPENSABLE:
-        for column in reversed([c for c in columns if mark in header[c]]):
+    for words in _DISPENSABLE:
+        for column in reversed([c for c in columns if words in header[c]]):
             if sum(widths[c] + 2 for c in columns) <= width:
                 return columns
             columns.remove(column)
@@ -87,6 +97,9 @@ def run(
     override: Annotated[
         bool, typer.Option("--override", help="Accept what misses a gate; the report records it.")
     ] = False,
+    redo: Annotated[
+        Redo | None, typer.Option(help="evaluate: measure again what was measured before; artifacts are kept.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize, save, reload, measure and report, for every model and recipe of the configs."""
@@ -98,7 +111,7 @@ def run(
     runs = [load_config(path, set, problems) for path in configs or [Path("demo")]]  # all are checked before any starts
     everything = []
     for config in runs:
-        outcomes = execute(config, _typed(), _news, override)
+        outcomes = execute(config, _typed(), _news, override, redo is Redo.evaluate)
         page = summarize(config, outcomes)
         everything += outcomes
         if not as_json:
@@ -121,10 +134,11 @@ def _outcome_json(outcome: Any) -> dict[str, Any]:
     }
 
 
-def _protocol(found: dict[str, Any]) -> str:
+def _protocol(settings: dict[str, Any]) -> str:
     return (
-        f"perplexity per {found['unit']} by protocol {found['name']} on {found['text']}: {found['windows']} windows of "
-        f"at most {found['context']} tokens, {found['tokens']} scored, in {found['dtype']}"
+        f"perplexity per {settings['unit']} by protocol {settings['name']} on {settings['text']}: "
+        f"{settings['windows']} windows of at most {settings['context']} tokens, {settings['tokens']} scored, "
+        f"in {settings['dtype']}"
     )
 
 
@@ -241,14 +255,14 @@ def evaluate(
         original = resolve(baseline) if baseline else None
         chosen = load_eval(settings)
         conditions = Conditions.make(chosen, device, read_text(chosen.text), _typed())
-        found = evaluate_external(resolve(model, revision), original, conditions, output.expanduser(), _news)
+        metrics = evaluate_external(resolve(model, revision), original, conditions, output.expanduser(), _news)
     else:
-        found = evaluate_api(model, revision, device, settings, baseline)
+        metrics = evaluate_api(model, revision, device, settings, baseline)
     if as_json:
-        _print_json(found)
+        _print_json(metrics)
         return
-    described = {"text": Path(text).name, "dtype": found.get("dtype"), **found["protocol"]}
-    _table([model, ""], [["", _protocol(described)], *facts_of(found)])
+    described = {"text": Path(text).name, "dtype": metrics.get("dtype"), **metrics["protocol"]}
+    _table([model, ""], [["", _protocol(described)], *facts_of(metrics)])
     if output:
         _out.print(f"\nreport: {escape(str(output / 'report.html'))}", soft_wrap=True)
 
@@ -280,45 +294,48 @@ app.add_typer(chat.app)
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")], as_json: Json = False) -> None:
     """What a checkpoint is, from its headers alone."""
-    from ..checkpoints.describe import describe
+    with collector_paused():
+        from ..checkpoints.describe import describe
 
-    found = describe(folder)
+    description = describe(folder)
     if as_json:
-        _print_json(found)
+        _print_json(description)
         return
-    rows = [[key, str(value)] for key, value in found.items() if not isinstance(value, list)]
-    rows += [[key, str(item)] for key, value in found.items() if isinstance(value, list) for item in value]
+    rows = [[key, str(value)] for key, value in description.items() if not isinstance(value, list)]
+    rows += [[key, str(item)] for key, value in description.items() if isinstance(value, list) for item in value]
     _table([str(folder), ""], rows)
 
 
 @app.command()
 def doctor(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")], as_json: Json = False) -> None:
     """Whether a checkpoint is sound, and which runtimes load it; exit code 3 where it is not."""
-    from ..checkpoints.doctor import diagnose
     from ..system.progress import progress
 
-    quiet_libraries()
+    with collector_paused():
+        from ..checkpoints.doctor import diagnose
+
+        quiet_libraries()
     with progress("reading every tensor") as step:
-        found = diagnose(folder, step)
+        diagnosis = diagnose(folder, step)
     if as_json:
-        _print_json(found.to_dict())
+        _print_json(diagnosis.to_dict())
     else:
-        _show_diagnosis(found)
-    if not found.sound:
+        _show_diagnosis(diagnosis)
+    if not diagnosis.sound:
         raise typer.Exit(CheckpointError.exit_code)
 
 
-def _show_diagnosis(found: Any) -> None:
-    what = [[key, str(value)] for key, value in found.what.items() if not isinstance(value, list)]
-    _table([found.folder, ""], what)
-    _out.print("\n[green]sound[/green]" if found.sound else "\n[red]unsound[/red]")
-    for line in [*found.faults, *(f"note: {note}" for note in found.notes)]:
+def _show_diagnosis(diagnosis: Any) -> None:
+    what = [[key, str(value)] for key, value in diagnosis.what.items() if not isinstance(value, list)]
+    _table([diagnosis.folder, ""], what)
+    _out.print("\n[green]sound[/green]" if diagnosis.sound else "\n[red]unsound[/red]")
+    for line in [*diagnosis.faults, *(f"note: {note}" for note in diagnosis.notes)]:
         _out.print(escape(f"    {line}"), highlight=False, soft_wrap=True)
-    for name, verdict in found.runtimes.items():
+    for name, verdict in diagnosis.runtimes.items():
         needs = f" (needs {verdict['needs']})" if verdict["needs"] else ""
         _reasons(f"{name}: {verdict['loads']}{needs}", verdict["why"])
-    for ways, split in found.tensor_parallel.items():
-        gpus = f"{ways} GPU{'s' if ways != '1' else ''}"
+    for count, split in diagnosis.tensor_parallel.items():
+        gpus = f"{count} GPU{'s' if count != '1' else ''}"
         _reasons(f"{gpus}, every layer on vLLM's and SGLang's fast kernel: {split['loads']}", split["why"])
 
 
@@ -364,14 +381,16 @@ def publish(
 
     quiet_libraries()
     with progress("checking") as step:
-        found = publish_api(run, repo, private, dry_run, override, step)
-    _table(["file", "size"], [[name, size(nbytes)] for name, nbytes in found.files.items()])
-    for name, why in found.left_out.items():
+        publication = publish_api(run, repo, private, dry_run, override, step)
+    _table(["file", "size"], [[name, size(nbytes)] for name, nbytes in publication.files.items()])
+    for name, why in publication.left_out.items():
         _news(f"stays here: {name}, {why}")
-    for sentence in found.missed:
+    for sentence in publication.missed:
         _news(f"gate missed (overridden): {sentence}")
-    where = f"{found.url} at {found.revision}" if found.url else f"{found.repo}; its card is {found.card}"
-    _out.print(escape(f"\n{found.state}: {where}"), highlight=False, soft_wrap=True)
+    where = f"{publication.repo}; its card is {publication.card}"
+    if publication.url:
+        where = f"{publication.url} at {publication.revision}"
+    _out.print(escape(f"\n{publication.state}: {where}"), highlight=False, soft_wrap=True)
 
 
 @app.command("list")
@@ -380,11 +399,11 @@ def list_(as_json: Json = False) -> None:
     from ..checkpoints.describe import catalogue
 
     quiet_libraries()
-    found = catalogue()
+    everything = catalogue()
     if as_json:
-        _print_json(found)
+        _print_json(everything)
         return
-    for kind, rows in found.items():
+    for kind, rows in everything.items():
         _table([kind, ""], [[name, text] for name, text in rows.items()])
         _out.print()
 
@@ -413,3 +432,5 @@ def main() -> None:
             raise
         _err.print("interrupted; run the same command again to go on")
         sys.exit(_INTERRUPTED)
+    finally:
+        gc.freeze()  # the process ends: to look through all that was imported once more takes tenths of a second

@@ -1,4 +1,4 @@
-"""`bitpress bench`: speed, side by side. Parses and prints; the work is in peers/."""
+"""`bitpress bench`: speed, side by side. This file parses and prints; the work is done in pipeline/bench/."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def quantize(
     model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
     calibration: Annotated[str, typer.Option(help="Text to calibrate on: a file, or org/name:config:split.")],
     scheme: Annotated[str, typer.Option(help="int4-g128, int3-channel-asym, …")] = "int4-g128",
-    method: Annotated[str, typer.Option(help="bitpress's; the peers run GPTQ.")] = "gptq",
+    method: Annotated[str, typer.Option(help="bitpress's; the other programs run GPTQ.")] = "gptq",
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 128,
     context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     seed: Annotated[int | None, typer.Option(help="Draws the windows; the text's first ones by default.")] = None,
@@ -47,7 +47,7 @@ def quantize(
     text_windows: Annotated[int | None, typer.Option(help="How many windows of it; all by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")] = False,
 ) -> None:
-    """Time bitpress's quantization against that of the peers that are installed: same model, tokens and group size."""
+    """Time bitpress's quantization against other installed programs: same model, tokens and group size."""
     from ..bench.programs import bitpress, find
     from ..bench.race import make_job, race, rows
     from ..system.device import pick_device
@@ -98,7 +98,7 @@ def kernels(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file; in runs/bench by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print that JSON instead of tables.")] = False,
 ) -> None:
-    """Time kernels against torch's bfloat16 layer, the memory and peers, all in one run."""
+    """Time kernels against torch's bfloat16 layer, the memory and other programs, all in one run."""
     import torch
 
     from bitpress.kernels.bench.entrants import entrants
@@ -137,7 +137,11 @@ def kernels(
 
 
 def _job(device: "torch.device", schemes: list[str], shapes: list[str], rows: str | None, repeats: int) -> "Job":
-    """Raises ConfigError: a scheme, shape or number of rows that cannot be meant."""
+    """The job from what was typed.
+
+    Raises:
+        ConfigError: a scheme, shape or number of rows that does not exist.
+    """
     from bitpress.kernels.bench.measure import Job
     from bitpress.kernels.scheme import Scheme
 
@@ -161,7 +165,7 @@ def _job(device: "torch.device", schemes: list[str], shapes: list[str], rows: st
 
 
 def _show_cells(cells: "list[Cell]") -> None:
-    """A table for each scheme and shape, and then what is to be known of all."""
+    """Print a table for each scheme and shape, then the notes on all of them."""
     console = Console() if sys.stdout.isatty() else Console(width=120)
     groups: dict[tuple[str, tuple[int, int]], list[Cell]] = {}
     for cell in cells:
@@ -214,7 +218,7 @@ def _figures(cell: "Cell", result: "Result", others: list[str]) -> list[str]:
 
 
 def _notes(cells: "list[Cell]") -> list[str]:
-    """What kept whom from taking part, whose numbers were wrong, and whether caches were missed; each once."""
+    """Sentences, each once: why a kernel took no part, which numbers were wrong, whether caches were missed."""
     took_part = {result.name for cell in cells for result in cell.results}
     notes: dict[str, None] = {}
     for cell in cells:

@@ -1,4 +1,4 @@
-"""The commands that let a model speak."""
+"""The commands that generate text: generate and chat."""
 
 import sys
 from collections.abc import Iterator
@@ -41,8 +41,8 @@ def generate(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 1024,
+    system: Annotated[str | None, typer.Option(help="Instructions for the model, before the first turn.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 1024,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0 for the most probable words; by default the model's own.")
     ] = None,
@@ -51,7 +51,7 @@ def chat(
     device: Device = "auto",
     revision: Revision = None,
 ) -> None:
-    """Talk with a model, by its chat template; or answer the lines of standard input."""
+    """Talk with a model through its chat template, or let it answer the lines of standard input."""
     from ..models.conversation import HELP, Conversation, converse
     from ..models.loading import load
 
@@ -65,7 +65,7 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """Lines of standard input, asked for on a terminal."""
+    """Lines of standard input; on a terminal, a prompt asks for each."""
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")

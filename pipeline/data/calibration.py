@@ -1,4 +1,4 @@
-"""Text or conversations -> fixed windows of token ids that a method learns from."""
+"""Calibration: text or conversations, cut into windows of token ids of one length."""
 
 import hashlib
 import os
@@ -19,16 +19,17 @@ from .tokens import check_ids, encode, longest
 
 _FILES = (".txt", ".md", ".jsonl", ".parquet")
 _HUB = re.compile(r"(?P<dataset>\w[\w.-]*/[\w.-]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
-_CHARACTERS = 8  # of text for every token needed: about twice what most tokenizers take
+_CHARACTERS = 8  # characters of text for every token needed: about twice what most tokenizers take
 _BLOCK = 1 << 16  # characters: several windows, so that few have a seam
-_MOST = 0.9  # of all tokens being one: text of any kind, DNA's four letters too, stays well below
+_MOST = 0.9  # share of one token among all: text of any kind, DNA's four letters too, stays well below
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Windows of token ids int64 [windows, context], every one full: there is no padding.
 
-    name: of the text, as reports call it. seed: by which windows were drawn; None where they are the text's first ones.
+    name: what reports call the text. seed: of the generator that drew the windows; None where the text's first ones
+    were taken.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Calibration:
     seed: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """What a run records of it: where it came from, how much it is, and a hash of the tokens."""
+        """What a run records: the text, how many tokens of it, and a hash of them."""
         windows, context = self.ids.shape
         digest = hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
         tokens = windows * context
@@ -50,15 +51,15 @@ class Calibration:
 
 
 def calibrate(settings: Calibrate, tokenizer: Any, model: PretrainedConfig) -> Calibration:
-    """Windows of the text, no longer than the model's context.
+    """Windows of the text, each as long as the settings say, or as the model's context where that is shorter.
 
-    Tokens are cut into windows, what does not fill the last one being left over. `windows` of them are drawn without
-    replacement, by a generator of their own, as are the conversations that they are made of, and the parts of a text
-    of more than _CHARACTERS a token; where `seed` is None, all are the first ones.
+    The tokens are cut into windows; the rest that does not fill one is dropped. `windows` of them are drawn without
+    replacement by a generator of their own. That generator also shuffles conversations, and picks parts of a text that
+    has more than _CHARACTERS for each token needed. Where `seed` is None, everything is taken from the beginning.
 
     Raises:
-        ConfigError, HubError: the text could not be had, or holds conversations and the tokenizer has no template.
-        NumericsError: it is no text, fewer than `windows` windows of it, or one token over and over.
+        ConfigError, HubError: the text cannot be read, or it holds conversations and the tokenizer has no template.
+        NumericsError: it is no text, it has fewer than `windows` windows, or one token makes up almost all of it.
         CheckpointError: the tokenizer gives ids that the model does not have, or its chat template fails.
     """
     context = longest(model, settings.context)
@@ -71,10 +72,10 @@ def calibrate(settings: Calibrate, tokenizer: Any, model: PretrainedConfig) -> C
 
 def source_of(text: str | Dataset) -> str | Dataset:
     """A file's path as it is, and "org/name", "org/name:config" or "org/name:config:split" as the Hub's data set."""
-    found = _HUB.fullmatch(text) if isinstance(text, str) else None
-    if found is None or found[0].endswith(_FILES) or os.path.isfile(found[0]):
+    match = _HUB.fullmatch(text) if isinstance(text, str) else None
+    if match is None or match[0].endswith(_FILES) or os.path.isfile(match[0]):
         return text
-    return TrainingSet(dataset=found["dataset"], config=found["config"] or None, split=found["split"] or "train")
+    return TrainingSet(dataset=match["dataset"], config=match["config"] or None, split=match["split"] or "train")
 
 
 def _rows(text: str | Dataset) -> Rows:
@@ -90,23 +91,26 @@ def _rows(text: str | Dataset) -> Rows:
 
 
 def _tokens(rows: Rows, tokenizer: Any, need: int, seed: int | None) -> Tensor:
-    """Token ids int64 [n]: `need` of them and some to choose from, fewer only where there are no more."""
+    """Token ids int64 [n]: at least `need` of them, so that windows can be drawn; fewer where the text has no more."""
     if isinstance(next(iter(rows.values), None), list):
         ids: list[int] = []
         for text in rendered(rows, tokenizer, seed):
-            ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template put them in
+            # the template has put the special tokens in
+            ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if len(ids) >= need:
                 break
         return torch.tensor(ids, dtype=torch.int64)
     whole = join(rows)
     part = Text(whole.name, _part(whole.content, need * _CHARACTERS, seed))
-    found = encode(tokenizer, part)
-    return found if found.numel() >= 1.1 * need or part == whole else encode(tokenizer, whole)
+    tokens = encode(tokenizer, part)
+    return tokens if tokens.numel() >= 1.1 * need or part == whole else encode(tokenizer, whole)
 
 
 def _part(content: str, characters: int, seed: int | None) -> str:
-    """About as many characters, the first ones or blocks drawn from everywhere: tokens of all of a long text would
-    take their time, and some hundred times its memory."""
+    """About `characters` characters of the text: the first ones, or blocks drawn from all of it.
+
+    To tokenize all of a long text takes minutes, and some hundred times its memory.
+    """
     if len(content) <= characters:
         return content
     if seed is None:
@@ -122,19 +126,24 @@ def _windows(name: str, ids: Tensor, windows: int, context: int, seed: int | Non
     Raises:
         NumericsError: there are too few.
     """
-    there = ids.numel() // context
-    if there < windows:
-        advice = f"windows (--windows) to {there} or less" if there else "windows and context lower"
+    available = ids.numel() // context
+    if available < windows:
+        advice = f"windows (--windows) to {available} or less" if available else "windows and context lower"
         raise NumericsError(
             f"{name} has {ids.numel()} tokens, calibration needs {windows * context}: {windows} windows of {context}; "
             f"give more text, or set the calibration's {advice}"
         )
-    chosen = range(windows) if seed is None else sorted(random.Random(seed).sample(range(there), windows))
-    return ids[: there * context].view(there, context)[list(chosen)]
+    chosen = range(windows) if seed is None else sorted(random.Random(seed).sample(range(available), windows))
+    return ids[: available * context].view(available, context)[list(chosen)]
 
 
 def _check_ids(name: str, ids: Tensor, tokenizer: Any, model: PretrainedConfig) -> None:
-    """Raises NumericsError for one token over and over, CheckpointError for one that the model does not have."""
+    """Refuse what nothing can be calibrated on.
+
+    Raises:
+        NumericsError: one token makes up almost all of the text.
+        CheckpointError: a token that the model does not have.
+    """
     check_ids(name, int(ids.max()), tokenizer, model)
     counts = torch.bincount(ids.flatten())
     token = int(counts.argmax())

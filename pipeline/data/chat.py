@@ -1,4 +1,4 @@
-"""Conversations -> the text that a model reads them in, by its tokenizer's chat template."""
+"""Turns conversations into the text that a model reads, by its tokenizer's chat template."""
 
 import random
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from .text import Rows, check_unicode
 COLUMNS = ("messages", "conversations")
 _KEYS = (("role", "content"), ("from", "value"))  # the second as ShareGPT has them, with roles of its own
 _ROLES = {"human": "user", "gpt": "assistant"}
-# Some templates put in the date, and a run that is taken up tomorrow must see the same tokens: it is always this one.
+# Some templates put in the date. A run that goes on tomorrow must see the same tokens, so the date is always this one.
 _DATE = (
     "{%- macro strftime_now(format) -%}{{ format | replace('%d', '01') | replace('%m', '01') | replace('%b', 'Jan')"
     " | replace('%B', 'January') | replace('%Y', '2025') }}{%- endmacro %}\n"
@@ -18,9 +18,10 @@ _DATE = (
 
 
 def rendered(rows: Rows, tokenizer: Any, seed: int | None) -> Iterator[str]:
-    """Each conversation as its model reads it, special tokens included, shuffled; in order where `seed` is None.
+    """Each conversation as the model reads it, special tokens included, shuffled; in order where `seed` is None.
 
-    The template is the checkpoint's, thus untrusted: transformers renders it in a sandbox, without files or imports.
+    The template comes from the checkpoint and is not trusted: transformers renders it in a sandbox, without files or
+    imports.
 
     Raises:
         ConfigError: the tokenizer has no template. NumericsError: a row that is no conversation.
@@ -50,21 +51,16 @@ def rendered(rows: Rows, tokenizer: Any, seed: int | None) -> Iterator[str]:
 
 
 def _messages(row: Any, where: str) -> list[dict[str, str]]:
-    """A row in the form that templates take: [{"role", "content"}]."""
+    """A row's messages in the form that templates take: [{"role", "content"}]."""
     messages = []
-    for given in row if isinstance(row, list) else []:
-        message = _message(given)
-        if message is None:
-            raise NumericsError(f"{where} holds the message {given!r:.60}, expected role and content, both text")
-        messages.append(message)
+    for item in row if isinstance(row, list) else []:
+        for role_key, content_key in _KEYS if isinstance(item, dict) else ():
+            role, content = item.get(role_key), item.get(content_key)
+            if isinstance(role, str) and isinstance(content, str):
+                messages.append({"role": _ROLES.get(role, role), "content": content})
+                break
+        else:
+            raise NumericsError(f"{where} holds the message {item!r:.60}, expected role and content, both text")
     if not messages:
         raise NumericsError(f"{where} holds {row!r:.40}, expected a list of messages with role and content")
     return messages
-
-
-def _message(given: Any) -> dict[str, str] | None:
-    for keys in _KEYS if isinstance(given, dict) else ():
-        role, content = (given.get(key) for key in keys)
-        if isinstance(role, str) and isinstance(content, str):
-            return {"role": _ROLES.get(role, role), "content": content}
-    return None

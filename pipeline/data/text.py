@@ -1,4 +1,4 @@
-"""Text to measure on or to learn from, and its tokens."""
+"""Text to measure or to calibrate on: files, data sets of the Hub, and one that Python itself has."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ def read_text(source: str | Dataset) -> Text:
     """Text from a file (.txt, .md, .jsonl or .parquet with a "text" column), a Hub data set, or Python itself.
 
     Raises:
-        ConfigError: no such file or kind. HubError: the data set could not be had. NumericsError: it holds no text.
+        ConfigError: no such file or kind. HubError: the data set cannot be downloaded. NumericsError: it holds no text.
     """
     return join(read_rows(source, (source.column if isinstance(source, Dataset) else "text",)))
 
@@ -67,13 +67,17 @@ def join(rows: Rows) -> Text:
 
 
 def check_unicode(name: str, content: str) -> None:
-    """Raises NumericsError for half a surrogate pair, which no tokenizer takes."""
+    """Refuse half a surrogate pair, which no tokenizer takes.
+
+    Raises:
+        NumericsError: names it.
+    """
     if match := _SURROGATE.search(content):
         raise NumericsError(f"{name}: half a surrogate pair (U+{ord(match[0]):04X}) is no text; mend it first")
 
 
 def read_rows(source: str | Dataset, columns: tuple[str, ...]) -> Rows:
-    """A source's rows, of the first of `columns` that it has; a text file is one row of "text".
+    """The rows of a source: its values in the first of `columns` that it has. A text file is one row of "text".
 
     Raises:
         As read_text.

@@ -1,4 +1,4 @@
-"""Text to token ids, checked."""
+"""Turns text into token ids, and checks them."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .text import Text
 
 
 def encode(tokenizer: Any, text: Text) -> Tensor:
-    """Token ids int64 [n], in one tokenization."""
+    """Token ids int64 [n]; the whole text is tokenized at once."""
     return torch.tensor(tokenizer(text.content, verbose=False)["input_ids"], dtype=torch.int64)
 
 
@@ -22,7 +22,11 @@ def longest(model: PretrainedConfig, context: int) -> int:
 
 
 def check_ids(name: str, highest: int, tokenizer: Any, model: PretrainedConfig) -> None:
-    """Raises CheckpointError for a token that the model does not have."""
+    """Refuse a token that the model does not have.
+
+    Raises:
+        CheckpointError: names the token.
+    """
     vocabulary = model.get_text_config().vocab_size
     if highest >= vocabulary:
         raise CheckpointError(

@@ -106,9 +106,9 @@ def train_tokenizer(documents):
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(documents, trainer)
-    marks = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=POSITIONS, clean_up_tokenization_spaces=False, **marks
+        tokenizer_object=tokenizer, model_max_length=POSITIONS, clean_up_tokenization_spaces=False, **special
     )
 
 

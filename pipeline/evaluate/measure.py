@@ -350,7 +350,7 @@ def _output_errors(job: _Measurement, dense: Any, model: Any, text: list[Window]
     with progress("errors by depth") as step:
         errors = layer_errors.output_errors(dense, model, text, decoder(dense), step)
     if "quantization_config" in job.checkpoint.config:
-        names = names_of_experts(model.hf_quantizer.layout)
+        names = names_of_experts(model.hf_quantizer.contents)
         for layer in errors["layers"]:
             layer["name"] = names.get(layer["name"], layer["name"])
     return errors

@@ -8,11 +8,11 @@ from typing import Any
 
 from bitpress.eval.report import report
 
-from ..checkpoints.describe import coverage_of
+from ..checkpoints.coverage import coverage_of
 from ..config.schema import BASELINE, Run
+from ..formats import count_schemes, scheme_name
 from ..hub.download import Source
 from ..methods import options_of
-from ..models.quantized import detect_scheme
 from ..quantize.recipe import Recipe
 from ..storage import files
 from ..storage.checkpoint import Checkpoint, read_json
@@ -126,8 +126,8 @@ def origin_of_external(source: Source, baseline: Source | None, config: dict[str
         return Origin(source.id, BASELINE, None, None, parameters, NO_COVERAGE, size, config)
     scheme, format = _dtype(checkpoint), None
     if "quantization_config" in checkpoint.config:
-        detected = detect_scheme(checkpoint)
-        scheme, format = detected[1].name, detected[0].name
+        stored_as, counts = count_schemes(checkpoint)
+        scheme, format = scheme_name(counts), stored_as.name
     return Origin(source.id, scheme, None, format, parameters, coverage, size, config, checkpoint=source.to_dict())
 
 

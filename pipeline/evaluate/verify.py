@@ -14,8 +14,8 @@ from ..models.modules import dense_layer, replace_layers
 from ..models.structure import ParameterPath, TensorNames
 from ..quantize.plan import make_plan
 from ..quantize.recipe import Recipe
-from ..quantize.sequential import WITNESS
-from ..quantize.weights import quantize_entry
+from ..quantize.sequential import REFERENCE_LOGITS
+from ..quantize.weights import quantize_weight
 from ..storage import files as store
 from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
@@ -37,7 +37,7 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
     with progress("quantizing in memory") as step:
         for number, tensor in enumerate(plan.quantized):
             step(number, len(plan.quantized))
-            qtensor, _ = quantize_entry(tensor, checkpoint.read(tensor.info.name), plan)
+            qtensor, _ = quantize_weight(tensor, checkpoint.read(tensor.info.name), plan)
             qtensor = qtensor.to(device)
             if tensor.kind == "embedding":
                 layers[tensor.target] = lambda bias, q=qtensor: QEmbedding(q, model.dtype)
@@ -90,7 +90,7 @@ def verify_artifact(
         NumericsError: see verify_task. ConfigError: the reference logits of a calibrated method are missing.
     """
     if recipe.calibration:
-        reference = artifact.parent / WITNESS
+        reference = artifact.parent / REFERENCE_LOGITS
         if not reference.exists():
             raise ConfigError(f"{reference} is missing, by which the artifact is verified; move {artifact.parent} away")
     else:

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from bitpress.eval.measure.protocols import CONTEXTS, Plan, make_plan
+from bitpress.eval.measure.protocols import CONTEXTS, EvaluationWindows, evaluation_windows
 
 from ..config.schema import Eval
 from ..data.text import Text
@@ -12,7 +12,7 @@ from ..data.tokens import check_ids, longest
 from ..errors import NumericsError
 
 
-def windows(text: Text, tokenizer: Any, settings: Eval, model: PretrainedConfig) -> Plan:
+def windows(text: Text, tokenizer: Any, settings: Eval, model: PretrainedConfig) -> EvaluationWindows:
     """What a model reads of a text and what is scored of it, by the protocol that the settings name.
 
     Raises:
@@ -21,7 +21,7 @@ def windows(text: Text, tokenizer: Any, settings: Eval, model: PretrainedConfig)
     context = longest(model, settings.context or CONTEXTS[settings.protocol])
     stride = min(settings.stride, context)
     try:
-        plan = make_plan(
+        plan = evaluation_windows(
             settings.protocol, text.documents or [text.content], tokenizer, context, stride, settings.windows
         )
     except ValueError as error:

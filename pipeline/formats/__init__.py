@@ -1,27 +1,59 @@
-"""On-disk formats of quantized checkpoints: one file each, registered here by name."""
+"""On-disk formats of quantized checkpoints: one file each, which registers itself by PLUGINS."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from bitpress.kernels.discovery import discover
 from bitpress.kernels.scheme import Scheme
 
-from .base import Format
+from ..errors import CheckpointError, ConfigError, listing
+from ..storage.checkpoint import Checkpoint
+from .base import Format, SchemeRules, counted
 
 
 def registry() -> dict[str, Format]:
     """Formats by name, in the order in which they are preferred."""
-    from .bitsandbytes import BitsAndBytes
-    from .compressed_tensors import IntQuantized, PackQuantized
-    from .gptq import GPTQ, GPTQv2
+    return {format.name: format for format in discover(__name__)}
 
-    formats: tuple[Format, ...] = (GPTQ(), PackQuantized(), IntQuantized(), BitsAndBytes(), GPTQv2())
-    return {fmt.name: fmt for fmt in formats}
+
+def first_fitting(
+    layers: Mapping[str, tuple[Scheme, tuple[int, ...]]], embeddings: Collection[str] = ()
+) -> tuple[Format, list[str]]:
+    """The first format, by rank, that holds every layer; and sentences on why those before it do not.
+
+    Args:
+        layers: name -> (scheme, [out_features, in_features]).
+        embeddings: those of them that are embeddings.
+    Raises:
+        ConfigError: none does; it says why, format by format.
+    """
+    reasons: list[str] = []
+    for format in registry().values():
+        if not (problems := misfits(format, layers, embeddings)):
+            return format, reasons
+        reasons += problems
+    raise ConfigError(f"no format can hold every layer together:\n{listing(reasons)}")
+
+
+def misfits(
+    format: Format, layers: Mapping[str, tuple[Scheme, tuple[int, ...]]], embeddings: Collection[str] = ()
+) -> list[str]:
+    """Why a format cannot hold these layers, each reason once, with how many layers it is about; [] if it can."""
+    problems: dict[str, list[str]] = {}
+    for layer, (scheme, shape) in layers.items():
+        for problem in format.problems(scheme, shape):
+            problems.setdefault(problem, []).append(layer)
+    if embeddings and not format.holds_embeddings:
+        problems[f"{format.name} has no place for quantized embeddings"] = list(embeddings)
+    mixture = format.mixture_problems({layer: scheme for layer, (scheme, _) in layers.items()}) if not problems else []
+    return [*(counted(problem, names) for problem, names in problems.items()), *mixture]
 
 
 def default_format(scheme: Scheme) -> Format:
-    """The format that most runtimes load for a scheme: GPTQ where it can hold it."""
-    probe = (1024, scheme.group_size * 32 if scheme.group_size else 1024)
-    return next(fmt for fmt in registry().values() if not fmt.problems(scheme, probe))
+    """The format that most runtimes load for a scheme, whatever the shapes."""
+    description = scheme.weight.description()
+    probe = (1024, 32 * (description.group_size or 32))
+    return first_fitting({"": (scheme, probe)})[0]
 
 
 def detect(config: dict[str, Any], names: Iterable[str]) -> Format:
@@ -32,24 +64,60 @@ def detect(config: dict[str, Any], names: Iterable[str]) -> Format:
     """
     method, names = config.get("quant_method", config.get("method")), list(names)  # GPTQModel writes either name
     tag = config.get("checkpoint_format", config.get("format"))
-    candidates = [fmt for fmt in registry().values() if fmt.quant_method == method]
-    declared = [fmt for fmt in candidates if tag in fmt.tags]
-    for fmt in [*declared, *candidates]:
-        if any(name.endswith(f".{fmt.marker}") for name in names):
-            return fmt
+    candidates = [format for format in registry().values() if format.quant_method == method]
+    declared = [format for format in candidates if tag in format.tags]
+    for format in [*declared, *candidates]:
+        if any(name.endswith(f".{format.marker}") for name in names):
+            return format
     if candidates:
         raise ValueError(f"says {method}, but no tensor name ends in {' or '.join(f'.{f.marker}' for f in candidates)}")
-    known = sorted({fmt.quant_method for fmt in registry().values()})
+    known = sorted({format.quant_method for format in registry().values()})
     raise ValueError(f"quant_method is {method!r}; bitpress reads {', '.join(known)}")
+
+
+def read_config(checkpoint: Checkpoint) -> tuple[Format, SchemeRules]:
+    """The format of a quantized checkpoint, and which layer has which scheme, as its config.json says.
+
+    Raises:
+        CheckpointError: nothing that bitpress reads.
+    """
+    config = checkpoint.config["quantization_config"]
+    try:
+        format = detect(config, checkpoint.tensors)
+        return format, format.scheme_rules(config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: quantization_config: {error}") from error
+
+
+def count_schemes(checkpoint: Checkpoint) -> tuple[Format, dict[str, int]]:
+    """The format of a quantized checkpoint, and scheme -> number of layers, from config.json and tensor names alone.
+
+    Raises:
+        CheckpointError: nothing that bitpress reads.
+    """
+    format, rules = read_config(checkpoint)
+    ending = f".{format.marker}"
+    counts: dict[str, int] = {}
+    for name in checkpoint.tensors:
+        if name.endswith(ending):
+            scheme = rules.get(name.removesuffix(ending))
+            counts[scheme.name if scheme else "unknown"] = counts.get(scheme.name if scheme else "unknown", 0) + 1
+    return format, counts
+
+
+def scheme_name(names: Iterable[str]) -> str:
+    """The name of the scheme that all layers have, or "mixed"."""
+    distinct = set(names)
+    return distinct.pop() if len(distinct) == 1 else "mixed"
 
 
 def readable(config: dict[str, Any]) -> bool:
     """Whether a quantization_config, by itself, describes what one of the formats reads."""
     tag = config.get("checkpoint_format", config.get("format"))
-    for fmt in registry().values():
-        if fmt.quant_method == config.get("quant_method") and (tag is None or tag in fmt.tags):
+    for format in registry().values():
+        if format.quant_method == config.get("quant_method") and (tag is None or tag in format.tags):
             try:
-                fmt.scheme(config)
+                format.scheme_rules(config)
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
             return True

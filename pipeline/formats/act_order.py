@@ -59,8 +59,8 @@ def gather_codes(codes: Tensor, order: Tensor | None, bits: int) -> Tensor:
         return codes
     width = words(order.numel(), bits)
     require(codes.dtype == torch.int32, f"codes have dtype {codes.dtype}, expected torch.int32")
-    found = list(codes.shape)
-    require(len(found) == 2 and found[1] == width, f"codes have shape {found}, expected {width} words a row")
+    shape = list(codes.shape)
+    require(len(shape) == 2 and shape[1] == width, f"codes have shape {shape}, expected {width} words a row")
     return pack(unpack(codes, bits, order.numel())[:, order], bits)
 
 

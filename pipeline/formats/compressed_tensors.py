@@ -1,9 +1,14 @@
-"""compressed-tensors: pack-quantized (weight-only integers) and int-quantized (INT8 weights and activations).
+"""compressed-tensors: layers of several kinds side by side, each described by a config group.
 
-Written from the format's description; vLLM, SGLang and transformers (with the compressed-tensors package) load it.
+Integers whose inputs are left alone lie packed ("pack-quantized"); other weights, such as INT8 ones whose inputs are
+quantized too, as plain elements ("int-quantized", "float-quantized", "naive-quantized"). Written from the format's
+description; vLLM, SGLang and transformers (with the compressed-tensors package) load it.
 """
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,89 +16,68 @@ from torch import Tensor
 from bitpress.kernels.packing import pack, unpack, words
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.weights.base import WeightDescription
 
+from ..errors import listing
 from .act_order import gather_codes, read_order
-from .base import integer_scheme, require
+from .base import (
+    Examination,
+    Facts,
+    Format,
+    Loading,
+    Reason,
+    SchemeRules,
+    groups_of,
+    is_packed_integer,
+    require,
+    some,
+)  # fmt: skip
+from .names import NameRules, patterns_of
 
-ORDER_SUFFIX = "weight_g_idx"
+_ORDER = "weight_g_idx"
 _VERSION = "0.15.0"  # of the layout: the oldest release whose readers take what is written here
+_PACKED = "pack-quantized"
+_PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
+_MIXED = "mixed-precision"
+_MARLIN_BITS = (4, 8)
+_PER_WORD = 32
 
 
-def _config(format_name: str, weights: Scheme, activations: dict[str, Any] | None, kept: list[str]) -> dict[str, Any]:
-    weight_args = {
-        "num_bits": weights.bits,
-        "type": "int",
-        "symmetric": weights.symmetric,
-        "strategy": "group" if weights.group_size else "channel",
-        "group_size": weights.group_size,
-        "dynamic": False,
-        "actorder": None,
-        "block_structure": None,
-        "observer": "minmax",
-        "observer_kwargs": {},
-    }
-    group = {
-        "targets": ["Linear"],
-        "weights": weight_args,
-        "input_activations": activations,
-        "output_activations": None,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": format_name,
-        "quantization_status": "compressed",
-        "version": _VERSION,
-        "global_compression_ratio": None,
-        "kv_cache_scheme": None,
-        "ignore": kept,
-        "config_groups": {"group_0": group},
-    }
+class CompressedTensors(Format):
+    """Packed: weight_packed int32 [out, ceil(in * bits / 32)], weight_scale [out, groups], weight_shape int64 [2];
+    weight_zero_point int32 [ceil(out * bits / 32), groups] where asymmetric. weight_g_idx int32 [in], where actorder
+    was "group", is read and never written: newer readers know it no more.
 
-
-def _only_group(config: dict[str, Any]) -> dict[str, Any]:
-    groups = config.get("config_groups") or {}
-    require(
-        isinstance(groups, dict) and len(groups) == 1, "config_groups must hold exactly one group (others: not yet)"
-    )
-    (group,) = groups.values()
-    require(isinstance(group, dict) and isinstance(group.get("weights"), dict), "the config group has no weights")
-    require(
-        group["weights"].get("type") == "int", f"weights of type {group['weights'].get('type')!r} are not supported"
-    )
-    require(not config.get("transform_config"), "transform_config is not supported")
-    actorder = group["weights"].get("actorder")
-    require(actorder in (None, "static", "weight", "group"), f"actorder {actorder!r} is not supported")
-    return group
-
-
-def scattered(config: dict[str, Any]) -> bool:
-    """Whether the members of a group lie scattered, so that every layer must have its ORDER_SUFFIX."""
-    return bool(config.get("config_groups")) and _only_group(config)["weights"].get("actorder") == "group"
-
-
-class PackQuantized:
-    """weight_packed int32 [out, ceil(in * bits / 32)], weight_scale [out, groups], weight_shape int64 [2];
-    weight_zero_point int32 [ceil(out * bits / 32), groups] where asymmetric.
-
-    weight_g_idx int32 [in], where actorder was "group", is read and never written: newer readers know it no more."""
+    Plain: weight [out, in] of int8 or another dtype, weight_scale, weight_zero_point where there are any."""
 
     name = "compressed-tensors"
+    rank = 20
     quant_method = "compressed-tensors"
-    tags = ("pack-quantized",)
-    marker = "weight_packed"
-    suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", ORDER_SUFFIX)
-    holds_order = False
+    tags: ClassVar[tuple[str, ...]] = (_PACKED, *_PLAIN, _MIXED)
+    hf_methods = ("compressed-tensors",)
+    marker = "weight_scale"
+    suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", _ORDER, "weight")
+    holds_embeddings = True
+    convertible = True
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
-        if scheme.code != "int" or scheme.activations:
-            return [f"{self.name} pack-quantized holds weight-only integers, not {scheme.name}"]
-        return []
+        if is_packed_integer(scheme) or _has_elements(scheme):
+            return []
+        return [
+            f"{self.name} holds weight-only integers, and weights whose elements are plain numbers, not {scheme.name}"
+        ]
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
     def write(self, qtensor: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
         assert qtensor.order is None, "holds_order says that this format has no place for it"
+        if not is_packed_integer(qtensor.scheme):
+            plain = qtensor.scheme.weight.elements(qtensor.shape, dict(qtensor.tensors()))
+            assert plain is not None, "problems() refuses weights that have no plain elements"
+            elements, scales, zeros = plain
+            tensors = {"weight": elements, "weight_scale": scales}
+            return tensors if zeros is None else tensors | {"weight_zero_point": zeros}
         tensors = {
             "weight_packed": qtensor.codes.contiguous(),
             "weight_scale": qtensor.scales,
@@ -104,78 +88,292 @@ class PackQuantized:
         return tensors
 
     def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
-        stored = tensors["weight_shape"]
-        require(
-            stored.dtype in (torch.int64, torch.int32) and stored.shape == (2,) and bool((stored > 0).all()),
-            f"weight_shape is {stored}, expected two positive whole numbers",
+        if "weight" not in tensors and is_packed_integer(scheme):
+            return _read_packed(scheme, tensors)
+        packed = sorted({"weight_packed", "weight_shape", _ORDER} & tensors.keys())
+        require(not packed, f"{', '.join(packed)} does not belong to a layer of plain elements")
+        return _read_plain(scheme, tensors)
+
+    def quantization_config(
+        self, schemes: Mapping[str, Scheme], kept: Sequence[str], dtype: torch.dtype, ordered: bool = False
+    ) -> dict[str, Any]:
+        """A config group for each scheme. One scheme for all decoder layers goes by their class; several, or a head or
+        an embedding among them, by patterns of which exactly one matches each layer."""
+        distinct = list(dict.fromkeys(schemes.values()))
+        by_class = len(distinct) == 1 and all(any(part.isdecimal() for part in name.split(".")) for name in schemes)
+        kinds = {_kind(scheme) for scheme in distinct}
+        groups = {}
+        for number, scheme in enumerate(distinct):
+            layers = [layer for layer, own in schemes.items() if own == scheme]
+            others = [layer for layer in (*schemes, *kept) if schemes.get(layer) != scheme]
+            group = {
+                "targets": ["Linear"] if by_class else [f"re:{pattern}" for pattern in patterns_of(layers, others)],
+                "weights": _weights(scheme.weight.description()),
+                "input_activations": _inputs(scheme),
+                "output_activations": None,
+            }
+            groups[f"group_{number}"] = group | ({"format": _kind(scheme)} if len(kinds) > 1 else {})
+        return {
+            "quant_method": "compressed-tensors",
+            "format": kinds.pop() if len(kinds) == 1 else _MIXED,
+            "quantization_status": "compressed",
+            "version": _VERSION,
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": list(kept),
+            "config_groups": groups,
+        }
+
+    def scheme_rules(self, config: dict[str, Any]) -> SchemeRules:
+        require(not config.get("transform_config"), "transform_config is not supported")
+        rules = _groups(config)
+        known = {id(group): _scheme(group, str(group.get("format") or config.get("format"))) for group in _each(rules)}
+        return NameRules(
+            known[id(rules.otherwise)] if rules.otherwise else None,
+            {name: known[id(group)] for name, group in rules.names.items()},
+            [(pattern, known[id(group)]) for pattern, group in rules.patterns],
         )
-        shape = stored.tolist()
-        zeros = None
-        if (packed := tensors.get("weight_zero_point")) is not None:
-            require(not scheme.symmetric, "weight_zero_point does not belong to a symmetric scheme")
-            size = (words(shape[0], scheme.bits), scheme.groups(shape[1]))
-            require(packed.dtype == torch.int32, f"weight_zero_point has dtype {packed.dtype}, expected torch.int32")
-            require(packed.shape == size, f"weight_zero_point has shape {list(packed.shape)}, expected {list(size)}")
-            zeros = unpack(packed.t(), scheme.bits, shape[0]).t().contiguous()
-        codes, order = tensors["weight_packed"], None
-        if (g_idx := tensors.get(ORDER_SUFFIX)) is not None:
-            found = list(g_idx.shape)
-            require(found == shape[1:], f"{ORDER_SUFFIX} has shape {found}, expected {shape[1:]}")
-            order = read_order(ORDER_SUFFIX, g_idx, scheme)
-            codes = gather_codes(codes, order, scheme.bits)
-        return QTensor(scheme, (shape[0], shape[1]), codes, tensors["weight_scale"], zeros, order=order)
 
-    def quantization_config(self, scheme: Scheme, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:
-        return _config("pack-quantized", scheme, None, kept)
+    def kept(self, config: dict[str, Any]) -> list[str]:
+        ignore = config.get("ignore")
+        return [entry for entry in ignore if isinstance(entry, str)] if isinstance(ignore, list) else []
 
-    def scheme(self, config: dict[str, Any]) -> Scheme:
-        group = _only_group(config)
-        weights = group["weights"]
-        require(group.get("input_activations") is None, "quantized activations with packed weights are not supported")
-        strategy = weights.get("strategy")
-        require(strategy in ("group", "channel"), f"strategy {strategy!r} is not supported, only group and channel")
-        size = weights["group_size"] if strategy == "group" else None
-        return integer_scheme(weights["num_bits"], size, weights["symmetric"])
-
-
-class IntQuantized:
-    """weight int8 [out, in] and weight_scale [out, 1]; activations are quantized per token as they come."""
-
-    name = "int-quantized"
-    quant_method = "compressed-tensors"
-    tags = ("int-quantized",)
-    holds_order = False
-    marker = "weight_scale"
-    suffixes = ("weight", "weight_scale")
-
-    def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
-        return [] if scheme.activations else [f"{self.name} holds int8-dynamic, not {scheme.name}"]
-
-    def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
-        return dtype
-
-    def write(self, qtensor: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        codes = unpack(qtensor.codes, 8, qtensor.shape[1])
-        return {"weight": (codes ^ 128).view(torch.int8), "weight_scale": qtensor.scales}
-
-    def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
-        weight = tensors["weight"]
-        require(weight.dtype == torch.int8, f"weight has dtype {weight.dtype}, expected int8")
-        require(weight.dim() == 2, f"weight has shape {list(weight.shape)}")
-        codes = pack(weight.view(torch.uint8) ^ 128, 8)
-        return QTensor(scheme, (weight.shape[0], weight.shape[1]), codes, tensors["weight_scale"])
-
-    def quantization_config(self, scheme: Scheme, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:
-        activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-        return _config("int-quantized", scheme, activations, kept)
-
-    def scheme(self, config: dict[str, Any]) -> Scheme:
-        group = _only_group(config)
-        weights, inputs = group["weights"], group.get("input_activations")
-        fits = (
-            (weights.get("num_bits"), weights.get("strategy"), weights.get("symmetric")) == (8, "channel", True)
-            and isinstance(inputs, dict)
-            and (inputs.get("num_bits"), inputs.get("strategy"), inputs.get("dynamic")) == (8, "token", True)
+    def missing_tensors(self, config: dict[str, Any], layers: Iterable[str], names: Iterable[str]) -> str | None:
+        rules, present = _groups(config), set(names)
+        scattered = (
+            layer for layer in layers if ((rules.get(layer) or {}).get("weights") or {}).get("actorder") == "group"
         )
-        require(fits, "int-quantized is read for 8-bit channel weights with dynamic per-token activations only")
-        return Scheme.parse("int8-dynamic")
+        lost = [name for layer in scattered if (name := f"{layer}.{_ORDER}") not in present]
+        return f"actorder is 'group', and these tensors are missing:\n{listing(lost)}" if lost else None
+
+    def diagnose(self, seen: Examination) -> tuple[list[str], list[str]]:
+        faults: list[str] = []
+        notes: list[str] = []
+        if seen.scale_dtypes not in ([], [seen.dtype]):
+            dtypes = " and ".join(seen.scale_dtypes)
+            notes.append(f"scales are {dtypes}: a runtime that computes in {seen.dtype} rounds them to it")
+        ignored: NameRules[bool] = NameRules(False)
+        try:
+            for entry in self.kept(seen.config):
+                if entry.startswith("re:"):
+                    ignored.add_pattern(entry[3:], True)
+                else:
+                    ignored.add_name(entry, True)
+            targets = _groups(seen.config, alone=False)
+        except ValueError:
+            return faults, notes  # patterns that are not run: what they match is not known
+        if left := [name for name in seen.kept if not ignored.get(name) and targets.get(name)]:
+            faults.append(
+                f"{some(left)}: neither quantized nor in the config's ignore, so runtimes look for packed weights there"
+            )
+        if denied := [name for name in seen.layers if ignored.get(name)]:
+            faults.append(
+                f"{some(denied)}: quantized, and in the config's ignore, so runtimes look for {denied[0]}.weight"
+            )
+        return faults, notes
+
+    def runtimes(self, facts: Facts) -> dict[str, Loading]:
+        experts, ordered = bool(facts.experts), facts.ordered
+        transformers = Loading(facts.by_scheme(lambda scheme: _transformers(scheme, ordered)), "compressed-tensors")
+        if not all(scheme.symmetric for scheme in facts.schemes.values()):
+            transformers = replace(
+                transformers,
+                arguments="quantization_config=CompressedTensorsConfig(dequantize=True)",
+                imports="CompressedTensorsConfig",
+            )
+        vllm: list[Reason] = []
+        if ordered:
+            vllm.append(
+                ("yes", "act-order: over several GPUs, layers that are cut along their inputs keep all scales on each")
+            )
+        return {
+            "transformers": transformers,
+            "vLLM": Loading([*vllm, *facts.by_scheme(lambda scheme: _vllm(scheme, experts, ordered))]),
+            "SGLang": Loading(facts.by_scheme(lambda scheme: _sglang(scheme, ordered))),
+        }
+
+    def fast_kernel(self, scheme: Scheme) -> bool:
+        return is_packed_integer(scheme) and (scheme.bits == 4 or (scheme.bits == 8 and scheme.symmetric))
+
+    def input_multiple(self, scheme: Scheme, cut: bool) -> int:
+        return _PER_WORD if cut and is_packed_integer(scheme) else 1
+
+
+def _transformers(scheme: Scheme, ordered: bool) -> Iterator[Reason]:
+    if not is_packed_integer(scheme):
+        if scheme.activations is None:
+            yield "unknown", "whether it reads these plain elements was not tried"
+        else:
+            yield "yes", "its weights become floats at the first forward, so memory is not saved"
+    elif ordered:
+        yield "no", "compressed-tensors 0.20 removed actorder 'group'; `bitpress convert` to gptq keeps the weights"
+    elif not scheme.symmetric:
+        yield (
+            "limited",
+            "asymmetric: it loads with quantization_config=CompressedTensorsConfig(dequantize=True) only; "
+            "without it from_pretrained stops at the shape of the zero points",
+        )
+
+
+def _vllm(scheme: Scheme, experts: bool, ordered: bool) -> Iterator[Reason]:
+    if not is_packed_integer(scheme):
+        if scheme.activations is None:
+            yield "unknown", "plain elements with inputs left alone are not documented"
+        return
+    if scheme.bits not in _MARLIN_BITS:
+        yield "limited", f"{scheme.bits} bits are in the list of its newest releases only"
+    if not scheme.symmetric and experts:
+        yield "no", "its experts must be symmetric (issue 39980)"
+    elif not scheme.symmetric and scheme.bits == 8:
+        yield "limited", "Marlin has zero points for 4 bits, not for 8"
+    if ordered:
+        yield "limited", "actorder 'group' is for releases from before compressed-tensors 0.20"
+
+
+def _sglang(scheme: Scheme, ordered: bool) -> Iterator[Reason]:
+    if not is_packed_integer(scheme):
+        if scheme.activations is None:
+            yield "unknown", "plain elements with inputs left alone are not documented"
+        return
+    if scheme.bits not in _MARLIN_BITS:
+        yield "unknown", f"{scheme.bits} bits are not documented"
+    if not scheme.symmetric:
+        yield "limited", "asymmetric: releases since pull request 25292 (May 2026)"
+    if ordered:
+        yield "unknown", "actorder 'group' is not documented"
+
+
+@cache
+def _has_elements(scheme: Scheme) -> bool:
+    """Whether a weight's elements can be stored as they are, and the scheme read back from the config."""
+    weight, shape = scheme.weight, (32, scheme.weight.description().group_size or 32)
+    try:
+        again = Scheme.from_description(weight.description(), _inputs(scheme))
+    except ValueError:
+        return False
+    return (
+        again == scheme and weight.elements(shape, weight.random(shape, torch.Generator().manual_seed(0))) is not None
+    )
+
+
+def _inputs(scheme: Scheme) -> dict[str, Any] | None:
+    return scheme.activations.description() if scheme.activations else None
+
+
+def _kind(scheme: Scheme) -> str:
+    """What the format is called of a layer of this scheme."""
+    described = scheme.weight.description()
+    if is_packed_integer(scheme):
+        return _PACKED
+    if described.num_bits == 8 and described.type in ("int", "float"):
+        return f"{described.type}-quantized"
+    return "int-quantized" if described.type == "int" else "naive-quantized"
+
+
+def _weights(described: WeightDescription) -> dict[str, Any]:
+    return {
+        "num_bits": described.num_bits,
+        "type": described.type,
+        "symmetric": described.symmetric,
+        "strategy": described.strategy,
+        "group_size": described.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def _groups(config: dict[str, Any], alone: bool = True) -> NameRules[dict[str, Any]]:
+    """The config group of each layer, by its name. Names and patterns go before classes of modules.
+
+    Args:
+        alone: a single group counts for every layer, whatever its targets.
+    Raises:
+        ValueError: they are not of their types, or a pattern is not of the kinds that are matched here.
+    """
+    groups = config.get("config_groups") or {}
+    require(isinstance(groups, dict) and bool(groups), "config_groups must hold a group at least")
+    rules: NameRules[dict[str, Any]] = NameRules()
+    for group in groups.values():
+        require(isinstance(group, dict) and isinstance(group.get("weights"), dict), "the config group has no weights")
+        targets = group.get("targets")
+        if alone and len(groups) == 1:
+            return NameRules(group)
+        require(isinstance(targets, list), f"targets is {targets!r}, expected a list")
+        for target in targets:
+            require(isinstance(target, str), f"the target {target!r} is not a text")
+            if target.startswith("re:"):
+                rules.add_pattern(target[3:], group)
+            elif target == "Linear":
+                rules.otherwise = rules.otherwise or group
+            else:
+                rules.add_name(target, group)
+    return rules
+
+
+def _each(rules: NameRules[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    if rules.otherwise:
+        yield rules.otherwise
+    yield from rules.names.values()
+    yield from (group for _, group in rules.patterns)
+
+
+def _scheme(group: dict[str, Any], kind: str) -> Scheme:
+    weights, inputs = group["weights"], group.get("input_activations")
+    actorder = weights.get("actorder")
+    require(actorder in (None, "static", "weight", "group"), f"actorder {actorder!r} is not supported")
+    bits, symmetric, strategy = weights["num_bits"], weights.get("symmetric", True), weights.get("strategy")
+    size = weights.get("group_size") if strategy in ("group", "block") else None
+    require(type(bits) is int, f"bits is {bits!r}, expected a whole number")
+    require(size is None or type(size) is int, f"group_size is {size!r}, expected a whole number")
+    require(isinstance(symmetric, bool), f"symmetric is {symmetric!r}, expected true or false")
+    require(inputs is None or isinstance(inputs, dict), f"input_activations is {inputs!r}, expected an object")
+    require(inputs is None or kind != _PACKED, "quantized activations with packed weights are not supported")
+    described = WeightDescription(str(weights.get("type")), bits, str(strategy), size, symmetric)
+    try:
+        return Scheme.from_description(described, inputs)
+    except ValueError as error:
+        what = f"weights of type {weights.get('type')!r}, strategy {strategy!r}"
+        if kind in _PLAIN:
+            what = (
+                f"{kind} is read for 8-bit channel weights with dynamic per-token activations, and for the types of "
+                f"weights that bitpress has: {what}"
+            )
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _read_packed(scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
+    stored = tensors["weight_shape"]
+    require(
+        stored.dtype in (torch.int64, torch.int32) and stored.shape == (2,) and bool((stored > 0).all()),
+        f"weight_shape is {stored}, expected two positive whole numbers",
+    )
+    shape = stored.tolist()
+    zeros = None
+    if (packed := tensors.get("weight_zero_point")) is not None:
+        require(not scheme.symmetric, "weight_zero_point does not belong to a symmetric scheme")
+        size = (words(shape[0], scheme.bits), groups_of(scheme, shape[1]))
+        require(packed.dtype == torch.int32, f"weight_zero_point has dtype {packed.dtype}, expected torch.int32")
+        require(packed.shape == size, f"weight_zero_point has shape {list(packed.shape)}, expected {list(size)}")
+        zeros = unpack(packed.t(), scheme.bits, shape[0]).t().contiguous()
+    codes, order = tensors["weight_packed"], None
+    if (g_idx := tensors.get(_ORDER)) is not None:
+        require(list(g_idx.shape) == shape[1:], f"{_ORDER} has shape {list(g_idx.shape)}, expected {shape[1:]}")
+        order = read_order(_ORDER, g_idx, scheme)
+        codes = gather_codes(codes, order, scheme.bits)
+    return QTensor(scheme, (shape[0], shape[1]), codes, tensors["weight_scale"], zeros, order=order)
+
+
+def _read_plain(scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
+    weight, zeros = tensors["weight"], tensors.get("weight_zero_point")
+    require(weight.dim() == 2, f"weight has shape {list(weight.shape)}, expected two dimensions")
+    require(zeros is None or not scheme.symmetric, "weight_zero_point does not belong to a symmetric scheme")
+    shape = (weight.shape[0], weight.shape[1])
+    if problems := scheme.problems(shape):
+        raise ValueError(problems[0])
+    return QTensor.of(scheme, shape, scheme.weight.from_elements(shape, weight, tensors["weight_scale"], zeros))
+
+
+PLUGINS = (CompressedTensors(),)

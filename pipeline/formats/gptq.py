@@ -5,7 +5,9 @@ Per layer: qweight int32 [ceil(in * bits / 32), out], codes packed along the inp
 [groups, out]; g_idx int32 [in], the group of each input feature.
 """
 
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,26 +16,53 @@ from bitpress.kernels.packing import pack, unpack, words
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
+from ..storage.checkpoint import Checkpoint
 from .act_order import gather_codes, read_order, scatter_codes, write_groups
-from .base import integer_scheme, require
+from .base import (
+    Examination,
+    Facts,
+    Format,
+    Loading,
+    Reason,
+    SchemeRules,
+    counted,
+    integer_scheme,
+    is_packed_integer,
+    middle_code,
+    require,
+    some,
+)  # fmt: skip
+from .names import NameRules, exactly, fused_unit, name_pattern, patterns_of
 
+_BITS = (2, 3, 4, 8)
+_MARLIN_BITS = (4, 8)
 _PER_WORD = 32  # every bit width packs a multiple of 32 codes into whole words
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a word with a 1 in the place of every code
+_SIDE_FILE = "quantize_config.json"
+_HEAD = "lm_head"  # its readers leave it alone unless "lm_head" is true
 
 
-class GPTQ:
+class GPTQ(Format):
     """Version 1; symmetric only, because a stored zero point of -1 runs into its neighbour's bits."""
 
     name = "gptq"
+    rank = 10
     quant_method = "gptq"
-    tags: tuple[str, ...] = ("gptq",)
+    tags: ClassVar[tuple[str, ...]] = ("gptq",)
+    hf_methods = ("gptq",)
     marker = "qweight"
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
     holds_order = True
-    offset = 1  # what zero points are stored minus
+    exact_scales = True
+    convertible = True
+    config_copies: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        _SIDE_FILE: ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
+    }
+    output_multiple = _PER_WORD
+    offset: ClassVar[int] = 1  # what zero points are stored minus
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
-        if scheme.code != "int" or scheme.activations:
+        if not is_packed_integer(scheme) or scheme.bits not in _BITS:
             return [f"{self.name} holds weight-only integers, not {scheme.name}"]
         if self.offset and not scheme.symmetric:
             return [
@@ -53,7 +82,7 @@ class GPTQ:
         assert not (self.offset and qtensor.zeros is not None), "problems() refuses what would wrap around below"
         out_features, in_features = qtensor.shape
         scheme, groups = qtensor.scheme, qtensor.scales.shape[1]
-        zeros = torch.full((groups, out_features), scheme.middle, dtype=torch.uint8)
+        zeros = torch.full((groups, out_features), middle_code(scheme), dtype=torch.uint8)
         if qtensor.zeros is not None:
             zeros = qtensor.zeros.t()
         return {
@@ -74,32 +103,11 @@ class GPTQ:
         require(qzeros.shape == size, f"qzeros has shape {list(qzeros.shape)}, expected {list(size)}")
         zeros = None
         if scheme.symmetric:
-            self.stored_zero(scheme, qzeros, out_features)
+            _stored_zero(scheme, qzeros, out_features)
         else:
             zeros = self._zeros(qzeros, scheme.bits, out_features).t().contiguous()
         codes = gather_codes(qweight.t(), order, scheme.bits)  # a view: transposing takes longer than reading
         return QTensor(scheme, (out_features, in_features), codes, scales.t().contiguous(), zeros, order=order)
-
-    @staticmethod
-    def stored_zero(scheme: Scheme, qzeros: Tensor, out_features: int) -> int | None:
-        """The one zero point that a symmetric layer stores, whatever version its file claims; None without groups.
-
-        Some files are tagged version 1 and hold version 2's zeros, or the reverse. Symmetric zeros are known, so
-        either is read right.
-
-        Raises:
-            ValueError: they differ, or are neither version's.
-        """
-        stored = unpack(qzeros, scheme.bits, out_features)
-        expected = (scheme.middle - 1, scheme.middle)
-        limits = [int(limit) for limit in stored.aminmax()] if stored.numel() else []
-        if limits not in ([], [expected[0]] * 2, [expected[1]] * 2):
-            found = ", ".join(map(str, stored.unique().tolist()[:4]))
-            raise ValueError(
-                f"qzeros hold {found}, expected {expected[0]} (version 1) or {expected[1]} (version 2) everywhere, "
-                "as the scheme is symmetric"
-            )
-        return limits[0] if limits else None
 
     def _zeros(self, qzeros: Tensor, bits: int, out_features: int) -> Tensor:
         """uint8 [groups, out]. Version 1's writers subtract from whole words, so a borrow is undone by adding to them.
@@ -111,39 +119,219 @@ class GPTQ:
         zeros = unpack(qzeros, bits, out_features)
         return (zeros + 1) & 7 if self.offset and bits == 3 else zeros
 
-    def quantization_config(self, scheme: Scheme, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:
-        inside = [name for name in kept if name != "lm_head"]
+    def quantization_config(
+        self, schemes: Mapping[str, Scheme], kept: Sequence[str], dtype: torch.dtype, ordered: bool = False
+    ) -> dict[str, Any]:
+        """The settings of most layers, and under "dynamic" the layers that differ: "-:" is left alone, "+:" has other
+        settings. The first pattern that matches counts; vLLM tries them on the names of fused layers."""
+        base = Counter(schemes.values()).most_common(1)[0][0]
+        head = any(layer.rpartition(".")[2] == _HEAD for layer in schemes)
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "checkpoint_format": self.tags[0],
-            "bits": scheme.bits,
-            "group_size": scheme.group_size or -1,
-            "sym": scheme.symmetric,
-            "desc_act": False,
-            "lm_head": False,
+            **_settings(base, ordered),
+            "lm_head": head,
             "pack_dtype": "int32",
             "meta": {"quantizer": ["bitpress"]},
         }
-        if inside:
-            config["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in inside}
-        return config
+        dynamic: dict[str, dict[str, Any]] = {}
+        inside = [name for name in kept if name != _HEAD]
+        for name in [*inside, *_whole_units(dict.fromkeys(inside, None), schemes)]:
+            dynamic[f"-:{name[3:] if name.startswith('re:') else exactly(name)}"] = {}
+        every = {*schemes, *kept}
+        for scheme in dict.fromkeys(schemes.values()):
+            if scheme == base:
+                continue
+            layers = [layer for layer, own in schemes.items() if own == scheme]
+            others = {name for name in every if schemes.get(name) != scheme}
+            own = dict.fromkeys(layers, scheme)
+            units = _whole_units(own, {name: schemes.get(name) for name in others})
+            for pattern in patterns_of([*layers, *units], [*others, *map(fused_unit, others)]):
+                dynamic[f"+:{pattern}"] = _settings(scheme, ordered)
+        return config | {"dynamic": dynamic} if dynamic else config
 
-    def scheme(self, config: dict[str, Any]) -> Scheme:
+    def scheme_rules(self, config: dict[str, Any]) -> SchemeRules:
         version = config.get("checkpoint_format", config.get("format", "gptq"))
         require(version in self.tags, f"checkpoint_format {version!r} is not supported, only 'gptq' and 'gptq_v2'")
-        dynamic = config.get("dynamic") or {}
-        require(isinstance(dynamic, dict), f"dynamic is {dynamic!r}, expected an object")
-        mixed = [pattern for pattern in dynamic if not pattern.startswith("-:")]
-        require(
-            not mixed, f"dynamic gives layers like {', '.join(mixed[:3])} settings of their own, which is not supported"
-        )
-        size = config["group_size"]
-        return integer_scheme(config["bits"], None if size == -1 else size, config["sym"])
+        rules: SchemeRules = NameRules(_scheme(config))
+        for pattern, own in _dynamic(config).items():
+            if pattern.startswith("-:"):  # the files tell what is not quantized
+                continue
+            require(isinstance(own, dict), f"dynamic gives {pattern} {own!r}, expected an object")
+            rules.add_pattern(pattern.removeprefix("+:"), _scheme(config | own))
+        return rules
+
+    def kept(self, config: dict[str, Any]) -> list[str]:
+        names = [] if config.get("lm_head") is True else [_HEAD]
+        for pattern in (key[2:] for key in _dynamic(config) if key.startswith("-:")):
+            literal = _literal(pattern)
+            names.append(f"re:{pattern}" if literal is None else literal)
+        return names
+
+    def observe(self, checkpoint: Checkpoint, layer: str, qtensor: QTensor) -> int | None:
+        """The zero point that a symmetric layer stores."""
+        if not qtensor.scheme.symmetric:
+            return None
+        return _stored_zero(qtensor.scheme, checkpoint.read(f"{layer}.qzeros"), qtensor.shape[0]) or 0
+
+    def diagnose(self, seen: Examination) -> tuple[list[str], list[str]]:
+        faults, notes = [], []
+        wrong = [
+            name
+            for name, layer in seen.layers.items()
+            if layer.observation is not None and layer.observation != middle_code(layer.scheme) - self.offset
+        ]
+        if wrong:
+            faults.append(
+                f"tagged {self.tags[0]}, but version {2 if self.offset else 1}'s zero points are in {some(wrong)}: "
+                "who goes by the tag computes every weight one step off; bitpress reads them right, and "
+                f"`bitpress convert --to {self.name}` writes them right"
+            )
+        if seen.ordered and seen.config.get("desc_act") is not True:
+            faults.append(
+                f"the config denies desc_act, but g_idx is out of order in {some(seen.ordered)}: who goes by the "
+                f"config pairs weights with other groups' scales; `bitpress convert --to {self.name}` mends that"
+            )
+        grouped = any(layer.scheme.group_size for layer in seen.layers.values())
+        if seen.config.get("desc_act") is True and not seen.ordered and grouped:
+            notes.append("the config says desc_act, but every g_idx is in order: a slower kernel may run for nothing")
+        if _HEAD in seen.layers and seen.config.get("lm_head") is not True:
+            faults.append("lm_head is quantized, and the config denies it, so runtimes look for lm_head.weight")
+        unlisted = [name for name, shape in seen.kept.items() if shape[:1] != (1,) and name != _HEAD]  # 1: a gate
+        if left := _not_among(unlisted, self.kept(seen.config)):
+            faults.append(
+                f"{some(left)}: neither quantized nor in the config's dynamic, so runtimes look for packed weights"
+                " there"
+            )
+        if seen.scale_dtypes not in ([], ["float16"]):
+            notes.append(f"scales are {' and '.join(seen.scale_dtypes)}, where GPTQ has float16")
+        return faults, notes
+
+    def runtimes(self, facts: Facts) -> dict[str, Loading]:
+        odd = [layer for layer, shape in facts.shapes.items() if any(size % _PER_WORD for size in shape)]
+        why = f"features are no multiples of {_PER_WORD}, as many of its kernels need"
+        own: list[Reason] = [("limited", counted(why, odd))] if odd else []
+        ordered: list[Reason] = []
+        if facts.ordered:
+            ordered.append(
+                ("yes", "act-order: over several GPUs, layers that are cut along their inputs keep all scales on each")
+            )
+        return {
+            "transformers": Loading(own, needs="optimum, gptqmodel"),
+            "GPTQModel": Loading(own),
+            "vLLM": Loading([*ordered, *facts.by_scheme(self._vllm)]),
+            "SGLang": Loading(facts.by_scheme(lambda scheme: self._sglang(scheme, bool(facts.experts)))),
+        }
+
+    def _vllm(self, scheme: Scheme) -> Iterator[Reason]:
+        if not scheme.symmetric and self.offset:
+            yield (
+                "no",
+                "it reads version 1's zero points code by code, and a zero point of 0 has borrowed from the next one; "
+                "`bitpress convert` to gptq-v2 or compressed-tensors mends that",
+            )
+        elif not scheme.symmetric or scheme.bits not in _MARLIN_BITS:
+            yield (
+                "limited",
+                "only its plain GPTQ kernel runs this (version 2 since pull request 26092); releases whose GPTQ "
+                "loader is Marlin's take symmetric layers of 4 and 8 bits",
+            )
+
+    def _sglang(self, scheme: Scheme, experts: bool) -> Iterator[Reason]:
+        if not scheme.symmetric and self.offset:
+            yield "unknown", "whether it undoes the borrow of version 1's zero points is not documented"
+        elif not scheme.symmetric or scheme.bits not in _MARLIN_BITS:
+            yield "limited", "only its plain GPTQ kernel runs this, in float16; Marlin's takes symmetric 4 and 8 bits"
+        if experts and (not scheme.symmetric or scheme.bits not in _MARLIN_BITS):
+            yield "no", "its plain GPTQ kernel has no experts"
+
+    def fast_kernel(self, scheme: Scheme) -> bool:
+        return scheme.symmetric and scheme.bits in _MARLIN_BITS
+
+    def input_multiple(self, scheme: Scheme, cut: bool) -> int:
+        return _PER_WORD
+
+    def side_files(self, section: dict[str, Any]) -> dict[str, Any]:
+        return {_SIDE_FILE: section}
 
 
 class GPTQv2(GPTQ):
     """Version 2: zero points as they are, so asymmetric layers too."""
 
     name = "gptq-v2"
+    rank = 40
     tags = ("gptq_v2",)
     offset = 0
+
+
+def _stored_zero(scheme: Scheme, qzeros: Tensor, out_features: int) -> int | None:
+    """The one zero point that a symmetric layer stores, whatever version its file claims; None without groups.
+
+    Some files are tagged version 1 and hold version 2's zeros, or the reverse. Symmetric zeros are known, so
+    either is read right.
+
+    Raises:
+        ValueError: they differ, or are neither version's.
+    """
+    stored = unpack(qzeros, scheme.bits, out_features)
+    expected = (middle_code(scheme) - 1, middle_code(scheme))
+    limits = [int(limit) for limit in stored.aminmax()] if stored.numel() else []
+    if limits not in ([], [expected[0]] * 2, [expected[1]] * 2):
+        values = ", ".join(map(str, stored.unique().tolist()[:4]))
+        raise ValueError(
+            f"qzeros hold {values}, expected {expected[0]} (version 1) or {expected[1]} (version 2) everywhere, "
+            "as the scheme is symmetric"
+        )
+    return limits[0] if limits else None
+
+
+def _settings(scheme: Scheme, ordered: bool) -> dict[str, Any]:
+    return {
+        "bits": scheme.bits,
+        "group_size": scheme.group_size or -1,
+        "sym": scheme.symmetric,
+        "desc_act": ordered,
+    }
+
+
+def _scheme(config: dict[str, Any]) -> Scheme:
+    size = config["group_size"]
+    return integer_scheme(config["bits"], None if size == -1 else size, config["sym"])
+
+
+def _dynamic(config: dict[str, Any]) -> dict[str, Any]:
+    dynamic = config.get("dynamic") or {}
+    require(isinstance(dynamic, dict), f"dynamic is {dynamic!r}, expected an object")
+    return dynamic
+
+
+def _literal(pattern: str) -> str | None:
+    """The only name that a pattern matches; None for other patterns, those that are not read here among them."""
+    try:
+        return name_pattern(pattern).literal
+    except ValueError:
+        return None
+
+
+def _whole_units(own: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """The fused layers all of whose parts are among `own`."""
+    split = {fused_unit(name) for name in others}
+    units = dict.fromkeys(unit for name in own if (unit := fused_unit(name)) != name)
+    return [unit for unit in units if unit not in split]
+
+
+def _not_among(names: Sequence[str], kept: Sequence[str]) -> list[str]:
+    """The names that are not listed; [] where a pattern is not of the kinds that are matched here."""
+    rules: NameRules[bool] = NameRules(False)
+    try:
+        for entry in kept:
+            if entry.startswith("re:"):
+                rules.add_pattern(entry[3:], True)
+            else:
+                rules.add_name(entry, True)
+    except ValueError:
+        return []
+    return [name for name in names if not rules.get(name)]
+
+
+PLUGINS = (GPTQ(), GPTQv2())

@@ -1,4 +1,4 @@
-"""Where a model comes from: a local folder, the Hugging Face Hub, or bitpress itself."""
+"""Finds a model: in a local folder, on the Hugging Face Hub, or in bitpress itself."""
 
 import os
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 
 from ..errors import CheckpointError, ConfigError
 from ..storage.checkpoint import INDEX, SINGLE, read_json
-from .errors import HUB_ERRORS, hub_error
+from .errors import HUB_ERRORS, download_error
 
 DEMO = "builtin:demo"
 _COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
@@ -27,7 +27,11 @@ class Source:
         return {"id": self.id, "revision": self.revision}
 
     def check_output(self, out: Path) -> None:
-        """Raises ConfigError if `out` would lie among the checkpoint's own files."""
+        """Refuse an output folder among the checkpoint's own files.
+
+        Raises:
+            ConfigError: `out` lies there.
+        """
         if out.resolve().is_relative_to(self.folder.resolve()):
             raise ConfigError(f"the output {out} lies in the checkpoint's own folder; choose another")
 
@@ -52,13 +56,13 @@ def resolve(model: str, revision: str | None = None) -> Source:
 
 
 def _from_hub(model: str, revision: str | None) -> Source:
-    """The commit is settled by the first, small download; what is in the local cache serves where the Hub is away."""
+    """Download a model; the first, small download settles the commit. Without the Hub, the local cache serves."""
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=_COMPANIONS))
         wanted = [*_COMPANIONS, *_weight_files(folder)]
         folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=wanted))
     except HUB_ERRORS as error:
-        raise hub_error(error, model, revision) from error
+        raise download_error(error, model, revision) from error
     if not (folder / INDEX).exists() and not (folder / SINGLE).exists():
         raise CheckpointError(
             f"{model} has no {SINGLE} on the Hub, sharded or not, and bitpress reads nothing else (pickles can run "
@@ -68,9 +72,9 @@ def _from_hub(model: str, revision: str | None) -> Source:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """Names to ask for; what else is wrong with an index is for Checkpoint to say."""
+    """The weight files that the index names. Whatever else is wrong with an index, Checkpoint reports."""
     if not (folder / INDEX).exists():
         return [SINGLE]
     weight_map = read_json(folder / INDEX).get("weight_map")
     names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-    return sorted(name for name in names if not set("*?[") & set(name))  # they are taken for patterns
+    return sorted(name for name in names if not set("*?[") & set(name))  # the client takes such names for patterns

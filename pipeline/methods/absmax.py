@@ -1,46 +1,49 @@
-"""Round to nearest, each group's scale set by its largest magnitude (symmetric) or its range (asymmetric)."""
+"""Rounds to the nearest value that the weight's type has; absmax sets the scales: a group's largest magnitude."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitpress.kernels.packing import pack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
-from bitpress.kernels.weights.integer import affine_parameters, encode
 
 from ..system.threads import map_threads
-from .base import Diagnostics
-from .hessian import Hessian
+from .base import Diagnostics, Method
 
 _CHUNK = 1 << 20  # weights that a thread works on at a time: few enough for the cache, enough to outweigh the calls
 
 
-class Absmax:
+class Absmax(Method):
+    """Rounding to nearest, for every weight type that says how (WeightType.nearest)."""
+
     name = "absmax"
+    rank = 10
     version = 1
-    needs_calibration = False
 
     def problems(self, scheme: Scheme) -> list[str]:
-        return [] if scheme.code == "int" else [f"absmax produces integer schemes, not {scheme.name}"]
+        return [] if scheme.weight.nearest else [f"absmax produces integer schemes, not {scheme.name}"]
 
     def quantize(
-        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, hessian: Hessian | None = None
+        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()
     ) -> tuple[QTensor, Diagnostics]:
-        out_features, in_features = weight.shape
-        count = scheme.groups(in_features)
+        kind, nearest = scheme.weight, scheme.weight.nearest
+        assert nearest is not None
 
-        def press(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None, float, float]:
-            groups = rows.to(torch.float32).unflatten(1, (count, -1))
-            scales, zeros = affine_parameters(groups, scheme, scale_dtype)
-            codes, error = encode(groups, scales, zeros, scheme)
-            norm = torch.linalg.vector_norm(groups).item() ** 2
-            return pack(codes.flatten(1), scheme.bits), scales, zeros, error, norm
+        def round_rows(rows: Tensor) -> tuple[dict[str, Tensor], float, float]:
+            """The tensors of some rows, and the sums of squares of their error and of the rows."""
+            tensors, wide = nearest(rows, scale_dtype), rows.to(torch.float32)
+            error = kind.dequantize((rows.shape[0], rows.shape[1]), tensors, torch.float32).sub_(wide)
+            norms = (torch.linalg.vector_norm(each).item() for each in (error, wide))
+            return tensors, next(norms) ** 2, next(norms) ** 2
 
-        chunks = map_threads(press, weight.split(max(1, _CHUNK // in_features)))
-        codes, scales, zeros, errors, norms = zip(*chunks)
+        by_rows = kind.description().strategy in ("channel", "group")  # no scale is shared between rows
+        chunks = map_threads(round_rows, weight.split(max(1, _CHUNK // weight.shape[1])) if by_rows else [weight])
+        parts, errors, norms = zip(*chunks)
+        tensors = {name: torch.cat([part[name] for part in parts]) if by_rows else parts[0][name] for name in parts[0]}
         relative = math.sqrt(sum(errors) / sum(norms)) if sum(norms) else 0.0
-        together = None if scheme.symmetric else torch.cat(zeros)
-        qtensor = QTensor(scheme, (out_features, in_features), torch.cat(codes), torch.cat(scales), together)
-        return qtensor, Diagnostics(relative)
+        return QTensor.of(scheme, (weight.shape[0], weight.shape[1]), tensors), Diagnostics(relative)
+
+
+PLUGINS = (Absmax(),)

@@ -1,15 +1,34 @@
-"""What every quantization method is."""
+"""What every quantization method is, and what it may ask of the layers that it quantizes.
 
+The shortest method, in a file of its own in this folder:
+
+    class Truncate(Method):
+        name, rank, version = "truncate", 50, 1
+
+        def problems(self, scheme):
+            fits = scheme.weight.description() == WeightDescription("int", 8, "channel")
+            return [] if fits else [f"truncate produces int8-channel, not {scheme.name}"]
+
+        def quantize(self, weight, scheme, scale_dtype, statistics=()):
+            scales = weight.float().abs().amax(1, keepdim=True).div(127).to(scale_dtype)
+            elements = weight.float().div(scales.float()).trunc().clamp(-128, 127).to(torch.int8)
+            tensors = scheme.weight.from_elements(weight.shape, elements, scales, None)
+            qtensor = QTensor.of(scheme, tuple(weight.shape), tensors)
+            lost = (weight.float() - qtensor.dequantize()).norm() / weight.float().norm()
+            return qtensor, Diagnostics(lost.item())
+
+    PLUGINS = (Truncate(),)
+"""
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
-
-from .hessian import Hessian
 
 
 @dataclass(frozen=True)
@@ -31,32 +50,119 @@ class Diagnostics:
     note: str | None = None
 
 
-class Method(Protocol):
-    """One algorithm. `version` goes up whenever the same input would give other bytes.
+class Statistic(Protocol):
+    """What a method wants to know about a layer's inputs, gathered batch by batch. `Hessian` is the first.
 
-    A method with options is a pydantic dataclass, its fields the options.
+    tokens: how many inputs were counted. dropped: how many were left out because they were not finite.
+    multiplies_inputs: True if its only matrix products are those of inputs by inputs. Where the inputs are bfloat16,
+        these products may then be taken by a processor's bfloat16 units, which lose nothing.
     """
 
-    @property
-    def name(self) -> str: ...
+    multiplies_inputs: bool
+    tokens: int
+    dropped: int
+
+    def __init__(self, in_features: int, device: torch.device) -> None: ...
+
+    def add(self, inputs: Tensor) -> None:
+        """Count inputs [..., in_features], floating. Rows with NaN or infinite values are left out."""
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers of a block that read the very same input.
+
+    layers: their names in the files, without ".weight". Layers that are not quantized are among them.
+    norm: the name of the normalization whose output that input is; None if the input comes from somewhere else.
+    """
+
+    layers: tuple[str, ...]
+    norm: str | None
+
+
+class BlockView(Protocol):
+    """A decoder block as `Method.transform` sees and changes it."""
 
     @property
-    def version(self) -> int: ...
+    def groups(self) -> list[LayerGroup]:
+        """The groups with a layer that this method quantizes, in the order in which the block calls them."""
 
     @property
-    def needs_calibration(self) -> bool: ...
+    def names(self) -> list[str]:
+        """The names in the files of all tensors of the block."""
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the block by its name in the files, or as it was last set.
+
+        A layer's weight is [out, in], also where the files store it transposed.
+        """
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Replace a tensor of the block.
+
+        A tensor that is not quantized is rounded to the dtype that it has in the files.
+
+        Raises:
+            ValueError: the block has no such tensor, or it has another shape.
+            NumericsError: NaN or infinite values.
+        """
+
+    def inputs(self) -> Iterator[Tensor]:
+        """The block's inputs for the calibration tokens, [windows, context, hidden] batch by batch."""
+
+    def outputs(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The block's outputs for inputs that come as `inputs()` gives them, by the weights as they are now."""
+
+    def collect(self, statistic: type[Statistic]) -> list[Any]:
+        """The statistic of each group's input over all calibration tokens, in the order of `groups`."""
+
+
+class Method(Protocol):
+    """One algorithm. A method with options is a pydantic dataclass, its fields the options.
+
+    rank: methods with a lower one come first; the first that can produce a scheme is the scheme's default.
+    version: goes up whenever the same input would give other bytes.
+    packages: names of the packages, beside bitpress's own requirements, whose versions its bytes depend on.
+    statistics: what it wants to know about each layer's inputs. () for a method that needs only the weight.
+    true_sequential: within a block, the statistics of a layer are gathered after the layers before it were quantized.
+    """
+
+    name: ClassVar[str]
+    rank: ClassVar[int]
+    version: ClassVar[int]
+    packages: ClassVar[tuple[str, ...]] = ()
+    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
+    true_sequential: bool = False
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True if the method must see what the model does with calibration text."""
+        return bool(self.statistics) or type(self).transform is not Method.transform
 
     def problems(self, scheme: Scheme) -> list[str]:
         """Why the method cannot produce this scheme; [] if it can."""
+        ...
+
+    def transform(self, block: BlockView) -> None:
+        """Change tensors of a block before its layers are quantized: to smooth, to rotate, to scale. Does nothing here.
+
+        The changed block must compute what it computed before, but for rounding. That is the method's own care: a
+        group's `norm` may have other readers that are no layers, such as a residual connection, and some norms
+        multiply by 1 + weight. `BlockView.outputs` before and after shows whether the change was right.
+        """
+        return
 
     def quantize(
-        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, hessian: Hessian | None = None
+        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()
     ) -> tuple[QTensor, Diagnostics]:
-        """weight [out, in], bfloat16, float16 or float32, finite -> its codes and what they cost.
+        """The weight's codes, and what they cost.
 
         Args:
-            hessian: of the layer's inputs, for a method that needs calibration.
+            weight: [out, in], bfloat16, float16 or float32, finite.
+            scale_dtype: of the scales as the format stores them.
+            statistics: of the layer's inputs, one for each class in `self.statistics`, in that order.
 
         Raises:
             ValueError: the values do not fit, such as a scale beyond float16's range.
         """
+        ...

@@ -1,25 +1,24 @@
-"""GPTQ (arXiv 2210.17323): columns are rounded one by one, and those still to come make up for each error.
+"""GPTQ (arXiv 2210.17323): columns are rounded one by one, and the columns still to come make up for each error.
 
-On top of the paper's algorithm:
-- Columns go by descending activation, with groups as they lie in the file, so that no runtime needs a g_idx.
-- Scales are searched, on what is really rounded: the weight with the compensations of earlier columns, as a first round
-  with absmax scales finds it. Each group's scale is the one with the least squared error among shrunken ranges, where
-  column j's error counts 1 / U_jj^2 (U: the Cholesky factor of the inverse Hessian), which is what is left of it after
-  all later columns have made up for it as well as they can. The columns are then rounded again (`rounds`), and each
-  row keeps its best round.
-- Coordinate descent (`passes`) then goes over scales and codes, each set to its best value given all others.
+Three things are added to the paper's algorithm:
+- Columns go by descending activation, but groups lie as they do in the file, so no runtime needs a g_idx.
+- Scales are searched. A first round takes absmax's scales; the search then looks at what that round really rounded,
+  the weight with the compensations of earlier columns. Each group gets the scale with the least squared error among
+  shrunken ranges. The error of column j counts 1 / U_jj^2 (U: the Cholesky factor of the inverse Hessian): that is what
+  is left of it after all later columns have made up for it as well as they can. The columns are then rounded again
+  (`rounds`), and each row keeps its best round.
+- Coordinate descent (`passes`) then goes over scales and codes and sets each to its best value with all others fixed.
 """
 
 import math
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from bitpress.kernels.packing import pack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.triton import gptq_columns
@@ -27,7 +26,7 @@ from bitpress.kernels.weights.integer import affine_parameters
 
 from ..system.threads import map_threads
 from .absmax import Absmax
-from .base import Diagnostics
+from .base import Diagnostics, Method, Statistic
 from .hessian import Factor, Hessian
 
 _BLOCK = 128  # columns whose compensations reach all later ones by one matrix product
@@ -37,12 +36,14 @@ _RATIOS = tuple(1.0 - 0.04 * step for step in range(16))  # of a group's full ra
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
-class GPTQ:
-    """damping: added to the Hessian's diagonal, as a fraction of its mean; raised tenfold where it is not enough.
-    act_order: columns by descending activation, else as they lie.
+class GPTQ(Method):
+    """The method and its options.
+
+    damping: added to the Hessian's diagonal, as a fraction of its mean; raised tenfold where it is not enough.
+    act_order: columns go by descending activation, else as they lie.
     rounds: how often columns are rounded: first with absmax's scales, then with scales searched on what was rounded.
     passes: of coordinate descent over scales and codes afterwards.
-    true_sequential: within a block, each layer learns from inputs that the quantized layers before it made.
+    true_sequential: within a block, each layer is calibrated on inputs that the quantized layers before it gave.
     """
 
     damping: Annotated[float, Field(gt=0, le=1)] = 1e-4
@@ -52,17 +53,19 @@ class GPTQ:
     true_sequential: bool = False
 
     name: ClassVar[str] = "gptq"
+    rank: ClassVar[int] = 30
     version: ClassVar[int] = 1
-    needs_calibration: ClassVar[bool] = True
+    statistics: ClassVar[tuple[type[Statistic], ...]] = (Hessian,)
 
     def problems(self, scheme: Scheme) -> list[str]:
-        fits = scheme.code == "int" and not scheme.activations
+        weight = scheme.weight.description()
+        fits = weight.type == "int" and weight.strategy in ("channel", "group") and not scheme.activations
         return [] if fits else [f"gptq produces weight-only integer schemes, not {scheme.name}"]
 
     def quantize(
-        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, hessian: Hessian | None = None
+        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()
     ) -> tuple[QTensor, Diagnostics]:
-        assert hessian is not None, "gptq was given no inputs to learn from"
+        (hessian,) = statistics
         factor = hessian.factor(self.damping, self.act_order)
         if factor is None:
             qtensor, diagnostics = Absmax().quantize(weight, scheme, scale_dtype)
@@ -74,9 +77,11 @@ class GPTQ:
         else:
             share = -(-weight.shape[0] // torch.get_num_threads())
             chunks = map_threads(solver.solve, weight.split(min(max(share, _ROWS[0]), _ROWS[1])))
-        codes, scales, zeros, sums = zip(*chunks)
-        together = None if scheme.symmetric else torch.cat(zeros)
-        qtensor = QTensor(scheme, (weight.shape[0], weight.shape[1]), torch.cat(codes), torch.cat(scales), together)
+        elements, scales, zeros, sums = zip(*chunks)
+        zero_points = None if solver.codes.symmetric else torch.cat(zeros)
+        shape = (weight.shape[0], weight.shape[1])
+        tensors = scheme.weight.from_elements(shape, torch.cat(elements), torch.cat(scales), zero_points)
+        qtensor = QTensor.of(scheme, shape, tensors)
         lost, norm, output_lost, output_norm = (math.fsum(column) for column in zip(*sums))
         return qtensor, Diagnostics(
             math.sqrt(lost / norm) if norm else 0.0,
@@ -86,10 +91,22 @@ class GPTQ:
         )
 
 
+@dataclass(frozen=True)
+class _Codes:
+    """The codes 0..max_code of an integer type; the middle one is 0 where the type is symmetric."""
+
+    symmetric: bool
+    middle: int
+    max_code: int
+
+
 @dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
 class _Grid:
-    """The values that weights may take, for G groups of R rows: scales [G, R] as stored, zeros uint8 [G, R] or None;
-    wide: the scales in float32; low, high: the least and largest centred code (code - zero point), float32 [G, R]."""
+    """The values that weights may take, for G groups of R rows.
+
+    scales: [G, R] as stored. zeros: uint8 [G, R] or None. wide: the scales in float32.
+    low, high: the least and the largest centred code (code - zero point), float32 [G, R].
+    """
 
     scales: Tensor
     zeros: Tensor | None
@@ -98,7 +115,7 @@ class _Grid:
     high: Tensor
 
     def where(self, chosen: Tensor, other: "_Grid") -> "_Grid":
-        """The other's in the rows that are chosen, bool [R]."""
+        """The other grid in the rows that are chosen, bool [R]; this one in the others."""
         zeros = None if self.zeros is None or other.zeros is None else torch.where(chosen, other.zeros, self.zeros)
         pairs = ((self.scales, other.scales), (self.wide, other.wide), (self.low, other.low), (self.high, other.high))
         scales, wide, low, high = (torch.where(chosen, new, old) for old, new in pairs)
@@ -106,15 +123,17 @@ class _Grid:
 
 
 class _Solver:
-    """One layer's problem; rows are independent of each other, and solved transposed: a column is contiguous then.
+    """Quantizes one layer. Rows do not depend on each other. They are solved transposed, so a column is contiguous.
 
     Shapes below: K inputs, R rows of the weight at a time, G groups of g inputs. Codes are centred and float32.
     """
 
     def __init__(self, scheme: Scheme, scale_dtype: torch.dtype, hessian: Hessian, factor: Factor, options: GPTQ):
-        self.scheme, self.scale_dtype, self.options = scheme, scale_dtype, options
+        weight = scheme.weight.description()
+        self.codes = _Codes(weight.symmetric, 1 << (weight.num_bits - 1), (1 << weight.num_bits) - 1)
+        self.scale_dtype, self.options = scale_dtype, options
         self.matrix, self.dead, self.factor = hessian.matrix(), hessian.dead(), factor
-        self.groups = scheme.groups(len(self.matrix))
+        self.groups = len(self.matrix) // (weight.group_size or len(self.matrix))
         self.group_size = len(self.matrix) // self.groups
         self.group_of = (factor.order // self.group_size).to(torch.int32)
         self.inverse = factor.order.argsort()
@@ -123,8 +142,11 @@ class _Solver:
         self.added = factor.damping * self.matrix.diagonal().mean().item()
 
     def solve(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, float, float, float]]:
-        """rows [R, K] of the weight -> packed codes, scales [R, G], zeros [R, G] or None, and the sums of squares of
-        the weight's error, the weight, the output's error, the output."""
+        """Quantize rows [R, K] of the weight.
+
+        Returns int8 elements [R, K] (codes less the middle code), scales [R, G], int8 zeros [R, G] or None, and the
+        sums of squares of the weight's error, the weight, the output's error and the output.
+        """
         weight = rows.to(torch.float32).t().contiguous()
         pinned = (self.grouped(weight) == 0).all(1)  # groups of zeros stay zeros
         grid = self.search(weight, pinned, _RATIOS[:1])
@@ -143,15 +165,12 @@ class _Solver:
             part = part.masked_fill(self.dead.unsqueeze(1), 0)
             sums.append((self.matrix @ part).mul_(part).sum().item())
         stored = (self.grouped(codes) - grid.low.unsqueeze(1)).view_as(codes)
-        if pinned.any():  # their lowest code is not 0
-            stored = torch.where(pinned.repeat_interleave(self.group_size, 0), self.resting(), stored)
-        packed = pack(stored.t().to(torch.uint8), self.scheme.bits)
-        zeros = None if grid.zeros is None else grid.zeros.t().contiguous()
-        return packed, grid.scales.t().contiguous(), zeros, (sums[0], sums[1], sums[2], sums[3])
-
-    def resting(self) -> float:
-        """The code that stands for 0 in a group of zeros."""
-        return float(self.scheme.middle if self.scheme.symmetric else 0)
+        if pinned.any():  # their lowest code is not 0, and this is the code of 0
+            zero_code = float(self.codes.middle if self.codes.symmetric else 0)
+            stored = torch.where(pinned.repeat_interleave(self.group_size, 0), zero_code, stored)
+        elements = stored.sub_(self.codes.middle).t().to(torch.int8)
+        zeros = None if grid.zeros is None else (grid.zeros.t().to(torch.int16) - self.codes.middle).to(torch.int8)
+        return elements, grid.scales.t().contiguous(), zeros, (sums[0], sums[1], sums[2], sums[3])
 
     def grouped(self, columns: Tensor) -> Tensor:
         """[K, R] as [G, g, R]."""
@@ -162,43 +181,44 @@ class _Solver:
         return (self.grouped(codes) * grid.wide.unsqueeze(1)).view_as(codes)
 
     def grid(self, scales: Tensor, zeros: Tensor | None) -> _Grid:
+        """The grid of scales [..., R] and zero points of that shape."""
         wide = scales.to(torch.float32)
-        offset = torch.full_like(wide, self.scheme.middle) if zeros is None else zeros.to(torch.float32)
-        return _Grid(scales, zeros, wide, -offset, self.scheme.max_code - offset)
+        offset = torch.full_like(wide, self.codes.middle) if zeros is None else zeros.to(torch.float32)
+        return _Grid(scales, zeros, wide, -offset, self.codes.max_code - offset)
 
     def search(self, target: Tensor, pinned: Tensor, ratios: tuple[float, ...]) -> _Grid:
         """The grid, among those of these ratios of each group's range, with the least squared error, by importance, of
         target [K, R]; pinned groups [G, R] hold nothing but 0."""
-        groups = zip(self.grouped(target), self.importance)
-        found = [self.search_group(group, importance, ratios) for group, importance in groups]
-        scales = torch.stack([scale for scale, _ in found]).masked_fill_(pinned, 1)
-        zeros = None
-        if not self.scheme.symmetric:
-            zeros = torch.stack([zero for _, zero in found if zero is not None]).masked_fill_(pinned, 0)
-        grid = self.grid(scales, zeros)
+        scales: list[Tensor] = []
+        zeros: list[Tensor] = []
+        for group, importance in zip(self.grouped(target), self.importance):  # [g, R], [g, 1]
+            reach = torch.stack([group.amin(0), group.amax(0)], -1)
+            best_scale, best_zero = affine_parameters(reach, self.codes, self.scale_dtype)
+            least = torch.full_like(reach[:, 0], math.inf)
+            for ratio in ratios:
+                scale, zero = affine_parameters(reach * ratio, self.codes, self.scale_dtype)
+                grid = self.grid(scale, zero)
+                codes = torch.div(group, grid.wide).round_().clamp_(grid.low, grid.high)
+                error = codes.mul_(grid.wide).sub_(group).square_().mul_(importance).sum(0)
+                better = error < least
+                least = torch.where(better, error, least)
+                best_scale = torch.where(better, scale, best_scale)
+                if zero is not None and best_zero is not None:
+                    best_zero = torch.where(better, zero, best_zero)
+            scales.append(best_scale)
+            zeros += [] if best_zero is None else [best_zero]
+        grid = self.grid(
+            torch.stack(scales).masked_fill_(pinned, 1),
+            torch.stack(zeros).masked_fill_(pinned, 0) if zeros else None,
+        )
         return replace(grid, low=grid.low.masked_fill(pinned, 0), high=grid.high.masked_fill(pinned, 0))
 
-    def search_group(
-        self, group: Tensor, importance: Tensor, ratios: tuple[float, ...]
-    ) -> tuple[Tensor, Tensor | None]:
-        """group [g, R], importance [g, 1] -> scale [R] and zero [R]."""
-        reach = torch.stack([group.amin(0), group.amax(0)], -1)
-        best: tuple[Tensor, Tensor | None] = affine_parameters(reach, self.scheme, self.scale_dtype)
-        least = torch.full_like(reach[:, 0], math.inf)
-        for ratio in ratios:
-            scale, zero = affine_parameters(reach * ratio, self.scheme, self.scale_dtype)
-            grid = self.grid(scale, zero)
-            codes = torch.div(group, grid.wide).round_().clamp_(grid.low, grid.high)
-            error = codes.mul_(grid.wide).sub_(group).square_().mul_(importance).sum(0)
-            better = error < least
-            least = torch.where(better, error, least)
-            chosen = None if zero is None or best[1] is None else torch.where(better, zero, best[1])
-            best = torch.where(better, scale, best[0]), chosen
-        return best
-
     def round(self, weight: Tensor, grid: _Grid) -> tuple[Tensor, Tensor, Tensor]:
-        """GPTQ proper: weight [K, R] -> codes [K, R], what was rounded (the weight with the compensations), and the
-        loss of each row [R], ||(W - W') X||^2 with the damping."""
+        """GPTQ proper (arXiv 2210.17323, Algorithm 1) on weight [K, R].
+
+        Returns codes [K, R], what was rounded (the weight with the compensations), and the loss of each row [R],
+        ||(W - W') X||^2 with the damping.
+        """
         upper, left = self.factor.upper, weight[self.factor.order]
         codes, errors = torch.empty_like(left), torch.empty(min(_BLOCK, len(left)), left.shape[1], device=left.device)
         loss = torch.zeros_like(left[0])
@@ -210,7 +230,8 @@ class _Solver:
         return codes[self.inverse], left[self.inverse], loss
 
     def round_block(self, part: slice, left: Tensor, grid: _Grid, codes: Tensor, errors: Tensor) -> None:
-        """Round these columns of left [K, R], one after the other, each with the compensations of those before it."""
+        """Round these columns of left [K, R], one after the other, each with the compensations of those before it:
+        the inner loop of Algorithm 1. Sets codes [K, R], and errors [columns, R] to each error over its U_jj."""
         upper, start, end = self.factor.upper, part.start, part.stop
         if gptq_columns.problem(left.device) is None:
             steps = (grid.wide, grid.low, grid.high)
@@ -219,8 +240,8 @@ class _Solver:
             return
         pivots = upper[part, part].diagonal().unsqueeze(1)
         unit, errors, groups = upper[part, part] / pivots, errors[: end - start], self.group_of[part]
-        given = (left[part], codes[part], errors, unit, *(each[groups] for each in (grid.wide, grid.low, grid.high)))
-        columns = zip(*(each.unbind(0) for each in given))  # one call each: views cost as much as the arithmetic
+        operands = (left[part], codes[part], errors, unit, *(each[groups] for each in (grid.wide, grid.low, grid.high)))
+        columns = zip(*(each.unbind(0) for each in operands))  # one call each: views cost as much as the arithmetic
         for j, (column, code, error, row, scale, low, high) in enumerate(columns, 1):
             torch.div(column, scale, out=code).round_().clamp_(low, high)
             torch.addcmul(column, code, scale, value=-1, out=error)
@@ -228,8 +249,10 @@ class _Solver:
         errors.div_(pivots)
 
     def descend(self, weight: Tensor, codes: Tensor, grid: _Grid) -> tuple[Tensor, _Grid]:
-        """One pass of coordinate descent on ||(W - W') X||^2: each group's scale, then each of its codes, is set to its
-        best value with all others as they are. Zero points stay."""
+        """One pass of coordinate descent on ||(W - W') X||^2, a quadratic in the scales and in the codes.
+
+        Each group's scale, then each of its codes, is set to its best value with all others fixed. Zero points stay.
+        """
         error = weight - self.values(codes, grid)
         slope = torch.addmm(error, self.matrix, error, beta=self.added)  # minus half the gradient of the loss
         fitted = []
@@ -260,7 +283,11 @@ class _Solver:
 
 
 def _settle(codes: Tensor, slope: Tensor, inner: Tensor, scale: Tensor, limits: tuple[Tensor, Tensor]) -> None:
-    """Set the codes [g, R] of a group, one after the other and in place, to the best for the slope [g, R] there is."""
+    """Set the codes [g, R] of a group in place, one after the other, each to the best one for its slope [g, R].
+
+    slope: minus half the gradient of the loss. inner: the group's part of the damped Hessian [g, g]. scale: [R].
+    limits: the least and the largest centred code [R].
+    """
     for start in range(0, len(codes), _BLOCK):
         end = min(start + _BLOCK, len(codes))
         changes = torch.empty_like(codes[start:end])
@@ -271,7 +298,7 @@ def _settle(codes: Tensor, slope: Tensor, inner: Tensor, scale: Tensor, limits: 
 def _settle_block(
     part: slice, codes: Tensor, slope: Tensor, inner: Tensor, grid: tuple[Tensor, Tensor, Tensor], changes: Tensor
 ) -> None:
-    """The same for these columns alone; changes [columns, R] receives what that made of their values."""
+    """Do the same for these columns alone; changes [columns, R] is set to how their values change."""
     start, end = part.start, part.stop
     if gptq_columns.problem(codes.device) is None:
         scale, low, high = (each.unsqueeze(0) for each in grid)
@@ -286,3 +313,6 @@ def _settle_block(
         torch.sub(better, code, out=change).mul_(scale)
         code.copy_(better)
         slope[start + j : end].addr_(row[j:], change, alpha=-1)
+
+
+PLUGINS = (GPTQ(),)

@@ -1,4 +1,7 @@
-"""What a layer's inputs say about its weights: H = X^T X over all calibration tokens, and its factors."""
+"""The Hessian of a layer's squared output error: H = X^T X over all calibration tokens, and its factors.
+
+GPTQ (arXiv 2210.17323, section 3.1) minimizes ||(W - W') X||^2 row by row; 2 H is the second derivative of that.
+"""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -47,6 +50,8 @@ class Hessian:
     tokens: rows that were summed. dropped: rows left out because they were not finite.
     """
 
+    multiplies_inputs = True
+
     def __init__(self, in_features: int, device: torch.device):
         self.tokens = 0
         self.dropped = 0
@@ -55,7 +60,7 @@ class Hessian:
         self._factors: dict[tuple[float, bool], Factor | None] = {}
 
     def add(self, inputs: Tensor) -> None:
-        """inputs [..., in], floating. Rows with NaN or infinite values are left out, and counted."""
+        """Sum inputs [..., in], floating. Rows with NaN or infinite values are left out, and counted."""
         assert self._dead is None, "a Hessian that was used takes no more inputs"
         rows = inputs.reshape(-1, inputs.shape[-1])
         if not torch.isfinite(rows.sum(dtype=torch.float32)):  # far cheaper than to look at each
@@ -73,9 +78,9 @@ class Hessian:
                 total.addmm_(panel.t(), wide[:, start:])
 
     def matrix(self) -> Tensor:
-        """float32 [in, in], symmetric; dead columns (inputs that were always 0) have the mean on the diagonal.
+        """X^T X, float32 [in, in], symmetric; dead columns (inputs that were always 0) have the mean on the diagonal.
 
-        Rounding errors of a dead column can then neither be made up for by others nor make up for theirs.
+        So the rounding errors of a dead column and those of others do not reach each other.
         """
         if self._dead is None:
             matrix, size = self._sum, self._sum.shape[0]
@@ -90,7 +95,7 @@ class Hessian:
         return self._sum
 
     def dead(self) -> Tensor:
-        """bool [in]: the inputs that were always 0."""
+        """The inputs that were always 0, bool [in]."""
         self.matrix()
         assert self._dead is not None
         return self._dead
@@ -104,11 +109,9 @@ class Hessian:
             act_order: columns by descending diagonal (GPTQ's "act-order"), or as they are.
         """
         key = (damping, act_order)
-        if key not in self._factors:
-            self._factors[key] = self._factored(*key)
-        return self._factors[key]
-
-    def _factored(self, damping: float, act_order: bool) -> Factor | None:
+        if key in self._factors:
+            return self._factors[key]
+        self._factors[key] = None
         matrix = self.matrix()
         diagonal = matrix.diagonal()
         if not torch.isfinite(diagonal).all() or self.dead().all():
@@ -121,7 +124,8 @@ class Hessian:
             for dtype in (torch.float32, torch.float64):
                 upper = _inverse_factor(matrix, order, damping * mean, dtype)
                 if upper is not None:
-                    return Factor(order, upper, damping)
+                    self._factors[key] = Factor(order, upper, damping)
+                    return self._factors[key]
             damping *= 10
         return None
 
@@ -130,8 +134,8 @@ def _inverse_factor(matrix: Tensor, order: Tensor, added: float, dtype: torch.dt
     """U, upper triangular float32, with M^-1 = U^T U for M = matrix[order][:, order] + added * I; None if M is not
     positive definite.
 
-    By the Cholesky factor of M flipped in both directions, J M J = L L^T: then M = (J L J)(J L J)^T with J L J upper
-    triangular, and U is its inverse. One factorization and one triangular inverse; no inverse is factorized.
+    The Cholesky factor of M flipped in both directions gives it: from J M J = L L^T follows M = (J L J)(J L J)^T with
+    J L J upper triangular, and U is the inverse of that. So one factorization and one triangular inverse are enough.
     """
     flipped = order.flip(0)
     damped = matrix[flipped][:, flipped].to(dtype)

@@ -1,4 +1,4 @@
-"""A conversation with a model, by its tokenizer's chat template; what it has read already is not read again."""
+"""A conversation with a model through its chat template. What the model has read already is not read again."""
 
 from collections.abc import Callable, Iterator
 from itertools import takewhile
@@ -14,7 +14,7 @@ Write = Callable[[str], None]
 
 
 class _Printer(TextStreamer):
-    """Hands over words as they come, without what could steer a terminal."""
+    """Hands over words as they are generated, without characters that could control a terminal."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -26,12 +26,12 @@ class _Printer(TextStreamer):
 
 
 class Conversation:
-    """The turns so far, and the key-value cache of the tokens that they begin with.
+    """The turns so far, and the key-value cache of the tokens that were read.
 
     Args:
-        system: what the model is told before the first turn; nothing where it is None.
-        tokens: of an answer, at most.
-        temperature: of sampling; 0 takes the most probable token, None is what the checkpoint's generation config says.
+        system: instructions for the model, before the first turn; None for none.
+        tokens: the longest answer.
+        temperature: 0 always takes the most probable token; None leaves it to the checkpoint's generation config.
     Raises:
         ConfigError: the tokenizer has no chat template.
     """
@@ -65,13 +65,21 @@ class Conversation:
         self._forget_cache()
 
     def answer(self, text: str, write: Write) -> None:
-        """Take a turn, and hand over the answer's words as they come. Interrupted, it keeps the words so far.
+        """Answer one turn of the user, handing over the words as they are generated.
+
+        Ctrl-C ends the answer; the words until then stay part of the conversation.
 
         Raises:
-            ConfigError: the context is full. CheckpointError: the chat template, which is the checkpoint's, fails.
+            ConfigError: the context is full. CheckpointError: the checkpoint's chat template fails.
         """
-        asked = [*self.turns, {"role": "user", "content": text}]
-        ids = self._ids(asked)
+        turns = [*self.turns, {"role": "user", "content": text}]
+        try:
+            encoded: Any = self.tokenizer.apply_chat_template(
+                [*self.system, *turns], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # whatever an untrusted template raises
+            raise CheckpointError(f"the model's chat template fails: {error}") from error
+        ids = encoded["input_ids"].to(self.model.device)
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30) - ids.shape[1]
         if room < 1:
             raise ConfigError(
@@ -79,30 +87,18 @@ class Conversation:
             )
         printer = _Printer(self.tokenizer, write)
         try:
-            self._generate(ids, min(self.tokens, room), printer)
+            output = self.model.generate(  # type: ignore[operator]
+                ids, attention_mask=torch.ones_like(ids), past_key_values=self._usable_cache(ids),
+                max_new_tokens=min(self.tokens, room), streamer=printer, num_beams=1, return_dict_in_generate=True,
+                pad_token_id=self.tokenizer.eos_token_id, **self.sampling,
+            )  # fmt: skip
+            self.cache, self.read = output.past_key_values, output.sequences[0, :-1].tolist()  # the last was not read
         except KeyboardInterrupt:
             self._forget_cache()  # some layers may have read a token more than others
-        self.turns = [*asked, {"role": "assistant", "content": printer.words}]
+        self.turns = [*turns, {"role": "assistant", "content": printer.words}]
 
-    def _ids(self, turns: list[dict[str, str]]) -> torch.Tensor:
-        try:
-            given: Any = self.tokenizer.apply_chat_template(
-                [*self.system, *turns], add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except Exception as error:  # whatever an untrusted template raises
-            raise CheckpointError(f"the model's chat template fails: {error}") from error
-        return given["input_ids"].to(self.model.device)
-
-    def _generate(self, ids: torch.Tensor, tokens: int, printer: _Printer) -> None:
-        made = self.model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), past_key_values=self._known(ids), max_new_tokens=tokens,
-            streamer=printer, num_beams=1, return_dict_in_generate=True,
-            pad_token_id=self.tokenizer.eos_token_id, **self.sampling,
-        )  # fmt: skip
-        self.cache, self.read = made.past_key_values, made.sequences[0, :-1].tolist()  # the last one was not read
-
-    def _known(self, ids: torch.Tensor) -> DynamicCache | None:
-        """The cache of what these tokens have in common with those before; None where nothing can be made of it."""
+    def _usable_cache(self, ids: torch.Tensor) -> DynamicCache | None:
+        """The cache, cut to the tokens that `ids` [1, n] and the tokens read so far begin with; None if useless."""
         pairs = zip(self.read, ids[0, :-1].tolist())
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         if type(self.cache) is not DynamicCache or not common:
@@ -110,7 +106,7 @@ class Conversation:
         try:
             if common < len(self.read):
                 self.cache.crop(common - len(self.read))
-        except (ValueError, RuntimeError):  # sliding windows have let go of what they would go back to
+        except (ValueError, RuntimeError):  # sliding windows no longer hold the tokens to go back to
             return None
         return self.cache
 
@@ -119,7 +115,7 @@ class Conversation:
 
 
 def converse(conversation: Conversation, lines: Iterator[str], write: Write) -> None:
-    """Answer line after line, until /exit or the last one. What goes wrong with one is said, and the next one taken."""
+    """Answer line after line, until /exit or the last one. A line that cannot be answered is followed by the reason."""
     for line in map(str.strip, lines):
         if line == "/exit":
             return

@@ -18,7 +18,7 @@ from ..system.device import pick_device
 from ..system.progress import OnStep
 from .modules import experts_of, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
-from .quantized import Layout, read_layout
+from .quantized import QuantizedCheckpoint, read_quantized
 from .structure import ParameterPath
 from .transformers import attach
 
@@ -95,19 +95,22 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreT
 def _load_quantized(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str, on_step: OnStep
 ) -> PreTrainedModel:
-    layout = read_layout(checkpoint, dtype)
-    model, experts = layout.model, experts_of(layout)
-    _fill(checkpoint, layout, {n: t for n, t in layout.plain.items() if t.parameter not in experts}, device)
-    replace_layers(model, layout.names, quantized_layers(checkpoint, layout, lambda target: device, kernel, on_step))
+    contents = read_quantized(checkpoint, dtype)
+    model, experts = contents.model, experts_of(contents)
+    _fill(checkpoint, contents, {n: t for n, t in contents.plain.items() if t.parameter not in experts}, device)
+    layers = quantized_layers(checkpoint, contents, lambda target: device, kernel, on_step)
+    replace_layers(model, contents.names, layers)
     model = _finish(checkpoint, model, device)
     optimize_for_decoding(model)
-    attach(model, checkpoint, layout)
+    attach(model, checkpoint, contents)
     return model
 
 
-def _fill(checkpoint: Checkpoint, layout: Layout, plain: dict[str, ParameterPath], device: torch.device) -> None:
+def _fill(
+    checkpoint: Checkpoint, contents: QuantizedCheckpoint, plain: dict[str, ParameterPath], device: torch.device
+) -> None:
     """Put the tensors that are not quantized into the skeleton; those that the model does not have are left out."""
-    model, names = layout.model, layout.names
+    model, names = contents.model, contents.names
     fused: dict[str, list[tuple[tuple[int, int, int], str]]] = defaultdict(list)
     for name, target in plain.items():
         if not names.known(target.parameter):
@@ -126,19 +129,22 @@ def _fill(checkpoint: Checkpoint, layout: Layout, plain: dict[str, ParameterPath
 
 
 def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)  # quantized layers are tied to nothing any more
     if (checkpoint.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     return model.to(device)  # type: ignore[arg-type]
 
 
 def kernels_used(model: nn.Module) -> dict[str, Any]:
-    """{"selected": kernel -> layers, "rejected": kernel -> reason} over a model's quantized layers, and "fused": how
-    many decoder layers decode in one call, and why others do not (None where it was not tried)."""
+    """{"selected": kernel -> layers, "rejected": kernel -> reason} over a model's quantized layers, "quantized_inputs":
+    how many of them have a scheme that quantizes inputs, and "fused": how many decoder layers decode in one call, and
+    why others do not (None where it was not tried)."""
     layers = [module for module in model.modules() if isinstance(module, QLinear)]
     rejected: dict[str, str] = {}
     for layer in layers:
         rejected |= layer.selection.rejected
     selected = dict(Counter(layer.selection.kernel.name for layer in layers))
     fusing = getattr(model, "fusing", None)
-    return {"selected": selected, "rejected": rejected, "fused": asdict(fusing) if fusing else None}
+    inputs = sum(layer.scheme.activations is not None for layer in layers)
+    used = {"selected": selected, "rejected": rejected, "quantized_inputs": inputs}
+    return used | {"fused": asdict(fusing) if fusing else None}

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitpress.kernels.linear import QExperts, QLinear
+from bitpress.kernels.linear import QEmbedding, QExperts, QLinear
 from bitpress.kernels.qtensor import QTensor
 
 from ..errors import ConfigError
 from ..storage.checkpoint import Checkpoint
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
-from .quantized import Layout, check_shape, read_layer
+from .quantized import QuantizedCheckpoint, check_shape, read_layer
 from .structure import ParameterPath, TensorNames, replace_module
 
 MakeLayer = Callable[[Tensor | None], nn.Module]  # of the bias, None for experts
@@ -62,14 +62,14 @@ def place_experts(model: PreTrainedModel, parameter: str, experts: list[list[nn.
     model.config._experts_implementation = "eager"  # transformers' other ones want one 3-D tensor
 
 
-def experts_of(layout: Layout) -> set[str]:
+def experts_of(contents: QuantizedCheckpoint) -> set[str]:
     """The 3-D parameters of which at least one expert is quantized."""
-    return {target.parameter for target in layout.quantized.values() if target.expert}
+    return {target.parameter for target in contents.quantized.values() if target.expert}
 
 
 def quantized_layers(
     checkpoint: Checkpoint,
-    layout: Layout,
+    contents: QuantizedCheckpoint,
     device_of: Callable[[ParameterPath], torch.device],
     kernel: str = "auto",
     on_step: OnStep = lambda done, total: None,
@@ -78,23 +78,27 @@ def quantized_layers(
 
     The next layer is being read while a kernel repacks one.
     """
-    experts, dtype = experts_of(layout), layout.model.dtype
-    for name, target in layout.plain.items():
+    experts, dtype, total = experts_of(contents), contents.model.dtype, len(contents.quantized)
+    for name, target in contents.plain.items():
         if target.parameter in experts:
             yield target, dense_layer(checkpoint.read(name).to(device_of(target), dtype))
-    qtensors = one_ahead(lambda layer: read_layer(checkpoint, layout.format, layout.scheme, layer), layout.quantized)
-    for number, ((layer, target), qtensor) in enumerate(zip(layout.quantized.items(), qtensors)):
-        on_step(number, len(layout.quantized))
-        check_shape(layout, layer, qtensor)
-        yield target, _maker(qtensor.to(device_of(target)), dtype, kernel)
+    qtensors = one_ahead(
+        lambda layer: read_layer(checkpoint, contents.format, contents.schemes[layer], layer), contents.quantized
+    )
+    for number, ((layer, target), qtensor) in enumerate(zip(contents.quantized.items(), qtensors)):
+        on_step(number, total)
+        check_shape(layer, contents.shapes[layer], qtensor)
+        yield target, _maker(qtensor.to(device_of(target)), dtype, kernel, contents.kinds[layer])
+        for tied in contents.shared.get(layer, ()):
+            yield tied, _maker(qtensor.to(device_of(tied)), dtype, kernel, "linear")
         del qtensor  # its memory serves for the next but one
-    on_step(len(layout.quantized), len(layout.quantized))
+    on_step(total, total)
 
 
-def _maker(qtensor: QTensor, dtype: torch.dtype, kernel: str) -> MakeLayer:
+def _maker(qtensor: QTensor, dtype: torch.dtype, kernel: str, kind: str) -> MakeLayer:
     def make(bias: Tensor | None) -> nn.Module:
         try:
-            return QLinear(qtensor, bias, dtype, kernel)
+            return QEmbedding(qtensor, dtype) if kind == "embedding" else QLinear(qtensor, bias, dtype, kernel)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -114,9 +118,9 @@ def part_experts(dense: PreTrainedModel, quantized: PreTrainedModel) -> None:
         place_experts(dense, path, rows)
 
 
-def names_of_experts(layout: Layout) -> dict[str, str]:
+def names_of_experts(contents: QuantizedCheckpoint) -> dict[str, str]:
     """Module -> layer, as the checkpoint names it: ….experts.gate_up_proj.experts.3.0 -> ….experts.3.gate_proj."""
-    experts = [(target.parameter, target.expert, layer) for layer, target in layout.quantized.items()]
+    experts = [(target.parameter, target.expert, layer) for layer, target in contents.quantized.items()]
     return {f"{parameter}.experts.{e[0]}.{e[1]}": layer for parameter, e, layer in experts if e}
 
 

@@ -1,8 +1,8 @@
-"""Decoding on the CPU, a decoder layer at a time: those that csrc/layer.c can run do so, for one token of one sequence.
+"""Faster decoding: on the CPU, one call runs a whole decoder layer for one token; on GPUs, projections are joined.
 
-The model stays as transformers made it. A layer's forward is replaced by one that looks at what it was given: a single
-token with a key-value cache that grows, and nothing else asked for, goes to NativeLayer; all the rest goes to the
-layer's own forward. A layer is taken only after both gave the same output and the same keys and values.
+The model stays as transformers made it. On the CPU a layer gets another forward, which looks at its arguments. A single
+token with a key-value cache that grows, and nothing else wanted, goes to NativeLayer (csrc/layer.c). Everything else
+goes to the layer's own forward. A layer is changed only after both gave the same output and the same keys and values.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ from bitpress.kernels.linear import QLinear, join_projections
 
 from .structure import decoder
 
-_ROOM = 256  # tokens that a cache has room for when it is made larger, or an eighth of what it holds
+_ROOM = 256  # tokens that a cache grows by, at least; an eighth of what it holds where that is more
 _PASSED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"}
 _CAPTURING = "transformers.utils.output_capturing"  # whose hooks stay, but do nothing unless outputs are asked for
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -36,12 +36,12 @@ _KNOWN = {*_LINEARS, *_NORMS, *_HEAD_NORMS, "self_attn", "mlp", "mlp.act_fn"}
 # sum of products by the order of 1e-4; another formula changes it by more than this.
 _TOLERANCE = 5e-3
 _EXACT_TOLERANCE = 1e-5  # of norms and activations, which are compared by themselves
-_PROMPT, _TOKENS, _POSITION = 3, 2, 40  # with which a layer is tried: rows first, then one by one, and where they stand
+_PROMPT, _TOKENS, _POSITION = 3, 2, 40  # a layer is tried with 3 tokens at once, then 2 one by one, from place 40 on
 
 
 @dataclass(frozen=True)
 class Fusing:
-    """`fused` of the model's `of` decoder layers decode in one call; `why` the others do not: reason -> layers."""
+    """How many of the model's `of` decoder layers decode in one call. why: reason against it -> number of layers."""
 
     fused: int
     of: int
@@ -53,8 +53,10 @@ class _Unfit(Exception):
 
 
 def optimize_for_decoding(model: PreTrainedModel) -> None:
-    """Once every layer is in its place: on the CPU, decoder layers decode in one call where they can; on GPUs, layers
-    read the same are one product."""
+    """Speed up a model whose layers are all in place.
+
+    On the CPU, decoder layers decode in one call where they can. On GPUs, projections of one input become one product.
+    """
     devices = {layer.device.type for layer in model.modules() if isinstance(layer, QLinear)}
     split = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
     if devices == {"cpu"} and not split:
@@ -64,14 +66,23 @@ def optimize_for_decoding(model: PreTrainedModel) -> None:
 
 
 def fuse(model: PreTrainedModel) -> Fusing:
-    """Let the decoder layers that can, decode in one call; the others stay as they are."""
+    """Let decoder layers decode in one call, those that can; the others stay as they are."""
     layers = list(model.get_submodule(decoder(model)).children())
     why: Counter[str] = Counter()
     for layer in layers:
         try:
-            _fuse_layer(layer, model)
+            parts = _parts(layer)
+            if reason := parts.unsupported():
+                raise _Unfit(reason)
+            if any("forward" in module.__dict__ for module in layer.modules()):
+                raise _Unfit("its forward was replaced")
+            step = _Decoding(layer, NativeLayer(parts))
+            _try(layer, step, model)
         except _Unfit as reason:
             why[str(reason)] += 1
+        else:
+            layer.decoding = step  # type: ignore[assignment]
+            layer.forward = MethodType(_forward, layer)
     return Fusing(len(layers) - why.total(), len(layers), dict(why))
 
 
@@ -82,20 +93,8 @@ def unfuse(model: nn.Module) -> None:
             del layer.forward, layer.decoding
 
 
-def _fuse_layer(layer: nn.Module, model: PreTrainedModel) -> None:
-    parts = _parts(layer)
-    if reason := parts.unsupported():
-        raise _Unfit(reason)
-    if any("forward" in module.__dict__ for module in layer.modules()):
-        raise _Unfit("its forward was replaced")
-    step = _Decoding(layer, NativeLayer(parts))
-    _try(layer, step, model)
-    layer.decoding = step  # type: ignore[assignment]
-    layer.forward = MethodType(_forward, layer)
-
-
 def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """In the place of a decoder layer's forward."""
+    """Stands in the place of a decoder layer's forward."""
     step = layer.__dict__["decoding"]
     if not args and step.serves(hidden_states, kwargs):
         return step(hidden_states, kwargs["position_embeddings"], kwargs["past_key_values"])
@@ -138,7 +137,7 @@ def _with_room(states: Tensor) -> Tensor:
 
 
 class _Decoding:
-    """How one layer decodes; it knows the modules below the layer, to step aside where they are not what they were."""
+    """How one layer decodes. It steps aside when the modules below the layer are not those that were compared."""
 
     def __init__(self, layer: nn.Module, native: NativeLayer):
         self.layer, self.native = layer, native
@@ -151,37 +150,39 @@ class _Decoding:
         """A copy looks at the modules of the copied layer, which are not there yet when it is made."""
         return {**self.__dict__, "children": None, "hooks": []}
 
-    def serves(self, x: Tensor, given: dict[str, Any]) -> bool:
-        """Whether this is a single token after others, with nothing asked for but the next hidden state."""
-        if x.shape != (1, 1, self.native.hidden) or x.dtype not in DTYPES or given.get("attention_mask") is not None:
+    def serves(self, x: Tensor, arguments: dict[str, Any]) -> bool:
+        """Whether this is a single token after others, and nothing but the next hidden state is wanted.
+
+        Args:
+            x: the layer's input. arguments: the keyword arguments of the layer's forward.
+        """
+        dim = self.native.parts.dim
+        if x.shape != (1, 1, self.native.hidden) or x.dtype not in DTYPES:
             return False
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.requires_grad or self.layer.training:
             return False
-        if any(given[name] for name in given.keys() - _PASSED) or self.config._attn_implementation != "sdpa":
+        if arguments.get("attention_mask") is not None or self.config._attn_implementation != "sdpa":
             return False
-        return self._rotation_fits(x, given) and self._cache_fits(x, given.get("past_key_values")) and self._untouched()
-
-    def _rotation_fits(self, x: Tensor, given: dict[str, Any]) -> bool:
-        shape = (1, 1, self.native.parts.dim)
-        rotation = given.get("position_embeddings")
-        return (
-            isinstance(rotation, tuple)
-            and len(rotation) == 2
-            and all(table.shape == shape and table.dtype == x.dtype and table.is_contiguous() for table in rotation)
-        )
-
-    def _cache_fits(self, x: Tensor, cache: Any) -> bool:
+        if any(arguments[name] for name in arguments.keys() - _PASSED):
+            return False
+        rotation = arguments.get("position_embeddings")
+        if not isinstance(rotation, tuple) or len(rotation) != 2:
+            return False
+        if any(t.shape != (1, 1, dim) or t.dtype != x.dtype or not t.is_contiguous() for t in rotation):
+            return False
+        cache: Any = arguments.get("past_key_values")
         if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) <= self.index:
             return False
         layer: Any = cache.layers[self.index]
         if type(layer) not in (DynamicLayer, GrowingLayer) or not layer.is_initialized or layer.keys.dim() != 4:
             return False
-        batch, heads, length, dim = layer.keys.shape
-        known = (1, self.native.key_heads, self.native.parts.dim)
-        return (batch, heads, dim) == known and length > 0 and layer.keys.dtype == layer.values.dtype == x.dtype
+        batch, heads, length, width = layer.keys.shape
+        if (batch, heads, width) != (1, self.native.key_heads, dim) or length == 0:
+            return False
+        return layer.keys.dtype == layer.values.dtype == x.dtype and self._untouched()
 
     def _untouched(self) -> bool:
-        """Whether the modules below the layer are those that were compared, without hooks of others."""
+        """Whether the modules below the layer are those that were compared, and nobody else hooked into them."""
         if self.children is None:
             modules = list(self.layer.modules())
             self.children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
@@ -201,10 +202,10 @@ class _Decoding:
 
 
 def _parts(layer: nn.Module) -> Parts:
-    """What a layer consists of, by its modules' names and what they compute.
+    """The parts of a layer, by its modules' names and by what they compute.
 
     Raises:
-        _Unfit: something is missing, or is there besides.
+        _Unfit: a part is missing, or the layer has another one.
     """
     modules = dict(layer.named_modules())
     for name in (*_LINEARS, *_NORMS):
@@ -229,7 +230,11 @@ def _parts(layer: nn.Module) -> Parts:
 
 
 def _norm(name: str, module: nn.Module) -> Norm:
-    """What a norm multiplies by is what it makes of ones, whether it keeps that as its weight or, say, less 1."""
+    """The weight and epsilon of an RMS norm. The weight is the output for ones: some norms store it less 1.
+
+    Raises:
+        _Unfit: it computes something else.
+    """
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         raise _Unfit(f"{name} is not an RMS norm")
@@ -243,6 +248,11 @@ def _norm(name: str, module: nn.Module) -> Norm:
 
 
 def _activation(module: nn.Module | None) -> str:
+    """The name of an activation function, by what it computes.
+
+    Raises:
+        _Unfit: NativeLayer has no such function.
+    """
     if module is None:
         raise _Unfit("mlp has no act_fn")
     x = torch.linspace(-8, 8, 1001)
@@ -253,7 +263,7 @@ def _activation(module: nn.Module | None) -> str:
 
 
 def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """By norms; NaN is close to nothing."""
+    """Whether two tensors differ by less than `tolerance`, relative to the norm; NaN is close to nothing."""
     return bool((got - expected).norm() <= tolerance * expected.norm())
 
 
@@ -276,8 +286,10 @@ def _try(layer: nn.Module, step: _Decoding, model: PreTrainedModel) -> None:
         ours: Any = None
         for start, end in [(0, _PROMPT), *((i, i + 1) for i in range(_PROMPT, x.shape[1]))]:
             row, rotation = x[:, start:end], (cos[:, start:end], sin[:, start:end])
-            given = {"attention_mask": None, "position_ids": positions[:, start:end], "past_key_values": theirs}
-            expected = type(layer).forward(layer, row, **given, use_cache=True, position_embeddings=rotation)
+            expected = type(layer).forward(
+                layer, row, attention_mask=None, position_ids=positions[:, start:end], past_key_values=theirs,
+                use_cache=True, position_embeddings=rotation,
+            )  # fmt: skip
             if ours is None:
                 ours = deepcopy(theirs)
                 continue

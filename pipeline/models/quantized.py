@@ -10,47 +10,41 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, listing
-from ..formats import detect
+from ..formats import read_config
 from ..formats.base import Format
-from ..formats.compressed_tensors import ORDER_SUFFIX, scattered
 from ..storage.checkpoint import Checkpoint
-from .structure import ParameterPath, TensorNames, linear_kind, skeleton
+from .structure import ParameterPath, TensorNames, skeleton, tied, weight_kind
 
 
 @dataclass(frozen=True)
-class Layout:
+class QuantizedCheckpoint:
     """A quantized checkpoint as its headers have it, checked against the model of its config.json.
 
-    quantized: layer -> where its weight goes. plain: every other tensor -> where it goes, if the model has it.
-    shapes: quantized layer -> [out_features, in_features], by config.json.
+    quantized: layer -> where its weight goes. schemes: layer -> its scheme. kinds: layer -> see weight_kind.
+    shapes: layer -> [out_features, in_features], by config.json.
+    plain: every other tensor -> where it goes, if the model has it.
+    shared: layer -> the linear layers that are tied to it, such as a head to an embedding.
     """
 
     format: Format
-    scheme: Scheme
     model: PreTrainedModel
     names: TensorNames
     quantized: dict[str, ParameterPath]
-    plain: dict[str, ParameterPath]
+    schemes: dict[str, Scheme]
+    kinds: dict[str, str]
     shapes: dict[str, tuple[int, ...] | None]
+    plain: dict[str, ParameterPath]
+    shared: dict[str, list[ParameterPath]]
+
+    def tensors_of(self, checkpoint: Checkpoint, layer: str) -> list[str]:
+        """The names of a quantized layer's tensors in the files."""
+        names = (f"{layer}.{suffix}" for suffix in self.format.suffixes)
+        return [name for name in names if name in checkpoint.tensors]
 
 
-def detect_scheme(checkpoint: Checkpoint) -> tuple[Format, Scheme]:
-    """What a quantized checkpoint says it is.
-
-    Raises:
-        CheckpointError: nothing that bitpress reads.
-    """
-    config = checkpoint.config["quantization_config"]
-    try:
-        format = detect(config, checkpoint.tensors)
-        return format, format.scheme(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: quantization_config: {error}") from error
-
-
-def read_layout(
+def read_quantized(
     checkpoint: Checkpoint, dtype: torch.dtype | None = None, model: PreTrainedModel | None = None
-) -> Layout:
+) -> QuantizedCheckpoint:
     """What each tensor of a quantized checkpoint is, from headers alone.
 
     Args:
@@ -58,24 +52,33 @@ def read_layout(
     Raises:
         CheckpointError: tensors that are missing, left over, or no layers of the model.
     """
-    format, scheme = detect_scheme(checkpoint)
+    format, rules = read_config(checkpoint)
     model = skeleton(checkpoint, dtype) if model is None else model
     names = TensorNames(model)
-    layers = _quantized_layers(checkpoint, format, model, names)
-    owned = {f"{layer}.{suffix}" for layer in layers for suffix in format.suffixes}
+    quantized = {
+        layer: names.target(f"{layer}.weight") for layer in _quantized_layers(checkpoint, format, model, names)
+    }
+    owned = {f"{layer}.{suffix}" for layer in quantized for suffix in format.suffixes}
     plain = {name: names.target(name) for name in checkpoint.tensors if name not in owned}
-    _check_plain(checkpoint, names, plain, set(layers))
-    quantized = {layer: names.target(f"{layer}.weight") for layer in layers}
+    _check_plain(checkpoint, names, plain, set(quantized))
     if missing := names.missing([*plain.values(), *quantized.values()]):
         raise CheckpointError(f"{checkpoint.folder}: weights of the model are missing:\n{listing(missing)}")
+    schemes: dict[str, Scheme] = {}
+    kinds: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...] | None] = {}
     for layer, target in quantized.items():
-        _check_fits(model, names, target, layer, checkpoint)
-    lost = [layer for layer in layers if f"{layer}.{ORDER_SUFFIX}" not in checkpoint.tensors]
-    if lost and scattered(checkpoint.config["quantization_config"]):
-        what = listing([f"{layer}.{ORDER_SUFFIX}" for layer in lost])
-        raise CheckpointError(f"{checkpoint.folder}: actorder is 'group', and these tensors are missing:\n{what}")
-    shapes = {layer: _shape(model, names, target) for layer, target in quantized.items()}
-    return Layout(format, scheme, model, names, quantized, plain, shapes)
+        kind = weight_kind(model, target) if names.known(target.parameter) else None
+        if kind is None:
+            raise CheckpointError(f"{checkpoint.folder}: {layer} is no linear layer of the model in config.json")
+        if (scheme := rules.get(layer)) is None:
+            raise CheckpointError(f"{checkpoint.folder}: {layer} is quantized, and config.json gives it no scheme")
+        shape = names.shape(target)
+        schemes[layer], kinds[layer] = scheme, kind
+        shapes[layer] = shape[::-1] if shape and kind == "conv1d" else shape
+    if lost := format.missing_tensors(checkpoint.config["quantization_config"], quantized, checkpoint.tensors):
+        raise CheckpointError(f"{checkpoint.folder}: {lost}")
+    shared = _untie(checkpoint, model, quantized, plain)
+    return QuantizedCheckpoint(format, model, names, quantized, schemes, kinds, shapes, plain, shared)
 
 
 def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: TensorNames) -> list[str]:
@@ -84,11 +87,13 @@ def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedM
     candidates = dict.fromkeys(
         name.removesuffix(suffix) for name in checkpoint.tensors for suffix in telling if name.endswith(suffix)
     )
-    return [
-        layer
-        for layer in candidates
-        if f"{layer}.{format.marker}" in checkpoint.tensors or _is_linear(model, names, names.target(f"{layer}.weight"))
-    ]
+    layers = []
+    for layer in candidates:
+        target = names.target(f"{layer}.weight")
+        linear = names.known(target.parameter) and weight_kind(model, target) is not None
+        if linear or f"{layer}.{format.marker}" in checkpoint.tensors:
+            layers.append(layer)
+    return layers
 
 
 def _check_plain(
@@ -113,15 +118,29 @@ def _check_plain(
         raise CheckpointError(f"{checkpoint.folder} is not a whole quantized checkpoint:\n{listing(faults)}")
 
 
-def _is_linear(model: PreTrainedModel, names: TensorNames, target: ParameterPath) -> bool:
-    return names.known(target.parameter) and linear_kind(model, target) is not None
+def _untie(
+    checkpoint: Checkpoint, model: PreTrainedModel, quantized: dict[str, ParameterPath], plain: dict[str, ParameterPath]
+) -> dict[str, list[ParameterPath]]:
+    """What is tied to a quantized layer, by that layer; transformers, which ties weights, ties none of it any more.
 
+    A head that has tensors of its own keeps them, whatever config.json says.
 
-def _check_fits(
-    model: PreTrainedModel, names: TensorNames, target: ParameterPath, layer: str, checkpoint: Checkpoint
-) -> None:
-    if not _is_linear(model, names, target):
-        raise CheckpointError(f"{checkpoint.folder}: {layer} is no linear layer of the model in config.json")
+    Raises:
+        CheckpointError: something that is no linear layer is tied to a quantized one.
+    """
+    layers = {target.parameter: layer for layer, target in quantized.items()}
+    own = layers.keys() | {target.parameter for target in plain.values()}
+    shared: dict[str, list[ParameterPath]] = {}
+    for parameter, origin in tied(model).items():
+        if parameter in layers:
+            model.all_tied_weights_keys.pop(parameter)
+            model.config.tie_word_embeddings = False
+        elif origin in layers and parameter not in own:
+            if weight_kind(model, ParameterPath(parameter)) != "linear":
+                raise CheckpointError(f"{checkpoint.folder}: {parameter} is tied to {origin}, which is quantized")
+            model.all_tied_weights_keys.pop(parameter)
+            shared.setdefault(layers[origin], []).append(ParameterPath(parameter))
+    return shared
 
 
 def read_layer(checkpoint: Checkpoint, format: Format, scheme: Scheme, layer: str) -> QTensor:
@@ -144,14 +163,8 @@ def read_layer(checkpoint: Checkpoint, format: Format, scheme: Scheme, layer: st
     return qtensor
 
 
-def _shape(model: PreTrainedModel, names: TensorNames, target: ParameterPath) -> tuple[int, ...] | None:
-    shape = names.shape(target)
-    return shape[::-1] if shape and linear_kind(model, target) == "conv1d" else shape
-
-
-def check_shape(layout: Layout, layer: str, qtensor: QTensor) -> None:
+def check_shape(layer: str, expected: tuple[int, ...] | None, qtensor: QTensor) -> None:
     """Raises CheckpointError unless a layer that was read is of the shape that config.json gives it."""
-    expected = layout.shapes[layer]
     if expected != qtensor.shape:
         raise CheckpointError(
             f"{layer}: shape {list(qtensor.shape)} in the file, {list(expected or ())} by config.json"

@@ -1,11 +1,11 @@
-"""Walks any decoder-only architecture that transformers has: which tensor is which weight of which decoder block.
+"""The structure of any decoder-only architecture that transformers has: which tensor is which weight of which block.
 
 The model is built from config.json alone, its parameters on the meta device, and asked; there is no per-model code.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,8 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError
-from ..storage.checkpoint import Checkpoint
+from ..formats.names import fused_unit as fused_unit
+from ..storage.checkpoint import Checkpoint, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def decoder(model: nn.Module) -> str:
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
-        raise CheckpointError(f"{type(model).__name__} has no list of decoder blocks to walk")
+        raise CheckpointError(f"{type(model).__name__} has no list of decoder blocks")
     sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists}
     return max(sizes, key=lambda name: (sizes[name], -len(name)))
 
@@ -117,11 +118,11 @@ class TensorNames:
             )
         for renaming in self._renamings:
             name, _ = renaming.rename_source_key(name)
-        found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
-        if found is None:
+        expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+        if expert is None:
             return ParameterPath(renamed)
         pieces = converter.source_patterns
-        return ParameterPath(renamed, (int(found[1]), pieces.index(pattern), len(pieces)))
+        return ParameterPath(renamed, (int(expert[1]), pieces.index(pattern), len(pieces)))
 
     def known(self, parameter: str) -> bool:
         return parameter in self._state
@@ -164,43 +165,60 @@ class TensorNames:
         return int(rest.split(".")[0]) if rest != parameter else None
 
 
-def linear_kind(model: nn.Module, target: ParameterPath) -> str | None:
-    """ "linear" for a weight stored [out, in], "conv1d" for one stored [in, out], None for anything else."""
+def weight_kind(model: nn.Module, target: ParameterPath) -> str | None:
+    """How a module holds the weight that could be quantized there.
+
+    "linear" for a weight stored [out, in], "conv1d" for one stored [in, out], "embedding" for the rows [ids, features]
+    of a plain nn.Embedding; None for anything else, such as an embedding of a class that does more than look up rows.
+    """
     if target.expert:
         return "linear"
     path, _, leaf = target.parameter.rpartition(".")
     module = model.get_submodule(path)
     if leaf != "weight":
         return None
+    if type(module) is nn.Embedding:
+        return "embedding"
     if isinstance(module, Conv1D):
         return "conv1d"
     return "linear" if isinstance(module, nn.Linear) else None
 
 
-def weight_kind(model: nn.Module, target: ParameterPath) -> str | None:
-    """As linear_kind, and "embedding" for the weight of an embedding."""
-    path, _, leaf = target.parameter.rpartition(".")
-    if not target.expert and leaf == "weight" and isinstance(model.get_submodule(path), nn.Embedding):
-        return "embedding"
-    return linear_kind(model, target)
+def linear_kind(model: nn.Module, target: ParameterPath) -> str | None:
+    """ "linear" or "conv1d", as `weight_kind` has it; None for anything else."""
+    kind = weight_kind(model, target)
+    return kind if kind in ("linear", "conv1d") else None
 
 
-_FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
+def kept_names(
+    tensors: Mapping[str, TensorInfo], quantized: Collection[str], model: PreTrainedModel, names: TensorNames
+) -> list[str]:
+    """Layers that stay unquantized although they could be linear layers, by their names in the files.
 
+    Other runtimes build such layers by their own model classes, which may have more than transformers' causal model:
+    MTP blocks, a vision tower. So every two-dimensional floating-point `*.weight` counts, experts included, unless the
+    model holds it in something else than a linear layer. A tied head counts, though no tensor of the files is its own.
 
-def fused_unit(layer: str) -> str:
-    """The unit that servers fuse a layer into (q, k and v; gate and up; all experts of a block), or its own name."""
-    experts, inside, _ = layer.partition(".experts.")
-    if inside:
-        return f"{experts}.experts"
-    parent, _, leaf = layer.rpartition(".")
-    return f"{parent}.{_FUSED[leaf]}" if leaf in _FUSED else layer
+    Args:
+        tensors: the unquantized ones of the files, others beside them do no harm.
+        quantized: names of the quantized layers.
+    Returns:
+        The linear modules in the model's order, then the rest in the files' order.
+    """
+    targets = {name: names.target(name) for name in tensors if name.endswith(".weight")}
+    layers = {target.parameter: name.removesuffix(".weight") for name, target in targets.items() if not target.expert}
+    done = {names.target(f"{layer}.weight").parameter for layer in quantized}
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    kept = [layers.get(f"{path}.weight", path) for path in linear if f"{path}.weight" not in done]
+    listed = {*kept, *quantized}
+    for name, target in targets.items():
+        info, layer = tensors[name], name.removesuffix(".weight")
+        if layer in listed or len(info.shape) != 2 or not info.dtype.is_floating_point:
+            continue
+        unknown = not names.known(target.parameter)
+        if target.expert or (unknown and "embed" not in layer.rpartition(".")[2]):
+            kept.append(layer)
+    return kept
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

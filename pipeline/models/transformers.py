@@ -20,7 +20,7 @@ from ..errors import CheckpointError, ConfigError
 from ..storage.checkpoint import Checkpoint
 from .modules import experts_of, quantized_layers, replace_layers
 from .optimize import optimize_for_decoding
-from .quantized import Layout, read_layout
+from .quantized import QuantizedCheckpoint, read_quantized
 from .structure import ParameterPath, replace_module
 
 METHOD = "bitpress"
@@ -61,7 +61,7 @@ class BitpressQuantizer(HfQuantizer):
 
     requires_calibration = True  # the weights must be quantized already
     checkpoint: Checkpoint
-    layout: Layout
+    contents: QuantizedCheckpoint
 
     @property
     def is_trainable(self) -> bool:
@@ -81,19 +81,20 @@ class BitpressQuantizer(HfQuantizer):
                 "allow more of it, or use a model of fewer bits"
             )
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **given: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         with torch.device("cpu"):  # instead of the meta device
-            self.checkpoint = Checkpoint(Path(given["checkpoint_files"][0]).parent)
+            self.checkpoint = Checkpoint(Path(options["checkpoint_files"][0]).parent)
             self.checkpoint.fetch()
-            self.layout = read_layout(self.checkpoint, model=model)
+            self.contents = read_quantized(self.checkpoint, model=model)
         sizes: dict[str, int] = {}
         for name, target in self._ours():
             path = _path(target)
             sizes[path] = sizes.get(path, 0) + self.checkpoint.tensors[name].nbytes
-        for path, nbytes in sizes.items():
+        tied = [_path(target) for targets in self.contents.shared.values() for target in targets]
+        for path, nbytes in (sizes | dict.fromkeys(tied, 0)).items():
             bias = None if _is_parameter(model, path) else getattr(model.get_submodule(path), "bias", None)
             replace_module(model, path, _Waiting(nbytes, bias))
-        model._keys_to_ignore_on_load_unexpected = {".*"}  # the layout tells what does not belong
+        model._keys_to_ignore_on_load_unexpected = {".*"}  # read_quantized says what does not belong
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
         places = getattr(model, "hf_device_map", None) or {}
@@ -101,8 +102,8 @@ class BitpressQuantizer(HfQuantizer):
         if split:
             remove_hook_from_submodules(model)
         devices = {path: module.room.device for path, module in model.named_modules() if isinstance(module, _Waiting)}
-        layers = quantized_layers(self.checkpoint, self.layout, lambda target: devices[_path(target)])
-        replace_layers(model, self.layout.names, layers)
+        layers = quantized_layers(self.checkpoint, self.contents, lambda target: devices[_path(target)])
+        replace_layers(model, self.contents.names, layers)
         optimize_for_decoding(model)
         if split:
             dispatch_model(model, places, main_device="cpu" if "cpu" in places.values() else None)
@@ -121,18 +122,16 @@ class BitpressQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"{error.filename} is no longer there; quantized weights are saved from the files that they came from"
             ) from error
-        tables = tuple(f"{parameter}." for parameter in experts_of(self.layout))
+        tables = tuple(f"{parameter}." for parameter in experts_of(self.contents))
         plain = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tables)}
         return plain | quantized, {}
 
     def _ours(self) -> Iterator[tuple[str, ParameterPath]]:
         """The tensors that transformers is not to load, and where they go."""
-        for layer, target in self.layout.quantized.items():
-            for suffix in self.layout.format.suffixes:
-                if (name := f"{layer}.{suffix}") in self.checkpoint.tensors:
-                    yield name, target
-        experts = experts_of(self.layout)
-        yield from ((name, target) for name, target in self.layout.plain.items() if target.parameter in experts)
+        for layer, target in self.contents.quantized.items():
+            yield from ((name, target) for name in self.contents.tensors_of(self.checkpoint, layer))
+        experts = experts_of(self.contents)
+        yield from ((name, target) for name, target in self.contents.plain.items() if target.parameter in experts)
 
 
 def _path(target: ParameterPath) -> str:
@@ -145,9 +144,9 @@ def _is_parameter(model: nn.Module, path: str) -> bool:
     return leaf in model.get_submodule(parent)._parameters
 
 
-def attach(model: PreTrainedModel, checkpoint: Checkpoint, layout: Layout) -> None:
+def attach(model: PreTrainedModel, checkpoint: Checkpoint, contents: QuantizedCheckpoint) -> None:
     """Let a model that bitpress loaded be saved by save_pretrained."""
     quantizer = BitpressQuantizer(BitpressConfig(checkpoint.config["quantization_config"]), pre_quantized=True)
-    quantizer.checkpoint, quantizer.layout = checkpoint, layout
+    quantizer.checkpoint, quantizer.contents = checkpoint, contents
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.config.quantization_config = quantizer.quantization_config

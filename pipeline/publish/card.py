@@ -16,19 +16,19 @@ from bitpress.eval.report.words import printable
 
 from ..config.schema import Calibrate, Dataset, check_repo
 from ..data.calibration import source_of
+from ..formats import registry as formats
 from .bundle import Item
-from .usage import closed, ways
+from .usage import unsupported_runtimes, usage_snippets
 
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _LICENCE_KEYS = ("license", "license_name", "license_link", "language")
 _LONGEST = 200  # characters of a value that is carried over
 _LONGEST_FRONT = 1 << 16  # characters in which a card's metadata is looked for
-_FORMAT_TAGS = {"int-quantized": "compressed-tensors", "gptq-v2": "gptq"}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of the model that a run was made from.
+    """The model that a run quantized, as far as it is known.
 
     id: its Hub id, or the name of a folder. carried: its own card's licence and languages. files: its licence's files.
     """
@@ -43,14 +43,15 @@ class Origin:
         return self.revision is not None
 
     def metadata(self) -> dict[str, Any]:
-        """For the card of what was made from it."""
-        found = {"base_model": self.id, "base_model_relation": "quantized"} if self.on_hub else {}
+        """The metadata that goes onto the card of the quantized model."""
+        base = {"base_model": self.id, "base_model_relation": "quantized"} if self.on_hub else {}
         licence = dict(self.carried)
         if "license" not in licence and self.files:
             licence |= {"license": "other", "license_name": "that-of-the-base-model", "license_link": self.files[0]}
-        return found | licence
+        return base | licence
 
     def licence(self) -> str:
+        """Sentences on the licence, for the card."""
         named = self.carried.get("license_name") or self.carried.get("license")
         listed = ", ".join(named) if isinstance(named, list) else named
         words = [f"That of {self.id}: {listed}." if named else f"That of {self.id}."]
@@ -77,10 +78,10 @@ def _carried(path: Path) -> dict[str, Any]:
     if not front:
         return {}
     try:
-        found = YAML(typ="safe").load(front[1])
+        metadata = YAML(typ="safe").load(front[1])
     except (YAMLError, ValueError, RecursionError):  # it is the source's: a card that cannot be read says nothing
         return {}
-    return {key: found[key] for key in _LICENCE_KEYS if isinstance(found, dict) and _plain(found.get(key))}
+    return {key: metadata[key] for key in _LICENCE_KEYS if isinstance(metadata, dict) and _plain(metadata.get(key))}
 
 
 def _plain(value: Any) -> bool:
@@ -97,7 +98,7 @@ def write_card(
     files: Sequence[Item],
     figures: Mapping[str, str],
 ) -> str:
-    """README.md.
+    """The text of README.md.
 
     Args:
         runs: the metrics of the run, after those of its baseline where there are any.
@@ -109,17 +110,16 @@ def write_card(
     check_repo(repo)  # it stands in code
     runs = printable(runs)
     metrics = runs[-1]
-    asymmetric = metrics["format"] == "compressed-tensors" and metrics["scheme"].endswith("-asym")
     chat = any(item.name.startswith("chat_template.") for item in files)
     verdict = metrics["gates"] or {"judged": []}
     page = {
         "name": repo.split("/")[1],
         "what": _what(metrics, origin),
         "missed": [judged["said"] for judged in verdict["judged"] if not judged["passed"]],
-        "ways": [vars(way) for way in ways(repo, runtimes, asymmetric, chat)],
-        "closed": closed(runtimes),
+        "snippets": [vars(snippet) for snippet in usage_snippets(repo, runtimes, chat)],
+        "unsupported": unsupported_runtimes(runtimes),
         "figures": list(figures.items()),
-        "made": _made(metrics, origin),
+        "provenance": _provenance(metrics, origin),
         "command": str(metrics["command"]),
         "config": json.dumps(metrics["config"], indent=2),
         "files": [(item.name, f"{item.size:,}", item.sha256) for item in files],
@@ -136,7 +136,7 @@ def _what(metrics: Mapping[str, Any], origin: Origin) -> str:
     return f"{origin.id}, its weights quantized to {metrics['scheme']} by {metrics['method']}{calibrated}, {stored}."
 
 
-def _made(metrics: Mapping[str, Any], origin: Origin) -> list[tuple[str, str]]:
+def _provenance(metrics: Mapping[str, Any], origin: Origin) -> list[tuple[str, str]]:
     source = f"{origin.id}, revision {origin.revision}" if origin.on_hub else f"{origin.id}, which is not of the Hub"
     return [
         ("from", source),
@@ -148,8 +148,12 @@ def _made(metrics: Mapping[str, Any], origin: Origin) -> list[tuple[str, str]]:
 
 def _metadata(repo: str, metrics: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
     bits = re.search(r"\d+", metrics["scheme"])
-    format = _FORMAT_TAGS.get(metrics["format"], metrics["format"])
-    tags = ["bitpress", format, metrics["scheme"], *([f"{bits[0]}-bit"] if bits else [])]
+    tags = [
+        "bitpress",
+        formats()[metrics["format"]].quant_method,
+        metrics["scheme"],
+        *([f"{bits[0]}-bit"] if bits else []),
+    ]
     return {
         "pipeline_tag": "text-generation",
         "library_name": "transformers",
@@ -161,7 +165,7 @@ def _metadata(repo: str, metrics: Mapping[str, Any], origin: Origin) -> dict[str
 
 
 def _calibration_sets(metrics: Mapping[str, Any]) -> list[str] | None:
-    """The data set of the Hub that it learned from."""
+    """The data sets of the Hub that it was calibrated on."""
     if not metrics["calibration"]:
         return None
     recipes = metrics["config"]["recipes"]
@@ -171,16 +175,16 @@ def _calibration_sets(metrics: Mapping[str, Any]) -> list[str] | None:
 
 
 def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
-    """For the model-index: what was measured of the text, and of tasks."""
+    """The figures for the model-index: those of the text, and those of tasks."""
     text, quality = metrics["config"]["eval"]["text"], metrics["quality"]
     of = text if isinstance(text, dict) else {"dataset": metrics["protocol"]["text"]}
-    found = [
+    figures = [
         (of, "perplexity", f"perplexity ({metrics['protocol']['name']})", quality["perplexity"]),
         (of, "kl_divergence", "mean KL from the unquantized model, nats", quality["kl_mean"]),
         (of, "top1_agreement", "same next token as the unquantized model", quality["top1_agreement"]),
     ]
-    found += [({"dataset": line["task"]}, line["metric"], line["metric"], line["value"]) for line in metrics["tasks"]]
-    return [_result(*figure) for figure in found if figure[-1] is not None]
+    figures += [({"dataset": line["task"]}, line["metric"], line["metric"], line["value"]) for line in metrics["tasks"]]
+    return [_result(*figure) for figure in figures if figure[-1] is not None]
 
 
 def _result(of: Mapping[str, Any], kind: str, name: str, value: float) -> EvalResult:

@@ -1,4 +1,4 @@
-"""A finished run -> a repository on the Hub, in one commit; nothing else of bitpress writes there."""
+"""Uploads a finished run to a repository on the Hub, in one commit. Nothing else of bitpress writes there."""
 
 import contextlib
 import json
@@ -21,14 +21,14 @@ from ..config.schema import BASELINE, Gates, check_repo
 from ..errors import CheckpointError, ConfigError, GateError, HubError, listing
 from ..evaluate import gates
 from ..evaluate.metrics import read_metrics
-from ..hub.errors import HUB_ERRORS, pause, sentence
+from ..hub.errors import HUB_ERRORS, seconds_to_wait, upload_error
 from ..storage import files as store
 from ..storage import journal
 from ..storage.checkpoint import WEIGHT_SUFFIXES, read_json
 from ..storage.fingerprint import MANIFEST
 from ..system.progress import OnStep
 from ..system.redact import has_token
-from .bundle import CARD, Item, Parcel, pack, seal, without_paths
+from .bundle import CARD, Bundle, Item, add_manifest, make_bundle, without_paths
 from .card import origin_of, write_card
 
 RECEIPT = "publish.json"
@@ -41,10 +41,10 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Publication:
-    """What was, or would be, published. state: "dry run", "published" or "already there".
+    """What was, or would be, published.
 
-    missed: a sentence for each gate that was missed and overridden. left_out: files of the artifact that stay here,
-    and why. revision: the commit on the Hub.
+    state: "dry run", "published" or "already there". files: name -> bytes. left_out: file of the artifact that stays
+    here -> why. missed: a sentence for each gate that was missed and overridden. revision: the commit on the Hub.
     """
 
     repo: str
@@ -58,26 +58,28 @@ class Publication:
 
 
 @dataclass(frozen=True)
-class Shipment:
-    """A run that may be published, made ready. verdict: the gates'."""
+class Upload:
+    """A run that may be published, with everything that is sent. verdict: the gates'; None without gates."""
 
     run: Path
     repo: str
-    parcel: Parcel
+    bundle: Bundle
     verdict: dict[str, Any] | None
 
     def publication(self, state: str, url: str | None = None, revision: str | None = None) -> Publication:
-        files = {item.name: item.size for item in self.parcel.items}
+        """What to tell the user of this upload."""
+        files = {item.name: item.size for item in self.bundle.items}
         missed = gates.missed(self.verdict["judged"]) if self.verdict else []
-        return Publication(self.repo, state, files, self.parcel.left_out, missed, self.run / SHOWN, url, revision)
+        return Publication(self.repo, state, files, self.bundle.left_out, missed, self.run / SHOWN, url, revision)
 
 
-def prepare(run: Path, repo: str, override: bool, on_step: OnStep = lambda done, total: None) -> Shipment:
-    """Everything that needs no network: the run is finished and as it was written, the gates, the files, the card.
+def prepare(run: Path, repo: str, override: bool, on_step: OnStep = lambda done, total: None) -> Upload:
+    """Everything that needs no network: checks that the run is whole, asks the gates, and writes the card.
 
     Raises:
-        ConfigError: it is no finished run of a scheme, or `repo` no name of a repository. GateError: it misses a gate,
-        and `override` is False. CheckpointError: its artifact is unsound, or a file may not be published.
+        ConfigError: it is no finished run of a quantized model, or `repo` is no name of a repository.
+        GateError: it misses a gate, and `override` is False.
+        CheckpointError: its artifact is unsound, or a file may not be published.
     """
     try:
         check_repo(repo)
@@ -88,26 +90,29 @@ def prepare(run: Path, repo: str, override: bool, on_step: OnStep = lambda done,
     if verdict and not (verdict["passed"] or override):
         missed = "; ".join(gates.missed(verdict["judged"]))
         raise GateError(f"{missed}; --override publishes it all the same, and its card says so")
-    found = diagnose(run / "artifact", on_step)
-    if not found.sound:
-        raise CheckpointError(f"{run / 'artifact'} is unsound, so it stays here:\n{listing(found.faults)}")
-    parcel = pack(run, metrics["config"])
+    diagnosis = diagnose(run / "artifact", on_step)
+    if not diagnosis.sound:
+        raise CheckpointError(f"{run / 'artifact'} is unsound, so it stays here:\n{listing(diagnosis.faults)}")
+    bundle = make_bundle(run, metrics["config"])
     baseline = run.parent / BASELINE / "metrics.json"
-    runs = [*([_portable(baseline)] if baseline.exists() else []), _portable(run / "metrics.json") | {"gates": verdict}]
-    origin = origin_of(metrics, run / "artifact" / CARD, [item.name for item in parcel.items])
+    runs = [
+        *([_metrics_without_paths(baseline)] if baseline.exists() else []),
+        _metrics_without_paths(run / "metrics.json") | {"gates": verdict},
+    ]
+    origin = origin_of(metrics, run / "artifact" / CARD, [item.name for item in bundle.items])
     figures = {f"{FIGURES}/{number}.png": figure for number, figure in enumerate(pictures(printable(runs)), 1)}
     store.make_folder(run / FIGURES)
     for name, (_, png) in figures.items():
-        parcel.add(name, png)
+        bundle.add(name, png)
         store.write_file(run / name, [png])
     captions = {name: caption for name, (caption, _) in figures.items()}
-    card = write_card(repo, runs, origin, found.runtimes, parcel.items, captions)
+    card = write_card(repo, runs, origin, diagnosis.runtimes, bundle.items, captions)
     if has_token(card.encode()):
         raise CheckpointError(f"{run}: its config or command holds a token of the Hub; revoke the token")
     store.write_text(run / SHOWN, card)
-    parcel.add(CARD, card)
-    seal(parcel, run)
-    return Shipment(run, repo, parcel, verdict)
+    bundle.add(CARD, card)
+    add_manifest(bundle, run)
+    return Upload(run, repo, bundle, verdict)
 
 
 def _finished(run: Path) -> dict[str, Any]:
@@ -127,27 +132,29 @@ def _finished(run: Path) -> dict[str, Any]:
     return metrics
 
 
-def _portable(path: Path) -> dict[str, Any]:
+def _metrics_without_paths(path: Path) -> dict[str, Any]:
     """Metrics without this machine's folders."""
     text = path.read_text(encoding="utf-8")
     return json.loads(without_paths(text, json.loads(text)["config"]))
 
 
-def send(shipment: Shipment, private: bool = False, collection: str | None = None) -> Publication:
-    """Upload what is not there yet in one commit, compare all hashes, and leave a receipt; a rerun goes on.
+def send(upload: Upload, private: bool = False, collection: str | None = None) -> Publication:
+    """Send what the repository does not have yet in one commit, compare all hashes, and leave a receipt.
+
+    A rerun goes on where an earlier one broke off.
 
     Raises:
         HubError: what stands in the way; nothing on the Hub was overwritten, and what is uploaded is kept there.
     """
-    path = shipment.run / RECEIPT
-    with journal.locked(shipment.run), _bounded_waits():
-        hub = _Hub(shipment.repo)
-        hub.make(private)
-        receipt, now = _receipt(shipment), hub.state()
+    path = upload.run / RECEIPT
+    with journal.locked(upload.run), _bounded_waits():
+        hub = _Hub(upload.repo)
+        hub.create(private)
+        receipt, now = _receipt(upload), hub.state()
         if missing := _missing(receipt, now):
-            _refuse_foreign(receipt, read_json(path) if path.exists() else {}, now)
+            _refuse_files_of_others(receipt, read_json(path) if path.exists() else {}, now)
             store.write_json(path, receipt)  # whatever happens next, a rerun knows whose files these are
-            now = _commit(hub, shipment, receipt, missing, now.revision)
+            now = _commit(hub, upload, receipt, missing, now.revision)
             store.write_json(path, receipt | {"revision": now.revision})
             if wrong := _missing(receipt, now):
                 raise HubError(f"{hub.repo} does not hold what was sent: {', '.join(wrong)}; run again to mend that")
@@ -155,13 +162,13 @@ def send(shipment: Shipment, private: bool = False, collection: str | None = Non
         store.write_json(path, receipt)
         if collection:
             store.write_json(path, receipt | {"collection": hub.collect(collection, private)})
-        return shipment.publication("published" if missing else "already there", hub.url, now.revision)
+        return upload.publication("published" if missing else "already there", hub.url, now.revision)
 
 
-def _commit(hub: "_Hub", shipment: Shipment, receipt: dict[str, Any], missing: list[str], parent: str) -> "_State":
+def _commit(hub: "_Hub", upload: Upload, receipt: dict[str, Any], missing: list[str], parent: str) -> "_State":
     """Send what is missing, on top of the commit `parent`."""
     try:
-        return hub.state(hub.commit([item for item in shipment.parcel.items if item.name in missing], parent))
+        return hub.state(hub.commit([item for item in upload.bundle.items if item.name in missing], parent))
     except HubError:
         now = hub.state()
         if _missing(receipt, now):
@@ -173,30 +180,30 @@ def _missing(receipt: dict[str, Any], state: "_State") -> list[str]:
     return [name for name, entry in receipt["files"].items() if not _holds(state.files.get(name), entry)]
 
 
-def _receipt(shipment: Shipment) -> dict[str, Any]:
+def _receipt(upload: Upload) -> dict[str, Any]:
     """publish.json, as it is before anything is sent; the commit, and what the Hub says of it, come later."""
-    items = shipment.parcel.items
+    items = upload.bundle.items
     return {
-        "repo": shipment.repo,
+        "repo": upload.repo,
         "revision": None,
         "time": None,
         "private": None,
         "collection": None,
-        "gates": shipment.verdict,
+        "gates": upload.verdict,
         "card_sha256": next(item.sha256 for item in items if item.name == CARD),
         "files": {item.name: {"bytes": item.size, "sha256": item.sha256, "blob": item.blob()} for item in items},
         "versions": {name: version(name) for name in ("bitpress", "huggingface_hub")},
     }
 
 
-def _holds(there: RepoSibling | None, entry: dict[str, Any] | None) -> bool:
+def _holds(file: RepoSibling | None, entry: dict[str, Any] | None) -> bool:
     """Whether a file on the Hub is the one that a receipt has."""
-    if there is None or entry is None or there.size != entry["bytes"]:
+    if file is None or entry is None or file.size != entry["bytes"]:
         return False
-    return there.lfs.sha256 == entry["sha256"] if there.lfs else there.blob_id == entry["blob"]
+    return file.lfs.sha256 == entry["sha256"] if file.lfs else file.blob_id == entry["blob"]
 
 
-def _refuse_foreign(receipt: dict[str, Any], before: dict[str, Any], now: "_State") -> None:
+def _refuse_files_of_others(receipt: dict[str, Any], before: dict[str, Any], now: "_State") -> None:
     """Nothing that somebody else put there is overwritten, and no weights are left beside ours.
 
     Args:
@@ -207,9 +214,9 @@ def _refuse_foreign(receipt: dict[str, Any], before: dict[str, Any], now: "_Stat
     ours, earlier = receipt["files"], before["files"] if before.get("repo") == receipt["repo"] else {}
     strange = {name for name in now.files if name.endswith(WEIGHT_SUFFIXES) and name not in ours}
     if not earlier or before.get("revision") != now.revision:
-        known = (ours, earlier)
-        met = {name: file for name, file in now.files.items() if name in ours}
-        strange |= {name for name, file in met.items() if not any(_holds(file, one.get(name)) for one in known)}
+        for name, file in now.files.items():
+            if name in ours and not any(_holds(file, entries.get(name)) for entries in (ours, earlier)):
+                strange.add(name)
     if strange:
         raise HubError(
             f"{receipt['repo']} holds files that are not of this run, or were changed there since: "
@@ -239,7 +246,7 @@ class _State:
 
 
 class _Hub:
-    """One repository, by huggingface_hub's client; each failure becomes a sentence."""
+    """One repository on the Hub; each failure of huggingface_hub's client becomes a HubError of ours."""
 
     def __init__(self, repo: str):
         if get_token() is None:
@@ -247,10 +254,11 @@ class _Hub:
         self.repo = repo
         self.api = HfApi(token=True)  # the client looks it up by itself, each time
         self.url = f"{self.api.endpoint}/{repo}"
+        self.account = ""  # until the Hub says whose token it is
         self.account = self._ask(lambda: str(self.api.whoami()["name"]))
 
     def _ask(self, call: Callable[[], Answer], waits: Sequence[float] = WAITS) -> Answer:
-        """What the client answers, tried again where that may help.
+        """What the client answers; a request is sent again where that may help.
 
         Raises:
             HubError: without the client's own error, whose text is the server's.
@@ -259,43 +267,48 @@ class _Hub:
             try:
                 return call()
             except HUB_ERRORS as error:
-                seconds = pause(error, wait)
+                seconds = seconds_to_wait(error, wait)
                 if seconds is None:
-                    account = getattr(self, "account", "")
-                    raise HubError(sentence(error, self.repo, account)) from None
+                    raise upload_error(error, self.repo, self.account) from None
                 time.sleep(seconds)
         raise AssertionError("the last wait is None")
 
-    def make(self, private: bool) -> None:
-        """It may be there already. Where it is not to be private, the owner's default holds."""
+    def create(self, private: bool) -> None:
+        """Create the repository, unless it exists. Where it is not to be private, the owner's default holds."""
         self._ask(lambda: self.api.create_repo(self.repo, private=private or None, exist_ok=True))
         if private and not self.state().private:
             raise HubError(f"{self.repo} is public; make it private in its settings, or leave --private out")
 
     def state(self, revision: str | None = None) -> "_State":
-        """As of a commit, the newest by default."""
+        """The repository as of a commit, the newest by default."""
         return self._ask(lambda: self._state(revision))
 
     def _state(self, revision: str | None) -> "_State":
         info = self.api.model_info(self.repo, revision=revision, files_metadata=True, timeout=PATIENCE)
         if not info.sha or info.siblings is None:
-            raise ValueError("it told no commit, or no files")
+            raise ValueError("the answer names no commit, or no files")
         when = info.last_modified.isoformat() if info.last_modified else None
         return _State(info.sha, when, bool(info.private), {file.rfilename: file for file in info.siblings})
 
     def commit(self, items: Sequence[Item], parent: str) -> str:
-        """All of them at once: uploaded first, which the client takes up where an earlier call broke off, then
-        committed, unless somebody else committed meanwhile."""
+        """Upload the files, going on where an earlier call broke off; then commit them all at once.
+
+        The Hub refuses the commit if somebody else committed meanwhile.
+        """
         contents = [item.content if isinstance(item.content, bytes) else str(item.content) for item in items]
         added = [CommitOperationAdd(item.name, content) for item, content in zip(items, contents, strict=True)]
         self._ask(lambda: self.api.preupload_lfs_files(self.repo, added, free_memory=False), waits=())
         message = f"Published by bitpress {version('bitpress')}"
-        made = self._ask(lambda: self.api.create_commit(self.repo, added, commit_message=message, parent_commit=parent))
-        return made.oid
+        commit = self._ask(
+            lambda: self.api.create_commit(self.repo, added, commit_message=message, parent_commit=parent)
+        )
+        return commit.oid
 
     def collect(self, title: str, private: bool) -> str:
-        """Put it into a collection of its owner, which is made where there is none; returns that one's slug."""
+        """Add the repository to a collection of its owner, created where there is none; returns the slug of that."""
         owner = self.repo.split("/")[0]
-        made = self._ask(lambda: self.api.create_collection(title, namespace=owner, private=private, exists_ok=True))
-        self._ask(lambda: self.api.add_collection_item(made.slug, self.repo, "model", exists_ok=True))
-        return made.slug
+        collection = self._ask(
+            lambda: self.api.create_collection(title, namespace=owner, private=private, exists_ok=True)
+        )
+        self._ask(lambda: self.api.add_collection_item(collection.slug, self.repo, "model", exists_ok=True))
+        return collection.slug

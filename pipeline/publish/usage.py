@@ -1,6 +1,6 @@
 """How a published checkpoint is loaded, runtime by runtime, in code that runs as it stands."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,11 @@ _PACKAGES = {"transformers": "transformers", "GPTQModel": "gptqmodel", "vLLM": "
 
 
 @dataclass(frozen=True)
-class Way:
-    """name: of the runtime. needs: what to install, as pip is told it. notes: what to know of it."""
+class UsageSnippet:
+    """Code that loads a checkpoint in one runtime.
+
+    name: the runtime's. needs: what to install, as pip takes it. notes: what to know about it.
+    """
 
     name: str
     needs: str
@@ -37,43 +40,42 @@ class Way:
     notes: list[str] = field(default_factory=list)
 
 
-def ways(repo: str, runtimes: Mapping[str, Mapping[str, Any]], asymmetric: bool, chat: bool) -> list[Way]:
-    """Every runtime that is known to load a checkpoint, ours first.
+def usage_snippets(repo: str, runtimes: Mapping[str, Mapping[str, Any]], chat: bool) -> list[UsageSnippet]:
+    """A snippet for every runtime that is known to load a checkpoint, ours first.
 
     Args:
         repo: owner/name, which the Hub takes.
         runtimes: see runtimes.verdicts.
-        asymmetric: whether it is compressed-tensors with zero points, which transformers must unpack itself.
         chat: whether its tokenizer has a chat template.
     """
     command = f'bitpress generate {repo} "{_PROMPT}"' + (f"\nbitpress chat {repo}" if chat else "")
     ours = f'from bitpress.pipeline import load\n\nmodel, tokenizer = load("{repo}")\n{_GENERATE}'
-    hooked = f"import bitpress.pipeline.hf\n{_transformers(repo)}"
-    return [
-        Way("bitpress", "bitpress", ours),
-        Way("bitpress, on the command line", "bitpress", command, "sh"),
-        Way("transformers, on bitpress's kernels", "bitpress", hooked),
-        *_others(repo, runtimes, asymmetric),
+    hooked = f"import bitpress.pipeline.hf\n{_TRANSFORMERS.format(repo=repo, imported='', more='')}{_GENERATE}"
+    snippets = [
+        UsageSnippet("bitpress", "bitpress", ours),
+        UsageSnippet("bitpress, on the command line", "bitpress", command, "sh"),
+        UsageSnippet("transformers, on bitpress's kernels", "bitpress", hooked),
     ]
+    for name, verdict in runtimes.items():
+        if verdict["loads"] not in ("yes", "limited") or name not in _PACKAGES:
+            continue
+        if name in _CODE:
+            code = _CODE[name].format(repo=repo)
+        else:
+            imported = f", {verdict['imports']}" if verdict["imports"] else ""
+            more = f", {verdict['arguments']}" if verdict["arguments"] else ""
+            code = _TRANSFORMERS.format(repo=repo, imported=imported, more=more) + _GENERATE
+        needs = " ".join([_PACKAGES[name], *verdict["needs"].replace(",", " ").split()])
+        language = "python" if "import" in code else "sh"
+        snippets.append(UsageSnippet(name, needs, code, language, list(verdict["why"])))
+    return snippets
 
 
-def closed(runtimes: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+def unsupported_runtimes(runtimes: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Each runtime that does not load it, or is not known to, and why."""
     words = {"no": "does not load it", "unknown": "is not known to load it"}
-    shut = {name: verdict for name, verdict in runtimes.items() if verdict["loads"] in words}
-    return [(name, ": ".join([words[found["loads"]], "; ".join(found["why"])])) for name, found in shut.items()]
-
-
-def _others(repo: str, runtimes: Mapping[str, Mapping[str, Any]], asymmetric: bool) -> Iterator[Way]:
-    for name, verdict in runtimes.items():
-        if verdict["loads"] not in ("yes", "limited"):
-            continue
-        code = _transformers(repo, asymmetric) if name == "transformers" else _CODE[name].format(repo=repo)
-        needs = " ".join([_PACKAGES[name], *verdict["needs"].replace(",", " ").split()])
-        yield Way(name, needs, code, "python" if "import" in code else "sh", list(verdict["why"]))
-
-
-def _transformers(repo: str, asymmetric: bool = False) -> str:
-    imported = ", CompressedTensorsConfig" if asymmetric else ""
-    more = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if asymmetric else ""
-    return _TRANSFORMERS.format(repo=repo, imported=imported, more=more) + _GENERATE
+    return [
+        (name, ": ".join([words[verdict["loads"]], "; ".join(verdict["why"])]))
+        for name, verdict in runtimes.items()
+        if verdict["loads"] in words
+    ]

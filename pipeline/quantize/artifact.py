@@ -92,13 +92,13 @@ def _write_rest(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, folder: Path
         "weight_map": dict(sorted(weight_map.items())),
     }
     files[INDEX] = store.write_json(folder / INDEX, index)
-    section = plan.format.quantization_config(next(iter(plan.schemes.values())), plan.kept_linear, plan.dtype)
+    section = plan.format.quantization_config(plan.schemes, plan.kept, plan.dtype)
     config = {key: value for key, value in checkpoint.config.items() if key != "_name_or_path"}
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = str(plan.dtype).removeprefix("torch.")
     files["config.json"] = store.write_json(folder / "config.json", config | {"quantization_config": section})
-    if plan.format.quant_method == "gptq":
-        files["quantize_config.json"] = store.write_json(folder / "quantize_config.json", section)
+    for name, content in plan.format.side_files(section).items():
+        files[name] = store.write_json(folder / name, content)
     for path in checkpoint.other_files():
         files[path.name] = store.copy_file(path, folder / path.name)
     return dict(sorted(files.items()))
@@ -181,7 +181,7 @@ class _Job:
 
     def press(self, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.blocks and unit.block is not None:
-            return self.blocks.press(unit)
+            return self.blocks.quantize_block(unit)
         return quantize_unit(self.checkpoint, self.plan, unit)
 
     def finished(self, progress: _Progress) -> set[str]:

@@ -1,13 +1,14 @@
 """Runs a model on calibration tokens one decoder block at a time, with one block's weights in memory.
 
-Blocks are called just as the model itself calls them: their places in the model are taken by stand-ins that note the
-arguments, so there is no code for any one architecture.
+The model itself says what its blocks are called with: stand-ins take the blocks' places and note the arguments. So
+there is no code for any one architecture.
 """
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -17,16 +18,18 @@ from torch import Tensor, nn
 from bitpress.kernels.linear import QExperts
 
 from ..errors import CheckpointError, NumericsError
-from ..methods.hessian import Hessian, bfloat16_products
+from ..methods.base import LayerGroup, Method, Statistic
+from ..methods.hessian import bfloat16_products
 from ..models.modules import dense_layer, replace_layers, set_tensor
-from ..models.structure import TensorNames, decoder, skeleton
+from ..models.structure import TensorNames, decoder, linear_kind, skeleton
 from ..storage.checkpoint import Checkpoint
+from ..storage.finite import check_finite
 from ..system.threads import pool
 from .plan import PlannedTensor
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time: what caches, and what memory likes
 _MOST_AT_A_TIME = 4  # batches: one for each core where there are few, but their activations are all in memory
-_WIDE = 4096  # inputs from which on a Hessian is best summed by all threads together
+_WIDE = 4096  # inputs from which on a statistic is best summed by all threads together
 _MOST_DROPPED = 0.01  # of a layer's tokens may have infinite activations
 
 
@@ -39,10 +42,10 @@ class _Call:
 
 
 class _Passed(Tensor):
-    """A stand-in's output: some models take a block's output as it is, others take [0] of it, and this serves both.
+    """A stand-in's output. Some models take a block's output as it is, others take [0] of it; this serves both.
 
     Raises:
-        TypeError: more than that is wanted, which only the block could give.
+        TypeError: the model takes more than that, which only the block could give.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -60,35 +63,49 @@ class _Passed(Tensor):
 
 
 class _Done(Exception):
-    """What was wanted of a forward is there: what comes after need not run."""
+    """Ends a forward once everything that was wanted of it is known."""
 
 
 class _StandIn(nn.Module):
-    """In the place of a block: passes its input on."""
+    """Takes the place of a block and passes its input on."""
 
-    def __init__(self, walk: "Walk", number: int, block: nn.Module):
+    def __init__(self, runner: "BlockRunner", number: int, block: nn.Module):
         super().__init__()
         plain = {name: value for name, value in vars(block).items() if not name.startswith("_")}
-        vars(self).update(plain)  # a model may ask its blocks what they are, as for the mask that is theirs
-        self._note = lambda hidden, call: walk._passed(number, hidden, call)
+        vars(self).update(plain)  # a model may ask a block for its attributes, such as the kind of mask that it reads
+        self._note = lambda hidden, call: runner._passed(number, hidden, call)
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
         return self._note(hidden_states, _Call(arguments, options)).as_subclass(_Passed)
 
 
-class Walk:
+class BlockRunner:
     """The blocks of a checkpoint's model, and what each is called with for the token ids [windows, context].
 
-    `embed` comes first; then `enter`, any of the block's methods, and `leave`, for block after block.
+    `embed` comes first; then `load_block`, any of the block's methods, and `unload_block`, for block after block.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, outside: Iterable[PlannedTensor], ids: Tensor, dtype: torch.dtype, device: str
+        self,
+        checkpoint: Checkpoint,
+        outside: Iterable[PlannedTensor],
+        ids: Tensor,
+        dtype: torch.dtype,
+        device: str,
+        read: Callable[[PlannedTensor], Tensor] | None = None,
     ):
+        """Build the model without its weights.
+
+        Args:
+            outside: the tensors outside the blocks. ids: int64 [windows, context].
+            dtype: of weights and activations. device: where blocks run.
+            read: gives a tensor outside the blocks as the model is to have it; by default as the files hold it.
+        """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.model = skeleton(checkpoint, dtype)
         self.names = TensorNames(self.model)
-        blocks = self.model.get_submodule(decoder(self.model))
+        self._path = decoder(self.model)
+        blocks = self.model.get_submodule(self._path)
         assert isinstance(blocks, nn.ModuleList)
         self._blocks, self._real = blocks, list(blocks)
         for module in self.model.modules():
@@ -96,6 +113,7 @@ class Walk:
         for number, block in enumerate(self._real):
             blocks[number] = _StandIn(self, number, block)
         self._outside = list(outside)
+        self._read = read or (lambda planned: checkpoint.read(planned.info.name))
         self.batches = ids.split(max(1, _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"]) // ids.shape[1]))
         self._workers = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
         self._calls: list[list[_Call]] = []
@@ -103,6 +121,7 @@ class Walk:
         self._ending: Tensor | None = None  # the last block's outputs, to be passed on
 
     def _passed(self, number: int, hidden: Tensor, call: _Call) -> Tensor:
+        """Note a stand-in's call; returns the stand-in's output."""
         last = number == len(self._blocks) - 1
         if self._ending is not None:
             return self._ending if last else hidden
@@ -115,20 +134,20 @@ class Walk:
             != (self._first.data_ptr(), self._first.shape, self._version)
         ):
             raise TypeError(f"block {number} reads something else than what the block before it puts out")
-        seen = self._calls[0][number] if len(self._calls) > 1 else None
-        self._calls[-1].append(_shared(call, seen))
+        earlier = self._calls[0][number] if len(self._calls) > 1 else None
+        self._calls[-1].append(_shared(call, earlier))
         if last:
             raise _Done
         return hidden
 
     @contextlib.contextmanager
-    def _ends(self) -> Iterator[None]:
-        """What lies outside the blocks, embeddings and head, is in memory for as long as this lasts."""
+    def _outside_in_memory(self) -> Iterator[None]:
+        """The model has its embeddings, its last norm and its head for as long as this lasts."""
         held = []
-        for entry in self._outside:
-            if self.names.known(entry.target.parameter):
-                set_tensor(self.model, entry.target.parameter, self.checkpoint.read(entry.info.name), self.device)
-                held.append(entry.target.parameter)
+        for planned in self._outside:
+            if self.names.known(planned.target.parameter):
+                set_tensor(self.model, planned.target.parameter, self._read(planned), self.device)
+                held.append(planned.target.parameter)
         self.model.tie_weights()
         try:
             yield
@@ -141,60 +160,58 @@ class Walk:
 
     @torch.no_grad()
     def embed(self) -> Iterator[Tensor]:
-        """The inputs of block 0, [windows, context, hidden] batch by batch; notes what every block is called with."""
-        self._calls.clear()
-        with self._ends():
-            for batch in self.batches:
-                self._calls.append([])
-                self._trace(batch)
-                assert self._first is not None
-                yield self._first
-
-    def _trace(self, batch: Tensor) -> None:
-        """Note what the blocks are called with for a batch of token ids.
+        """The inputs of block 0, [windows, context, hidden] batch by batch; notes what every block is called with.
 
         Raises:
             CheckpointError: the model does more between its blocks than to hand on what one puts out to the next.
         """
-        reason = "not all of them are called"
-        try:
-            self.model(input_ids=batch.to(self.device), use_cache=False)
-        except _Done:
-            shape = tuple(self._first.shape) if self._first is not None else ()
-            if shape[:-1] == batch.shape:
-                return
-            reason = f"they read tensors of shape {list(shape)} for {list(batch.shape)} tokens"
-        except (AttributeError, LookupError, TypeError, ValueError) as error:  # what a stand-in is not good enough for
-            reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"{type(self.model).__name__} is no plain chain of blocks ({reason}), so what each reads cannot be told; "
-            "use a method that needs no calibration"
-        )
+        self._calls.clear()
+        with self._outside_in_memory():
+            for batch in self.batches:
+                self._calls.append([])
+                try:
+                    self.model(input_ids=batch.to(self.device), use_cache=False)
+                    reason: str | None = "not all of them are called"
+                except _Done:
+                    assert self._first is not None
+                    read = tuple(self._first.shape)
+                    reason = f"they read tensors of shape {list(read)} for {list(batch.shape)} tokens"
+                    reason = None if read[:-1] == batch.shape else reason
+                except (AttributeError, LookupError, TypeError, ValueError) as error:  # a stand-in was not enough
+                    reason = str(error).partition("\n")[0]
+                if reason is not None:
+                    raise CheckpointError(
+                        f"{type(self.model).__name__} is no plain chain of blocks ({reason}), so what each reads "
+                        "cannot be told; use a method that needs no calibration"
+                    )
+                assert self._first is not None
+                yield self._first
 
     @torch.no_grad()
     def logits(self, outputs: Tensor) -> Tensor:
         """What the model makes of the last block's outputs for the first windows: [windows, context, vocabulary]."""
         self._ending = outputs.to(self.device)
         try:
-            with self._ends():
+            with self._outside_in_memory():
                 ids = self.batches[0][: len(outputs)].to(self.device)
                 return self.model(input_ids=ids, use_cache=False).logits.cpu()
         finally:
             self._ending = None
 
-    def enter(self, number: int, weights: Iterable[tuple[PlannedTensor, Tensor]]) -> None:
-        """Give a block its weights, and the place that is its own."""
+    def load_block(self, number: int, weights: Iterable[tuple[PlannedTensor, Tensor]]) -> None:
+        """Put a block back in its place, with its weights as the files store them."""
         self._blocks[number] = block = self._real[number]
         experts = {}
-        for entry, tensor in weights:
-            if entry.target.expert:
-                experts[entry.target] = dense_layer(tensor.to(self.device, self.dtype))
-            elif self.names.known(entry.target.parameter):
-                set_tensor(self.model, entry.target.parameter, tensor, self.device)
+        for planned, tensor in weights:
+            if planned.target.expert:
+                experts[planned.target] = dense_layer(tensor.to(self.device, self.dtype))
+            elif self.names.known(planned.target.parameter):
+                set_tensor(self.model, planned.target.parameter, tensor, self.device)
         replace_layers(self.model, self.names, experts.items())
         self._block, self._number = block, number
 
-    def leave(self) -> None:
+    def unload_block(self) -> None:
+        """Let go of the block's weights."""
         self._blocks[self._number] = self._real[self._number] = _StandIn(self, self._number, self._block)
         del self._block
 
@@ -202,92 +219,132 @@ class Walk:
     def forward(self, batch: int, inputs: Tensor) -> Tensor:
         """The block's outputs for its inputs [windows, context, hidden] of one batch."""
         call = self._calls[batch][self._number]
-        found = self._block(inputs.to(self.device), *call.arguments, **call.options)
-        return found[0] if isinstance(found, tuple | list) else found
+        output = self._block(inputs.to(self.device), *call.arguments, **call.options)
+        return output[0] if isinstance(output, tuple | list) else output
 
-    def layer(self, entry: PlannedTensor) -> nn.Module:
-        """The module that multiplies by an entry's weight."""
-        if entry.target.expert is None:
-            return self.model.get_submodule(entry.target.parameter.removesuffix(".weight"))
-        experts = self.model.get_submodule(entry.target.parameter)
+    def layer(self, planned: PlannedTensor) -> nn.Module:
+        """The module that multiplies by a weight of the block."""
+        if planned.target.expert is None:
+            return self.model.get_submodule(planned.target.parameter.removesuffix(".weight"))
+        experts = self.model.get_submodule(planned.target.parameter)
         assert isinstance(experts, QExperts)
-        expert, piece, _ = entry.target.expert
+        expert, piece, _ = planned.target.expert
         return experts.experts[expert][piece]  # type: ignore[index]
 
-    def set_weight(self, entry: PlannedTensor, weight: Tensor) -> None:
-        """Replace a layer's weight by `weight` [out, in]."""
-        stored = weight.t().contiguous() if entry.kind == "conv1d" else weight
-        self.layer(entry).weight = nn.Parameter(stored.to(self.device, self.dtype), requires_grad=False)
+    def set_tensor(self, planned: PlannedTensor, tensor: Tensor) -> None:
+        """Replace a tensor of the block; `tensor` is laid out as in the files."""
+        if planned.target.expert:
+            self.layer(planned).weight = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+        elif self.names.known(planned.target.parameter):
+            set_tensor(self.model, planned.target.parameter, tensor, self.device)
 
-    def sharing(self, entries: list[PlannedTensor], inputs: Tensor) -> list[list[PlannedTensor]]:
-        """The entries that read the very same inputs, together, in the order in which the block calls them.
+    def set_weight(self, planned: PlannedTensor, weight: Tensor) -> None:
+        """Replace a layer's weight by `weight` [out, in]."""
+        self.set_tensor(planned, weight.t().contiguous() if planned.kind == "conv1d" else weight)
+
+    def groups(self, layers: Sequence[PlannedTensor], inputs: Tensor) -> list[list[PlannedTensor]]:
+        """The layers that read the very same input, together, in the order in which the block calls them.
 
         Args:
-            inputs: of one batch. Experts that none of its tokens reach count as called last.
+            inputs: of one batch. Layers that are not called for it, such as experts that none of its tokens reach,
+                count as called last.
         """
-        seen: list[tuple[Any, Tensor | None, list[PlannedTensor]]] = []
+        return [group for group, _ in self.groups_and_norms(layers, inputs)]
 
-        def note(entry: PlannedTensor, x: Tensor | None) -> None:
-            expert = entry.target.expert
-            key = (entry.target.parameter, expert[0]) if expert else None
-            for known, tensor, group in seen:
-                if known == key if key else (known is None and tensor is x):
-                    group.append(entry) if entry not in group else None
+    def groups_and_norms(
+        self, layers: Sequence[PlannedTensor], inputs: Tensor
+    ) -> list[tuple[list[PlannedTensor], str | None]]:
+        """The same groups, each with the path in the model of the norm whose output is the group's input.
+
+        A norm is a module with a weight of one dimension. None where the input comes from anything else.
+        """
+        groups: list[tuple[Any, Tensor | None, list[PlannedTensor]]] = []  # expert, input, layers
+        normalized: list[tuple[str, Any]] = []
+
+        def note(planned: PlannedTensor, x: Tensor | None) -> None:
+            expert = planned.target.expert
+            key = (planned.target.parameter, expert[0]) if expert else None
+            for other, tensor, group in groups:
+                if key == other if key else (other is None and tensor is x):
+                    group.append(planned) if planned not in group else None
                     return
-            seen.append((key, x, [entry]))
+            groups.append((key, x, [planned]))
 
-        with self._hooked(entries, note):
-            self.forward(0, inputs)
-        called = {id(entry) for _, _, group in seen for entry in group}
-        for entry in entries:
-            if id(entry) not in called:
-                note(entry, torch.empty(0))
-        return [group for _, _, group in seen]
+        def watch(path: str, module: nn.Module) -> Any:
+            return module.register_forward_hook(lambda _, inputs, output: normalized.append((path, output)))
 
-    def hessians(self, groups: list[list[PlannedTensor]], inputs: Iterable[Tensor]) -> list[Hessian]:
-        """Of each group's inputs, over all batches.
+        prefix = f"{self._path}.{self._number}"
+        handles = [
+            watch(f"{prefix}.{path}", module)
+            for path, module in self._block.named_modules()
+            if (weight := module._parameters.get("weight")) is not None and weight.dim() == 1
+        ]
+        try:
+            with self._hooked(layers, note):
+                self.forward(0, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        called = {id(planned) for _, _, group in groups for planned in group}
+        for planned in layers:
+            if id(planned) not in called:
+                note(planned, torch.empty(0))
+        sources = [next((path for path, output in normalized if output is x), None) for _, x, _ in groups]
+        return [(group, source) for (_, _, group), source in zip(groups, sources)]
 
+    def collect(
+        self, wanted: Sequence[tuple[PlannedTensor, Sequence[type[Statistic]]]], inputs: Iterable[Tensor]
+    ) -> list[dict[type[Statistic], Statistic]]:
+        """Statistics of layers' inputs over all batches.
+
+        Args:
+            wanted: layers in the order in which the block calls them, and the statistics that are wanted of each.
+            inputs: of the block, batch by batch.
         Raises:
             NumericsError: more than 1% of a layer's inputs are NaN or infinite.
         """
-        found = {id(group[0]): Hessian(group[0].shape[1], self.device) for group in groups}
+        if not wanted:
+            return []
+        layers = [planned for planned, _ in wanted]
+        statistics = {id(each): {kind: kind(each.shape[1], self.device) for kind in kinds} for each, kinds in wanted}
         seen = threading.local()
 
-        leaders = [group[0] for group in groups]
-
-        def note(entry: PlannedTensor, x: Tensor) -> None:
-            seen.inputs.append((id(entry), x))
-            if entry is leaders[-1] and not entry.target.expert:
+        def note(planned: PlannedTensor, x: Tensor) -> None:
+            seen.inputs.append((id(planned), x))
+            if planned is layers[-1] and not planned.target.expert:
                 raise _Done
 
-        def collect(batch: tuple[int, Tensor]) -> list[tuple[int, Tensor]]:
+        def run_block(batch: tuple[int, Tensor]) -> list[tuple[int, Tensor]]:
             seen.inputs = []
             with contextlib.suppress(_Done):
                 self.forward(*batch)
             return seen.inputs
 
-        with self._hooked(leaders, note), pool(self._workers) as run:
+        exact = all(kind.multiplies_inputs for _, kinds in wanted for kind in kinds)
+        with self._hooked(layers, note), pool(self._workers) as run:
             for wave in self._waves(inputs):
-                collected = [item for batch in run(collect, wave) for item in batch]
+                collected = [item for batch in run(run_block, wave) for item in batch]
 
-                def add(entry: PlannedTensor, given: list[tuple[int, Tensor]] = collected) -> None:
-                    for layer, x in given:
-                        if layer == id(entry):
-                            found[layer].add(x)
+                def add(planned: PlannedTensor, collected: list[tuple[int, Tensor]] = collected) -> None:
+                    for layer, x in collected:
+                        if layer == id(planned):
+                            for statistic in statistics[layer].values():
+                                statistic.add(x)
 
-                with bfloat16_products(x.dtype for _, x in collected):
-                    list(run(add, [entry for entry in leaders if entry.shape[1] <= _WIDE]))
-                    for entry in leaders:
-                        if entry.shape[1] > _WIDE:
-                            add(entry)
-        for group in groups:
-            hessian = found[id(group[0])]
-            if hessian.dropped > _MOST_DROPPED * (hessian.dropped + hessian.tokens):
-                raise NumericsError(
-                    f"{group[0].module}: {hessian.dropped} of {hessian.dropped + hessian.tokens} calibration tokens "
-                    "gave it NaN or infinite inputs; use a float32 or bfloat16 checkpoint, or other calibration text"
-                )
-        return [found[id(group[0])] for group in groups]
+                with bfloat16_products(x.dtype for _, x in collected) if exact else contextlib.nullcontext():
+                    list(run(add, [planned for planned in layers if planned.shape[1] <= _WIDE]))
+                    for planned in layers:
+                        if planned.shape[1] > _WIDE:
+                            add(planned)
+        for planned in layers:
+            for statistic in statistics[id(planned)].values():
+                tokens = statistic.dropped + statistic.tokens
+                if statistic.dropped > _MOST_DROPPED * tokens:
+                    raise NumericsError(
+                        f"{planned.module}: {statistic.dropped} of {tokens} calibration tokens gave it NaN or infinite "
+                        "inputs; use a float32 or bfloat16 checkpoint, or other calibration text"
+                    )
+        return [statistics[id(planned)] for planned in layers]
 
     def outputs(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
         """The block's outputs, batch by batch."""
@@ -295,7 +352,7 @@ class Walk:
         with pool(self._workers) as run:
             for wave in self._waves(inputs):
                 following = run(lambda batch: self.forward(*batch), wave)
-                yield from ahead  # while the next ones are made
+                yield from ahead  # while the next ones are computed
                 ahead = following
             yield from ahead
 
@@ -306,11 +363,13 @@ class Walk:
             yield wave
 
     @contextlib.contextmanager
-    def _hooked(self, entries: list[PlannedTensor], note: Any) -> Iterator[None]:
-        """note(entry, inputs) at each call of an entry's layer."""
+    def _hooked(self, layers: Sequence[PlannedTensor], note: Callable[[PlannedTensor, Any], None]) -> Iterator[None]:
+        """note(layer, input) at each call of a layer's module."""
         handles = [
-            self.layer(entry).register_forward_pre_hook(lambda _, inputs, entry=entry: note(entry, inputs[0]))
-            for entry in entries
+            self.layer(planned).register_forward_pre_hook(
+                lambda _, inputs, planned=planned: note(planned, inputs[0]) if inputs else None
+            )
+            for planned in layers
         ]
         try:
             yield
@@ -319,7 +378,84 @@ class Walk:
                 handle.remove()
 
 
-def _shared(call: _Call, seen: _Call | None) -> _Call:
+class BlockView:
+    """The block that a runner has loaded, as `Method.transform` sees and changes it; see methods.base.BlockView."""
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        tensors: Sequence[PlannedTensor],
+        weights: dict[str, Tensor],
+        inputs: Callable[[], Iterator[Tensor]],
+        method: Method,
+    ):
+        """Show a block to a method.
+
+        Args:
+            tensors: all of the block. weights: the same by name, as in the files; `set` changes them in place.
+            inputs: of the block, from the start at every call.
+        """
+        self._runner, self._weights, self.inputs, self._method = runner, weights, inputs, method
+        self._tensors = {planned.info.name: planned for planned in tensors}
+
+    @cached_property
+    def _groups(self) -> list[tuple[list[PlannedTensor], str | None]]:
+        """The groups with a layer of this method, each with the path of its norm in the block."""
+        names = self._runner.names
+        layers = [
+            planned
+            for name, planned in self._tensors.items()
+            if name.endswith(".weight") and len(planned.info.shape) > 1
+            if planned.target.expert or names.known(planned.target.parameter)
+        ]
+        own = {name for name, planned in self._tensors.items() if planned.spec and planned.spec.method == self._method}
+        groups = self._runner.groups_and_norms(layers, next(iter(self.inputs())))
+        return [(group, norm) for group, norm in groups if any(planned.info.name in own for planned in group)]
+
+    @cached_property
+    def groups(self) -> list[LayerGroup]:
+        named = {planned.target.parameter: planned.module for planned in self._tensors.values()}
+        return [
+            LayerGroup(tuple(planned.module for planned in group), named.get(f"{norm}.weight"))
+            for group, norm in self._groups
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        stored = self._weights[name]
+        return stored.t() if self._transposed(name) else stored
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        planned = self._tensors.get(name)
+        if planned is None:
+            raise ValueError(f"{name!r} is no tensor of the block")
+        stored = tensor.t().contiguous() if self._transposed(name) else tensor
+        if tuple(stored.shape) != planned.info.shape:
+            raise ValueError(f"{name} is set to shape {list(tensor.shape)}, expected {list(self.tensor(name).shape)}")
+        stored = stored.cpu() if planned.spec else stored.to("cpu", planned.info.dtype)
+        check_finite(name, stored)
+        self._weights[name] = stored
+        self._runner.set_tensor(planned, stored)
+
+    def _transposed(self, name: str) -> bool:
+        """Whether the files store a layer's weight as [in, out]."""
+        target = self._tensors[name].target
+        known = target.expert is None and self._runner.names.known(target.parameter)
+        return known and linear_kind(self._runner.model, target) == "conv1d"
+
+    def outputs(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+        return self._runner.outputs(inputs)
+
+    def collect(self, statistic: type[Statistic]) -> list[Any]:
+        quantized = [next(planned for planned in group if planned.spec) for group, _ in self._groups]
+        wanted = [(planned, (statistic,)) for planned in quantized]
+        return [each[statistic] for each in self._runner.collect(wanted, self.inputs())]
+
+
+def _shared(call: _Call, earlier: _Call | None) -> _Call:
     """The call, its tensors replaced by equal ones of an earlier call: masks and positions are the same for all."""
 
     def same(value: Any, known: Any) -> Any:
@@ -330,7 +466,7 @@ def _shared(call: _Call, seen: _Call | None) -> _Call:
             return tuple(map(same, value, known))
         return value
 
-    if seen is None:
+    if earlier is None:
         return call
-    options = {name: same(value, seen.options.get(name)) for name, value in call.options.items()}
-    return _Call(same(call.arguments, seen.arguments), options)
+    options = {name: same(value, earlier.options.get(name)) for name, value in call.options.items()}
+    return _Call(same(call.arguments, earlier.arguments), options)

@@ -4,16 +4,14 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, ConfigError, listing
-from ..formats import registry as formats
+from ..formats import first_fitting, misfits
 from ..formats.base import Format
-from ..models.structure import ParameterPath, TensorNames, fused_unit, skeleton, tied, weight_kind
+from ..models.structure import ParameterPath, TensorNames, fused_unit, kept_names, skeleton, tied, weight_kind
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from .recipe import Recipe
 from .spec import KEPT, LayerSpec, Rules
@@ -88,15 +86,10 @@ class Plan:
         return {tensor.module: tensor.spec.scheme for tensor in self.tensors if tensor.spec}
 
     @property
-    def kept_linear(self) -> list[str]:
-        """Linear layers that stay as they are, by name, a tied head among them: other runtimes must be told."""
-        named = {tensor.target.parameter: tensor for tensor in self.tensors}
-        kept = []
-        for path, module in self.model.named_modules():
-            tensor = named.get(f"{path}.weight")
-            if isinstance(module, nn.Linear | Conv1D) and not (tensor and tensor.spec):
-                kept.append(tensor.module if tensor else path)
-        return kept
+    def kept(self) -> list[str]:
+        """Layers that stay unquantized though they could be linear layers, by their names in the files."""
+        tensors = {tensor.info.name: tensor.info for tensor in self.tensors if not tensor.spec}
+        return kept_names(tensors, list(self.schemes), self.model, TensorNames(self.model))
 
     def coverage(self) -> dict[str, object]:
         """Which share of the decoder's weight bytes is quantized, and what is kept and why."""
@@ -201,7 +194,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     dtype = next(tensor.info.dtype for tensor in tensors if tensor.spec)
     notes = [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     if reasons:
-        notes.append(f"saved as {format.name}, for {'; '.join(reasons)}")
+        notes.append(f"saved as {format.name}, {'; '.join(reasons)}")
     return Plan(model, tensors, _units(tensors), dtype, copies, format, notes)
 
 
@@ -270,20 +263,14 @@ def _choose_format(wanted: Format | None, tensors: list[PlannedTensor]) -> tuple
     Raises:
         ConfigError: it, or every format, cannot hold some layer.
     """
-    reasons: list[str] = []
-    for format in [wanted] if wanted else formats().values():
-        unfit = _Problems()
-        for tensor in tensors:
-            assert tensor.spec
-            unfit.add(tensor.module, format.problems(tensor.spec.scheme, tensor.shape))
-        sentences = unfit.sentences()
-        if not sentences and len({tensor.spec.scheme for tensor in tensors if tensor.spec}) > 1:
-            sentences = [f"{format.name} holds one scheme for all layers"]
-        if not sentences:
-            return format, reasons
-        reasons += sentences
-    many = "the format cannot hold every layer" if wanted else "no format can hold every layer together"
-    raise ConfigError(f"{many}; keep such layers by a rule, as in layers: {{'NAME': none}}:\n{listing(reasons)}")
+    layers = {tensor.module: (tensor.spec.scheme, tensor.shape) for tensor in tensors if tensor.spec}
+    embeddings = [tensor.module for tensor in tensors if tensor.kind == "embedding"]
+    if wanted is None:
+        return first_fitting(layers, embeddings)
+    if problems := misfits(wanted, layers, embeddings):
+        keep = "keep such layers by a rule, as in layers: {'NAME': none} (--layer 'NAME=none')"
+        raise ConfigError(f"{wanted.name} cannot hold every layer; {keep}:\n{listing(problems)}")
+    return wanted, []
 
 
 def _units(tensors: list[PlannedTensor]) -> list[Unit]:

@@ -175,7 +175,7 @@ def fingerprint(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe) 
     fields |= {f"files.{name}": value for name, value in checkpoint.identity().items()}
     used = {"bitpress", "torch", "transformers"}
     for spec in recipe.rules.specs():
-        used |= set(getattr(spec.method, "packages", ()))
+        used |= set(spec.method.packages)
     fields |= {f"versions.{name}": value for name, value in releases().items() if name in used}
     return fields | {"format_version": FORMAT_VERSION}
 

@@ -1,13 +1,14 @@
-"""Presses decoder blocks for methods that learn: each on the outputs of the quantized blocks before it.
+"""Quantizes decoder blocks one after the other, each on the outputs of the quantized blocks before it.
 
-What a block reads and what it puts out lie on the disk, as work/states/<block>.safetensors: memory holds one batch of
-them, and a run that was broken off goes on from exactly the same numbers.
+That is how GPTQ goes through a model (arXiv 2210.17323, section 4). What a block reads and what it puts out lie on the
+disk, as work/states/<block>.safetensors: memory holds one batch of them, and a run that was broken off goes on from
+exactly the same numbers.
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +17,47 @@ from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 
-from ..methods.absmax import Absmax
-from ..methods.base import Diagnostics
-from ..methods.hessian import Hessian
+from ..methods import uncalibrated_method
+from ..methods.base import Diagnostics, Method, Statistic
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
-from .block_runner import Walk
+from ..storage.finite import check_finite
+from .block_runner import BlockRunner, BlockView
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
-from .weights import check_finite, layer_report, quantize_entry, read_ahead
+from .weights import Shard, quantize_outside, quantize_weight, read_ahead
 
-WITNESS = "witness.safetensors"
-WITNESS_TOKENS = 64
-_FEW = 2  # times its inputs: an expert that saw fewer tokens is rounded by absmax
+REFERENCE_LOGITS = "reference_logits.safetensors"
+REFERENCE_TOKENS = 64
+_FEW = 2  # times its inputs: an expert that saw fewer tokens is rounded to nearest
 _HIDDEN = "hidden"
 _STATES = "states"
 
 
 class CalibratedBlocks:
-    """work: where states/ and the witness go."""
+    """The decoder blocks of a recipe of which some method is calibrated."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, recipe: Recipe, work: Path):
+        """Build the model; no weight is read yet.
+
+        Args:
+            work: the folder of states/ and of the reference logits.
+        """
         assert recipe.calibration is not None
-        self.checkpoint, self.plan, self.recipe = checkpoint, plan, recipe
-        self.states, self.witness = work / _STATES, work / WITNESS
+        self.checkpoint, self.plan = checkpoint, plan
+        self.states, self.reference_logits = work / _STATES, work / REFERENCE_LOGITS
         # float16 activations overflow in many models that were trained in bfloat16
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
-        outside = [entry for entry in plan.tensors if entry.block is None]
+        outside = [planned for planned in plan.tensors if planned.block is None]
         self.ids = recipe.calibration.ids
-        self.walk = Walk(checkpoint, outside, self.ids, dtype, recipe.device)
-        self.last = max(entry.block for entry in plan.tensors if entry.block is not None)
+        self.runner = BlockRunner(checkpoint, outside, self.ids, dtype, recipe.device, self._read_outside)
+        self.last = max(planned.block for planned in plan.tensors if planned.block is not None)
         self._embedded = False
+
+    def _read_outside(self, planned: PlannedTensor) -> Tensor:
+        """A tensor outside the blocks as the artifact will give it back."""
+        tensor = self.checkpoint.read(planned.info.name)
+        return quantize_outside(planned, tensor, self.plan)[0].dequantize() if planned.spec else tensor
 
     def state(self, block: int) -> Path:
         """The file of a block's inputs."""
@@ -55,114 +66,133 @@ class CalibratedBlocks:
     def nbytes(self) -> int:
         """What the states take on the disk, at most three at a time."""
         width = getattr(self.plan.model.config.get_text_config(), "hidden_size", 0)
-        return 3 * self.ids.numel() * width * self.walk.dtype.itemsize
+        return 3 * self.ids.numel() * width * self.runner.dtype.itemsize
 
     def _start(self, block: int) -> None:
-        """Find out what blocks are called with, and block 0's inputs."""
+        """Note what blocks are called with, and write block 0's inputs."""
         files.make_folder(self.states)
-        for path in self.states.iterdir():  # what a run that was broken off did not come to delete
+        for path in self.states.iterdir():  # what a run that was broken off left behind
             if path != self.state(block):
                 path.unlink()
-        inputs = self.walk.embed()
+        inputs = self.runner.embed()
         if block == 0:
             self._write(0, inputs)
         else:
-            for _ in inputs:  # the state of this block is there; only the calls are wanted
+            for _ in inputs:  # the state of this block exists; only the calls are wanted
                 pass
         self._embedded = True
 
-    def _write(self, block: int, parts: Iterator[Tensor]) -> dict[str, Any]:
-        width = next(first := iter(parts))
-        shape = (*self.ids.shape, width.shape[-1])
-
-        def whole() -> Iterator[Tensor]:
-            yield width
-            yield from first
-
-        return files.write_rows(self.state(block), _HIDDEN, width.dtype, shape, whole())
+    def _write(self, block: int, batches: Iterator[Tensor]) -> dict[str, Any]:
+        """Write a block's inputs; returns the file's size and hash."""
+        first = next(batches)
+        shape = (*self.ids.shape, first.shape[-1])
+        return files.write_rows(self.state(block), _HIDDEN, first.dtype, shape, chain([first], batches))
 
     def _inputs(self, block: int) -> Iterator[Tensor]:
         """A block's inputs, batch by batch."""
-        return Checkpoint.single(self.state(block)).read_rows(_HIDDEN, map(len, self.walk.batches))
+        return Checkpoint.single(self.state(block)).read_rows(_HIDDEN, map(len, self.runner.batches))
 
-    def press(self, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors of a block's shard and its line in the journal; the next block's inputs are on the disk then."""
+    def quantize_block(self, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors of a block's shard and its line in the journal.
+
+        Afterwards the next block's inputs are on the disk or, after the last block, the reference logits.
+
+        Raises:
+            NumericsError: weights or inputs that are not finite, or weights that the format cannot express.
+        """
         block = unit.block
         assert block is not None
         if not self._embedded:
             self._start(block)
         digest = hashlib.sha256()
         weights: dict[str, Tensor] = {}
-        for entry, tensor in read_ahead(self.checkpoint, unit, digest):
-            check_finite(entry.info.name, tensor)
-            weights[entry.info.name] = tensor
-        self.walk.enter(block, ((entry, weights[entry.info.name]) for entry in unit.tensors))
-        tensors = {entry.info.name: weights[entry.info.name] for entry in unit.tensors if not entry.spec}
-        reports: dict[str, dict[str, Any]] = {}
-        for entry, qtensor, diagnostics in self._quantized(block, unit, weights):
-            self.walk.set_weight(entry, qtensor.dequantize(self.walk.dtype))
-            written = self.plan.format.write(qtensor, self.plan.dtype)
-            tensors |= {f"{entry.module}.{suffix}": tensor for suffix, tensor in written.items()}
-            nbytes = sum(tensor.nbytes for tensor in written.values())
-            reports[entry.module] = layer_report(entry, qtensor, diagnostics, nbytes)
-        layers = [reports[entry.module] for entry in unit.tensors if entry.spec]
-        line: dict[str, Any] = {"unit": unit.name, "source_sha256": digest.hexdigest(), "layers": layers}
+        for planned, tensor in read_ahead(self.checkpoint, unit, digest):
+            check_finite(planned.info.name, tensor)
+            weights[planned.info.name] = tensor
+        self.runner.load_block(block, ((planned, weights[planned.info.name]) for planned in unit.tensors))
+        methods: list[Method] = []
+        for planned in unit.tensors:
+            if planned.spec and planned.spec.method not in methods:
+                methods.append(planned.spec.method)
+        for method in methods:
+            method.transform(BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block), method))
+        shard = Shard(unit, self.plan)
+        for planned in unit.tensors:
+            if planned.spec is None:
+                shard.keep(planned, weights.pop(planned.info.name))
+        for planned, qtensor, diagnostics in self._quantized(block, unit, weights):
+            self.runner.set_weight(planned, qtensor.dequantize(self.runner.dtype))
+            shard.add(planned, qtensor, diagnostics)
+        line = shard.line(digest)
         if block == self.last:
-            outputs = self.walk.forward(0, next(self._inputs(block)))
-            self.walk.leave()
-            self._bear_witness(outputs)
+            outputs = self.runner.forward(0, next(self._inputs(block)))
+            self.runner.unload_block()
+            self._save_reference_logits(outputs)
         else:
-            line["state"] = self._write(block + 1, self.walk.outputs(self._inputs(block)))
-            self.walk.leave()
-        return tensors, line
+            line["state"] = self._write(block + 1, self.runner.outputs(self._inputs(block)))
+            self.runner.unload_block()
+        return shard.tensors, line
 
     def _quantized(
         self, block: int, unit: Unit, weights: dict[str, Tensor]
     ) -> Iterator[tuple[PlannedTensor, QTensor, Diagnostics]]:
-        """Each layer, quantized on its inputs, which are collected at once, or (true_sequential) stage by stage."""
-        groups = self.walk.sharing([entry for entry in unit.tensors if entry.spec], next(self._inputs(block)))
-        for stage in self._stages(groups):
-            hessians = self.walk.hessians(stage, self._inputs(block))
-            for group in stage:
-                hessian = hessians.pop(0)  # let go of as soon as it has served: it is the largest thing in memory
-                for entry in group:
-                    yield entry, *self._quantize(entry, weights.pop(entry.info.name), hessian)
-                del hessian
+        """Each layer of a block, quantized, in the order in which the block calls them; `weights` is emptied.
 
-    def _stages(self, groups: list[list[PlannedTensor]]) -> list[list[list[PlannedTensor]]]:
-        if not any(getattr(spec.method, "true_sequential", False) for spec in self.recipe.rules.specs()):
-            return [groups]
-        stages: dict[str, list[list[PlannedTensor]]] = {}
-        for group in groups:  # all experts of a kind are one stage
-            stages.setdefault(group[0].target.parameter, []).append(group)
-        return list(stages.values())
+        The statistics of all layers are collected at once, on the block before any layer of it is quantized. Groups
+        with a method that is `true_sequential` come after that, stage by stage, each on what is quantized by then.
+        """
+        layers = [planned for planned in unit.tensors if planned.spec]
+        stages: dict[str, list[list[PlannedTensor]]] = {"": []}
+        for group in self.runner.groups(layers, next(self._inputs(block))) if layers else ():
+            ordered = any(planned.spec.method.true_sequential for planned in group if planned.spec)
+            # all experts of a kind are one stage: they share a parameter of the model
+            stages.setdefault(group[0].target.parameter if ordered else "", []).append(group)
+        for stage in stages.values():
+            kinds = [
+                tuple(dict.fromkeys(kind for each in group if each.spec for kind in each.spec.method.statistics))
+                for group in stage
+            ]
+            wanted = [(group[0], asked) for group, asked in zip(stage, kinds) if asked]
+            collected = self.runner.collect(wanted, self._inputs(block))
+            for group, asked in zip(stage, kinds):
+                statistics = collected.pop(0) if asked else {}  # freed after its group: Hessians are the largest thing
+                for planned in group:
+                    yield planned, *self._quantize(planned, weights.pop(planned.info.name), statistics)
+                del statistics
 
-    def _quantize(self, entry: PlannedTensor, weight: Tensor, hessian: Hessian) -> tuple[QTensor, Diagnostics]:
-        if entry.target.expert and hessian.tokens < _FEW * entry.shape[1]:
-            qtensor, found = quantize_entry(entry, weight, self.plan, Absmax().quantize)
-            note = f"rounded by absmax: it saw fewer than {_FEW * entry.shape[1]} tokens"
-            return qtensor, replace(found, tokens=hessian.tokens, note=note)
-        assert entry.spec
-        learned = partial(entry.spec.method.quantize, hessian=hessian)
-        return quantize_entry(entry, weight.to(self.walk.device), self.plan, learned)
+    def _quantize(
+        self, planned: PlannedTensor, weight: Tensor, statistics: dict[type[Statistic], Statistic]
+    ) -> tuple[QTensor, Diagnostics]:
+        """One layer, by its method; an expert that saw too few tokens to be calibrated is rounded to nearest."""
+        assert planned.spec
+        method = planned.spec.method
+        own = tuple(statistics[kind] for kind in method.statistics)
+        needed = _FEW * planned.shape[1]
+        few = min((each.tokens for each in own), default=needed)
+        nearest = uncalibrated_method(planned.spec.scheme)
+        if not planned.target.expert or few >= needed or nearest is None:
+            return quantize_weight(planned, weight.to(self.runner.device) if own else weight, self.plan, method, own)
+        qtensor, diagnostics = quantize_weight(planned, weight, self.plan, nearest)
+        note = f"rounded by {nearest.name}: it saw fewer than {needed} tokens"
+        return qtensor, replace(diagnostics, tokens=few, note=note)
 
-    def _bear_witness(self, outputs: Tensor) -> None:
-        """The logits that this very model, never saved and loaded, gives: what the reloaded one is compared with.
+    def _save_reference_logits(self, outputs: Tensor) -> None:
+        """Save the logits of this very model, never written and reloaded: the reloaded artifact must give the same.
 
         Args:
             outputs: of the last block, for the first batch.
         """
-        logits = self.walk.logits(outputs[:1])
-        count = min(WITNESS_TOKENS, self.ids.shape[1])
+        logits = self.runner.logits(outputs[:1])
+        count = min(REFERENCE_TOKENS, self.ids.shape[1])
         tensors = {"ids": self.ids[0, :count].clone(), "logits": logits[0, :count].clone()}
-        files.write_safetensors(self.witness, tensors)
+        files.write_safetensors(self.reference_logits, tensors)
 
     def committed(self, block: int) -> None:
-        """What the block read is not needed any more."""
+        """Delete what a block read, once its shard is safe."""
         self.state(block).unlink(missing_ok=True)
 
 
 def clear_states(work: Path) -> None:
-    """The artifact is finished; of what it took to make it, only the witness is kept."""
+    """Delete all states of a finished artifact; the reference logits stay, for the artifact to be verified with."""
     if (states := work / _STATES).exists():
         files.remove_folder(states)

@@ -1,95 +1,132 @@
-"""One shard's tensors: each weight quantized by itself, everything else as it was."""
+"""Quantizes the weights of one shard, each by itself; all other tensors stay as they are."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
-from bitpress.kernels.scheme import Scheme
 
-from ..errors import NumericsError
-from ..methods.base import Diagnostics
+from ..errors import ConfigError, NumericsError
+from ..methods import uncalibrated_method
+from ..methods.base import Diagnostics, Method
 from ..storage.checkpoint import Checkpoint
+from ..storage.finite import check_finite
 from ..system.threads import one_ahead
 from .plan import Plan, PlannedTensor, Unit
 
-_PIECE = 1 << 22
-Quantize = Callable[[Tensor, Scheme, torch.dtype], tuple[QTensor, Diagnostics]]
+
+class Shard:
+    """The tensors that are written together, by their names in the artifact, and a report on each quantized layer."""
+
+    def __init__(self, unit: Unit, plan: Plan):
+        self.unit, self.plan = unit, plan
+        self.tensors: dict[str, Tensor] = {}
+        self._reports: dict[str, dict[str, Any]] = {}
+
+    def keep(self, planned: PlannedTensor, tensor: Tensor) -> None:
+        """Add a tensor that is not quantized."""
+        self.tensors[planned.info.name] = tensor
+
+    def add(self, planned: PlannedTensor, qtensor: QTensor, diagnostics: Diagnostics) -> None:
+        """Add a quantized layer, as the plan's format stores it."""
+        assert planned.spec
+        stored = self.plan.format.write(qtensor, self.plan.dtype)
+        self.tensors |= {f"{planned.module}.{suffix}": tensor for suffix, tensor in stored.items()}
+        self._reports[planned.module] = {
+            "name": planned.module,
+            "block": planned.block,
+            "shape": list(planned.shape),
+            "bytes": sum(tensor.nbytes for tensor in stored.values()),
+            "scheme": qtensor.scheme.name,
+            "method": planned.spec.method.name,
+            **{key: value for key, value in asdict(diagnostics).items() if value is not None},
+        }
+
+    def line(self, source_digest: Any) -> dict[str, Any]:
+        """The shard's line in the journal; its layers are in the order of the plan.
+
+        Args:
+            source_digest: the hash object that the unit's tensors were read with.
+        """
+        layers = [self._reports[planned.module] for planned in self.unit.tensors if planned.spec]
+        return {"unit": self.unit.name, "source_sha256": source_digest.hexdigest(), "layers": layers}
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        return
-    pieces = tensor.flatten().split(_PIECE)  # a mask of all of it would take as much memory again
-    if all(torch.isfinite(torch.stack(torch.aminmax(piece))).all() for piece in pieces if piece.numel()):
-        return
-    bad = ~torch.isfinite(tensor)
-    first = [int(i) for i in bad.nonzero()[0]]
-    raise NumericsError(
-        f"{name}: {int(bad.sum())} of {tensor.numel()} values are NaN or infinite, the first at {first}; "
-        "the checkpoint is damaged: get it again"
-    )
-
-
-def quantize_entry(
-    entry: PlannedTensor, weight: Tensor, plan: Plan, quantize: Quantize | None = None
+def quantize_weight(
+    planned: PlannedTensor,
+    weight: Tensor,
+    plan: Plan,
+    method: Method | None = None,
+    statistics: tuple[Any, ...] = (),
 ) -> tuple[QTensor, Diagnostics]:
-    """One weight of the source, as it was read, as a QTensor, and what that cost.
+    """A layer's weight as a QTensor, and what that cost.
 
     Args:
-        quantize: in place of its spec's method.
-
+        weight: as the files store it.
+        method: in place of the method that is planned. statistics: of the layer's inputs, as the method wants them.
     Raises:
         NumericsError: NaN or infinite values, or values that the format's scales cannot express.
     """
-    check_finite(entry.info.name, weight)
-    weight = weight.t().contiguous() if entry.kind == "conv1d" else weight
+    assert planned.spec
+    scheme = planned.spec.scheme
+    check_finite(planned.info.name, weight)
+    weight = weight.t().contiguous() if planned.kind == "conv1d" else weight
     try:
-        assert entry.spec
-        scale_dtype = plan.format.scale_dtype(entry.spec.scheme, plan.dtype)
-        return (quantize or entry.spec.method.quantize)(weight, entry.spec.scheme, scale_dtype)
+        scale_dtype = plan.format.scale_dtype(scheme, plan.dtype)
+        return (method or planned.spec.method).quantize(weight, scheme, scale_dtype, statistics)
     except ValueError as error:
         raise NumericsError(
-            f"{entry.info.name}: {error}; use format compressed-tensors with a bfloat16 or float32 checkpoint, "
+            f"{planned.info.name}: {error}; use format compressed-tensors with a bfloat16 or float32 checkpoint, "
             "or keep it by a rule, as in layers: {'NAME': none}"
         ) from error
 
 
-def layer_report(entry: PlannedTensor, qtensor: QTensor, diagnostics: Diagnostics, nbytes: int) -> dict[str, Any]:
-    return {
-        "name": entry.module,
-        "block": entry.block,
-        "shape": list(entry.shape),
-        "bytes": nbytes,
-        "scheme": qtensor.scheme.name,
-        "method": entry.spec.method.name if entry.spec else None,
-        **{key: value for key, value in asdict(diagnostics).items() if value is not None},
-    }
+def quantize_outside(planned: PlannedTensor, weight: Tensor, plan: Plan) -> tuple[QTensor, Diagnostics]:
+    """A layer that no calibration reaches, such as a head or an embedding, as quantize_weight gives it.
+
+    Calibration goes through the decoder blocks only. So a layer outside of them whose method wants statistics of its
+    inputs is rounded to nearest, and the diagnostics say so.
+
+    Raises:
+        ConfigError: only methods that are calibrated can produce the layer's scheme.
+    """
+    assert planned.spec
+    method, scheme = planned.spec.method, planned.spec.scheme
+    if not method.statistics:
+        return quantize_weight(planned, weight, plan)
+    nearest = uncalibrated_method(scheme)
+    if nearest is None:
+        raise ConfigError(
+            f"{planned.module}: {method.name} is calibrated inside the decoder blocks only, and no other method "
+            f"produces {scheme.name}; give this layer another scheme by a rule, or keep it"
+        )
+    qtensor, diagnostics = quantize_weight(planned, weight, plan, nearest)
+    note = f"rounded by {nearest.name}: {method.name} is calibrated inside the decoder blocks only"
+    return qtensor, replace(diagnostics, note=note)
 
 
 def read_ahead(checkpoint: Checkpoint, unit: Unit, digest: Any) -> Iterator[tuple[PlannedTensor, Tensor]]:
-    """Each entry with its tensor; the next one is read, and hashed, while this one is worked on."""
-    tensors = one_ahead(lambda entry: checkpoint.read(entry.info.name, digest), unit.tensors)
+    """Each planned tensor and its values; the next one is read, and hashed, while this one is worked on."""
+    tensors = one_ahead(lambda planned: checkpoint.read(planned.info.name, digest), unit.tensors)
     yield from zip(unit.tensors, tensors)
 
 
 def quantize_unit(checkpoint: Checkpoint, plan: Plan, unit: Unit) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of one shard, and its line in the journal."""
-    tensors: dict[str, Tensor] = {}
-    layers = []
-    digest = hashlib.sha256()
-    for entry, tensor in read_ahead(checkpoint, unit, digest):
-        if entry.spec is None:
-            check_finite(entry.info.name, tensor)
-            tensors[entry.info.name] = tensor
-            continue
-        qtensor, diagnostics = quantize_entry(entry, tensor, plan)
-        written = plan.format.write(qtensor, plan.dtype)
-        tensors |= {f"{entry.module}.{suffix}": tensor for suffix, tensor in written.items()}
-        nbytes = sum(tensor.nbytes for tensor in written.values())
-        layers.append(layer_report(entry, qtensor, diagnostics, nbytes))
-    return tensors, {"unit": unit.name, "source_sha256": digest.hexdigest(), "layers": layers}
+    """The tensors of one shard, and its line in the journal.
+
+    Raises:
+        NumericsError: NaN or infinite values, or values that the format's scales cannot express.
+    """
+    shard, digest = Shard(unit, plan), hashlib.sha256()
+    for planned, tensor in read_ahead(checkpoint, unit, digest):
+        if planned.spec is None:
+            check_finite(planned.info.name, tensor)
+            shard.keep(planned, tensor)
+        elif planned.block is None:
+            shard.add(planned, *quantize_outside(planned, tensor, plan))
+        else:
+            shard.add(planned, *quantize_weight(planned, tensor, plan))
+    return shard.tensors, shard.line(digest)

@@ -139,9 +139,7 @@ def summarize(run: Run, outcomes: Sequence[Outcome]) -> Path | None:
                 if (model.id, path.parent.name) not in {reason[:2] for reason in refused}:
                     refused.append((model.id, path.parent.name, str(error)))
                 continue
-            if (
-                metrics.get("checkpoint") is None
-            ):  # an external one, whose folder happens to lie there, is not the run's
+            if metrics.get("checkpoint") is None:  # an external one, which happens to lie there, is not the run's
                 finished.append(metrics)
     return write_report(run_folder(run), finished, refused) if finished else None
 

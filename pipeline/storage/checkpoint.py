@@ -24,7 +24,7 @@ _CONFIG_LIMIT = 4 << 20
 _NAME_LIMIT = 255  # characters of a file name
 _SAMPLE = 4096
 _FETCHED = 2 << 30  # bytes: what is fetched long before it is used may be gone again by then
-_FEW_LAYERS = 256  # such sizes are cheap to build, and some configs carry them unused
+_FEW_LAYERS = 256  # so few layers are cheap to build, and some configs have such numbers without using them
 _MOST_FUSED_EXPERTS = 1024
 _MOST_POSITIONS = 1 << 24
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -33,7 +33,7 @@ WEIGHT_SUFFIXES = (*_PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor; `offset` in bytes from the start of `file`."""
+    """One tensor, as a safetensors header describes it. offset: bytes from the start of `file`."""
 
     name: str
     file: Path
@@ -44,6 +44,7 @@ class TensorInfo:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without duplicate keys; ValueError names one."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
@@ -53,7 +54,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path, limit: int = _INDEX_LIMIT) -> dict[str, Any]:
-    """A JSON object from an untrusted file: bounded in size and depth, no duplicate keys.
+    """Read a JSON object from an untrusted file: its size and depth are bounded, and no key occurs twice.
 
     Raises:
         CheckpointError: names the file and what is wrong with it.
@@ -96,7 +97,11 @@ def regular_file(path: Path) -> Path:
 
 
 def _header(path: Path) -> dict[str, TensorInfo]:
-    """Validated by the safetensors package (bounds, overlaps, sizes), then read for the offsets it does not tell."""
+    """The tensors of a safetensors file.
+
+    The safetensors package validates the header (bounds, overlaps, sizes); it is then read again for the offsets, which
+    the package does not give.
+    """
     try:
         with safe_open(regular_file(path), "pt"):
             pass
@@ -138,7 +143,7 @@ def _read_into(buffer: Tensor, info: TensorInfo, offset: int) -> None:
 def _shard_problem(value: object) -> str | None:
     if not isinstance(value, str):
         return f"{value!r} is not a file name"
-    if any(mark in value for mark in ("/", "\\", ":", "\0")) or value in ("", ".", ".."):
+    if any(character in value for character in ("/", "\\", ":", "\0")) or value in ("", ".", ".."):
         return f"{value!r} is not a plain file name in the checkpoint's folder"
     if len(value) > _NAME_LIMIT or not value.isprintable():
         return f"{value[:40]!r}… is not a file name"
@@ -148,7 +153,7 @@ def _shard_problem(value: object) -> str | None:
 
 
 def _implausible(config: Any, tensors: dict[str, TensorInfo], path: str = "") -> Iterator[str]:
-    """Sizes that no model of these files can have; building it would take all memory, or for ever."""
+    """Sizes in a config that no model of these files can have; to build it would take all memory, or for ever."""
     if isinstance(config, dict):
         for key, value in config.items():
             yield from _implausible(value, tensors, f"{path}.{key}" if path else key)
@@ -169,14 +174,14 @@ def _implausible(config: Any, tensors: dict[str, TensorInfo], path: str = "") ->
 
 
 class Checkpoint:
-    """A folder of safetensors, sharded or not. Opening it reads headers only.
+    """A folder of safetensors, sharded or not. To open it reads headers only.
 
     Attributes:
-        folder: where it lies.
+        folder: the folder.
         tensors: name -> TensorInfo, in file order.
         files: the weight files.
     Raises:
-        CheckpointError: everything found wrong with the index and the shards, at once.
+        CheckpointError: everything that is wrong with the index and the shards, at once.
     """
 
     def __init__(self, folder: Path):
@@ -234,7 +239,11 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json; refused where it wants to run code of its own, or names sizes that the files contradict."""
+        """config.json.
+
+        Raises:
+            CheckpointError: it wants to run code of its own, or names sizes that the files contradict.
+        """
         path = self.folder / "config.json"
         config = read_json(path, _CONFIG_LIMIT)
         if "auto_map" in config:
@@ -252,7 +261,7 @@ class Checkpoint:
 
     @classmethod
     def single(cls, file: Path) -> "Checkpoint":
-        """One safetensors file by itself, whatever its name."""
+        """A checkpoint of one safetensors file, whatever its name."""
         checkpoint = cls.__new__(cls)
         checkpoint.folder, checkpoint.files, checkpoint.tensors = file.parent, [file], _header(file)
         return checkpoint
@@ -263,7 +272,7 @@ class Checkpoint:
         return list(_header(file))
 
     def read(self, name: str, digest: "hashlib._Hash | None" = None) -> Tensor:
-        """One tensor, copied into memory; `digest` is fed its bytes."""
+        """One tensor, copied into memory. `digest` is updated with its bytes."""
         info = self.tensors[name]
         try:
             buffer = torch.empty(info.nbytes, dtype=torch.uint8)
@@ -275,7 +284,7 @@ class Checkpoint:
         return buffer.view(info.dtype).reshape(info.shape)
 
     def read_rows(self, name: str, counts: Iterable[int]) -> Iterator[Tensor]:
-        """One tensor in parts along its first dimension, each of so many rows, one after the other."""
+        """One tensor in parts along its first dimension; `counts` are the rows of each part, one after the other."""
         info = self.tensors[name]
         size, offset = info.nbytes // info.shape[0], info.offset
         for count in counts:
@@ -285,7 +294,7 @@ class Checkpoint:
             yield buffer.view(info.dtype).reshape(count, *info.shape[1:])
 
     def fetch(self) -> None:
-        """Let the system read the weight files from the disk while something else is done, as far as it can do that."""
+        """Ask the system to read the weight files into its cache in the background, where it can do so."""
         left = _FETCHED if hasattr(os, "posix_fadvise") else 0
         for file in self.files:
             size = min(left, file.stat().st_size)
@@ -295,8 +304,11 @@ class Checkpoint:
             left -= size
 
     def identity(self) -> dict[str, str]:
-        """File name -> hash: of the whole for config.json and companions; of header, size and both ends of each tensor
-        for weight files, which tells a retrained checkpoint from the one before without reading all of it."""
+        """File name -> sha256.
+
+        For config.json and companions, the hash is of the whole file. For weight files it is of the header, the size
+        and both ends of each tensor: that tells a retrained checkpoint from the one before, without reading all of it.
+        """
         self.config  # noqa: B018  (refuses what is no regular file)
         result = {path.name: sha256_file(path) for path in (self.folder / "config.json", *self.other_files())}
         for file in self.files:
@@ -316,7 +328,11 @@ class Checkpoint:
         return {name: (value.st_ino, value.st_size, value.st_mtime_ns) for name, value in stats.items()}
 
     def check_unchanged(self) -> None:
-        """Raises CheckpointError if a file of the folder was replaced or written since the checkpoint was opened."""
+        """Refuse a folder that was written to since the checkpoint was opened.
+
+        Raises:
+            CheckpointError: names the files that changed.
+        """
         now = self._stat()
         changed = [name for name, value in self._stats.items() if now.get(name) != value]
         if changed:
@@ -325,18 +341,18 @@ class Checkpoint:
             )
 
     def other_files(self) -> list[Path]:
-        """Every non-weight file of the folder that comes along: tokenizer, generation config, licence, …
+        """The files of the folder that go with the weights: tokenizer, generation config, licence, …
 
-        Left out: hidden files, code and folders.
+        Hidden files, code and folders are left out.
 
         Raises:
             CheckpointError: one is a link that leads elsewhere.
         """
-        found = []
+        companions = []
         for path in sorted(self.folder.iterdir()):
             name = path.name
             if name.startswith(".") or name.endswith(WEIGHT_SUFFIXES) or path.suffix in (".py", ".so", ".sh"):
                 continue
             if path.is_file() and name not in ("config.json", "quantize_config.json"):
-                found.append(regular_file(path))
-        return found
+                companions.append(regular_file(path))
+        return companions

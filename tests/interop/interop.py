@@ -26,7 +26,7 @@ from transformers import Qwen2Config
 
 from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline import evaluate, load, quantize
-from bitpress.pipeline.bench.programs import Program, peers, request, run
+from bitpress.pipeline.bench.programs import Program, other_programs, request, run
 from bitpress.pipeline.data.text import PYDOC_TOPICS, read_text
 from bitpress.pipeline.data.tokens import encode
 from bitpress.pipeline.hub.download import DEMO, resolve
@@ -63,7 +63,7 @@ OURS = [
     ("qwen2", "int4-g128", "compressed-tensors", TRANSFORMERS),
     ("demo", "int4-g128-asym", "compressed-tensors", LLMCOMPRESSOR),
     ("demo", "int4-g128-asym", "compressed-tensors", TRANSFORMERS),
-    ("demo", "int8-dynamic", "int-quantized", TRANSFORMERS),
+    ("demo", "int8-dynamic", "compressed-tensors", TRANSFORMERS),
     ("demo", "nf4", "bitsandbytes", TRANSFORMERS),
     ("demo", "nf4-dq", "bitsandbytes", TRANSFORMERS),
     ("qwen2", "nf4", "bitsandbytes", TRANSFORMERS),
@@ -210,7 +210,7 @@ def test_we_read_theirs(
         asked = {"model": str(shared.models["demo"]), "output": str(folder), "dtype": "bfloat16"}
         call("transformers", "bitsandbytes", {**asked, "double": scheme == "nf4-dq"}, tmp_path)
     else:
-        module, script = peers()[writer]
+        module, script = other_programs()[writer]
         program = Program(writer, module, script, python_of(reader[0]), options)
         asked = request(shared.models["demo"], shared.folder / "calibration", folder, Scheme.parse(scheme))
         run(program, asked)

@@ -1,6 +1,5 @@
 """Every kernel against float64 on the dequantized weight (for int8-dynamic: and on the quantized input)."""
 
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -160,32 +159,6 @@ def test_nan_in_the_input_shows(make_qtensor: Make, scheme: str, name: str, rows
     assert y[[0, 2]].isfinite().all()
 
 
-def test_int4_layout_is_read_off_and_both_ways_agree(make_qtensor: Make, generator: torch.Generator) -> None:
-    q, kernel = make_qtensor("int4-g64-asym", 640, 128), kernel_named("torch-int4")
-    if reason := kernel.unsupported(q, torch.bfloat16, CPU):
-        pytest.skip(reason)
-    packed = kernel.pack(q, torch.bfloat16)
-    assert packed.block in (32, 64)  # without it the operator would serve all rows, correctly and slowly
-    x = torch.randn(65, 128, generator=generator).to(torch.bfloat16)
-    dequantized = kernel.linear(x, packed, None)
-    packed.block = None
-    operator = kernel.linear(x, packed, None)
-    assert not torch.equal(operator, dequantized)
-    assert relative_rms(operator, q, x) <= tolerance(q, torch.bfloat16)
-    assert relative_rms(dequantized, q, x) <= tolerance(q, torch.bfloat16)
-
-
-def test_int4_group_of_scale_zero(make_qtensor: Make) -> None:
-    q, kernel = make_qtensor("int4-g32-asym", 64, 64), kernel_named("torch-int4")
-    if reason := kernel.unsupported(q, torch.bfloat16, CPU):
-        pytest.skip(reason)
-    q.scales[:, 0] = 0
-    x = torch.ones(65, 64, dtype=torch.bfloat16)
-    packed = kernel.pack(q, torch.bfloat16)
-    for rows in (1, 65):
-        assert relative_rms(kernel.linear(x[:rows], packed, None), q, x[:rows]) <= 2**-8
-
-
 @pytest.mark.parametrize("name", ["torch-int8", "native-int8"])
 def test_int8_rows_are_independent(make_qtensor: Make, generator: torch.Generator, name: str) -> None:
     """A row's result does not depend on how many rows come with it."""
@@ -233,40 +206,6 @@ def test_reasons_for_rejection(
     reason = kernel_named(kernel).unsupported(make_qtensor(scheme, *shape), dtype, torch.device(device))
     assert reason is not None
     assert word in reason
-
-
-def test_bitsandbytes_absent(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    q = make_qtensor("nf4", 64, 96)  # which no other kernel takes
-    selection = select(q, torch.bfloat16, CPU)
-    assert selection.kernel.name == "reference"
-    q = make_qtensor("nf4", 64, 64)
-    assert (
-        kernel_named("bnb-nf4").unsupported(q, torch.bfloat16, CPU)
-        == "bitsandbytes is not installed; pip install 'bitpress[bnb]'"
-    )
-    with pytest.raises(ValueError, match=r"kernel bnb-nf4 cannot run nf4 here: .*pip install"):
-        select(q, torch.bfloat16, CPU, "bnb-nf4")
-
-
-def test_bitsandbytes_is_not_imported_for_other_schemes(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    select(make_qtensor("int4-g32", 64, 64), torch.float32, CPU)
-    assert "bitsandbytes" not in sys.modules
-
-
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_bitsandbytes_leaves_the_qtensor_alone(make_qtensor: Make, interleaved: bool) -> None:
-    kernel, dtype = kernel_named("bnb-nf4"), torch.bfloat16 if interleaved else torch.float32
-    q = make_qtensor("nf4-dq", 64, 128)
-    if reason := kernel.unsupported(q, dtype, CPU):
-        pytest.skip(reason)
-    before = {name: tensor.clone() for name, tensor in q.tensors()}
-    packed = kernel.pack(q, dtype)
-    x = torch.ones(2, 128, dtype=dtype)
-    first = kernel.linear(x, packed, None)
-    assert torch.equal(first, kernel.linear(x, packed, None))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in q.tensors())
 
 
 def test_select_falls_back_and_says_why(make_qtensor: Make) -> None:

@@ -60,7 +60,7 @@ def test_on_the_cpu(make_qtensor: Make, scheme: str, kernel: str) -> None:
 def test_triton_without_a_gpu(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch, kernel: str, scheme: str) -> None:
     """Traced with shapes alone, as the compiler does before it runs anything."""
     named = next(each for each in registry() if each.name == kernel)
-    monkeypatch.setattr(importlib.import_module(type(named).__module__), "problem", lambda _: None)
+    monkeypatch.setattr(importlib.import_module(type(named).__module__), "unsupported_device", lambda _: None)
     if reason := named.unsupported(make_qtensor(scheme, 128, 128), torch.bfloat16, torch.device("cpu")):
         pytest.skip(reason)
     model = llama(make_qtensor, scheme, kernel, torch.bfloat16)

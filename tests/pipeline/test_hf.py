@@ -30,7 +30,12 @@ from bitpress.pipeline.models import transformers
 from bitpress.pipeline.models.loading import kernels_used
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 
-SCHEMES = {"int4-g32": "gptq", "int4-g32-asym": "compressed-tensors", "int8-dynamic": "int-quantized", "nf4-dq": "bnb"}
+SCHEMES = {
+    "int4-g32": "gptq",
+    "int4-g32-asym": "compressed-tensors",
+    "int8-dynamic": "compressed-tensors",
+    "nf4-dq": "bnb",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -229,7 +234,7 @@ def test_a_folder_may_be_saved_over_itself(artifacts: dict[str, Path], copy_of: 
 @pytest.mark.parametrize(
     "stored",
     [
-        {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "dynamic": {"+:.*": {"bits": 8}}},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "dynamic": {"+:.*": {"bits": 5}}},
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "checkpoint_format": "marlin"},
         {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}},
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
@@ -244,5 +249,5 @@ def test_what_bitpress_does_not_read_is_left_to_others(stored: dict[str, Any]) -
 def test_others_get_the_config_that_they_would_have_got() -> None:
     stored = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
     assert isinstance(auto.AutoQuantizationConfig.from_dict(stored), transformers.BitpressConfig)
-    mixed = stored | {"dynamic": {"+:.*down.*": {"bits": 8}}}
+    mixed = stored | {"dynamic": {"+:.*down.*": {"bits": 5}}}
     assert type(auto.AutoQuantizationConfig.from_dict(mixed)) is GPTQConfig

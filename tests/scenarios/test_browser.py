@@ -1,4 +1,4 @@
-"""The pages in a real browser, where there is one: the policy lets their script run, it sorts, nothing overflows."""
+"""The pages in a real browser, if one is installed: the policy lets their script run, it sorts, nothing overflows."""
 
 import html
 import json
@@ -30,19 +30,19 @@ SORTED = {  # column: ascending rows, then descending
     4: ("c b a a10", "a b c a10"),
 }
 PROBE = """<script>
-const found = {width: document.documentElement.scrollWidth, sorted: {}};
+const seen = {width: document.documentElement.scrollWidth, sorted: {}};
 const names = () => [...document.querySelectorAll("tbody tr")].map((row) => row.cells[0].textContent).join(" ");
 for (const column of [0, 2, 3, 4]) {
   const button = document.querySelectorAll("thead button")[column];
-  found.sorted[column] = [0, 1].map(() => { button.click(); return names(); });
+  seen.sorted[column] = [0, 1].map(() => { button.click(); return names(); });
 }
-parent.document.body.innerHTML = `<pre>FOUND${JSON.stringify(found)}</pre>`;
+parent.document.body.innerHTML = `<pre>FOUND${JSON.stringify(seen)}</pre>`;
 </script>"""
 
 
 @pytest.fixture
 def page() -> str:
-    """A page made of the shared base and macros, with the widest content that a run may bring."""
+    """A page built from the shared base and macros, with the widest content that a run may have."""
     environment = render.environment(autoescape=True)
     source = """{% extends "base.html.j2" %}{% import "macros.html.j2" as page %}
     {% block body %}<h1>{{ long }}</h1>{{ page.summary("t", header, rows, 1) }}{% endblock %}"""
@@ -58,11 +58,11 @@ def browse(path: Path, folder: Path) -> tuple[str, str]:
 
 def test_the_policy_lets_the_pages_own_script_run_and_no_other(page: str, tmp_path: Path):
     path = tmp_path / "page.html"
-    path.write_text(page.replace("</body>", "<script>document.title = 'foreign'</script></body>"))
+    path.write_text(page.replace("</body>", "<script>document.title = 'injected'</script></body>"))
     shown, said = browse(path, tmp_path)
     assert shown.count("<button>") == len(ROWS[0][0])
-    assert "<title>foreign" not in shown
-    assert said.count("CONSOLE") == 1  # the foreign script's refusal
+    assert "<title>injected" not in shown
+    assert said.count("CONSOLE") == 1  # the injected script's refusal
     assert "Content Security Policy" in said
 
 
@@ -72,7 +72,7 @@ def test_it_sorts_and_does_not_overflow(page: str, tmp_path: Path, width: int):
     frame = f'<body><iframe width="{width}" height="800" style="border: 0" srcdoc="{html.escape(open_page)}"></iframe>'
     (tmp_path / "frame.html").write_text(frame)
     shown, said = browse(tmp_path / "frame.html", tmp_path)
-    found = json.loads(html.unescape(re.search(r"FOUND({.*})", shown)[1]))
-    assert found["width"] <= width
-    assert {int(column): tuple(names) for column, names in found["sorted"].items()} == SORTED
+    seen = json.loads(html.unescape(re.search(r"FOUND({.*})", shown)[1]))
+    assert seen["width"] <= width
+    assert {int(column): tuple(names) for column, names in seen["sorted"].items()} == SORTED
     assert "CONSOLE" not in said

@@ -12,7 +12,7 @@ from bitpress.eval.measure.protocols import halves
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.models.modules import names_of_experts, part_experts
-from bitpress.pipeline.models.quantized import read_layout
+from bitpress.pipeline.models.quantized import read_quantized
 from bitpress.pipeline.models.structure import decoder
 from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json
 
@@ -37,7 +37,7 @@ def test_errors_by_depth(architecture: str, both: tuple[Any, Any], tmp_path: Pat
     torch.testing.assert_close(dense(input_ids=windows[0].ids.unsqueeze(0)).logits, expected)
     found = layer_errors.output_errors(dense, pressed, windows, decoder(dense))
     quantized = read_json(tmp_path / "out" / "bitpress.json")["coverage"]["layers"]
-    experts = names_of_experts(read_layout(Checkpoint(tmp_path / "out")))
+    experts = names_of_experts(read_quantized(Checkpoint(tmp_path / "out")))
     assert (architecture in SPARSE) == bool(experts)
     assert {experts.get(x["name"], x["name"]) for x in found["layers"]} == {layer["name"] for layer in quantized}
     for layer in found["layers"]:

@@ -144,14 +144,14 @@ class TestKilled:
     def test_what_was_committed_is_not_made_again(self, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
         broken_after(source, out, 2)
         made: list[str] = []
-        original = stage.press
-        monkeypatch.setattr(stage, "press", lambda *a: made.append(a[2].name) or original(*a))
+        original = stage.quantize_unit
+        monkeypatch.setattr(stage, "quantize_unit", lambda *a: made.append(a[2].name) or original(*a))
         quantize(source, SCHEME, out)
         assert made == ["block 1"]
 
 
-class TestKilledWhileLearning:
-    """Each block is pressed from the outputs of the quantized ones before it, which lie on the disk."""
+class TestKilledWhileCalibrating:
+    """Each block is quantized from the outputs of the quantized ones before it, which lie on the disk."""
 
     def test_at_every_write_sync_and_rename(
         self,
@@ -162,14 +162,15 @@ class TestKilledWhileLearning:
         monkeypatch: pytest.MonkeyPatch,
         die_at: DieAt,
     ):
-        quick = {"skip": ["*.[kvo]_proj", "*.up_proj", "*.gate_proj"], "algorithm": {"rounds": 1, "passes": 0}}
+        kept = dict.fromkeys(["*.[kvo]_proj", "*.up_proj", "*.gate_proj"], "none")
+        quick = {"layers": kept, "allow_split_fused": True, "options": {"rounds": 1, "passes": 0}}
         learn(tiny_llama, tmp_path / "unbroken", **quick)
         expected = digests(tmp_path / "unbroken") | digests(tmp_path / "unbroken.partial")
-        assert "witness.safetensors" in expected
+        assert "reference_logits.safetensors" in expected
         made: list[str] = []
         counts = set()
-        original = CalibratedBlocks.press
-        monkeypatch.setattr(CalibratedBlocks, "press", lambda *a: made.append(a[1].name) or original(*a))
+        original = CalibratedBlocks.quantize_block
+        monkeypatch.setattr(CalibratedBlocks, "quantize_block", lambda *a: made.append(a[1].name) or original(*a))
 
         def job() -> None:
             die_at(call)

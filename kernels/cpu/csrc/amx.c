@@ -80,8 +80,8 @@ AMX static void begin(const Weight *w, int64_t count) {
 
 AMX static void end(void) { _tile_release(); }
 
-/* out[rows][2][16] (+)= sums[rows][2][16] * input scales * weight scales. Of 8-bit weights, whose zero points are still
- * there, zero * sum(x codes) is taken off first. */
+/* out[rows][2][16] (+)= sums[rows][2][16] * input scales * weight scales. 8-bit weights still have their
+ * zero points in them: zero * sum(x codes) is taken off first. */
 AMX static void fold(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, int64_t s, int more,
                      const int32_t *sums, float *out) {
     const int64_t groups = w->padded / w->group, first = (row / PAIR * in->steps + s) * PAIR;

@@ -29,7 +29,7 @@ AVX2_INLINE __m256 group_zeros(const Weight *w, int64_t index, int half) {
         _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(w->zeros + index * BLOCK + half * 8))));
 }
 
-/* Sums of pairs of products in int16. Of codes 0..15 they are at most 2 * 15 * 127, so that two fit together; signed
+/* Sums of pairs of products in int16. With codes 0..15 they are at most 2 * 15 * 127, so that two fit together; signed
  * codes are multiplied as |w| * (x with w's sign), at most 2 * 128 * 127 = 32512. */
 AVX2_INLINE __m256i products(__m256i codes, __m256i x, const Code kind) {
     if (kind == INT4) return _mm256_maddubs_epi16(codes, x);

@@ -1,4 +1,4 @@
-"""bitpress's own part in a comparison with other programs: bench/programs.py has the request's keys.
+"""bitpress's own part in a comparison with other programs. bench/programs.py lists the request's keys.
 
 Options: "method".
 """
@@ -26,15 +26,15 @@ def main() -> None:
     recipe = Recipe.make({"scheme": request["scheme"], "method": request["options"]["method"]})
     if recipe.calibrated:
         ids = load_file(request["tokens"])["ids"]
-        device = str(pick_device("auto"))  # the peers, too, take a GPU where there is one
+        device = str(pick_device("auto"))  # as the other programs, which take a GPU where there is one
         recipe = replace(recipe, calibration=Calibration("bench", ids, None), device=device)
     out = Path(request["output"])
     work = out.with_name(f"{out.name}.partial")
     files.make_folder(work)
     quantize(Checkpoint(Path(request["model"])), {"id": "bench", "revision": None}, recipe, out, work)
     seconds = time.perf_counter() - start
-    known = {name: version for name, version in versions().items() if name in ("bitpress", "torch", "transformers")}
-    files.write_json(Path(request["answer"]), {"seconds": seconds, "versions": known})
+    used = {name: version for name, version in versions().items() if name in ("bitpress", "torch", "transformers")}
+    files.write_json(Path(request["answer"]), {"seconds": seconds, "versions": used})
 
 
 if __name__ == "__main__":

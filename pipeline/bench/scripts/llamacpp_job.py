@@ -1,4 +1,4 @@
-"""llama.cpp's part in the kernel benchmark: run by the Python that has llama-cpp-python, asked line by line.
+"""llama.cpp's part in the kernel benchmark. The Python that has llama-cpp-python runs it; requests come line by line.
 
 A process of its own, because its OpenMP threads and PyTorch's would wait for each other's cores in a busy loop. A
 request is a line of JSON on standard input, its answer one on standard output; the end of the input ends the process.
@@ -18,6 +18,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 _TYPES = {"f32": 0, "q4_0": 2, "q8_0": 8, "iq4_nl": 20}  # ggml.h, enum ggml_type
 _TILE = 64  # output features of random weights; they are repeated, for quantizing to iq4_nl takes long
@@ -103,8 +105,6 @@ class Weight:
 
     def _tile(self) -> Any:
         """Sets self.codes, all of the weight's bytes; returns the tile's values after quantization, float32."""
-        import numpy
-
         tile = numpy.random.default_rng(0).standard_normal((_TILE, self.in_features), dtype=numpy.float32)
         row = self.base.ggml_row_size(self.type, self.in_features)
         codes = ctypes.create_string_buffer(_TILE * row)
@@ -122,8 +122,8 @@ class Weight:
         address = self.base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
         kinds: list[int] = []
         if address:
-            found = ctypes.CFUNCTYPE(ctypes.POINTER(_P), _P)(address)(self.device)
-            while found and (kind := found[len(kinds)]):
+            listed = ctypes.CFUNCTYPE(ctypes.POINTER(_P), _P)(address)(self.device)
+            while listed and (kind := listed[len(kinds)]):
                 kinds.append(kind)
         return [*kinds, self.base.ggml_backend_cpu_buffer_type()]
 
@@ -151,8 +151,6 @@ class Weight:
 
     def _activations(self, rows: int) -> tuple[int, Any]:
         """ggml's buffer that holds x, and y behind it; and x as NumPy has it, float32 [rows, in]."""
-        import numpy
-
         if rows not in self.held:
             x = numpy.random.default_rng(1).standard_normal((rows, self.in_features), dtype=numpy.float32)
             size = self._y_at(rows) + rows * self.out_features * x.itemsize
@@ -199,20 +197,18 @@ class Weight:
 
     def error(self, rows: int) -> float:
         """Relative RMS of a product's difference from that of the dequantized weight in float32."""
-        import numpy
-
         self._compute(rows, 1)
         buffer, x = self._activations(rows)
-        found = numpy.empty((rows, self.out_features), dtype=numpy.float32)
+        product = numpy.empty((rows, self.out_features), dtype=numpy.float32)
         ctypes.memmove(
-            found.ctypes.data, self.base.ggml_backend_buffer_get_base(buffer) + self._y_at(rows), found.nbytes
+            product.ctypes.data, self.base.ggml_backend_buffer_get_base(buffer) + self._y_at(rows), product.nbytes
         )
         tiles = -(-self.out_features // _TILE)
         expected = numpy.tile(x @ self.tile.T, tiles)[:, : self.out_features]
-        return float(numpy.linalg.norm(found - expected) / numpy.linalg.norm(expected))
+        return float(numpy.linalg.norm(product - expected) / numpy.linalg.norm(expected))
 
     def seconds(self, rows: int, calls: int) -> float:
-        """Of one product, from a graph of `calls`; a product before it wakes the threads."""
+        """Seconds of one product, from a graph of `calls`; a product before it wakes the threads."""
         self._compute(rows, 1)
         return self._compute(rows, calls) / calls
 

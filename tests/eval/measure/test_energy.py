@@ -1,4 +1,4 @@
-"""Energy counters: a made-up powercap folder and a made-up NVML; absent without a fuss."""
+"""Energy counters: a simulated powercap folder and a simulated NVML; without counters there is no meter."""
 
 import sys
 from types import SimpleNamespace

@@ -140,10 +140,10 @@ def test_a_prompts_cache(tiny_llama):
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     config = model.config
-    found, peak = memory.prefill(model, torch.arange(40))
+    costs, peak = memory.prefill(model, torch.arange(40))
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
-    assert (found["prompt"], found["kv_cache_bytes_per_token"]) == (40, per_token)
-    assert found["activation_peak_bytes"] is None or found["activation_peak_bytes"] >= 0
+    assert (costs["prompt"], costs["kv_cache_bytes_per_token"]) == (40, per_token)
+    assert costs["activation_peak_bytes"] is None or costs["activation_peak_bytes"] >= 0
     assert peak.rss > MEBIBYTE
 
 
@@ -152,18 +152,18 @@ def test_a_model_that_keeps_no_cache():
         def forward(self, input_ids):
             raise AssertionError("not called")
 
-    found, _ = memory.prefill(Stateful(), torch.arange(4))
-    assert found == {"prompt": 4, "kv_cache_bytes_per_token": None, "activation_peak_bytes": None}
+    costs, _ = memory.prefill(Stateful(), torch.arange(4))
+    assert costs == {"prompt": 4, "kv_cache_bytes_per_token": None, "activation_peak_bytes": None}
 
 
 def test_what_fits_on_which_card():
     """An 8B model of 4 bits, 5.7 GB, its cache 128 KiB a token, activations 32 KiB a token."""
     gib, weights = 1 << 30, 5_700_000_000
-    found = {entry["card_gib"]: entry["context"] for entry in memory.fitting(weights, 131072, 32768, 131072)}
-    assert list(found) == [8, 12, 16, 24, 48, 80]
-    assert found[8] == (7 * gib - weights) // 163840 == 11085
-    assert found[24] == (23 * gib - weights) // 163840
-    assert found[48] == found[80] == 131072  # what the model can hold
+    contexts = {entry["card_gib"]: entry["context"] for entry in memory.fitting(weights, 131072, 32768, 131072)}
+    assert list(contexts) == [8, 12, 16, 24, 48, 80]
+    assert contexts[8] == (7 * gib - weights) // 163840 == 11085
+    assert contexts[24] == (23 * gib - weights) // 163840
+    assert contexts[48] == contexts[80] == 131072  # what the model can hold
     assert memory.fitting(weights, 131072, None, None)[0]["context"] == (7 * gib - weights) // 131072
     assert memory.fitting(8 * gib, 131072, 0, 4096)[0]["context"] == 0
     assert memory.fitting(weights, None, None, 4096)[0]["context"] is None

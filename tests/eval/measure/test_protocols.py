@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitpress.eval.measure import protocols, scores
-from bitpress.eval.measure.protocols import halves, make_plan, rolling, sliding
+from bitpress.eval.measure.protocols import evaluation_windows, halves, rolling, sliding
 from bitpress.eval.measure.statistics import summarize
 
 PAGES = [
@@ -66,7 +66,7 @@ def test_gptq(model, tokenizer, context):
         window = ids[begin : begin + context]
         total += losses(model, window, window).sum().item()
         count += context - 1
-    plan = make_plan("gptq", PAGES, tokenizer, context, 1, None)
+    plan = evaluation_windows("gptq", PAGES, tokenizer, context, 1, None)
     assert (plan.name, plan.tokens, plan.units, plan.unit) == (f"gptq-{context}", count, count, "token")
     assert measured(model, plan) == pytest.approx(math.exp(total / count), rel=CLOSE)
 
@@ -80,13 +80,13 @@ def test_sliding(model, tokenizer, context, stride):
         end = min(begin + context, len(ids))
         window = ids[begin:end]
         labels = [-100] * (len(window) - (end - previous)) + window[len(window) - (end - previous) :]
-        found = losses(model, window, labels)
-        total += found.sum().item()
-        count += int(found.ne(0).sum())
+        nll = losses(model, window, labels)
+        total += nll.sum().item()
+        count += int(nll.ne(0).sum())
         previous = end
         if end == len(ids):
             break
-    plan = make_plan("sliding", [TEXT[:150]], tokenizer, context, stride, None)
+    plan = evaluation_windows("sliding", [TEXT[:150]], tokenizer, context, stride, None)
     assert (plan.name, plan.tokens) == (f"sliding-{context}/{stride}", count)
     # each token once, but the first of the text, or of each window where they do not overlap
     assert count == len(ids) - (1 if stride < context else -(-len(ids) // context))
@@ -104,10 +104,10 @@ def test_llama_cpp(model, tokenizer, context, begins):
         window = ids[chunk * context : (chunk + 1) * context]
         if begins:
             window[0] = 7
-        found = losses(model, window, window)[context // 2 :]
-        total += found.sum().item()
-        count += len(found)
-    plan = make_plan("llama.cpp", PAGES, chosen, context, 1, None)
+        nll = losses(model, window, window)[context // 2 :]
+        total += nll.sum().item()
+        count += len(nll)
+    plan = evaluation_windows("llama.cpp", PAGES, chosen, context, 1, None)
     assert (plan.name, plan.tokens) == (f"llama.cpp-{context}", count)
     assert count == len(ids) // context * (context - context // 2 - 1)
     assert measured(model, plan) == pytest.approx(math.exp(total / count), rel=CLOSE)
@@ -115,7 +115,7 @@ def test_llama_cpp(model, tokenizer, context, begins):
 
 def test_llama_cpp_reads_a_data_set_of_lines_as_the_file_that_it_was(tokenizer):
     lines = ["one\n", "", "two\n", "three"]
-    plan = make_plan("llama.cpp", lines, tokenizer, 4, 1, None)
+    plan = evaluation_windows("llama.cpp", lines, tokenizer, 4, 1, None)
     assert tokenizer.decode(torch.cat([window.ids for window in plan.windows])) == "one\n\ntwo\nthree\n"[:12]
 
 
@@ -134,7 +134,7 @@ def test_word(model, tokenizer, context):
                     log_p = model(torch.tensor([seen])).logits[0, -1].double().log_softmax(-1)
                 total -= log_p[ids[position]].item()
         words += len(re.split(r"\s+", page))
-    plan = make_plan("word", PAGES, tokenizer, context, 1, None)
+    plan = evaluation_windows("word", PAGES, tokenizer, context, 1, None)
     assert (plan.name, plan.units, plan.unit) == (f"word-{context}", words, "word")
     assert max(window.ids.numel() for window in plan.windows) <= context
     # forwards of other lengths sum in another order
@@ -148,10 +148,12 @@ def test_word_is_lm_evals_own(model, tokenizer, context):
     task = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext")
     theirs = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=context)
     requests = [SimpleNamespace(args=(task.wikitext_detokenizer({"page": page}),)) for page in PAGES]
-    found = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
-    results = [task.process_results({"page": page}, (value,))["word_perplexity"] for page, value in zip(PAGES, found)]
+    values = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
+    results = [task.process_results({"page": page}, (value,))["word_perplexity"] for page, value in zip(PAGES, values)]
     expected = math.exp(-sum(value for value, _ in results) / sum(words for _, words in results))
-    assert measured(model, make_plan("word", [TEXT], tokenizer, context, 1, None)) == pytest.approx(expected, rel=1e-5)
+    assert measured(model, evaluation_windows("word", [TEXT], tokenizer, context, 1, None)) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_pages_are_parted_at_titles_and_not_at_sections():
@@ -170,7 +172,7 @@ def test_what_is_undone_of_wikitexts_tokenization():
 
 
 def test_words_take_a_limit_of_pages(tokenizer):
-    one, both = (make_plan("word", PAGES, tokenizer, 64, 1, limit) for limit in (1, None))
+    one, both = (evaluation_windows("word", PAGES, tokenizer, 64, 1, limit) for limit in (1, None))
     assert one.units == len(re.split(r"\s+", PAGES[0]))
     assert both.windows[: len(one.windows)][0].targets.equal(one.windows[0].targets)
     assert len(both.windows) > len(one.windows)
@@ -191,7 +193,7 @@ def test_windows_stop_at_the_limit_and_drop_the_tail():
 
 
 def test_a_limit_of_windows(tokenizer):
-    plan = make_plan("gptq", [TEXT], tokenizer, 8, 1, 3)
+    plan = evaluation_windows("gptq", [TEXT], tokenizer, 8, 1, 3)
     assert (len(plan.windows), plan.tokens, plan.units) == (3, 21, 21)
     assert plan.highest == max(tokenizer(TEXT[:24])["input_ids"])
 
@@ -208,9 +210,9 @@ def test_a_limit_of_windows(tokenizer):
 )
 def test_too_short_a_text(tokenizer, protocol, text, context, said):
     with pytest.raises(ValueError, match=said):
-        make_plan(protocol, [text], tokenizer, context, 1, None)
+        evaluation_windows(protocol, [text], tokenizer, context, 1, None)
 
 
 def test_words_need_a_token_to_begin_with():
     with pytest.raises(ValueError, match="no token to begin a page with"):
-        make_plan("word", PAGES, SimpleNamespace(bos_token_id=None, eos_token_id=None), 8, 1, None)
+        evaluation_windows("word", PAGES, SimpleNamespace(bos_token_id=None, eos_token_id=None), 8, 1, None)

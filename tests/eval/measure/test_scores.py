@@ -89,26 +89,26 @@ def test_perplexity_is_the_papers(small_vocabulary):
             loss = loss_of(shifted.view(-1, shifted.size(-1)), batch[:, 1:].view(-1))
             losses.append(loss.float() * length)
     expected = torch.exp(torch.stack(losses).sum() / (count * length)).item()
-    found = score(model, halves(ids, length, 0))
-    assert found.perplexity == pytest.approx(expected, rel=1e-6)
-    assert found.windows["tokens"] == 6 * [31]
-    assert not hasattr(found, "kl_mean")
+    result = score(model, halves(ids, length, 0))
+    assert result.perplexity == pytest.approx(expected, rel=1e-6)
+    assert result.windows["tokens"] == 6 * [31]
+    assert not hasattr(result, "kl_mean")
 
 
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(data):
-    found = score(Toy(torch.zeros(VOCABULARY, VOCABULARY)), data)
-    assert found.perplexity == pytest.approx(VOCABULARY, rel=1e-6)
+    result = score(Toy(torch.zeros(VOCABULARY, VOCABULARY)), data)
+    assert result.perplexity == pytest.approx(VOCABULARY, rel=1e-6)
 
 
 def test_compare_against_float64_by_hand(data):
     base, model = toy(0), toy(1)
     perplexity, mean, largest, same = by_hand(base, model, data)
-    found = compare(base, model, data)
-    assert found.perplexity == pytest.approx(perplexity, rel=1e-5)
-    assert found.baseline_perplexity == pytest.approx(by_hand(model, base, data)[0], rel=1e-5)
-    assert found.kl_mean == pytest.approx(mean, rel=1e-5)
-    assert found.kl_max == pytest.approx(largest, rel=1e-5)
-    assert found.top1_agreement == same
+    result = compare(base, model, data)
+    assert result.perplexity == pytest.approx(perplexity, rel=1e-5)
+    assert result.baseline_perplexity == pytest.approx(by_hand(model, base, data)[0], rel=1e-5)
+    assert result.kl_mean == pytest.approx(mean, rel=1e-5)
+    assert result.kl_max == pytest.approx(largest, rel=1e-5)
+    assert result.top1_agreement == same
 
 
 def test_compare_against_torch_distributions(data):
@@ -118,9 +118,9 @@ def test_compare_against_torch_distributions(data):
     ids = torch.stack([window.ids for window in data])
     p, q = (Categorical(logits=m.table[ids[:, :-1]].double()) for m in (base, model))
     expected = kl_divergence(p, q)
-    found = compare(base, model, data)
-    assert found.kl_mean == pytest.approx(expected.mean().item(), rel=1e-5)
-    assert found.kl_max == pytest.approx(expected.max().item(), rel=1e-5)
+    result = compare(base, model, data)
+    assert result.kl_mean == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert result.kl_max == pytest.approx(expected.max().item(), rel=1e-5)
 
 
 def test_the_baseline_comes_first(data):
@@ -135,26 +135,26 @@ def test_a_known_divergence():
     """p = (3/4, 1/4) against q = (1/2, 1/2): 3/4 ln 3/2 + 1/4 ln 1/2."""
     p = Toy(torch.tensor([0.75, 0.25]).log().repeat(2, 1))
     q = Toy(torch.zeros(2, 2))
-    found = compare(p, q, halves(torch.tensor([0, 1, 0, 0]), 4, 0))
+    result = compare(p, q, halves(torch.tensor([0, 1, 0, 0]), 4, 0))
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert found.kl_mean == pytest.approx(expected, rel=1e-6)
-    assert found.kl_max == pytest.approx(expected, rel=1e-6)
-    assert found.top1_agreement == 1  # of equals the first counts, and that is p's first too
+    assert result.kl_mean == pytest.approx(expected, rel=1e-6)
+    assert result.kl_max == pytest.approx(expected, rel=1e-6)
+    assert result.top1_agreement == 1  # of two equal ones the first counts, which is p's first too
 
 
 def test_a_model_against_itself(small_vocabulary):
     model, ids = small_vocabulary
     data = halves(ids, 32, 0)
-    found = compare(model, model, data)
-    assert (found.kl_mean, found.kl_max, found.top1_agreement) == (0.0, 0.0, 1.0)
-    assert found.perplexity == found.baseline_perplexity == score(model, data).perplexity
+    result = compare(model, model, data)
+    assert (result.kl_mean, result.kl_max, result.top1_agreement) == (0.0, 0.0, 1.0)
+    assert result.perplexity == result.baseline_perplexity == score(model, data).perplexity
 
 
 def test_compare_scores_as_score_does(data):
     base, model = toy(4), toy(5)
-    found = compare(base, model, data)
-    assert found.perplexity == score(model, data).perplexity
-    assert found.baseline_perplexity == score(base, data).perplexity
+    result = compare(base, model, data)
+    assert result.perplexity == score(model, data).perplexity
+    assert result.baseline_perplexity == score(base, data).perplexity
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, CONTEXT - 1, CONTEXT])
@@ -175,9 +175,9 @@ def test_half_precision_is_widened(data):
     """A softmax in bfloat16 has three digits; the figures of bfloat16 logits must be those of float32 arithmetic."""
     base, model = (Toy(toy(seed).table.bfloat16()) for seed in (0, 1))
     perplexity, mean, _, _ = by_hand(base, model, data)
-    found = compare(base, model, data)
-    assert found.perplexity == pytest.approx(perplexity, rel=1e-5)
-    assert found.kl_mean == pytest.approx(mean, rel=1e-5)
+    result = compare(base, model, data)
+    assert result.perplexity == pytest.approx(perplexity, rel=1e-5)
+    assert result.kl_mean == pytest.approx(mean, rel=1e-5)
 
 
 def test_tokens_ruled_out_by_both_add_nothing(data):
@@ -186,9 +186,9 @@ def test_tokens_ruled_out_by_both_add_nothing(data):
     shown = by_hand(base, model, data)
     for table in (base, model):
         table.table = torch.cat([table.table, torch.full((VOCABULARY, 3), -math.inf)], -1)
-    found = compare(base, model, data)
-    assert found.kl_mean == pytest.approx(shown[1], rel=1e-5)
-    assert found.kl_max == pytest.approx(shown[2], rel=1e-5)
+    result = compare(base, model, data)
+    assert result.kl_mean == pytest.approx(shown[1], rel=1e-5)
+    assert result.kl_max == pytest.approx(shown[2], rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -204,7 +204,7 @@ def test_nan_stops(data, value):
 
 
 def test_a_perplexity_beyond_float_stays_finite(data):
-    """Of a model that rules out what comes: exp would overflow."""
+    """A model that rules out the next token: exp would overflow."""
     table = torch.zeros(VOCABULARY, VOCABULARY)
     table[:, data[0].ids[1]] = -1e6
     assert math.isfinite(score(Toy(table), data).perplexity)
@@ -256,9 +256,9 @@ def test_what_is_finished_is_not_computed_again_and_the_rest_is_the_same_to_the_
     with contextlib.suppress(Broken):
         both(toy(0), Dying(toy(1).table))[measure](data, finished, finished.__setitem__)
     assert len(finished) == min(after, 5)
-    found = both(toy(0), toy(1))[measure](data, finished, lambda number, scores: seen.append(number))
+    scores = both(toy(0), toy(1))[measure](data, finished, lambda number, scores: seen.append(number))
     assert seen == list(range(after, 5))
-    for one, other in zip(found, whole, strict=True):
+    for one, other in zip(scores, whole, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -267,7 +267,7 @@ def test_only_the_targets_are_scored(data):
     """The logits at first, first + 1, … against the targets, whatever else the window holds."""
     model = toy()
     ids = data[0].ids
-    [found] = quality.score(model, [Window(ids, torch.tensor([3, 4]), 2)])
+    [scores] = quality.score(model, [Window(ids, torch.tensor([3, 4]), 2)])
     log_p = model.table.double().log_softmax(-1)
     expected = [-log_p[ids[2], 3].item(), -log_p[ids[3], 4].item()]
-    assert found["nll"].tolist() == pytest.approx(expected, rel=1e-5)
+    assert scores["nll"].tolist() == pytest.approx(expected, rel=1e-5)

@@ -79,9 +79,9 @@ def test_fit_always_leaves_both(prompt, generate):
 
 
 def test_what_the_model_is_fed(clock):
-    model, found = run(clock, [1.0] * 4)
+    model, measured = run(clock, [1.0] * 4)
     assert len(model.calls) == 4 * (1 + 3)  # a warm-up and three repeats, each a prefill and three steps
-    assert (found["batch"], found["prompt"], found["generate"], found["repeats"]) == (2, 4, 3, 3)
+    assert (measured["batch"], measured["prompt"], measured["generate"], measured["repeats"]) == (2, 4, 3, 3)
     for start in range(0, len(model.calls), 4):
         prompt, length, kept = model.calls[start]
         assert prompt.tolist() == [[0, 1, 2, 3], [4, 0, 1, 0]]  # the text's tokens, wrapped round after seven
@@ -97,10 +97,10 @@ def test_the_warm_up_is_not_counted(clock):
 
 
 def test_rates_and_spread(clock):
-    _, found = run(clock, [9.0, 1.0, 4.0, 2.0])
-    assert found["prefill"] == pytest.approx({"median": 4.0, "min": 2.0, "max": 8.0})  # 2 x 4 tokens
+    _, measured = run(clock, [9.0, 1.0, 4.0, 2.0])
+    assert measured["prefill"] == pytest.approx({"median": 4.0, "min": 2.0, "max": 8.0})  # 2 x 4 tokens
     decode = {"median": 6 / 0.6, "min": 6 / 1.2, "max": 6 / 0.3}  # 2 x 3 tokens in 3 steps of a tenth
-    assert found["decode"] == pytest.approx(decode)
+    assert measured["decode"] == pytest.approx(decode)
 
 
 def test_one_repeat_is_its_own_spread():
@@ -130,22 +130,22 @@ class Counter:
 
 
 def test_time_to_the_first_token_and_energy(clock):
-    _, found = run(clock, [9.0, 1.0, 4.0, 2.0], meter=Counter(clock))
-    assert found["first_token_seconds"] == pytest.approx({"median": 2.0, "min": 1.0, "max": 4.0})
+    _, measured = run(clock, [9.0, 1.0, 4.0, 2.0], meter=Counter(clock))
+    assert measured["first_token_seconds"] == pytest.approx({"median": 2.0, "min": 1.0, "max": 4.0})
     # of the three repeats: 7 seconds for 3 x 8 tokens, 3 steps of a tenth of that for 3 x 6
     expected = {"prefill": 5 * 7 / 24, "decode": 5 * 3 * 0.7 / 18}
-    assert found["joules_per_token"] == pytest.approx(expected)
+    assert measured["joules_per_token"] == pytest.approx(expected)
     assert run(clock, [1.0] * 4)[1]["joules_per_token"] is None
 
 
 def test_what_decode_moves():
     """Each step reads the weights once and each sequence's cache; a batch of two shares the weights."""
-    found = {"batch": 2, "prompt": 100, "generate": 20, "decode": {"median": 60.0}}
-    moved = speed.traffic(found, 1000, 3.0, 1e6)
+    measured = {"batch": 2, "prompt": 100, "generate": 20, "decode": {"median": 60.0}}
+    moved = speed.traffic(measured, 1000, 3.0, 1e6)
     steps = 60.0 / 2
     assert moved["bytes_per_second"] == pytest.approx(steps * (1000 + 2 * 3.0 * (100 + 10)))
     assert moved["bandwidth_share"] == pytest.approx(moved["bytes_per_second"] / 1e6)
-    assert speed.traffic(found, None, 3.0, 1e6) == {"bytes_per_second": None, "bandwidth_share": None}
+    assert speed.traffic(measured, None, 3.0, 1e6) == {"bytes_per_second": None, "bandwidth_share": None}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -171,6 +171,6 @@ def test_a_real_model(tiny_llama):
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     ids = torch.arange(50) % model.config.vocab_size
-    found = speed.measure(model, ids, speed.Load(2, 16, 4, 2), None)
+    measured = speed.measure(model, ids, speed.Load(2, 16, 4, 2), None)
     for phase in ("prefill", "decode"):
-        assert 0 < found[phase]["min"] <= found[phase]["median"] <= found[phase]["max"]
+        assert 0 < measured[phase]["min"] <= measured[phase]["median"] <= measured[phase]["max"]

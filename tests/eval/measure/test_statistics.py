@@ -18,8 +18,8 @@ def draws(windows, tokens, seed, shared=1.0):
 
 def test_a_mean_and_its_error_by_hand():
     """Windows of two tokens and of one: 1, 2 and 6; mean 3, residuals 3 - 6 and 6 - 3."""
-    found = mean_and_error([torch.tensor([1.0, 2.0]), torch.tensor([6.0])])
-    assert found == pytest.approx((3.0, math.sqrt(2 / 1 * ((3 - 6) ** 2 + (6 - 3) ** 2)) / 3))
+    result = mean_and_error([torch.tensor([1.0, 2.0]), torch.tensor([6.0])])
+    assert result == pytest.approx((3.0, math.sqrt(2 / 1 * ((3 - 6) ** 2 + (6 - 3) ** 2)) / 3))
 
 
 def test_one_window_tells_no_error():
@@ -34,14 +34,14 @@ def test_equal_windows_give_the_textbooks_error_of_a_mean():
 
 
 def test_errors_are_those_of_repeated_measurements():
-    """The error that is told from one text against the spread of the means of 400 texts."""
+    """The error that is estimated from one text against the spread of the means of 400 texts."""
     repeats = [mean_and_error(draws(50, 20, seed)) for seed in range(400)]
     spread = torch.tensor([mean for mean, _ in repeats]).std().item()
-    told = torch.tensor([error for _, error in repeats]).mean().item()
+    estimate = torch.tensor([error for _, error in repeats]).mean().item()
     # a standard deviation of 400 is known to 1 / sqrt(800), 3.5%; three of these
-    assert told == pytest.approx(spread, rel=0.11)
+    assert estimate == pytest.approx(spread, rel=0.11)
     by_token = torch.cat(draws(50, 20, 0)).std().item() / math.sqrt(50 * 20)
-    assert told > 2 * by_token, "tokens that are taken for independent would tell too small an error"
+    assert estimate > 2 * by_token, "tokens that are taken for independent would give too small an error"
 
 
 @pytest.mark.parametrize("times", [4, 16])
@@ -69,7 +69,7 @@ def compared(windows, seed=0, noise=0.05, shift=0.01):
 
 
 def test_figures_by_hand():
-    found = summarize(
+    figures = summarize(
         [
             {
                 "baseline_nll": torch.tensor([1.0, 2.0, 0.5]),
@@ -86,48 +86,50 @@ def test_figures_by_hand():
         ],
         4,
     )
-    assert found["perplexity"] == pytest.approx(math.exp(6.5 / 4))
-    assert found["baseline_perplexity"] == pytest.approx(math.exp(6.5 / 4))
-    assert found["perplexity_ratio"] == pytest.approx(1.0)
-    assert found["kl_mean"] == pytest.approx(0.3)
-    assert found["kl_median"] == pytest.approx(0.2)
-    assert found["kl_p99"] == pytest.approx(0.3 + 0.97 * 0.5)  # between the third and fourth of four
-    assert found["kl_max"] == pytest.approx(0.8)
-    assert found["top1_agreement"] == 0.75
+    assert figures["perplexity"] == pytest.approx(math.exp(6.5 / 4))
+    assert figures["baseline_perplexity"] == pytest.approx(math.exp(6.5 / 4))
+    assert figures["perplexity_ratio"] == pytest.approx(1.0)
+    assert figures["kl_mean"] == pytest.approx(0.3)
+    assert figures["kl_median"] == pytest.approx(0.2)
+    assert figures["kl_p99"] == pytest.approx(0.3 + 0.97 * 0.5)  # between the third and fourth of four
+    assert figures["kl_max"] == pytest.approx(0.8)
+    assert figures["top1_agreement"] == 0.75
     changes = [math.exp(-1.5) - math.exp(-1), 0, 0, math.exp(-2.5) - math.exp(-3)]
-    assert found["rms_dp"] == pytest.approx(math.sqrt(sum(change**2 for change in changes) / 4))
-    assert (found["kl_mean_bound"], found["kl_token_bound"]) == (0, 0)
-    assert found["windows"]["tokens"] == [3, 1]
-    assert found["windows"]["nll"] == pytest.approx([4.0, 2.5])
-    assert found["windows"]["baseline_nll"] == pytest.approx([3.5, 3.0])
-    assert found["windows"]["kl"] == pytest.approx([0.9, 0.3])
+    assert figures["rms_dp"] == pytest.approx(math.sqrt(sum(change**2 for change in changes) / 4))
+    assert (figures["kl_mean_bound"], figures["kl_token_bound"]) == (0, 0)
+    assert figures["windows"]["tokens"] == [3, 1]
+    assert figures["windows"]["nll"] == pytest.approx([4.0, 2.5])
+    assert figures["windows"]["baseline_nll"] == pytest.approx([3.5, 3.0])
+    assert figures["windows"]["kl"] == pytest.approx([0.9, 0.3])
 
 
 def test_a_ratio_of_perplexities_is_known_far_better_than_either():
-    found = summarize(compared(60), 60 * 30)
-    assert found["perplexity_ratio"] == pytest.approx(found["perplexity"] / found["baseline_perplexity"], rel=1e-9)
-    assert found["perplexity_ratio"] == pytest.approx(math.exp(0.01), rel=0.01)
-    own = found["perplexity_se"] / found["perplexity"]
-    assert found["perplexity_ratio_se"] < 0.05 * own
+    figures = summarize(compared(60), 60 * 30)
+    assert figures["perplexity_ratio"] == pytest.approx(
+        figures["perplexity"] / figures["baseline_perplexity"], rel=1e-9
+    )
+    assert figures["perplexity_ratio"] == pytest.approx(math.exp(0.01), rel=0.01)
+    own = figures["perplexity_se"] / figures["perplexity"]
+    assert figures["perplexity_ratio_se"] < 0.05 * own
 
 
 def test_paired_errors_shrink_as_the_root_of_the_text_and_are_those_of_repeats():
     few = [summarize(compared(25, seed), 25 * 30) for seed in range(200)]
     many = [summarize(compared(100, seed), 100 * 30) for seed in range(50)]
     for name in ("perplexity_ratio", "kl_mean", "top1_agreement", "rms_dp"):
-        told, told_of_many = (
-            torch.tensor([found[f"{name}_se"] for found in runs]).mean().item() for runs in (few, many)
+        error_of_few, error_of_many = (
+            torch.tensor([figures[f"{name}_se"] for figures in runs]).mean().item() for runs in (few, many)
         )
-        assert told / told_of_many == pytest.approx(2.0, rel=0.1), name  # 200 errors of 15% each, and 50 of 7%
-        spread = torch.tensor([found[name] for found in few], dtype=torch.float64).std().item()
-        assert told == pytest.approx(spread, rel=0.2), name  # a standard deviation of 200 is known to 5%
+        assert error_of_few / error_of_many == pytest.approx(2.0, rel=0.1), name  # 200 errors of 15% each, and 50 of 7%
+        spread = torch.tensor([figures[name] for figures in few], dtype=torch.float64).std().item()
+        assert error_of_few == pytest.approx(spread, rel=0.2), name  # a standard deviation of 200 is known to 5%
 
 
 def test_a_model_beside_itself_changes_nothing():
     scores = [{**window, "nll": window["baseline_nll"]} for window in compared(3)]
-    found = summarize([{**window, "kl": torch.zeros(30)} for window in scores], 90)
-    assert (found["perplexity_ratio"], found["perplexity_ratio_se"]) == (1.0, 0.0)
-    assert (found["rms_dp"], found["rms_dp_se"], found["kl_mean"], found["kl_mean_se"]) == (0, 0, 0, 0)
+    figures = summarize([{**window, "kl": torch.zeros(30)} for window in scores], 90)
+    assert (figures["perplexity_ratio"], figures["perplexity_ratio_se"]) == (1.0, 0.0)
+    assert (figures["rms_dp"], figures["rms_dp_se"], figures["kl_mean"], figures["kl_mean_se"]) == (0, 0, 0, 0)
 
 
 def test_words():
@@ -136,7 +138,7 @@ def test_words():
     tokens, words = summarize(scores, 300), summarize(scores, 100)
     assert math.log(words["perplexity"]) == pytest.approx(3 * math.log(tokens["perplexity"]))
     assert math.log(words["perplexity_ratio"]) == pytest.approx(3 * math.log(tokens["perplexity_ratio"]))
-    relative = [found["perplexity_se"] / found["perplexity"] for found in (tokens, words)]
+    relative = [figures["perplexity_se"] / figures["perplexity"] for figures in (tokens, words)]
     assert relative[1] == pytest.approx(3 * relative[0])
 
 
@@ -147,6 +149,6 @@ def test_a_perplexity_beyond_float_has_no_error():
 
 def test_sampling_adds_up():
     scores = [{**window, "kl_variance": torch.full((30,), 0.04)} for window in compared(2)]
-    found = summarize(scores, 60)
-    assert found["kl_token_bound"] == pytest.approx(4 * 0.2)
-    assert found["kl_mean_bound"] == pytest.approx(4 * 0.2 / math.sqrt(60))
+    figures = summarize(scores, 60)
+    assert figures["kl_token_bound"] == pytest.approx(4 * 0.2)
+    assert figures["kl_mean_bound"] == pytest.approx(4 * 0.2 / math.sqrt(60))

@@ -43,7 +43,7 @@ def stored(base, model, windows):
     return [stored_predictions.compare(stored_predictions.predict(base, w, n), model, w) for n, w in enumerate(windows)]
 
 
-def both_ways(base, model, windows):
+def streamed_and_stored(base, model, windows):
     tokens = sum(window.targets.numel() for window in windows)
     return (
         summarize(scores, tokens) for scores in (quality.compare(base, model, windows), stored(base, model, windows))
@@ -54,14 +54,14 @@ def both_ways(base, model, windows):
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])  # from flat, all tail, to sharp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_two_ways_agree_within_the_bound(change, scale, dtype):
-    streamed, found = both_ways(*tables(scale=scale, change=change, dtype=dtype), text())
-    assert found["kl_mean_bound"] < 0.15 * streamed["kl_mean"], "else the bound says nothing"
+    streamed, stored = streamed_and_stored(*tables(scale=scale, change=change, dtype=dtype), text())
+    assert stored["kl_mean_bound"] < 0.15 * streamed["kl_mean"], "else the bound says nothing"
     # 1e-6: float32 sums of log-probabilities around ten, beside which the smallest of the bounds vanishes
-    assert abs(found["kl_mean"] - streamed["kl_mean"]) <= found["kl_mean_bound"] + 1e-6
+    assert abs(stored["kl_mean"] - streamed["kl_mean"]) <= stored["kl_mean_bound"] + 1e-6
     for name in ("kl_median", "kl_p99", "kl_max"):
-        assert abs(found[name] - streamed[name]) <= found["kl_token_bound"] + 1e-6, name
+        assert abs(stored[name] - streamed[name]) <= stored["kl_token_bound"] + 1e-6, name
     for name in ("perplexity", "baseline_perplexity", "perplexity_ratio", "top1_agreement", "rms_dp"):
-        assert found[name] == streamed[name], name
+        assert stored[name] == streamed[name], name
 
 
 def test_every_token_lies_within_its_own_bound():
@@ -69,41 +69,41 @@ def test_every_token_lies_within_its_own_bound():
     windows = text(count=40)
     streamed = torch.cat([scores["kl"] for scores in quality.compare(base, model, windows)])
     scores = stored(base, model, windows)
-    found, variance = (torch.cat([window[name] for window in scores]) for name in ("kl", "kl_variance"))
-    off = (found - streamed).double()
+    from_disk, variance = (torch.cat([window[name] for window in scores]) for name in ("kl", "kl_variance"))
+    off = (from_disk - streamed).double()
     assert abs(off.sum().item()) < 3 * variance.double().sum().sqrt().item()  # right on average
     # and as far off as is said; 10%: three standard errors of 1960 squares of skewed draws
     assert off.square().mean().item() == pytest.approx(variance.double().mean().item(), rel=0.1)
 
 
 def test_a_bound_says_more_of_more_text():
-    _, few = both_ways(*tables(scale=1.0), text(count=2))
-    _, many = both_ways(*tables(scale=1.0), text(count=32))
+    _, few = streamed_and_stored(*tables(scale=1.0), text(count=2))
+    _, many = streamed_and_stored(*tables(scale=1.0), text(count=32))
     assert few["kl_mean_bound"] / many["kl_mean_bound"] == pytest.approx(4.0, rel=0.1)
 
 
 @pytest.mark.parametrize("vocabulary", [2, 7, stored_predictions.TOP - 1, stored_predictions.TOP])
 def test_a_small_vocabulary_is_kept_whole(vocabulary):
     base, model = tables(5, vocabulary)
-    streamed, found = both_ways(base, model, halves(torch.arange(40) % min(5, vocabulary), 8, 0))
-    assert (found["kl_mean_bound"], found["kl_token_bound"]) == (0, 0)
-    assert found["kl_mean"] == pytest.approx(streamed["kl_mean"], abs=1e-6)  # float32 sums in another order
+    streamed, stored = streamed_and_stored(base, model, halves(torch.arange(40) % min(5, vocabulary), 8, 0))
+    assert (stored["kl_mean_bound"], stored["kl_token_bound"]) == (0, 0)
+    assert stored["kl_mean"] == pytest.approx(streamed["kl_mean"], abs=1e-6)  # float32 sums in another order
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_against_itself_is_exactly_zero(dtype):
     """bfloat16 has equal logits: the token ranked first must be the same one in both ways."""
     base, _ = tables(dtype=dtype)
-    _, found = both_ways(base, base, text())
-    assert (found["kl_mean"], found["kl_max"], found["kl_mean_bound"], found["top1_agreement"]) == (0, 0, 0, 1)
+    _, stored = streamed_and_stored(base, base, text())
+    assert (stored["kl_mean"], stored["kl_max"], stored["kl_mean_bound"], stored["top1_agreement"]) == (0, 0, 0, 1)
 
 
 def test_tokens_that_the_baseline_rules_out_add_nothing():
     base, model = tables(5, 400)
     padded = [Table(torch.cat([m.table, torch.full((5, 50), -math.inf)], -1)) for m in (base, model)]
     windows = halves(torch.arange(40) % 5, 8, 0)
-    streamed, found = both_ways(*padded, windows)
-    assert abs(found["kl_mean"] - streamed["kl_mean"]) <= found["kl_mean_bound"] + 1e-6
+    streamed, stored = streamed_and_stored(*padded, windows)
+    assert abs(stored["kl_mean"] - streamed["kl_mean"]) <= stored["kl_mean_bound"] + 1e-6
 
 
 def test_the_same_seed_gives_the_same_bytes():
@@ -117,5 +117,5 @@ def test_the_same_seed_gives_the_same_bytes():
 
 def test_the_bytes_that_are_announced():
     base, _ = tables(5, 400)
-    found = stored_predictions.predict(base, Window(torch.arange(5), torch.arange(3), 1), 0)
-    assert sum(tensor.nbytes for tensor in found.values()) == 3 * stored_predictions.bytes_per_token()
+    prediction = stored_predictions.predict(base, Window(torch.arange(5), torch.arange(3), 1), 0)
+    assert sum(tensor.nbytes for tensor in prediction.values()) == 3 * stored_predictions.bytes_per_token()

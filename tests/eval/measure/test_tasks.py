@@ -1,4 +1,4 @@
-"""Tasks through lm-eval: what is made of its results, and, where it is installed, a task of our own by its code."""
+"""Tasks through lm-eval: how its results are read, and, where it is installed, a task of our own by its code."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def stand_in(monkeypatch):
                 raise answer
             return answer
 
-        adapter = SimpleNamespace(HFLM=lambda **given: given)
+        adapter = SimpleNamespace(HFLM=lambda **settings: settings)
         monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
         monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", adapter)
         return asked

@@ -19,7 +19,7 @@ WINDOWS, TOKENS = 16, 100
 def run(scheme="none", gb=16.0, kl=None, decode=50.0, **changes):
     """A run of 16 windows of 100 tokens; `kl` is the mean of every window, or that of each."""
     each = [kl] * WINDOWS if isinstance(kl, float) else kl
-    found = {
+    metrics = {
         "format_version": 2,
         "name": "test",
         "model": {"id": "org/model", "revision": None},
@@ -39,10 +39,10 @@ def run(scheme="none", gb=16.0, kl=None, decode=50.0, **changes):
         "command": "bitpress run",
     }  # fmt: skip
     counts = [TOKENS] * len(each or range(WINDOWS))
-    found["quality"]["windows"] = {"tokens": counts, "nll": [230.0] * len(counts)}
+    metrics["quality"]["windows"] = {"tokens": counts, "nll": [230.0] * len(counts)}
     if each:
-        found["quality"]["windows"]["kl"] = [value * TOKENS for value in each]
-    return {**found, **changes}
+        metrics["quality"]["windows"]["kl"] = [value * TOKENS for value in each]
+    return {**metrics, **changes}
 
 
 def noisy(mean, spread, seed=0):
@@ -128,27 +128,27 @@ def test_a_paired_difference_against_a_hand_computed_one():
     base = noisy(0.05, 0.9)[:4]
     worse = [value + more / 1000 for value, more in zip(base, (1, 2, 3, 6), strict=True)]
     (section,) = compare([run("nf4", 5.0, base), run("int4-g32", 5.0, worse)])
-    found = between(section.differences, "int4-g32", "nf4")
-    assert found.difference == pytest.approx(0.003)
-    assert found.standard_error == pytest.approx(0.001 * math.sqrt(14 / 3 / 4))
-    assert found.differ
+    pair = between(section.differences, "int4-g32", "nf4")
+    assert pair.difference == pytest.approx(0.003)
+    assert pair.standard_error == pytest.approx(0.001 * math.sqrt(14 / 3 / 4))
+    assert pair.differ
     assert between(section.differences, "nf4", "int4-g32").difference == pytest.approx(-0.003)
 
 
 def test_the_pairing_finds_what_the_spread_of_the_text_hides():
     base = noisy(0.05, 0.9)
     (section,) = compare([run("nf4", 5.0, base), run("int4-g32", 5.0, [1.02 * value for value in base])])
-    (found,) = section.differences
-    assert found.differ
-    assert found.difference < max(r.kl_mean_se for r in section.runs)
+    (pair,) = section.differences
+    assert pair.differ
+    assert pair.difference < max(r.kl_mean_se for r in section.runs)
 
 
 def test_runs_that_do_not_differ_are_told_and_the_smaller_is_chosen():
     wavering = [0.0501 + (-1) ** window / 1000 for window in range(WINDOWS)]
     sections = compare([run(), run("int4-g32", 5.0, 0.05), run("nf4", 4.5, wavering)], [Budget("8GB", 8 * GB)])
-    (found,) = sections[0].differences
-    assert (found.run, found.differ) == ("nf4", False)
-    assert found.difference == pytest.approx(0.0001)
+    (pair,) = sections[0].differences
+    assert (pair.run, pair.differ) == ("nf4", False)
+    assert pair.difference == pytest.approx(0.0001)
     assert chosen(sections) == {"8GB": "nf4"}
     for page in (comparison_page.html(sections), comparison_page.markdown(sections)):
         assert "its KL does not differ from that of int4-g32, the least of what fits" in page
@@ -223,18 +223,18 @@ def test_baselines_alone_and_runs_without_one_make_a_page():
 
 def test_markdown_html_and_json_agree():
     sections = compare(four())
-    (found,) = json.loads(json.dumps(comparison_page.plain(sections), allow_nan=False))["models"]
+    (model,) = json.loads(json.dumps(comparison_page.plain(sections), allow_nan=False))["models"]
     text = comparison_page.markdown(sections).replace("\\", "")
     page = comparison_page.html(sections)
-    for choice in found["choices"]:
+    for choice in model["choices"]:
         assert f"| {choice['budget']} | **{choice['run'] or 'nothing'}** | {choice['why']} |" in text
         assert f"{choice['budget']}: <b>{choice['run'] or 'nothing'}</b>, because {choice['why']}." in page
-    for line in found["runs"]:
+    for line in model["runs"]:
         (row,) = [row for row in text.splitlines() if row.startswith(f"| {line['run']} |") and row.count("|") > 8]
         assert f"| {line['kl_mean']:.4g}" in row
         assert f"{line['file_bytes'] / GB:.3g}" in row
         assert f"{', '.join(line['fronts']) or '–'} |" in row
-    assert len(found["differences"]) == 6
+    assert len(model["differences"]) == 6
 
 
 def test_the_same_bytes_in_any_order():
@@ -258,9 +258,9 @@ def test_hostile_names_stay_text(spoil, evil, parse):
     outside = re.sub(r"(?ms)^(`{3,})\w*\n.*?^\1$", "", text)
     assert "<script" not in outside
     assert [line for line in outside.splitlines() if line.startswith("# ")] == [text.splitlines()[0]]
-    for made in (page, text):
-        assert "\x1b" not in made
-        assert "\u202e" not in made
+    for page_or_text in (page, text):
+        assert "\x1b" not in page_or_text
+        assert "\u202e" not in page_or_text
 
 
 def test_html_needs_nothing_from_outside(parse):
@@ -296,17 +296,42 @@ def test_a_speed_that_is_hardly_higher_is_not_worth_a_word():
     assert (choice.run, "for speed" in choice.why) == ("int8-dynamic", False)
 
 
-def test_checkpoints_that_no_run_made_go_by_their_names():
+def test_external_checkpoints_go_by_their_names():
     sections = compare([*four(), run("nf4", 5.5, 0.02, checkpoint={"id": "org/theirs", "revision": None})])
     assert "nf4 org/theirs" in [candidate.run for candidate in sections[0].runs]
     for page in (comparison_page.html(sections), comparison_page.markdown(sections)):
-        assert "Checkpoints that no run made, measured in the same way: nf4 org/theirs" in page
-    assert "Checkpoints that no run made" not in comparison_page.html(compare(four()))
+        assert "External checkpoints, which no run of bitpress wrote, measured in the same way: nf4 org/theirs" in page
+    assert "External checkpoints" not in comparison_page.html(compare(four()))
+
+
+def test_the_kernels_own_kl_stands_beside_that_of_the_file():
+    cost = {"layers": 28, "windows": 6, "kl_mean": 0.00022, "kl_mean_se": 5.3e-6}
+    runs = [run(), run("nf4", 5.0, 0.01), run("int4-g32", 5.0, 0.02, kernels={"rounded_inputs": cost})]
+    sections = compare(runs)
+    (model,) = comparison_page.plain(sections)["models"]
+    assert {r["run"]: r["kernel_kl_mean"] for r in model["runs"]} == {
+        "baseline": None,
+        "nf4": None,
+        "int4-g32": 0.00022,
+    }
+    assert {r["run"]: r["kl_mean"] for r in model["runs"]}["int4-g32"] == pytest.approx(0.02)
+    for page in (comparison_page.html(sections), comparison_page.markdown(sections)):
+        assert "they belong to the file, and this figure belongs to the kernel" in page
+        assert "KL added by the kernel" in page
+        assert "KL added by the kernel" not in comparison_page.html(compare(runs[:2]))
+    assert "| 0.02 (± 0) | 0.000220 (± 0.000005) |" in comparison_page.markdown(sections)
+
+
+def test_runs_go_by_their_recipes():
+    careful = run("mixed", 5.0, 0.01, recipe={"name": "careful", "layers": {"lm_head": "int8-channel"}})
+    (section,) = compare([run(), careful, run("nf4", 5.0, 0.02)])
+    assert [r.run for r in section.runs] == ["baseline", "careful", "nf4"]
+    assert "How it was made" in comparison_page.markdown([section])
 
 
 def test_what_it_takes_to_repeat_it_is_there():
-    marks = {"artifact.sha256": "ab" * 32, "text.sha256": "cd" * 32, "device": "cpu"}
-    runs = [run(), run("nf4", 5.0, 0.01, fingerprint=marks, config={"name": "mine"}, command="bitpress run mine.yaml")]
+    hashes = {"artifact.sha256": "ab" * 32, "text.sha256": "cd" * 32, "device": "cpu"}
+    runs = [run(), run("nf4", 5.0, 0.01, fingerprint=hashes, config={"name": "mine"}, command="bitpress run mine.yaml")]
     for page in (comparison_page.html(compare(runs)), comparison_page.markdown(compare(runs)).replace("\\", "")):
         for words in ("ab" * 32, "cd" * 32, "artifact.sha256", "mine.yaml", "name", "0.1.0", "a cpu"):
             assert words in page, words

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from bitpress.eval.report import report
-from bitpress.eval.report.why_slower import because
+from bitpress.eval.report.why_slower import why_slower
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -83,7 +83,7 @@ def table(runs):
     """The summary as {scheme: {column: cell}}."""
     header, rows = report.summary_rows(runs)
     assert all(len(row) == len(header) for row in rows)
-    return {row[header.index("scheme")]: dict(zip(header, row, strict=True)) for row in rows}
+    return {row[header.index("run")]: dict(zip(header, row, strict=True)) for row in rows}
 
 
 def test_rows_against_hand_computed_ratios():
@@ -114,7 +114,7 @@ def test_missing_values_are_a_dash_and_never_zero():
     quality = {"perplexity": None, "baseline_perplexity": 40.0, "kl_mean": None}
     bare = {"scheme": "nf4", "model": {"id": "builtin:demo"}, "quality": quality}
     rows = table([metrics(), bare])
-    cells = [cell for column, cell in rows["nf4"].items() if column != "scheme"]
+    cells = [cell for column, cell in rows["nf4"].items() if column != "run"]
     assert set(cells) == {"–", "– / – / –"}
     for render in (report.html, report.markdown):
         assert "How sure" in render([metrics(), bare])
@@ -164,7 +164,7 @@ def test_several_models_each_against_its_own_baseline(parse):
     big["size"]["file_bytes"] = 8_000_000
     runs = [metrics("nf4", model="z/big"), metrics("nf4"), big, metrics()]
     header, rows = report.summary_rows(runs)
-    assert header[:2] == ["model", "scheme"]
+    assert header[:2] == ["model", "run"]
     assert [row[:2] + row[3:4] for row in rows] == [
         ["builtin:demo", "baseline", "6.00 MB"],
         ["builtin:demo", "nf4", "2.00 MB (0.33x)"],
@@ -184,21 +184,34 @@ def test_one_scheme_twice_is_told_apart():
     assert list(table(runs)) == ["baseline", "int4-g128 absmax demo", "int4-g128 gptq demo"]
 
 
+def mixed(name="careful", **changes):
+    """A run by a recipe with rules: 8-bit down projections, rounded to nearest, and 4 bits by GPTQ elsewhere."""
+    rules = {"*.down_proj": "absmax/int8-g128", "model.layers.0.*": "none"}
+    run = metrics("mixed", recipe={"name": name, "layers": rules}, method="absmax, gptq", **changes)
+    for layer in run["coverage"]["layers"]:
+        down = layer["name"].endswith("down_proj")
+        layer |= {"scheme": "int8-g128", "method": "absmax"} if down else {"scheme": "int4-g128", "method": "gptq"}
+        layer["bytes"] = 66_560 if down else 34_816
+    run["kernels"]["rounded_inputs"] = {"layers": 8, "windows": 6, "kl_mean": 0.00022, "kl_mean_se": 5.3e-6}
+    return run
+
+
 @pytest.fixture(scope="module")
 def hostile(spoil, evil):
     """Two runs with hostile text wherever a run has text."""
-    runs = [spoil(metrics()), spoil(metrics("nf4"))]
+    runs = [spoil(metrics()), spoil(mixed())]
     runs[0]["scheme"] = "none"
     for run in runs:
-        run["kernels"] = {"selected": {evil: 8}, "rejected": {evil: evil}}
+        kernels = {"selected": {evil: 8}, "rejected": {evil: evil}}
+        run["kernels"] = {**run["kernels"], **kernels}
         run["versions"] = {evil: evil}
         run["sample"] = {"prompt": "</pre>", "text": "</pre>\n```\n````\n# boom\n<script>alert(1)</script>"}
     return runs
 
 
-def test_hostile_names_stay_text_in_html(hostile, parse):
-    page = report.html(hostile)
-    clean = parse(report.html([metrics(), metrics("nf4")]))
+def test_hostile_names_stay_text_in_html(hostile, evil, parse):
+    page = report.html(hostile, [(evil, evil, evil)])
+    clean = parse(report.html([metrics(), mixed()], [("model", "recipe", "why")]))
     parsed = parse(page)
     assert set(parsed.tags) <= set(clean.tags)
     assert parsed.tags.count("script") == 1
@@ -207,14 +220,14 @@ def test_hostile_names_stay_text_in_html(hostile, parse):
     assert "\u202e" not in page
 
 
-def test_hostile_names_stay_text_in_markdown(hostile):
-    text = report.markdown(hostile)
+def test_hostile_names_stay_text_in_markdown(hostile, evil):
+    text = report.markdown(hostile, [(evil, evil, evil)])
     outside = re.sub(r"(?ms)^(`{3,})\w*\n.*?^\1$", "", text)
     assert "<script" not in outside
     assert [line for line in outside.splitlines() if line.startswith("# ")] == [text.splitlines()[0]]
     assert not re.search(r"(?<!\\)`", outside)
     columns = {len(re.findall(r"(?<!\\)\|", row)) for row in outside.splitlines() if row.startswith("|")}
-    clean = report.markdown([metrics(), metrics("nf4")]).splitlines()
+    clean = report.markdown([metrics(), mixed()]).splitlines()
     assert columns == {row.count("|") for row in clean if row.startswith("|")}
 
 
@@ -338,17 +351,25 @@ def test_errors_of_outputs_are_a_map_and_by_depth_lines():
 @pytest.mark.parametrize(
     ("phase", "kernels", "share", "said"),
     [
-        ("prefill", {"torch-int4": 8}, 0.5, "a prompt is limited by arithmetic"),
-        ("decode", {"reference": 3, "torch-int4": 5}, 0.5, "3 of 8 layers run on the reference kernel"),
-        ("decode", {"torch-int8": 8}, 0.5, "activations are quantized before each product"),
-        ("decode", {"torch-int4": 8}, 0.1, "it uses 10% of the memory's bandwidth"),
-        ("decode", {"torch-int4": 8}, 3.0, "the weights lie in the processor's cache"),
-        ("decode", {"torch-int4": 8}, None, None),
+        ("prefill", {"selected": {"torch-int4": 8}}, 0.5, "a prompt is limited by arithmetic"),
+        ("decode", {"selected": {"reference": 3, "torch-int4": 5}}, 0.5, "3 of 8 layers run on the reference kernel"),
+        ("decode", {"selected": {"torch-int8": 8}, "quantized_inputs": 8}, 0.5, "activations are quantized before"),
+        ("decode", {"selected": {"any": 8}, "rounded_inputs": {"layers": 8}}, 0.5, "activations are quantized before"),
+        ("decode", {"selected": {"torch-int4": 8}}, 0.1, "it uses 10% of the memory's bandwidth"),
+        ("decode", {"selected": {"torch-int4": 8}}, 3.0, "the weights lie in the processor's cache"),
+        ("decode", {"selected": {"torch-int4": 8}}, None, None),
     ],
 )
 def test_why_it_is_slower(phase, kernels, share, said):
-    found = because({"kernels": {"selected": kernels}}, {"bandwidth_share": share}, phase)
-    assert found is None if said is None else said in found
+    reasons = why_slower({"kernels": kernels}, {"bandwidth_share": share}, phase)
+    assert reasons is None if said is None else said in reasons
+
+
+def test_arithmetic_limits_only_kernels_that_unpack_weights():
+    kernels = {"selected": {"a": 5, "b": 3}, "quantized_inputs": 5, "rounded_inputs": {"layers": 2}}
+    assert "limited by arithmetic" in why_slower({"kernels": kernels}, {}, "prefill")
+    kernels["rounded_inputs"]["layers"] = 3
+    assert "limited by arithmetic" not in why_slower({"kernels": kernels}, {}, "prefill")
 
 
 def test_two_renderings_are_the_same_bytes_in_any_order():
@@ -357,6 +378,86 @@ def test_two_renderings_are_the_same_bytes_in_any_order():
     assert report.html(runs) == report.html(runs) == report.html(runs[::-1])
     assert report.markdown(runs) == report.markdown(runs[::-1])
     assert runs == before
+
+
+def test_a_run_goes_by_its_recipe_and_each_of_its_schemes_has_a_row():
+    """2 blocks of 4 layers, 256 x 256 each: 8 * 66,560 / 65,536 bits in the down projections, 4.25 elsewhere."""
+    runs = [metrics(), metrics("int4-g128", recipe={"name": "absmax-int4-g128", "layers": {}}), mixed()]
+    assert set(table(runs)) == {"baseline", "absmax-int4-g128", "careful"}
+    assert table(runs)["careful"]["method/format"] == "absmax, gptq/gptq"
+    text = plain(report.markdown(runs))
+    assert "| careful | gptq/int4-g128 | gptq | 6 | 393,216 | 209 kB | 4.25 |" in text
+    assert "| careful | absmax/int8-g128 | gptq | 2 | 131,072 | 133 kB | 8.12 |" in text
+    assert "| absmax-int4-g128 | absmax/int4-g128 | gptq | 8 | 524,288 | – | – |" in text  # old runs tell no bytes
+    assert "- *.down_proj: absmax/int8-g128" in text
+    for words in ("careful", "How it was made", "Rules for single layers", "model.layers.0.*"):
+        assert words in report.html(runs)
+
+
+def test_one_recipe_twice_is_told_apart_by_the_names_of_the_runs():
+    assert list(table([mixed(), mixed(seconds={}, quality={}) | {"name": "later"}, metrics()])) == [
+        "baseline",
+        "careful demo",
+        "careful later",
+    ]
+
+
+def test_a_recipe_that_is_no_recipe_is_passed_over():
+    for recipe in ("careful", {"name": 7, "layers": ["*"]}, {"name": ""}, None):
+        run = metrics("int4-g128", recipe=recipe)
+        assert list(table([run])) == ["int4-g128"]
+        assert "Rules" not in report.html([run])
+
+
+def test_what_the_kernel_adds_to_the_kl_is_a_figure_of_its_own():
+    runs = [metrics(), mixed(), metrics("int8-dynamic")]
+    rows = table(runs)
+    assert (rows["careful"]["mean KL"], rows["careful"]["KL added by the kernel"]) == ("0.0052", "0.00022")
+    assert rows["int8-dynamic"]["KL added by the kernel"] == rows["baseline"]["KL added by the kernel"] == "–"
+    for render in (report.html, report.markdown):
+        page = plain(render(runs)).replace("\u00a0", " ")
+        assert "they belong to the file, and this figure belongs to the kernel" in page
+        assert "0.000220 (± 0.000005)" in page
+        assert "inputs rounded in 8 layers" in page
+        assert "added by the kernel" not in render([metrics(), metrics("nf4")])
+    assert "they belong to the file" in report.card(runs, CARD)
+
+
+CARD = dict.fromkeys(("missed", "snippets", "unsupported", "figures", "provenance", "files"), ()) | dict.fromkeys(
+    ("name", "what", "command", "config", "licence"), ""
+)
+
+
+def test_the_card_of_a_mixed_run_tells_its_schemes_and_rules():
+    text = plain(report.card([metrics(), mixed()], CARD))
+    assert "| careful | gptq/int4-g128 | gptq | 6 |" in text
+    assert "- *.down_proj: absmax/int8-g128" in text
+    assert "method/scheme" not in report.card([metrics(), metrics("nf4")], CARD)
+
+
+def test_jobs_that_did_not_finish_are_listed_with_the_reason():
+    refused = [("builtin:demo", "int4-g96", "256 is no multiple of 96"), ("org/other", "nf4", "out of memory")]
+    for render in (report.html, report.markdown):
+        for runs in ([metrics(), metrics("nf4")], []):
+            page = plain(render(runs, refused))
+            assert "Not finished" in page
+            for model, recipe, why in refused:
+                assert page.count(f"{model} · {recipe}") == page.count(why) == 1
+        assert "Not finished" not in render([metrics()])
+
+
+def test_a_models_identity_is_among_the_hashes_and_not_in_the_head_of_the_page():
+    run = metrics()
+    run["model"]["identity"] = "0123456789abcdef"
+    for render in (report.html, report.markdown):
+        assert render([run]).count("0123456789abcdef") == 1
+        assert render([run]).index("0123456789abcdef") > render([run]).index("How to repeat it")
+
+
+def test_the_head_is_no_block_of_the_plot_by_depth():
+    run = metrics("int4-g128")
+    run["coverage"]["layers"].append({"name": "lm_head", "block": None, "shape": [9, 9], "relative_error": 0.1})
+    assert "by depth" in report.html([run])
 
 
 def test_the_list_of_what_was_kept_stays_short():

@@ -1,7 +1,6 @@
 """The kernel benchmark: who takes part, who is wrong, whose turn it is, and what is made of the samples."""
 
 import json
-import sys
 import time
 from typing import Any, ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitpress.kernels.bench import entrants as contenders
+from bitpress.kernels.bench import entrants as entrants_module
 from bitpress.kernels.bench import measure as bench
 from bitpress.kernels.bench.entrants import DENSE, Dense, InProcess, Local, OneDNN, entrants
 from bitpress.kernels.bench.measure import TOLERANCE, Cell, Job, Memory, Result, compare, measure, random_weight
@@ -25,7 +24,7 @@ CPU = torch.device("cpu")
 def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "cache_bytes", lambda device: 1 << 16)
     monkeypatch.setattr(bench, "_BURST", 1e-6)
-    monkeypatch.setitem(contenders._COPIED, "cpu", 1 << 14)
+    monkeypatch.setitem(entrants_module._COPIED, "cpu", 1 << 14)
 
 
 class Fake:
@@ -265,7 +264,10 @@ def test_json_there_and_back() -> None:
 
 
 def test_memory_is_read_by_torch_where_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitpress.kernels.cpu.native", None)
+    def missing(tensor: Tensor) -> int:
+        raise RuntimeError("no native library")
+
+    monkeypatch.setattr(bench, "touch", missing)
     memory = Memory(CPU)
     assert memory.about["by"] == "torch's amax"
     assert memory.about["exceeds_cache"] is True

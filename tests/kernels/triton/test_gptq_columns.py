@@ -170,7 +170,7 @@ def test_gptq_finds_what_it_finds_without(name: str, monkeypatch: pytest.MonkeyP
     found = []
     for answer in (None, "not this time"):
         monkeypatch.setattr(gptq_columns, "problem", lambda device, answer=answer: answer)
-        qtensor, diagnostics = GPTQ().quantize(weight, Scheme.parse(name), torch.float16, hessian)
+        qtensor, diagnostics = GPTQ().quantize(weight, Scheme.parse(name), torch.float16, (hessian,))
         codes = unpack(qtensor.codes, qtensor.scheme.bits, columns)
         found.append((codes, diagnostics.output_error))
     (codes, error), (expected, by_torch) = found
@@ -205,5 +205,5 @@ def test_compiled_code_keeps_the_tile_in_registers(capability: int, settle: bool
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch):
     assert problem(torch.device("cpu")) == "runs on CUDA, not on cpu"
-    monkeypatch.setattr(gptq_columns, "missing", lambda: "Triton is not installed")
+    monkeypatch.setattr(gptq_columns, "unsupported_machine", lambda: "Triton is not installed")
     assert problem(torch.device("cuda")) == "Triton is not installed"

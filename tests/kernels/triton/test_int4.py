@@ -262,7 +262,7 @@ def test_compiled_for_float16_and_sizes_of_one(compiled: Callable[..., Any], con
 @pytest.mark.parametrize("one", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_dequantize_compiled(compiled: Callable[..., Any], capability: int, one: bool) -> None:
-    pointers = {"weight_at": "*i16", "scales_at": "*i32", "found_at": "*bf16"}
+    pointers = {"weight_at": "*i16", "scales_at": "*i32", "output_at": "*bf16"}
     names = {"ins", "outs", "first", "count"}
     kinds = pointers | dict.fromkeys(names if not one else set(), "i32")
     sizes = dict.fromkeys(names, 1) if one else {}

@@ -12,12 +12,12 @@ from torch import Tensor
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.triton import int8
 from bitpress.kernels.triton.int8 import TORCH, TritonInt8Weights, configs, constants_of
-from bitpress.kernels.triton.launch import Config, problem
+from bitpress.kernels.triton.launch import Config, unsupported_device
 
 Make = Callable[..., QTensor]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_CUDA = not INTERPRETED and problem(torch.device("cuda")) is None
+ON_CUDA = not INTERPRETED and unsupported_device(torch.device("cuda")) is None
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 
 runs = pytest.mark.skipif(

@@ -13,12 +13,12 @@ from bitpress.kernels.packing import unpack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.triton import int8_dynamic
 from bitpress.kernels.triton.int8_dynamic import FEW, MANY, SOME, TritonInt8, quantize
-from bitpress.kernels.triton.launch import Config, problem
+from bitpress.kernels.triton.launch import Config, unsupported_device
 
 Make = Callable[..., QTensor]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_CUDA = not INTERPRETED and problem(torch.device("cuda")) is None
+ON_CUDA = not INTERPRETED and unsupported_device(torch.device("cuda")) is None
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

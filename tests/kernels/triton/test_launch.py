@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitpress.kernels.triton import launch
-from bitpress.kernels.triton.launch import Choices, Config, choose, missing, problem, row_bucket
+from bitpress.kernels.triton.launch import Choices, Config, choose, row_bucket, unsupported_device, unsupported_machine
 
 CONFIGS = [Config(16, 64, 128), Config(16, 64, 128, split=4), Config(16, 128, 128, stages=3)]
 CUDA = torch.device("cuda")
@@ -101,20 +101,20 @@ def test_row_buckets():
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch):
-    assert problem(torch.device("cpu")) == "runs on NVIDIA GPUs, not on cpu"
-    monkeypatch.setattr(launch, "missing", missing.__wrapped__)
+    assert unsupported_device(torch.device("cpu")) == "runs on NVIDIA GPUs, not on cpu"
+    monkeypatch.setattr(launch, "unsupported_machine", unsupported_machine.__wrapped__)
     monkeypatch.setattr(launch, "triton", None)
-    assert problem(CUDA) == "Triton is not installed"
+    assert unsupported_device(CUDA) == "Triton is not installed"
     monkeypatch.setattr(launch, "triton", object())
     monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(launch.sysconfig, "get_paths", lambda: {"include": "nowhere"})
-    assert "no Python.h" in problem(CUDA)
+    assert "no Python.h" in unsupported_device(CUDA)
     monkeypatch.delenv("CC")
     monkeypatch.setattr(launch.shutil, "which", lambda name: None)
-    assert problem(CUDA) == "Triton finds no C compiler"
-    monkeypatch.setattr(launch, "missing", lambda: None)
-    assert problem(CUDA) == "PyTorch finds no GPU"
+    assert unsupported_device(CUDA) == "Triton finds no C compiler"
+    monkeypatch.setattr(launch, "unsupported_machine", lambda: None)
+    assert unsupported_device(CUDA) == "PyTorch finds no GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert problem(CUDA) == "needs a GPU of compute capability 8.0 or higher"
+    assert unsupported_device(CUDA) == "needs a GPU of compute capability 8.0 or higher"

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.triton import nf4
-from bitpress.kernels.triton.launch import Config, problem
+from bitpress.kernels.triton.launch import Config, unsupported_device
 from bitpress.kernels.triton.nf4 import FEW, TORCH, TritonNF4, configs
 from bitpress.kernels.weights.nf4 import NF4_CODEBOOK
 
 Make = Callable[..., QTensor]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_CUDA = not INTERPRETED and problem(torch.device("cuda")) is None
+ON_CUDA = not INTERPRETED and unsupported_device(torch.device("cuda")) is None
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 
 runs = pytest.mark.skipif(

@@ -163,7 +163,7 @@ def test_a_peer_that_cannot_be_meant(peer: str, said: str):
 
 def test_peers_are_those_installed_and_those_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     known = {"here": ("json", tmp_path / "a.py"), "absent": ("no_such_package", tmp_path / "b.py")}
-    monkeypatch.setattr(programs, "peers", lambda: known)
+    monkeypatch.setattr(programs, "other_programs", lambda: known)
     assert [program.name for program in find([])] == ["here"]
     python = tmp_path / "python"  # another path, so that it is asked rather than looked up here
     python.symlink_to(sys.executable)
@@ -203,7 +203,7 @@ def test_the_command(
             raise CheckpointError("no checkpoint")
         return {"quality": QUALITY}
 
-    monkeypatch.setattr(programs, "peers", lambda: {"fake": ("json", fake("fake").script)})
+    monkeypatch.setattr(programs, "other_programs", lambda: {"fake": ("json", fake("fake").script)})
     monkeypatch.setattr(race, "measure", measure)
     code, out, err = bench(
         tiny_llama, "--scheme", "int4-g32", "--method", "absmax", "--calibration", text, "--windows", 4,

@@ -15,7 +15,7 @@ from bitpress.kernels.bench import measure as timing
 from bitpress.kernels.bench.measure import Cell, random_weight
 from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline.bench import llamacpp
-from bitpress.pipeline.bench.llamacpp import LlamaCpp, PeerError, find_kernels
+from bitpress.pipeline.bench.llamacpp import LlamaCpp, ProgramError, find_kernels
 from bitpress.pipeline.bench.programs import Program
 from bitpress.pipeline.cli import bench
 from bitpress.pipeline.errors import BitpressError, ConfigError
@@ -172,16 +172,16 @@ def test_a_layout_that_crashes_is_passed_over(fake: LlamaCpp):
 
 def test_a_worker_that_ends_says_why(fake: LlamaCpp):
     contender = fake.enter(random_weight(Scheme.parse("nf4"), (64, 64), CPU))
-    with pytest.raises(PeerError, match=r"llama.cpp ended with exit code 1: SystemError: too many"):
+    with pytest.raises(ProgramError, match=r"llama.cpp ended with exit code 1: SystemError: too many"):
         contender.seconds(torch.ones(1, 64), 1000)
-    with pytest.raises(PeerError, match="exit code 1"):
+    with pytest.raises(ProgramError, match="exit code 1"):
         contender.seconds(torch.ones(1, 64), 1)
     contender.close()
 
 
 def test_no_layout_works(fake: LlamaCpp):
     fake.program.script.write_text(FAKE.replace('layout == "AMX" and ', ""))
-    with pytest.raises(PeerError, match="none left") as caught:
+    with pytest.raises(ProgramError, match="none left") as caught:
         fake.enter(random_weight(Scheme.parse("nf4"), (64, 64), CPU))
     assert isinstance(caught.value, BitpressError)
     assert isinstance(caught.value, RuntimeError)  # for the benchmark, which knows no BitpressError

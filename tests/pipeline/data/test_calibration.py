@@ -355,7 +355,7 @@ class TestRefusals:
     @pytest.mark.parametrize("error", [ConnectionError("Couldn't reach it"), RuntimeError("scripts are not supported")])
     def test_no_hub(self, data_set, calibrated, error):
         data_set(error)
-        said = r"data set Salesforce/wikitext: .*; or calibrate on a file: quantize\.calibration\.text or --calibration"
+        said = r"data set Salesforce/wikitext: .*; or calibrate on a file: a recipe's calibration or --calibration"
         with pytest.raises(HubError, match=said) as caught:
             calibrated(load_calibration({}).text.model_dump())
         assert caught.value.exit_code == 6

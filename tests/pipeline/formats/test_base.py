@@ -33,6 +33,7 @@ CASES = [
 EVERY = pytest.mark.parametrize(("format", "scheme"), CASES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KEPT = ["lm_head", "model.layers.1.mlp.gate", "model.layers.0.self_attn.k_proj"]
+QUANTIZED = "model.layers.0.mlp.up_proj"
 Stored = dict[str, Tensor]
 
 
@@ -106,6 +107,10 @@ def read_packed(stored: Stored, scheme: Scheme) -> np.ndarray:
     return weight
 
 
+def read_compressed(stored: Stored, scheme: Scheme) -> np.ndarray:
+    return read_packed(stored, scheme) if "weight_packed" in stored else read_int8(stored, scheme)
+
+
 def read_int8(stored: Stored, scheme: Scheme) -> np.ndarray:
     scales = stored["weight_scale"].float().numpy()
     weight = np.zeros(stored["weight"].shape, np.float32)
@@ -132,8 +137,7 @@ def read_nf4(stored: Stored, scheme: Scheme) -> np.ndarray:
 READERS: dict[str, Callable[[Stored, Scheme], np.ndarray]] = {
     "gptq": read_gptq,
     "gptq-v2": read_gptq_v2,
-    "compressed-tensors": read_packed,
-    "int-quantized": read_int8,
+    "compressed-tensors": read_compressed,
     "bitsandbytes": read_nf4,
 }
 
@@ -174,8 +178,8 @@ class TestEveryFormat:
     @EVERY
     @pytest.mark.parametrize("kept", [KEPT, ["lm_head"], []])
     def test_the_config_leads_back_to_the_scheme(self, format: Format, scheme: Scheme, kept: list[str]) -> None:
-        config = json.loads(json.dumps(format.quantization_config(scheme, kept, torch.bfloat16)))
-        assert format.scheme(config) == scheme
+        config = json.loads(json.dumps(format.quantization_config({QUANTIZED: scheme}, kept, torch.bfloat16)))
+        assert format.scheme_rules(config).get(QUANTIZED) == scheme
         _, stored = written(format, scheme, SHAPE, torch.bfloat16)
         assert detect(config, [f"model.layers.0.q_proj.{suffix}" for suffix in stored]).name == format.name
         every = [*KEPT, "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate"]
@@ -260,22 +264,33 @@ class TestGPTQ:
         assert_same(registry()["gptq"].read(q.scheme, stored), q)
 
     def config(self, **changes: Any) -> dict[str, Any]:
-        return registry()["gptq"].quantization_config(Scheme.parse("int4-g128"), [], torch.float16) | changes
+        schemes = {QUANTIZED: Scheme.parse("int4-g128")}
+        return registry()["gptq"].quantization_config(schemes, [], torch.float16) | changes
 
     def test_gptqmodel_s_other_names(self) -> None:
         config = self.config(method="gptq", format="gptq_v2")
         del config["quant_method"], config["checkpoint_format"]
         found = detect(config, ["a.qweight"])
         assert found.name == "gptq-v2"
-        assert found.scheme(config) == Scheme.parse("int4-g128")
+        assert found.scheme_rules(config).get(QUANTIZED) == Scheme.parse("int4-g128")
 
-    def test_layers_left_alone_are_fine_and_layers_with_settings_of_their_own_are_refused(self) -> None:
+    def test_layers_left_alone_and_layers_with_settings_of_their_own(self) -> None:
         gptq = registry()["gptq"]
-        assert gptq.scheme(self.config(dynamic={"-:^lm_head$": {}})) == Scheme.parse("int4-g128")
-        assert gptq.scheme(self.config(dynamic=None)) == Scheme.parse("int4-g128")
+        assert gptq.scheme_rules(self.config(dynamic={"-:^lm_head$": {}})).get(QUANTIZED) == Scheme.parse("int4-g128")
+        assert gptq.scheme_rules(self.config(dynamic=None)).get(QUANTIZED) == Scheme.parse("int4-g128")
         for pattern in (r"+:.*\.down_proj", r".*\.down_proj"):
-            with pytest.raises(ValueError, match=r"dynamic gives layers like \+?:?\.\*"):
-                gptq.scheme(self.config(dynamic={"-:^lm_head$": {}, pattern: {"bits": 8}}))
+            later = {r".*\.layers\.1\..*": {"bits": 2}}
+            rules = gptq.scheme_rules(self.config(dynamic={"-:^lm_head$": {}, pattern: {"bits": 8}, **later}))
+            assert rules.get("model.layers.1.mlp.down_proj") == Scheme.parse("int8-g128")  # the first that matches
+            assert rules.get("model.layers.1.mlp.up_proj") == Scheme.parse("int2-g128")
+            assert rules.get(QUANTIZED) == Scheme.parse("int4-g128")
+
+    @pytest.mark.parametrize("pattern", ["(a+)+$", r"(.*a){30}", r"(\w|\w\w)*x", "(?=x)", "[", "a|b"])
+    def test_patterns_that_could_take_for_ever_are_refused(self, pattern: str) -> None:
+        with pytest.raises(ValueError, match="pattern"):
+            registry()["gptq"].scheme_rules(self.config(dynamic={pattern: {"bits": 8}}))
+        left_alone = self.config(dynamic={f"-:{pattern}": {}})  # need not be run to read what is quantized
+        assert registry()["gptq"].scheme_rules(left_alone).get(QUANTIZED) == Scheme.parse("int4-g128")
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -290,7 +305,7 @@ class TestGPTQ:
     def test_configs_that_are_not_read(self, change: dict[str, Any], said: str) -> None:
         config = self.config(**change)
         with pytest.raises(ValueError, match=said):
-            detect(config, ["a.qweight"]).scheme(config)
+            detect(config, ["a.qweight"]).scheme_rules(config)
 
 
 class TestCompressedTensors:
@@ -321,7 +336,7 @@ class TestCompressedTensors:
 
     def test_int8(self) -> None:
         scheme, shape = Scheme.parse("int8-dynamic"), (7, 13)
-        _, stored = written(registry()["int-quantized"], scheme, shape, torch.bfloat16)
+        _, stored = written(registry()["compressed-tensors"], scheme, shape, torch.bfloat16)
         assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in stored.items()} == {
             "weight": (torch.int8, shape),
             "weight_scale": (torch.bfloat16, (7, 1)),
@@ -342,16 +357,16 @@ class TestCompressedTensors:
     )
     def test_configs_that_are_not_read(self, change: dict[str, Any], said: str) -> None:
         packed = registry()["compressed-tensors"]
-        config = packed.quantization_config(Scheme.parse("int4-g128"), [], torch.bfloat16)
+        config = packed.quantization_config({QUANTIZED: Scheme.parse("int4-g128")}, [], torch.bfloat16)
         config["config_groups"]["group_0"]["weights"] |= change
         with pytest.raises(ValueError, match=said):
-            packed.scheme(config)
+            packed.scheme_rules(config)
 
     def test_rotations_are_not_read(self) -> None:
         packed = registry()["compressed-tensors"]
-        config = packed.quantization_config(Scheme.parse("int4-g128"), [], torch.bfloat16)
+        config = packed.quantization_config({QUANTIZED: Scheme.parse("int4-g128")}, [], torch.bfloat16)
         with pytest.raises(ValueError, match="transform_config"):
-            packed.scheme(config | {"transform_config": {"config_groups": {"u": {}}}})
+            packed.scheme_rules(config | {"transform_config": {"config_groups": {"u": {}}}})
 
 
 class TestBitsAndBytes:

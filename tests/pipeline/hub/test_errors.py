@@ -223,13 +223,13 @@ def test_offline(bitpress: Command, hub: Hub, runs: Path, monkeypatch: pytest.Mo
 
 def test_a_collection_that_cannot_be_made(hub: Hub, runs: Path) -> None:
     """The run is published all the same, which a rerun knows."""
-    shipment = publish.prepare(runs / "int4-g32", REPO, override=False)
+    upload = publish.prepare(runs / "int4-g32", REPO, override=False)
     for part in ("POST /api/collections", "/items"):
         hub.fail(part, status=403)
         with pytest.raises(HubError, match="may not write"):
-            publish.send(shipment, collection="Tiny things")
+            publish.send(upload, collection="Tiny things")
         receipt = json.loads((runs / "int4-g32" / "publish.json").read_text())
         assert (receipt["revision"], receipt["collection"]) == (hub.repos[REPO].commits[-1][0], None)
-    assert publish.send(shipment, collection="Tiny things").state == "already there"
+    assert publish.send(upload, collection="Tiny things").state == "already there"
     [collection] = hub.collections.values()
     assert [item["id"] for item in collection["items"]] == [REPO]

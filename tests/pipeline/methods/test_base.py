@@ -1,7 +1,9 @@
 """Methods that need no calibration, by every scheme that they produce: error bounds, zeros, odd shapes, formulas."""
 
 import math
+from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor
 from bitpress.kernels.packing import unpack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.weights.base import WeightDescription
 from bitpress.kernels.weights.integer import Integer
 from bitpress.kernels.weights.nf4 import NF4_CODEBOOK, block_scales
-from bitpress.pipeline.methods import default_method, registry
+from bitpress.pipeline.methods import absmax, default_method, registry, uncalibrated_method, with_options
 from bitpress.pipeline.methods.absmax import Absmax
 from bitpress.pipeline.methods.base import Method
 
@@ -292,3 +295,57 @@ class TestNF4:
         weight[0, 64 * 3 :] = 0
         q, _ = registry()["nf4"].quantize(weight, Scheme.parse(name), torch.float32)
         assert (q.dequantize()[0, 64 * 3 :] == 0).all()
+
+
+class TestRegistry:
+    def test_in_the_order_of_their_ranks(self) -> None:
+        assert list(registry()) == ["absmax", "nf4", "gptq"]
+
+    def test_defaults(self) -> None:
+        for name, method in {"int4-g128": "absmax", "int8-dynamic": "absmax", "nf4": "nf4", "nf4-dq": "nf4"}.items():
+            assert default_method(Scheme.parse(name)).name == method
+            uncalibrated = uncalibrated_method(Scheme.parse(name))
+            assert uncalibrated is not None
+            assert uncalibrated.name == method
+
+    def test_what_each_needs(self) -> None:
+        needs = {name: (method.needs_calibration, method.packages) for name, method in registry().items()}
+        assert needs == {"absmax": (False, ()), "nf4": (False, ("bitsandbytes",)), "gptq": (True, ())}
+
+    def test_a_transform_alone_needs_calibration_too(self) -> None:
+        class Transforms(Absmax):
+            def transform(self, block: Any) -> None:
+                block.set("w", block.tensor("w"))
+
+        assert Transforms().needs_calibration
+
+    def test_no_options_leave_a_method_what_it_is(self) -> None:
+        for method in registry().values():
+            assert with_options(method, {}) is method
+
+
+@dataclass(frozen=True)
+class OneScale:
+    """Integers -127..127 with one scale for the whole weight."""
+
+    name = "one-scale"
+
+    def description(self) -> WeightDescription:
+        return WeightDescription("int", 8, "tensor")
+
+    def nearest(self, weight: Tensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        scale = (weight.float().abs().max() / 127).to(scale_dtype)
+        return {"codes": (weight / scale.float()).round().to(torch.int8), "scales": scale}
+
+    def dequantize(self, shape: tuple[int, int], tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return (tensors["codes"] * tensors["scales"].float()).to(dtype)
+
+
+def test_absmax_rounds_a_weight_whose_rows_share_a_scale_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(absmax, "_CHUNK", 64)  # else it would be one chunk anyway
+    weight = random_weight(9, 32)
+    q, diagnostics = Absmax().quantize(weight, Scheme(OneScale()), torch.float32)
+    assert q.scales.item() == pytest.approx(weight.abs().max().item() / 127)
+    assert (q.dequantize() - weight).abs().max() <= q.scales / 2 * (1 + 2**-20)
+    lost = torch.linalg.norm(q.dequantize() - weight) / torch.linalg.norm(weight)
+    assert diagnostics.relative_error == pytest.approx(lost.item(), rel=1e-5)

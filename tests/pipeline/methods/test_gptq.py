@@ -49,11 +49,11 @@ def hessian_of(inputs: Tensor) -> Hessian:
     return found
 
 
-def press(
+def quantized(
     weight: Tensor, inputs: Tensor, scheme: Scheme | str, method: GPTQ | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[QTensor, Diagnostics]:
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-    q, diagnostics = (method or GPTQ()).quantize(weight, scheme, dtype, hessian_of(inputs))
+    q, diagnostics = (method or GPTQ()).quantize(weight, scheme, dtype, (hessian_of(inputs),))
     q.check()
     assert diagnostics.fallback is None
     return q, diagnostics
@@ -116,7 +116,7 @@ class TestThePapersAlgorithm:
     @EVERY
     def test_codes_are_the_papers_for_the_scales_given(self, scheme: Scheme, act_order: bool) -> None:
         inputs, weight = correlated(400, 96), random_weight(11, 96)
-        q, _ = press(weight, inputs, scheme, GPTQ(rounds=1, passes=0, act_order=act_order, damping=1e-2))
+        q, _ = quantized(weight, inputs, scheme, GPTQ(rounds=1, passes=0, act_order=act_order, damping=1e-2))
         matrix = damped(inputs, 1e-2)
         order = sorted(range(96), key=lambda j: -matrix[j, j].item()) if act_order else list(range(96))
         misses = papers_misses(weight, q, matrix, order)
@@ -132,14 +132,14 @@ class TestThePapersAlgorithm:
     ) -> None:
         inputs, weight, matrix = correlated(400, 96), random_weight(11, 96), damped(correlated(400, 96), 1e-2)
         order = sorted(range(96), key=lambda j: -matrix[j, j].item())
-        expected, _ = press(weight, inputs, "int4-g32", GPTQ(damping=1e-2))
+        expected, _ = quantized(weight, inputs, "int4-g32", GPTQ(damping=1e-2))
         for name, value in {"_BLOCK": block, "_ROWS": (rows, rows)}.items():
             monkeypatch.setattr(gptq, name, value)
         monkeypatch.setattr("bitpress.pipeline.methods.hessian._PANEL", panel)
         monkeypatch.setattr("bitpress.pipeline.methods.hessian._INVERTED", panel)
-        q, _ = press(weight, inputs, "int4-g32", GPTQ(rounds=1, passes=0, damping=1e-2))
+        q, _ = quantized(weight, inputs, "int4-g32", GPTQ(rounds=1, passes=0, damping=1e-2))
         assert papers_misses(weight, q, matrix, order).max().item() < 2e-3
-        full, _ = press(weight, inputs, "int4-g32", GPTQ(damping=1e-2))
+        full, _ = quantized(weight, inputs, "int4-g32", GPTQ(damping=1e-2))
         found, before = (loss(weight, one.dequantize(), matrix) for one in (full, expected))
         assert found == pytest.approx(before, rel=0.02)  # a tie decided otherwise goes another way from there on
 
@@ -148,7 +148,7 @@ class TestThePapersAlgorithm:
         matrix = damped(inputs, 1e-2)
         order = sorted(range(64), key=lambda j: -matrix[j, j].item())
         for dtype in DTYPES:
-            q, _ = press(weight, inputs, "int4-g32", GPTQ(rounds=1, passes=0, damping=1e-2), dtype)
+            q, _ = quantized(weight, inputs, "int4-g32", GPTQ(rounds=1, passes=0, damping=1e-2), dtype)
             assert q.scales.dtype == dtype
             assert papers_misses(weight, q, matrix, order).max().item() < 2e-3
 
@@ -159,7 +159,7 @@ class TestDescent:
     def test_never_makes_the_loss_worse(self, scheme: Scheme, dtype: torch.dtype) -> None:
         inputs, weight = correlated(200, 64), random_weight(9, 64)
         matrix = damped(inputs, 1e-4)
-        found = [press(weight, inputs, scheme, GPTQ(passes=n), dtype)[0] for n in (0, 1, 2, 6)]
+        found = [quantized(weight, inputs, scheme, GPTQ(passes=n), dtype)[0] for n in (0, 1, 2, 6)]
         losses = [loss(weight, q.dequantize(), matrix) for q in found]
         # float32 sums of errors that nearly cancel
         assert all(later <= earlier * (1 + 1e-4) for earlier, later in pairwise(losses))
@@ -170,7 +170,7 @@ class TestDescent:
         """Every other value of every code is tried, all others and the scales as they are."""
         for seed in range(10):
             inputs, weight = correlated(40, 6, seed), random_weight(3, 6, seed)
-            q, _ = press(weight, inputs, name, GPTQ(passes=10))
+            q, _ = quantized(weight, inputs, name, GPTQ(passes=10))
             matrix, codes, step = damped(inputs, 1e-4), centred(q), scales(q)
             least = loss(weight, codes * step, matrix)
             (low, high) = limits(q)
@@ -186,7 +186,7 @@ class TestDescent:
         ratios = []
         for seed in range(20):
             inputs, weight = correlated(40, 4, seed), random_weight(1, 4, seed)
-            q, _ = press(weight, inputs, name)
+            q, _ = quantized(weight, inputs, name)
             matrix, step, (low, high) = damped(inputs, 1e-4), scales(q), limits(q)
             choices = [range(int(low[0, j]), int(high[0, j]) + 1) for j in range(4)]
             every = torch.tensor(list(product(*choices)), dtype=torch.float64) * step - weight.double()
@@ -198,7 +198,7 @@ class TestDescent:
     def test_scales_are_refitted(self) -> None:
         """Given its codes, a group's scale is the best there is: moving it by a hundredth makes the loss worse."""
         inputs, weight = correlated(200, 32), random_weight(4, 32)
-        q, _ = press(weight, inputs, "int4-channel", GPTQ(passes=10))
+        q, _ = quantized(weight, inputs, "int4-channel", GPTQ(passes=10))
         matrix, codes, step = damped(inputs, 1e-4), centred(q), scales(q)
         for row in range(4):
             one = [loss(weight[row], codes[row] * step[row] * f, matrix) for f in (0.99, 1.0, 1.01)]
@@ -210,7 +210,7 @@ class TestEveryScheme:
     def test_less_output_error_than_absmax(self, scheme: Scheme) -> None:
         for seed, dtype in enumerate(DTYPES):
             inputs, weight = correlated(300, 128, seed), random_weight(9, 128, seed)
-            q, diagnostics = press(weight, inputs, scheme, dtype=dtype)
+            q, diagnostics = quantized(weight, inputs, scheme, dtype=dtype)
             plain, _ = Absmax().quantize(weight, scheme, dtype)
             matrix = damped(inputs, 0)
             found, before = (loss(weight, one.dequantize(), matrix) for one in (q, plain))
@@ -230,7 +230,7 @@ class TestEveryScheme:
             generator = torch.Generator().manual_seed(seed)
             mixed = torch.randn(tokens, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
             inputs, weight = mixed * torch.logspace(-1, 1, 96), random_weight(8, 96, seed)
-            q, _ = press(weight, inputs, scheme)
+            q, _ = quantized(weight, inputs, scheme)
             plain, _ = Absmax().quantize(weight, scheme, torch.float32)
             matrix = damped(inputs, 0)
             assert loss(weight, q.dequantize(), matrix) < loss(weight, plain.dequantize(), matrix)
@@ -242,7 +242,7 @@ class TestEveryScheme:
         weight[0, :64] = 0  # whole groups, beside others whose errors would be pushed into them
         weight[3] = 0  # a whole row
         for dtype in DTYPES:
-            q, _ = press(weight, inputs, scheme, GPTQ(**options), dtype)
+            q, _ = quantized(weight, inputs, scheme, GPTQ(**options), dtype)
             groups = weight.unflatten(1, (q.scales.shape[1], -1))
             empty = (groups == 0).all(-1)
             assert empty[3].all()
@@ -252,7 +252,7 @@ class TestEveryScheme:
 
     @EVERY
     def test_nothing_but_zeros(self, scheme: Scheme) -> None:
-        q, diagnostics = press(torch.zeros(3, 64), correlated(100, 64), scheme, dtype=torch.float16)
+        q, diagnostics = quantized(torch.zeros(3, 64), correlated(100, 64), scheme, dtype=torch.float16)
         assert (q.dequantize() == 0).all()
         assert (diagnostics.relative_error, diagnostics.output_error) == (0, 0)
 
@@ -262,7 +262,7 @@ class TestEveryScheme:
         """Fault 27, with independent inputs, where rounding to nearest is the best that can be done."""
         inputs = torch.eye(32).repeat(2, 1)
         for dtype in DTYPES:
-            q, _ = press(torch.full((3, 32), constant), inputs, scheme, dtype=dtype)
+            q, _ = quantized(torch.full((3, 32), constant), inputs, scheme, dtype=dtype)
             found = q.dequantize()
             assert torch.isfinite(found).all()
             assert (found * constant >= 0).all()
@@ -276,7 +276,7 @@ class TestEveryScheme:
         widths = (32, 96, 160, 288) if scheme.group_size else (1, 3, 31, 127, 128, 129, 131)
         for rows, columns in zip((1, 7, 101, 1, 2, 7, 101), widths):
             inputs, weight = correlated(2 * columns + 2, columns), random_weight(rows, columns)
-            q, _ = press(weight, inputs, scheme, dtype=torch.float16)
+            q, _ = quantized(weight, inputs, scheme, dtype=torch.float16)
             plain, _ = Absmax().quantize(weight, scheme, torch.float16)
             matrix = damped(inputs, 1e-4)
             assert loss(weight, q.dequantize(), matrix) <= loss(weight, plain.dequantize(), matrix) * (1 + 1e-6)
@@ -287,10 +287,10 @@ class TestEveryScheme:
         """Conv1D weights are stored [in, out]; none is written to."""
         weight, inputs = random_weight(5, 64).to(dtype), correlated(100, 64)
         stored = weight.t().contiguous()
-        expected, _ = press(weight.float(), inputs, scheme)
+        expected, _ = quantized(weight.float(), inputs, scheme)
         before = weight.clone()
-        assert bytes_of(press(weight, inputs, scheme)[0]) == bytes_of(expected)
-        assert bytes_of(press(stored.t(), inputs, scheme)[0]) == bytes_of(expected)
+        assert bytes_of(quantized(weight, inputs, scheme)[0]) == bytes_of(expected)
+        assert bytes_of(quantized(stored.t(), inputs, scheme)[0]) == bytes_of(expected)
         assert torch.equal(weight, before)
         assert torch.equal(stored, before.t())
 
@@ -300,13 +300,13 @@ class TestEveryScheme:
         weight = torch.zeros(2, 64)
         weight[1, 0] = top / 2 if scheme.symmetric else top
         with pytest.raises(ValueError, match=r"7e\+04 does not fit torch\.float16"):
-            press(weight, inputs, scheme, dtype=torch.float16)
-        press(weight, inputs, scheme, dtype=torch.bfloat16)
+            quantized(weight, inputs, scheme, dtype=torch.float16)
+        quantized(weight, inputs, scheme, dtype=torch.bfloat16)
 
     @EVERY
     def test_the_same_bytes_again(self, scheme: Scheme) -> None:
         inputs, weight = correlated(300, 128), random_weight(37, 128)
-        assert len({tuple(bytes_of(press(weight, inputs, scheme)[0])) for _ in range(3)}) == 1
+        assert len({tuple(bytes_of(quantized(weight, inputs, scheme)[0])) for _ in range(3)}) == 1
 
 
 def test_more_threads_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +317,7 @@ def test_more_threads_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         for count in (1, 2, 2, 3):
             torch.set_num_threads(count)
-            found.append(press(weight, inputs, "int4-g128"))
+            found.append(quantized(weight, inputs, "int4-g128"))
     finally:
         torch.set_num_threads(threads)
     assert bytes_of(found[1][0]) == bytes_of(found[2][0])
@@ -345,9 +345,9 @@ class TestOptions:
 
     def test_each_changes_what_it_says(self) -> None:
         inputs, weight = correlated(200, 64), random_weight(9, 64)
-        plain, _ = press(weight, inputs, "int3-g32")
+        plain, _ = quantized(weight, inputs, "int3-g32")
         for options in ({"damping": 0.1}, {"act_order": False}, {"rounds": 3}, {"passes": 2}):
-            q, diagnostics = press(weight, inputs, "int3-g32", with_options(GPTQ(), options))
+            q, diagnostics = quantized(weight, inputs, "int3-g32", with_options(GPTQ(), options))
             assert bytes_of(q) != bytes_of(plain), options
             assert diagnostics.damping == options.get("damping", 1e-4)
 
@@ -359,7 +359,7 @@ class TestOptions:
         for seed in range(6):
             inputs, weight = correlated(300, 96, seed), random_weight(16, 96, seed)
             for number, method in enumerate(chosen):
-                q, _ = press(weight, inputs, name, method)
+                q, _ = quantized(weight, inputs, name, method)
                 losses[number] += loss(weight, q.dequantize(), damped(inputs, 0))
         assert losses == sorted(losses, reverse=True)
 

@@ -190,7 +190,7 @@ class TestFactor:
             torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
             Scheme.parse("int4-channel"),
             torch.float32,
-            hessian,
+            (hessian,),
         )
         assert diagnostics.damping == pytest.approx(0.1)
         assert diagnostics.fallback is None
@@ -253,7 +253,7 @@ class TestNoFactor:
     def check(self, hessian: Hessian, reason: str, tokens: int) -> None:
         weight = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
         assert hessian.factor(1e-4, True) is None
-        found, diagnostics = GPTQ().quantize(weight, SCHEME, torch.float32, hessian)
+        found, diagnostics = GPTQ().quantize(weight, SCHEME, torch.float32, (hessian,))
         expected, plain = Absmax().quantize(weight, SCHEME, torch.float32)
         assert torch.equal(found.codes, expected.codes)
         assert torch.equal(found.scales, expected.scales)
@@ -267,7 +267,7 @@ class TestNoFactor:
         inputs, weight = correlated(200, 32), torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
         dead = [0, 5, 16, 31]
         inputs[:, dead] = 0
-        q, _ = GPTQ(**options).quantize(weight, Scheme.parse(name), torch.float32, hessian_of(inputs))
+        q, _ = GPTQ(**options).quantize(weight, Scheme.parse(name), torch.float32, (hessian_of(inputs),))
         scales = q.scales.repeat_interleave(32 // q.scales.shape[1], 1).double()
         middle = torch.full_like(q.scales, q.scheme.middle) if q.zeros is None else q.zeros
         zeros = middle.double().repeat_interleave(32 // q.scales.shape[1], 1)

@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 
 from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline.checkpoints.runtimes import Facts, verdicts
+from bitpress.pipeline.formats import registry
 from bitpress.pipeline.publish.bundle import Item
 from bitpress.pipeline.publish.card import Origin, origin_of, write_card
 
@@ -47,7 +48,8 @@ def write(metrics: Callable[..., dict[str, Any]], finished: Path) -> Write:
 
     def card(run: str = "int4-g32", origin: Origin | None = None, repo: str = REPO, **changes: Any) -> str:
         own = metrics(run, **changes)
-        facts = Facts(own["format"], Scheme.parse(own["scheme"]), False, SHAPES, None)
+        schemes = dict.fromkeys(SHAPES, Scheme.parse(own["scheme"]))
+        facts = Facts(registry()[own["format"]], schemes, False, SHAPES, None)
         origin = origin or origin_of(own, finished / run / "artifact" / "README.md", ["LICENSE"])
         files = [Item.of("LICENSE", b"Do what you like.\n"), Item.of("metrics.json", b"{}")]
         figures = {"figures/1.png": f"{own['scheme']} of {own['model']['id']}: errors"}
@@ -127,9 +129,10 @@ class TestMetadata:
         assert "datasets" not in metadata(write())
         config = metrics("int4-g32")["config"]
         for text, names in (("org/set:raw:train", ["org/set"]), ("mine.txt", None)):
-            quantize = config["quantize"] | {"calibration": {"text": text, "windows": 4, "context": 32, "seed": 0}}
-            found = metadata(write(calibration=learned, config=config | {"quantize": quantize}))
-            assert found.get("datasets") == names
+            calibration = {"text": text, "windows": 4, "context": 32, "seed": 0}
+            recipes = [recipe | {"calibration": calibration} for recipe in config["recipes"]]
+            card = metadata(write(calibration=learned, config=config | {"recipes": recipes}))
+            assert card.get("datasets") == names
 
 
 class TestOrigin:

@@ -1,8 +1,8 @@
-"""The walk from block to block, against transformers' own forward of the whole model."""
+"""The runner from block to block, against transformers' own forward of the whole model."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.pytorch_utils import Conv1D
 
 from bitpress.pipeline.errors import CheckpointError, NumericsError
+from bitpress.pipeline.methods.hessian import Hessian
 from bitpress.pipeline.quantize import block_runner as module
-from bitpress.pipeline.quantize.block_runner import Walk
+from bitpress.pipeline.quantize.block_runner import BlockRunner, BlockView
 from bitpress.pipeline.quantize.plan import Plan, PlannedTensor, make_plan
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint
@@ -40,25 +41,30 @@ def planned(folder: Path, *skip: str) -> tuple[Checkpoint, Plan]:
     return checkpoint, make_plan(checkpoint, Recipe.make({**settings, "layers": dict.fromkeys(skip, "none")}))
 
 
-def start(folder: Path, *skip: str) -> tuple[Walk, Plan]:
+def start(folder: Path, *skip: str) -> tuple[BlockRunner, Plan]:
     checkpoint, plan = planned(folder, *skip)
     outside = [entry for entry in plan.tensors if entry.block is None]
-    return Walk(checkpoint, outside, ids(), torch.float32, "cpu"), plan
+    return BlockRunner(checkpoint, outside, ids(), torch.float32, "cpu"), plan
 
 
-def blocks(walk: Walk, plan: Plan, states: list[Tensor]) -> Iterator[list[PlannedTensor]]:
-    """Enters block after block; `states` holds the batches of its inputs, and of the last one's outputs at the end."""
-    states += walk.embed()
+def blocks(runner: BlockRunner, plan: Plan, states: list[Tensor]) -> Iterator[list[PlannedTensor]]:
+    """Loads block after block; `states` holds the batches of its inputs, and of the last one's outputs at the end."""
+    states += runner.embed()
     for unit in plan.units:
         if unit.block is not None:
-            walk.enter(unit.block, ((entry, walk.checkpoint.read(entry.info.name)) for entry in unit.tensors))
+            runner.load_block(unit.block, ((entry, runner.checkpoint.read(entry.info.name)) for entry in unit.tensors))
             yield [entry for entry in unit.tensors if entry.spec]
-            states[:] = [*walk.outputs(states)]
-            walk.leave()
+            states[:] = [*runner.outputs(states)]
+            runner.unload_block()
+
+
+def hessians_of(runner: BlockRunner, groups: list[list[PlannedTensor]], states: list[Tensor]) -> list[Hessian]:
+    """Of each group's inputs, over these batches."""
+    return [found[Hessian] for found in runner.collect([(group[0], (Hessian,)) for group in groups], states)]
 
 
 def whole(folder: Path) -> Any:
-    """As transformers loads it, its experts one after the other, as the walk has them."""
+    """As transformers loads it, its experts one after the other, as the runner has them."""
     return AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
 
 
@@ -99,10 +105,10 @@ def test_block_by_block_as_the_whole_model(architecture: str, tiny: Tiny, monkey
     with torch.no_grad():
         expected = model(input_ids=ids(), use_cache=False).logits
     reference = products(model, monkeypatch)
-    (walk, plan), states, called = start(folder), [], []
-    for entries in blocks(walk, plan, states):
-        groups = walk.sharing(entries, states[0])
-        for group, hessian in zip(groups, walk.hessians(groups, states)):
+    (runner, plan), states, called = start(folder), [], []
+    for entries in blocks(runner, plan, states):
+        groups = runner.groups(entries, states[0])
+        for group, hessian in zip(groups, hessians_of(runner, groups, states)):
             assert (hessian.tokens, hessian.dropped) == (WINDOWS * CONTEXT, 0)
             found, dead = hessian.matrix().double(), hessian.dead()
             found[dead, dead] = 0
@@ -115,8 +121,8 @@ def test_block_by_block_as_the_whole_model(architecture: str, tiny: Tiny, monkey
                 assert ((found - one).abs() <= 1e-5 * torch.outer(size, size)).all(), entry.module
     assert sorted(called) == sorted(entry.info.name for entry in plan.quantized), "each layer once"
     # the same operations in float32, on two windows at a time rather than three
-    torch.testing.assert_close(walk.logits(states[0]), expected[:2], rtol=1e-5, atol=1e-5)
-    assert torch.equal(walk.logits(states[0][:1]), walk.logits(states[0])[:1])
+    torch.testing.assert_close(runner.logits(states[0]), expected[:2], rtol=1e-5, atol=1e-5)
+    assert torch.equal(runner.logits(states[0][:1]), runner.logits(states[0])[:1])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
@@ -127,10 +133,10 @@ def test_on_several_threads(name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPat
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            (walk, plan), states, hessians = start(tiny(name)), [], []
-            for entries in blocks(walk, plan, states):
-                groups = walk.sharing(entries, states[0])
-                hessians += [hessian.matrix() for hessian in walk.hessians(groups, states)]
+            (runner, plan), states, hessians = start(tiny(name)), [], []
+            for entries in blocks(runner, plan, states):
+                groups = runner.groups(entries, states[0])
+                hessians += [hessian.matrix() for hessian in hessians_of(runner, groups, states)]
             assert torch.get_num_threads() == threads
             made.append([*hessians, *states])
     finally:
@@ -153,9 +159,9 @@ SHARING = {
 
 @pytest.mark.parametrize("name", SHARING)
 def test_layers_that_read_the_same_are_found_in_the_order_of_their_calls(name: str, tiny: Tiny) -> None:
-    (walk, plan), states = start(tiny(name)), []
-    for entries in blocks(walk, plan, states):
-        groups = walk.sharing(entries[::-1], states[0])
+    (runner, plan), states = start(tiny(name)), []
+    for entries in blocks(runner, plan, states):
+        groups = runner.groups(entries[::-1], states[0])
         leaves = [sorted(entry.module.rpartition(".")[2] for entry in group) for group in groups]
         assert [sorted(group) for group in SHARING[name]] == leaves
         experts = [[entry.module.split(".")[-2] for entry in group] for group in groups if group[0].target.expert]
@@ -164,38 +170,38 @@ def test_layers_that_read_the_same_are_found_in_the_order_of_their_calls(name: s
 
 def test_experts_that_the_first_batch_does_not_reach_come_last(tiny: Tiny) -> None:
     """One expert of 32 for each token: gate and up of each are together all the same."""
-    (walk, plan), states = start(tiny("mixtral", num_experts_per_tok=1, num_experts=32, num_local_experts=32)), []
-    for entries in blocks(walk, plan, states):
-        groups = walk.sharing(entries, states[0])
+    (runner, plan), states = start(tiny("mixtral", num_experts_per_tok=1, num_experts=32, num_local_experts=32)), []
+    for entries in blocks(runner, plan, states):
+        groups = runner.groups(entries, states[0])
         assert sorted(entry.module for group in groups for entry in group) == sorted(e.module for e in entries)
         experts = [group for group in groups if group[0].target.expert]
         assert sorted(len(group) for group in experts) == [1] * 32 + [2] * 32
-        first = walk.hessians(experts, states[:1])
+        first = hessians_of(runner, experts, states[:1])
         tokens = {group[0].target.expert[0]: hessian.tokens for group, hessian in zip(experts, first)}
         assert sum(tokens.values()) == 2 * CONTEXT
         assert 0 in tokens.values()
         reached = [tokens[group[0].target.expert[0]] > 0 for group in experts]
         assert reached == sorted(reached, reverse=True)
-        whole_text = walk.hessians(experts, states)
+        whole_text = hessians_of(runner, experts, states)
         assert sum(h.tokens for group, h in zip(experts, whole_text) if len(group) == 2) == WINDOWS * CONTEXT
 
 
 def test_one_blocks_weights_are_in_memory(tiny: Tiny) -> None:
-    (walk, plan), states = start(tiny("llama")), []
-    for number, _ in enumerate(blocks(walk, plan, states)):
-        held = {name for name, parameter in walk.model.named_parameters() if parameter.device.type != "meta"}
+    (runner, plan), states = start(tiny("llama")), []
+    for number, _ in enumerate(blocks(runner, plan, states)):
+        held = {name for name, parameter in runner.model.named_parameters() if parameter.device.type != "meta"}
         assert held
         assert all(name.startswith(f"model.layers.{number}.") for name in held)
-    assert all(parameter.device.type == "meta" for parameter in walk.model.parameters())
-    walk.logits(states[0])
-    assert all(parameter.device.type == "meta" for parameter in walk.model.parameters())
+    assert all(parameter.device.type == "meta" for parameter in runner.model.parameters())
+    runner.logits(states[0])
+    assert all(parameter.device.type == "meta" for parameter in runner.model.parameters())
 
 
 def test_masks_and_positions_are_held_once(tiny: Tiny) -> None:
-    walk, _ = start(tiny("llama"))
-    list(walk.embed())
-    assert [len(calls) for calls in walk._calls] == [2, 2]
-    first, second = (calls[1].options["position_embeddings"] for calls in walk._calls)
+    runner, _ = start(tiny("llama"))
+    list(runner.embed())
+    assert [len(calls) for calls in runner._calls] == [2, 2]
+    first, second = (calls[1].options["position_embeddings"] for calls in runner._calls)
     assert first[0] is second[0]
 
 
@@ -203,8 +209,8 @@ def test_masks_and_positions_are_held_once(tiny: Tiny) -> None:
 def test_buffers_are_where_the_work_is(name: str, tiny: Tiny) -> None:
     """Masks that blocks keep for themselves among them."""
     checkpoint, plan = planned(tiny(name))
-    walk = Walk(checkpoint, [], ids(), torch.float32, "meta")
-    for part in [walk.model, *walk._real]:
+    runner = BlockRunner(checkpoint, [], ids(), torch.float32, "meta")
+    for part in [runner.model, *runner._real]:
         assert all(buffer.device.type == "meta" for buffer in part.buffers())
     assert plan
 
@@ -214,8 +220,8 @@ class TestInfinite:
 
     def hessian(self, folder: Path, bad: int, value: float) -> Any:
         """Of down_proj in block 0, `bad` of whose 72 inputs have a value that is not finite."""
-        (walk, plan), states = start(folder), []
-        entries = next(blocks(walk, plan, states))
+        (runner, plan), states = start(folder), []
+        entries = next(blocks(runner, plan, states))
         (entry,) = [entry for entry in entries if entry.module.endswith("down_proj")]
         rest = bad
 
@@ -227,8 +233,8 @@ class TestInfinite:
             rest -= min(rest, len(rows))
             return (spoiled,)
 
-        walk.layer(entry).register_forward_pre_hook(spoil)
-        (found,) = walk.hessians([[entry]], states)
+        runner.layer(entry).register_forward_pre_hook(spoil)
+        (found,) = hessians_of(runner, [[entry]], states)
         return found
 
     @pytest.mark.parametrize("value", [torch.inf, torch.nan])
@@ -314,9 +320,9 @@ def test_models_that_are_no_chain_of_blocks_are_refused(
         return BaseModelOutputWithPast(last_hidden_state=forward(self, self.embed_tokens(input_ids)))
 
     monkeypatch.setattr(LlamaModel, "forward", instead)
-    walk, _ = start(tiny("llama"))
+    runner, _ = start(tiny("llama"))
     with pytest.raises(CheckpointError, match=rf"LlamaForCausalLM is no plain chain of blocks \(({said})") as caught:
-        list(walk.embed())
+        list(runner.embed())
     assert "use a method that needs no calibration" in str(caught.value)
 
 
@@ -333,23 +339,96 @@ class TestRealModels:
     def test_a_model_that_asks_its_blocks_what_they_are(self, tmp_path: Path) -> None:
         mixer = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "head_dim": 16}
         folder = self.save("NemotronHConfig", tmp_path, hybrid_override_pattern="M*", **mixer)
-        (walk, plan), states = start(folder, "*conv1d*"), []
-        for _ in blocks(walk, plan, states):
+        (runner, plan), states = start(folder, "*conv1d*"), []
+        for _ in blocks(runner, plan, states):
             pass
         with torch.no_grad():
             expected = whole(folder)(input_ids=ids()[:2], use_cache=False).logits
-        torch.testing.assert_close(walk.logits(states[0]), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(runner.logits(states[0]), expected, rtol=1e-5, atol=1e-5)
 
     def test_a_block_that_gives_a_list(self, tmp_path: Path) -> None:
         folder = self.save("OpenAIGPTConfig", tmp_path, n_positions=64)
-        (walk, plan), states = start(folder), []
-        for _ in blocks(walk, plan, states):
+        (runner, plan), states = start(folder), []
+        for _ in blocks(runner, plan, states):
             pass
         with torch.no_grad():
             expected = whole(folder)(input_ids=ids()[:2]).logits
-        torch.testing.assert_close(walk.logits(states[0]), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(runner.logits(states[0]), expected, rtol=1e-5, atol=1e-5)
 
     def test_a_model_that_rescales_its_blocks(self, tmp_path: Path) -> None:
-        walk, _ = start(self.save("RwkvConfig", tmp_path), "*time_*")
+        runner, _ = start(self.save("RwkvConfig", tmp_path), "*time_*")
         with pytest.raises(CheckpointError, match="RwkvForCausalLM is no plain chain of blocks"):
-            list(walk.embed())
+            list(runner.embed())
+
+
+class TestBlockView:
+    """What a method sees of a block, and may change."""
+
+    NORMS: ClassVar[dict[str, dict[str, str]]] = {
+        "llama": {"q_proj k_proj v_proj": "input_layernorm", "gate_proj up_proj": "post_attention_layernorm"},
+        "phi3": {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"},
+        "opt": {"k_proj v_proj q_proj": "self_attn_layer_norm", "fc1": "final_layer_norm"},
+        "gpt2": {"c_attn": "ln_1", "c_fc": "ln_2"},
+        "gpt_neox": {"query_key_value": "input_layernorm", "dense_h_to_4h": "post_attention_layernorm"},
+        "mixtral": {"q_proj k_proj v_proj": "input_layernorm"},  # its experts and its router read a reshaped copy
+    }
+
+    def view(self, folder: Path, *skip: str) -> tuple[BlockView, list[Tensor]]:
+        """Of the first block, all of whose layers gptq quantizes, but for some that are kept."""
+        (runner, plan), states = start(folder, *skip), []
+        next(blocks(runner, plan, states))
+        tensors = next(unit.tensors for unit in plan.units if unit.block == 0)
+        weights = {planned.info.name: runner.checkpoint.read(planned.info.name) for planned in tensors}
+        assert plan.quantized[0].spec
+        method = plan.quantized[0].spec.method
+        return BlockView(runner, tensors, weights, lambda: iter(states), method), states
+
+    @pytest.mark.parametrize("name", NORMS)
+    def test_groups_and_the_norm_before_each(self, name: str, tiny: Tiny) -> None:
+        view, _ = self.view(tiny(name))
+        found = {}
+        for group in view.groups:
+            leaves = {layer.rpartition(".")[2] for layer in group.layers}
+            if group.norm is not None:
+                found[frozenset(leaves)] = group.norm.rpartition(".")[2]
+                assert view.tensor(f"{group.norm}.weight").shape == (64,)
+        assert found == {frozenset(leaves.split()): norm for leaves, norm in self.NORMS[name].items()}
+
+    def test_kept_layers_that_read_the_same_are_among_them(self, tiny: Tiny) -> None:
+        view, _ = self.view(tiny("llama"), "*.v_proj", "*.o_proj")
+        groups = [[layer.rpartition(".")[2] for layer in group.layers] for group in view.groups]
+        assert sorted(groups[0]) == ["k_proj", "q_proj", "v_proj"]
+        assert [sorted(group) for group in groups[1:]] == [["gate_proj", "up_proj"], ["down_proj"]]
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2"])
+    def test_what_is_set_is_what_the_block_computes_with(self, name: str, tiny: Tiny) -> None:
+        view, states = self.view(tiny(name))
+        before = [*view.outputs(view.inputs())]
+        last = view.groups[-1].layers[0]
+        weight = view.tensor(f"{last}.weight")
+        assert weight.shape == (64, 128 if name == "llama" else 256)
+        view.set(f"{last}.weight", weight * 0)
+        assert torch.equal(view.tensor(f"{last}.weight"), weight * 0)
+        after = [*view.outputs(states)]
+        assert not torch.equal(after[0], before[0])
+        view.set(f"{last}.weight", weight)
+        assert all(map(torch.equal, view.outputs(states), before))
+
+    def test_statistics_are_of_each_groups_inputs(self, tiny: Tiny) -> None:
+        view, _ = self.view(tiny("llama"))
+        found = view.collect(Hessian)
+        assert [len(hessian.matrix()) for hessian in found] == [64, 64, 64, 128]
+        (rows,) = {hessian.tokens for hessian in found}
+        assert rows == WINDOWS * CONTEXT
+
+    def test_what_does_not_fit_is_refused(self, tiny: Tiny) -> None:
+        view, _ = self.view(tiny("gpt2"))
+        name = "transformer.h.0.mlp.c_fc.weight"
+        with pytest.raises(ValueError, match=r"is set to shape \[64, 256\], expected \[256, 64\]"):
+            view.set(name, view.tensor(name).t())
+        with pytest.raises(ValueError, match="'c_fc' is no tensor of the block"):
+            view.set("c_fc", torch.zeros(1))
+        spoiled = view.tensor(name).clone()
+        spoiled[3, 5] = torch.nan
+        with pytest.raises(NumericsError, match=r"c_fc\.weight: 1 of 16384 values are NaN or infinite"):
+            view.set(name, spoiled)

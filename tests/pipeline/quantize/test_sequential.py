@@ -1,14 +1,15 @@
-"""The stage that presses blocks on what the quantized ones before them put out: what it refuses, counts and keeps."""
+"""Blocks are quantized on what the quantized ones before them put out: what is refused, counted and kept."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline import api
 from bitpress.pipeline.config.schema import Run
 from bitpress.pipeline.data.calibration import Calibration
@@ -17,7 +18,8 @@ from bitpress.pipeline.evaluate import measure, verify, worker
 from bitpress.pipeline.formats import registry as formats
 from bitpress.pipeline.methods.absmax import Absmax
 from bitpress.pipeline.models.loading import load_model
-from bitpress.pipeline.quantize.block_runner import Walk
+from bitpress.pipeline.quantize import sequential
+from bitpress.pipeline.quantize.plan import PlannedTensor
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.quantize.sequential import CalibratedBlocks
 from bitpress.pipeline.runs import run as runner
@@ -57,11 +59,26 @@ def broken(learn: Learn, out: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The blocks that are pressed from now on."""
+    """The blocks that are quantized from now on."""
     made: list[str] = []
-    original = CalibratedBlocks.press
-    monkeypatch.setattr(CalibratedBlocks, "press", lambda *a: made.append(a[1].name) or original(*a))
+    original = CalibratedBlocks.quantize_block
+    monkeypatch.setattr(CalibratedBlocks, "quantize_block", lambda *a: made.append(a[1].name) or original(*a))
     return made
+
+
+@pytest.fixture
+def hessians(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """Layer -> the Hessian that it was given."""
+    found: dict[str, Tensor] = {}
+    original = sequential.quantize_weight
+
+    def spy(planned: PlannedTensor, weight: Tensor, plan: Any, method: Any, statistics: Any = ()) -> Any:
+        for hessian in statistics:
+            found[planned.module] = hessian.matrix().double()
+        return original(planned, weight, plan, method, statistics)
+
+    monkeypatch.setattr(sequential, "quantize_weight", spy)
+    return found
 
 
 def flip(path: Path) -> None:
@@ -128,7 +145,6 @@ class TestTakenUpAgain:
             ({"calibration": Calibration("a text", OTHER_TEXT.ids, 5)}, "quantize.calibration.seed: was 0, is 5"),
             ({"options": {"damping": 0.5}}, "quantize.gptq.damping: was "),
             ({"options": {"true_sequential": True}}, "quantize.gptq.true_sequential: was False, is True"),
-            ({"device": "meta"}, "device: was 'cpu', is 'meta'"),
         ],
     )
     def test_what_changed_is_refused_by_name(
@@ -143,13 +159,29 @@ class TestTakenUpAgain:
             learn(source, out, **changes)
         assert said in str(finished.value)
 
-    def test_another_number_of_threads_is_refused(self, source: Path, out: Path, broken: Any, learn: Learn) -> None:
+    def test_another_device_is_refused_until_the_artifact_is_finished(
+        self, source: Path, out: Path, broken: Any, learn: Learn
+    ) -> None:
+        """Blocks from two devices do not go together; a finished artifact is what it is."""
+        broken(source, 1)
+        with pytest.raises(ConfigError, match="device: was 'cpu', is 'meta'"):
+            learn(source, out, device="meta")
+        learn(source, out)
+        assert learn(source, out, device="meta") == ["finished before, verified"]
+
+    def test_another_number_of_threads_is_refused_until_the_artifact_is_finished(
+        self, source: Path, out: Path, broken: Any, learn: Learn
+    ) -> None:
         """The order of sums, and with it a code now and then, depends on it."""
         broken(source, 2)
         try:
             torch.set_num_threads(2)
             with pytest.raises(ConfigError, match="threads: was 1, is 2"):
                 learn(source, out)
+            torch.set_num_threads(1)
+            learn(source, out)
+            torch.set_num_threads(2)
+            assert learn(source, out) == ["finished before, verified"]
         finally:
             torch.set_num_threads(1)
 
@@ -237,21 +269,6 @@ def test_experts_that_see_few_tokens_are_rounded_by_absmax_and_named(tiny: Any, 
 class TestOrder:
     """What each layer's Hessian is of, told by hooks on the model that was made."""
 
-    @pytest.fixture
-    def hessians(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-        """Layer -> the Hessian that it was given."""
-        found: dict[str, Tensor] = {}
-        original = Walk.hessians
-
-        def spy(walk: Walk, groups: Any, inputs: Any) -> Any:
-            hessians = original(walk, groups, inputs)
-            for group, hessian in zip(groups, hessians):
-                found.update({entry.module: hessian.matrix().double() for entry in group})
-            return hessians
-
-        monkeypatch.setattr(Walk, "hessians", spy)
-        return found
-
     @pytest.mark.parametrize("sequential", [True, False])
     def test_layers_learn_from_the_quantized_ones_before_them(
         self, tiny: Any, out: Path, sequential: bool, learn: Learn, hessians: dict[str, Tensor]
@@ -288,12 +305,12 @@ def test_three_state_files_at_most(source: Path, out: Path, learn: Learn, monkey
     assert max(counts) <= 3
 
 
-class TestWitness:
+class TestReferenceLogits:
     def check(self, artifact: Path) -> dict[str, Any]:
         """As in a fresh process."""
-        witness = artifact.with_name("out.partial") / "witness.safetensors"
-        return verify.check_task(
-            {"artifact": str(artifact), "expected": str(witness), "device": "cpu", "dtype": "float32"}
+        reference = artifact.with_name("out.partial") / "reference_logits.safetensors"
+        return verify.verify_task(
+            {"artifact": str(artifact), "reference": str(reference), "device": "cpu", "dtype": "float32"}
         )
 
     def test_the_artifact_is_what_was_in_memory(self, tiny: Any, out: Path, learn: Learn) -> None:
@@ -319,8 +336,10 @@ class TestWitness:
     def test_is_asked_for_where_it_is_gone(self, tiny: Any, out: Path, learn: Learn) -> None:
         learn(tiny("llama"), out)
         recipe = replace(Recipe.make("gptq/int4-g32"), calibration=OTHER_TEXT)
-        with pytest.raises(ConfigError, match=r"witness\.safetensors is missing, with which the artifact is checked"):
-            verify.check(Checkpoint(out), recipe, out, OTHER_TEXT.ids[0], {"device": "cpu", "dtype": "auto"})
+        with pytest.raises(
+            ConfigError, match=r"reference_logits\.safetensors is missing, by which the artifact is verified"
+        ):
+            verify.verify_artifact(Checkpoint(out), recipe, out, OTHER_TEXT.ids[0], "cpu", "auto")
 
 
 class TestJobs:
@@ -332,15 +351,15 @@ class TestJobs:
 
     def run(self, tmp_path: Path, model: Path, text: str) -> runner.Outcome:
         evaluation = {"text": __file__, "context": 64, "windows": 2, "speed": None}
-        quantize = {"method": "gptq", "calibration": {"text": text, "windows": 3, "context": 32}}
-        chosen = {"name": "trial", "models": [{"id": str(model)}], "schemes": ["int4-g32"], "device": "cpu"}
-        run = Run(**chosen, eval=evaluation, quantize=quantize, output=str(tmp_path / "runs"))
+        defaults = {"calibration": {"text": text, "windows": 3, "context": 32}}
+        chosen = {"name": "trial", "models": [{"id": str(model)}], "recipes": ["gptq/int4-g32"], "device": "cpu"}
+        run = Run(**chosen, eval=evaluation, defaults=defaults, output=str(tmp_path / "runs"))
         return runner.execute(run, "", print)[-1]
 
     @pytest.fixture
     def here(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What a fresh process would do is done in this one."""
-        tasks = {"check": verify.check_task, "measure": measure.measure_task}
+        tasks = {"verify": verify.verify_task, "measure": measure.measure_task}
         monkeypatch.setattr(worker, "call", lambda task, request, folder: tasks[task](request))
 
     @pytest.mark.usefixtures("here")
@@ -351,7 +370,8 @@ class TestJobs:
         assert outcome.metrics["method"] == "gptq"
         assert outcome.metrics["reload"]["tokens"] == 32
         assert 0 < outcome.metrics["quality"]["kl_mean"] < 1
-        assert {"witness.safetensors", "artifact", "report.html"} <= {path.name for path in outcome.folder.iterdir()}
+        files = {path.name for path in outcome.folder.iterdir()}
+        assert {"reference_logits.safetensors", "artifact", "report.html"} <= files
         assert not (outcome.folder / "states").exists()
         assert self.run(tmp_path, tiny_llama, text).error is None
         assert "finished before, verified" in capsys.readouterr().out
@@ -398,5 +418,63 @@ class TestJobs:
         with pytest.raises(HubError) as caught:
             api.quantize(tiny_llama, "gptq/int4-g32", tmp_path / "out")
         assert "Salesforce/wikitext" in str(caught.value)
-        assert "or calibrate on a file: quantize.calibration.text or --calibration" in str(caught.value)
+        assert "or calibrate on a file: a recipe's calibration or --calibration" in str(caught.value)
         assert list(tmp_path.iterdir()) == []
+
+
+class TestLayersOfTheirOwn:
+    """Layers with other schemes and methods than the rest, in one pass through the blocks."""
+
+    RULES: ClassVar[dict[str, str]] = {
+        "*.down_proj": "absmax/int4-g32",
+        "model.layers.0.self_attn.*": "none",
+        "lm_head": "gptq/int4-g32",
+    }
+
+    @pytest.fixture
+    def mixed(self, tiny: Any, out: Path, learn: Learn, hessians: dict[str, Tensor]) -> Path:
+        self.notes = learn(tiny("llama"), out, layers=self.RULES, format="compressed-tensors")
+        return out
+
+    def test_each_layer_by_its_own_method(self, mixed: Path, tiny: Any, hessians: dict[str, Tensor]) -> None:
+        blocks = [f"model.layers.{number}" for number in (0, 1)]
+        projections = [f"self_attn.{name}_proj" for name in "qkvo"]
+        gptq = {f"{blocks[1]}.{name}" for name in projections} | {
+            f"{b}.mlp.{n}_proj" for b in blocks for n in ("gate", "up")
+        }
+        down = {f"{block}.mlp.down_proj" for block in blocks}
+        reports = layers(mixed)
+        assert reports.keys() == gptq | down | {"lm_head"}
+        assert hessians.keys() == gptq
+        assert {name for name, report in reports.items() if "damping" in report} == gptq
+        source, artifact, format = Checkpoint(tiny("llama")), Checkpoint(mixed), formats()["compressed-tensors"]
+        for name in down:
+            expected, _ = Absmax().quantize(source.read(f"{name}.weight"), Scheme.parse("int4-g32"), torch.float32)
+            for suffix, tensor in format.write(expected, torch.float32).items():
+                assert torch.equal(artifact.read(f"{name}.{suffix}"), tensor), (name, suffix)
+        for name in projections:
+            kept = f"{blocks[0]}.{name}.weight"
+            assert torch.equal(artifact.read(kept), source.read(kept))
+
+    def test_a_head_is_rounded_to_nearest_and_says_why(self, mixed: Path) -> None:
+        said = "rounded by absmax: gptq is calibrated inside the decoder blocks only"
+        assert layers(mixed)["lm_head"]["note"] == said
+        assert self.notes[-1] == f"1 layers are special:\n  lm_head: {said}"
+
+    def test_the_reference_logits_are_those_of_the_artifact(self, mixed: Path) -> None:
+        TestReferenceLogits().check(mixed)
+
+
+def test_a_kept_block_is_passed_through(tiny: Any, out: Path, learn: Learn) -> None:
+    learn(tiny("llama"), out, layers={"model.layers.0.*": "none"})
+    assert all(name.startswith("model.layers.1.") for name in layers(out))
+    TestReferenceLogits().check(out)
+
+
+def test_true_sequential_layers_beside_others(tiny: Any, out: Path, learn: Learn, hessians: dict[str, Tensor]) -> None:
+    """down_proj, of a method that is not, is quantized before the stages of the others begin."""
+    rules = {"*.down_proj": "absmax/int4-g32"}
+    learn(tiny("llama"), out, layers=rules, options={"true_sequential": True}, format="compressed-tensors")
+    assert len(layers(out)) == 14
+    assert len(hessians) == 12
+    TestReferenceLogits().check(out)
