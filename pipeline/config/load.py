@@ -106,8 +106,8 @@ def load_calibration(settings: str | dict[str, Any]) -> Calibrate:
     Raises:
         ConfigError: everything that is wrong with it.
     """
-    given = settings if isinstance(settings, dict) else {"text": settings}
-    return _section(Calibrate, given, ("defaults", "calibration"))
+    values = settings if isinstance(settings, dict) else {"text": settings}
+    return _section(Calibrate, values, ("defaults", "calibration"))
 
 
 def _section(kind: type[Section], settings: Any, path: tuple[str, ...]) -> Section:

@@ -25,8 +25,8 @@ def _fields(root: type[BaseModel], path: tuple[int | str, ...]) -> Iterator[str]
     for part in path:
         if isinstance(part, int):
             continue
-        found = kind.model_fields.get(part) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-        kind = next((m for m in _models(found.annotation) if m), None) if found else None
+        field = kind.model_fields.get(part) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        kind = next((m for m in _models(field.annotation) if m), None) if field else None
     if kind is not None:
         yield from kind.model_fields
 
@@ -57,7 +57,7 @@ _UNION_TAGS = {"str", "Dataset", "TrainingSet", "int", "none"}
 
 
 def _other_branch(item: Any) -> bool:
-    """Of a value that may be a string or a mapping, only what it is not meant to be complains here."""
+    """Whether a complaint is about what a value is not meant to be, where it may be a string or a mapping."""
     if not any(part in ("str", "Dataset", "TrainingSet") for part in item["loc"]):
         return False
     return item["type"] == ("string_type" if isinstance(item["input"], dict) else "model_type")

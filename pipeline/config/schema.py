@@ -1,4 +1,4 @@
-"""YAML -> a checked Run; every problem is found at once and told with its line, its path and the nearest name."""
+"""What a config may hold: its keys, their types and ranges, and their defaults."""
 
 import re
 from collections.abc import Sequence
@@ -16,6 +16,9 @@ from pydantic import (
     model_validator,
 )
 
+from bitpress.kernels.registry import AUTOMATIC
+from bitpress.kernels.registry import registry as kernels
+
 from ..errors import nearest
 from .messages import Several
 
@@ -27,10 +30,7 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 def _known_kernel(name: str) -> str:
-    """`name`, if there is such a kernel. The registry brings torch along, so it is asked late."""
-    from bitpress.kernels.registry import AUTOMATIC
-    from bitpress.kernels.registry import registry as kernels
-
+    """`name`, if there is such a kernel."""
     known = [*AUTOMATIC, *(kernel.name for kernel in kernels())]
     if name not in known:
         hint = nearest(name, known) or f"; use auto or one of {', '.join(known[1:])}"
@@ -219,9 +219,9 @@ class Publish(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_secrets(cls, value: Any) -> Any:
-        if isinstance(value, dict) and (found := [key for key in _SECRETS if key in value]):
+        if isinstance(value, dict) and (secrets := [key for key in _SECRETS if key in value]):
             raise ValueError(
-                f"{found[0]} is never read from a config; take it out, and `hf auth login` or set HF_TOKEN"
+                f"{secrets[0]} is never read from a config; take it out, and `hf auth login` or set HF_TOKEN"
             )
         return value
 

@@ -11,7 +11,7 @@ from bitpress.kernels.linear import QEmbedding, QLinear
 from ..errors import ConfigError, NumericsError
 from ..models.loading import load_model
 from ..models.modules import dense_layer, replace_layers
-from ..models.structure import ParameterPath, TensorNames
+from ..models.structure import ParameterPath, TensorNames, tied
 from ..quantize.plan import make_plan
 from ..quantize.recipe import Recipe
 from ..quantize.sequential import REFERENCE_LOGITS
@@ -39,10 +39,13 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
             step(number, len(plan.quantized))
             qtensor, _ = quantize_weight(tensor, checkpoint.read(tensor.info.name), plan)
             qtensor = qtensor.to(device)
+            linear = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")  # noqa: E731
             if tensor.kind == "embedding":
                 layers[tensor.target] = lambda bias, q=qtensor: QEmbedding(q, model.dtype)
+                heads = [copy for copy, origin in tied(plan.model).items() if origin == tensor.target.parameter]
+                layers |= {ParameterPath(head): linear for head in heads}
             else:
-                layers[tensor.target] = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")
+                layers[tensor.target] = linear
     # experts of which only some are quantized keep the others as they are in the checkpoint
     parameters = {target.parameter for target in layers if target.expert}
     for tensor in plan.tensors:

@@ -77,16 +77,16 @@ def _check_source(checkpoint: Checkpoint, unit: Unit, line: dict[str, Any]) -> N
 
 
 def _compare_names(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
-    """Every tensor of the source is in the output, as it was or quantized, and nothing else is."""
-    found = set(Checkpoint(folder).tensors)
-    expected = {entry.info.name for entry in plan.tensors if not entry.spec}
-    layers = {entry.module for entry in plan.quantized}
-    owned = {name for name in found for suffix in plan.format.suffixes if name.removesuffix(f".{suffix}") in layers}
-    missing = sorted(expected - found)
-    missing += sorted(
-        f"{layer}.{plan.format.marker}" for layer in layers if f"{layer}.{plan.format.marker}" not in found
-    )
-    extra = sorted(found - expected - owned)
+    """Check that every tensor of the source is in the artifact, as it was or quantized, and that nothing else is.
+
+    Raises:
+        CheckpointError: names the tensors that are missing or too many.
+    """
+    written, layers, format = set(Checkpoint(folder).tensors), plan.schemes.keys(), plan.format
+    kept = {tensor.info.name for tensor in plan.tensors if not tensor.spec}
+    owned = {name for name in written for suffix in format.suffixes if name.removesuffix(f".{suffix}") in layers}
+    missing = sorted(kept - written) + sorted({f"{layer}.{format.marker}" for layer in layers} - written)
+    extra = sorted(written - kept - owned)
     if missing or extra:
         faults = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in extra]
         raise CheckpointError(f"{folder}: tensors differ from the source's:\n{listing(faults)}")
@@ -111,9 +111,9 @@ def quantize(
     Raises:
         BitpressError: nothing finished is lost; run again after mending the cause.
     """
-    marks = fingerprint(checkpoint, source, recipe)
+    origin = fingerprint(checkpoint, source, recipe)
     if (out / MANIFEST).exists():
-        check_fingerprint(out / MANIFEST, marks)
+        check_fingerprint(out / MANIFEST, origin)
         _check_fallbacks([read_json(out / MANIFEST)["coverage"]], recipe.max_fallback_layers)
         clear_states(work)
         return _verify_finished(out, on_step)
@@ -121,7 +121,7 @@ def quantize(
         raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
     plan = make_plan(checkpoint, recipe)
     folder = work / "artifact.tmp"
-    open_work(work, marks | order_of_sums(recipe))
+    open_work(work, origin | order_of_sums(recipe))
     blocks = CalibratedBlocks(checkpoint, plan, recipe, work) if recipe.calibration else None
     store.make_folder(folder)
     progress = _Progress(plan, work, folder)
@@ -135,7 +135,7 @@ def quantize(
     _compare_names(checkpoint, plan, folder)
     layers = [layer for line in lines for layer in line["layers"]]
     manifest = {
-        "fingerprint": marks,
+        "fingerprint": origin,
         "versions": versions(),
         **order_of_sums(recipe),
         "recipe": recipe.to_dict() | {"format": plan.format.name},

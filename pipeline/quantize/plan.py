@@ -228,9 +228,6 @@ def _decide(
         raise ValueError(f"dtype {info.dtype} is not bfloat16, float16 or float32: quantized already?")
     if info.shape[0] == 1 and kind == "linear":
         return None, None, "a single output: a gate"
-    copies = [copy for copy, origin in tied(model).items() if origin == target.parameter]
-    if copies:
-        raise ValueError(f"{', '.join(copies)} is tied to it, and has no weight of its own")
     return spec, kind, ""
 
 

@@ -56,10 +56,8 @@ class Recipe:
         """
         if not isinstance(settings, RecipeSettings):
             settings = load_recipe(settings)
-        if found := problems(settings):
-            raise ConfigError(
-                "; ".join(f"{'.'.join(map(str, path))}: {said}" if path else said for path, said in found)
-            )
+        if faults := problems(settings):
+            raise ConfigError("; ".join(": ".join((*map(str, path), sentence)) for path, sentence in faults))
         method = None if settings.method == AUTO else with_options(methods()[settings.method], settings.options)
         return Recipe(
             name=settings.label,
@@ -113,14 +111,14 @@ def _common(names: set[str]) -> str:
 
 def problems(settings: RecipeSettings) -> list[Problem]:
     """Everything that is wrong with a recipe's settings: (path to the key, sentence) each."""
-    found: list[Problem] = []
+    faults: list[Problem] = []
     for key, known in (("method", methods()), ("format", formats())):
         value = getattr(settings, key)
         if value != AUTO and value not in known:
             hint = nearest(value, known) or f"; use auto or one of {', '.join(known)}"
-            found.append(((key,), f"{key} {value!r} is unknown{hint}"))
-    if found:
-        return found
+            faults.append(((key,), f"{key} {value!r} is unknown{hint}"))
+    if faults:
+        return faults
     if settings.options and settings.method == AUTO:
         sentence = "these are options of one method, and method is auto: name it, as in method: gptq"
         return [(("options",), sentence)]
@@ -130,20 +128,20 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         try:
             specs += [spec] if (spec := LayerSpec.parse(text)) else []
         except ValueError as error:
-            found.append((path or ("scheme" if settings.method == AUTO else "method",), str(error)))
-    if settings.options and not found:
-        found += _option_problems(settings)
-    if not specs and not found and not settings.baseline:
-        found.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
+            faults.append((path or ("scheme" if settings.method == AUTO else "method",), str(error)))
+    if settings.options and not faults:
+        faults += _option_problems(settings)
+    if not specs and not faults and not settings.baseline:
+        faults.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
     unused = settings.calibration and not any(spec.method.needs_calibration for spec in specs)
-    if unused and specs and not found and not settings.inherits("calibration"):
-        found.append((("calibration",), NO_CALIBRATION))
-    if settings.format != AUTO and not found:
+    if unused and specs and not faults and not settings.inherits("calibration"):
+        faults.append((("calibration",), NO_CALIBRATION))
+    if settings.format != AUTO and not faults:
         target = formats()[settings.format]
         for spec in specs:
             fitting = (1024, 32 * (spec.scheme.weight.description().group_size or 32))
-            found += [(("format",), problem) for problem in target.problems(spec.scheme, fitting)]
-    return list(dict.fromkeys(found))
+            faults += [(("format",), problem) for problem in target.problems(spec.scheme, fitting)]
+    return list(dict.fromkeys(faults))
 
 
 def _option_problems(settings: RecipeSettings) -> list[Problem]:
@@ -168,7 +166,7 @@ def _option_problems(settings: RecipeSettings) -> list[Problem]:
 def fingerprint(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Everything that the artifact's bytes depend on, flat: compared field by field when a run is repeated.
 
-    Of versions, the release counts (see releases). safetensors is not among them: bitpress writes its files itself.
+    The release of a version counts (see releases). safetensors is not among them: bitpress writes its files itself.
     """
     fields: dict[str, Any] = {f"quantize.{key}": value for key, value in recipe.to_dict().items()}
     fields |= {f"source.{key}": value for key, value in source.items()}

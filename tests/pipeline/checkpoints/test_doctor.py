@@ -12,11 +12,11 @@ from torch import Tensor
 
 from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline.api import quantize
-from bitpress.pipeline.checkpoints import doctor
 from bitpress.pipeline.checkpoints.doctor import Diagnosis, diagnose
 from bitpress.pipeline.checkpoints.runtimes import Facts, shard_problems, tensor_parallel, verdicts
 from bitpress.pipeline.errors import CheckpointError
 from bitpress.pipeline.formats import registry
+from bitpress.pipeline.storage import finite
 from bitpress.pipeline.storage.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 
 LAYER = "model.layers.0.mlp.down_proj"  # [64, 128]
@@ -374,4 +374,4 @@ def test_one_tensor_at_a_time(whole: dict[str, Path], monkeypatch: pytest.Monkey
     )
     diagnose(whole["gptq"])
     assert len(reads) == len(Checkpoint(whole["gptq"]).tensors) + 14  # and qzeros once more, for their version
-    assert doctor._PIECE < 1 << 23
+    assert finite._PIECE < 1 << 23
