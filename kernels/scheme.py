@@ -134,16 +134,6 @@ class Scheme:
         """The number of scales per output channel of an integer scheme."""
         return cast(Any, self.weight).groups(in_features)
 
-    # Only until nobody outside asks any more.
-
-    @property
-    def code(self) -> str:
-        return "int" if self.weight.description().type == "int" else self.weight.name.partition("-")[0]
-
-    @property
-    def double_quant(self) -> bool:
-        return getattr(self.weight, "double_quant", False)
-
 
 def _ask(question: Callable[[type[WeightType]], WeightType | None], otherwise: str) -> WeightType:
     """The first answer of a registered type.

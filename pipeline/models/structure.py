@@ -184,12 +184,6 @@ def weight_kind(model: nn.Module, target: ParameterPath) -> str | None:
     return "linear" if isinstance(module, nn.Linear) else None
 
 
-def linear_kind(model: nn.Module, target: ParameterPath) -> str | None:
-    """ "linear" or "conv1d", as `weight_kind` has it; None for anything else."""
-    kind = weight_kind(model, target)
-    return kind if kind in ("linear", "conv1d") else None
-
-
 def kept_names(
     tensors: Mapping[str, TensorInfo], quantized: Collection[str], model: PreTrainedModel, names: TensorNames
 ) -> list[str]:

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, NumericsError
 from ..methods.base import LayerGroup, Method, Statistic
 from ..methods.hessian import bfloat16_products
 from ..models.modules import dense_layer, replace_layers, set_tensor
-from ..models.structure import TensorNames, decoder, linear_kind, skeleton
+from ..models.structure import TensorNames, decoder, skeleton, weight_kind
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
 from ..system.threads import pool
@@ -444,7 +444,7 @@ class BlockView:
         """Whether the files store a layer's weight as [in, out]."""
         target = self._tensors[name].target
         known = target.expert is None and self._runner.names.known(target.parameter)
-        return known and linear_kind(self._runner.model, target) == "conv1d"
+        return known and weight_kind(self._runner.model, target) == "conv1d"
 
     def outputs(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
         return self._runner.outputs(inputs)

@@ -44,10 +44,10 @@ def make_qtensor(generator: torch.Generator) -> Callable[..., QTensor]:
 
     def make(name: str, out_features: int, in_features: int, scale_dtype: torch.dtype = torch.float32) -> QTensor:
         scheme, shape = Scheme.parse(name), (out_features, in_features)
-        if scheme.code == "nf4":
+        if scheme.weight.description().type == "codebook":
             blocks = -(-out_features * in_features // NF4_BLOCK)
             codes = randint(256, -(-out_features * in_features // 2))
-            if not scheme.double_quant:
+            if not scheme.weight.double_quant:
                 return QTensor(scheme, shape, codes, rand(blocks))
             codebook = torch.linspace(-1, 1, 256)
             nested = NestedScales(rand(-(-blocks // NESTED_BLOCK)), codebook, torch.tensor(2.0))

@@ -39,7 +39,7 @@ Stored = dict[str, Tensor]
 
 def shapes(format: Format, scheme: Scheme) -> list[tuple[int, int]]:
     """Whole words and blocks; a single row; primes, as far as scheme and format go."""
-    size = scheme.group_size if scheme.code == "int" and scheme.group_size else 1
+    size = scheme.group_size if scheme.weight.description().type == "int" and scheme.group_size else 1
     candidates = [SHAPE, (1, 3 * size), (31, 13 * size if size == 1 else size), (7, 11 * size), (32, 32 * size)]
     return [shape for shape in candidates if not scheme.problems(shape) and not format.problems(scheme, shape)]
 
@@ -49,7 +49,7 @@ def random_qtensor(scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dt
     generator = torch.Generator().manual_seed(shape[0])
     weight = torch.randn(shape, generator=generator)
     q, _ = default_method(scheme).quantize(weight, scheme, scale_dtype)
-    if scheme.code == "nf4":
+    if scheme.weight.description().type == "codebook":
         codes = torch.randint(256, q.codes.shape, dtype=torch.uint8, generator=generator)
         return QTensor(scheme, shape, codes, q.scales, extra=q.extra)
     codes = torch.randint(scheme.max_code + 1, shape, dtype=torch.uint8, generator=generator)
@@ -123,7 +123,7 @@ def read_nf4(stored: Stored, scheme: Scheme) -> np.ndarray:
     state = json.loads(bytes(stored["weight.quant_state.bitsandbytes__nf4"].tolist()))
     packed, table = stored["weight"].flatten().tolist(), stored["weight.quant_map"].numpy()
     absmax = stored["weight.absmax"].numpy()
-    if scheme.double_quant:
+    if scheme.weight.double_quant:
         spread, codebook = stored["weight.nested_absmax"].numpy(), stored["weight.nested_quant_map"].numpy()
         size, offset = state["nested_blocksize"], np.float32(state["nested_offset"])
         absmax = [codebook[code] * spread[i // size] + offset for i, code in enumerate(absmax.tolist())]

@@ -40,7 +40,7 @@ CONSTANTS = (1e-30, -1e-30, 1e-8, -1e-8, 1.0, -3.0, 6e4, -6e4)
 
 
 def scale_dtypes(scheme: Scheme) -> tuple[torch.dtype, ...]:
-    return DTYPES if scheme.code == "int" else (torch.float32,)
+    return DTYPES if scheme.weight.description().type == "int" else (torch.float32,)
 
 
 def random_weight(*shape: int, seed: int = 0) -> Tensor:
@@ -74,7 +74,7 @@ def allowed(weight: Tensor, q: QTensor) -> Tensor:
     NF4: half of the widest gap between codes; and where scales are quantized too, what that moved them by.
     """
     wide = weight.double()
-    if q.scheme.code == "int":
+    if q.scheme.weight.description().type == "int":
         steps = q.scheme.max_code
         limit = q.scales.double() / 2 + steps * rounding(q.scales)
         limit = limit * (1 + 2**-20)  # w / S is computed in float32
@@ -115,7 +115,7 @@ class TestEveryMethod:
 
     @EVERY
     def test_odd_shapes(self, method: Method, scheme: Scheme) -> None:
-        width = scheme.group_size if scheme.code == "int" else None
+        width = scheme.group_size if scheme.weight.description().type == "int" else None
         widths = (width, 3 * width) if width else (1, 31, 65, 257)
         for rows, columns in product((1, 7, 31, 101), widths):
             check_bound(method, scheme, random_weight(rows, columns), torch.float32)
@@ -136,7 +136,7 @@ class TestEveryMethod:
         for dtype in scale_dtypes(scheme):
             q = check_bound(method, scheme, weight, dtype)
             assert (q.dequantize()[weight == 0] == 0).all()
-            if scheme.code == "int":
+            if scheme.weight.description().type == "int":
                 empty = (weight.unflatten(1, (q.scales.shape[1], -1)) == 0).all(-1)
                 assert empty[3].all()
                 assert (q.scales[empty] == 1).all()
