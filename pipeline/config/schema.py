@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+from huggingface_hub.utils import validate_repo_id
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -248,8 +249,6 @@ def check_repo(name: str) -> str:
     Raises:
         ValueError: the Hub would not take it.
     """
-    from huggingface_hub.utils import validate_repo_id  # brings the client along
-
     if name.count("/") != 1:
         raise ValueError(f"{name!r} is no repository of the Hub; expected owner/name")
     validate_repo_id(name)

@@ -179,7 +179,7 @@ def _preamble(header: dict[str, Any]) -> bytes:
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name, durably; an empty folder of that name gives way."""
+    """Give a finished folder its name, durably; an empty folder of that name is replaced."""
     with disk_errors(final):
         sync_folder(temporary)
         replace(temporary, final)

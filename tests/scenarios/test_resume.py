@@ -298,8 +298,8 @@ def touch_config(source: Path) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
     "scheme": (lambda source: None, {"scheme": "int4-g64"}, "quantize.scheme: was 'int4-g32', is 'int4-g64'"),
-    "format": (lambda source: None, {"recipe": {"format": "compressed-tensors"}}, "quantize.format"),
-    "skip": (lambda source: None, {"recipe": {"skip": ["*.down_proj"]}}, "quantize.skip: was"),
+    "format": (lambda source: None, {"format": "compressed-tensors"}, "quantize.format"),
+    "layers": (lambda source: None, {"layers": {"*.down_proj": "none"}}, "quantize.layers: was {}, is"),
     "weights": (retrain, {}, "files.model.safetensors"),
     "config": (touch_config, {}, "files.config.json"),
     "licence": (lambda source: (source / "LICENSE").write_text("new"), {}, "files.LICENSE: was '"),
@@ -318,7 +318,7 @@ class TestChanged:
             broken_after(source, out, 2)
         change(source)
         with pytest.raises(ConfigError) as caught:
-            quantize(source, output=out, **{"scheme": SCHEME, **options})
+            quantize(source, {"scheme": SCHEME, **options}, out)
         assert message in str(caught.value)
         assert "choose another output, or move it away" in str(caught.value)
 
@@ -333,7 +333,7 @@ class TestChanged:
     def test_method_version(self, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
         broken_after(source, out, 1)
         monkeypatch.setattr("bitpress.pipeline.methods.absmax.Absmax.version", 99)
-        with pytest.raises(ConfigError, match=r"quantize\.method_version: was .*, is 99"):
+        with pytest.raises(ConfigError, match=r"quantize\.absmax\.version: was .*, is 99"):
             quantize(source, SCHEME, out)
 
     def test_one_weight_deep_inside(self, source: Path, out: Path):
