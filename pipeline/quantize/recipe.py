@@ -57,7 +57,7 @@ class Recipe:
         if not isinstance(settings, RecipeSettings):
             settings = load_recipe(settings)
         if faults := problems(settings):
-            raise ConfigError("; ".join(": ".join((*map(str, path), sentence)) for path, sentence in faults))
+            raise ConfigError("; ".join(f"{'.'.join(map(str, path))}: {sentence}" for path, sentence in faults))
         method = None if settings.method == AUTO else with_options(methods()[settings.method], settings.options)
         return Recipe(
             name=settings.label,
