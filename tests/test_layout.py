@@ -39,6 +39,7 @@ LATE_IMPORTS = {
     "pipeline/cli/*.py": "a command imports what it needs when it is called, so that the others answer at once",
     "pipeline/system/progress.py": "every command imports it, and few of them need the libraries that it silences",
     "pipeline/system/redact.py": "every command imports it, and huggingface_hub takes its time",
+    "pipeline/config/schema.py": "huggingface_hub takes its time, and most configs name no repository",
     "pipeline/data/text.py": "the text is large, pyarrow and datasets are optional",
     "pipeline/methods/nf4.py": "bitsandbytes is optional",
     "pipeline/bench/scripts/*_job.py": "another program's Python runs them, and tests import them without that program",
@@ -519,3 +520,58 @@ def test_docstrings_are_plain_english(path: Path):
         faults += [f"{owner}: {phrase!r}" for phrase in PRIVATE_PHRASES if phrase in prose]
         faults += [f"{owner}: a sentence begins with Of" for _ in re.findall(r"(?:^|[.:] )Of ", prose)]
     assert not faults, "\n".join(faults)
+
+
+# CONTRIBUTING.md is read by newcomers: what it says about files is compared with them.
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+MOST_FILES_OF_A_RUN = 25
+
+
+def section(title: str) -> str:
+    """The text under a heading of CONTRIBUTING.md, up to the next one of its level."""
+    return re.split(r"^## ", CONTRIBUTING.partition(f"## {title}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def test_the_map_has_every_file_once():
+    """All but an __init__.py that holds a docstring alone."""
+    folder, files = "", []
+    for line in re.findall(r"^    (\S+| {2}\S+) +\S", section("The map"), re.MULTILINE):
+        if line.startswith(" "):
+            files.append(folder + line.strip())
+        else:
+            folder = line
+    sources = [path for path in SHIPPED if path.name != "__init__.py" or len(tree(path).body) > 1]
+    sources += (ROOT / "kernels" / "cpu" / "csrc").iterdir()
+    assert sorted(files) == sorted(map(name_of, sources))
+
+
+def test_the_way_of_a_run_is_short():
+    steps = re.findall(r"^\d+\. `([^`]+)`", section("The way of a run"), re.MULTILINE)
+    assert 0 < len(steps) <= MOST_FILES_OF_A_RUN
+    assert len(set(steps)) == len(steps)
+    assert all((ROOT / step).is_file() for step in steps)
+
+
+@pytest.mark.parametrize("top", FOLDERS)
+def test_the_table_of_imports_is_the_one_that_holds(top: str):
+    row = re.search(rf"^\| `{top}` \| (.+) \|$", section("Who may import whom"), re.MULTILINE)
+    assert row is not None
+    assert row[1].replace("→", "->") == ORDER[top].removeprefix("pipeline -> ")
+
+
+def excerpts() -> list[tuple[str, list[str]]]:
+    """File and lines of each `From `file`:` in CONTRIBUTING.md."""
+    found = re.findall(r"From\s`([^`]+)`[^\n]*:\n\n((?:(?: {4}.*)?\n)+)", CONTRIBUTING)
+    return [(file, [line.strip() for line in block.splitlines() if line.strip()]) for file, block in found]
+
+
+def test_every_kind_of_plugin_has_an_excerpt():
+    assert len(excerpts()) == 7  # six kinds, and a method's transform
+
+
+@pytest.mark.parametrize(("file", "lines"), excerpts(), ids=[file for file, _ in excerpts()])
+def test_excerpts_are_what_the_files_say(file: str, lines: list[str]):
+    """Every line of an excerpt stands in its file, in this order; what is between them may be left out."""
+    rest = iter([line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()])
+    for line in lines:
+        assert line in rest, f"{file} has no such line, or not here: {line}"

@@ -1,6 +1,5 @@
 """`bitpress bench`: speed, side by side. This file parses and prints; the work is done in pipeline/bench/."""
 
-import json
 import math
 import re
 import sys
@@ -16,6 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ConfigError
+from .console import print_json
+from .options import Device, Json
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the command line is to answer at once
     import torch
@@ -45,7 +46,7 @@ def quantize(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turns; medians are shown.")] = 1,
     text: Annotated[str | None, typer.Option(help="Text to measure KL and perplexity on.")] = None,
     text_windows: Annotated[int | None, typer.Option(help="How many windows of it; all by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Time bitpress's quantization against other installed programs: same model, tokens and group size."""
     from ..bench.programs import bitpress, find
@@ -65,7 +66,7 @@ def quantize(
     where = machine(pick_device("auto"))
     if as_json:
         about = {"scheme": scheme, "method": method, "calibration": job.calibration.to_dict(), "machine": where}
-        print(json.dumps({**about, "results": [result.to_dict() for result in results]}, indent=2, ensure_ascii=False))
+        print_json({**about, "results": [result.to_dict() for result in results]})
         return
     _show(*rows(results))
     print(f"\n{job.calibration}; {where['cores']} cores of {where['cpu']}, {where['threads']} threads")
@@ -82,7 +83,7 @@ _ROWS = {"cpu": "1,8,32,512", "cuda": "1,2,4,8,16,32,64,128,512,2048,4096"}
 
 @app.command("kernels")
 def kernels(
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     scheme: Annotated[list[str] | None, typer.Option(help="int4-g128, int8-dynamic, nf4, …; may be repeated.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="OUTxIN, such as 4096x4096; may be repeated.")] = None,
     rows: Annotated[str | None, typer.Option(help="How many rows to multiply by, such as 1,8,32,512.")] = None,

@@ -19,7 +19,7 @@ import torch
 from bitpress.eval.measure import scores
 from bitpress.pipeline.config.schema import Eval
 from bitpress.pipeline.data.text import read_text
-from bitpress.pipeline.evaluate.resume import Windows
+from bitpress.pipeline.evaluate.resume import WindowStore
 from bitpress.pipeline.evaluate.windows import windows
 from bitpress.pipeline.models.loading import load
 
@@ -45,7 +45,7 @@ def main() -> None:
     settings = Eval(text=arguments.text, context=arguments.context, windows=arguments.windows)
     text = windows(read_text(arguments.text), tokenizer, settings, model.config).windows
     bare, whole = [], []
-    with tempfile.TemporaryDirectory() as folder, Windows(Path(folder), {}) as kept:
+    with tempfile.TemporaryDirectory() as folder, WindowStore(Path(folder), {}) as kept:
         for number, window in enumerate(text):
             ids = window.ids.unsqueeze(0)
             one = seconds(lambda ids=ids: [m(input_ids=ids, use_cache=False) for m in (dense, model)])

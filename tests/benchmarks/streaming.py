@@ -105,8 +105,8 @@ from bitpress.pipeline.quantize.artifact import quantize
 
 source, scheme, method, windows, context, out = sys.argv[1:]
 start, resident = time.perf_counter(), []
-recipe = Recipe.make(scheme, method)
-if recipe.method.needs_calibration:
+recipe = Recipe.make(scheme if method == "auto" else f"{method}/{scheme}")
+if recipe.calibrated:
     ids = torch.randint(4096, (int(windows), int(context)), generator=torch.Generator().manual_seed(0))
     recipe = dataclasses.replace(recipe, calibration=Calibration("random", ids, 0))
 work = pathlib.Path(out + ".partial")

@@ -23,7 +23,8 @@ from bitpress.pipeline.errors import (
     LockedError,
     NumericsError,
 )
-from bitpress.pipeline.evaluate import process, verify
+from bitpress.pipeline.evaluate import process
+from bitpress.pipeline.runs import job
 from bitpress.pipeline.storage import files, journal
 
 
@@ -323,12 +324,12 @@ class TestRun:
         def refuse(*arguments: Any) -> None:
             raise NumericsError("stopped here")
 
-        monkeypatch.setattr(verify, "check", refuse)
+        monkeypatch.setattr(job, "verify_artifact", refuse)
         monkeypatch.setattr(process, "measure", refuse)
         path = config(tmp_path, tiny_llama, recipes=["int4-g128", "int4-g32"])
         found = bitpress("run", path, "--json")
         assert found.code == 1
-        jobs = {job["scheme"]: job for job in json.loads(found.out)}
+        jobs = {outcome["recipe"]: outcome for outcome in json.loads(found.out)}
         assert list(jobs) == ["none", "int4-g128", "int4-g32"]
         assert "not divisible by group_size 128" in jobs["int4-g128"]["error"]
         assert jobs["none"]["error"] == jobs["int4-g32"]["error"] == "stopped here"

@@ -1,0 +1,74 @@
+"""How commands print: tables that fit the terminal and JSON on standard output, news on standard error."""
+
+import json
+import shlex
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+out = Console()
+err = Console(stderr=True)
+
+# What a narrow terminal does without first; the report has it all.
+_DISPENSABLE = (
+    "peak RSS",
+    "resident",
+    "method/format",
+    "batch 8",
+    "top-1",
+    "prefill",
+    "batch",
+    "bits/weight",
+    "file size",
+)
+
+
+def news(line: str) -> None:
+    """Print a line on what happens, on standard error."""
+    err.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def command_line() -> str:
+    """What the user typed, for reports."""
+    return shlex.join(["bitpress", *sys.argv[1:]])
+
+
+def print_json(value: Any) -> None:
+    """Print a value for a script to read."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def fitting_columns(header: list[str], rows: list[list[str]], width: int) -> list[int]:
+    """The columns that fit, the most dispensable given up first."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    columns = list(range(len(header)))
+    for words in _DISPENSABLE:
+        for column in reversed([c for c in columns if words in header[c]]):
+            if sum(widths[c] + 2 for c in columns) <= width:
+                return columns
+            columns.remove(column)
+    return columns
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Print a table, on a narrow terminal without its least important columns."""
+    console = out if out.is_terminal else Console(width=1000)
+    columns = fitting_columns(header, rows, console.width)
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(header[column], justify="right" if number and len(header) > 2 else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(row[column]) for column in columns))
+    console.print(table)
+
+
+def protocol_sentence(settings: dict[str, Any]) -> str:
+    """How a perplexity was measured: its protocol, its text, and how much of it."""
+    return (
+        f"perplexity per {settings['unit']} by protocol {settings['name']} on {settings['text']}: "
+        f"{settings['windows']} windows of at most {settings['context']} tokens, {settings['tokens']} scored, "
+        f"in {settings['dtype']}"
+    )

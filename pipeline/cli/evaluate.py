@@ -1,0 +1,78 @@
+"""The commands that measure: eval and compare."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ..system.progress import quiet_libraries
+from .console import command_line, news, out, print_json, print_table, protocol_sentence
+from .options import Device, Dtype, Json, KernelName, Revision
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
+    baseline: Annotated[str | None, typer.Option(help="What it was made from: to compare it with.")] = None,
+    text: Annotated[str, typer.Option(help="A .txt, .jsonl or .parquet file.")] = "builtin:pydoc-topics",
+    protocol: Annotated[str, typer.Option(help="gptq, sliding, llama.cpp or word.")] = "gptq",
+    context: Annotated[int | None, typer.Option(help="Tokens per window; the protocol's own by default.")] = None,
+    stride: Annotated[int, typer.Option(help="Between windows, of the protocol sliding.")] = 512,
+    windows: Annotated[int | None, typer.Option(help="How many windows; all by default.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="Of lm-eval; may be repeated.")] = None,
+    dtype: Dtype = "auto",
+    kernel: KernelName = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder for metrics.json and report.html, to be compared.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity, memory and speed of one checkpoint, and how far it is from its baseline."""
+    from bitpress.eval.report.words import facts_of
+
+    from ..api import evaluate as evaluate_api
+    from ..config.load import load_eval
+    from ..data.text import read_text
+    from ..evaluate.conditions import Conditions
+    from ..evaluate.external import evaluate_external
+    from ..hub.download import resolve
+
+    quiet_libraries()
+    settings: dict[str, Any] = {"text": text, "protocol": protocol, "context": context, "stride": stride}
+    settings |= {"windows": windows, "tasks": tasks or [], "dtype": dtype, "kernel": kernel}
+    if output:
+        original = resolve(baseline) if baseline else None
+        chosen = load_eval(settings)
+        conditions = Conditions.make(chosen, device, read_text(chosen.text), command_line())
+        metrics = evaluate_external(resolve(model, revision), original, conditions, output.expanduser(), news)
+    else:
+        metrics = evaluate_api(model, revision, device, settings, baseline)
+    if as_json:
+        print_json(metrics)
+        return
+    described = {"text": Path(text).name, "dtype": metrics.get("dtype"), **metrics["protocol"]}
+    print_table([model, ""], [["", protocol_sentence(described)], *facts_of(metrics)])
+    if output:
+        out.print(f"\nreport: {escape(str(output / 'report.html'))}", soft_wrap=True)
+
+
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Runs, folders of runs, and any checkpoints, which are measured as the runs were."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for compare.html, .md and .json.")],
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Memory for the model, such as 6GB; may be repeated; cards by default.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=0, help="Tokens of cache that memory is counted with.")] = 4096,
+) -> None:
+    """Runs and checkpoints on one page: a table, the Pareto fronts, which differ, and which to choose."""
+    from ..evaluate.compare import compare as compare_runs
+
+    quiet_libraries()
+    page, choices = compare_runs(runs, output.expanduser(), budget or [], context, command_line(), news)
+    print_table(["memory", "choose"], choices)
+    out.print(f"\ncomparison: {escape(str(page))}", soft_wrap=True)

@@ -1,0 +1,79 @@
+"""The commands that look without running a model: inspect, doctor, list."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ..errors import CheckpointError
+from ..system.collector import collector_paused
+from ..system.progress import progress, quiet_libraries
+from .console import out, print_json, print_table
+from .options import Json
+
+
+def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")], as_json: Json = False) -> None:
+    """What a checkpoint is, from its headers alone."""
+    with collector_paused():
+        from ..checkpoints.describe import describe
+
+    description = describe(folder)
+    if as_json:
+        print_json(description)
+        return
+    rows = [[key, str(value)] for key, value in description.items() if not isinstance(value, list)]
+    rows += [[key, str(item)] for key, value in description.items() if isinstance(value, list) for item in value]
+    print_table([str(folder), ""], rows)
+
+
+def doctor(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")], as_json: Json = False) -> None:
+    """Whether a checkpoint is sound, and which runtimes load it; exit code 3 where it is not."""
+    with collector_paused():
+        from ..checkpoints.doctor import diagnose
+
+        quiet_libraries()
+    with progress("reading every tensor") as step:
+        diagnosis = diagnose(folder, step)
+    if as_json:
+        print_json(diagnosis.to_dict())
+    else:
+        _show_diagnosis(diagnosis)
+    if not diagnosis.sound:
+        raise typer.Exit(CheckpointError.exit_code)
+
+
+def _show_diagnosis(diagnosis: Any) -> None:
+    what = [[key, str(value)] for key, value in diagnosis.what.items() if not isinstance(value, list)]
+    print_table([diagnosis.folder, ""], what)
+    out.print("\n[green]sound[/green]" if diagnosis.sound else "\n[red]unsound[/red]")
+    for line in [*diagnosis.faults, *(f"note: {note}" for note in diagnosis.notes)]:
+        out.print(escape(f"    {line}"), highlight=False, soft_wrap=True)
+    for name, verdict in diagnosis.runtimes.items():
+        needs = f" (needs {verdict['needs']})" if verdict["needs"] else ""
+        _reasons(f"{name}: {verdict['loads']}{needs}", verdict["why"])
+    for count, split in diagnosis.tensor_parallel.items():
+        gpus = f"{count} GPU{'s' if count != '1' else ''}"
+        _reasons(f"{gpus}, every layer on vLLM's and SGLang's fast kernel: {split['loads']}", split["why"])
+
+
+def _reasons(line: str, reasons: list[str]) -> None:
+    out.print(escape(line), highlight=False, soft_wrap=True)
+    for reason in reasons[:3]:
+        out.print(escape(f"    {reason}"), highlight=False, soft_wrap=True)
+    if len(reasons) > 3:
+        out.print(f"    … and {len(reasons) - 3} more: see --json", highlight=False)
+
+
+def list_(as_json: Json = False) -> None:
+    """Methods, formats, and kernels with the reason where one cannot run here."""
+    from ..checkpoints.describe import catalogue
+
+    quiet_libraries()
+    everything = catalogue()
+    if as_json:
+        print_json(everything)
+        return
+    for kind, rows in everything.items():
+        print_table([kind, ""], [[name, text] for name, text in rows.items()])
+        out.print()

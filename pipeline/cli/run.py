@@ -1,0 +1,180 @@
+"""The commands that make something: run, quantize, convert, publish."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ..system.progress import progress, quiet_libraries
+from .console import command_line, news, out, print_json, print_table, protocol_sentence
+from .options import Device, Json, Revision
+
+
+class Redo(str, Enum):
+    """Stages that a run can be told to do again."""
+
+    evaluate = "evaluate"
+
+
+def run(
+    configs: Annotated[
+        list[Path] | None, typer.Argument(help="Config files, or names of shipped ones; demo if none.")
+    ] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="Override a key: eval.windows=10")] = None,
+    override: Annotated[
+        bool, typer.Option("--override", help="Accept what misses a gate; the report records it.")
+    ] = False,
+    redo: Annotated[
+        Redo | None, typer.Option(help="evaluate: measure again what was measured before; artifacts are kept.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize, save, reload, measure and report, for every model and recipe of the configs."""
+    from ..config.load import load_config
+    from ..quantize.recipe import problems
+    from ..runs.run import execute, summarize
+
+    quiet_libraries()
+    runs = [load_config(path, set, problems) for path in configs or [Path("demo")]]  # all are checked before any starts
+    everything = []
+    for config in runs:
+        outcomes = execute(config, command_line(), news, override, redo is Redo.evaluate)
+        page = summarize(config, outcomes)
+        everything += outcomes
+        if not as_json:
+            _show_outcomes(outcomes, page)
+    if as_json:
+        print_json([_outcome_json(outcome) for outcome in everything])
+    if codes := {outcome.error.exit_code for outcome in everything if outcome.error}:
+        raise typer.Exit(codes.pop() if len(codes) == 1 else 1)
+
+
+def _outcome_json(outcome: Any) -> dict[str, Any]:
+    error = {"error": str(outcome.error)} if outcome.error else {}
+    return {
+        "model": outcome.model,
+        "recipe": outcome.recipe,
+        "folder": str(outcome.folder),
+        **error,
+        "published": outcome.published,
+        "metrics": outcome.metrics,
+    }
+
+
+def _show_outcomes(outcomes: list[Any], page: Path | None) -> None:
+    from bitpress.eval.report.report import summary_rows
+
+    finished = [outcome.metrics for outcome in outcomes if outcome.metrics]
+    if finished:
+        out.print()
+        print_table(*summary_rows(finished))
+        for protocol in {protocol_sentence(metrics["protocol"]): None for metrics in finished}:
+            out.print(f"\n{escape(protocol)}", highlight=False)
+    for outcome in outcomes:
+        if outcome.error:
+            line = f"{escape(outcome.model)}  {outcome.recipe}: {escape(str(outcome.error))}"
+            out.print(f"\n[red]failed[/red]  {line}", soft_wrap=True)
+    if page:
+        out.print(f"\nreport: {escape(str(page))}", soft_wrap=True)
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    recipe: Annotated[
+        str, typer.Option(help="[method/]scheme: int4-g128, gptq/int3-channel, int8-dynamic, nf4, …")
+    ] = "int4-g128",
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="'*.down_proj=int8-g128' or 'model.layers.0.*=none' (kept); may be repeated, the last wins."),
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="auto: the first that holds every layer; or one of `bitpress list`.")
+    ] = "auto",
+    option: Annotated[
+        list[str] | None, typer.Option(help="key=value, an option of the method; may be repeated.")
+    ] = None,
+    fit_groups: Annotated[
+        bool, typer.Option("--fit-groups", help="Layers that the group size does not divide get a smaller one.")
+    ] = False,
+    allow_split_fused: Annotated[
+        bool, typer.Option("--allow-split-fused", help="Parts of what servers fuse, such as q, k and v, may differ.")
+    ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="The text for calibrated methods: a file, or org/name:config:split; wikitext-2 by default."),
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="How many windows of it; 128 by default.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per window; 2048 by default.")] = None,
+    seed: Annotated[
+        str | None, typer.Option(help="Draws the windows; 0 by default, null for the text's first ones.")
+    ] = None,
+    max_fallback_layers: Annotated[
+        int, typer.Option(min=0, help="Layers that may fall back to rounding to nearest.")
+    ] = 0,
+    device: Device = "auto",
+    revision: Revision = None,
+) -> None:
+    """Quantize one checkpoint into a folder that other runtimes load too."""
+    from ..api import quantize as quantize_api
+    from ..config.load import load_layers, load_options
+
+    quiet_libraries()
+    method, slash, scheme = recipe.rpartition("/")
+    settings: dict[str, Any] = {"scheme": scheme, "method": method if slash else "auto", "format": format}
+    settings |= {"layers": load_layers(layer or []), "options": load_options(option or [])}
+    settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
+    settings |= {"max_fallback_layers": max_fallback_layers}
+    text = {"text": calibration, "windows": windows, "context": context}
+    text = {key: value for key, value in text.items() if value is not None}
+    text |= load_options([f"seed={seed}"] if seed else [])
+    settings |= {"calibration": text} if text else {}
+    with progress(f"quantizing to {recipe}") as step:
+        notes = quantize_api(model, settings, output, revision, device, step)
+    for note in notes:
+        news(note)
+    out.print(f"{escape(str(output))}: {recipe}; try `bitpress eval {escape(str(output))}`", soft_wrap=True)
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="A quantized folder, or a Hub id.")],
+    to: Annotated[str, typer.Option(help="compressed-tensors, gptq or gptq-v2.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+) -> None:
+    """A quantized checkpoint in another format, its weights the same to the bit, or a refusal that says why."""
+    from ..api import convert as convert_api
+
+    quiet_libraries()
+    with progress(f"converting to {to}") as step:
+        notes = convert_api(model, to, output, step)
+    for note in notes:
+        news(note)
+    out.print(f"{escape(str(output))}: {to}; try `bitpress doctor {escape(str(output))}`", soft_wrap=True)
+
+
+def publish(
+    run: Annotated[Path, typer.Argument(help="The folder of one finished scheme: runs/NAME/SCHEME.")],
+    repo: Annotated[str, typer.Option(help="owner/name on the Hub; made where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up, and write the card.")] = False,
+    override: Annotated[bool, typer.Option("--override", help="Although it misses a gate; the card says so.")] = False,
+) -> None:
+    """Put a finished run on the Hugging Face Hub, with a model card; again, to go on where it broke off."""
+    from bitpress.eval.report.words import size
+
+    from ..api import publish as publish_api
+
+    quiet_libraries()
+    with progress("checking") as step:
+        publication = publish_api(run, repo, private, dry_run, override, step)
+    print_table(["file", "size"], [[name, size(nbytes)] for name, nbytes in publication.files.items()])
+    for name, why in publication.left_out.items():
+        news(f"stays here: {name}, {why}")
+    for sentence in publication.missed:
+        news(f"gate missed (overridden): {sentence}")
+    where = f"{publication.repo}; its card is {publication.card}"
+    if publication.url:
+        where = f"{publication.url} at {publication.revision}"
+    out.print(escape(f"\n{publication.state}: {where}"), highlight=False, soft_wrap=True)
