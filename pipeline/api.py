@@ -118,7 +118,7 @@ def publish(
     The token is the one in HF_TOKEN, or that of `hf auth login`. A receipt, publish.json, is left in the run's folder.
 
     Args:
-        run: the folder of one scheme that `bitpress run` finished.
+        run: the folder of one recipe that `bitpress run` finished.
         repo: owner/name; made where there is none.
         private: of a repository that is made.
         dry_run: nothing is sent and nobody asked; the card is written to the run's folder.

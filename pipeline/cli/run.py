@@ -155,7 +155,7 @@ def convert(
 
 
 def publish(
-    run: Annotated[Path, typer.Argument(help="The folder of one finished scheme: runs/NAME/SCHEME.")],
+    run: Annotated[Path, typer.Argument(help="The folder of one finished recipe: runs/NAME/RECIPE.")],
     repo: Annotated[str, typer.Option(help="owner/name on the Hub; made where there is none.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up, and write the card.")] = False,

@@ -117,7 +117,7 @@ def prepare(run: Path, repo: str, override: bool, on_step: OnStep = lambda done,
 
 def _finished(run: Path) -> dict[str, Any]:
     """The metrics of a run that is done, and of the artifact that lies there."""
-    advice = "give the folder of one scheme that `bitpress run` finished, such as runs/demo/int4-g128"
+    advice = "give the folder of one recipe that `bitpress run` finished, such as runs/demo/int4-g128"
     if not (run / "metrics.json").is_file():
         raise ConfigError(f"{run} is no finished run: it has no metrics.json; {advice}")
     metrics = read_metrics(run / "metrics.json")
