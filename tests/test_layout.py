@@ -39,7 +39,6 @@ LATE_IMPORTS = {
     "pipeline/cli/*.py": "a command imports what it needs when it is called, so that the others answer at once",
     "pipeline/system/progress.py": "every command imports it, and few of them need the libraries that it silences",
     "pipeline/system/redact.py": "every command imports it, and huggingface_hub takes its time",
-    "pipeline/config/schema.py": "huggingface_hub takes its time, and most configs name no repository",
     "pipeline/data/text.py": "the text is large, pyarrow and datasets are optional",
     "pipeline/methods/nf4.py": "bitsandbytes is optional",
     "pipeline/bench/scripts/*_job.py": "another program's Python runs them, and tests import them without that program",
