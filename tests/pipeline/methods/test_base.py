@@ -31,7 +31,7 @@ CASES = [
     for scheme in SCHEMES
     if not method.needs_calibration and not method.problems(scheme)
 ]
-INTEGER_CASES = [case for case in CASES if case.values[1].code == "int"]
+INTEGER_CASES = [case for case in CASES if case.values[1].weight.description().type == "int"]
 EVERY = pytest.mark.parametrize(("method", "scheme"), CASES)
 EVERY_INTEGER = pytest.mark.parametrize(("method", "scheme"), INTEGER_CASES)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
