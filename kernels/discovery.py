@@ -10,13 +10,15 @@ from typing import Any
 def discover(package: str) -> tuple[Any, ...]:
     """The plug-ins of all modules of a package, by `rank` (lower first), then by name.
 
-    A module without `PLUGINS` is a helper of the others. Nothing outside of the package is looked at.
+    A module without `PLUGINS` is a helper of the others. Nothing outside of the package is looked at, and no name that
+    begins with an underscore: cpu/_native is a library of C functions, which Python cannot import.
 
     Args:
         package: one of bitpress's own packages, such as "bitpress.kernels.weights".
     """
     paths = importlib.import_module(package).__path__
-    modules = [importlib.import_module(f"{package}.{module.name}") for module in pkgutil.iter_modules(paths)]
+    names = [module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_")]
+    modules = [importlib.import_module(f"{package}.{name}") for name in names]
     plugins = [plugin for module in modules for plugin in getattr(module, "PLUGINS", ())]
     return tuple(sorted(plugins, key=lambda plugin: (plugin.rank, _name(plugin))))
 
