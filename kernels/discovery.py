@@ -10,8 +10,8 @@ from typing import Any
 def discover(package: str) -> tuple[Any, ...]:
     """The plug-ins of all modules of a package, by `rank` (lower first), then by name.
 
-    A module without `PLUGINS` is a helper of the others. Nothing outside of the package is looked at, and no name that
-    begins with an underscore: cpu/_native is a library of C functions, which Python cannot import.
+    A module without `PLUGINS` is a helper of the others. Names with an underscore in front are left alone: a compiled
+    library that is no Python module lies there too. Nothing outside of the package is looked at.
 
     Args:
         package: one of bitpress's own packages, such as "bitpress.kernels.weights".
