@@ -93,7 +93,7 @@ def convert(model: str | Path, to: str, output: str | Path, on_step: OnStep = la
 
     Args:
         model: a folder, or a Hub id.
-        to: "compressed-tensors", "gptq" or "gptq-v2".
+        to: a format, such as "compressed-tensors", "gptq" or "gptq-v2".
     Returns:
         Sentences on what was done.
     Raises:

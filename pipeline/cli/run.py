@@ -140,7 +140,9 @@ def quantize(
 
 def convert(
     model: Annotated[str, typer.Argument(help="A quantized folder, or a Hub id.")],
-    to: Annotated[str, typer.Option(help="compressed-tensors, gptq or gptq-v2.")],
+    to: Annotated[
+        str, typer.Option(help="A format, such as compressed-tensors, gptq or gptq-v2; see `bitpress list`.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
 ) -> None:
     """A quantized checkpoint in another format, its weights the same to the bit, or a refusal that says why."""
