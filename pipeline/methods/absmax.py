@@ -23,7 +23,9 @@ class Absmax(Method):
     version = 1
 
     def problems(self, scheme: Scheme) -> list[str]:
-        return [] if scheme.weight.nearest else [f"absmax produces integer schemes, not {scheme.name}"]
+        return (
+            [] if scheme.weight.nearest else [f"{self.name} rounds to nearest, which {scheme.name} leaves to a library"]
+        )
 
     def quantize(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()
