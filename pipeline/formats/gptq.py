@@ -217,7 +217,7 @@ class GPTQ(Format):
                 ("yes", "act-order: over several GPUs, layers that are cut along their inputs keep all scales on each")
             )
         return {
-            "transformers": Loading(own, needs="optimum, gptqmodel"),
+            "transformers": Loading([*own, *_optimum(facts)], needs="optimum, gptqmodel"),
             "GPTQModel": Loading(own),
             "vLLM": Loading([*ordered, *facts.by_scheme(self._vllm)]),
             "SGLang": Loading(facts.by_scheme(lambda scheme: self._sglang(scheme, bool(facts.experts)))),
@@ -297,6 +297,30 @@ def _settings(scheme: Scheme, ordered: bool) -> dict[str, Any]:
 def _scheme(config: dict[str, Any]) -> Scheme:
     size = config["group_size"]
     return integer_scheme(config["bits"], None if size == -1 else size, config["sym"])
+
+
+def _optimum(facts: Facts) -> Iterator[Reason]:
+    """What transformers cannot load, because optimum, which reads GPTQ for it, knows one setting for a whole model.
+
+    Tried with optimum 2.3. Its convert_model makes quantized layers of all linear layers in the decoder blocks, and of
+    no others. transformers has experts and their routers as plain parameters: whether those load was not tried.
+    """
+    if len(set(facts.schemes.values())) > 1:
+        yield "no", "optimum does not read the config's dynamic: it takes all layers to have one scheme"
+    blocks = {block for layer in facts.schemes if (block := _path_of_blocks(layer))}
+    inside = sorted(layer for layer in facts.kept if _path_of_blocks(layer) in blocks)
+    if inside and not facts.experts:
+        why = "optimum does not read the config's dynamic: layers that are not quantized get random packed weights"
+        yield "no", counted(why, inside)
+    outside = [layer for layer in facts.schemes if not _path_of_blocks(layer)]
+    if blocks and outside:
+        yield "no", counted("optimum quantizes layers of the decoder blocks alone", outside)
+
+
+def _path_of_blocks(layer: str) -> str:
+    """What stands before the first number of a layer's name, such as "model.layers"; "" where there is none."""
+    parts = layer.split(".")
+    return next((".".join(parts[:place]) for place, part in enumerate(parts) if part.isdecimal()), "")
 
 
 def _dynamic(config: dict[str, Any]) -> dict[str, Any]:

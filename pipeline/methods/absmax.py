@@ -23,9 +23,7 @@ class Absmax(Method):
     version = 1
 
     def problems(self, scheme: Scheme) -> list[str]:
-        return (
-            [] if scheme.weight.nearest else [f"{self.name} rounds to nearest, which {scheme.name} leaves to a library"]
-        )
+        return [] if scheme.weight.nearest else [f"{self.name} rounds to nearest, which {scheme.name} does not define"]
 
     def quantize(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()

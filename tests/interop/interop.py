@@ -45,15 +45,24 @@ GPTQMODEL = ("gptqmodel", "gptqmodel", "float16")  # environment, what loads in 
 GPTQ_TRANSFORMERS = ("gptqmodel", "transformers", "float32")
 TRANSFORMERS = ("transformers", "transformers", "float32")
 LLMCOMPRESSOR = ("llmcompressor", "transformers", "float32")
-ASYMMETRIC = "expects weight_zero_point unpacked, and so refuses llm-compressor's own files too"
 
-# model, scheme, format, who loads it
+BLOCK_KEPT = {"*.down_proj": "int8-g128", "model.layers.0.*": "none"}
+# what the table calls it -> the recipe of a model whose layers differ
+MIXED: dict[str, dict[str, Any]] = {
+    "mixed": {"scheme": "int4-g128", "layers": BLOCK_KEPT},
+    "mixed, 8-bit head": {"scheme": "int4-g128", "layers": {**BLOCK_KEPT, "lm_head": "int8-channel"}},
+    "mixed, 8-bit inputs": {"scheme": "int4-g128", "layers": {"*.o_proj": "int8-dynamic", **BLOCK_KEPT}},
+}
+# model, scheme or name of a mixed recipe, format, who loads it
 OURS = [
     ("demo", "int4-g128", "gptq", GPTQMODEL),
     ("demo", "int4-g128", "gptq", GPTQ_TRANSFORMERS),
     ("demo", "int3-g128", "gptq", GPTQMODEL),
     ("demo", "int8-channel", "gptq", GPTQMODEL),
     ("qwen2", "int4-g128", "gptq", GPTQMODEL),
+    ("demo", "mixed", "gptq", GPTQMODEL),
+    ("demo", "mixed", "gptq", GPTQ_TRANSFORMERS),
+    ("qwen2", "mixed, 8-bit head", "gptq", GPTQMODEL),
     ("demo", "int4-g128", "gptq-v2", GPTQMODEL),
     ("demo", "int4-g128-asym", "gptq-v2", GPTQMODEL),
     ("demo", "int4-g128-asym", "gptq-v2", GPTQ_TRANSFORMERS),
@@ -64,11 +73,24 @@ OURS = [
     ("demo", "int4-g128-asym", "compressed-tensors", LLMCOMPRESSOR),
     ("demo", "int4-g128-asym", "compressed-tensors", TRANSFORMERS),
     ("demo", "int8-dynamic", "compressed-tensors", TRANSFORMERS),
+    ("demo", "mixed", "compressed-tensors", TRANSFORMERS),
+    ("demo", "mixed, 8-bit inputs", "compressed-tensors", TRANSFORMERS),
+    ("qwen2", "mixed, 8-bit head", "compressed-tensors", TRANSFORMERS),
     ("demo", "nf4", "bitsandbytes", TRANSFORMERS),
     ("demo", "nf4-dq", "bitsandbytes", TRANSFORMERS),
     ("qwen2", "nf4", "bitsandbytes", TRANSFORMERS),
 ]
-REFUSED = {("int4-g128-asym", "compressed-tensors", TRANSFORMERS): ASYMMETRIC}
+# what fails -> what its error says, and why; once it passes, it goes out of here
+REFUSED = {
+    ("int4-g128-asym", "compressed-tensors", TRANSFORMERS): (
+        r"weight_zero_point\s*\| MISMATCH",
+        "it expects weight_zero_point unpacked, and so refuses llm-compressor's own files too",
+    ),
+    ("mixed", "gptq", GPTQ_TRANSFORMERS): (
+        r"down_proj\.qweight\s*\| MISMATCH",
+        "optimum does not read `dynamic`, and takes every layer of the blocks to have one scheme",
+    ),
+}
 
 W8A8 = {"algorithm": "rtn", "int8_activations": True}
 # who writes, what the table calls it, scheme, the writer's options, who reloads it
@@ -95,22 +117,22 @@ def python_of(environment: str) -> str:
     return str(path)
 
 
-def call(environment: str, program: str, asked: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """peer.py or llamacpp.py in the environment's Python: what it says of itself."""
-    path, told = folder / "request.json", folder / "answer.json"
-    path.write_text(json.dumps({**asked, "answer": str(told)}))
+def call(environment: str, program: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The answer of peer.py or llamacpp.py, run by the environment's Python."""
+    path, answer_file = folder / "request.json", folder / "answer.json"
+    path.write_text(json.dumps({**request, "answer": str(answer_file)}))
     script = LLAMACPP if program == "llama.cpp" else PEER
     command = [python_of(environment), str(script), program, str(path)]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if outcome.returncode:
         raise RuntimeError(f"{program} in {environment} failed:\n{(outcome.stdout + outcome.stderr)[-4000:]}")
-    return json.loads(told.read_text())
+    return json.loads(answer_file.read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
 def offline() -> Iterator[None]:
-    """For the programs that are started, too. They see no GPU, on which other kernels would run; and on a busy machine
-    the threads of a tiny model's products wait for each other longer than they work."""
+    """No network, for the programs that are started too. They see no GPU, on which other kernels would run. They have
+    one thread: on a busy machine the threads of a tiny model's products wait for each other longer than they work."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -160,12 +182,11 @@ def table(shared: SimpleNamespace) -> Iterator[None]:
 def compare(shared: SimpleNamespace, folder: Path, model: str, reader: tuple[str, str, str]) -> tuple[float, bool]:
     """The reader's logits and greedy tokens against bitpress's: cosine, and whether all tokens are the same."""
     environment, program, dtype = reader
-    asked = {"folder": str(folder), "dtype": dtype, "ids": str(shared.folder / f"{model}.prompts"), "tokens": TOKENS}
-    theirs_file = folder.parent / "logits.safetensors"
-    told = call(environment, program, {**asked, "output": str(theirs_file)}, folder.parent)
-    shared.versions[environment] = told["versions"]
+    prompts, output = shared.folder / f"{model}.prompts", folder.parent / "logits.safetensors"
+    task = {"folder": str(folder), "dtype": dtype, "ids": str(prompts), "tokens": TOKENS, "output": str(output)}
+    shared.versions[environment] = call(environment, program, task, folder.parent)["versions"]
     loaded, _ = load(folder, device="cpu", dtype=dtype, kernel="reference")
-    ours, theirs = answer(loaded, asked), load_file(theirs_file)
+    ours, theirs = answer(loaded, task), load_file(output)
     cosine = F.cosine_similarity(ours["logits"].flatten().double(), theirs["logits"].flatten().double(), dim=0).item()
     return cosine, ours["greedy"].tolist() == theirs["greedy"].tolist()
 
@@ -182,17 +203,17 @@ def test_they_read_ours(
     shared: SimpleNamespace, tmp_path: Path, model: str, scheme: str, format: str, reader: tuple[str, str, str]
 ):
     folder = tmp_path / "quantized"
-    recipe: dict[str, Any] = {"format": format}
-    learned = None
-    if model == "demo" and not GPTQ().problems(Scheme.parse(scheme)):
-        recipe["method"], learned = "gptq", {"text": PYDOC_TOPICS, "windows": 8, "context": 128}
-    quantize(shared.models[model], scheme, folder, None, recipe, learned)
+    recipe = {**MIXED.get(scheme, {"scheme": scheme}), "format": format}
+    if model == "demo" and not GPTQ().problems(Scheme.parse(recipe["scheme"])):
+        recipe |= {"method": "gptq", "calibration": {"text": PYDOC_TOPICS, "windows": 8, "context": 128}}
+    quantize(shared.models[model], recipe, folder)
     row = ["bitpress", format, scheme, model, *described(reader)]
-    if reason := REFUSED.get((scheme, format, reader)):
-        with pytest.raises(RuntimeError, match=r"weight_zero_point\s*\| MISMATCH"):  # once it passes, move it to OURS
+    if refused := REFUSED.get((scheme, format, reader)):
+        error, reason = refused
+        with pytest.raises(RuntimeError, match=error):
             compare(shared, folder, model, reader)
         shared.rows.append([*row, "refused", "–", ""])
-        shared.notes.append(f"{row[4]} refuses {scheme} in {format}: it {reason}.")
+        shared.notes.append(f"{row[4]} refuses {scheme} in {format}: {reason}.")
         return
     cosine, same = compare(shared, folder, model, reader)
     shared.rows.append([*row, f"{cosine:.7f}", "yes" if same else "NO", ""])
@@ -207,13 +228,12 @@ def test_we_read_theirs(
 ):  # fmt: skip
     folder = tmp_path / "quantized"
     if writer == "bitsandbytes":
-        asked = {"model": str(shared.models["demo"]), "output": str(folder), "dtype": "bfloat16"}
-        call("transformers", "bitsandbytes", {**asked, "double": scheme == "nf4-dq"}, tmp_path)
+        task = {"model": str(shared.models["demo"]), "output": str(folder), "dtype": "bfloat16"}
+        call("transformers", "bitsandbytes", {**task, "double": scheme == "nf4-dq"}, tmp_path)
     else:
         module, script = other_programs()[writer]
         program = Program(writer, module, script, python_of(reader[0]), options)
-        asked = request(shared.models["demo"], shared.folder / "calibration", folder, Scheme.parse(scheme))
-        run(program, asked)
+        run(program, request(shared.models["demo"], shared.folder / "calibration", folder, Scheme.parse(scheme)))
     row = [writer, format, scheme, "demo", "bitpress, " + described(reader)[0], reader[2]]
     cosine, same = compare(shared, folder, "demo", reader)
     perplexity = evaluate(folder, device="cpu", settings=shared.settings)["quality"]["perplexity"]
@@ -237,11 +257,12 @@ def test_perplexity_as_llama_cpp_has_it(shared: SimpleNamespace, tmp_path: Path,
     ids = encode(load_tokenizer(folder), read_text(str(text)))[: CHUNKS * CHUNK + CHUNK // 2]  # a tail to be dropped
     assert (ids[0] == begin[1]) == begins
     save_file({"ids": ids.contiguous()}, tmp_path / "ids")
-    asked = {"folder": str(folder), "ids": str(tmp_path / "ids"), "output": str(tmp_path / "half.gguf")}
-    told = call("llamacpp", "llama.cpp", {**asked, "context": CHUNK, "begin": begin[1] if begins else None}, tmp_path)
+    task = {"folder": str(folder), "ids": str(tmp_path / "ids"), "output": str(tmp_path / "half.gguf")}
+    task |= {"context": CHUNK, "begin": begin[1] if begins else None}
+    answered = call("llamacpp", "llama.cpp", task, tmp_path)
     settings = {**shared.settings, "text": str(text), "protocol": "llama.cpp", "context": CHUNK, "windows": CHUNKS}
-    ours, theirs = evaluate(folder, device="cpu", settings=settings)["quality"]["perplexity"], told["perplexity"]
-    shared.versions["llamacpp"] = told["versions"]
+    ours, theirs = evaluate(folder, device="cpu", settings=settings)["quality"]["perplexity"], answered["perplexity"]
+    shared.versions["llamacpp"] = answered["versions"]
     shared.notes.append(
         f"Perplexity by the protocol llama.cpp-{CHUNK}, {'with' if begins else 'without'} a token that begins each "
         f"chunk: llama.cpp {theirs:.5f}, bitpress {ours:.5f}, apart by {abs(theirs / ours - 1):.1e}."

@@ -97,8 +97,8 @@ class Llama:
             batch.n_seq_id[place], batch.seq_id[place][0], batch.logits[place] = 1, 0, True
         code = llama_cpp.llama_decode(self.session, batch)
         assert code == 0, f"llama_decode returned {code}"
-        found = llama_cpp.llama_get_logits(self.session)
-        rows = np.ctypeslib.as_array(found, (len(ids), self.vocabulary)).copy()
+        pointer = llama_cpp.llama_get_logits(self.session)
+        rows = np.ctypeslib.as_array(pointer, (len(ids), self.vocabulary)).copy()
         llama_cpp.llama_batch_free(batch)
         return rows
 
@@ -123,9 +123,9 @@ def main() -> None:
     export(Path(request["folder"]), path)
     llama = Llama(path, request["context"])
     ids = load_file(request["ids"])["ids"]
-    told = {"perplexity": perplexity(llama, ids, request["begin"])}
-    told["versions"] = {name: version(name) for name in ("llama_cpp_python", "gguf")}
-    Path(request["answer"]).write_text(json.dumps(told))
+    versions = {name: version(name) for name in ("llama_cpp_python", "gguf")}
+    answer = {"perplexity": perplexity(llama, ids, request["begin"]), "versions": versions}
+    Path(request["answer"]).write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

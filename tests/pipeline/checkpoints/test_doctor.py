@@ -1,6 +1,7 @@
 """The doctor finds each planted fault, and nothing in what is whole; its verdicts on runtimes follow their rules."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -313,6 +314,30 @@ def test_verdicts(form: str, scheme: str, changes: dict[str, Any], expected: str
     assert all(verdict["why"] for verdict in found.values() if verdict["loads"] != "yes")
     needed = {"gptq": "optimum, gptqmodel", "gptq-v2": "optimum, gptqmodel", "bitsandbytes": "bitsandbytes"}
     assert found["transformers"]["needs"] == needed.get(form, "compressed-tensors")
+
+
+MIXED = {f"model.layers.1.{name}": Scheme.parse("int4-g128") for name in LLAMA}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"schemes": {**MIXED, "model.layers.1.mlp.down_proj": Scheme.parse("int8-g128")}}, "to have one scheme"),
+        (
+            {"kept": {"lm_head", "model.layers.0.mlp.up_proj"}},
+            r"get random packed weights \(model.layers.0.mlp.up_proj\)",
+        ),
+        ({"schemes": {**MIXED, "lm_head": Scheme.parse("int4-g128")}}, r"of the decoder blocks alone \(lm_head\)"),
+        ({"kept": {"lm_head", "model.visual.blocks.0.mlp.up_proj"}}, None),
+    ],
+)
+def test_optimum_knows_one_setting_for_all_layers(changes: dict[str, Any], why: str | None) -> None:
+    shapes = dict.fromkeys(changes.get("schemes", MIXED), (4096, 4096))
+    mixed = replace(facts("gptq", "int4-g128", shapes=shapes), **changes)
+    table = verdicts(mixed)
+    assert table["transformers"]["loads"] == ("no" if why else "yes")
+    assert not why or re.search(why, table["transformers"]["why"][0])
+    assert table["GPTQModel"]["loads"] == "yes"
 
 
 class TestTensorParallel:

@@ -344,7 +344,7 @@ class TestRecipes:
             ("  method: absmax\n  options: {a: 1}", 7, "options.a: absmax has no option 'a'; it has none"),
             ("  layers: {'*.o_proj': int5-g2}", 6, "defaults.layers.*.o_proj: int5 is not a scheme: bits must be one"),
             ("  layers: {'*.o_proj': studnt/nf4}", 6, "method 'studnt' is unknown; did you mean student?"),
-            ("  layers: {'*.o_proj': student/nf4}", 6, "student rounds to nearest, which nf4 leaves to a library"),
+            ("  layers: {'*.o_proj': student/nf4}", 6, "student rounds to nearest, which nf4 does not define"),
             ("  layers: {'*.o_proj': 4}", 6, "defaults.layers.*.o_proj: Input should be a valid string, got 4"),
         ],
     )
@@ -377,9 +377,7 @@ class TestRecipes:
     def test_a_method_that_cannot_make_a_scheme(self, tmp_path: Path):
         path = self.with_section(tmp_path, "  method: student", "[int4-g128, none, nf4]")
         [line] = refused(path, ["eval.windows=3"])
-        assert line.startswith("line 6: defaults.method: student rounds to nearest, which nf4 leaves to a library"), (
-            line
-        )
+        assert line.startswith("line 6: defaults.method: student rounds to nearest, which nf4 does not define"), line
 
     def test_a_format_that_cannot_hold_a_scheme(self, tmp_path: Path):
         [line] = refused(self.with_section(tmp_path, "  format: gptq", "[int4-g128, nf4]"))
