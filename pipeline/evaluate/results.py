@@ -47,11 +47,10 @@ def sizes(checkpoint: Checkpoint, coverage: dict[str, Any], parameters: int) -> 
     Args:
         coverage: of this checkpoint's files. parameters: of the model before it was quantized.
     """
-    layers, kept = coverage["layers"], [entry for entry in coverage["kept"] if entry["block"] is not None]
-    quantized = sum(prod(layer["shape"]) for layer in layers)
-    quantized_bytes = sum(layer["bytes"] for layer in layers)
-    decoder = quantized + sum(prod(entry["shape"]) for entry in kept)
-    decoder_bytes = quantized_bytes + sum(entry["bytes"] for entry in kept)
+    layers = coverage["layers"]
+    quantized, quantized_bytes = sum(prod(layer["shape"]) for layer in layers), sum(layer["bytes"] for layer in layers)
+    inside = [entry for entry in (*layers, *coverage["kept"]) if entry["block"] is not None]
+    decoder, decoder_bytes = sum(prod(entry["shape"]) for entry in inside), sum(entry["bytes"] for entry in inside)
     file_bytes = sum(file.stat().st_size for file in checkpoint.files)
     return {
         "file_bytes": file_bytes,

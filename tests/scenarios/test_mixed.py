@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bitpress.kernels.linear import QEmbedding, QLinear
 from bitpress.pipeline.api import convert, quantize
 from bitpress.pipeline.checkpoints.doctor import diagnose
+from bitpress.pipeline.evaluate.results import sizes
 from bitpress.pipeline.evaluate.verify import in_memory_logits
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.quantize.recipe import Recipe
@@ -85,6 +86,11 @@ def test_coverage_agrees_with_a_count_by_hand(name: str, source: Path, tmp_path:
     inside = {name: info for name, info in dense.tensors.items() if ".layers." in name}
     done = sum(inside[f"{layer['name']}.weight"].nbytes for layer in coverage["layers"] if ".layers." in layer["name"])
     assert coverage["share"] == pytest.approx(done / sum(info.nbytes for info in inside.values()))
+    weights = sum(prod(info.shape) for info in dense.tensors.values())
+    bits = sizes(files, coverage, weights)["bits_per_weight"]
+    stored = sum(info.nbytes for file, info in files.tensors.items() if ".layers." in file)
+    assert bits["decoder"] == pytest.approx(8 * stored / sum(prod(info.shape) for info in inside.values()))
+    assert bits["all"] == pytest.approx(8 * sum(file.stat().st_size for file in files.files) / weights)
 
 
 def test_the_modules_are_what_the_rules_say(llama: Callable[[bool], Path], tmp_path: Path) -> None:
