@@ -11,11 +11,8 @@ from torch import Tensor
 
 from bitpress.kernels.discovery import discover
 from bitpress.pipeline import api, methods
-from bitpress.pipeline.checkpoints.doctor import diagnose
-from bitpress.pipeline.config.schema import Run
-from bitpress.pipeline.evaluate import measure, verify, worker
+from bitpress.pipeline.evaluate import verify
 from bitpress.pipeline.models.loading import load_model
-from bitpress.pipeline.runs import run as runner
 from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json
 
 # SmoothQuant (arXiv 2211.10438), equation 4 with alpha 0.5 and without the weights' part.
@@ -122,30 +119,3 @@ def test_the_transformed_model_computes_what_the_original_computed(
             "dtype": "float32",
         }
     )
-
-
-@pytest.mark.usefixtures("smooth")
-def test_from_config_to_report(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a fresh process would do is done in this one."""
-    tasks = {"verify": verify.verify_task, "measure": measure.measure_task}
-    monkeypatch.setattr(worker, "call", lambda task, request, folder: tasks[task](request))
-    text = tmp_path / "a.txt"
-    text.write_text("".join(f"{number} bottles of beer" for number in range(100, 400)))
-    run = Run(
-        name="trial",
-        models=[{"id": str(tiny_llama)}],
-        recipes=["smooth/int8-g32"],
-        defaults={"calibration": {"text": str(text), "windows": 3, "context": 32}},
-        eval={"text": str(text), "context": 64, "windows": 2, "speed": None},
-        device="cpu",
-        output=str(tmp_path / "runs"),
-    )
-    outcome = runner.execute(run, "", lambda *line: None)[-1]
-    assert outcome.error is None
-    assert outcome.metrics["method"] == "smooth"
-    assert 0 < outcome.metrics["quality"]["kl_mean"] < 0.1
-    assert "smooth" in (outcome.folder / "report.html").read_text()
-    artifact = outcome.folder / "artifact"
-    assert diagnose(artifact).sound
-    api.convert(artifact, "compressed-tensors", tmp_path / "converted")
-    assert diagnose(tmp_path / "converted").sound

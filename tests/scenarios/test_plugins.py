@@ -44,7 +44,7 @@ REFUSED = {
     "toy6 as gptq": "gptq holds weight-only integers, not toy6",
     "toy6-dynamic by gptq": "gptq produces weight-only integer schemes, not toy6-dynamic",
     "nf4-dq as toy": "toy holds codes and scales alone, not nf4-dq",
-    "nf4 by toy-smooth": "integer schemes, not nf4",
+    "nf4 by toy-smooth": "rounds to nearest, which nf4 does not define",
     "whole to gptq": "(toy6 as toy) cannot become gptq",
 }
 
