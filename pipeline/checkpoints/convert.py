@@ -67,7 +67,7 @@ def convert(
         raise ConfigError(f"nothing can be converted to {to!r}{hint}")
     if "quantization_config" not in checkpoint.config:
         raise ConfigError(f"{checkpoint.folder} is not quantized; `bitpress quantize` makes such formats of it")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if store.is_occupied(out):
         raise ConfigError(f"{out} exists; choose another output")
     contents, format = read_quantized(checkpoint), registry()[to]
     embeddings = [layer for layer, kind in contents.kinds.items() if kind == "embedding"]

@@ -117,7 +117,7 @@ def quantize(
         _check_fallbacks([read_json(out / MANIFEST)["coverage"]], recipe.max_fallback_layers)
         clear_states(work)
         return _verify_finished(out, on_step)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if store.is_occupied(out):
         raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
     plan = make_plan(checkpoint, recipe)
     folder = work / "artifact.tmp"

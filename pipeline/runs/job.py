@@ -84,12 +84,12 @@ def run_job(job: Job, say: Say) -> Outcome:
         say(f"  failed: {error}")
         return replace(outcome, error=error)
     except Exception as error:
-        say(redact(traceback.format_exc()))
-        return replace(outcome, error=unexpected(error))
+        return replace(outcome, error=unexpected(error, say))
 
 
-def unexpected(error: Exception) -> BitpressError:
-    """What to tell of an error that is a bug, or want of memory: the other jobs are not to blame."""
+def unexpected(error: Exception, say: Say) -> BitpressError:
+    """What to tell of an error that is a bug, or want of memory; says the traceback. Other jobs are not to blame."""
+    say(redact("".join(traceback.format_exception(error))))
     return BitpressError(f"unexpected {type(error).__name__}: {redact(str(error))}; please report it")
 
 

@@ -1,6 +1,5 @@
 """Runs a config: every model by every recipe, each pair a job; what is done and verified is skipped."""
 
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from ..models.structure import skeleton
 from ..publish.upload import prepare, send
 from ..quantize.recipe import Recipe
 from ..storage.checkpoint import Checkpoint
-from ..system.redact import redact
 from .executors import executor
 from .job import Job, Outcome, Say, unexpected
 
@@ -155,7 +153,6 @@ def _publish(where: Publish, outcome: Outcome, override: bool, say: Say) -> Outc
         say(f"{outcome.model}  {outcome.recipe}  not published: {error}")
         return replace(outcome, error=error)
     except Exception as error:
-        say(redact(traceback.format_exc()))
-        return replace(outcome, error=unexpected(error))
+        return replace(outcome, error=unexpected(error, say))
     say(f"{outcome.model}  {outcome.recipe}  {publication.state}: {publication.url}")
     return replace(outcome, published=publication.url)

@@ -206,6 +206,11 @@ def remove_unused(folder: Path) -> None:
         remove_folder(folder)
 
 
+def is_occupied(path: Path) -> bool:
+    """Whether something lies there that a new folder would replace; an empty folder is nothing."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
 def make_folder(folder: Path) -> None:
     """Create an output folder, or say why not.
 

@@ -251,7 +251,7 @@ class TestRefusals:
     def test_outputs_that_are_taken(self, made: Callable[..., Path], tmp_path: Path) -> None:
         source, out = made("int4-g32", "gptq"), tmp_path / "out"
         out.mkdir()
-        convert(source, "gptq-v2", out)  # empty gives way
+        convert(source, "gptq-v2", out)  # an empty folder is replaced
         content = {path.name: path.read_bytes() for path in out.iterdir()}
         with pytest.raises(ConfigError, match="exists; choose another output"):
             convert(source, "gptq-v2", out)

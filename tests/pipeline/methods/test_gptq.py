@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hessians import correlated, hessian_of
 from torch import Tensor
 
 from bitpress.kernels.packing import unpack
@@ -15,7 +16,6 @@ from bitpress.pipeline.methods import gptq, with_options
 from bitpress.pipeline.methods.absmax import Absmax
 from bitpress.pipeline.methods.base import Diagnostics
 from bitpress.pipeline.methods.gptq import GPTQ
-from bitpress.pipeline.methods.hessian import Hessian
 
 SCHEMES = [
     Scheme.parse(f"int{bits}-{group}{asym}")
@@ -32,21 +32,6 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
     weight[1:2].abs_()
     weight[2:3] = -weight[2:3].abs()
     return weight
-
-
-def correlated(tokens: int, width: int, seed: int = 0) -> Tensor:
-    """Inputs as layers have them: a few directions with most of the variance, and features of different size."""
-    generator = torch.Generator().manual_seed(seed)
-    rank = -(-width // 4)
-    mixed = torch.randn(tokens, rank, generator=generator) @ torch.randn(rank, width, generator=generator) / rank**0.5
-    mixed += 0.3 * torch.randn(tokens, width, generator=generator)
-    return mixed * torch.logspace(-0.5, 0.5, width)[torch.randperm(width, generator=generator)]
-
-
-def hessian_of(inputs: Tensor) -> Hessian:
-    found = Hessian(inputs.shape[1], torch.device("cpu"))
-    found.add(inputs)
-    return found
 
 
 def quantized(

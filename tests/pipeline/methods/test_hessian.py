@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from hessians import correlated, hessian_of
 from torch import Tensor
 
 from bitpress.kernels.scheme import Scheme
@@ -15,22 +16,6 @@ from bitpress.pipeline.methods.hessian import DAMPING_CAP, Factor, Hessian
 
 CPU = torch.device("cpu")
 SCHEME = Scheme.parse("int4-g16")
-
-
-def correlated(tokens: int, width: int, seed: int = 0) -> Tensor:
-    """Inputs as layers have them: a few directions with most of the variance, and features of different size."""
-    generator = torch.Generator().manual_seed(seed)
-    rank = -(-width // 4)
-    mixed = torch.randn(tokens, rank, generator=generator) @ torch.randn(rank, width, generator=generator) / rank**0.5
-    mixed += 0.3 * torch.randn(tokens, width, generator=generator)
-    return mixed * torch.logspace(-0.5, 0.5, width)[torch.randperm(width, generator=generator)]
-
-
-def hessian_of(*parts: Tensor) -> Hessian:
-    found = Hessian(parts[0].shape[-1], CPU)
-    for part in parts:
-        found.add(part)
-    return found
 
 
 def product(inputs: Tensor) -> Tensor:
