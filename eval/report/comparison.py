@@ -5,7 +5,6 @@ Two runs are told apart by a paired test. Both read the same windows of text, so
 differences window by window, in which the text's own spread cancels.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -143,7 +142,7 @@ def _section(reported: Sequence[ReportedRun], budgets: Sequence[Budget], context
 
 def _candidate(run: ReportedRun, windows: int, context: int, point: SpeedPoint | None) -> Candidate:
     def number(value: Any) -> float | None:
-        return value if finite(value) and not isinstance(value, bool) and not math.isnan(value) else None
+        return value if finite(value) and not isinstance(value, bool) else None
 
     kl, error = run.get("quality", "kl_mean"), run.get("quality", "kl_mean_se")
     if windows and (sums := _window_sums(run, windows)) is not None:

@@ -26,7 +26,10 @@ def summary_rows(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]]]:
     Missing values are an en dash. Sizes are decimal (1 MB = 10^6 bytes), speeds are tokens per second. A comparison
     with the baseline stands in brackets behind a value.
     """
-    reported = reported_runs(runs)
+    return _summary_rows(reported_runs(runs))
+
+
+def _summary_rows(reported: Sequence[ReportedRun]) -> tuple[list[str], list[list[str]]]:
     points = points_of(reported)
     cuda = any(run.get("memory", "peak_cuda_bytes") is not None for run in reported)
     kernel = any(run.get("kernels", "rounded_inputs") for run in reported)
@@ -57,7 +60,10 @@ def summary_rows(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]]]:
 
 def verdicts(runs: Sequence[Metrics]) -> list[tuple[str, str]]:
     """(run, sentence) for each quantized run: what it saved, and what that cost."""
-    reported = reported_runs(runs)
+    return _verdicts(reported_runs(runs))
+
+
+def _verdicts(reported: Sequence[ReportedRun]) -> list[tuple[str, str]]:
     sentences = [(run.title, _verdict(run)) for run in reported if not run.is_baseline]
     return sentences or [(run.title, "the unquantized baseline, for comparison only") for run in reported]
 
@@ -97,7 +103,7 @@ def pictures(runs: Sequence[Metrics]) -> list[tuple[str, bytes]]:
 def _view(runs: Sequence[Metrics], refused: Refused = ()) -> dict[str, Any]:
     """Everything that the templates show, in words."""
     reported = reported_runs(runs)
-    header, rows = summary_rows(runs)
+    header, rows = _summary_rows(reported)
     by_model: dict[str, list[ReportedRun]] = {}
     for run in reported:
         by_model.setdefault(run.model, []).append(run)
@@ -111,7 +117,7 @@ def _view(runs: Sequence[Metrics], refused: Refused = ()) -> dict[str, Any]:
             (model, [pair for pair in terms_of(own[0].run.get("model")) if pair[0] != "identity"], own)
             for model, own in by_model.items()
         ],
-        "verdicts": verdicts(runs),
+        "verdicts": _verdicts(reported),
         "refused": say.printable([tuple(map(str, job)) for job in refused]),
         "tables": tables(reported, points_of(reported)),
         "without_baseline": [model for model, own in by_model.items() if not any(run.is_baseline for run in own)],

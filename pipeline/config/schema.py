@@ -208,10 +208,8 @@ class Gates(_Strict):
     fallback_layers: int | None = Field(None, ge=0)  # at most
 
 
-class Publish(BaseModel):
+class Publish(_Strict):
     """Where a batch goes once it is finished; what misses a gate stays here."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     repo: str  # owner/name; {model} and {recipe} in it stand for what a job is on
     private: bool = False  # of repositories that do not exist yet

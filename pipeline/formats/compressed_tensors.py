@@ -155,10 +155,7 @@ class CompressedTensors(Format):
         ignored: NameRules[bool] = NameRules(False)
         try:
             for entry in self.kept(seen.config):
-                if entry.startswith("re:"):
-                    ignored.add_pattern(entry[3:], True)
-                else:
-                    ignored.add_name(entry, True)
+                ignored.add(entry, True)
             targets = _groups(seen.config, alone=False)
         except ValueError:
             return faults, notes  # patterns that are not run: what they match is not known
@@ -304,12 +301,10 @@ def _groups(config: dict[str, Any], alone: bool = True) -> NameRules[dict[str, A
         require(isinstance(targets, list), f"targets is {targets!r}, expected a list")
         for target in targets:
             require(isinstance(target, str), f"the target {target!r} is not a text")
-            if target.startswith("re:"):
-                rules.add_pattern(target[3:], group)
-            elif target == "Linear":
+            if target == "Linear":
                 rules.otherwise = rules.otherwise or group
             else:
-                rules.add_name(target, group)
+                rules.add(target, group)
     return rules
 
 

@@ -349,10 +349,7 @@ def _not_among(names: Sequence[str], kept: Sequence[str]) -> list[str]:
     rules: NameRules[bool] = NameRules(False)
     try:
         for entry in kept:
-            if entry.startswith("re:"):
-                rules.add_pattern(entry[3:], True)
-            else:
-                rules.add_name(entry, True)
+            rules.add(entry, True)
     except ValueError:
         return []
     return [name for name in names if not rules.get(name)]

@@ -156,6 +156,13 @@ class NameRules(Generic[Value]):
         else:
             self.patterns.append((pattern, value))
 
+    def add(self, entry: str, value: Value) -> None:
+        """A name, or a pattern after "re:". Raises ValueError as add_pattern does."""
+        if entry.startswith("re:"):
+            self.add_pattern(entry[3:], value)
+        else:
+            self.add_name(entry, value)
+
     def get(self, name: str) -> Value | None:
         if name in self.names:
             return self.names[name]

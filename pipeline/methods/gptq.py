@@ -10,6 +10,7 @@ Three things are added to the paper's algorithm:
 - Coordinate descent (`passes`) then goes over scales and codes and sets each to its best value with all others fixed.
 """
 
+import dataclasses
 import math
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
@@ -91,7 +92,7 @@ class GPTQ(Method):
         )
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Codes:
     """The codes 0..max_code of an integer type; the middle one is 0 where the type is symmetric."""
 
@@ -100,7 +101,7 @@ class _Codes:
     max_code: int
 
 
-@dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
+@dataclasses.dataclass(frozen=True)
 class _Grid:
     """The values that weights may take, for G groups of R rows.
 

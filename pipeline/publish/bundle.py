@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, listing
+from ..evaluate.metrics import METRICS
 from ..storage.checkpoint import INDEX, Checkpoint, read_json
 from ..storage.fingerprint import MANIFEST
 from ..system.redact import has_token
@@ -24,7 +25,7 @@ _ALLOWED = (
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.jinja", "chat_template.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-_REPORTS = ("metrics.json", "report.md", "report.html")
+_REPORTS = (METRICS, "report.md", "report.html")
 
 
 @dataclass(frozen=True)

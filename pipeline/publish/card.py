@@ -16,6 +16,7 @@ from bitpress.eval.report.words import printable
 
 from ..config.schema import Calibrate, Dataset, check_repo
 from ..data.calibration import source_of
+from ..evaluate import gates
 from ..formats import registry as formats
 from .bundle import Item
 from .usage import unsupported_runtimes, usage_snippets
@@ -115,7 +116,7 @@ def write_card(
     page = {
         "name": repo.split("/")[1],
         "what": _what(metrics, origin),
-        "missed": [judged["said"] for judged in verdict["judged"] if not judged["passed"]],
+        "missed": gates.missed(verdict["judged"]),
         "snippets": [vars(snippet) for snippet in usage_snippets(repo, runtimes, chat)],
         "unsupported": unsupported_runtimes(runtimes),
         "figures": list(figures.items()),

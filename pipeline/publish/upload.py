@@ -20,7 +20,7 @@ from ..checkpoints.doctor import diagnose
 from ..config.schema import BASELINE, Gates, check_repo
 from ..errors import CheckpointError, ConfigError, GateError, HubError, listing
 from ..evaluate import gates
-from ..evaluate.metrics import read_metrics
+from ..evaluate.metrics import METRICS, read_metrics
 from ..hub.errors import HUB_ERRORS, seconds_to_wait, upload_error
 from ..storage import files as store
 from ..storage import journal
@@ -94,10 +94,10 @@ def prepare(run: Path, repo: str, override: bool, on_step: OnStep = lambda done,
     if not diagnosis.sound:
         raise CheckpointError(f"{run / 'artifact'} is unsound, so it stays here:\n{listing(diagnosis.faults)}")
     bundle = make_bundle(run, metrics["config"])
-    baseline = run.parent / BASELINE / "metrics.json"
+    baseline = run.parent / BASELINE / METRICS
     runs = [
         *([_metrics_without_paths(baseline)] if baseline.exists() else []),
-        _metrics_without_paths(run / "metrics.json") | {"gates": verdict},
+        _metrics_without_paths(run / METRICS) | {"gates": verdict},
     ]
     origin = origin_of(metrics, run / "artifact" / CARD, [item.name for item in bundle.items])
     figures = {f"{FIGURES}/{number}.png": figure for number, figure in enumerate(pictures(printable(runs)), 1)}
@@ -118,9 +118,9 @@ def prepare(run: Path, repo: str, override: bool, on_step: OnStep = lambda done,
 def _finished(run: Path) -> dict[str, Any]:
     """The metrics of a run that is done, and of the artifact that lies there."""
     advice = "give the folder of one recipe that `bitpress run` finished, such as runs/demo/int4-g128"
-    if not (run / "metrics.json").is_file():
+    if not (run / METRICS).is_file():
         raise ConfigError(f"{run} is no finished run: it has no metrics.json; {advice}")
-    metrics = read_metrics(run / "metrics.json")
+    metrics = read_metrics(run / METRICS)
     if metrics["scheme"] == BASELINE:
         raise ConfigError(f"{run} is the unquantized baseline, which is published already; {advice}")
     manifest = run / "artifact" / MANIFEST
@@ -128,7 +128,7 @@ def _finished(run: Path) -> dict[str, Any]:
         raise ConfigError(f"{run} has no artifact/{MANIFEST}; {advice}")
     if store.sha256_file(manifest) != metrics["fingerprint"]["artifact.sha256"]:
         raise ConfigError(f"{run}: metrics.json is of another artifact than the one beside it; run its config again")
-    journal.Journal(run / "journal.jsonl")
+    journal.Journal(run / journal.NAME)
     return metrics
 
 

@@ -10,14 +10,13 @@ from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, ConfigError, listing
 from ..formats import first_fitting, misfits
-from ..formats.base import Format
+from ..formats.base import Format, group_into_shards
 from ..models.structure import ParameterPath, TensorNames, fused_unit, kept_names, skeleton, tied, weight_kind
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from .recipe import Recipe
 from .spec import KEPT, LayerSpec, Rules
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_UNIT_BYTES = 512 << 20  # outside the blocks, tensors are grouped into shards of at most this
 
 
 @dataclass(frozen=True)
@@ -272,16 +271,9 @@ def _choose_format(wanted: Format | None, tensors: list[PlannedTensor]) -> tuple
 
 
 def _units(tensors: list[PlannedTensor]) -> list[Unit]:
-    units: list[Unit] = []
     outside = [tensor for tensor in tensors if tensor.block is None]
-    group: list[PlannedTensor] = []
-    for tensor in outside:
-        if group and sum(each.info.nbytes for each in group) + tensor.info.nbytes > _UNIT_BYTES:
-            units.append(Unit(f"outside {len(units)}", group))
-            group = []
-        group.append(tensor)
-    if group:
-        units.append(Unit(f"outside {len(units)}", group))
+    shards = group_into_shards(outside, lambda tensor: tensor.info.nbytes)
+    units = [Unit(f"outside {number}", group) for number, group in enumerate(shards)]
     blocks = sorted({tensor.block for tensor in tensors if tensor.block is not None})
     return units + [Unit(f"block {b}", [each for each in tensors if each.block == b]) for b in blocks]
 

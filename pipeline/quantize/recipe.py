@@ -12,6 +12,7 @@ from ..config.schema import AUTO, RecipeSettings
 from ..data.calibration import Calibration
 from ..errors import ConfigError, nearest
 from ..formats import registry as formats
+from ..formats import scheme_name
 from ..formats.base import Format
 from ..methods import options_of, with_options
 from ..methods import registry as methods
@@ -80,7 +81,7 @@ class Recipe:
     @property
     def scheme(self) -> str:
         """The scheme's name, or "mixed" where layers may differ."""
-        return _common({spec.scheme.name for spec in self.rules.specs()})
+        return scheme_name(spec.scheme.name for spec in self.rules.specs())
 
     @property
     def method(self) -> str:
@@ -103,10 +104,6 @@ class Recipe:
         if self.calibration:
             described |= {f"calibration.{name}": value for name, value in self.calibration.to_dict().items()}
         return described
-
-
-def _common(names: set[str]) -> str:
-    return next(iter(names)) if len(names) == 1 else "mixed"
 
 
 def problems(settings: RecipeSettings) -> list[Problem]:

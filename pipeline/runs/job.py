@@ -2,7 +2,6 @@
 
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ..errors import BitpressError, GateError
 from ..evaluate import gates, process
 from ..evaluate.conditions import Conditions
 from ..evaluate.metrics import METRICS, read_metrics
+from ..evaluate.process import Say
 from ..evaluate.results import origin_of_run, write_report
 from ..evaluate.verify import verify_artifact
 from ..hub.download import Source
@@ -25,8 +25,6 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.fingerprint import MANIFEST
 from ..system.progress import progress
 from ..system.redact import redact
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -98,15 +96,16 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
     checkpoint = Checkpoint(job.source.folder)
     baseline = {f"artifact.files.{name}": value for name, value in checkpoint.identity().items()}
     beside = job.folder.parent
-    subject = process.Subject(
-        model=job.source,
-        checkpoint=job.source.folder,
-        baseline=None,
-        origin=origin_of_run(job.run, job.source, None, job.folder),
-        artifact=baseline,
-        predictions=(beside / process.PREDICTIONS, baseline),
-    )
+    predictions = (beside / process.PREDICTIONS, baseline)
     if job.recipe is None:
+        subject = process.Subject(
+            model=job.source,
+            checkpoint=job.source.folder,
+            baseline=None,
+            origin=origin_of_run(job.run, job.source, None, job.folder),
+            artifact=baseline,
+            predictions=predictions,
+        )
         return process.evaluate(subject, job.conditions, job.folder, say)
     recipe = replace(Recipe.make(job.recipe, job.run.device), calibration=job.calibration)
     artifact = job.folder / "artifact"
@@ -119,12 +118,13 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
     for note in notes:
         say(note)
     seconds = {"quantize": time.perf_counter() - start}
-    subject = replace(
-        subject,
+    subject = process.Subject(
+        model=job.source,
         checkpoint=artifact,
         baseline=job.source.folder,
         origin=origin_of_run(job.run, job.source, recipe, job.folder),
         artifact={"artifact.sha256": files.sha256_file(artifact / MANIFEST)},
+        predictions=predictions,
         verify=lambda: verify_artifact(
             checkpoint, recipe, artifact, torch.tensor(job.probe), job.run.device, job.conditions.settings.dtype
         ),

@@ -12,6 +12,7 @@ from ..errors import BitpressError, CheckpointError
 from ..evaluate import process
 from ..evaluate.conditions import Conditions
 from ..evaluate.metrics import METRICS, read_metrics
+from ..evaluate.process import Say
 from ..evaluate.results import write_report
 from ..evaluate.verify import PROBE_TOKENS
 from ..evaluate.windows import windows
@@ -22,7 +23,7 @@ from ..publish.upload import prepare, send
 from ..quantize.recipe import Recipe
 from ..storage.checkpoint import Checkpoint
 from .executors import executor
-from .job import Job, Outcome, Say, unexpected
+from .job import Job, Outcome, unexpected
 
 __all__ = ["Outcome", "execute", "plan_jobs", "summarize"]
 

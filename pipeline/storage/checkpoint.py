@@ -311,12 +311,15 @@ class Checkpoint:
         """
         self.config  # noqa: B018  (refuses what is no regular file)
         result = {path.name: sha256_file(path) for path in (self.folder / "config.json", *self.other_files())}
+        tensors_of: dict[Path, list[TensorInfo]] = {}
+        for info in self.tensors.values():
+            tensors_of.setdefault(info.file, []).append(info)
         for file in self.files:
             with file.open("rb") as handle:
                 head = handle.read(8)
                 digest = hashlib.sha256(head + handle.read(int.from_bytes(head, "little")))
                 digest.update(str(file.stat().st_size).encode())
-                for info in sorted((i for i in self.tensors.values() if i.file == file), key=lambda i: i.offset):
+                for info in sorted(tensors_of.get(file, []), key=lambda i: i.offset):
                     for start in (0, max(0, info.nbytes - _SAMPLE)):
                         handle.seek(info.offset + start)
                         digest.update(handle.read(min(_SAMPLE, info.nbytes)))
