@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-pytest_plugins = ("checkpoints", "published_runs", "report_pages")  # of tests/fixtures
+pytest_plugins = ("checkpoints", "dropped", "published_runs", "report_pages")  # of tests/fixtures
 
 SaveModel = Callable[..., Path]
 Edit = Callable[[Path, Callable[[dict[str, Tensor]], Any]], None]

@@ -11,7 +11,7 @@ from bitpress.kernels.qtensor import QTensor
 
 from ..errors import ConfigError, NumericsError, listing, nearest
 from ..formats import misfits, registry
-from ..formats.base import SHARD_BYTES, Format, group_into_shards
+from ..formats.base import SHARD_BYTES, Format, dtype_name, group_into_shards
 from ..formats.names import name_pattern
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
 from ..models.structure import kept_names
@@ -79,7 +79,7 @@ def convert(
         )
     conversion = _Conversion(checkpoint, contents, format)
     work = out.with_name(f"{out.name}.partial")
-    if work.exists() and not (work.is_dir() and {path.name for path in work.iterdir()} <= {".lock", _UNFINISHED}):
+    if work.exists() and not (work.is_dir() and {path.name for path in work.iterdir()} <= {store.LOCK, _UNFINISHED}):
         raise ConfigError(
             f"{work} is in the way: an unfinished `bitpress quantize`, or something else that would be deleted; "
             "move it away, or choose another output"
@@ -204,7 +204,7 @@ def _notes(conversion: _Conversion) -> list[str]:
             f"{len(conversion.ordered)} of them have act-order (desc_act), which some kernels refuse or run slower"
         )
     if conversion.kept_scales:
-        dtype = str(conversion.contents.model.dtype).removeprefix("torch.")
+        dtype = dtype_name(conversion.contents.model.dtype)
         notes.append(
             f"{len(conversion.kept_scales)} of them keep the dtype of their scales, which {dtype} would round; a "
             f"runtime that computes in {dtype} rounds them as it loads"

@@ -13,6 +13,7 @@ from bitpress.kernels.scheme import Scheme, examples
 
 from ..formats import count_schemes, scheme_name
 from ..formats import registry as formats
+from ..formats.base import dtype_name
 from ..methods import registry as methods
 from ..storage.checkpoint import Checkpoint
 
@@ -36,7 +37,7 @@ def describe(folder: Path) -> dict[str, Any]:
     }
     by_dtype: dict[str, int] = {}
     for info in infos:
-        name = str(info.dtype).removeprefix("torch.")
+        name = dtype_name(info.dtype)
         by_dtype[name] = by_dtype.get(name, 0) + info.nbytes
     description["bytes by dtype"] = [f"{name}: {count}" for name, count in sorted(by_dtype.items())]
     if "quantization_config" not in config:

@@ -116,10 +116,15 @@ def evaluate(
         measured = measure(subject.checkpoint, subject.baseline, conditions.settings, conditions.device, folder, resume)
         measured["seconds"] = {**(seconds or {}), "evaluate": measured["seconds"]}
         metrics = assemble(subject.model, subject.origin, conditions, measured | {"reload": reload, "fingerprint": now})
-    write_report(folder, [*([read_metrics(beside)] if beside and beside.exists() else []), metrics])
-    files.write_json(path, metrics)
+    write_metrics(folder, metrics, beside)
     remove_partial(folder / UNFINISHED)
     return metrics
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any], beside: Path | None) -> None:
+    """Write the report, next to the baseline's figures where the file `beside` is there, and then metrics.json."""
+    write_report(folder, [*([read_metrics(beside)] if beside and beside.exists() else []), metrics])
+    files.write_json(folder / METRICS, metrics)
 
 
 def _key(folder: Path, fingerprint: Fingerprint) -> str:

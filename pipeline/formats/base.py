@@ -100,7 +100,7 @@ class Examination:
     def scale_dtypes(self) -> list[str]:
         """Names of the dtypes, sorted."""
         dtypes = Counter(layer.scale_dtype for layer in self.layers.values())
-        return sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return sorted(dtype_name(dtype) for dtype in dtypes)
 
 
 class Writer(Protocol):
@@ -335,7 +335,7 @@ class SafetensorsWriter:
         }
         model = {key: value for key, value in config.items() if key not in ("_name_or_path", "quantization_config")}
         if "dtype" not in model and "torch_dtype" not in model:
-            model["dtype"] = str(self.dtype).removeprefix("torch.")
+            model["dtype"] = dtype_name(self.dtype)
         written[INDEX] = files.write_json(self.folder / INDEX, index)
         contents = {"config.json": model | {"quantization_config": section}, **self.format.side_files(section)}
         for name, content in contents.items():

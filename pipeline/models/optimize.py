@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from bitpress.kernels.cpu.native import DTYPES
@@ -67,7 +67,9 @@ def optimize_for_decoding(model: PreTrainedModel) -> None:
 
 def fuse(model: PreTrainedModel) -> Fusing:
     """Let decoder layers decode in one call, those that can; the others stay as they are."""
-    layers = list(model.get_submodule(decoder(model)).children())
+    path = decoder(model)
+    layers = list(model.get_submodule(path).children())
+    rotary = getattr(model.get_submodule(path.rpartition(".")[0]), "rotary_emb", None)
     why: Counter[str] = Counter()
     for layer in layers:
         try:
@@ -77,7 +79,7 @@ def fuse(model: PreTrainedModel) -> Fusing:
             if any("forward" in module.__dict__ for module in layer.modules()):
                 raise _Unfit("its forward was replaced")
             step = _Decoding(layer, NativeLayer(parts))
-            _try(layer, step, model)
+            _try(layer, step, rotary, model.config)
         except _Unfit as reason:
             why[str(reason)] += 1
         else:
@@ -268,21 +270,19 @@ def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 @torch.inference_mode()
-def _try(layer: nn.Module, step: _Decoding, model: PreTrainedModel) -> None:
+def _try(layer: nn.Module, step: _Decoding, rotary: nn.Module | None, config: PreTrainedConfig) -> None:
     """Run random rows through a layer's own forward, then single ones through both.
 
     Raises:
         _Unfit: they differ, or the layer cannot be run by itself.
     """
-    owner = model.get_submodule(decoder(model).rpartition(".")[0])
-    rotary = getattr(owner, "rotary_emb", None)
     if rotary is None:
         raise _Unfit("the model has no rotary_emb")
     x = torch.randn(1, _PROMPT + _TOKENS, step.native.hidden, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(_POSITION, _POSITION + x.shape[1]).unsqueeze(0)
     try:
         cos, sin = rotary(x, positions)
-        theirs: Any = DynamicCache(config=model.config)
+        theirs: Any = DynamicCache(config=config)
         ours: Any = None
         for start, end in [(0, _PROMPT), *((i, i + 1) for i in range(_PROMPT, x.shape[1]))]:
             row, rotation = x[:, start:end], (cos[:, start:end], sin[:, start:end])

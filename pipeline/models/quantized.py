@@ -55,9 +55,7 @@ def read_quantized(
     format, rules = read_config(checkpoint)
     model = skeleton(checkpoint, dtype) if model is None else model
     names = TensorNames(model)
-    quantized = {
-        layer: names.target(f"{layer}.weight") for layer in _quantized_layers(checkpoint, format, model, names)
-    }
+    quantized = _quantized_layers(checkpoint, format, model, names)
     owned = {f"{layer}.{suffix}" for layer in quantized for suffix in format.suffixes}
     plain = {name: names.target(name) for name in checkpoint.tensors if name not in owned}
     _check_plain(checkpoint, names, plain, set(quantized))
@@ -81,18 +79,20 @@ def read_quantized(
     return QuantizedCheckpoint(format, model, names, quantized, schemes, kinds, shapes, plain, shared)
 
 
-def _quantized_layers(checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: TensorNames) -> list[str]:
-    """Every layer with the format's marker, and every linear layer that has lost it but not the rest."""
+def _quantized_layers(
+    checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: TensorNames
+) -> dict[str, ParameterPath]:
+    """Every layer with the format's marker, and every linear layer that has lost it but not the rest: its weight."""
     telling = [f".{suffix}" for suffix in format.suffixes if suffix != "weight"]
     candidates = dict.fromkeys(
         name.removesuffix(suffix) for name in checkpoint.tensors for suffix in telling if name.endswith(suffix)
     )
-    layers = []
+    layers = {}
     for layer in candidates:
         target = names.target(f"{layer}.weight")
         linear = names.known(target.parameter) and weight_kind(model, target) is not None
         if linear or f"{layer}.{format.marker}" in checkpoint.tensors:
-            layers.append(layer)
+            layers[layer] = target
     return layers
 
 

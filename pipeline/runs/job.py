@@ -13,9 +13,9 @@ from ..data.calibration import Calibration
 from ..errors import BitpressError, GateError
 from ..evaluate import gates, process
 from ..evaluate.conditions import Conditions
-from ..evaluate.metrics import METRICS, read_metrics
+from ..evaluate.metrics import METRICS
 from ..evaluate.process import Say
-from ..evaluate.results import origin_of_run, write_report
+from ..evaluate.results import origin_of_run
 from ..evaluate.verify import verify_artifact
 from ..hub.download import Source
 from ..quantize.artifact import quantize
@@ -140,9 +140,7 @@ def _judge(job: Job, metrics: dict[str, Any], say: Say) -> GateError | None:
     missed = gates.missed(verdict["judged"]) if verdict else []
     if verdict != metrics["gates"]:
         metrics |= {"gates": verdict, "config": {**metrics["config"], "gates": job.run.gates.model_dump(mode="json")}}
-        baseline = job.folder.parent / BASELINE / METRICS
-        write_report(job.folder, [*([read_metrics(baseline)] if baseline.exists() else []), metrics])
-        files.write_json(job.folder / METRICS, metrics)
+        process.write_metrics(job.folder, metrics, job.folder.parent / BASELINE / METRICS)
     for sentence in missed:
         say(f"gate missed{' (overridden)' if job.override else ''}: {sentence}")
     return GateError("; ".join(missed)) if missed and not job.override else None

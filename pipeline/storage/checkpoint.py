@@ -152,18 +152,21 @@ def _shard_problem(value: object) -> str | None:
     return None
 
 
-def _implausible(config: Any, tensors: dict[str, TensorInfo], path: str = "") -> Iterator[str]:
-    """Sizes in a config that no model of these files can have; to build it would take all memory, or for ever."""
+def _implausible(config: Any, count: int, widest: int, path: str = "") -> Iterator[str]:
+    """Sizes in a config that no model of these files can have; to build it would take all memory, or for ever.
+
+    Args:
+        count: of tensors in the files. widest: the largest size that one has.
+    """
     if isinstance(config, dict):
         for key, value in config.items():
-            yield from _implausible(value, tensors, f"{path}.{key}" if path else key)
+            yield from _implausible(value, count, widest, f"{path}.{key}" if path else key)
     if not isinstance(config, int) or isinstance(config, bool):
         return
     key = path.rpartition(".")[2]
-    widest = max((size for info in tensors.values() for size in info.shape), default=0)
     for words, limit, what in (
-        (("layers", "n_layer", "blocks"), max(len(tensors), _FEW_LAYERS), f"the files hold {len(tensors)} tensors"),
-        (("experts",), max(len(tensors), _MOST_FUSED_EXPERTS), f"the files hold {len(tensors)} tensors"),
+        (("layers", "n_layer", "blocks"), max(count, _FEW_LAYERS), f"the files hold {count} tensors"),
+        (("experts",), max(count, _MOST_FUSED_EXPERTS), f"the files hold {count} tensors"),
         (("size", "dim", "heads", "n_head", "n_embd", "n_inner"), max(widest, 1 << 16), f"no tensor exceeds {widest}"),
         (("position", "n_ctx"), _MOST_POSITIONS, f"at most {_MOST_POSITIONS} is plausible"),
     ):  # fmt: skip
@@ -251,8 +254,9 @@ class Checkpoint:
                 f"{path} asks for code of its own (auto_map: {config['auto_map']}), which bitpress "
                 "never runs; use a checkpoint of an architecture that transformers has"
             )
+        widest = max((size for info in self.tensors.values() for size in info.shape), default=0)
         try:
-            problems = list(_implausible(config, self.tensors))
+            problems = list(_implausible(config, len(self.tensors), widest))
         except RecursionError:
             raise CheckpointError(f"{path}: nested too deeply to be a config") from None
         if problems:

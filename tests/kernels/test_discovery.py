@@ -1,14 +1,12 @@
 """A weight type is one file: dropped into the folder, it is parsed, refused by every kernel that does not list it, and
 run by the reference. So are activations, and so is a kernel."""
 
-import importlib
-import sys
-from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 import torch
+from dropped import HALVING, Drop
 
 from bitpress.kernels.discovery import discover
 from bitpress.kernels.linear import QEmbedding, QLinear
@@ -18,7 +16,6 @@ from bitpress.kernels.scheme import Scheme, examples
 from bitpress.kernels.weights.base import WeightDescription
 
 CPU = torch.device("cpu")
-Drop = Callable[[str, str, str], None]
 
 SIX_BITS = '''
 from dataclasses import dataclass
@@ -92,36 +89,6 @@ class SixBits:
 PLUGINS = (SixBits,)
 '''
 
-HALVING = """
-from dataclasses import dataclass
-from typing import ClassVar
-
-
-@dataclass(frozen=True)
-class Halving:
-    rank: ClassVar[int] = 50
-    name: ClassVar[str] = "halving"
-    dynamic: ClassVar[bool] = True
-    schemes: ClassVar[dict] = {"int4-halved": "int4-channel"}
-    statistics: ClassVar[tuple] = ()
-
-    @classmethod
-    def from_description(cls, description):
-        return cls() if description.get("type") == "halves" else None
-
-    def description(self):
-        return {"type": "halves"}
-
-    def tensors(self):
-        return {}
-
-    def apply(self, x, tensors):
-        return x.float() / 2
-
-
-PLUGINS = (Halving,)
-"""
-
 KERNEL = """
 from bitpress.kernels.reference import Reference
 
@@ -133,26 +100,6 @@ class Eager(Reference):
 
 PLUGINS = (Eager(),)
 """
-
-
-@pytest.fixture
-def drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Drop]:
-    """drop(package, name, source): as if the module lay in this folder of bitpress."""
-    dropped = []
-
-    def put(package: str, name: str, source: str) -> None:
-        folder = tmp_path / package
-        folder.mkdir()
-        (folder / f"{name}.py").write_text(source)
-        module = importlib.import_module(package)
-        monkeypatch.setattr(module, "__path__", [*module.__path__, str(folder)])
-        dropped.append(f"{package}.{name}")
-        discover.cache_clear()
-
-    yield put
-    discover.cache_clear()
-    for name in dropped:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture

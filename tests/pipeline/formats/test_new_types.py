@@ -1,15 +1,11 @@
 """A weight type and a type of inputs that formats have never heard of: stored as plain elements, and read back."""
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from dropped import HALVING, Drop
 
-from bitpress.kernels.discovery import discover
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline.formats import first_fitting, registry
@@ -66,48 +62,12 @@ class SixBits:
 
 PLUGINS = (SixBits,)
 """
-HALVING = """
-from dataclasses import dataclass
-from typing import ClassVar
-
-@dataclass(frozen=True)
-class Halving:
-    rank: ClassVar[int] = 60
-    name: ClassVar[str] = "halving"
-    dynamic: ClassVar[bool] = True
-    schemes: ClassVar[dict] = {"int4-halved": "int4-channel"}
-    statistics: ClassVar[tuple] = ()
-
-    @classmethod
-    def from_description(cls, description):
-        return cls() if description.get("type") == "halves" else None
-
-    def description(self):
-        return {"type": "halves"}
-
-    def tensors(self):
-        return {}
-
-    def apply(self, x, tensors):
-        return x.float() / 2
-
-PLUGINS = (Halving,)
-"""
 
 
 @pytest.fixture(autouse=True)
-def dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if both files lay in their folders of bitpress."""
-    for package, name, source in (("weights", "toy_six", SIX_BITS), ("activations", "toy_halving", HALVING)):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / f"{name}.py").write_text(source)
-        module = importlib.import_module(f"bitpress.kernels.{package}")
-        monkeypatch.setattr(module, "__path__", [*module.__path__, str(tmp_path / package)])
-    discover.cache_clear()
-    yield
-    discover.cache_clear()
-    for name in ("bitpress.kernels.weights.toy_six", "bitpress.kernels.activations.toy_halving"):
-        sys.modules.pop(name, None)
+def types(drop: Drop) -> None:
+    drop("bitpress.kernels.weights", "toy_six", SIX_BITS)
+    drop("bitpress.kernels.activations", "toy_halving", HALVING)
 
 
 @pytest.mark.parametrize("name", ["int6-channel", "int4-halved"])
