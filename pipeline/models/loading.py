@@ -1,6 +1,6 @@
 """Files -> a transformers model: quantized layers on our kernels, everything else as transformers has it."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..hub.download import resolve
 from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
 from ..system.progress import OnStep
-from .modules import experts_of, quantized_layers, replace_layers, set_tensor
+from .modules import experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
 from .quantized import QuantizedCheckpoint, read_quantized
 from .structure import ParameterPath
@@ -111,21 +111,15 @@ def _fill(
 ) -> None:
     """Put the tensors that are not quantized into the skeleton; those that the model does not have are left out."""
     model, names = contents.model, contents.names
-    fused: dict[str, list[tuple[tuple[int, int, int], str]]] = defaultdict(list)
     for name, target in plain.items():
         if not names.known(target.parameter):
             continue
         if (shape := checkpoint.tensors[name].shape) != names.shape(target):
             raise CheckpointError(f"{name}: shape {list(shape)}, by config.json {list(names.shape(target) or ())}")
-        if target.expert:
-            fused[target.parameter].append((target.expert, name))
-        else:
-            set_tensor(model, target.parameter, checkpoint.read(name), device)
-    for parameter, items in fused.items():
-        pieces = items[0][0][2]
-        tensors = [checkpoint.read(name) for _, name in sorted(items)]
-        rows = [torch.cat(tensors[i : i + pieces]) for i in range(0, len(tensors), pieces)]
-        set_tensor(model, parameter, torch.stack(rows), device)
+        if target.expert is None:
+            set_tensor(model, target, checkpoint.read(name), device)
+    for target, tensor in joined_experts(names, plain, checkpoint.read):
+        set_tensor(model, target, tensor, device)
 
 
 def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

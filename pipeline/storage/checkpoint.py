@@ -287,10 +287,15 @@ class Checkpoint:
             digest.update(buffer.numpy().data)
         return buffer.view(info.dtype).reshape(info.shape)
 
-    def read_rows(self, name: str, counts: Iterable[int]) -> Iterator[Tensor]:
-        """One tensor in parts along its first dimension; `counts` are the rows of each part, one after the other."""
+    def read_rows(self, name: str, counts: Iterable[int], first: int = 0) -> Iterator[Tensor]:
+        """One tensor in parts along its first dimension; `counts` are the rows of each part, one after the other.
+
+        Args:
+            first: the row that the first part begins with.
+        """
         info = self.tensors[name]
-        size, offset = info.nbytes // info.shape[0], info.offset
+        size = info.nbytes // info.shape[0]
+        offset = info.offset + first * size
         for count in counts:
             buffer = torch.empty(count * size, dtype=torch.uint8)
             _read_into(buffer, info, offset)
