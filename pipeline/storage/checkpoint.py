@@ -131,6 +131,7 @@ def _read_into(buffer: Tensor, info: TensorInfo, offset: int) -> None:
 
 def _stored_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
     """Rows of a tensor as they lie in its file; a scalar has one."""
+    assert 0 <= start <= stop <= (info.shape[0] if info.shape else 1)
     size = info.nbytes // max(1, info.shape[0] if info.shape else 1)
     try:
         buffer = torch.empty((stop - start) * size, dtype=torch.uint8)
@@ -265,7 +266,7 @@ class Checkpoint:
 
     @property
     def dequantization(self) -> str | None:
-        """A sentence on weights that are coded and what they are read as; None where they are read as they lie there."""
+        """A sentence on coded weights and what they are read as; None where all are read as they lie there."""
         return self._dequantized.sentence if self._dequantized else None
 
     @cached_property
@@ -312,9 +313,13 @@ class Checkpoint:
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return tensor
 
-    def read_rows(self, name: str, counts: Iterable[int]) -> Iterator[Tensor]:
-        """One tensor in parts along its first dimension; `counts` are the rows of each part, one after the other."""
-        start = 0
+    def read_rows(self, name: str, counts: Iterable[int], first: int = 0) -> Iterator[Tensor]:
+        """One tensor in parts along its first dimension.
+
+        Args:
+            counts: the rows of each part, one part after the other. first: the row that the first part begins with.
+        """
+        start = first
         for count in counts:
             yield self._rows(self.tensors[name], start, start + count)
             start += count

@@ -92,8 +92,8 @@ class DequantizedTensors:
                 raise CheckpointError(f"{info.file}: {name}: {error}; get the checkpoint again") from error
             if bad := int((~torch.isfinite(piece)).sum()):
                 raise CheckpointError(
-                    f"{info.file}: {name}: {bad} of its values are too large for {self.dtype}, the dtype in config.json; "
-                    "set it to bfloat16"
+                    f"{info.file}: {name}: {bad} of its values are too large for {self.dtype}, the dtype in "
+                    "config.json; set it to bfloat16"
                 )
         return result
 
@@ -125,8 +125,8 @@ def dequantized(
     float8 = [name for name, info in stored.items() if info.dtype in FLOAT8]
     if float8 and not any(part.get(_SECTION) for part in parts):
         raise CheckpointError(
-            f"{folder / 'config.json'} has no {_SECTION}, and {len(float8)} tensors are float8, such as {float8[0]}: "
-            "what their scales are cannot be told; add it as the model's publisher has it"
+            f"{folder / 'config.json'} has no {_SECTION}, and tensors such as {float8[0]} are float8: what scales them "
+            "cannot be told; add it as the model's publisher has it"
         )
     return None
 

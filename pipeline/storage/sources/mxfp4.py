@@ -24,7 +24,9 @@ class Mxfp4(Source):
 
     def coding(self, section: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> Coding:
         coding = Coding()
-        stems = {name.removesuffix(ending): None for name in stored for ending in (_CODES, _SCALES) if name.endswith(ending)}
+        stems = {
+            name.removesuffix(ending): None for name in stored for ending in (_CODES, _SCALES) if name.endswith(ending)
+        }
         for stem in stems:
             codes, scales = stored.get(stem + _CODES), stored.get(stem + _SCALES)
             if codes is None or scales is None:
@@ -33,10 +35,12 @@ class Mxfp4(Source):
             elif {codes.dtype, scales.dtype} != {torch.uint8}:
                 coding.problems.append(f"{codes.name} is {codes.dtype}, {scales.name} {scales.dtype}, expected uint8")
             elif len(codes.shape) != 4 or codes.shape[3] != _GROUP // 2 or 0 in codes.shape:
-                coding.problems.append(f"{codes.name} has shape {list(codes.shape)}, expected [experts, out, in / 32, 16]")
+                coding.problems.append(
+                    f"{codes.name} has shape {list(codes.shape)}, expected [experts, out, in / 32, 16]"
+                )
             elif scales.shape != codes.shape[:3]:
                 coding.problems.append(
-                    f"{scales.name} has shape {list(scales.shape)}, expected {list(codes.shape[:3])}, as {codes.name} has"
+                    f"{scales.name} has shape {list(scales.shape)}, expected {list(codes.shape[:3])} like {codes.name}"
                 )
             else:
                 experts, out, groups, _ = codes.shape
