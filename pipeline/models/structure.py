@@ -278,7 +278,7 @@ def kept_names(
 
 
 def with_module_paths(layers: Iterable[str], names: TensorNames) -> dict[str, str]:
-    """Layers as the files name them and, where the model names them otherwise, its names of them too; each -> the layer.
+    """Each layer by its name in the files and, where the model names it otherwise, by that name too -> the layer.
 
     transformers looks for modules by the model's names: visual.blocks.0.attn.qkv of a file may be
     model.visual.blocks.0.attn.qkv there. Servers look for the files' names. Experts that the model holds as one tensor
