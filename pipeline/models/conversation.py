@@ -8,21 +8,22 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..errors import CheckpointError, ConfigError
+from ..system.printable import printable
 
 HELP = "/clear begins anew, /exit ends; Ctrl-C stops an answer"
 Write = Callable[[str], None]
 
 
 class _Printer(TextStreamer):
-    """Hands over words as they are generated, without characters that could control a terminal."""
+    """Hands over words as they are generated, without characters that could steer a terminal; `words` has them all."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write, skip_prompt: bool = True):
+        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
         self.write, self.words = write, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.words += text
-        self.write("".join(letter for letter in text if letter.isprintable() or letter in "\n\t"))
+        self.write(printable(text, visible=False))
 
 
 class Conversation:
@@ -112,6 +113,19 @@ class Conversation:
 
     def _forget_cache(self) -> None:
         self.cache, self.read = None, []
+
+
+def continue_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, write: Write
+) -> None:
+    """Hand over a prompt and at most `tokens` tokens that continue it, always the most probable ones."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    model.generate(  # type: ignore[operator]
+        **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id,
+        streamer=_Printer(tokenizer, write, skip_prompt=False),
+    )  # fmt: skip
+    write("\n")
 
 
 def converse(conversation: Conversation, lines: Iterator[str], write: Write) -> None:

@@ -14,6 +14,7 @@ from bitpress.pipeline.api import load, quantize
 from bitpress.pipeline.cli import app
 from bitpress.pipeline.errors import CheckpointError, ConfigError
 from bitpress.pipeline.models.conversation import HELP, Conversation, converse
+from bitpress.pipeline.system.printable import printable
 
 TEMPLATE = (
     "{%- for turn in messages %}{{ turn.role[0] }}:{{ turn.content }};{%- endfor %}"
@@ -68,12 +69,8 @@ def test_answers_are_those_of_reading_all_anew(artifact: Path, template: str) ->
     tokenizer.chat_template = template
     expected = from_scratch(model, tokenizer, 6, *SAY)
     conversation = Conversation(model, tokenizer, tokens=6, temperature=0)
-    assert talk(conversation, *SAY) == [printable(answer) for answer in expected]
+    assert talk(conversation, *SAY) == shown(expected)
     assert conversation.cache.get_seq_length() == len(conversation.read)
-
-
-def printable(text: str) -> str:
-    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
 
 
 def test_only_new_tokens_are_read(artifact: Path) -> None:
@@ -95,7 +92,7 @@ def test_a_cache_that_cannot_go_back_is_left(tiny: Callable[..., Path], tmp_path
     model, tokenizer = load(tmp_path / "out")
     tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
     expected = from_scratch(model, tokenizer, 6, *SAY)
-    assert talk(Conversation(model, tokenizer, tokens=6, temperature=0), *SAY) == list(map(printable, expected))
+    assert talk(Conversation(model, tokenizer, tokens=6, temperature=0), *SAY) == shown(expected)
 
 
 def test_system_and_clear(artifact: Path) -> None:
@@ -120,7 +117,7 @@ def test_an_interrupted_answer_keeps_its_words(artifact: Path) -> None:
             raise KeyboardInterrupt
 
     conversation.answer("hello", write)
-    assert printable(conversation.turns[-1]["content"]) == "".join(heard)
+    assert shown([conversation.turns[-1]["content"]]) == ["".join(heard)]
     assert conversation.cache is None
     talk(conversation, "go on")
     assert [turn["role"] for turn in conversation.turns] == ["user", "assistant"] * 2
