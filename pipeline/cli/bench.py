@@ -131,7 +131,7 @@ def kernels(
         cells.append(cell)
         files.write_json(path, {**about, "cells": [each.to_dict() for each in cells]})
     if as_json:
-        write(path.read_text())
+        write(path.read_text() + "\n")
     else:
         _show_cells(cells)
         print_line(f"{about['machine']['cpu']}, {torch.get_num_threads()} threads; every sample is in {path}")

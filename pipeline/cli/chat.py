@@ -24,13 +24,19 @@ def generate(
     revision: Revision = None,
 ) -> None:
     """Continue a prompt, greedily."""
-    from ..models.conversation import continue_prompt
+    from ..models.conversation import Printer
     from ..models.loading import load
 
     quiet_libraries()
     with progress("loading") as step:
-        loaded = load(model, revision, device, dtype, kernel, step)
-    continue_prompt(*loaded, prompt, tokens, write)
+        loaded, tokenizer = load(model, revision, device, dtype, kernel, step)
+    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    inputs.pop("token_type_ids", None)
+    streamer = Printer(tokenizer, write, skip_prompt=False)
+    loaded.generate(  # type: ignore[operator]
+        **inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer, pad_token_id=tokenizer.eos_token_id
+    )
+    write("\n")
 
 
 @app.command()
