@@ -13,7 +13,7 @@ from .options import Device, Dtype, Json, KernelName, Revision
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
     baseline: Annotated[str | None, typer.Option(help="What it was made from: to compare it with.")] = None,
-    text: Annotated[str, typer.Option(help="A .txt, .jsonl or .parquet file.")] = "builtin:pydoc-topics",
+    text: Annotated[str, typer.Option(help="A .txt, .json, .jsonl, .csv or .parquet file.")] = "builtin:pydoc-topics",
     protocol: Annotated[str, typer.Option(help="gptq, sliding, llama.cpp or word.")] = "gptq",
     context: Annotated[int | None, typer.Option(help="Tokens per window; the protocol's own by default.")] = None,
     stride: Annotated[int, typer.Option(help="Between windows, of the protocol sliding.")] = 512,
