@@ -111,7 +111,7 @@ class ExpertSlice:
 class SplitCheckpoint(Checkpoint):
     """A checkpoint whose tensors of many experts are seen as one tensor [out, in] for each layer of each expert.
 
-    One expert is in memory at a time. `stored` is the checkpoint as it is.
+    One expert is in memory at a time. `whole` is the checkpoint as it is.
     """
 
     def __init__(self, checkpoint: Checkpoint, slices: Mapping[str, ExpertSlice]):
@@ -121,7 +121,7 @@ class SplitCheckpoint(Checkpoint):
             slices: name -> the layer that it stands for. Their sources are seen no more; the rest is seen as it is.
         """
         vars(self).update(vars(checkpoint))
-        self.stored, self._slices = checkpoint, slices
+        self.whole, self._slices = checkpoint, slices
         self._last: tuple[tuple[str, int], Tensor] | None = None  # the expert that was read last: pieces share it
         parts: dict[str, list[TensorInfo]] = {}
         for name, part in slices.items():
@@ -136,12 +136,12 @@ class SplitCheckpoint(Checkpoint):
     def read(self, name: str, digest: "hashlib._Hash | None" = None) -> Tensor:
         part = self._slices.get(name)
         if part is None:
-            return self.stored.read(name, digest)
+            return self.whole.read(name, digest)
         last = self._last
         if last is None or last[0] != (part.source, part.expert):
-            shape = self.stored.tensors[part.source].shape
+            shape = self.whole.tensors[part.source].shape
             rows = shape[0] // part.layout.experts
-            (expert,) = self.stored.read_rows(part.source, [rows], first=rows * part.expert)
+            (expert,) = self.whole.read_rows(part.source, [rows], first=rows * part.expert)
             last = self._last = (part.source, part.expert), expert.view(part.layout.expert_shape(shape))
         piece = part.layout.split(last[1])[part.piece].contiguous()
         if digest is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bitpress.kernels.linear import QLinear
 
@@ -19,7 +19,7 @@ from ..system.progress import OnStep
 from .modules import experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
 from .quantized import QuantizedCheckpoint, read_quantized
-from .structure import ParameterPath
+from .structure import ParameterPath, auto_class, model_config
 from .transformers import attach
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,7 +80,7 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreT
     """An unquantized checkpoint as transformers itself loads it, its experts one by one (see QExperts)."""
     checkpoint.config  # noqa: B018  (refuses remote code)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(model_config(checkpoint)).from_pretrained(
             checkpoint.folder,
             dtype=dtype or "auto",
             trust_remote_code=False,
