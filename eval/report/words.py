@@ -100,7 +100,7 @@ def fenced(text: str, language: str = "") -> Markup:
 
 
 def printable(value: Any) -> Any:
-    """The same data, without characters that could break a page."""
+    """The same data, without characters that could break a page; letters of all scripts stay."""
     if isinstance(value, str):
         return _UNPRINTABLE.sub("\ufffd", value)
     if isinstance(value, Mapping):
