@@ -1,6 +1,8 @@
-"""The structure of any decoder-only architecture that transformers has: which tensor is which weight of which block.
+"""The structure of any architecture with a text decoder that transformers has: which tensor is which weight of which
+block.
 
-The model is built from config.json alone, its parameters on the meta device, and asked; there is no per-model code.
+The model is built from config.json alone, its parameters on the meta device, and asked; there is no per-model code. A
+vision-language model is built whole, and its decoder blocks are those of its text decoder.
 """
 
 import re
@@ -11,7 +13,14 @@ from dataclasses import dataclass
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -21,11 +30,15 @@ from transformers.core_model_loading import (
     build_glob_alternation,
     rename_source_key,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, listing
 from ..formats.names import fused_unit as fused_unit
 from ..storage.checkpoint import Checkpoint, TensorInfo
+
+# in the order in which they are asked for the class that a config names
+_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 
 @dataclass(frozen=True)
@@ -41,32 +54,67 @@ class ParameterPath:
     expert: tuple[int, int, int] | None = None
 
 
+def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
+    """The auto class of transformers whose from_pretrained builds the model that a config names.
+
+    `architectures` in the config names the model's class, such as Qwen2VLForConditionalGeneration. One config may
+    serve several classes: Qwen3.5's serves the whole model and its text decoder alone. A config that names none of
+    them gets the one that takes the whole config, not a part of it.
+
+    Raises:
+        ValueError: transformers has no class for the config that writes text.
+    """
+    kind = type(config)
+    models = {auto: auto._model_mapping[kind] for auto in _AUTO_CLASSES if kind in auto._model_mapping}  # type: ignore[attr-defined]
+    if not models:
+        raise ValueError("transformers has no model for it that writes text")
+    named = (config.architectures or [None])[0]
+    for fits in (
+        lambda model: model.__name__ == named,
+        lambda model: getattr(model, "config_class", None) is kind,
+        lambda model: True,
+    ):
+        for auto, model in models.items():
+            if any(map(fits, model if isinstance(model, tuple | list) else [model])):
+                return auto
+    raise AssertionError("the last one fits every model")
+
+
+def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """A checkpoint's config as transformers reads it, without what it says of quantization."""
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a checkpoint, its parameters on the meta device (they take no memory), its buffers real.
 
     Every parameter has the dtype that from_pretrained would give it: some models keep a few in float32.
 
     Raises:
-        CheckpointError: transformers has no causal language model for this config, or the config is not sane.
+        CheckpointError: transformers has no language model for this config, or the config is not sane.
     """
-    layers = checkpoint.config.get("num_hidden_layers", checkpoint.config.get("n_layer", 1))
-    if not isinstance(layers, int) or not 1 <= layers <= len(checkpoint.tensors):
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: {layers!r} layers, the files hold {len(checkpoint.tensors)} tensors"
-        )
+    sections = [checkpoint.config, checkpoint.config.get("text_config")]
+    for section in (each for each in sections if isinstance(each, dict)):
+        layers = section.get("num_hidden_layers", section.get("n_layer", 1))
+        if not isinstance(layers, int) or not 1 <= layers <= len(checkpoint.tensors):
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'}: {layers!r} layers, the files hold {len(checkpoint.tensors)} "
+                "tensors"
+            )
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        config = model_config(checkpoint)
         with init_empty_weights(include_buffers=False):
             chosen = dtype or config.dtype or torch.float32
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=chosen)
+            model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
         _keep_in_float32(model, chosen)
     except Exception as error:  # whatever an untrusted config makes transformers stumble over
         kind = checkpoint.config.get("model_type", "no model_type")
         reason = str(error).strip() or type(error).__name__
         raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: transformers builds no causal language model from it ({kind}): "
+            f"{checkpoint.folder / 'config.json'}: transformers builds no language model from it ({kind}): "
             f"{reason.splitlines()[0]}"
         ) from error
     return model.eval()
@@ -87,17 +135,31 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 table[leaf] = nn.Parameter(wider, requires_grad=False) if table is module._parameters else wider  # type: ignore[assignment]
 
 
-def decoder(model: nn.Module) -> str:
-    """The name of the list of decoder blocks, such as "model.layers": the outermost largest list.
+def decoder(model: PreTrainedModel) -> str:
+    """The name of the list of the text decoder's blocks, such as "model.language_model.layers".
+
+    The model says which part of it is the text decoder, and its text config how many blocks that has. Where no list has
+    so many, or several have, the largest is taken, and of equal ones the outermost.
 
     Raises:
         CheckpointError: the model has no list of blocks.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise CheckpointError(f"{type(model).__name__} has no list of decoder blocks")
-    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists}
-    return max(sizes, key=lambda name: (sizes[name], -len(name)))
+    parts = [part for part in (model.get_decoder(), model) if isinstance(part, nn.Module)]
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    for part in parts:
+        inside = {id(module) for module in part.modules()}
+        lists = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and id(module) in inside
+        }
+        if lists:
+            sizes = {
+                name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items()
+            }
+            whole = [name for name, module in lists.items() if len(module) == count]
+            return max(whole or lists, key=lambda name: (sizes[name], -len(name)))
+    raise CheckpointError(f"{type(model).__name__} has no list of decoder blocks")
 
 
 class TensorNames:
@@ -309,6 +371,22 @@ def kept_names(
         if target.expert or (unknown and "embed" not in layer.rpartition(".")[2]):
             kept.append(layer)
     return kept
+
+
+def with_module_paths(layers: Iterable[str], names: TensorNames) -> dict[str, str]:
+    """Each layer by its name in the files and, where the model names it otherwise, by that name too -> the layer.
+
+    transformers looks for modules by the model's names: visual.blocks.0.attn.qkv of a file may be
+    model.visual.blocks.0.attn.qkv there. Servers look for the files' names. Experts that the model holds as one tensor
+    have no module.
+    """
+    paths: dict[str, str] = {}
+    for layer in layers:
+        target = names.target(f"{layer}.weight")
+        paths[layer] = layer
+        if not target.expert and names.known(target.parameter):
+            paths.setdefault(target.parameter.removesuffix(".weight"), layer)
+    return paths
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -48,7 +48,7 @@ class TestUnsupported:
         self, source: Path, model_type: Any, refused_early: Callable[..., str], edit_json: Callable[..., None]
     ):
         edit_json(source / "config.json", model_type=model_type)
-        refused_early(source, "transformers builds no causal language model from it")
+        refused_early(source, "transformers builds no language model from it")
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
