@@ -227,7 +227,9 @@ def _check_dense(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps) ->
         tied_copies(checkpoint, targets, model)
     except CheckpointError as error:
         diagnosis.faults.append(_short(error, checkpoint.folder))
-    diagnosis.notes.append("not quantized: any runtime that knows the architecture loads it")
+    diagnosis.notes.append(
+        checkpoint.dequantization or "not quantized: any runtime that knows the architecture loads it"
+    )
     _check_plain(checkpoint, checkpoint.tensors, names, targets, diagnosis, steps)
 
 
@@ -248,7 +250,12 @@ def _check_plain(
         steps()
         if name in mismatches:
             diagnosis.faults.append(mismatches[name])
-        if bad := count_not_finite(checkpoint.read(name)):
+        try:
+            bad = count_not_finite(checkpoint.read(name))
+        except CheckpointError as error:  # codes that cannot be dequantized
+            diagnosis.faults.append(_short(error, checkpoint.folder))
+            continue
+        if bad:
             diagnosis.faults.append(f"{name}: {bad} values are NaN or infinite")
     if unknown:
         diagnosis.notes.append(f"not of the model as transformers builds it: {some(unknown)}")

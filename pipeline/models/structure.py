@@ -239,7 +239,7 @@ class TensorNames:
             expected = self.shape(target)
             if expected is not None and expected != info.shape:
                 problems[name] = f"{name}: shape {list(info.shape)} in the file, {list(expected)} by config.json"
-            elif parameter.is_floating_point() and not info.dtype.is_floating_point:
+            elif parameter.is_floating_point() and (not info.dtype.is_floating_point or info.dtype.itemsize == 1):
                 problems[name] = f"{name}: dtype {info.dtype}, expected floating-point numbers; its scales are missing"
             elif not parameter.is_floating_point() and info.dtype.is_floating_point:
                 problems[name] = f"{name}: dtype {info.dtype}, expected {parameter.dtype} by the model"
