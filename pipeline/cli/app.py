@@ -12,7 +12,7 @@ from rich.markup import escape
 from ..errors import BitpressError
 from ..system.redact import redact
 from . import bench, chat, evaluate, inspect, run
-from .console import err
+from .console import err, news
 
 app = typer.Typer(
     help="Press Transformer checkpoints into fewer bits, and know what that cost.",
@@ -40,13 +40,15 @@ def _interrupt(number: int, frame: Any) -> None:
 def main() -> None:
     """The entry point: errors become a sentence and an exit code; --debug shows the traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Chinese shows the characters' numbers
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()
     except BitpressError as error:
         if debug:
-            sys.stderr.write(redact(traceback.format_exc()))
+            news(redact(traceback.format_exc()))
         err.print(f"[red]error:[/red] {escape(redact(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as stop:  # typer turns the one into the other

@@ -1,16 +1,20 @@
-"""How commands print: tables that fit the terminal and JSON on standard output, news on standard error."""
+"""How commands print: tables that fit the terminal and JSON on standard output, news on standard error.
+
+No other module prints: what is printed here is made printable first, whoever wrote it.
+"""
 
 import json
 import shlex
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-out = Console()
-err = Console(stderr=True)
+from ..system.printable import Terminal, printable
+
+out = Terminal()
+err = Terminal(stderr=True)
 
 # What a narrow terminal does without first; the report has it all.
 _DISPENSABLE = (
@@ -26,9 +30,19 @@ _DISPENSABLE = (
 )
 
 
+def print_line(line: str) -> None:
+    """Print a line of a result as it is."""
+    out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def write(words: str) -> None:
+    """Print words as a model generates them."""
+    print(printable(words), end="", flush=True)
+
+
 def news(line: str) -> None:
     """Print a line on what happens, on standard error."""
-    err.print(escape(line), highlight=False, soft_wrap=True)
+    err.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def command_line() -> str:
@@ -38,7 +52,7 @@ def command_line() -> str:
 
 def print_json(value: Any) -> None:
     """Print a value for a script to read."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(printable(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def fitting_columns(header: list[str], rows: list[list[str]], width: int) -> list[int]:
@@ -55,7 +69,7 @@ def fitting_columns(header: list[str], rows: list[list[str]], width: int) -> lis
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     """Print a table, on a narrow terminal without its least important columns."""
-    console = out if out.is_terminal else Console(width=1000)
+    console = out if out.is_terminal else Terminal(width=1000)
     columns = fitting_columns(header, rows, console.width)
     table = Table(header_style="bold", box=None, pad_edge=False)
     for number, column in enumerate(columns):
