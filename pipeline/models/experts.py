@@ -68,7 +68,7 @@ def expert_layouts(model: nn.Module) -> dict[str, ExpertLayout]:
     layouts = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        told = all(hasattr(module, each) for each in ("is_transposed", "is_concatenated", "has_bias"))
+        described = all(hasattr(module, each) for each in ("is_transposed", "is_concatenated", "has_bias"))
         silent = _SILENT.get(type(module).__name__, {})
         for leaf, parameter in module._parameters.items():
             if parameter is None:
@@ -77,11 +77,11 @@ def expert_layouts(model: nn.Module) -> dict[str, ExpertLayout]:
                 pieces, transposed = silent[leaf]
                 count = parameter.shape[0] if parameter.dim() == 3 else _count(module)
                 layouts[prefix + leaf] = ExpertLayout(count, pieces, transposed)
-            elif told and leaf in _PIECES and parameter.dim() == 3:
+            elif described and leaf in _PIECES and parameter.dim() == 3:
                 layouts[prefix + leaf] = ExpertLayout(
                     parameter.shape[0], _PIECES[leaf], module.is_transposed, not module.is_concatenated
                 )
-            elif told and leaf.removesuffix("_bias") in _PIECES and parameter.dim() == 2:
+            elif described and leaf.removesuffix("_bias") in _PIECES and parameter.dim() == 2:
                 pieces = _PIECES[leaf.removesuffix("_bias")]
                 layouts[prefix + leaf] = ExpertLayout(
                     parameter.shape[0], pieces, False, not module.is_concatenated, bias=True
