@@ -27,12 +27,13 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     rename_source_key,
 )
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listing
 from ..formats.names import fused_unit as fused_unit
 from ..storage.checkpoint import Checkpoint, TensorInfo
 
@@ -90,6 +91,8 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a checkpoint, its parameters on the meta device (they take no memory), its buffers real.
 
+    Every parameter has the dtype that from_pretrained would give it: some models keep a few in float32.
+
     Raises:
         CheckpointError: transformers has no language model for this config, or the config is not sane.
     """
@@ -106,6 +109,7 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
         with init_empty_weights(include_buffers=False):
             chosen = dtype or config.dtype or torch.float32
             model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
+        _keep_in_float32(model, chosen)
     except Exception as error:  # whatever an untrusted config makes transformers stumble over
         kind = checkpoint.config.get("model_type", "no model_type")
         reason = str(error).strip() or type(error).__name__
@@ -114,6 +118,21 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
             f"{reason.splitlines()[0]}"
         ) from error
     return model.eval()
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters that the model's class keeps in a wider dtype that dtype (`_keep_in_fp32_modules`)."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    patterns, globs, _ = build_glob_alternation(list(plan))
+    for module_name, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for leaf, tensor in table.items():
+                if tensor is None or not (match := patterns.search(f"{module_name}.{leaf}" if module_name else leaf)):
+                    continue
+                wider = tensor.to(plan[globs[match.lastgroup or ""]])
+                table[leaf] = nn.Parameter(wider, requires_grad=False) if table is module._parameters else wider  # type: ignore[assignment]
 
 
 def decoder(model: PreTrainedModel) -> str:
@@ -153,7 +172,9 @@ class TensorNames:
         self._prefix = model.base_model_prefix
         self._parameters = dict(model.named_parameters())
         self._tied = tied(model)
-        self._state = {**self._parameters, **dict(model.named_buffers())}
+        stored = model.state_dict(keep_vars=True)  # without the buffers that a model computes when it is built
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+        self._state = {**self._parameters, **buffers}
         for name, origin in self._tied.items():
             self._state.setdefault(name, self._state[origin])
         self._blocks = decoder(model)
@@ -199,13 +220,35 @@ class TensorNames:
             return tuple(parameter.shape)
         return (parameter.shape[1] // target.expert[2], *parameter.shape[2:])
 
-    def floating(self, target: ParameterPath) -> bool:
-        """Whether the model computes with the tensor as floating-point numbers."""
-        parameter = self._state.get(target.parameter)
-        return isinstance(parameter, torch.Tensor) and parameter.is_floating_point()
+    def dtype(self, target: ParameterPath) -> torch.dtype:
+        """The dtype in which the model has a tensor that is known."""
+        return self._state[target.parameter].dtype
+
+    def mismatches(self, tensors: Mapping[str, TensorInfo], targets: Mapping[str, ParameterPath]) -> dict[str, str]:
+        """Tensor -> why it cannot fill its place: another shape, integers for floats, a place that is filled already.
+
+        Args:
+            tensors: of the files. targets: where those of them go that are to be looked at.
+        """
+        problems: dict[str, str] = {}
+        first: dict[ParameterPath, str] = {}
+        for name, target in targets.items():
+            info, parameter = tensors[name], self._state.get(target.parameter)
+            if parameter is None:
+                continue
+            expected = self.shape(target)
+            if expected is not None and expected != info.shape:
+                problems[name] = f"{name}: shape {list(info.shape)} in the file, {list(expected)} by config.json"
+            elif parameter.is_floating_point() and (not info.dtype.is_floating_point or info.dtype.itemsize == 1):
+                problems[name] = f"{name}: dtype {info.dtype}, expected floating-point numbers; its scales are missing"
+            elif not parameter.is_floating_point() and info.dtype.is_floating_point:
+                problems[name] = f"{name}: dtype {info.dtype}, expected {parameter.dtype} by the model"
+            elif (other := first.setdefault(target, name)) != name:
+                problems[name] = f"{name}: is the same weight of the model as {other}"
+        return problems
 
     def missing(self, targets: Iterable[ParameterPath]) -> list[str]:
-        """Parameters of the model that none of the targets fills, or not with every piece of every expert."""
+        """Tensors of the model that none of the targets fills, or not with every piece of every expert."""
         filled: dict[str, set[tuple[int, int] | None]] = defaultdict(set)
         pieces: dict[str, int] = {}
         for target in targets:
@@ -213,7 +256,7 @@ class TensorNames:
             if target.expert:
                 pieces[target.parameter] = target.expert[2]
         problems = []
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._state.items():
             if name in pieces:
                 wanted = {(expert, piece) for expert in range(parameter.shape[0]) for piece in range(pieces[name])}
                 if filled[name] != wanted:
@@ -221,6 +264,18 @@ class TensorNames:
             elif name not in filled and name not in self._tied:
                 problems.append(f"{name}: no tensor in the files")
         return problems
+
+    def does_not_match(
+        self, checkpoint: Checkpoint, targets: Mapping[str, ParameterPath], faults: list[str]
+    ) -> CheckpointError:
+        """The error that lists faults of the files; tensors that are not the model's show a prefix at a glance."""
+        unknown = [name for name, target in targets.items() if not self.known(target.parameter)]
+        some = (
+            f" ({len(unknown)} of {len(targets)} tensors are not of that model, such as {unknown[0]})"
+            if unknown
+            else ""
+        )
+        return CheckpointError(f"{checkpoint.folder} does not match its config.json{some}:\n{listing(faults)}")
 
     def block(self, parameter: str) -> int | None:
         """The decoder block that a parameter of the model belongs to; None outside of them."""
@@ -345,3 +400,29 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 def tied(model: PreTrainedModel) -> dict[str, str]:
     """Parameter -> the parameter whose storage it shares, such as lm_head.weight -> model.embed_tokens.weight."""
     return dict(model.all_tied_weights_keys)
+
+
+def tied_copies(checkpoint: Checkpoint, targets: Mapping[str, ParameterPath], model: PreTrainedModel) -> dict[str, str]:
+    """The tensors of the files that repeat a weight to which the config ties them: name -> name of that weight.
+
+    Args:
+        targets: of the tensors that are stored unquantized.
+    Raises:
+        CheckpointError: one differs from the weight that the config ties it to, so that one of the two would be lost.
+    """
+    by_parameter = {target.parameter: name for name, target in targets.items()}
+    copies, faults = {}, []
+    for parameter, origin in tied(model).items():
+        copy, original = by_parameter.get(parameter), by_parameter.get(origin)
+        if copy is None or original is None or copy == original:
+            continue
+        same_shape = checkpoint.tensors[copy].shape == checkpoint.tensors[original].shape
+        if not same_shape or not torch.equal(checkpoint.read(copy), checkpoint.read(original)):
+            faults.append(
+                f"{copy} differs from {original}, though config.json ties them; set tie_word_embeddings to false in "
+                "config.json if both are meant"
+            )
+        copies[copy] = original
+    if faults:
+        raise CheckpointError(faults[0] if len(faults) == 1 else f"{checkpoint.folder}:\n{listing(faults)}")
+    return copies
