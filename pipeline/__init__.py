@@ -7,10 +7,16 @@ model, tokenizer = load("model-int4")
 """
 
 import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
-from .errors import BitpressError
+from .system import program
+
+if program.is_command():  # before anything is imported that the current folder may have too
+    program.leave_current_folder()
+
+from types import ModuleType  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from .errors import BitpressError  # noqa: E402
 
 if TYPE_CHECKING:
     from .api import convert, evaluate, load, publish, quantize
