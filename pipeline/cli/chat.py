@@ -23,8 +23,7 @@ def generate(
     revision: Revision = None,
 ) -> None:
     """Continue a prompt, greedily."""
-    from transformers import TextStreamer
-
+    from ..models.conversation import Printer
     from ..models.loading import load
 
     quiet_libraries()
@@ -32,10 +31,11 @@ def generate(
         loaded, tokenizer = load(model, revision, device, dtype, kernel, step)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     inputs.pop("token_type_ids", None)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    streamer = Printer(tokenizer, _show, skip_prompt=False)
     loaded.generate(  # type: ignore[operator]
         **inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer, pad_token_id=tokenizer.eos_token_id
     )
+    _show("\n")
 
 
 @app.command()
@@ -61,7 +61,11 @@ def chat(
     conversation = Conversation(*loaded, system, tokens, temperature)
     if sys.stdin.isatty():
         print(HELP, file=sys.stderr)
-    converse(conversation, _lines(), lambda words: print(words, end="", flush=True))
+    converse(conversation, _lines(), _show)
+
+
+def _show(words: str) -> None:
+    print(words, end="", flush=True)
 
 
 def _lines() -> Iterator[str]:

@@ -7,22 +7,24 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from ..errors import CheckpointError, ConfigError
+from bitpress.eval.report.words import printable
+
+from ..errors import BitpressError, CheckpointError, ConfigError
 
 HELP = "/clear begins anew, /exit ends; Ctrl-C stops an answer"
 Write = Callable[[str], None]
 
 
-class _Printer(TextStreamer):
-    """Hands over words as they are generated, without characters that could control a terminal."""
+class Printer(TextStreamer):
+    """Hands over words as they are generated, without characters that could steer a terminal."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write, skip_prompt: bool = True):
+        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
         self.write, self.words = write, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.words += text
-        self.write("".join(letter for letter in text if letter.isprintable() or letter in "\n\t"))
+        self.write(printable(text, instead=""))
 
 
 class Conversation:
@@ -33,7 +35,7 @@ class Conversation:
         tokens: the longest answer.
         temperature: 0 always takes the most probable token; None leaves it to the checkpoint's generation config.
     Raises:
-        ConfigError: the tokenizer has no chat template.
+        ConfigError: the tokenizer has no chat template. CheckpointError: the template refuses the instructions.
     """
 
     turns: list[dict[str, str]]
@@ -58,6 +60,13 @@ class Conversation:
             self.sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         self.system = [{"role": "system", "content": system}] if system else []
         self.clear()
+        if system:  # some templates take none, and no turn could be answered then
+            try:
+                self._encode([{"role": "user", "content": "Hello"}])
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"the instructions (--system) cannot be given: {error}; leave them out"
+                ) from error
 
     def clear(self) -> None:
         """Forget every turn."""
@@ -73,19 +82,13 @@ class Conversation:
             ConfigError: the context is full. CheckpointError: the checkpoint's chat template fails.
         """
         turns = [*self.turns, {"role": "user", "content": text}]
-        try:
-            encoded: Any = self.tokenizer.apply_chat_template(
-                [*self.system, *turns], add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except Exception as error:  # whatever an untrusted template raises
-            raise CheckpointError(f"the model's chat template fails: {error}") from error
-        ids = encoded["input_ids"].to(self.model.device)
+        ids = self._encode(turns).to(self.model.device)
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30) - ids.shape[1]
         if room < 1:
             raise ConfigError(
                 f"the conversation is {ids.shape[1]} tokens long, more than the model's context; /clear it"
             )
-        printer = _Printer(self.tokenizer, write)
+        printer = Printer(self.tokenizer, write)
         try:
             output = self.model.generate(  # type: ignore[operator]
                 ids, attention_mask=torch.ones_like(ids), past_key_values=self._usable_cache(ids),
@@ -96,6 +99,20 @@ class Conversation:
         except KeyboardInterrupt:
             self._forget_cache()  # some layers may have read a token more than others
         self.turns = [*turns, {"role": "assistant", "content": printer.words}]
+
+    def _encode(self, turns: list[dict[str, str]]) -> torch.Tensor:
+        """The conversation as the model reads it, int64 [1, n].
+
+        Raises:
+            CheckpointError: the checkpoint's chat template fails.
+        """
+        try:
+            encoded: Any = self.tokenizer.apply_chat_template(
+                [*self.system, *turns], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # whatever an untrusted template raises
+            raise CheckpointError(f"the model's chat template fails: {error}") from error
+        return encoded["input_ids"]
 
     def _usable_cache(self, ids: torch.Tensor) -> DynamicCache | None:
         """The cache, cut to the tokens that `ids` [1, n] and the tokens read so far begin with; None if useless."""
@@ -126,6 +143,6 @@ def converse(conversation: Conversation, lines: Iterator[str], write: Write) -> 
         elif line:
             try:
                 conversation.answer(line, write)
-            except ConfigError as error:
-                write(str(error))
+            except BitpressError as error:  # the template refuses this line, say: the next may be answered
+                write(printable(str(error), instead=""))
             write("\n")

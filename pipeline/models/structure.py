@@ -95,6 +95,7 @@ class TensorNames:
         for name, origin in self._tied.items():
             self._state.setdefault(name, self._state[origin])
         self._blocks = decoder(model)
+        self.block_count = len(list(model.get_submodule(self._blocks).children()))
 
     def target(self, name: str) -> ParameterPath:
         """The parameter that `name` fills; a name that the model does not have comes back as it is.
@@ -160,9 +161,22 @@ class TensorNames:
         return problems
 
     def block(self, parameter: str) -> int | None:
-        """The decoder block that a parameter of the model belongs to."""
-        rest = parameter.removeprefix(f"{self._blocks}.")
-        return int(rest.split(".")[0]) if rest != parameter else None
+        """The decoder block that a parameter of the model belongs to; None outside of them."""
+        number = self._list_index(parameter)
+        return number if number is not None and number < self.block_count else None
+
+    def is_past_blocks(self, parameter: str) -> bool:
+        """Whether it is named as if of a block that comes after the decoder's last one.
+
+        Layers that predict further tokens (MTP) lie there. Files have them; transformers' causal models do not.
+        """
+        number = self._list_index(parameter)
+        return number is not None and number >= self.block_count
+
+    def _list_index(self, parameter: str) -> int | None:
+        """The number in the list of blocks that a name speaks of."""
+        number = parameter.removeprefix(f"{self._blocks}.").split(".")[0]
+        return int(number) if parameter.startswith(f"{self._blocks}.") and number.isdecimal() else None
 
 
 def weight_kind(model: nn.Module, target: ParameterPath) -> str | None:
@@ -182,6 +196,33 @@ def weight_kind(model: nn.Module, target: ParameterPath) -> str | None:
     if isinstance(module, Conv1D):
         return "conv1d"
     return "linear" if isinstance(module, nn.Linear) else None
+
+
+def is_fused_experts(model: nn.Module, target: ParameterPath) -> bool:
+    """Whether the files hold all experts of a layer as this one tensor [experts, …, …].
+
+    It is a parameter of three dimensions of a module of experts: convolutions and decay tables have as many, and are
+    none.
+    """
+    path, _, leaf = target.parameter.rpartition(".")
+    module = model.get_submodule(path)
+    parameter = module._parameters.get(leaf)
+    experts = "expert" in type(module).__name__.lower() or "experts" in path.split(".")
+    return target.expert is None and parameter is not None and parameter.dim() == 3 and experts
+
+
+def not_linear(model: nn.Module, target: ParameterPath) -> str:
+    """Why a parameter of the model for which weight_kind is None is not quantized: what it is."""
+    path, _, leaf = target.parameter.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+    owner = type(module).__name__
+    if tensor is not None and tensor.dim() < 2:
+        return "a vector"
+    article = "an" if owner[0] in "AEIOU" else "a"
+    if leaf == "weight":
+        return f"the weight of {article} {owner}, not of a linear layer"
+    return f"a {'parameter' if leaf in module._parameters else 'buffer'} of {article} {owner}, not a linear weight"
 
 
 def kept_names(

@@ -11,7 +11,17 @@ from bitpress.kernels.scheme import Scheme
 from ..errors import CheckpointError, ConfigError, listing
 from ..formats import first_fitting, misfits
 from ..formats.base import Format, group_into_shards
-from ..models.structure import ParameterPath, TensorNames, fused_unit, kept_names, skeleton, tied, weight_kind
+from ..models.structure import (
+    ParameterPath,
+    TensorNames,
+    fused_unit,
+    is_fused_experts,
+    kept_names,
+    not_linear,
+    skeleton,
+    tied,
+    weight_kind,
+)
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from .recipe import Recipe
 from .spec import KEPT, LayerSpec, Rules
@@ -207,6 +217,12 @@ def _decide(
     Raises:
         ValueError: it ought to be quantized, and cannot be.
     """
+    if names.is_past_blocks(target.parameter):
+        return (
+            None,
+            None,
+            f"of a layer after the decoder's {names.block_count} blocks (MTP), which transformers leaves out",
+        )
     if not names.known(target.parameter):
         return None, None, "not a weight of the model as transformers builds it"
     pattern, spec = rules.pattern(info.name), rules.spec(info.name)
@@ -217,12 +233,10 @@ def _decide(
     if spec is None:
         return None, None, f"kept by the rule {pattern}: {KEPT}" if pattern else "no rule of the recipe names it"
     kind = weight_kind(model, target)
-    if kind is None and len(info.shape) >= 3:
+    if is_fused_experts(model, target):
         raise ValueError(f"experts fused into one tensor of shape {list(info.shape)} are not supported yet")
     if kind is None or (kind == "embedding" and inside):
-        owner = type(model.get_submodule(target.parameter.rpartition(".")[0])).__name__
-        reason = "a vector" if len(info.shape) < 2 else f"the weight of a {owner}, not of a linear layer"
-        return None, None, reason
+        return None, None, not_linear(model, target)
     if info.dtype not in _FLOATS:
         raise ValueError(f"dtype {info.dtype} is not bfloat16, float16 or float32: quantized already?")
     if info.shape[0] == 1 and kind == "linear":

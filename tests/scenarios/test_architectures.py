@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bitpress.pipeline.api import quantize
+from bitpress.pipeline.checkpoints.coverage import coverage_of
 from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.errors import CheckpointError, ConfigError
 from bitpress.pipeline.evaluate.verify import in_memory_logits, verify_task
@@ -119,3 +120,30 @@ def test_the_head_of_a_tied_model_is_not_doubled(tiny, tmp_path: Path) -> None:
     assert "model.embed_tokens.weight" in names
     model = load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_only_experts_are_experts(tiny, tmp_path: Path, kept) -> None:
+    """Convolutions and decay tables have three dimensions, too: they are kept, with what they are as the reason."""
+    quantize(tiny("qwen3_next"), "int4-g32", tmp_path / "out")
+    reasons = kept(tmp_path / "out")
+    assert reasons["model.layers.0.linear_attn.conv1d.weight"] == "the weight of a Conv1d, not of a linear layer"
+    assert reasons["model.layers.0.linear_attn.A_log"] == "a vector"
+
+
+def test_layers_after_the_blocks_are_carried_over(tiny, learn, kept, copy_of, tmp_path: Path) -> None:
+    """MTP layers, which transformers' model leaves out: no blocks, kept, and named so that servers keep them, too."""
+    source = copy_of(tiny("glm4_moe"), "mtp")
+    tensors = load_file(source / "model.safetensors")
+    extra = {n.replace("layers.1.", "layers.2."): w.clone() for n, w in tensors.items() if "layers.1." in n}
+    extra["model.layers.2.eh_proj.weight"] = torch.randn(64, 128)
+    save_file(tensors | extra, source / "model.safetensors", {"format": "pt"})
+    learn(source, tmp_path / "out", format="compressed-tensors")
+    assert {each for each in extra if "MTP" in kept(tmp_path / "out").get(each, "")} == set(extra)
+    manifest, config = (read_json(tmp_path / "out" / name) for name in ("bitpress.json", "config.json"))
+    assert manifest["coverage"]["decoder_bytes"] == sum(w.nbytes for n, w in tensors.items() if ".layers." in n)
+    ignored = config["quantization_config"]["ignore"]
+    linear = {n.removesuffix(".weight") for n, w in extra.items() if w.dim() == 2 and "gate.weight" not in n}
+    assert linear <= set(ignored)
+    written = Checkpoint(tmp_path / "out")
+    assert all(torch.equal(written.read(name), tensor) for name, tensor in extra.items())
+    assert coverage_of(written)["decoder_bytes"] == manifest["coverage"]["decoder_bytes"]

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from bitpress.pipeline.api import load, quantize
 from bitpress.pipeline.cli import app
 from bitpress.pipeline.errors import CheckpointError, ConfigError
-from bitpress.pipeline.models.conversation import HELP, Conversation, converse
+from bitpress.pipeline.models.conversation import HELP, Conversation, Printer, converse
 
 TEMPLATE = (
     "{%- for turn in messages %}{{ turn.role[0] }}:{{ turn.content }};{%- endfor %}"
@@ -73,7 +74,9 @@ def test_answers_are_those_of_reading_all_anew(artifact: Path, template: str) ->
 
 
 def printable(text: str) -> str:
-    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+    """Without control characters but line breaks and tabs, and without overrides of the direction of text."""
+    overrides = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+    return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and ord(c) not in overrides))
 
 
 def test_only_new_tokens_are_read(artifact: Path) -> None:
@@ -150,6 +153,57 @@ def test_what_could_steer_a_terminal_is_left_out(artifact: Path) -> None:
         type("Made", (), {"past_key_values": DynamicCache(), "sequences": torch.cat([ids[0], red]).unsqueeze(0)}),
     )[-1]
     assert talk(conversation, "hello") == ["[31m\n"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",  # Persian with a zero-width non-joiner
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467",  # a family, joined
+        "10\u202f000\u00a0\u20ac",  # narrow and unbreakable spaces
+        "\u3000\u4f60\u597d",
+        "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",  # the flag of England
+    ],
+)
+def test_every_letter_is_written(artifact: Path, text: str) -> None:
+    written: list[str] = []
+    printer = Printer(AutoTokenizer.from_pretrained(artifact), written.append)
+    printer.on_finalized_text(text)
+    printer.on_finalized_text("\x1b[2J\x9b1m\r\u202e")
+    assert "".join(written) == f"{text}[2J1m"
+
+
+def test_a_line_that_the_template_refuses_is_no_end(artifact: Path) -> None:
+    model, tokenizer = load(artifact)
+    no = "{{ raise_exception('not \x1b[2Jthat') }}"
+    tokenizer.chat_template = f"{{% if 'no' in messages[-1].content %}}{no}{{% endif %}}{TEMPLATE}"
+    conversation = Conversation(model, tokenizer, tokens=3, temperature=0)
+    heard: list[str] = []
+    converse(conversation, iter(["first", "no", "third"]), heard.append)
+    assert "not [2Jthat" in "".join(heard)
+    assert [turn["content"] for turn in conversation.turns[::2]] == ["first", "third"]
+
+
+def test_instructions_that_the_template_refuses(artifact: Path) -> None:
+    model, tokenizer = load(artifact)
+    tokenizer.chat_template = (
+        f"{{% if messages[0].role == 'system' %}}{{{{ raise_exception('no') }}}}{{% endif %}}{TEMPLATE}"
+    )
+    with pytest.raises(CheckpointError, match=r"--system.*: no; leave them out"):
+        Conversation(model, tokenizer, "be brief")
+
+
+def test_generate_writes_nothing_that_steers_a_terminal(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bitpress", "generate", str(artifact), "\x1b[2Jhello", "--tokens", "2"])
+    with pytest.raises(SystemExit) as stop:
+        app.app()
+    assert not stop.value.code
+    shown = capsys.readouterr().out
+    assert shown.startswith("[2Jhello")
+    assert shown.endswith("\n")
+    assert "\x1b" not in shown
 
 
 def test_lines(artifact: Path) -> None:
