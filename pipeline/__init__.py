@@ -13,10 +13,14 @@ from .system import program
 if program.is_command():  # before anything is imported that the current folder may have too
     program.leave_current_folder()
 
-from types import ModuleType  # noqa: E402
-from typing import TYPE_CHECKING, Any  # noqa: E402
+    from .system import interrupts
 
-from .errors import BitpressError  # noqa: E402
+    interrupts.handle(interrupts.end_now)  # until there is something to close
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .errors import BitpressError
 
 if TYPE_CHECKING:
     from .api import convert, evaluate, load, publish, quantize

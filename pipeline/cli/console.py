@@ -3,14 +3,18 @@
 import json
 import shlex
 import sys
+import traceback
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..system.redact import redact
+
 out = Console()
 err = Console(stderr=True)
+debug = False  # whether tracebacks are shown
 
 # What a narrow terminal does without first; the report has it all.
 _DISPENSABLE = (
@@ -29,6 +33,12 @@ _DISPENSABLE = (
 def news(line: str) -> None:
     """Print a line on what happens, on standard error."""
     err.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def show_traceback(error: BaseException) -> None:
+    """With --debug, print where an error comes from, on standard error."""
+    if debug:
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
 
 
 def command_line() -> str:

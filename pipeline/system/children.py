@@ -1,4 +1,4 @@
-"""Starts other programs, in a private folder: what lies in the current one, or in a checkpoint's, is not theirs to find."""
+"""Starts other programs, each in a private folder: nothing from the current one, or from a checkpoint's, gets in."""
 
 import contextlib
 import os
@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 
 from .program import clean_environment
+
+_running: set["subprocess.Popen[Any]"] = set()
 
 
 @contextlib.contextmanager
@@ -39,16 +41,30 @@ def start(command: Sequence[str], folder: Path, **options: Any) -> Iterator["sub
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process = subprocess.Popen(command, cwd=folder, env=clean_environment(os.environ), **options)
+        _running.add(process)
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             yield process
         finally:
-            if process.poll() is None:
-                for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    child.kill()
-            process.wait()
+            _kill(process)
+            _running.discard(process)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _kill(process: "subprocess.Popen[Any]") -> None:
+    if process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+        process.kill()
+    process.wait()
+
+
+def kill_all() -> None:
+    """End every process that is running; for the end of this one."""
+    for process in list(_running):
+        _kill(process)
 
 
 def end_with_parent(folder: Path) -> None:

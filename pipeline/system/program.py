@@ -67,4 +67,7 @@ def leave_current_folder() -> None:
 
 def _installed() -> list[str]:
     """The folders of packages, and of Python's own modules, whatever the current folder is."""
-    return [os.path.dirname(os.__file__), *(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))]
+    return [
+        os.path.dirname(os.__file__),
+        *(path for path in sys.path if path.endswith(("site-packages", "dist-packages"))),
+    ]
