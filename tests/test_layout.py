@@ -254,6 +254,41 @@ def test_no_error_is_dropped_in_silence(path: Path):
             assert not (empty and path in SHIPPED), f"{where}: except and pass; contextlib.suppress says what is meant"
 
 
+# What prints by itself, past the place that makes text printable; and who may, and why.
+PRINTS = {
+    "print", "pprint", "Console", "rich.print", "rich.print_json", "typer.echo", "typer.secho", "click.echo",
+    "TextStreamer", "traceback.print_exc", "traceback.print_exception", "logging.basicConfig", "logging.StreamHandler",
+}  # fmt: skip
+MAY_PRINT = {
+    "pipeline/cli/console.py": "every command prints through it",
+    "pipeline/demo_model/train.py": "a script beside its model, which prints its own figures",
+    "pipeline/bench/scripts/*_job.py": "the standard output of another program's process is its answer, in JSON",
+}
+
+
+def prints(module: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and what stands there, wherever a program prints by itself or writes to a standard stream."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in PRINTS:
+            yield node.lineno, name
+        elif isinstance(node, ast.Attribute) and node.attr in ("write", "writelines", "buffer"):
+            stream = ast.unparse(node.value)
+            if stream.endswith(("stdout", "stderr", "stdout__", "stderr__")):
+                yield node.lineno, f"{stream}.{node.attr}"
+
+
+@each(SHIPPED)
+def test_one_place_prints(path: Path):
+    """What checkpoints, servers and file names bring along could steer a terminal: see pipeline/system/printable.py."""
+    if not any(fnmatch(name_of(path), pattern) for pattern in MAY_PRINT):
+        assert not list(prints(tree(path)))
+
+
+def test_all_that_prints_is_seen():
+    program = "print(x); Console(); sys.stderr.write(x); sys.__stdout__.buffer; traceback.print_exc()"
+    assert len(list(prints(ast.parse(program)))) == 5
+
+
 @each(SHIPPED)
 def test_nothing_runs_what_it_reads(path: Path):
     names = {name.split(".")[0] for name in imports(path)}

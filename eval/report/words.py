@@ -99,17 +99,13 @@ def fenced(text: str, language: str = "") -> Markup:
     return Markup(f"{fence}{language}\n{text}\n{fence}")
 
 
-def printable(value: Any, instead: str = "\ufffd") -> Any:
-    """The same data, without characters that could break a page or steer a terminal; letters of all scripts stay.
-
-    Args:
-        instead: what each of those characters becomes.
-    """
+def printable(value: Any) -> Any:
+    """The same data, without characters that could break a page; letters of all scripts stay."""
     if isinstance(value, str):
-        return _UNPRINTABLE.sub(instead, value)
+        return _UNPRINTABLE.sub("\ufffd", value)
     if isinstance(value, Mapping):
-        return {printable(key, instead): printable(item, instead) for key, item in value.items()}
-    return [printable(item, instead) for item in value] if isinstance(value, list | tuple) else value
+        return {printable(key): printable(item) for key, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def plus_minus(value: float | None, error: float | None, words: Callable[[float | None], str]) -> str:

@@ -14,7 +14,7 @@ from ..formats import misfits, registry
 from ..formats.base import SHARD_BYTES, Format, dtype_name, group_into_shards
 from ..formats.names import name_pattern
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
-from ..models.structure import kept_names
+from ..models.structure import kept_names, with_module_paths
 from ..storage import files as store
 from ..storage import journal
 from ..storage.checkpoint import Checkpoint
@@ -132,7 +132,10 @@ def _write(conversion: _Conversion, source: dict[str, Any], folder: Path, on_ste
     plain = {name: checkpoint.tensors[name] for name in contents.plain}
     kept = kept_names(plain, contents.quantized, contents.model, contents.names)
     kept += _carried_over(conversion, kept)
-    section = format.quantization_config(contents.schemes, kept, contents.model.dtype, bool(conversion.ordered))
+    layers = with_module_paths(contents.schemes, contents.names)
+    named = {path: contents.schemes[layer] for path, layer in layers.items()}
+    ignored = list(with_module_paths(kept, contents.names))
+    section = format.quantization_config(named, ignored, contents.model.dtype, bool(conversion.ordered))
     files = writer.close(checkpoint.config, section, checkpoint.other_files())
     origin = {f"source.{key}": value for key, value in source.items()} | {"convert.format": format.name}
     origin |= {f"files.{name}": value for name, value in checkpoint.identity().items()}

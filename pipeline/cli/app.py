@@ -47,18 +47,19 @@ def main() -> None:
 
     program.leave_current_folder()
     interrupts.handle(interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Chinese shows the characters' numbers
     console.debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()
     except BaseException as error:
-        stopped = (
-            error.code == interrupts.INTERRUPTED if isinstance(error, SystemExit) else False
-        )  # typer makes it of Ctrl-C
-        if interrupted or stopped or isinstance(error, KeyboardInterrupt):  # some libraries turn it into another error
+        leaving = error if isinstance(error, SystemExit) else None
+        # typer makes an exit of Ctrl-C, and a library that it hits while it is imported another error
+        if interrupted or isinstance(error, KeyboardInterrupt) or (leaving and error.code == interrupts.INTERRUPTED):
             console.err.print(interrupts.SENTENCE)
             sys.exit(interrupts.INTERRUPTED)
-        if isinstance(error, SystemExit):
+        if leaving:
             raise
         known = error if isinstance(error, BitpressError) else unexpected(error)
         console.show_traceback(known)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ConfigError
-from .console import print_json
+from ..system.printable import Terminal
+from .console import news, print_json, print_line, write
 from .options import Device, Json
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the command line is to answer at once
@@ -62,14 +62,14 @@ def quantize(
         model, scheme, {"text": calibration, "windows": windows, "context": context, "seed": seed}, judge, seed or 0
     )
     with tempfile.TemporaryDirectory(prefix="bitpress-bench-") as folder:
-        results = race(programs, job, repeats, Path(folder), lambda line: print(line, file=sys.stderr, flush=True))
+        results = race(programs, job, repeats, Path(folder), news)
     where = machine(pick_device("auto"))
     if as_json:
         about = {"scheme": scheme, "method": method, "calibration": job.calibration.to_dict(), "machine": where}
         print_json({**about, "results": [result.to_dict() for result in results]})
         return
     _show(*rows(results))
-    print(f"\n{job.calibration}; {where['cores']} cores of {where['cpu']}, {where['threads']} threads")
+    print_line(f"\n{job.calibration}; {where['cores']} cores of {where['cpu']}, {where['threads']} threads")
 
 
 # Llama's: 8B's and 1B's layers on a CPU; on a GPU, 8B's and 70B's.
@@ -127,14 +127,14 @@ def kernels(
     files.make_folder(path.parent)
     about = {"machine": {**machine(where), "flags": cpu_flags()}, "versions": versions()}
     cells = []
-    for cell in measure(everyone, job, lambda line: print(line, file=sys.stderr, flush=True)):
+    for cell in measure(everyone, job, news):
         cells.append(cell)
         files.write_json(path, {**about, "cells": [each.to_dict() for each in cells]})
     if as_json:
-        print(path.read_text())
+        write(path.read_text() + "\n")
     else:
         _show_cells(cells)
-        print(f"{about['machine']['cpu']}, {torch.get_num_threads()} threads; every sample is in {path}")
+        print_line(f"{about['machine']['cpu']}, {torch.get_num_threads()} threads; every sample is in {path}")
 
 
 def _job(device: "torch.device", schemes: list[str], shapes: list[str], rows: str | None, repeats: int) -> "Job":
@@ -167,14 +167,14 @@ def _job(device: "torch.device", schemes: list[str], shapes: list[str], rows: st
 
 def _show_cells(cells: "list[Cell]") -> None:
     """Print a table for each scheme and shape, then the notes on all of them."""
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = Terminal() if sys.stdout.isatty() else Terminal(width=120)
     groups: dict[tuple[str, tuple[int, int]], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.scheme, cell.shape), []).append(cell)
     for (scheme, shape), group in groups.items():
         console.print(_cell_table(f"{scheme}, {shape[0]} x {shape[1]}", group))
     for line in _notes(cells):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        print_line(line)
 
 
 def _cell_table(title: str, cells: "list[Cell]") -> Table:
@@ -244,7 +244,7 @@ def _notes(cells: "list[Cell]") -> list[str]:
 
 
 def _show(header: list[str], body: list[list[str]]) -> None:
-    console = Console() if sys.stdout.isatty() else Console(width=1000)
+    console = Terminal() if sys.stdout.isatty() else Terminal(width=1000)
     table = Table(box=box.MARKDOWN, header_style="bold")
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left", overflow="fold")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..system.progress import progress, quiet_libraries
+from .console import news, write
 from .options import Device, Dtype, KernelName, Revision
 
 app = typer.Typer()
@@ -31,11 +32,11 @@ def generate(
         loaded, tokenizer = load(model, revision, device, dtype, kernel, step)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     inputs.pop("token_type_ids", None)
-    streamer = Printer(tokenizer, _show, skip_prompt=False)
+    streamer = Printer(tokenizer, write, skip_prompt=False)
     loaded.generate(  # type: ignore[operator]
         **inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer, pad_token_id=tokenizer.eos_token_id
     )
-    _show("\n")
+    write("\n")
 
 
 @app.command()
@@ -60,12 +61,8 @@ def chat(
         loaded = load(model, revision, device, dtype, kernel, step)
     conversation = Conversation(*loaded, system, tokens, temperature)
     if sys.stdin.isatty():
-        print(HELP, file=sys.stderr)
-    converse(conversation, _lines(), _show)
-
-
-def _show(words: str) -> None:
-    print(words, end="", flush=True)
+        news(HELP)
+    converse(conversation, _lines(), write)
 
 
 def _lines() -> Iterator[str]:

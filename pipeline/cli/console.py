@@ -1,4 +1,7 @@
-"""How commands print: tables that fit the terminal and JSON on standard output, news on standard error."""
+"""How commands print: tables that fit the terminal and JSON on standard output, news on standard error.
+
+No other module prints: what is printed here is made printable first, whoever wrote it.
+"""
 
 import json
 import shlex
@@ -6,14 +9,14 @@ import sys
 import traceback
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..system.printable import Terminal, printable
 from ..system.redact import redact
 
-out = Console()
-err = Console(stderr=True)
+out = Terminal()
+err = Terminal(stderr=True)
 debug = False  # whether tracebacks are shown
 
 # What a narrow terminal does without first; the report has it all.
@@ -30,15 +33,25 @@ _DISPENSABLE = (
 )
 
 
+def print_line(line: str) -> None:
+    """Print a line of a result as it is."""
+    out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def write(words: str) -> None:
+    """Print words as a model generates them."""
+    print(printable(words), end="", flush=True)
+
+
 def news(line: str) -> None:
     """Print a line on what happens, on standard error."""
-    err.print(escape(line), highlight=False, soft_wrap=True)
+    err.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_traceback(error: BaseException) -> None:
     """With --debug, print where an error comes from, on standard error."""
     if debug:
-        sys.stderr.write(redact("".join(traceback.format_exception(error))))
+        news(redact("".join(traceback.format_exception(error))))
 
 
 def command_line() -> str:
@@ -48,7 +61,7 @@ def command_line() -> str:
 
 def print_json(value: Any) -> None:
     """Print a value for a script to read."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(printable(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def fitting_columns(header: list[str], rows: list[list[str]], width: int) -> list[int]:
@@ -65,7 +78,7 @@ def fitting_columns(header: list[str], rows: list[list[str]], width: int) -> lis
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     """Print a table, on a narrow terminal without its least important columns."""
-    console = out if out.is_terminal else Console(width=1000)
+    console = out if out.is_terminal else Terminal(width=1000)
     columns = fitting_columns(header, rows, console.width)
     table = Table(header_style="bold", box=None, pad_edge=False)
     for number, column in enumerate(columns):

@@ -4,17 +4,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from ..system.progress import quiet_libraries
-from .console import command_line, news, out, print_json, print_table, protocol_sentence
+from .console import command_line, news, print_json, print_line, print_table, protocol_sentence
 from .options import Device, Dtype, Json, KernelName, Revision
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder, quantized or not, or a Hub id.")],
     baseline: Annotated[str | None, typer.Option(help="What it was made from: to compare it with.")] = None,
-    text: Annotated[str, typer.Option(help="A .txt, .jsonl or .parquet file.")] = "builtin:pydoc-topics",
+    text: Annotated[str, typer.Option(help="A .txt, .json, .jsonl, .csv or .parquet file.")] = "builtin:pydoc-topics",
     protocol: Annotated[str, typer.Option(help="gptq, sliding, llama.cpp or word.")] = "gptq",
     context: Annotated[int | None, typer.Option(help="Tokens per window; the protocol's own by default.")] = None,
     stride: Annotated[int, typer.Option(help="Between windows, of the protocol sliding.")] = 512,
@@ -55,7 +54,7 @@ def evaluate(
     described = {"text": Path(text).name, "dtype": metrics.get("dtype"), **metrics["protocol"]}
     print_table([model, ""], [["", protocol_sentence(described)], *facts_of(metrics)])
     if output:
-        out.print(f"\nreport: {escape(str(output / 'report.html'))}", soft_wrap=True)
+        print_line(f"\nreport: {output / 'report.html'}")
 
 
 def compare(
@@ -75,4 +74,4 @@ def compare(
     quiet_libraries()
     page, choices = compare_runs(runs, output.expanduser(), budget or [], context, command_line(), news)
     print_table(["memory", "choose"], choices)
-    out.print(f"\ncomparison: {escape(str(page))}", soft_wrap=True)
+    print_line(f"\ncomparison: {page}")

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from ..errors import CheckpointError
 from ..system.collector import collector_paused
 from ..system.progress import progress, quiet_libraries
-from .console import out, print_json, print_table
+from .console import out, print_json, print_line, print_table
 from .options import Json
 
 
@@ -48,7 +47,7 @@ def _show_diagnosis(diagnosis: Any) -> None:
     print_table([diagnosis.folder, ""], what)
     out.print("\n[green]sound[/green]" if diagnosis.sound else "\n[red]unsound[/red]")
     for line in [*diagnosis.faults, *(f"note: {note}" for note in diagnosis.notes)]:
-        out.print(escape(f"    {line}"), highlight=False, soft_wrap=True)
+        print_line(f"    {line}")
     for name, verdict in diagnosis.runtimes.items():
         needs = f" (needs {verdict['needs']})" if verdict["needs"] else ""
         _reasons(f"{name}: {verdict['loads']}{needs}", verdict["why"])
@@ -58,11 +57,11 @@ def _show_diagnosis(diagnosis: Any) -> None:
 
 
 def _reasons(line: str, reasons: list[str]) -> None:
-    out.print(escape(line), highlight=False, soft_wrap=True)
+    print_line(line)
     for reason in reasons[:3]:
-        out.print(escape(f"    {reason}"), highlight=False, soft_wrap=True)
+        print_line(f"    {reason}")
     if len(reasons) > 3:
-        out.print(f"    … and {len(reasons) - 3} more: see --json", highlight=False)
+        print_line(f"    … and {len(reasons) - 3} more: see --json")
 
 
 def list_(as_json: Json = False) -> None:

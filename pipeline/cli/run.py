@@ -8,7 +8,16 @@ import typer
 from rich.markup import escape
 
 from ..system.progress import progress, quiet_libraries
-from .console import command_line, news, out, print_json, print_table, protocol_sentence, show_traceback
+from .console import (
+    command_line,
+    news,
+    out,
+    print_json,
+    print_line,
+    print_table,
+    protocol_sentence,
+    show_traceback,
+)
 from .options import Device, Json, Revision
 
 
@@ -74,13 +83,13 @@ def _show_outcomes(outcomes: list[Any], page: Path | None) -> None:
         out.print()
         print_table(*summary_rows(finished))
         for protocol in {protocol_sentence(metrics["protocol"]): None for metrics in finished}:
-            out.print(f"\n{escape(protocol)}", highlight=False)
+            print_line(f"\n{protocol}")
     for outcome in outcomes:
         if outcome.error:
-            line = f"{escape(outcome.model)}  {outcome.recipe}: {escape(str(outcome.error))}"
-            out.print(f"\n[red]failed[/red]  {line}", soft_wrap=True)
+            line = escape(f"{outcome.model}  {outcome.recipe}: {outcome.error}")
+            out.print(f"\n[red]failed[/red]  {line}", highlight=False, soft_wrap=True)
     if page:
-        out.print(f"\nreport: {escape(str(page))}", soft_wrap=True)
+        print_line(f"\nreport: {page}")
 
 
 def quantize(
@@ -138,7 +147,7 @@ def quantize(
         notes = quantize_api(model, settings, output, revision, device, step)
     for note in notes:
         news(note)
-    out.print(f"{escape(str(output))}: {recipe}; try `bitpress eval {escape(str(output))}`", soft_wrap=True)
+    print_line(f"{output}: {recipe}; try `bitpress eval {output}`")
 
 
 def convert(
@@ -154,7 +163,7 @@ def convert(
         notes = convert_api(model, to, output, step)
     for note in notes:
         news(note)
-    out.print(f"{escape(str(output))}: {to}; try `bitpress doctor {escape(str(output))}`", soft_wrap=True)
+    print_line(f"{output}: {to}; try `bitpress doctor {output}`")
 
 
 def publish(
@@ -180,4 +189,4 @@ def publish(
     where = f"{publication.repo}; its card is {publication.card}"
     if publication.url:
         where = f"{publication.url} at {publication.revision}"
-    out.print(escape(f"\n{publication.state}: {where}"), highlight=False, soft_wrap=True)
+    print_line(f"\n{publication.state}: {where}")

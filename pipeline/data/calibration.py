@@ -13,11 +13,10 @@ from transformers import PretrainedConfig
 
 from ..config.schema import Calibrate, Dataset, TrainingSet
 from ..errors import ConfigError, HubError, NumericsError
-from .chat import COLUMNS, rendered
-from .text import Rows, Text, join, read_rows
+from .chat import holds_conversations, rendered
+from .text import CONVERSATIONS, SUFFIXES, Rows, Text, join, read_rows
 from .tokens import check_ids, encode, longest
 
-_FILES = (".txt", ".md", ".jsonl", ".parquet")
 _HUB = re.compile(r"(?P<dataset>\w[\w.-]*/[\w.-]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
 _CHARACTERS = 8  # characters of text for every token needed: about twice what most tokenizers take
 _BLOCK = 1 << 16  # characters: several windows, so that few have a seam
@@ -73,7 +72,7 @@ def calibrate(settings: Calibrate, tokenizer: Any, model: PretrainedConfig) -> C
 def source_of(text: str | Dataset) -> str | Dataset:
     """A file's path as it is, and "org/name", "org/name:config" or "org/name:config:split" as the Hub's data set."""
     match = _HUB.fullmatch(text) if isinstance(text, str) else None
-    if match is None or match[0].endswith(_FILES) or os.path.isfile(match[0]):
+    if match is None or match[0].lower().endswith(SUFFIXES) or os.path.isfile(match[0]):
         return text
     return TrainingSet(dataset=match["dataset"], config=match["config"] or None, split=match["split"] or "train")
 
@@ -81,9 +80,9 @@ def source_of(text: str | Dataset) -> str | Dataset:
 def _rows(text: str | Dataset) -> Rows:
     source = source_of(text)
     if not isinstance(source, Dataset):
-        return read_rows(source, ("text", *COLUMNS))
+        return read_rows(source, ("text", *CONVERSATIONS))
     try:
-        return read_rows(source, ("text", *COLUMNS) if source.column == "auto" else (source.column,))
+        return read_rows(source, ("text", *CONVERSATIONS) if source.column == "auto" else (source.column,))
     except (ConfigError, HubError) as error:
         raise type(error)(
             f"{error}; or calibrate on a file: a recipe's calibration or --calibration, a .txt, .jsonl or .parquet"
@@ -92,7 +91,7 @@ def _rows(text: str | Dataset) -> Rows:
 
 def _tokens(rows: Rows, tokenizer: Any, need: int, seed: int | None) -> Tensor:
     """Token ids int64 [n]: at least `need` of them, so that windows can be drawn; fewer where the text has no more."""
-    if isinstance(next(iter(rows.values), None), list):
+    if holds_conversations(rows) and rows.values:
         ids: list[int] = []
         for text in rendered(rows, tokenizer, seed):
             # the template has put the special tokens in

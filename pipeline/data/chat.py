@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, NumericsError
-from .text import Rows, check_unicode
+from .text import CONVERSATIONS, Rows, check_unicode
 
-COLUMNS = ("messages", "conversations")
 _KEYS = (("role", "content"), ("from", "value"))  # the second as ShareGPT has them, with roles of its own
 _ROLES = {"human": "user", "gpt": "assistant"}
 # Some templates put in the date. A run that goes on tomorrow must see the same tokens, so the date is always this one.
@@ -50,17 +49,45 @@ def rendered(rows: Rows, tokenizer: Any, seed: int | None) -> Iterator[str]:
         yield text
 
 
-def _messages(row: Any, where: str) -> list[dict[str, str]]:
-    """A row's messages in the form that templates take: [{"role", "content"}]."""
+def holds_conversations(rows: Rows) -> bool:
+    """Whether a column holds conversations, by its name or by its first value."""
+    first = next((value for value in rows.values if value is not None), None)
+    return rows.column in CONVERSATIONS or isinstance(first, list)
+
+
+def _messages(row: Any, where: str) -> list[dict[str, Any]]:
+    """A row's messages in the form that templates take: [{"role", "content"}], and "tool_calls" where it has any.
+
+    Raises:
+        NumericsError: the row is no list of messages, or a message holds what is no text.
+    """
     messages = []
     for item in row if isinstance(row, list) else []:
-        for role_key, content_key in _KEYS if isinstance(item, dict) else ():
-            role, content = item.get(role_key), item.get(content_key)
-            if isinstance(role, str) and isinstance(content, str):
-                messages.append({"role": _ROLES.get(role, role), "content": content})
-                break
-        else:
+        calls = item.get("tool_calls") if isinstance(item, dict) else None
+        pairs = [
+            (item[role_key], item.get(content_key))
+            for role_key, content_key in (_KEYS if isinstance(item, dict) else ())
+            if isinstance(item.get(role_key), str) and (content_key in item or calls)
+        ]
+        if not pairs:
             raise NumericsError(f"{where} holds the message {item!r:.60}, expected role and content, both text")
+        role, content = next((pair for pair in pairs if pair[1] is not None), pairs[0])
+        message = {"role": _ROLES.get(role, role), "content": _content(content, where)}
+        messages.append(message | ({"tool_calls": calls} if calls else {}))
     if not messages:
         raise NumericsError(f"{where} holds {row!r:.40}, expected a list of messages with role and content")
     return messages
+
+
+def _content(content: Any, where: str) -> str:
+    """A message's text: itself, its parts of text one below the other, or "" for null, as where a tool is called."""
+    if content is None:
+        return ""
+    parts = content if isinstance(content, list) else [content]
+    texts = [
+        part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part for part in parts
+    ]
+    for text, part in zip(texts, parts):
+        if not isinstance(text, str):
+            raise NumericsError(f"{where} holds the content {part!r:.60}, expected text, or parts with type and text")
+    return "\n".join(texts)

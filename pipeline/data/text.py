@@ -1,10 +1,12 @@
 """Text to measure or to calibrate on: files, data sets of the Hub, and one that Python itself has."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,24 @@ from ..config.schema import Dataset
 from ..errors import ConfigError, HubError, NumericsError
 
 PYDOC_TOPICS = "builtin:pydoc-topics"
+_PLAIN = (".txt", ".text", ".md", ".markdown", ".rst", ".raw", ".tokens")  # wikitext's files end in the last two
+_LINES = (".jsonl", ".ndjson", ".jsonlines")
+_TABLES = {".csv": ",;\t", ".tsv": "\t"}  # what may stand between cells
+SUFFIXES = (*_PLAIN, *_LINES, ".json", *_TABLES, ".parquet")  # of files that are read, in any case
+_KINDS = "a .txt, .md, .json, .jsonl, .csv, .tsv or .parquet file"
+_PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z")
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"BZh9": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "parquet",
+    b"%PDF-": "a PDF",
+}
+CONVERSATIONS = ("messages", "conversations")  # columns that hold them
+_LONGEST_BEGINNING = 1 << 20  # characters in which a file's first row is looked for
+_LONGEST_CELL = 1 << 30  # characters
 _JOIN = "\n\n"  # GPTQ's protocol joins documents by a blank line
 _SURROGATE = re.compile("[\ud800-\udfff]")  # which JSON's \\u escapes can bring, and UTF-8 cannot hold
 
@@ -42,7 +62,9 @@ class Rows:
 
 
 def read_text(source: str | Dataset) -> Text:
-    """Text from a file (.txt, .md, .jsonl or .parquet with a "text" column), a Hub data set, or Python itself.
+    """Text from a file, a data set of the Hub, or Python itself.
+
+    A file is plain text (.txt, .md), or rows with a column "text" (.json, .jsonl, .csv, .tsv, .parquet).
 
     Raises:
         ConfigError: no such file or kind. HubError: the data set cannot be downloaded. NumericsError: it holds no text.
@@ -56,6 +78,8 @@ def join(rows: Rows) -> Text:
     Raises:
         NumericsError: a row that is no text, or nothing but whitespace in all of them.
     """
+    if rows.column in CONVERSATIONS:
+        raise NumericsError(f"{rows.name} holds conversations ({rows.column}), expected text")
     for number, document in enumerate(rows.values, 1):
         if not isinstance(document, str):
             raise NumericsError(f"{rows.name}: row {number} holds {document!r:.40}, expected text")
@@ -102,16 +126,56 @@ def _quoted(columns: tuple[str, ...]) -> str:
 
 def _file(path: Path, columns: tuple[str, ...]) -> tuple[str, list[Any]]:
     if not os.path.isfile(path):
-        raise ConfigError(f"{path}: no such text file; give a .txt, .jsonl or .parquet file, or {PYDOC_TOPICS}")
-    if path.suffix == ".parquet":
+        raise ConfigError(f"{path}: no such text file; give {_KINDS}, or {PYDOC_TOPICS}")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES and suffix:
+        packed = "; unpack it first" if suffix in _PACKED else ", and rename it if it is one of these"
+        raise ConfigError(f"{path}: a {suffix} file is not read; give {_KINDS}{packed}")
+    if suffix == ".parquet":
         return _parquet(path, columns)
+    content = _decoded(path)
+    if suffix in _LINES:
+        return _json_lines(path, content, columns)
+    if suffix == ".json":
+        return _json(path, content, columns)
+    if suffix in _TABLES:
+        return _table(path, content, _TABLES[suffix], columns)
+    if _holds_rows(content):
+        raise NumericsError(
+            f"{path}: holds rows of JSON, and its name says plain text, so their syntax would count as text; "
+            "name it .jsonl (an object a line) or .json (a list)"
+        )
+    return "text", [content]
+
+
+def _decoded(path: Path) -> str:
+    """The text of a file, its line ends as \\n; a byte order mark is no text.
+
+    Raises:
+        NumericsError: it is no UTF-8 text. ConfigError: it cannot be read.
+    """
     try:
-        content = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
+        content = path.read_bytes()
+        if kind := next((kind for magic, kind in _MAGIC.items() if content.startswith(magic)), None):
+            raise NumericsError(f"{path}: holds {kind}, expected UTF-8 text; unpack or convert it first")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise NumericsError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    return _json_lines(path, content, columns) if path.suffix == ".jsonl" else ("text", [content])
+    if "\0" in text:
+        raise NumericsError(f"{path}: no text, it holds bytes of zero (the first is byte {content.index(0)})")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _holds_rows(content: str) -> bool:
+    """Whether a plain text is really rows of JSON: lines of objects, or a list of them, with text or conversations."""
+    start = content.lstrip()[:_LONGEST_BEGINNING]
+    try:
+        first = json.loads(content)[0] if re.match(r"\[\s*\{", start) else json.loads(start.partition("\n")[0])
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and any(column in first for column in ("text", *CONVERSATIONS))
 
 
 def _parquet(path: Path, columns: tuple[str, ...]) -> tuple[str, list[Any]]:
@@ -128,18 +192,78 @@ def _parquet(path: Path, columns: tuple[str, ...]) -> tuple[str, list[Any]]:
 
 
 def _json_lines(path: Path, content: str, columns: tuple[str, ...]) -> tuple[str, list[Any]]:
+    # splitlines() would also split at U+2028, within strings
+    lines = ((f"line {number}", line) for number, line in enumerate(content.split("\n"), 1) if line.strip())
+    return _values(path, lines, columns)
+
+
+def _json(path: Path, content: str, columns: tuple[str, ...]) -> tuple[str, list[Any]]:
+    """A list of rows, or of texts; an object of columns; or, as many call such files too, an object a line."""
+    try:
+        whole = json.loads(content)
+    except RecursionError as error:
+        raise NumericsError(f"{path}: JSON that is nested too deeply is no list of rows") from error
+    except ValueError as error:
+        if content.lstrip().startswith("["):
+            raise NumericsError(f"{path}: not a JSON list of rows: {error}") from error
+        return _json_lines(path, content, columns)
+    if isinstance(whole, list):
+        if whole and all(isinstance(row, str) for row in whole):
+            return "text", whole
+        return _values(path, ((f"row {number}", row) for number, row in enumerate(whole, 1)), columns)
+    column = _first(columns, whole if isinstance(whole, dict) else ())
+    value = whole.get(column) if isinstance(whole, dict) else None
+    if isinstance(value, list) and (column == "text" or isinstance(next(iter(value), None), list)):
+        return column, value
+    return _values(path, [("its only row", whole)], columns)
+
+
+def _values(path: Path, rows: Iterable[tuple[str, Any]], columns: tuple[str, ...]) -> tuple[str, list[Any]]:
+    """The first of the columns that the first row has, and its value in each row.
+
+    Args:
+        rows: where in the file, and a row; as JSON where it is text.
+    Raises:
+        NumericsError: a row that is no object, or lacks the column.
+    """
     column, values = "", []
-    for number, line in enumerate(content.split("\n"), 1):  # splitlines() would also split at U+2028, within strings
-        if not line.strip():
-            continue
+    for where, row in rows:
         try:
-            row = json.loads(line)
+            row = json.loads(row) if isinstance(row, str) else row
             column = column or _first(columns, row)
             values.append(row[column])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             wanted = _quoted((column,) if values else columns)
-            raise NumericsError(f"{path}, line {number}: expected a JSON object with a {wanted}: {error}") from error
+            raise NumericsError(f"{path}, {where}: expected a JSON object with a {wanted}: {error}") from error
     return column or columns[0], values
+
+
+def _table(path: Path, content: str, delimiters: str, columns: tuple[str, ...]) -> tuple[str, list[Any]]:
+    """A column of comma- or tab-separated values whose first line names the columns; conversations stand as JSON."""
+    first = content.partition("\n")[0]
+    limit = csv.field_size_limit(_LONGEST_CELL)  # of the whole process, and by default too small for documents
+    try:
+        headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in delimiters}
+        delimiter = next((delimiter for delimiter in headers if {*columns} & {*headers[delimiter]}), None)
+        if delimiter is None:
+            raise NumericsError(f"{path}: the first line names no column {_quoted(columns)}, it is {first!r:.80}")
+        header = headers[delimiter]
+        column = _first(columns, header)
+        values: list[Any] = []
+        for number, cells in enumerate(csv.reader(io.StringIO(content), delimiter=delimiter, strict=True)):
+            if len(cells) not in (0, len(header)):
+                raise NumericsError(
+                    f"{path}, row {number}: {len(cells)} cells, the first line names {len(header)}; text that holds a "
+                    f"{delimiter!r} or a line end must stand in quotes"
+                )
+            if number and cells:
+                cell = cells[header.index(column)]
+                values.append(json.loads(cell) if column in CONVERSATIONS else cell)
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise NumericsError(f"{path}: not a table with a column {_quoted(columns)}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    return column, values
 
 
 def _dataset(source: Dataset, columns: tuple[str, ...]) -> tuple[str, list[Any]]:

@@ -30,13 +30,15 @@ def main() -> None:
     """Do the task of the request, and write its answer beside the request."""
     path = Path(sys.argv[1])
     children.end_with_parent(path.parent)
+    from ..system.printable import printable
+
     try:
         from ..storage import files
         from .worker import ANSWER
 
         files.write_json(path.parent / ANSWER, perform(json.loads(path.read_text())))
     except BaseException as error:  # not even torch can be imported, or there is no room for an answer
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(printable(f"{type(error).__name__}: {error}"))
 
 
 if __name__ == "__main__":

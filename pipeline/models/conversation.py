@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from bitpress.eval.report.words import printable
-
 from ..errors import BitpressError, CheckpointError, ConfigError
+from ..system.printable import printable
 
 HELP = "/clear begins anew, /exit ends; Ctrl-C stops an answer"
 Write = Callable[[str], None]
@@ -24,7 +23,7 @@ class Printer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.words += text
-        self.write(printable(text, instead=""))
+        self.write(printable(text, visible=False))
 
 
 class Conversation:
@@ -144,5 +143,5 @@ def converse(conversation: Conversation, lines: Iterator[str], write: Write) -> 
             try:
                 conversation.answer(line, write)
             except BitpressError as error:  # the template refuses this line, say: the next may be answered
-                write(printable(str(error), instead=""))
+                write(printable(str(error)))
             write("\n")

@@ -20,6 +20,7 @@ from ..models.structure import (
     not_linear,
     skeleton,
     tied,
+    tied_copies,
     weight_kind,
 )
 from ..storage.checkpoint import Checkpoint, TensorInfo
@@ -151,15 +152,15 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     model = skeleton(checkpoint)
     names = TensorNames(model)
     targets = {name: names.target(name) for name in checkpoint.tensors}
-    copies = _tied_copies(checkpoint, targets, model)
+    copies = tied_copies(checkpoint, targets, model)
+    mismatches = names.mismatches(checkpoint.tensors, targets)
     tensors, broken, unfit, fitted = [], [], _Problems(), _Problems()
     for info in checkpoint.tensors.values():
         if info.name in copies:
             continue
         target = targets[info.name]
-        expected = names.shape(target)
-        if expected is not None and expected != info.shape:
-            broken.append(f"{info.name}: shape {list(info.shape)} in the file, {list(expected)} by config.json")
+        if problem := mismatches.get(info.name):
+            broken.append(problem)
             continue
         try:
             spec, kind, reason = _decide(info, target, names, model, recipe.rules)
@@ -178,7 +179,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     complete = not broken and not unfit.layers
     broken += names.missing(tensor.target for tensor in tensors) if complete else []
     if broken:
-        raise CheckpointError(f"{checkpoint.folder} does not match its config.json:\n{listing(broken)}")
+        raise names.does_not_match(checkpoint, targets, broken)
     unused = [p for p in recipe.rules.layers if not any(Rules(None, {p: None}).pattern(n) for n in checkpoint.tensors)]
     for pattern in unused:
         for copy, origin in tied(model).items():
@@ -201,10 +202,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         _refuse_split_units(tensors, recipe.rules)
     format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec])
     dtype = next(tensor.info.dtype for tensor in tensors if tensor.spec)
-    notes = [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
+    notes = [checkpoint.dequantization] if checkpoint.dequantization else []
+    notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
-    return Plan(model, tensors, _units(tensors), dtype, copies, format, notes)
+    return Plan(model, tensors, _units(tensors), dtype, list(copies), format, notes)
 
 
 def _decide(
@@ -290,25 +292,3 @@ def _units(tensors: list[PlannedTensor]) -> list[Unit]:
     units = [Unit(f"outside {number}", group) for number, group in enumerate(shards)]
     blocks = sorted({tensor.block for tensor in tensors if tensor.block is not None})
     return units + [Unit(f"block {b}", [each for each in tensors if each.block == b]) for b in blocks]
-
-
-def _tied_copies(checkpoint: Checkpoint, targets: dict[str, ParameterPath], model: PreTrainedModel) -> list[str]:
-    """TensorNames of tensors that repeat a weight they are tied to.
-
-    Raises:
-        CheckpointError: one differs from the weight that the config ties it to.
-    """
-    by_parameter = {target.parameter: name for name, target in targets.items()}
-    copies = []
-    for parameter, origin in tied(model).items():
-        copy, original = by_parameter.get(parameter), by_parameter.get(origin)
-        if copy is None or original is None or copy == original:
-            continue
-        same_shape = checkpoint.tensors[copy].shape == checkpoint.tensors[original].shape
-        if not same_shape or not torch.equal(checkpoint.read(copy), checkpoint.read(original)):
-            raise CheckpointError(
-                f"{copy} differs from {original}, though config.json ties them; set tie_word_embeddings to false in "
-                "config.json if both are meant"
-            )
-        copies.append(copy)
-    return copies

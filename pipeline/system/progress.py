@@ -6,10 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .redact import Redacted
+from .printable import Terminal, make_libraries_printable, printable
 
 OnStep = Callable[[int, int], None]
 _PATIENCE = 2.0  # seconds: what is over sooner needs no bar
@@ -25,8 +25,7 @@ def quiet_libraries() -> None:
         disable_progress_bars()
     for name in ("transformers", "bitsandbytes", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for handler in logging.getLogger("huggingface_hub").handlers:  # it tells of waits, in the server's words
-        handler.addFilter(Redacted())
+    make_libraries_printable()  # huggingface_hub tells of waits, in the server's words
 
 
 @contextlib.contextmanager
@@ -38,9 +37,9 @@ def progress(label: str) -> Iterator[OnStep]:
     start = time.monotonic()
     bar = Progress(
         TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+        TextColumn("left"), TimeRemainingColumn(), console=Terminal(stderr=True), transient=True,
     )  # fmt: skip
-    task = bar.add_task(label, total=None)
+    task = bar.add_task(escape(printable(label)), total=None)
     shown = False
 
     def step(done: int, total: int) -> None:

@@ -1,6 +1,5 @@
 """Keeps tokens of the Hugging Face Hub out of whatever is printed, logged or published."""
 
-import logging
 import re
 
 _TOKEN = re.compile(r"\bhf_(?:[a-z]+_)?[A-Za-z0-9]{20,}")
@@ -19,11 +18,3 @@ def has_token(content: bytes) -> bool:
     """Whether a file holds a token."""
     text = content.decode("utf-8", errors="replace")
     return redact(text) != text
-
-
-class Redacted(logging.Filter):
-    """For the handlers of libraries whose messages repeat what a server said."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), ()
-        return True

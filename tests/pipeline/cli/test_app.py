@@ -43,7 +43,7 @@ def bitpress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["bitpress", *map(str, arguments)])
-        was = signal.getsignal(signal.SIGTERM)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         capfd.readouterr()
         try:
             app.main()
@@ -51,7 +51,8 @@ def bitpress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
         except SystemExit as stop:
             code = int(stop.code or 0)
         finally:
-            signal.signal(signal.SIGTERM, was)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return Result(code, *capfd.readouterr())
 
     return call
@@ -181,6 +182,49 @@ def test_eval_beside_its_baseline(bitpress: Bitpress, tiny_llama: Path, artifact
         assert name in found.out
     wrong = bitpress("eval", artifact, "--protocol", "slding")
     assert (wrong.code, "protocol: Input should be 'gptq', 'sliding'" in wrong.err) == (2, True)
+
+
+class TestHostileText:
+    """Names and messages from a checkpoint reach the terminal as visible escapes, and scripts unchanged."""
+
+    ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b1m\u202e"
+
+    def clean(self, result: Result) -> Result:
+        text = result.out + result.err
+        assert not {"\x1b", "\x07", "\x9b", "\r", "\u202e"} & set(text), ascii(text)
+        return result
+
+    @pytest.fixture
+    def hostile(self, source: Path, edit_json: Callable[..., None]) -> Path:
+        """A model type and a folder that steer a terminal."""
+        edit_json(source / "config.json", model_type=f"llama{self.ESCAPE}", architectures=[self.ESCAPE])
+        return source.rename(source.parent / f"name{self.ESCAPE}")
+
+    @pytest.mark.parametrize("command", ["inspect", "doctor", "quantize", "eval", "generate", "chat", "convert"])
+    def test_no_command_prints_it(self, bitpress: Bitpress, hostile: Path, tmp_path: Path, command: str):
+        output = ["-o", tmp_path / self.ESCAPE] if command in ("quantize", "convert") else []
+        more = {"generate": ["x"], "convert": ["--to", "gptq"]}.get(command, [])
+        result = self.clean(bitpress(command, hostile, *more, *output))
+        assert r"\u001b]0;owned\u0007" in result.out + result.err
+
+    def test_json_holds_it(self, bitpress: Bitpress, hostile: Path):
+        result = self.clean(bitpress("inspect", hostile, "--json"))
+        assert json.loads(result.out)["architecture"] == self.ESCAPE
+
+    @pytest.mark.parametrize("arguments", [["--\x1b[2J\x9b"], ["inspect", "--\x1b[2J\x9b"], ["bench", "\x1b[2J\x9b"]])
+    def test_typer_prints_none(self, bitpress: Bitpress, arguments: list[str]):
+        """typer's own errors repeat what was typed."""
+        assert self.clean(bitpress(*arguments)).code == 2
+
+    def test_debug(self, bitpress: Bitpress, hostile: Path):
+        result = self.clean(bitpress("--debug", "quantize", hostile, "-o", hostile.parent / "out"))
+        assert "Traceback" in result.err
+
+    def test_generate(self, bitpress: Bitpress, source: Path):
+        """The prompt comes back piece by piece."""
+        result = self.clean(bitpress("generate", source, f"a {self.ESCAPE} b c می\u200cخواهم", "--tokens", 2))
+        assert "a ]0;owned[2J1m b" in result.out
+        assert "می\u200cخواهم" in result.out
 
 
 class TestOptions:

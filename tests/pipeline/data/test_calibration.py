@@ -218,12 +218,33 @@ class TestChats:
             (None, "row 2 holds None, expected a list of messages"),
             (["words"], "row 2 holds the message 'words', expected role and content"),
             ([{"role": "user"}], "row 2 holds the message {'role': 'user'}, expected role and content"),
-            ([{"role": "user", "content": [{"type": "image"}]}], "expected role and content, both text"),
+            ([{"role": "user", "content": [{"type": "image"}]}], r"holds the content {'type': 'image'}, expected text"),
+            ([{"role": "user", "content": 3}], "holds the content 3, expected text"),
         ],
     )
     def test_what_is_no_conversation(self, tmp_path, calibrated, row, said):
         with pytest.raises(NumericsError, match=said):
             calibrated(json_lines(tmp_path, messages=[CHATS[0], row]))
+
+    def test_content_in_parts_or_null(self, tmp_path, calibrated, tokenizer):
+        parts = [[{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat] for chat in CHATS]
+        assert decoded(calibrated(json_lines(tmp_path, messages=parts)), tokenizer) == as_read(CHATS)[:64]
+        calls = [{"type": "function", "function": {"name": "look_up", "arguments": {}}}]
+        tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}")
+        row = [
+            {"role": "user", "content": ["one", {"type": "text", "text": "two"}]},
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": None, "content": None, "from": "human", "value": "three", "tool_calls": None},
+        ]
+        text = decoded(calibrated(json_lines(tmp_path, messages=[row] * 9)), tokenizer)
+        assert text.startswith(f"<user>one\ntwo\ufffd<assistant>{calls}"[:64])
+
+    @pytest.mark.parametrize("name", ["a.json", "a.csv"])
+    def test_in_other_files(self, tmp_path, calibrated, tokenizer, name):
+        cells = "".join('"' + json.dumps(chat).replace('"', '""') + '"\n' for chat in CHATS)
+        rows = [{"id": number, "messages": chat} for number, chat in enumerate(CHATS)]
+        path = write(tmp_path, name, json.dumps(rows) if name == "a.json" else f"messages\n{cells}")
+        assert decoded(calibrated(path), tokenizer) == as_read(CHATS)[:64]
 
     def test_half_a_surrogate_pair(self, tmp_path, calibrated):
         with pytest.raises(NumericsError, match=r"row 1: half a surrogate pair \(U\+D83D\)"):

@@ -83,6 +83,70 @@ def test_broken_json_lines_are_named(tmp_path, line, reason):
         read_text(path)
 
 
+LINES = '{"text": "one", "url": "x"}\n{"text": "two\\nlines"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c4.json", LINES),
+        ("c4.ndjson", LINES),
+        ("c4.JSONL", LINES),
+        ("a.json", '[{"id": 1, "text": "one"},\n {"text": "two\\nlines"}]'),
+        ("a.json", '["one", "two\\nlines"]'),
+        ("a.json", '{"id": [1, 2], "text": ["one", "two\\nlines"]}'),
+        ("a.csv", 'id,text\r\n1,one\r\n\r\n2,"two\r\nlines"\r\n'),
+        ("a.CSV", 'text;id\none;1\n"two\nlines";2'),
+        ("a.tsv", 'id\ttext\n1\tone\n2\t"two\nlines"\n'),
+    ],
+)
+def test_rows_under_other_names(tmp_path, name, content):
+    assert read_text(write(tmp_path, name, content)).content == "one\n\ntwo\nlines"
+
+
+def test_a_cell_may_be_long(tmp_path):
+    assert len(read_text(write(tmp_path, "a.csv", "text\n" + "a" * 200_000)).content) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "said"),
+    [
+        ("a.json", '{"version": 1, "data": []}', NumericsError, 'its only row: expected a JSON object with a "text"'),
+        ("a.json", '[{"text": "a"}, 3]', NumericsError, 'row 2: expected a JSON object with a "text"'),
+        ("a.json", '[{"text": "a"},', NumericsError, "not a JSON list of rows"),
+        ("a.json", "3", NumericsError, "expected a JSON object"),
+        ("a.json", "[" * 100_000, NumericsError, "nested|not a JSON list"),
+        ("a.json", '[{"messages": []}]', NumericsError, 'expected a JSON object with a "text"'),
+        ("a.csv", "id,words\n1,a", NumericsError, "the first line names no column \"text\", it is 'id,words'"),
+        ("a.csv", "", NumericsError, "names no column"),
+        (
+            "a.csv",
+            "id,text\n1,one, two",
+            NumericsError,
+            "row 1: 3 cells, the first line names 2; text that holds a ','",
+        ),
+        ("a.csv", 'text\n"open', NumericsError, "not a table"),
+        ("a.txt", LINES, NumericsError, "holds rows of JSON.*name it .jsonl"),
+        ("a", '[\n {"messages": []}]', NumericsError, "holds rows of JSON"),
+        ("a.txt", b"\x1f\x8b\x08abc", NumericsError, "holds gzip, expected UTF-8 text; unpack"),
+        ("a.jsonl", b"PK\x03\x04", NumericsError, "holds a zip archive"),
+        ("a.txt", "abc\0def", NumericsError, "no text, it holds bytes of zero .*byte 3"),
+        ("a.txt", "abc".encode("utf-16"), NumericsError, r"not UTF-8 text \(byte 0\)"),
+        ("c4.json.gz", b"", ConfigError, r"a \.gz file is not read; give a \.txt.*; unpack it first"),
+        ("a.docx", b"", ConfigError, r"a \.docx file is not read; give a \.txt"),
+        ("a.html", "<p>words</p>", ConfigError, r"a \.html file is not read"),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path, name, content, kind, said):
+    with pytest.raises(kind, match=said):
+        read_text(write(tmp_path, name, content))
+
+
+def test_json_that_is_no_rows_may_stand_in_a_text(tmp_path):
+    for content in ('{"a": 1}\n', "[see below]\n", "[\n{]\n", '{"text" is no JSON}'):
+        assert read_text(write(tmp_path, "a.md", content)).content == content
+
+
 @pytest.mark.parametrize("value", [None, 3, ["a"], {"a": "b"}])
 def test_what_is_not_text_is_not_turned_into_it(tmp_path, value):
     lines = "\n".join(json.dumps({"text": v}) for v in ("fine", value))

@@ -180,7 +180,7 @@ def test_a_line_that_the_template_refuses_is_no_end(artifact: Path) -> None:
     conversation = Conversation(model, tokenizer, tokens=3, temperature=0)
     heard: list[str] = []
     converse(conversation, iter(["first", "no", "third"]), heard.append)
-    assert "not [2Jthat" in "".join(heard)
+    assert r"not \u001b[2Jthat" in "".join(heard)
     assert [turn["content"] for turn in conversation.turns[::2]] == ["first", "third"]
 
 
