@@ -38,7 +38,7 @@ from ..formats.names import fused_unit as fused_unit
 from ..storage.checkpoint import Checkpoint, TensorInfo
 
 # in the order in which they are asked for the class that a config names
-_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+_AUTO_CLASSES = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM)
 
 
 @dataclass(frozen=True)
