@@ -42,7 +42,7 @@ from .experts import ExpertSlice, expert_layouts
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)(\.(?P<piece>\w+))?\.(?P<kind>weight|bias)")
 
 # in the order in which they are asked for the class that a config names
-_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+_AUTO_CLASSES = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM)
 
 
 @dataclass(frozen=True)
