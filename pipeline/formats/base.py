@@ -272,9 +272,7 @@ SHARD_BYTES = 512 << 20  # tensors are grouped into shards of at most this, and 
 Item = TypeVar("Item")
 
 
-def group_into_shards(
-    items: Iterable[Item], nbytes: Callable[[Item], int], most: int = SHARD_BYTES
-) -> list[list[Item]]:
+def group_by_bytes(items: Iterable[Item], nbytes: Callable[[Item], int], most: int = SHARD_BYTES) -> list[list[Item]]:
     """The items in their order, in groups of at most so many bytes; an item that is larger has a group of its own."""
     groups: list[list[Item]] = []
     held = 0
