@@ -57,6 +57,7 @@ CPU = torch.device("cpu")
 VOCABULARY = 320
 TEXT_IDS = 128  # the ids below are text in every model; pictures' marks get ids from 200 on
 
+KV_HEADS = r"(num_)?key_value_heads|num_kv_heads|n_head_kv|kv_n_heads|swa_num_key_value_heads"
 # What a tiny model has in place of a config's number: the first pattern that is all of the key's name decides.
 SIZES: tuple[tuple[str, int], ...] = (
     (r".*vocab_size.*", VOCABULARY),
@@ -66,13 +67,15 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts|num_selected_experts|n_activated_experts", 2),
     (r"(moe_)?num(_local|_routed)?_experts|n_routed_experts|num_zero_experts|zero_expert_num", 4),
     (r"(num_|n_|encoder_|decoder_|num_hidden_|num_encoder_|num_decoder_|num_global_)*layers?|depth|num_blocks", 2),
-    (r"(num_)?key_value_heads|num_kv_heads|n_head_kv|kv_n_heads|swa_num_key_value_heads|num_key_value_heads", 2),
+    (KV_HEADS, 2),
     (r"(num_|n_|encoder_|decoder_)*(attention_|index_)?heads?|swa_num_attention_heads", 4),
-    (r"(mamba_)?(num|n)_?heads|n_mamba_heads|mamba_n_heads", 4),
+    (r"mamba_(num|n)_heads|n_mamba_heads|mamba_num_heads", 8),
+    (r"num_?heads|n_heads", 4),
     (r"(global_|swa_|mamba_)?(d_)?head(_dim|dim|_size)|d_kv|attention_head_dim|mamba_d_head|kv_channels", 16),
     (r"linear_num_(key|value)_heads|linear_num_heads", 4),
     (r"linear_(key|value)_head_dim|linear_head_dim|index_head_dim|(swa_)?v_head_dim|qk_nope_head_dim", 16),
-    (r"qk_rope_head_dim", 16),
+    (r"qk_rope_head_dim|rotary_dim", 16),
+    (r"qk_head_dim", 32),
     (r".*(q|kv|mlp|o|output)_lora_rank|laurel_rank|moe_latent_size", 32),
     (r"(mamba_)?(d_state|state_size)|ssm_state_size|(mamba_)?(dt|time_step)_rank|(mamba_)?chunk_size", 16),
     (r".*moe.*intermediate_size|shared_expert_intermediate_size|expert_(ffn_hidden_size|dim|ff_dim)", 64),
@@ -92,9 +95,29 @@ PER_LAYER = re.compile(
     r".*layer_types|.*block_types?|layers_block_type|.*_pattern|.*_layers_list|no_rope_layers|attn_type.*"
 )
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
-SECTIONS = {**ROPE, "mrope_section": [2, 3, 3]}
+WHOLE = {"partial_rotary_factor": 1.0}
 # What types need beside that; a key may be a path, and "*.key" is meant at every level that has the key.
-CHANGES: dict[str, dict[str, Any]] = {}
+CHANGES: dict[str, dict[str, Any]] = {
+    "codegen": {"rotary_dim": 16},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "dbrx": {
+        "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+    },
+    "deepseek_v2": {"topk_method": "greedy"},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": {"intermediate_size": 128, "activation_sparsity_pattern": [0.0] * 4, "num_hidden_layers": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "hunyuan_v1_dense": {"rope_parameters": ROPE, "head_dim": 16},
+    "hunyuan_v1_moe": {"rope_parameters": ROPE, "head_dim": 16, "moe_topk": 2, "num_experts": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "ministral": {"rope_parameters": ROPE, "head_dim": 16},
+    "mllama": {"text_config.cross_attention_layers": [1, 3], "text_config.num_hidden_layers": 4},
+    "phimoe": {},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 @dataclass
@@ -139,12 +162,18 @@ def tiny_config(kind: str) -> Any:
             size = next((size for pattern, size in SIZES if re.fullmatch(pattern, key)), None)
             if key in ("architectures", "transformers_version", "model_type", "dtype", "id2label", "label2id"):
                 continue
-            if isinstance(value, dict) and not key.startswith("rope"):
+            if isinstance(value, dict) and key.startswith("rope"):
+                small[key] = value | ({"mrope_section": [2, 3, 3], **WHOLE} if "mrope_section" in value else {})
+            elif value is None and re.fullmatch(KV_HEADS, key):
+                small[key] = 2
+            elif isinstance(value, dict):
                 small[key] = shrink(value)
                 if "model_type" in value:
                     small[key]["model_type"] = value["model_type"]
-            elif PER_LAYER.fullmatch(key) and isinstance(value, list):
+            elif PER_LAYER.fullmatch(key) and isinstance(value, list | dict):
                 continue
+            elif isinstance(value, list) and len(value) == values.get("num_hidden_layers"):
+                small[key] = value[:2]
             elif re.fullmatch(r".*token_(id|index)", key) and number:
                 known = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 2}
                 small[key] = known.get(key, 200 + sum(map(ord, key)) % 100)
@@ -154,6 +183,8 @@ def tiny_config(kind: str) -> Any:
                 small[key] = size
             else:
                 small[key] = value
+        if "kv_lora_rank" in values:  # such attention has as many keys as queries
+            small["num_key_value_heads"] = small["num_attention_heads"]
         return small
 
     def change(values: dict[str, Any], key: str, value: Any) -> None:
