@@ -1,7 +1,7 @@
 """What a checkpoint is, whether it is sound, and which runtimes load it; reads one tensor at a time, runs nothing."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ..errors import CheckpointError, listing
 from ..formats import read_config, registry
 from ..formats.base import Examination, Facts, LayerExamination, some
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
-from ..models.structure import TensorNames, kept_names, skeleton
+from ..models.structure import ParameterPath, TensorNames, kept_names, skeleton, tied_copies
 from ..storage import files as store
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.fingerprint import MANIFEST
@@ -209,43 +209,53 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
     diagnosis.faults += faults
     diagnosis.notes += notes
     rest = [name for name in checkpoint.tensors if name not in owned]
-    _check_plain(checkpoint, rest, contents.names if contents else None, diagnosis, steps)
+    names, targets = (contents.names, contents.plain) if contents else (None, {})
+    _check_plain(checkpoint, rest, names, targets, diagnosis, steps)
     if contents:
         facts = _facts(contents, seen)
         diagnosis.runtimes, diagnosis.tensor_parallel = verdicts(facts), tensor_parallel(facts)
 
 
 def _check_dense(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps) -> None:
-    names = None
+    names, targets = None, dict[str, ParameterPath]()
     try:
-        names = TensorNames(skeleton(checkpoint))
-        if missing := names.missing(names.target(name) for name in checkpoint.tensors):
+        model = skeleton(checkpoint)
+        names = TensorNames(model)
+        targets = {name: names.target(name) for name in checkpoint.tensors}
+        if missing := names.missing(targets.values()):
             diagnosis.faults.append(f"weights of the model are missing:\n{listing(missing)}")
+        tied_copies(checkpoint, targets, model)
     except CheckpointError as error:
-        names = None
         diagnosis.faults.append(_short(error, checkpoint.folder))
-    diagnosis.notes.append("not quantized: any runtime that knows the architecture loads it")
-    _check_plain(checkpoint, checkpoint.tensors, names, diagnosis, steps)
+    diagnosis.notes.append(
+        checkpoint.dequantization or "not quantized: any runtime that knows the architecture loads it"
+    )
+    _check_plain(checkpoint, checkpoint.tensors, names, targets, diagnosis, steps)
 
 
 def _check_plain(
-    checkpoint: Checkpoint, tensors: Iterable[str], names: TensorNames | None, diagnosis: Diagnosis, steps: _Steps
+    checkpoint: Checkpoint,
+    tensors: Iterable[str],
+    names: TensorNames | None,
+    targets: Mapping[str, ParameterPath],
+    diagnosis: Diagnosis,
+    steps: _Steps,
 ) -> None:
-    """Tensors that are not quantized: their values and, where the model could be built, their shapes."""
-    unknown = []
+    """Tensors that are not quantized: their values and, where the model could be built, how they fit into it."""
+    unknown, mismatches = list[str](), dict[str, str]()
+    if names is not None:
+        unknown = [name for name, target in targets.items() if not names.known(target.parameter)]
+        mismatches = names.mismatches(checkpoint.tensors, targets)
     for name in tensors:
         steps()
-        info = checkpoint.tensors[name]
-        if names is not None:
-            target = names.target(name)
-            expected = names.shape(target)
-            if not names.known(target.parameter):
-                unknown.append(name)
-            elif expected is not None and expected != info.shape:
-                diagnosis.faults.append(
-                    f"{name}: shape {list(info.shape)} in the file, {list(expected)} by config.json"
-                )
-        if info.dtype.is_floating_point and (bad := count_not_finite(checkpoint.read(name))):
+        if name in mismatches:
+            diagnosis.faults.append(mismatches[name])
+        try:
+            bad = count_not_finite(checkpoint.read(name))
+        except CheckpointError as error:  # codes that cannot be dequantized
+            diagnosis.faults.append(_short(error, checkpoint.folder))
+            continue
+        if bad:
             diagnosis.faults.append(f"{name}: {bad} values are NaN or infinite")
     if unknown:
         diagnosis.notes.append(f"not of the model as transformers builds it: {some(unknown)}")

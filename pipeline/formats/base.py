@@ -203,6 +203,14 @@ class Format(ABC):
         """What a quantization_config says is not quantized, as quantization_config takes it ("re:…" for patterns)."""
         return []
 
+    def cache_scheme(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """How servers are to quantize the key-value cache, by a quantization_config; None where it says nothing."""
+        return None
+
+    def cache_section(self, cache: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The keys of a quantization_config that say what `cache_scheme` returns; None: there is no place for it."""
+        return None
+
     def missing_tensors(self, config: dict[str, Any], layers: Iterable[str], names: Iterable[str]) -> str | None:
         """What a config says the files have and they do not have; a sentence that begins with the reason."""
         return None

@@ -125,11 +125,12 @@ def names_of_experts(contents: QuantizedCheckpoint) -> dict[str, str]:
 
 
 def set_tensor(model: PreTrainedModel, parameter: str, tensor: Tensor, device: torch.device) -> None:
-    """Put a tensor where the model has a parameter or buffer of this name, in the model's dtype."""
+    """Put a tensor where the model has a parameter or buffer of this name, in that one's dtype."""
     path, _, leaf = parameter.rpartition(".")
     module = model.get_submodule(path)
-    tensor = tensor.to(device, model.dtype) if tensor.is_floating_point() else tensor.to(device)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
-    else:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    if (buffer := module._buffers.get(leaf)) is not None:
+        module._buffers[leaf] = tensor.to(device, buffer.dtype)
+        return
+    place = module._parameters.get(leaf)
+    dtype = model.dtype if place is None else place.dtype
+    module._parameters[leaf] = nn.Parameter(tensor.to(device, dtype), requires_grad=False)

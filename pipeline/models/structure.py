@@ -1,6 +1,8 @@
-"""The structure of any decoder-only architecture that transformers has: which tensor is which weight of which block.
+"""The structure of any architecture with a text decoder that transformers has: which tensor is which weight of which
+block.
 
-The model is built from config.json alone, its parameters on the meta device, and asked; there is no per-model code.
+The model is built from config.json alone, its parameters on the meta device, and asked; there is no per-model code. A
+vision-language model is built whole, and its decoder blocks are those of its text decoder.
 """
 
 import copy
@@ -12,21 +14,32 @@ from dataclasses import dataclass
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     rename_source_key,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listing
 from ..formats.names import fused_unit as fused_unit
 from ..storage.checkpoint import Checkpoint, TensorInfo
 
+# in the order in which they are asked for the class that a config names
+_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 _ROUTER = re.compile(r"(.+_)?gate|wg|gating|gate_?network|(.+_)?router(_.+)?")  # names of layers; gate_proj is none
 
 
@@ -43,45 +56,112 @@ class ParameterPath:
     expert: tuple[int, int, int] | None = None
 
 
+def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
+    """The auto class of transformers whose from_pretrained builds the model that a config names.
+
+    `architectures` in the config names the model's class, such as Qwen2VLForConditionalGeneration. One config may
+    serve several classes: Qwen3.5's serves the whole model and its text decoder alone. A config that names none of
+    them gets the one that takes the whole config, not a part of it.
+
+    Raises:
+        ValueError: transformers has no class for the config that writes text.
+    """
+    kind = type(config)
+    models = {auto: auto._model_mapping[kind] for auto in _AUTO_CLASSES if kind in auto._model_mapping}  # type: ignore[attr-defined]
+    if not models:
+        raise ValueError("transformers has no model for it that writes text")
+    named = (config.architectures or [None])[0]
+    for fits in (
+        lambda model: model.__name__ == named,
+        lambda model: getattr(model, "config_class", None) is kind,
+        lambda model: True,
+    ):
+        for auto, model in models.items():
+            if any(map(fits, model if isinstance(model, tuple | list) else [model])):
+                return auto
+    raise AssertionError("the last one fits every model")
+
+
+def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """A checkpoint's config as transformers reads it, without what it says of quantization."""
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a checkpoint, its parameters on the meta device (they take no memory), its buffers real.
 
+    Every parameter has the dtype that from_pretrained would give it: some models keep a few in float32.
+
     Raises:
-        CheckpointError: transformers has no causal language model for this config, or the config is not sane.
+        CheckpointError: transformers has no language model for this config, or the config is not sane.
     """
-    layers = checkpoint.config.get("num_hidden_layers", checkpoint.config.get("n_layer", 1))
-    if not isinstance(layers, int) or not 1 <= layers <= len(checkpoint.tensors):
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: {layers!r} layers, the files hold {len(checkpoint.tensors)} tensors"
-        )
+    sections = [checkpoint.config, checkpoint.config.get("text_config")]
+    for section in (each for each in sections if isinstance(each, dict)):
+        layers = section.get("num_hidden_layers", section.get("n_layer", 1))
+        if not isinstance(layers, int) or not 1 <= layers <= len(checkpoint.tensors):
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'}: {layers!r} layers, the files hold {len(checkpoint.tensors)} "
+                "tensors"
+            )
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        config = model_config(checkpoint)
         with init_empty_weights(include_buffers=False):
             chosen = dtype or config.dtype or torch.float32
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=chosen)
+            model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
+        _keep_in_float32(model, chosen)
     except Exception as error:  # whatever an untrusted config makes transformers stumble over
         kind = checkpoint.config.get("model_type", "no model_type")
         reason = str(error).strip() or type(error).__name__
         raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: transformers builds no causal language model from it ({kind}): "
+            f"{checkpoint.folder / 'config.json'}: transformers builds no language model from it ({kind}): "
             f"{reason.splitlines()[0]}"
         ) from error
     return model.eval()
 
 
-def decoder(model: nn.Module) -> str:
-    """The name of the list of decoder blocks, such as "model.layers": the outermost largest list.
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters that the model's class keeps in a wider dtype that dtype (`_keep_in_fp32_modules`)."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    patterns, globs, _ = build_glob_alternation(list(plan))
+    for module_name, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for leaf, tensor in table.items():
+                if tensor is None or not (match := patterns.search(f"{module_name}.{leaf}" if module_name else leaf)):
+                    continue
+                wider = tensor.to(plan[globs[match.lastgroup or ""]])
+                table[leaf] = nn.Parameter(wider, requires_grad=False) if table is module._parameters else wider  # type: ignore[assignment]
+
+
+def decoder(model: PreTrainedModel) -> str:
+    """The name of the list of the text decoder's blocks, such as "model.language_model.layers".
+
+    The model says which part of it is the text decoder, and its text config how many blocks that has. Where no list has
+    so many, or several have, the largest is taken, and of equal ones the outermost.
 
     Raises:
         CheckpointError: the model has no list of blocks.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise CheckpointError(f"{type(model).__name__} has no list of decoder blocks")
-    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists}
-    return max(sizes, key=lambda name: (sizes[name], -len(name)))
+    parts = [part for part in (model.get_decoder(), model) if isinstance(part, nn.Module)]
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    for part in parts:
+        inside = {id(module) for module in part.modules()}
+        lists = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and id(module) in inside
+        }
+        if lists:
+            sizes = {
+                name: sum(parameter.numel() for parameter in module.parameters()) for name, module in lists.items()
+            }
+            whole = [name for name, module in lists.items() if len(module) == count]
+            return max(whole or lists, key=lambda name: (sizes[name], -len(name)))
+    raise CheckpointError(f"{type(model).__name__} has no list of decoder blocks")
 
 
 class TensorNames:
@@ -94,7 +174,9 @@ class TensorNames:
         self._prefix = model.base_model_prefix
         self._parameters = dict(model.named_parameters())
         self._tied = tied(model)
-        self._state = {**self._parameters, **dict(model.named_buffers())}
+        stored = model.state_dict(keep_vars=True)  # without the buffers that a model computes when it is built
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+        self._state = {**self._parameters, **buffers}
         for name, origin in self._tied.items():
             self._state.setdefault(name, self._state[origin])
         self._blocks = decoder(model)
@@ -140,13 +222,35 @@ class TensorNames:
             return tuple(parameter.shape)
         return (parameter.shape[1] // target.expert[2], *parameter.shape[2:])
 
-    def floating(self, target: ParameterPath) -> bool:
-        """Whether the model computes with the tensor as floating-point numbers."""
-        parameter = self._state.get(target.parameter)
-        return isinstance(parameter, torch.Tensor) and parameter.is_floating_point()
+    def dtype(self, target: ParameterPath) -> torch.dtype:
+        """The dtype in which the model has a tensor that is known."""
+        return self._state[target.parameter].dtype
+
+    def mismatches(self, tensors: Mapping[str, TensorInfo], targets: Mapping[str, ParameterPath]) -> dict[str, str]:
+        """Tensor -> why it cannot fill its place: another shape, integers for floats, a place that is filled already.
+
+        Args:
+            tensors: of the files. targets: where those of them go that are to be looked at.
+        """
+        problems: dict[str, str] = {}
+        first: dict[ParameterPath, str] = {}
+        for name, target in targets.items():
+            info, parameter = tensors[name], self._state.get(target.parameter)
+            if parameter is None:
+                continue
+            expected = self.shape(target)
+            if expected is not None and expected != info.shape:
+                problems[name] = f"{name}: shape {list(info.shape)} in the file, {list(expected)} by config.json"
+            elif parameter.is_floating_point() and (not info.dtype.is_floating_point or info.dtype.itemsize == 1):
+                problems[name] = f"{name}: dtype {info.dtype}, expected floating-point numbers; its scales are missing"
+            elif not parameter.is_floating_point() and info.dtype.is_floating_point:
+                problems[name] = f"{name}: dtype {info.dtype}, expected {parameter.dtype} by the model"
+            elif (other := first.setdefault(target, name)) != name:
+                problems[name] = f"{name}: is the same weight of the model as {other}"
+        return problems
 
     def missing(self, targets: Iterable[ParameterPath]) -> list[str]:
-        """Parameters of the model that none of the targets fills, or not with every piece of every expert."""
+        """Tensors of the model that none of the targets fills, or not with every piece of every expert."""
         filled: dict[str, set[tuple[int, int] | None]] = defaultdict(set)
         pieces: dict[str, int] = {}
         for target in targets:
@@ -154,7 +258,7 @@ class TensorNames:
             if target.expert:
                 pieces[target.parameter] = target.expert[2]
         problems = []
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._state.items():
             if name in pieces:
                 wanted = {(expert, piece) for expert in range(parameter.shape[0]) for piece in range(pieces[name])}
                 if filled[name] != wanted:
@@ -162,6 +266,18 @@ class TensorNames:
             elif name not in filled and name not in self._tied:
                 problems.append(f"{name}: no tensor in the files")
         return problems
+
+    def does_not_match(
+        self, checkpoint: Checkpoint, targets: Mapping[str, ParameterPath], faults: list[str]
+    ) -> CheckpointError:
+        """The error that lists faults of the files; tensors that are not the model's show a prefix at a glance."""
+        unknown = [name for name, target in targets.items() if not self.known(target.parameter)]
+        some = (
+            f" ({len(unknown)} of {len(targets)} tensors are not of that model, such as {unknown[0]})"
+            if unknown
+            else ""
+        )
+        return CheckpointError(f"{checkpoint.folder} does not match its config.json{some}:\n{listing(faults)}")
 
     def block(self, parameter: str) -> int | None:
         """The decoder block that a parameter of the model belongs to; None outside of them."""
@@ -315,6 +431,22 @@ def kept_names(
     return kept
 
 
+def with_module_paths(layers: Iterable[str], names: TensorNames) -> dict[str, str]:
+    """Each layer by its name in the files and, where the model names it otherwise, by that name too -> the layer.
+
+    transformers looks for modules by the model's names: visual.blocks.0.attn.qkv of a file may be
+    model.visual.blocks.0.attn.qkv there. Servers look for the files' names. Experts that the model holds as one tensor
+    have no module.
+    """
+    paths: dict[str, str] = {}
+    for layer in layers:
+        target = names.target(f"{layer}.weight")
+        paths[layer] = layer
+        if not target.expert and names.known(target.parameter):
+            paths.setdefault(target.parameter.removesuffix(".weight"), layer)
+    return paths
+
+
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` where `path` is, a submodule or a parameter of the model."""
     parent_path, _, leaf = path.rpartition(".")
@@ -326,3 +458,29 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 def tied(model: PreTrainedModel) -> dict[str, str]:
     """Parameter -> the parameter whose storage it shares, such as lm_head.weight -> model.embed_tokens.weight."""
     return dict(model.all_tied_weights_keys)
+
+
+def tied_copies(checkpoint: Checkpoint, targets: Mapping[str, ParameterPath], model: PreTrainedModel) -> dict[str, str]:
+    """The tensors of the files that repeat a weight to which the config ties them: name -> name of that weight.
+
+    Args:
+        targets: of the tensors that are stored unquantized.
+    Raises:
+        CheckpointError: one differs from the weight that the config ties it to, so that one of the two would be lost.
+    """
+    by_parameter = {target.parameter: name for name, target in targets.items()}
+    copies, faults = {}, []
+    for parameter, origin in tied(model).items():
+        copy, original = by_parameter.get(parameter), by_parameter.get(origin)
+        if copy is None or original is None or copy == original:
+            continue
+        same_shape = checkpoint.tensors[copy].shape == checkpoint.tensors[original].shape
+        if not same_shape or not torch.equal(checkpoint.read(copy), checkpoint.read(original)):
+            faults.append(
+                f"{copy} differs from {original}, though config.json ties them; set tie_word_embeddings to false in "
+                "config.json if both are meant"
+            )
+        copies[copy] = original
+    if faults:
+        raise CheckpointError(faults[0] if len(faults) == 1 else f"{checkpoint.folder}:\n{listing(faults)}")
+    return copies

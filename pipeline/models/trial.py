@@ -31,11 +31,14 @@ _ROWS = 8  # of the head, whose other rows would only take time
 
 @dataclass(frozen=True)
 class TrialLayer:
-    """A layer as it is to be: its scheme, the weight's shape [out, in], and what weight_kind says of it."""
+    """A layer as it is to be.
 
-    scheme: Scheme
+    scheme: None for an expert that stays as it is beside quantized ones. shape: [out, in]. kind: see weight_kind.
+    """
+
+    scheme: Scheme | None
     shape: tuple[int, ...]
-    kind: str
+    kind: str = "linear"
 
 
 @dataclass
@@ -106,7 +109,9 @@ class _Trial:
             dtype = self.model.dtype
             dense = _sample(width, dtype).expand(rows, width)
             module: nn.Module
-            if layer.scheme.problems((rows, width)):  # which the plan is about to refuse, or the group to be fitted
+            if layer.scheme is None:
+                return _Dense(dense, bias)
+            if layer.scheme.problems((rows, width)):  # which the plan is about to refuse, or to fit
                 module = _Dense(dense, bias)
             elif layer.kind == "embedding":
                 module = QEmbedding(_qtensor(layer.scheme, (rows, width)), dtype)
@@ -183,7 +188,8 @@ def layers_to_keep(checkpoint: Checkpoint, layers: Mapping[ParameterPath, TrialL
         for group in _groups(names, layers).values():
             _, group_error = _try(checkpoint, {target: layers[target] for target in group})
             if group_error is not None:
-                reasons |= dict.fromkeys(group, f"the model does not run with it quantized: {_line(group_error)}")
+                quantized = [target for target in group if layers[target].scheme]
+                reasons |= dict.fromkeys(quantized, f"the model does not run with it quantized: {_line(group_error)}")
         rest = {target: layer for target, layer in layers.items() if target not in reasons}
         readers, error = _try(checkpoint, rest)
         if error is not None:
@@ -198,7 +204,7 @@ def layers_to_keep(checkpoint: Checkpoint, layers: Mapping[ParameterPath, TrialL
             same = (
                 names.block(other.parameter) in blocks.get(block, [None]) and names.in_block(other.parameter) == inner
             )
-            if same:
+            if same and layers[other].scheme:
                 reasons[other] = f"{reader} reads its weight itself"
     return reasons
 
@@ -220,7 +226,7 @@ def _line(error: BaseException) -> str:
 
 
 def _groups(names: TensorNames, layers: Collection[ParameterPath]) -> dict[str, list[ParameterPath]]:
-    """The layers of all blocks that have the same name in their block, together."""
+    """The layers of all blocks that have the same name in their block, all experts among them, together."""
     groups: dict[str, list[ParameterPath]] = {}
     for target in layers:
         groups.setdefault(names.in_block(target.parameter), []).append(target)

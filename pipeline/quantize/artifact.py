@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, listing
 from ..formats.base import Shard, Writer
+from ..models.structure import TensorNames, with_module_paths
 from ..storage import files as store
 from ..storage import journal
 from ..storage.checkpoint import Checkpoint, read_json
@@ -130,7 +131,9 @@ def quantize(
     store.preflight(work, max(0, int(size) - written) + (blocks.nbytes() if blocks else 0))
     writer = plan.format.writer(folder, plan.dtype, len(plan.units))
     lines = _write_units(checkpoint, plan, blocks, writer, progress, recipe.max_fallback_layers, on_step)
-    section = plan.format.quantization_config(plan.schemes, plan.kept, plan.dtype)
+    names, schemes = TensorNames(plan.model), plan.schemes
+    named = {path: schemes[layer] for path, layer in with_module_paths(schemes, names).items()}
+    section = plan.format.quantization_config(named, list(with_module_paths(plan.kept, names)), plan.dtype)
     files = writer.close(checkpoint.config, section, checkpoint.other_files())
     _compare_names(checkpoint, plan, folder)
     layers = [layer for line in lines for layer in line["layers"]]

@@ -116,29 +116,32 @@ class BlockRunner:
         self._read = read or (lambda planned: checkpoint.read(planned.info.name))
         self.batches = ids.split(max(1, _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"]) // ids.shape[1]))
         self._workers = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
-        self._calls: list[list[_Call]] = []
+        self._calls: list[dict[int, _Call]] = []  # of each batch: block -> what it is called with
         self._first: Tensor | None = None  # block 0's inputs, as last seen
         self._ending: Tensor | None = None  # the last block's outputs, to be passed on
 
     def _passed(self, number: int, hidden: Tensor, call: _Call) -> Tensor:
         """Note a stand-in's call; returns the stand-in's output."""
-        last = number == len(self._blocks) - 1
         if self._ending is not None:
-            return self._ending if last else hidden
-        if number == 0:
+            return self._ending if number == max(self._calls[0]) else hidden
+        calls = self._calls[-1]
+        if not calls:
             self._first, self._version = hidden, hidden._version
         if (
-            number != len(self._calls[-1])
+            any(number <= earlier for earlier in calls)
             or self._first is None
             or (hidden.data_ptr(), hidden.shape, hidden._version)
             != (self._first.data_ptr(), self._first.shape, self._version)
         ):
             raise TypeError(f"block {number} reads something else than what the block before it puts out")
-        earlier = self._calls[0][number] if len(self._calls) > 1 else None
-        self._calls[-1].append(_shared(call, earlier))
-        if last:
+        calls[number] = _shared(call, self._calls[0].get(number) if len(self._calls) > 1 else None)
+        if len(calls) == len(self._blocks) or (calls is not self._calls[0] and len(calls) == len(self._calls[0])):
             raise _Done
         return hidden
+
+    def reached(self, number: int) -> bool:
+        """Whether text alone goes through a block; cross-attention to images does nothing without an image."""
+        return number in self._calls[0]
 
     @contextlib.contextmanager
     def _outside_in_memory(self) -> Iterator[None]:
@@ -166,17 +169,19 @@ class BlockRunner:
             CheckpointError: the model does more between its blocks than to hand on what one puts out to the next.
         """
         self._calls.clear()
+        self._first = None
         with self._outside_in_memory():
             for batch in self.batches:
-                self._calls.append([])
+                self._calls.append({})
+                reason: str | None = None
                 try:
-                    self.model(input_ids=batch.to(self.device), use_cache=False)
-                    reason: str | None = "not all of them are called"
-                except _Done:
-                    assert self._first is not None
-                    read = tuple(self._first.shape)
-                    reason = f"they read tensors of shape {list(read)} for {list(batch.shape)} tokens"
-                    reason = None if read[:-1] == batch.shape else reason
+                    with contextlib.suppress(_Done):
+                        self.model(input_ids=batch.to(self.device), use_cache=False)
+                    if self._first is None or self._calls[-1].keys() != self._calls[0].keys():
+                        reason = "not all of them are called"
+                    elif self._first.shape[:-1] != batch.shape:
+                        read = list(self._first.shape)
+                        reason = f"they read tensors of shape {read} for {list(batch.shape)} tokens"
                 except (AttributeError, LookupError, TypeError, ValueError) as error:  # a stand-in was not enough
                     reason = str(error).partition("\n")[0]
                 if reason is not None:
@@ -218,6 +223,8 @@ class BlockRunner:
     @torch.no_grad()
     def forward(self, batch: int, inputs: Tensor) -> Tensor:
         """The block's outputs for its inputs [windows, context, hidden] of one batch."""
+        if not self.reached(self._number):
+            return inputs.to(self.device)
         call = self._calls[batch][self._number]
         output = self._block(inputs.to(self.device), *call.arguments, **call.options)
         return output[0] if isinstance(output, tuple | list) else output

@@ -21,6 +21,7 @@ from ..models.structure import (
     not_linear,
     skeleton,
     tied,
+    tied_copies,
     weight_kind,
 )
 from ..models.trial import TrialLayer, layers_to_keep
@@ -153,15 +154,15 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     model = skeleton(checkpoint)
     names = TensorNames(model)
     targets = {name: names.target(name) for name in checkpoint.tensors}
-    copies = _tied_copies(checkpoint, targets, model)
-    decided, broken, unfit, fitted = [], [], _Problems(), _Problems()
+    copies = tied_copies(checkpoint, targets, model)
+    mismatches = names.mismatches(checkpoint.tensors, targets)
+    decided, broken, unfit, fitted, impossible = [], [], _Problems(), _Problems(), _Problems()
     for info in checkpoint.tensors.values():
         if info.name in copies:
             continue
         target = targets[info.name]
-        expected = names.shape(target)
-        if expected is not None and expected != info.shape:
-            broken.append(f"{info.name}: shape {list(info.shape)} in the file, {list(expected)} by config.json")
+        if problem := mismatches.get(info.name):
+            broken.append(problem)
             continue
         try:
             spec, kind, reason = _decide(info, target, names, model, recipe.rules)
@@ -171,14 +172,17 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         decided.append(PlannedTensor(info, target, names.block(target.parameter), spec, kind, reason))
     broken += names.missing(tensor.target for tensor in decided) if not (broken or unfit.layers) else []
     if broken:
-        raise CheckpointError(f"{checkpoint.folder} does not match its config.json:\n{listing(broken)}")
+        raise names.does_not_match(checkpoint, targets, broken)
     wanted = {t.target: TrialLayer(t.spec.scheme, t.shape, t.kind) for t in decided if t.spec and t.kind}
+    tables = {target.parameter for target in wanted if target.expert}
+    wanted |= {t.target: TrialLayer(None, t.shape) for t in decided if not t.spec and t.target.parameter in tables}
     reasons = layers_to_keep(checkpoint, wanted) if wanted else {}
     tensors = []
     for tensor in decided:
         if reason := reasons.get(tensor.target, ""):
             if asking := _naming_rule(tensor.info.name, recipe.rules):
                 unfit.add(tensor.module, [f"the rule {asking} asks for it, and {reason}"])
+            impossible.add(tensor.module, [reason])
             tensor = replace(tensor, spec=None, kind=None, reason=reason)
         if tensor.spec and recipe.fit_groups:
             spec = tensor.spec.fitted(tensor.shape)
@@ -210,10 +214,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         _refuse_split_units(tensors, recipe.rules)
     format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec])
     dtype = next(tensor.info.dtype for tensor in tensors if tensor.spec)
-    notes = [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
+    notes = [checkpoint.dequantization] if checkpoint.dequantization else []
+    notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
-    return Plan(model, tensors, _units(tensors), dtype, copies, format, notes)
+    return Plan(model, tensors, _units(tensors), dtype, list(copies), format, notes)
 
 
 def _decide(
@@ -305,25 +310,3 @@ def _units(tensors: list[PlannedTensor]) -> list[Unit]:
     units = [Unit(f"outside {number}", group) for number, group in enumerate(shards)]
     blocks = sorted({tensor.block for tensor in tensors if tensor.block is not None})
     return units + [Unit(f"block {b}", [each for each in tensors if each.block == b]) for b in blocks]
-
-
-def _tied_copies(checkpoint: Checkpoint, targets: dict[str, ParameterPath], model: PreTrainedModel) -> list[str]:
-    """TensorNames of tensors that repeat a weight they are tied to.
-
-    Raises:
-        CheckpointError: one differs from the weight that the config ties it to.
-    """
-    by_parameter = {target.parameter: name for name, target in targets.items()}
-    copies = []
-    for parameter, origin in tied(model).items():
-        copy, original = by_parameter.get(parameter), by_parameter.get(origin)
-        if copy is None or original is None or copy == original:
-            continue
-        same_shape = checkpoint.tensors[copy].shape == checkpoint.tensors[original].shape
-        if not same_shape or not torch.equal(checkpoint.read(copy), checkpoint.read(original)):
-            raise CheckpointError(
-                f"{copy} differs from {original}, though config.json ties them; set tie_word_embeddings to false in "
-                "config.json if both are meant"
-            )
-        copies.append(copy)
-    return copies
