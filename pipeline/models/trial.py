@@ -218,6 +218,7 @@ def _try(
         error = trial.run()
         if error is None:
             break
+    _qtensor.cache_clear()
     return trial.readers, error
 
 
