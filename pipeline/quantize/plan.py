@@ -1,6 +1,7 @@
 """What will be done to each tensor, decided from headers alone, before any weight is read."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +12,7 @@ from bitpress.kernels.scheme import Scheme
 from ..errors import CheckpointError, ConfigError, listing
 from ..formats import first_fitting, misfits
 from ..formats.base import Format, group_into_shards
+from ..models.experts import ExpertSlice, SplitCheckpoint
 from ..models.structure import (
     ParameterPath,
     TensorNames,
@@ -76,11 +78,13 @@ class Unit:
 class Plan:
     """What will be done to a checkpoint.
 
+    checkpoint: where the tensors are read from; experts that the files hold in one tensor are seen one by one in it.
     dtype: that of its first weight that is quantized. dropped: tensors that repeat a weight they are tied to.
     format: how the artifact is stored. notes: sentences on what the recipe left open and the plan decided.
     """
 
     model: PreTrainedModel
+    checkpoint: Checkpoint
     tensors: list[PlannedTensor]
     units: list[Unit]
     dtype: torch.dtype
@@ -155,6 +159,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     names = TensorNames(model)
     targets = {name: names.target(name) for name in checkpoint.tensors}
     copies = tied_copies(checkpoint, targets, model)
+    checkpoint, aliases = _split_experts(checkpoint, targets, names, recipe.rules)
+    targets = {name: targets.get(name) or names.target(name) for name in checkpoint.tensors}
     mismatches = names.mismatches(checkpoint.tensors, targets)
     decided, broken, unfit, fitted, impossible = [], [], _Problems(), _Problems(), _Problems()
     for info in checkpoint.tensors.values():
@@ -165,7 +171,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             broken.append(problem)
             continue
         try:
-            spec, kind, reason = _decide(info, target, names, model, recipe.rules)
+            spec, kind, reason = _decide(info, target, names, model, recipe.rules, aliases.get(info.name, info.name))
         except ValueError as error:
             unfit.add(info.name, [str(error)])
             continue
@@ -180,7 +186,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     tensors = []
     for tensor in decided:
         if reason := reasons.get(tensor.target, ""):
-            if asking := _naming_rule(tensor.info.name, recipe.rules):
+            if asking := _naming_rule(tensor.info.name, aliases.get(tensor.info.name, tensor.info.name), recipe.rules):
                 unfit.add(tensor.module, [f"the rule {asking} asks for it, and {reason}"])
             impossible.add(tensor.module, [reason])
             tensor = replace(tensor, spec=None, kind=None, reason=reason)
@@ -192,7 +198,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         if tensor.spec:
             unfit.add(tensor.module, tensor.spec.scheme.problems(tensor.shape))
         tensors.append(tensor)
-    unused = [p for p in recipe.rules.layers if not any(Rules(None, {p: None}).pattern(n) for n in checkpoint.tensors)]
+    known = {*checkpoint.tensors, *aliases.values()}
+    unused = [p for p in recipe.rules.layers if not any(Rules(None, {p: None}).pattern(name) for name in known)]
     for pattern in unused:
         for copy, origin in tied(model).items():
             if Rules(None, {pattern: None}).pattern(copy):
@@ -211,23 +218,54 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if not any(tensor.spec for tensor in tensors):
         raise ConfigError(f"nothing to quantize in {checkpoint.folder.name}: the recipe's rules keep every layer")
     if not recipe.allow_split_fused:
-        _refuse_split_units(tensors, recipe.rules)
+        _refuse_split_units(tensors, recipe.rules, aliases)
     format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec])
     dtype = next(tensor.info.dtype for tensor in tensors if tensor.spec)
     notes = [checkpoint.dequantization] if checkpoint.dequantization else []
     notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
-    return Plan(model, tensors, _units(tensors), dtype, list(copies), format, notes)
+    return Plan(model, checkpoint, tensors, _units(tensors), dtype, list(copies), format, notes)
+
+
+def _split_experts(
+    checkpoint: Checkpoint, targets: Mapping[str, ParameterPath], names: TensorNames, rules: Rules
+) -> tuple[Checkpoint, dict[str, str]]:
+    """The checkpoint, its tensors of all experts seen as a layer for each expert where any of these is quantized.
+
+    Returns:
+        It, and a second name by which rules may call some tensors: of an expert's layer, the tensor that it lies in;
+        of a tensor of experts that stays whole, its first layer.
+    """
+    slices: dict[str, ExpertSlice] = {}
+    aliases: dict[str, str] = {}
+    split: set[str] = set()
+    for name, target in sorted(targets.items(), key=lambda item: item[1].parameter.endswith("_bias")):
+        layers = names.slices(name, target)
+        if not layers or names.shape(target) != checkpoint.tensors[name].shape:
+            continue
+        if names.experts[target.parameter].bias:  # goes with its weight
+            whole = target.parameter.removesuffix("_bias") not in split
+        else:
+            whole = not any(rules.spec(layer, name) for layer in layers)
+        if whole:
+            aliases[name] = next(iter(layers))
+        else:
+            split.add(target.parameter)
+            slices |= layers
+            aliases |= dict.fromkeys(layers, name)
+    return (SplitCheckpoint(checkpoint, slices) if slices else checkpoint), aliases
 
 
 def _decide(
-    info: TensorInfo, target: ParameterPath, names: TensorNames, model: PreTrainedModel, rules: Rules
+    info: TensorInfo, target: ParameterPath, names: TensorNames, model: PreTrainedModel, rules: Rules, alias: str
 ) -> tuple[LayerSpec | None, str | None, str]:
     """(spec, kind, "") for a weight to quantize, (None, None, reason) for one to keep.
 
     Embeddings and heads are quantized where a rule names them, never because "*" matches them too.
 
+    Args:
+        alias: another name by which rules may call the tensor.
     Raises:
         ValueError: it ought to be quantized, and cannot be.
     """
@@ -236,16 +274,16 @@ def _decide(
         return None, None, reason
     if not names.known(target.parameter):
         return None, None, "not a weight of the model as transformers builds it"
-    pattern, spec = rules.pattern(info.name), rules.spec(info.name)
+    pattern, spec = rules.pattern(info.name, alias), rules.spec(info.name, alias)
     inside = names.block(target.parameter) is not None
-    if not inside and not _naming_rule(info.name, rules):
+    if not inside and not _naming_rule(info.name, alias, rules):
         return None, None, "outside the decoder blocks"
     if spec is None:
         return None, None, f"kept by the rule {pattern}: {KEPT}" if pattern else "no rule of the recipe names it"
     kind = weight_kind(model, target)
     if is_fused_experts(model, target):
         raise ValueError(f"experts fused into one tensor of shape {list(info.shape)} are not supported yet")
-    naming = _naming_rule(info.name, rules)
+    naming = _naming_rule(info.name, alias, rules)
     if kind is None or (kind == "embedding" and inside):
         reason = not_linear(model, target)
         if naming and len(info.shape) > 1:
@@ -258,13 +296,13 @@ def _decide(
     return spec, kind, ""
 
 
-def _naming_rule(name: str, rules: Rules) -> str | None:
+def _naming_rule(name: str, alias: str, rules: Rules) -> str | None:
     """The rule that decides on a tensor, where the rule spells the layer's own name; "*" names nothing."""
-    pattern = rules.pattern(name)
+    pattern = rules.pattern(name, alias)
     return pattern if pattern and name.removesuffix(".weight").rpartition(".")[2] in pattern else None
 
 
-def _refuse_split_units(tensors: list[PlannedTensor], rules: Rules) -> None:
+def _refuse_split_units(tensors: list[PlannedTensor], rules: Rules, aliases: Mapping[str, str]) -> None:
     """Servers multiply by q, k and v, by gate and up, and by all experts of a block as by one weight.
 
     Raises:
@@ -277,7 +315,9 @@ def _refuse_split_units(tensors: list[PlannedTensor], rules: Rules) -> None:
     split = []
     for unit, parts in units.items():
         schemes = {part.module: part.spec.scheme.name if part.spec else KEPT for part in parts}
-        if len(set(schemes.values())) > 1 and any(rules.pattern(part.info.name) for part in parts):
+        if len(set(schemes.values())) > 1 and any(
+            rules.pattern(part.info.name, aliases.get(part.info.name, part.info.name)) for part in parts
+        ):
             some = [f"{name} {schemes[name]}" for name in {scheme: name for name, scheme in schemes.items()}.values()]
             split.append(f"{unit}: {', '.join(some)}")
     if split:
