@@ -27,12 +27,12 @@ def describe(folder: Path) -> dict[str, Any]:
         CheckpointError: what is wrong with the files.
     """
     checkpoint = Checkpoint(folder)
-    config, infos = checkpoint.config, checkpoint.tensors.values()
+    config, infos = checkpoint.config, checkpoint.stored.values()
     description: dict[str, Any] = {
         "architecture": ", ".join(config.get("architectures") or ["?"]),
         "dtype": config.get("dtype") or config.get("torch_dtype") or "?",
         "files": len(checkpoint.files),
-        "tensors": len(checkpoint.tensors),
+        "tensors": len(infos),
         "bytes": sum(info.nbytes for info in infos),
     }
     by_dtype: dict[str, int] = {}
@@ -41,7 +41,8 @@ def describe(folder: Path) -> dict[str, Any]:
         by_dtype[name] = by_dtype.get(name, 0) + info.nbytes
     description["bytes by dtype"] = [f"{name}: {count}" for name, count in sorted(by_dtype.items())]
     if "quantization_config" not in config:
-        return description | {"quantized": "no", "parameters": sum(prod(info.shape) for info in infos)}
+        plain = {"quantized": "no", "parameters": sum(prod(info.shape) for info in checkpoint.tensors.values())}
+        return description | plain | ({"source": checkpoint.dequantization} if checkpoint.dequantization else {})
     format, counts = count_schemes(checkpoint)
     description |= {
         "quantized": scheme_name(counts),

@@ -224,7 +224,9 @@ def _check_dense(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps) ->
     except CheckpointError as error:
         names = None
         diagnosis.faults.append(_short(error, checkpoint.folder))
-    diagnosis.notes.append("not quantized: any runtime that knows the architecture loads it")
+    diagnosis.notes.append(
+        checkpoint.dequantization or "not quantized: any runtime that knows the architecture loads it"
+    )
     _check_plain(checkpoint, checkpoint.tensors, names, diagnosis, steps)
 
 
@@ -245,7 +247,12 @@ def _check_plain(
                 diagnosis.faults.append(
                     f"{name}: shape {list(info.shape)} in the file, {list(expected)} by config.json"
                 )
-        if info.dtype.is_floating_point and (bad := count_not_finite(checkpoint.read(name))):
+        try:
+            bad = count_not_finite(checkpoint.read(name)) if info.dtype.is_floating_point else 0
+        except CheckpointError as error:  # codes that cannot be dequantized
+            diagnosis.faults.append(_short(error, checkpoint.folder))
+            continue
+        if bad:
             diagnosis.faults.append(f"{name}: {bad} values are NaN or infinite")
     if unknown:
         diagnosis.notes.append(f"not of the model as transformers builds it: {some(unknown)}")

@@ -107,7 +107,7 @@ def _check_plain(
     faults = []
     for name, target in plain.items():
         dtype = checkpoint.tensors[name].dtype
-        if names.floating(target) and not dtype.is_floating_point:
+        if names.floating(target) and (not dtype.is_floating_point or dtype.itemsize == 1):
             faults.append(f"{name}: dtype {dtype}, expected floating-point numbers; its scales are missing")
         owner = next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in quantized), None)
         if owner and name != f"{owner}.bias":

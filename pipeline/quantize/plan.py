@@ -201,7 +201,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         _refuse_split_units(tensors, recipe.rules)
     format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec])
     dtype = next(tensor.info.dtype for tensor in tensors if tensor.spec)
-    notes = [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
+    notes = [checkpoint.dequantization] if checkpoint.dequantization else []
+    notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
     return Plan(model, tensors, _units(tensors), dtype, copies, format, notes)

@@ -5,7 +5,6 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, listing
+from .dequantized import DequantizedTensors, coding_files, dequantized, without_coding
 from .files import SAFETENSORS_DTYPES, sha256_file
+from .tensor_info import TensorInfo as TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -29,18 +30,6 @@ _MOST_FUSED_EXPERTS = 1024
 _MOST_POSITIONS = 1 << 24
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_SUFFIXES = (*_PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".index.json")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor, as a safetensors header describes it. offset: bytes from the start of `file`."""
-
-    name: str
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -140,6 +129,18 @@ def _read_into(buffer: Tensor, info: TensorInfo, offset: int) -> None:
         raise CheckpointError(f"{info.file}: cannot be read any more: {error.strerror}; run again") from error
 
 
+def _stored_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
+    """Rows of a tensor as they lie in its file; a scalar has one."""
+    assert 0 <= start <= stop <= (info.shape[0] if info.shape else 1)
+    size = info.nbytes // max(1, info.shape[0] if info.shape else 1)
+    try:
+        buffer = torch.empty((stop - start) * size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise CheckpointError(f"{info.name}: {info.nbytes / 1e9:.0f} GB do not fit into memory") from error
+    _read_into(buffer, info, info.offset + start * size)
+    return buffer.view(info.dtype).reshape(stop - start, *info.shape[1:])
+
+
 def _shard_problem(value: object) -> str | None:
     if not isinstance(value, str):
         return f"{value!r} is not a file name"
@@ -179,9 +180,12 @@ def _implausible(config: Any, count: int, widest: int, path: str = "") -> Iterat
 class Checkpoint:
     """A folder of safetensors, sharded or not. To open it reads headers only.
 
+    Weights of a model that is published in FP8 or MXFP4 (see the folder sources/) are shown, and read, as the plain
+    tensors that they stand for: of all that follows, only `stored` and `dequantization` tell that they are coded.
+
     Attributes:
         folder: the folder.
-        tensors: name -> TensorInfo, in file order.
+        stored: name -> TensorInfo, in file order, of what lies in the files.
         files: the weight files.
     Raises:
         CheckpointError: everything that is wrong with the index and the shards, at once.
@@ -193,7 +197,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder} is not a folder; give a local checkpoint folder or a Hub id such as org/name"
             )
-        self.tensors: dict[str, TensorInfo] = {}
+        self.stored: dict[str, TensorInfo] = {}
         self.files: list[Path] = []
         if (folder / INDEX).exists():
             self._read_sharded()
@@ -201,7 +205,7 @@ class Checkpoint:
                 raise CheckpointError(f"{folder} has both {SINGLE} and {INDEX}; remove the one that is not meant")
         elif (folder / SINGLE).exists():
             self.files = [folder / SINGLE]
-            self.tensors = _header(self.files[0])
+            self.stored = _header(self.files[0])
         else:
             self._refuse_without_safetensors()
         self._stats = self._stat()
@@ -229,16 +233,41 @@ class Checkpoint:
         faults = []
         for file in self.files:
             for name, info in _header(file).items():
-                if name in self.tensors:
-                    faults.append(f"{name} is in both {self.tensors[name].file.name} and {file.name}")
+                if name in self.stored:
+                    faults.append(f"{name} is in both {self.stored[name].file.name} and {file.name}")
                 elif weight_map.get(name) != file.name:
                     faults.append(f"{name} is in {file.name}, the index says {weight_map.get(name, 'nothing')}")
-                self.tensors[name] = info
+                self.stored[name] = info
         faults += [
-            f"{name} is in the index, not in {file}" for name, file in weight_map.items() if name not in self.tensors
+            f"{name} is in the index, not in {file}" for name, file in weight_map.items() if name not in self.stored
         ]
         if faults:
             raise CheckpointError(f"{self.folder}: {INDEX} and the files disagree:\n{listing(faults)}")
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        """config.json as it is."""
+        return read_json(self.folder / "config.json", _CONFIG_LIMIT)
+
+    @cached_property
+    def _dequantized(self) -> DequantizedTensors | None:
+        if not (self.folder / "config.json").exists():
+            return None
+        return dequantized(self.folder, self._config, self.stored, lambda path: read_json(path, _CONFIG_LIMIT))
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Name -> TensorInfo, in file order, of the tensors that `read` gives.
+
+        Raises:
+            CheckpointError: coded weights and scales that do not fit together.
+        """
+        return self._dequantized.tensors if self._dequantized else self.stored
+
+    @property
+    def dequantization(self) -> str | None:
+        """A sentence on coded weights and what they are read as; None where all are read as they lie there."""
+        return self._dequantized.sentence if self._dequantized else None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -248,7 +277,7 @@ class Checkpoint:
             CheckpointError: it wants to run code of its own, or names sizes that the files contradict.
         """
         path = self.folder / "config.json"
-        config = read_json(path, _CONFIG_LIMIT)
+        config = without_coding(self._config) if self._dequantized else self._config
         if "auto_map" in config:
             raise CheckpointError(
                 f"{path} asks for code of its own (auto_map: {config['auto_map']}), which bitpress "
@@ -267,7 +296,8 @@ class Checkpoint:
     def single(cls, file: Path) -> "Checkpoint":
         """A checkpoint of one safetensors file, whatever its name."""
         checkpoint = cls.__new__(cls)
-        checkpoint.folder, checkpoint.files, checkpoint.tensors = file.parent, [file], _header(file)
+        checkpoint.folder, checkpoint.files, checkpoint.stored = file.parent, [file], _header(file)
+        checkpoint._dequantized = None  # a config.json beside it may be about other files
         return checkpoint
 
     @staticmethod
@@ -278,24 +308,27 @@ class Checkpoint:
     def read(self, name: str, digest: "hashlib._Hash | None" = None) -> Tensor:
         """One tensor, copied into memory. `digest` is updated with its bytes."""
         info = self.tensors[name]
-        try:
-            buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        except RuntimeError as error:
-            raise CheckpointError(f"{name}: {info.nbytes / 1e9:.0f} GB do not fit into memory") from error
-        _read_into(buffer, info, info.offset)
+        tensor = self._rows(info, 0, info.shape[0] if info.shape else 1).reshape(info.shape)
         if digest is not None:
-            digest.update(buffer.numpy().data)
-        return buffer.view(info.dtype).reshape(info.shape)
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return tensor
 
-    def read_rows(self, name: str, counts: Iterable[int]) -> Iterator[Tensor]:
-        """One tensor in parts along its first dimension; `counts` are the rows of each part, one after the other."""
-        info = self.tensors[name]
-        size, offset = info.nbytes // info.shape[0], info.offset
+    def read_rows(self, name: str, counts: Iterable[int], first: int = 0) -> Iterator[Tensor]:
+        """One tensor in parts along its first dimension.
+
+        Args:
+            counts: the rows of each part, one part after the other. first: the row that the first part begins with.
+        """
+        start = first
         for count in counts:
-            buffer = torch.empty(count * size, dtype=torch.uint8)
-            _read_into(buffer, info, offset)
-            offset += count * size
-            yield buffer.view(info.dtype).reshape(count, *info.shape[1:])
+            yield self._rows(self.tensors[name], start, start + count)
+            start += count
+
+    def _rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """Rows of one of `tensors`, copied into memory."""
+        if self._dequantized and info.name in self._dequantized:
+            return self._dequantized.rows(info.name, start, stop, _stored_rows)
+        return _stored_rows(info, start, stop)
 
     def fetch(self) -> None:
         """Ask the system to read the weight files into its cache in the background, where it can do so."""
@@ -314,9 +347,11 @@ class Checkpoint:
         and both ends of each tensor: that tells a retrained checkpoint from the one before, without reading all of it.
         """
         self.config  # noqa: B018  (refuses what is no regular file)
-        result = {path.name: sha256_file(path) for path in (self.folder / "config.json", *self.other_files())}
+        side_files = [self.folder / name for name in coding_files() if (self.folder / name).exists()]
+        read_whole = (self.folder / "config.json", *side_files, *self.other_files())
+        result = {path.name: sha256_file(path) for path in read_whole}
         tensors_of: dict[Path, list[TensorInfo]] = {}
-        for info in self.tensors.values():
+        for info in self.stored.values():
             tensors_of.setdefault(info.file, []).append(info)
         for file in self.files:
             with file.open("rb") as handle:
@@ -360,6 +395,6 @@ class Checkpoint:
             name = path.name
             if name.startswith(".") or name.endswith(WEIGHT_SUFFIXES) or path.suffix in (".py", ".so", ".sh"):
                 continue
-            if path.is_file() and name not in ("config.json", "quantize_config.json"):
+            if path.is_file() and name not in ("config.json", "quantize_config.json", *coding_files()):
                 companions.append(regular_file(path))
         return companions

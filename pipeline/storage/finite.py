@@ -14,6 +14,7 @@ def count_not_finite(tensor: Tensor) -> int:
         return 0
     count = 0
     for piece in tensor.flatten().split(_PIECE):
+        piece = piece.to(torch.float32) if tensor.element_size() == 1 else piece  # torch has no aminmax of float8
         if piece.numel() and not torch.isfinite(torch.stack(torch.aminmax(piece))).all():
             count += int((~torch.isfinite(piece)).sum())
     return count

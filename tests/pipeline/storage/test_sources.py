@@ -1,0 +1,419 @@
+"""Coded checkpoints are read as the plain tensors that they stand for: compared with a decoder of its own, in numpy."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from bitpress.pipeline.api import quantize
+from bitpress.pipeline.checkpoints.describe import describe
+from bitpress.pipeline.checkpoints.doctor import diagnose
+from bitpress.pipeline.errors import CheckpointError
+from bitpress.pipeline.storage.checkpoint import SINGLE, Checkpoint
+
+Tensors = dict[str, Tensor]
+
+SIGNS = np.array([1.0, -1.0])
+
+
+def minifloat(exponent_bits: int, mantissa_bits: int, bias: int) -> np.ndarray:
+    """The value of each code, from the definition: a sign, an exponent, a mantissa; subnormal at exponent 0."""
+    codes = np.arange(1 << (1 + exponent_bits + mantissa_bits))
+    mantissa = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
+    exponent = (codes >> mantissa_bits) & ((1 << exponent_bits) - 1)
+    sign = SIGNS[codes >> (exponent_bits + mantissa_bits)]
+    return sign * np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
+
+
+E4M3, E5M2, E2M1 = minifloat(4, 3, 7), minifloat(5, 2, 15), minifloat(2, 1, 1)
+E4M3[[0x7F, 0xFF]] = np.nan
+E5M2[0x7C:0x80] = E5M2[0xFC:] = np.nan
+
+
+def decoded(values: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """float32 products, element by element: scales[row // height, column // width]."""
+    rows, columns = (np.arange(size) // step for size, step in zip(values.shape, block, strict=True))
+    return values.astype(np.float32) * scales.astype(np.float32)[rows][:, columns]
+
+
+def bfloat16(values: np.ndarray) -> Tensor:
+    """Rounded to the nearest bfloat16, ties to even, by the bits of a float32."""
+    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return torch.from_numpy(bits.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How weights are coded: what config.json (or a side file) says, and the tensors of one weight.
+
+    block: of a scale; None for the whole dimension. suffix: what the scales are called. stored: the scales [rows,
+    columns] as the files hold them, or their exponents where they are `powers` of two. extra: other tensors of a layer.
+    """
+
+    section: dict[str, Any]
+    block: tuple[int | None, int | None] = (128, 128)
+    suffix: str = "weight_scale_inv"
+    stored: Callable[[np.ndarray], Tensor] = lambda scales: torch.from_numpy(scales.astype(np.float32))
+    powers: bool = False
+    extra: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    codes: tuple[np.ndarray, torch.dtype] = (E4M3, torch.float8_e4m3fn)
+    side_file: bool = False
+
+    def encode(self, layer: str, shape: tuple[int, int], rng: np.random.Generator) -> tuple[Tensors, Tensor]:
+        """Random codes and scales of a weight, and the weight."""
+        table, dtype = self.codes
+        codes = rng.choice(np.flatnonzero(np.isfinite(table)), shape).astype(np.uint8)
+        block = (self.block[0] or shape[0], self.block[1] or shape[1])
+        grid = [-(-size // step) for size, step in zip(shape, block, strict=True)]
+        exponents = rng.integers(-14, -10, grid)
+        scales = np.exp2(exponents) if self.powers else rng.uniform(1e-4, 4e-4, grid)
+        stored = self.stored(exponents + 127 if self.powers else scales)
+        tensors = {f"{layer}.weight": torch.from_numpy(codes).view(dtype), f"{layer}.{self.suffix}": stored}
+        tensors |= {f"{layer}.{name}": torch.ones(size) for name, size in self.extra.items()}
+        if not self.powers:
+            scales = stored.to(torch.float32).numpy().reshape(grid)
+        return tensors, bfloat16(decoded(table[codes], scales, block))
+
+
+def compressed(weights: dict[str, Any]) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, **weights}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": groups,
+        "ignore": ["lm_head"],
+    }
+
+
+def scalar(scales: np.ndarray) -> Tensor:
+    return torch.tensor(scales.item(), dtype=torch.float32)
+
+
+def exponents(scales: np.ndarray) -> Tensor:
+    return torch.from_numpy(scales.astype(np.uint8))
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+LAYOUTS = {
+    "deepseek": Layout({**FP8, "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}),
+    "odd blocks": Layout(
+        {**FP8, "weight_block_size": [48, 40]}, (48, 40), "weight_scale_inv", lambda s: torch.from_numpy(s).bfloat16()
+    ),
+    "no block in the config": Layout(FP8),
+    "ue8m0": Layout(
+        {**FP8, "weight_block_size": [128, 128], "scale_fmt": "ue8m0"},
+        suffix="scale",
+        powers=True,
+        stored=lambda s: exponents(s).view(torch.float8_e8m0fnu),
+    ),
+    "mxfp8": Layout({"quant_method": "mxfp8", "weight_block_size": [1, 32]}, (1, 32), stored=exponents, powers=True),
+    "static": Layout(
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        (None, None),
+        "weight_scale",
+        scalar,
+        extra={"input_scale": (1,)},
+    ),
+    "mistral": Layout({"quant_method": "fp8"}, (None, None), "qscale_weight", scalar, extra={"qscale_act": ()}),
+    "fbgemm": Layout({"quant_method": "fbgemm_fp8"}, (1, None), "weight_scale", extra={"input_scale_ub": (1,)}),
+    "e5m2": Layout(
+        {"quant_method": "fp8", "fmt": "e5m2"},
+        (None, None),
+        "weight_scale_inv",
+        scalar,
+        codes=(E5M2, torch.float8_e5m2),
+    ),
+    "compressed channel": Layout(
+        compressed({"strategy": "channel"}), (1, None), "weight_scale", lambda s: torch.from_numpy(s).bfloat16()
+    ),
+    "compressed tensor": Layout(
+        compressed({"strategy": "tensor"}),
+        (None, None),
+        "weight_scale",
+        lambda s: scalar(s).reshape(1),
+        extra={"input_scale": (1,)},
+    ),
+    "compressed block": Layout(compressed({"strategy": "block", "block_structure": [128, 128]}), suffix="weight_scale"),
+    "modelopt": Layout(
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        (None, None),
+        "weight_scale",
+        scalar,
+        extra={"input_scale": ()},
+    ),
+    "modelopt side file": Layout(
+        {"quant_algo": "FP8_PB_WO"},
+        suffix="weight_scale",
+        stored=lambda s: torch.from_numpy(s.astype(np.float32))[:, None, :, None],
+        side_file=True,
+    ),
+}
+
+
+def code(folder: Path, layout: Layout) -> Path:
+    """Code the projections of a saved model's blocks, in place; returns a folder with what they stand for."""
+    dense = shutil.copytree(folder, folder.with_name(f"{folder.name}-dense"))
+    rng, coded, plain = np.random.default_rng(0), {}, load_file(folder / SINGLE)
+    for name, tensor in plain.items():
+        coded[name] = tensor
+        if name.endswith("proj.weight"):
+            tensors, plain[name] = layout.encode(name.removesuffix(".weight"), tuple(tensor.shape), rng)
+            coded |= tensors
+    save_file(plain, dense / SINGLE, metadata={"format": "pt"})
+    save_file(coded, folder / SINGLE, metadata={"format": "pt"})
+    if layout.side_file:
+        side_file = {"producer": {"name": "modelopt"}, "quantization": layout.section}
+        (folder / "hf_quant_config.json").write_text(json.dumps(side_file))
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": layout.section}))
+    return dense
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    """Every layout in turn."""
+    return request.param
+
+
+@pytest.fixture
+def coded(
+    tmp_path: Path, save_model: Callable[..., Path], llama_config: Callable[..., LlamaConfig]
+) -> Callable[[str], tuple[Path, Path]]:
+    """coded(layout): the folder of a tiny Llama whose weights are coded so, and that of what they stand for. Blocks of
+    128 are cut: its layers have 64 or 192 features."""
+
+    def make(name: str) -> tuple[Path, Path]:
+        config = llama_config(intermediate_size=192, num_hidden_layers=1, vocab_size=256)
+        folder = save_model(config, tmp_path / "coded")
+        return folder, code(folder, LAYOUTS[name])
+
+    return make
+
+
+def test_is_read_as_what_it_stands_for(coded: Callable[[str], tuple[Path, Path]], layout: str):
+    """Names, shapes, dtypes and every bit; whole or in rows that begin inside of a block."""
+    folder, dense = coded(layout)
+    checkpoint, expected = Checkpoint(folder), Checkpoint(dense)
+    assert {name: (info.dtype, info.shape, info.nbytes) for name, info in checkpoint.tensors.items()} == {
+        name: (info.dtype, info.shape, info.nbytes) for name, info in expected.tensors.items()
+    }
+    assert checkpoint.config == expected.config
+    for name in expected.tensors:
+        weight = expected.read(name)
+        assert torch.equal(checkpoint.read(name), weight), name
+        first, counts = len(weight) // 4 + 1, (len(weight) // 3, len(weight) // 5)
+        parts = list(checkpoint.read_rows(name, counts, first))
+        assert torch.equal(torch.cat(parts), weight[first : first + sum(counts)]), name
+    assert "7 weights lie in the files as" in str(checkpoint.dequantization)
+    assert "bfloat16" in str(checkpoint.dequantization)
+    assert [path.name for path in checkpoint.other_files()] == [path.name for path in expected.other_files()]
+
+
+def test_identity_is_that_of_the_files(coded: Callable[[str], tuple[Path, Path]]):
+    folder, dense = coded("modelopt side file")
+    before = Checkpoint(folder).identity()
+    assert before.keys() == {*Checkpoint(dense).identity(), "hf_quant_config.json"}
+    tensors = load_file(folder / SINGLE)
+    scales = next(name for name in tensors if name.endswith("weight_scale"))
+    save_file({**tensors, scales: tensors[scales] * 2}, folder / SINGLE, metadata={"format": "pt"})
+    changed = {name for name, value in Checkpoint(folder).identity().items() if value != before[name]}
+    assert changed == {SINGLE}
+
+
+@pytest.mark.parametrize("layout", ["deepseek", "modelopt side file"])
+def test_artifact_is_that_of_the_dense_model(coded: Callable[[str], tuple[Path, Path]], tmp_path: Path, layout: str):
+    """To the byte, its config too: nothing is left of the source's coding. What was read is said."""
+    folder, dense = coded(layout)
+    artifacts = []
+    for source in (folder, dense):
+        out = tmp_path / f"{source.name}-int4"
+        notes = quantize(source, "int4-g32", out)
+        assert any("dequantized" in note for note in notes) == (source == folder)
+        artifacts.append({path.name: path.read_bytes() for path in out.iterdir() if path.name != "bitpress.json"})
+    assert artifacts[0] == artifacts[1]
+
+
+def test_calibrated_artifact_is_that_of_the_dense_model(
+    coded: Callable[[str], tuple[Path, Path]], learn: Callable[..., list[str]], tmp_path: Path
+):
+    shards = []
+    for source in coded("odd blocks"):
+        learn(source, tmp_path / f"{source.name}-gptq")
+        shards.append([path.read_bytes() for path in sorted((tmp_path / f"{source.name}-gptq").glob("*.safetensors"))])
+    assert shards[0] == shards[1]
+
+
+def test_inspect_and_doctor_say_it(coded: Callable[[str], tuple[Path, Path]]):
+    folder, dense = coded("static")
+    described, plain = describe(folder), describe(dense)
+    assert described["parameters"] == plain["parameters"]
+    assert described["bytes"] < plain["bytes"]
+    assert "float8_e4m3fn" in str(described["bytes by dtype"])
+    diagnosis = diagnose(folder)
+    assert diagnosis.sound, diagnosis.faults
+    for text in (described["source"], " ".join(diagnosis.notes)):
+        assert "7 weights lie in the files as fp8; they are dequantized one at a time to bfloat16" in text
+        assert "7 scales of inputs and caches are left out" in text
+
+
+Q, GATE = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj"
+
+
+def put(name: str, index: Any, value: float) -> Callable[[Tensors], Any]:
+    """Change some values of a tensor; float8 ones by their bytes."""
+
+    def change(tensors: Tensors) -> None:
+        tensor = tensors[name]
+        (tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor)[index] = value
+
+    return change
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
+    "NaN codes": ("deepseek", put(f"{GATE}.weight", (slice(1, 3), 0), 0xFF), f"{GATE}.weight: 2 of its codes are NaN"),
+    "infinite code": ("e5m2", put(f"{Q}.weight", (0, 0), 0x7C), f"{Q}.weight: 1 of its codes are NaN or infinite"),
+    "zero scale": ("deepseek", put(f"{GATE}.weight_scale_inv", (1, 0), 0), f"1 scales in {GATE}.weight_scale_inv"),
+    "negative scale": ("static", lambda t: t[f"{Q}.weight_scale"].neg_(), f"1 scales in {Q}.weight_scale are NaN"),
+    "infinite scale": ("fbgemm", put(f"{Q}.weight_scale", (3, 0), float("inf")), f"{Q}.weight: 1 scales"),
+    "NaN exponent": ("mxfp8", put(f"{Q}.weight_scale_inv", (0, 0), 255), f"1 scales in {Q}.weight_scale_inv are NaN"),
+    "too large": ("static", lambda t: t[f"{Q}.weight_scale"].fill_(1e37), f"{Q}.weight: "),
+    "no scales": ("deepseek", lambda t: t.pop(f"{Q}.weight_scale_inv"), f"{Q}.weight is float8_e4m3fn and its scales"),
+    "no weight": ("deepseek", lambda t: t.pop(f"{Q}.weight"), f"{Q}.weight_scale_inv is the scale of a weight"),
+    "scales of another shape": (
+        "deepseek",
+        lambda t: t.update({f"{GATE}.weight_scale_inv": torch.ones(1, 1)}),
+        f"{GATE}.weight_scale_inv has shape [1, 1], expected [2, 1] for a weight of shape [192, 64]",
+    ),
+    "scales that are transposed": (
+        "fbgemm",
+        lambda t: t.update({f"{Q}.weight_scale": torch.ones(1, 64)}),
+        f"{Q}.weight_scale has shape [1, 64], expected",
+    ),
+    "integer scales": (
+        "deepseek",
+        lambda t: t.update({f"{Q}.weight_scale_inv": torch.ones(1, 1, dtype=torch.int32)}),
+        f"{Q}.weight_scale_inv is int32",
+    ),
+    "two kinds of scales": (
+        "deepseek",
+        lambda t: t.update({f"{Q}.weight_scale": torch.ones(1)}),
+        f"{Q}.weight is float8_e4m3fn and has several tensors of scales",
+    ),
+    "a vector": (
+        "static",
+        lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][0]}),
+        f"the weight of {Q}.weight_scale has shape [64]",
+    ),
+}
+
+
+def read_everything(folder: Path) -> None:
+    checkpoint = Checkpoint(folder)
+    for name in checkpoint.tensors:
+        checkpoint.read(name)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(coded: Callable[[str], tuple[Path, Path]], edit_tensors: Callable[..., None], damage: str):
+    """By quantize's reader and by the doctor."""
+    layout, change, sentence = DAMAGES[damage]
+    folder, _ = coded(layout)
+    edit_tensors(folder / SINGLE, change)
+    with pytest.raises(CheckpointError) as caught:
+        read_everything(folder)
+    assert sentence in str(caught.value)
+    diagnosis = diagnose(folder)
+    assert sentence in "\n".join(diagnosis.faults)
+
+
+@pytest.mark.parametrize(
+    ("section", "sentence"),
+    [
+        (None, "has no quantization_config, and tensors such as"),
+        ({**FP8, "weight_block_size": [128, "x"]}, "weight_block_size is [128, 'x'], expected two whole numbers"),
+        ({**FP8, "weight_block_size": [0, 128]}, "weight_block_size is [0, 128], expected two whole numbers"),
+        ({"quant_method": "modelopt", "quant_algo": ["FP8"]}, "quant_algo is ['FP8']; bitpress reads FP8"),
+        (compressed({"strategy": "block", "block_structure": 7}), "no config group has a strategy"),
+    ],
+)
+def test_section_is_not_trusted(
+    coded: Callable[[str], tuple[Path, Path]], edit_json: Callable[..., None], section: Any, sentence: str
+):
+    folder, _ = coded("deepseek")
+    edit_json(folder / "config.json", quantization_config=section)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(folder).config  # noqa: B018
+    assert sentence in str(caught.value)
+
+
+class TestMxfp4:
+    """gpt-oss as it is published: experts as codes of four bits, the rest as it is."""
+
+    EXPERTS = "model.layers.0.mlp.experts"
+    PARTS: ClassVar[dict[str, tuple[int, int]]] = {"gate_up_proj": (128, 64), "down_proj": (64, 96)}  # out, in
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        rng, tensors = np.random.default_rng(0), {}
+        for part, (out, features) in self.PARTS.items():
+            name = f"{self.EXPERTS}.{part}"
+            blocks = rng.integers(0, 256, (4, out, features // 32, 16), dtype=np.uint8)
+            tensors[f"{name}_blocks"] = torch.from_numpy(blocks)
+            tensors[f"{name}_scales"] = torch.from_numpy(rng.integers(110, 130, blocks.shape[:3], dtype=np.uint8))
+            tensors[f"{name}_bias"] = torch.randn(4, out).bfloat16()
+        save_file(tensors, tmp_path / SINGLE)
+        section = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens"]}
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
+        return tmp_path
+
+    def test_experts_are_read_as_the_model_has_them(self, folder: Path):
+        """[experts, in, out]; value 2i of a row is the low half of its byte i."""
+        checkpoint, stored = Checkpoint(folder), load_file(folder / SINGLE)
+        assert set(checkpoint.tensors) == {
+            f"{self.EXPERTS}.{part}{ending}" for part in self.PARTS for ending in ("", "_bias")
+        }
+        for part, (out, features) in self.PARTS.items():
+            name = f"{self.EXPERTS}.{part}"
+            codes, scales = stored[f"{name}_blocks"].numpy(), stored[f"{name}_scales"].numpy()
+            values = np.empty((4, out, features))
+            values[..., 0::2] = E2M1[codes & 15].reshape(4, out, -1)
+            values[..., 1::2] = E2M1[codes >> 4].reshape(4, out, -1)
+            expected = bfloat16(values * np.exp2(scales.astype(float) - 127).repeat(32, -1)).transpose(1, 2)
+            assert checkpoint.tensors[name].shape == (4, features, out)
+            assert torch.equal(checkpoint.read(name), expected)
+            (one,) = checkpoint.read_rows(name, (1,), first=2)
+            assert torch.equal(one, expected[2:3])
+            assert torch.equal(checkpoint.read(f"{name}_bias"), stored[f"{name}_bias"])
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            (lambda t, n: t.pop(f"{n}_scales"), "gate_up_proj_scales is missing, which belongs to"),
+            (lambda t, n: t.pop(f"{n}_blocks"), "gate_up_proj_blocks is missing, which belongs to"),
+            (lambda t, n: t.update({f"{n}_scales": t[f"{n}_scales"][:3].clone()}), "has shape [3, 128, 2], exp"),
+            (lambda t, n: t.update({f"{n}_blocks": t[f"{n}_blocks"].flatten(2)}), "expected [experts, out, in"),
+            (lambda t, n: t.update({f"{n}_scales": t[f"{n}_scales"].float()}), "expected uint8"),
+            (lambda t, n: t.update({n: torch.zeros(4, 64, 128)}), "is there twice"),
+            (lambda t, n: t[f"{n}_scales"].fill_(255), "experts.gate_up_proj: 1024 scales in"),
+            (lambda t, n: t[f"{n}_scales"].fill_(254), "are too large for torch.bfloat16"),
+        ],
+    )  # fmt: skip
+    def test_damage_is_named(
+        self, folder: Path, edit_tensors: Callable[..., None], change: Callable[..., Any], sentence: str
+    ):
+        edit_tensors(folder / SINGLE, lambda tensors: change(tensors, f"{self.EXPERTS}.gate_up_proj"))
+        with pytest.raises(CheckpointError) as caught:
+            read_everything(folder)
+        assert sentence in str(caught.value)
