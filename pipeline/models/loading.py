@@ -16,6 +16,7 @@ from ..hub.download import resolve
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite, check_range
 from ..system.device import pick_device
+from ..system.limits import Budget, OverBudget, within
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
 from .dense import read_dense
@@ -26,6 +27,9 @@ from .structure import ParameterPath, TensorNames
 from .transformers import attach
 
 CPU = torch.device("cpu")
+_TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".tiktoken")
+_TOKENIZER_SECONDS = 60  # the largest in use take 2
+_TOKENIZER_BYTES = 1 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,8 +57,17 @@ def load(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, as transformers makes it.
+
+    Raises:
+        CheckpointError: none can be made of the folder's files.
+    """
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _TOKENIZER_SUFFIXES)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with within(Budget(_TOKENIZER_SECONDS + size / 1e6, _TOKENIZER_BYTES + 100 * size)):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except OverBudget as error:
+        raise CheckpointError(f"{folder.name}: to make the tokenizer takes {error}; its files are not sane") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(f"{folder.name}: no tokenizer can be made of its files: {error}") from error
 

@@ -5,6 +5,7 @@ The model is built from config.json alone, its parameters on the meta device, an
 vision-language model is built whole, and its decoder blocks are those of its text decoder.
 """
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -37,12 +38,16 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CheckpointError, listing
 from ..formats.names import fused_unit as fused_unit
 from ..storage.checkpoint import Checkpoint, TensorInfo
+from ..system.limits import Budget, OverBudget, within
 from .experts import ExpertSlice, expert_layouts
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)(\.(?P<piece>\w+))?\.(?P<kind>weight|bias)")
 
+_STRUCTURE_SECONDS = 60  # the largest models in use take 2
+_STRUCTURE_BYTES = 1 << 30  # the buffers of models in use have some MB
 # in the order in which they are asked for the class that a config names
 _AUTO_CLASSES = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM)
+_ROUTER = re.compile(r"(.+_)?gate|wg|gating|gate_?network|(.+_)?router(_.+)?")  # names of layers; gate_proj is none
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,21 @@ def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     raise AssertionError("the last one fits every model")
 
 
+def _budget(checkpoint: Checkpoint) -> Budget:
+    """What a model's structure may take. Its parameters pass through memory that is never touched, one at a time, and
+    quantized ones are packed to an eighth in the files."""
+    nbytes = sum(info.nbytes for info in checkpoint.tensors.values())
+    return Budget(_STRUCTURE_SECONDS + len(checkpoint.tensors) / 1000, _STRUCTURE_BYTES + 16 * nbytes)
+
+
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """A checkpoint's config as transformers reads it, without what it says of quantization."""
-    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+    """A checkpoint's config as transformers reads it, without what it says of quantization.
+
+    Raises:
+        OverBudget: one of its numbers takes too much memory or time.
+    """
+    with within(_budget(checkpoint)):
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -112,10 +129,15 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
             )
     try:
         config = model_config(checkpoint)
-        with init_empty_weights(include_buffers=False):
+        with within(_budget(checkpoint)), init_empty_weights(include_buffers=False):
             chosen = dtype or config.dtype or torch.float32
             model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
         _keep_in_float32(model, chosen)
+    except OverBudget as error:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: to build this model takes {error}, which does not fit its weight "
+            "files; one of the config's numbers is far too large"
+        ) from error
     except Exception as error:  # whatever an untrusted config makes transformers stumble over
         kind = checkpoint.config.get("model_type", "no model_type")
         reason = str(error).strip() or type(error).__name__
@@ -356,6 +378,12 @@ class TensorNames:
         number = self._list_index(parameter)
         return number is not None and number >= self.block_count
 
+    def in_block(self, parameter: str) -> str:
+        """The parameter's name in its block, which parameters of other blocks share; its whole name outside of them."""
+        if self._list_index(parameter) is None:
+            return parameter
+        return parameter.removeprefix(f"{self._blocks}.").partition(".")[2]
+
     def _list_index(self, parameter: str) -> int | None:
         """The number in the list of blocks that a name speaks of."""
         number = parameter.removeprefix(f"{self._blocks}.").split(".")[0]
@@ -376,9 +404,59 @@ def weight_kind(model: nn.Module, target: ParameterPath) -> str | None:
         return None
     if type(module) is nn.Embedding:
         return "embedding"
-    if isinstance(module, Conv1D):
+    if type(module) is Conv1D:
         return "conv1d"
-    return "linear" if isinstance(module, nn.Linear) else None
+    return "linear" if is_plain_linear(module) else None
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module does what nn.Linear does: a router that is a subclass of it may give something else.
+
+    A subclass with a forward of its own is asked: a copy with a small random weight must give x W' + b.
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, 6), (8, 6), (8,)))
+    small = copy.copy(module)
+    small.in_features, small.out_features = 6, 8
+    parameters = {"weight": weight, "bias": bias if module.bias is not None else None}
+    small._parameters = {name: None if each is None else nn.Parameter(each) for name, each in parameters.items()}
+    try:
+        with torch.no_grad():
+            y = small(x)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # what it does needs another shape
+        return False
+    expected = nn.functional.linear(x, weight, parameters["bias"])
+    return isinstance(y, torch.Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
+
+
+def gate_reason(model: PreTrainedModel, target: ParameterPath) -> str | None:
+    """What a linear layer is, if it is a router or a gate: its few outputs decide much; None for any other layer.
+
+    Args:
+        target: of a weight of kind "linear" or "conv1d".
+    """
+    if target.expert:
+        return None
+    parts = target.parameter.removesuffix(".weight").split(".")
+    outputs = model.get_parameter(target.parameter).shape[1 if weight_kind(model, target) == "conv1d" else 0]
+    if outputs == 1:
+        return "a single output: a gate"
+    if _ROUTER.fullmatch(parts[-1]) or any("router" in part for part in parts[-3:]):
+        return "a router or gate"
+    experts = _expert_counts(model.config)
+    beside_experts = hasattr(model.get_submodule(".".join(parts[:-1])), "experts")
+    return "a router: as many outputs as there are experts" if beside_experts and outputs in experts else None
+
+
+def _expert_counts(config: PreTrainedConfig) -> set[int]:
+    """Every number of experts that a config or one of its sections names."""
+    values = list(config.to_dict().items())
+    for _, value in values:
+        if isinstance(value, dict):
+            values.extend(value.items())
+    return {value for key, value in values if str(key).endswith("experts") and isinstance(value, int)}
 
 
 def is_fused_experts(model: nn.Module, target: ParameterPath) -> bool:
