@@ -241,8 +241,9 @@ def _split_experts(
     aliases: dict[str, str] = {}
     split: set[str] = set()
     for name, target in sorted(targets.items(), key=lambda item: item[1].parameter.endswith("_bias")):
-        layers = names.slices(name, target)
-        if not layers or names.shape(target) != checkpoint.tensors[name].shape:
+        shape = checkpoint.tensors[name].shape
+        layers = names.slices(name, target, shape) if names.fits(target, shape) else {}
+        if not layers:
             continue
         if names.experts[target.parameter].bias:  # goes with its weight
             whole = target.parameter.removesuffix("_bias") not in split
