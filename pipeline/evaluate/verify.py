@@ -107,7 +107,7 @@ def verify_artifact(
             "device": device,
             "dtype": str(Checkpoint.single(reference).tensors["logits"].dtype).removeprefix("torch."),
         }
-        return worker.call("verify", request, artifact.parent)
+        return worker.call("verify", request)
     finally:
         if not recipe.calibration:
             reference.unlink()

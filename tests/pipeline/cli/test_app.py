@@ -43,7 +43,7 @@ def bitpress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["bitpress", *map(str, arguments)])
-        was = signal.getsignal(signal.SIGTERM)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         capfd.readouterr()
         try:
             app.main()
@@ -51,7 +51,8 @@ def bitpress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
         except SystemExit as stop:
             code = int(stop.code or 0)
         finally:
-            signal.signal(signal.SIGTERM, was)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return Result(code, *capfd.readouterr())
 
     return call
