@@ -160,4 +160,4 @@ def facts_of(metrics: Mapping[str, Any]) -> list[list[str]]:
     if fused := kernels.get("fused"):
         why = "; ".join(f"{count}: {reason}" for reason, count in fused["why"].items())
         rows.append(["decoder layers in one call", f"{fused['fused']} of {fused['of']}{f' ({why})' if why else ''}"])
-    return rows
+    return rows + [["warning", warning] for warning in metrics.get("warnings") or []]

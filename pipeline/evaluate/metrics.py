@@ -46,6 +46,7 @@ class Protocol(_Part):
     windows: Count = None
     tokens: Count = None
     dtype: str | None = None
+    bos: str | None = None  # what begins with the tokenizer's BOS; None where the tokenizer puts none before a text
 
 
 class WindowSums(_Part):
@@ -186,6 +187,7 @@ class Metrics(_Part):
     memory: Memory | None = None
     speed: list[Speed] | None = None
     kernels: Kernels | None = None
+    warnings: list[str] | None = None  # what makes the figures other than they seem
     machine: dict[str, Any] | None = None
     versions: dict[str, str | None] | None = None
     config: Config | None = None

@@ -185,6 +185,7 @@ def assemble(source: Source, origin: Origin, conditions: Conditions, measured: d
         "reload": measured["reload"],
         "kernels": measured["kernels"] if origin.scheme != BASELINE else {},
         "sample": measured["sample"],
+        "warnings": measured["warnings"],
         "machine": measured["machine"],
         "versions": versions(),
         "command": conditions.command,
