@@ -33,7 +33,7 @@ from bitpress.kernels.linear import inputs_left_alone
 
 from ..config.schema import Eval, Speed
 from ..data.text import Text, read_text
-from ..data.tokens import encode, longest
+from ..data.tokens import BoundedTokenizer, encode, longest
 from ..errors import CheckpointError, ConfigError, NumericsError
 from ..models.loading import kernels_used, load_model, load_tokenizer
 from ..models.modules import names_of_experts, part_experts
@@ -196,7 +196,10 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
         **({"bos": plan.bos} if plan.bos else {}),
     }
     answer["dtype"] = str(model.dtype).removeprefix("torch.")
-    answer["sample"] = {"prompt": job.settings.prompt, "text": sample(model, job.tokenizer, job.settings.prompt)}
+    answer["sample"] = {
+        "prompt": job.settings.prompt,
+        "text": sample(model, BoundedTokenizer(job.tokenizer), job.settings.prompt),
+    }
     answer["tasks"] = _tasks(job, model)
     answer["warnings"] = [*job.other_tokens(), *_bos_warnings(job, model, text, plan.bos)]
     reason = job.crowding()
@@ -345,7 +348,7 @@ def _predict(job: _Measurement, text: list[Window]) -> None:
                 step(number, len(text))
                 if number not in stored:
                     stored.keep(number, stored_predictions.predict(baseline, window, number))
-        text_of_baseline = sample(baseline, job.tokenizer, job.settings.prompt)
+        text_of_baseline = sample(baseline, BoundedTokenizer(job.tokenizer), job.settings.prompt)
         files.write_json(stored.folder / _SAMPLE, {"text": text_of_baseline})
     del baseline
     _free()
@@ -378,7 +381,7 @@ def _quality(job: _Measurement, model: Any, text: list[Window], crowded: str | N
         "quality": {"path": "side by side"},
         "scores": every,
         "output_errors": _output_errors(job, dense, model, text[: job.settings.output_errors]),
-        "baseline_text": sample(dense, job.tokenizer, job.settings.prompt),
+        "baseline_text": sample(dense, BoundedTokenizer(job.tokenizer), job.settings.prompt),
     }
 
 

@@ -8,7 +8,7 @@ from bitpress.eval.measure.protocols import CONTEXTS, EvaluationWindows, evaluat
 
 from ..config.schema import Eval
 from ..data.text import Text
-from ..data.tokens import check_ids, longest
+from ..data.tokens import BoundedTokenizer, check_ids, longest
 from ..errors import ConfigError, NumericsError
 
 
@@ -17,7 +17,8 @@ def windows(text: Text, tokenizer: Any, settings: Eval, model: PretrainedConfig)
 
     Raises:
         ConfigError: the settings want a BOS that the tokenizer does not have.
-        NumericsError: the text fills no window. CheckpointError: a token that the model does not have.
+        NumericsError: the text fills no window. CheckpointError: a token that the model does not have, or the tokenizer
+            fails.
     """
     if settings.bos == "every" and tokenizer.bos_token_id is None:
         raise ConfigError("eval.bos is every, and the model's tokenizer has no BOS token; use auto")
@@ -25,9 +26,14 @@ def windows(text: Text, tokenizer: Any, settings: Eval, model: PretrainedConfig)
     stride = min(settings.stride, context)
     try:
         plan = evaluation_windows(
-            settings.protocol, text.documents or [text.content], tokenizer, context, stride, settings.windows,
+            settings.protocol,
+            text.documents or [text.content],
+            BoundedTokenizer(tokenizer),
+            context,
+            stride,
+            settings.windows,
             settings.bos,
-        )  # fmt: skip
+        )
     except ValueError as error:
         raise NumericsError(f"{text.name} has {error}; give more text, or set eval.context lower") from error
     check_ids(text.name, plan.highest, tokenizer, model)
