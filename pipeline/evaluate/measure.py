@@ -271,7 +271,7 @@ def _costs(job: _Measurement, model: Any, text: list[Window], loading: memory.Pe
     """Memory and speed."""
     resident = memory.resident_bytes(model)
     prompt, reading = memory.prefill(model, max((window.ids for window in text), key=len))
-    rates = _speeds(model, text, job.settings.speed, prompt["kv_cache_bytes_per_token"])
+    rates = _speeds(model, text, job.settings.speed, prompt)
     with memory.Peak(job.device) as scoring, job.numbers():
         scores.score(model, text[:1])
     peaks = (loading, reading, scoring)
@@ -286,7 +286,11 @@ def _costs(job: _Measurement, model: Any, text: list[Window], loading: memory.Pe
             "peak_rss_bytes": max(peak.rss for peak in peaks),
             "peak_cuda_bytes": scoring.cuda if scoring.cuda is None else max(peak.cuda or 0 for peak in peaks),
             "fits": memory.fitting(
-                resident, prompt["kv_cache_bytes_per_token"], per_token, None if limit == _FAR else limit
+                resident,
+                prompt["kv_cache_bytes_per_token"],
+                per_token,
+                None if limit == _FAR else limit,
+                prompt.get("kv_cache_windows", ()),
             ),
         },
         **rates,
@@ -295,7 +299,8 @@ def _costs(job: _Measurement, model: Any, text: list[Window], loading: memory.Pe
     }
 
 
-def _speeds(model: Any, text: list[Window], settings: Speed | None, cache: float | None) -> dict[str, Any]:
+def _speeds(model: Any, text: list[Window], settings: Speed | None, costs: dict[str, Any]) -> dict[str, Any]:
+    """Rates of each load. costs: of a prompt, see memory.prefill."""
     if settings is None or "past_key_values" not in inspect.signature(model.forward).parameters:
         return {"speed": [], "bandwidth": None, "energy_meter": None}  # those that keep a state decode by other calls
     ids, meter = torch.cat([window.ids for window in text]), energy.meter(model.device)
@@ -307,6 +312,10 @@ def _speeds(model: Any, text: list[Window], settings: Speed | None, cache: float
     for batch in settings.batch:
         for prompt, generate in lengths:
             load = speed.Load(batch, prompt, generate, settings.repeats)
+            per_token, length = costs["kv_cache_bytes_per_token"], prompt + generate
+            cache = None
+            if per_token is not None:  # on average: layers with a window keep its tokens only
+                cache = memory.cache_size(length, per_token, costs.get("kv_cache_windows", ())) / length
             if reason := _too_large(load, cache, model.device):
                 results.append({**asdict(load), "skipped": reason})
                 continue

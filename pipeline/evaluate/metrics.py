@@ -112,10 +112,18 @@ class Fit(_Part):
     context: Count = None
 
 
+class CacheWindow(_Part):
+    """Layers that keep the last tokens only: how many, and the bytes of each."""
+
+    tokens: Positive = None
+    bytes_per_token: Positive = None
+
+
 class Memory(_Part):
     resident_bytes: Count = None
     prompt: Count = None
-    kv_cache_bytes_per_token: Positive = None
+    kv_cache_bytes_per_token: Positive = None  # of each further token, however many there are
+    kv_cache_windows: list[CacheWindow] | None = None
     activation_peak_bytes: Count = None
     peak_rss_bytes: Count = None
     peak_cuda_bytes: Count = None
