@@ -284,6 +284,10 @@ def _facts(contents: QuantizedCheckpoint, seen: Examination) -> Facts:
         shapes={name: layer.shape for name, layer in seen.layers.items()},
         split=_split(contents),
         experts=frozenset(layer for layer, target in contents.quantized.items() if target.expert),
+        joined_experts=any(
+            target.expert and target.parameter not in contents.names.merged for target in contents.quantized.values()
+        ),
+        model_type=str(config.model_type),
         heads=(heads, counts[1] if isinstance(counts[1], int) and counts[1] > 0 else heads),
         kept=frozenset(seen.kept),
         auto_class=auto_class(contents.model.config).__name__,

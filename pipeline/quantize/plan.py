@@ -11,7 +11,7 @@ from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, ConfigError, listing
 from ..formats import first_fitting, misfits
-from ..formats.base import Format, group_into_shards
+from ..formats.base import Format, group_by_bytes
 from ..models.experts import ExpertSlice, SplitCheckpoint
 from ..models.structure import (
     ParameterPath,
@@ -242,8 +242,9 @@ def _split_experts(
     aliases: dict[str, str] = {}
     split: set[str] = set()
     for name, target in sorted(targets.items(), key=lambda item: item[1].parameter.endswith("_bias")):
-        layers = names.slices(name, target)
-        if not layers or names.shape(target) != checkpoint.tensors[name].shape:
+        shape = checkpoint.tensors[name].shape
+        layers = names.slices(name, target, shape) if names.fits(target, shape) else {}
+        if not layers:
             continue
         if names.experts[target.parameter].bias:  # goes with its weight
             whole = target.parameter.removesuffix("_bias") not in split
@@ -347,7 +348,7 @@ def _choose_format(wanted: Format | None, tensors: list[PlannedTensor]) -> tuple
 
 def _units(tensors: list[PlannedTensor]) -> list[Unit]:
     outside = [tensor for tensor in tensors if tensor.block is None]
-    shards = group_into_shards(outside, lambda tensor: tensor.info.nbytes)
+    shards = group_by_bytes(outside, lambda tensor: tensor.info.nbytes)
     units = [Unit(f"outside {number}", group) for number, group in enumerate(shards)]
     blocks = sorted({tensor.block for tensor in tensors if tensor.block is not None})
     return units + [Unit(f"block {b}", [each for each in tensors if each.block == b]) for b in blocks]
