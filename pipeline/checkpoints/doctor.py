@@ -10,9 +10,18 @@ from bitpress.eval.report.words import printable
 
 from ..errors import CheckpointError, listing
 from ..formats import read_config, registry
-from ..formats.base import Examination, Facts, LayerExamination, some
+from ..formats.base import Examination, Facts, LayerExamination, dtype_name, some
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
-from ..models.structure import ParameterPath, TensorNames, auto_class, decoder, kept_names, skeleton, tied_copies
+from ..models.structure import (
+    ParameterPath,
+    TensorNames,
+    auto_class,
+    decoder,
+    dtype_of_most,
+    kept_names,
+    skeleton,
+    tied_copies,
+)
 from ..storage import files as store
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.fingerprint import MANIFEST
@@ -181,7 +190,8 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
     except CheckpointError as error:  # each layer can be examined all the same
         diagnosis.faults.append(_short(error, checkpoint.folder))
     section = checkpoint.config["quantization_config"]
-    dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    dtype = str(stated or dtype_name(dtype_of_most(checkpoint.tensors.values())))
     seen = Examination(section, dtype)
     owned = {f"{layer}.{suffix}" for layer in layers for suffix in format.suffixes}
     for layer in layers:

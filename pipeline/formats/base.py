@@ -345,7 +345,7 @@ class SafetensorsWriter:
             "weight_map": dict(sorted(weight_map.items())),
         }
         model = {key: value for key, value in config.items() if key not in ("_name_or_path", "quantization_config")}
-        if "dtype" not in model and "torch_dtype" not in model:
+        if not model.get("dtype") and not model.get("torch_dtype"):  # null, too: readers guess then, each its own way
             model["dtype"] = dtype_name(self.dtype)
         written[INDEX] = files.write_json(self.folder / INDEX, index)
         contents = {"config.json": model | {"quantization_config": section}, **self.format.side_files(section)}

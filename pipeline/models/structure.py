@@ -7,9 +7,10 @@ vision-language model is built whole, and its decoder blocks are those of its te
 
 import copy
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from accelerate import init_empty_weights
@@ -130,7 +131,7 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
     try:
         config = model_config(checkpoint)
         with within(_budget(checkpoint)), init_empty_weights(include_buffers=False):
-            chosen = dtype or config.dtype or torch.float32
+            chosen = dtype or config.dtype or dtype_of_most(checkpoint.tensors.values())
             model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
         _keep_in_float32(model, chosen)
     except OverBudget as error:
@@ -146,6 +147,15 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
             f"{reason.splitlines()[0]}"
         ) from error
     return model.eval()
+
+
+def dtype_of_most(tensors: Iterable[TensorInfo]) -> torch.dtype:
+    """The floating dtype that most elements of these tensors have; float32 where there are none."""
+    elements = Counter({torch.float32: 0})
+    for info in tensors:
+        if info.dtype.is_floating_point:
+            elements[info.dtype] += prod(info.shape)
+    return elements.most_common(1)[0][0]
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ from ..models.experts import ExpertSlice, SplitCheckpoint
 from ..models.structure import (
     ParameterPath,
     TensorNames,
+    dtype_of_most,
     fused_unit,
     gate_reason,
     is_fused_experts,
@@ -79,7 +80,7 @@ class Plan:
     """What will be done to a checkpoint.
 
     checkpoint: where the tensors are read from; experts that the files hold in one tensor are seen one by one in it.
-    dtype: that of its first weight that is quantized. dropped: tensors that repeat a weight they are tied to.
+    dtype: that of most weights that are quantized. dropped: tensors that repeat a weight they are tied to.
     format: how the artifact is stored. notes: sentences on what the recipe left open and the plan decided.
     """
 
@@ -220,7 +221,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if not recipe.allow_split_fused:
         _refuse_split_units(tensors, recipe.rules, aliases)
     format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec])
-    dtype = next(tensor.info.dtype for tensor in tensors if tensor.spec)
+    dtype = dtype_of_most(tensor.info for tensor in tensors if tensor.spec)
     notes = [checkpoint.dequantization] if checkpoint.dequantization else []
     notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     if reasons:
