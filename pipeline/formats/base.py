@@ -33,7 +33,7 @@ class Facts:
     split: layer -> "column" or "row" as tensor parallelism cuts it, None for a layer that is whole on every GPU; None
     in all where no plan is known for the architecture. experts: the layers that are experts. heads: attention heads,
     and key-value heads. kept: linear layers that are not quantized. auto_class: transformers' class that builds its
-    model.
+    model. blocks: the list of decoder blocks, by transformers' name; "" where it is not known.
     """
 
     format: "Format"
@@ -45,6 +45,7 @@ class Facts:
     heads: tuple[int, int] = (1, 1)
     kept: frozenset[str] = frozenset()
     auto_class: str = "AutoModelForCausalLM"
+    blocks: str = ""
 
     def by_scheme(self, rule: Callable[[Scheme], Iterable[Reason]]) -> list[Reason]:
         """The reasons that a rule gives for each scheme; the scheme is named where there are several."""
