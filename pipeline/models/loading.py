@@ -1,6 +1,6 @@
 """Files -> a transformers model: quantized layers on our kernels, everything else as transformers has it."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,20 @@ from ..hub.download import resolve
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite, check_range
 from ..system.device import pick_device
+from ..system.limits import Budget, OverBudget, within
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
 from .dense import read_dense
-from .modules import experts_of, quantized_layers, replace_layers, set_tensor
+from .modules import experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
 from .quantized import read_quantized
 from .structure import ParameterPath, TensorNames
 from .transformers import attach
 
 CPU = torch.device("cpu")
+_TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".tiktoken")
+_TOKENIZER_SECONDS = 60  # the largest in use take 2
+_TOKENIZER_BYTES = 1 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,8 +57,17 @@ def load(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, as transformers makes it.
+
+    Raises:
+        CheckpointError: none can be made of the folder's files.
+    """
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _TOKENIZER_SUFFIXES)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with within(Budget(_TOKENIZER_SECONDS + size / 1e6, _TOKENIZER_BYTES + 100 * size)):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except OverBudget as error:
+        raise CheckpointError(f"{folder.name}: to make the tokenizer takes {error}; its files are not sane") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(f"{folder.name}: no tokenizer can be made of its files: {error}") from error
 
@@ -119,19 +132,16 @@ def _fill(
         NumericsError: NaN or infinite values, or values beyond the range of the model's dtype.
     """
     known = {name: target for name, target in plain.items() if names.known(target.parameter)}
-    fused: dict[str, list[tuple[tuple[int, int, int], Tensor]]] = defaultdict(list)
+    experts: dict[str, Tensor] = {}
     for (name, target), tensor in zip(known.items(), one_ahead(checkpoint.read, known)):
         check_finite(name, tensor)
         check_range(name, tensor, names.dtype(target))
         if target.expert:
-            fused[target.parameter].append((target.expert, tensor))
+            experts[name] = tensor
         else:
-            set_tensor(model, target.parameter, tensor, device)
-    for parameter, items in fused.items():
-        pieces = items[0][0][2]
-        tensors = [tensor for _, tensor in sorted(items, key=lambda item: item[0])]
-        rows = [torch.cat(tensors[i : i + pieces]) for i in range(0, len(tensors), pieces)]
-        set_tensor(model, parameter, torch.stack(rows), device)
+            set_tensor(model, target, tensor, device)
+    for target, tensor in joined_experts(names, {name: known[name] for name in experts}, experts.pop):
+        set_tensor(model, target, tensor, device)
 
 
 def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

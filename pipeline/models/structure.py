@@ -5,10 +5,11 @@ The model is built from config.json alone, its parameters on the meta device, an
 vision-language model is built whole, and its decoder blocks are those of its text decoder.
 """
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import init_empty_weights
@@ -25,6 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -36,9 +38,16 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CheckpointError, listing
 from ..formats.names import fused_unit as fused_unit
 from ..storage.checkpoint import Checkpoint, TensorInfo
+from ..system.limits import Budget, OverBudget, within
+from .experts import ExpertSlice, expert_layouts
 
+_EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)(\.(?P<piece>\w+))?\.(?P<kind>weight|bias)")
+
+_STRUCTURE_SECONDS = 60  # the largest models in use take 2
+_STRUCTURE_BYTES = 1 << 30  # the buffers of models in use have some MB
 # in the order in which they are asked for the class that a config names
 _AUTO_CLASSES = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM)
+_ROUTER = re.compile(r"(.+_)?gate|wg|gating|gate_?network|(.+_)?router(_.+)?")  # names of layers; gate_proj is none
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,14 @@ class ParameterPath:
     """Where a checkpoint's tensor goes in the model.
 
     parameter: the model's own name of it, such as "model.layers.0.mlp.experts.gate_up_proj".
-    expert: (expert index, piece index, pieces) where transformers merges one tensor per expert into a 3-D parameter,
-        as gate (piece 0) and up (piece 1) of each expert.
+    expert: (expert index, piece index, pieces) where the model keeps one tensor per expert in a parameter of all
+        experts, as gate (piece 0) and up (piece 1) of each expert.
+    transposed: the files hold all experts [experts, in, out] where the model has [experts, out, in], or the reverse.
     """
 
     parameter: str
     expert: tuple[int, int, int] | None = None
+    transposed: bool = False
 
 
 def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
@@ -80,9 +91,21 @@ def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     raise AssertionError("the last one fits every model")
 
 
+def _budget(checkpoint: Checkpoint) -> Budget:
+    """What a model's structure may take. Its parameters pass through memory that is never touched, one at a time, and
+    quantized ones are packed to an eighth in the files."""
+    nbytes = sum(info.nbytes for info in checkpoint.tensors.values())
+    return Budget(_STRUCTURE_SECONDS + len(checkpoint.tensors) / 1000, _STRUCTURE_BYTES + 16 * nbytes)
+
+
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """A checkpoint's config as transformers reads it, without what it says of quantization."""
-    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+    """A checkpoint's config as transformers reads it, without what it says of quantization.
+
+    Raises:
+        OverBudget: one of its numbers takes too much memory or time.
+    """
+    with within(_budget(checkpoint)):
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -106,10 +129,15 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
             )
     try:
         config = model_config(checkpoint)
-        with init_empty_weights(include_buffers=False):
+        with within(_budget(checkpoint)), init_empty_weights(include_buffers=False):
             chosen = dtype or config.dtype or torch.float32
             model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
         _keep_in_float32(model, chosen)
+    except OverBudget as error:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: to build this model takes {error}, which does not fit its weight "
+            "files; one of the config's numbers is far too large"
+        ) from error
     except Exception as error:  # whatever an untrusted config makes transformers stumble over
         kind = checkpoint.config.get("model_type", "no model_type")
         reason = str(error).strip() or type(error).__name__
@@ -171,6 +199,14 @@ class TensorNames:
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = model.base_model_prefix
         self._parameters = dict(model.named_parameters())
+        self.experts = expert_layouts(model)  # of every parameter that holds experts
+        self.merged: set[str] = set()  # parameters that transformers itself makes of one tensor per expert
+        self._rename_pieces()
+        self._pieces = {
+            (path.rpartition(".")[0], piece, layout.bias): ParameterPath(path, (0, number, len(layout.pieces)))
+            for path, layout in self.experts.items()
+            for number, piece in enumerate(layout.pieces)
+        }
         self._tied = tied(model)
         stored = model.state_dict(keep_vars=True)  # without the buffers that a model computes when it is built
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
@@ -179,6 +215,17 @@ class TensorNames:
             self._state.setdefault(name, self._state[origin])
         self._blocks = decoder(model)
         self.block_count = len(list(model.get_submodule(self._blocks).children()))
+
+    def _rename_pieces(self) -> None:
+        """Call experts' layers as the files of this architecture do where they hold them one by one: w1 and w3, say."""
+        for converter in self._converters:
+            if MergeModulelist not in [type(operation) for operation in converter.operations]:
+                continue
+            pieces = tuple(source.rpartition("*.")[2].removesuffix(".weight") for source in converter.source_patterns)
+            for path, layout in self.experts.items():
+                if path.endswith(converter.target_patterns[0]) and len(pieces) == len(layout.pieces):
+                    self.experts[path] = replace(layout, pieces=pieces)
+                    self.merged.add(path)
 
     def target(self, name: str) -> ParameterPath:
         """The parameter that `name` fills; a name that the model does not have comes back as it is.
@@ -190,9 +237,11 @@ class TensorNames:
             name, self._renamings, self._converters, base_model_prefix=self._prefix, meta_state_dict=self._state
         )
         if pattern is None:
-            return ParameterPath(renamed)
+            return self._one_expert(renamed) or ParameterPath(renamed)
         converter = next(c for c in self._converters if pattern in c.source_patterns)
         kinds = [type(operation) for operation in converter.operations]
+        if renamed in self.experts and kinds == [Transpose]:
+            return ParameterPath(renamed, transposed=True)
         dims = [getattr(operation, "dim", None) for operation in converter.operations]
         if (kinds, dims) not in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1])):
             steps = ", ".join(kind.__name__ for kind in kinds)
@@ -208,6 +257,41 @@ class TensorNames:
         pieces = converter.source_patterns
         return ParameterPath(renamed, (int(expert[1]), pieces.index(pattern), len(pieces)))
 
+    def _one_expert(self, name: str) -> ParameterPath | None:
+        """Where a tensor of one expert goes, such as ….experts.3.gate_proj.weight, if the model keeps all in one."""
+        if (match := _EXPERT.fullmatch(name)) is None or self._state.get(name) is not None:
+            return None
+        place = self._pieces.get((match["module"], match["piece"] or "", match["kind"] == "bias"))
+        if place is None or int(match["expert"]) >= self.experts[place.parameter].experts:
+            return None
+        return replace(place, expert=(int(match["expert"]), *place.expert[1:]))  # type: ignore[index, arg-type]
+
+    def slices(self, name: str, target: ParameterPath) -> dict[str, ExpertSlice]:
+        """The layers, or biases, of single experts that a tensor of all experts holds, by their names in an artifact.
+
+        Args:
+            name: of the tensor in the files. target: where it goes.
+        Returns:
+            name, such as ….experts.3.gate_proj.weight -> the layer; empty where it is no tensor of all experts.
+        """
+        layout = self.experts.get(target.parameter)
+        if layout is None or target.expert is not None:
+            return {}
+        owner, _, leaf = target.parameter.rpartition(".")
+        module = name.removesuffix(f".{leaf}")
+        if module == name:  # the files call it otherwise, and the module where the model has it is not in its name
+            inside = re.fullmatch(rf"({re.escape(self._blocks)}\.\d+)\.(.+)", owner)
+            assert inside, "experts are in the decoder's blocks"
+            number = inside[1].rpartition(".")[2]
+            module = f"{name.partition(f'.{number}.')[0]}.{number}.{inside[2]}"
+        stored = replace(layout, transposed=not layout.transposed) if target.transposed else layout
+        kind = "bias" if layout.bias else "weight"
+        return {
+            ".".join(filter(None, (module, str(expert), piece, kind))): ExpertSlice(name, stored, expert, number)
+            for expert in range(layout.experts)
+            for number, piece in enumerate(layout.pieces)
+        }
+
     def known(self, parameter: str) -> bool:
         return parameter in self._state
 
@@ -216,9 +300,12 @@ class TensorNames:
         parameter = self._state.get(target.parameter)
         if not isinstance(parameter, torch.Tensor):
             return None
+        shape = tuple(parameter.shape)
         if target.expert is None:
-            return tuple(parameter.shape)
-        return (parameter.shape[1] // target.expert[2], *parameter.shape[2:])
+            return (shape[0], *shape[:0:-1]) if target.transposed else shape
+        if layout := self.experts.get(target.parameter):
+            return layout.piece_shape(shape)
+        return (shape[1] // target.expert[2], *shape[2:])
 
     def dtype(self, target: ParameterPath) -> torch.dtype:
         """The dtype in which the model has a tensor that is known."""
@@ -258,7 +345,8 @@ class TensorNames:
         problems = []
         for name, parameter in self._state.items():
             if name in pieces:
-                wanted = {(expert, piece) for expert in range(parameter.shape[0]) for piece in range(pieces[name])}
+                count = self.experts[name].experts if name in self.experts else parameter.shape[0]
+                wanted = {(expert, piece) for expert in range(count) for piece in range(pieces[name])}
                 if filled[name] != wanted:
                     problems.append(f"{name}: {len(filled[name])} expert tensors in the files, expected {len(wanted)}")
             elif name not in filled and name not in self._tied:
@@ -290,6 +378,12 @@ class TensorNames:
         number = self._list_index(parameter)
         return number is not None and number >= self.block_count
 
+    def in_block(self, parameter: str) -> str:
+        """The parameter's name in its block, which parameters of other blocks share; its whole name outside of them."""
+        if self._list_index(parameter) is None:
+            return parameter
+        return parameter.removeprefix(f"{self._blocks}.").partition(".")[2]
+
     def _list_index(self, parameter: str) -> int | None:
         """The number in the list of blocks that a name speaks of."""
         number = parameter.removeprefix(f"{self._blocks}.").split(".")[0]
@@ -302,17 +396,67 @@ def weight_kind(model: nn.Module, target: ParameterPath) -> str | None:
     "linear" for a weight stored [out, in], "conv1d" for one stored [in, out], "embedding" for the rows [ids, features]
     of a plain nn.Embedding; None for anything else, such as an embedding of a class that does more than look up rows.
     """
-    if target.expert:
-        return "linear"
     path, _, leaf = target.parameter.rpartition(".")
+    if target.expert:
+        return None if leaf.endswith("bias") else "linear"
     module = model.get_submodule(path)
     if leaf != "weight":
         return None
     if type(module) is nn.Embedding:
         return "embedding"
-    if isinstance(module, Conv1D):
+    if type(module) is Conv1D:
         return "conv1d"
-    return "linear" if isinstance(module, nn.Linear) else None
+    return "linear" if is_plain_linear(module) else None
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module does what nn.Linear does: a router that is a subclass of it may give something else.
+
+    A subclass with a forward of its own is asked: a copy with a small random weight must give x W' + b.
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, 6), (8, 6), (8,)))
+    small = copy.copy(module)
+    small.in_features, small.out_features = 6, 8
+    parameters = {"weight": weight, "bias": bias if module.bias is not None else None}
+    small._parameters = {name: None if each is None else nn.Parameter(each) for name, each in parameters.items()}
+    try:
+        with torch.no_grad():
+            y = small(x)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # what it does needs another shape
+        return False
+    expected = nn.functional.linear(x, weight, parameters["bias"])
+    return isinstance(y, torch.Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
+
+
+def gate_reason(model: PreTrainedModel, target: ParameterPath) -> str | None:
+    """What a linear layer is, if it is a router or a gate: its few outputs decide much; None for any other layer.
+
+    Args:
+        target: of a weight of kind "linear" or "conv1d".
+    """
+    if target.expert:
+        return None
+    parts = target.parameter.removesuffix(".weight").split(".")
+    outputs = model.get_parameter(target.parameter).shape[1 if weight_kind(model, target) == "conv1d" else 0]
+    if outputs == 1:
+        return "a single output: a gate"
+    if _ROUTER.fullmatch(parts[-1]) or any("router" in part for part in parts[-3:]):
+        return "a router or gate"
+    experts = _expert_counts(model.config)
+    beside_experts = hasattr(model.get_submodule(".".join(parts[:-1])), "experts")
+    return "a router: as many outputs as there are experts" if beside_experts and outputs in experts else None
+
+
+def _expert_counts(config: PreTrainedConfig) -> set[int]:
+    """Every number of experts that a config or one of its sections names."""
+    values = list(config.to_dict().items())
+    for _, value in values:
+        if isinstance(value, dict):
+            values.extend(value.items())
+    return {value for key, value in values if str(key).endswith("experts") and isinstance(value, int)}
 
 
 def is_fused_experts(model: nn.Module, target: ParameterPath) -> bool:

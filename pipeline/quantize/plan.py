@@ -1,7 +1,8 @@
 """What will be done to each tensor, decided from headers alone, before any weight is read."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -11,10 +12,12 @@ from bitpress.kernels.scheme import Scheme
 from ..errors import CheckpointError, ConfigError, listing
 from ..formats import first_fitting, misfits
 from ..formats.base import Format, group_into_shards
+from ..models.experts import ExpertSlice, SplitCheckpoint
 from ..models.structure import (
     ParameterPath,
     TensorNames,
     fused_unit,
+    gate_reason,
     is_fused_experts,
     kept_names,
     not_linear,
@@ -23,6 +26,7 @@ from ..models.structure import (
     tied_copies,
     weight_kind,
 )
+from ..models.trial import TrialLayer, layers_to_keep
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from .recipe import Recipe
 from .spec import KEPT, LayerSpec, Rules
@@ -74,11 +78,13 @@ class Unit:
 class Plan:
     """What will be done to a checkpoint.
 
+    checkpoint: where the tensors are read from; experts that the files hold in one tensor are seen one by one in it.
     dtype: that of its first weight that is quantized. dropped: tensors that repeat a weight they are tied to.
     format: how the artifact is stored. notes: sentences on what the recipe left open and the plan decided.
     """
 
     model: PreTrainedModel
+    checkpoint: Checkpoint
     tensors: list[PlannedTensor]
     units: list[Unit]
     dtype: torch.dtype
@@ -153,8 +159,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     names = TensorNames(model)
     targets = {name: names.target(name) for name in checkpoint.tensors}
     copies = tied_copies(checkpoint, targets, model)
+    checkpoint, aliases = _split_experts(checkpoint, targets, names, recipe.rules)
+    targets = {name: targets.get(name) or names.target(name) for name in checkpoint.tensors}
     mismatches = names.mismatches(checkpoint.tensors, targets)
-    tensors, broken, unfit, fitted = [], [], _Problems(), _Problems()
+    decided, broken, unfit, fitted, impossible = [], [], _Problems(), _Problems(), _Problems()
     for info in checkpoint.tensors.values():
         if info.name in copies:
             continue
@@ -163,24 +171,35 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             broken.append(problem)
             continue
         try:
-            spec, kind, reason = _decide(info, target, names, model, recipe.rules)
+            spec, kind, reason = _decide(info, target, names, model, recipe.rules, aliases.get(info.name, info.name))
         except ValueError as error:
             unfit.add(info.name, [str(error)])
             continue
-        tensor = PlannedTensor(info, target, names.block(target.parameter), spec, kind, reason)
-        if spec and recipe.fit_groups:
-            spec = spec.fitted(tensor.shape)
-            if spec != tensor.spec:
-                fitted.add(tensor.module, [f"{spec.scheme.name} in place of {tensor.spec.scheme.name}"])  # type: ignore[union-attr]
-                tensor = PlannedTensor(info, target, tensor.block, spec, kind, reason)
-        if spec:
-            unfit.add(tensor.module, spec.scheme.problems(tensor.shape))
-        tensors.append(tensor)
-    complete = not broken and not unfit.layers
-    broken += names.missing(tensor.target for tensor in tensors) if complete else []
+        decided.append(PlannedTensor(info, target, names.block(target.parameter), spec, kind, reason))
+    broken += names.missing(tensor.target for tensor in decided) if not (broken or unfit.layers) else []
     if broken:
         raise names.does_not_match(checkpoint, targets, broken)
-    unused = [p for p in recipe.rules.layers if not any(Rules(None, {p: None}).pattern(n) for n in checkpoint.tensors)]
+    wanted = {t.target: TrialLayer(t.spec.scheme, t.shape, t.kind) for t in decided if t.spec and t.kind}
+    tables = {target.parameter for target in wanted if target.expert}
+    wanted |= {t.target: TrialLayer(None, t.shape) for t in decided if not t.spec and t.target.parameter in tables}
+    reasons = layers_to_keep(checkpoint, wanted) if wanted else {}
+    tensors = []
+    for tensor in decided:
+        if reason := reasons.get(tensor.target, ""):
+            if asking := _naming_rule(tensor.info.name, aliases.get(tensor.info.name, tensor.info.name), recipe.rules):
+                unfit.add(tensor.module, [f"the rule {asking} asks for it, and {reason}"])
+            impossible.add(tensor.module, [reason])
+            tensor = replace(tensor, spec=None, kind=None, reason=reason)
+        if tensor.spec and recipe.fit_groups:
+            spec = tensor.spec.fitted(tensor.shape)
+            if spec != tensor.spec:
+                fitted.add(tensor.module, [f"{spec.scheme.name} in place of {tensor.spec.scheme.name}"])
+                tensor = replace(tensor, spec=spec)
+        if tensor.spec:
+            unfit.add(tensor.module, tensor.spec.scheme.problems(tensor.shape))
+        tensors.append(tensor)
+    known = {*checkpoint.tensors, *aliases.values()}
+    unused = [p for p in recipe.rules.layers if not any(Rules(None, {p: None}).pattern(name) for name in known)]
     for pattern in unused:
         for copy, origin in tied(model).items():
             if Rules(None, {pattern: None}).pattern(copy):
@@ -199,54 +218,91 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if not any(tensor.spec for tensor in tensors):
         raise ConfigError(f"nothing to quantize in {checkpoint.folder.name}: the recipe's rules keep every layer")
     if not recipe.allow_split_fused:
-        _refuse_split_units(tensors, recipe.rules)
+        _refuse_split_units(tensors, recipe.rules, aliases)
     format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec])
     dtype = next(tensor.info.dtype for tensor in tensors if tensor.spec)
     notes = [checkpoint.dequantization] if checkpoint.dequantization else []
     notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
-    return Plan(model, tensors, _units(tensors), dtype, list(copies), format, notes)
+    return Plan(model, checkpoint, tensors, _units(tensors), dtype, list(copies), format, notes)
+
+
+def _split_experts(
+    checkpoint: Checkpoint, targets: Mapping[str, ParameterPath], names: TensorNames, rules: Rules
+) -> tuple[Checkpoint, dict[str, str]]:
+    """The checkpoint, its tensors of all experts seen as a layer for each expert where any of these is quantized.
+
+    Returns:
+        It, and a second name by which rules may call some tensors: of an expert's layer, the tensor that it lies in;
+        of a tensor of experts that stays whole, its first layer.
+    """
+    slices: dict[str, ExpertSlice] = {}
+    aliases: dict[str, str] = {}
+    split: set[str] = set()
+    for name, target in sorted(targets.items(), key=lambda item: item[1].parameter.endswith("_bias")):
+        layers = names.slices(name, target)
+        if not layers or names.shape(target) != checkpoint.tensors[name].shape:
+            continue
+        if names.experts[target.parameter].bias:  # goes with its weight
+            whole = target.parameter.removesuffix("_bias") not in split
+        else:
+            whole = not any(rules.spec(layer, name) for layer in layers)
+        if whole:
+            aliases[name] = next(iter(layers))
+        else:
+            split.add(target.parameter)
+            slices |= layers
+            aliases |= dict.fromkeys(layers, name)
+    return (SplitCheckpoint(checkpoint, slices) if slices else checkpoint), aliases
 
 
 def _decide(
-    info: TensorInfo, target: ParameterPath, names: TensorNames, model: PreTrainedModel, rules: Rules
+    info: TensorInfo, target: ParameterPath, names: TensorNames, model: PreTrainedModel, rules: Rules, alias: str
 ) -> tuple[LayerSpec | None, str | None, str]:
     """(spec, kind, "") for a weight to quantize, (None, None, reason) for one to keep.
 
     Embeddings and heads are quantized where a rule names them, never because "*" matches them too.
 
+    Args:
+        alias: another name by which rules may call the tensor.
     Raises:
         ValueError: it ought to be quantized, and cannot be.
     """
     if names.is_past_blocks(target.parameter):
-        return (
-            None,
-            None,
-            f"of a layer after the decoder's {names.block_count} blocks (MTP), which transformers leaves out",
-        )
+        reason = f"of a layer after the decoder's {names.block_count} blocks (MTP), which transformers leaves out"
+        return None, None, reason
     if not names.known(target.parameter):
         return None, None, "not a weight of the model as transformers builds it"
-    pattern, spec = rules.pattern(info.name), rules.spec(info.name)
+    pattern, spec = rules.pattern(info.name, alias), rules.spec(info.name, alias)
     inside = names.block(target.parameter) is not None
-    layer = info.name.removesuffix(".weight").rpartition(".")[2]
-    if not inside and not (pattern and layer in pattern):
+    if not inside and not _naming_rule(info.name, alias, rules):
         return None, None, "outside the decoder blocks"
     if spec is None:
         return None, None, f"kept by the rule {pattern}: {KEPT}" if pattern else "no rule of the recipe names it"
     kind = weight_kind(model, target)
     if is_fused_experts(model, target):
         raise ValueError(f"experts fused into one tensor of shape {list(info.shape)} are not supported yet")
+    naming = _naming_rule(info.name, alias, rules)
     if kind is None or (kind == "embedding" and inside):
-        return None, None, not_linear(model, target)
+        reason = not_linear(model, target)
+        if naming and len(info.shape) > 1:
+            raise ValueError(f"the rule {naming} asks for it, and it is {reason}")
+        return None, None, reason
+    if kind != "embedding" and not naming and (reason := gate_reason(model, target)):
+        return None, None, reason
     if info.dtype not in _FLOATS:
         raise ValueError(f"dtype {info.dtype} is not bfloat16, float16 or float32: quantized already?")
-    if info.shape[0] == 1 and kind == "linear":
-        return None, None, "a single output: a gate"
     return spec, kind, ""
 
 
-def _refuse_split_units(tensors: list[PlannedTensor], rules: Rules) -> None:
+def _naming_rule(name: str, alias: str, rules: Rules) -> str | None:
+    """The rule that decides on a tensor, where the rule spells the layer's own name; "*" names nothing."""
+    pattern = rules.pattern(name, alias)
+    return pattern if pattern and name.removesuffix(".weight").rpartition(".")[2] in pattern else None
+
+
+def _refuse_split_units(tensors: list[PlannedTensor], rules: Rules, aliases: Mapping[str, str]) -> None:
     """Servers multiply by q, k and v, by gate and up, and by all experts of a block as by one weight.
 
     Raises:
@@ -259,7 +315,9 @@ def _refuse_split_units(tensors: list[PlannedTensor], rules: Rules) -> None:
     split = []
     for unit, parts in units.items():
         schemes = {part.module: part.spec.scheme.name if part.spec else KEPT for part in parts}
-        if len(set(schemes.values())) > 1 and any(rules.pattern(part.info.name) for part in parts):
+        if len(set(schemes.values())) > 1 and any(
+            rules.pattern(part.info.name, aliases.get(part.info.name, part.info.name)) for part in parts
+        ):
             some = [f"{name} {schemes[name]}" for name in {scheme: name for name, scheme in schemes.items()}.values()]
             split.append(f"{unit}: {', '.join(some)}")
     if split:
