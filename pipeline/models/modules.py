@@ -164,10 +164,10 @@ def converted_tensors(
     for parameter, sources in parts.items():
         some = next(iter(sources))
         try:
-            made = names.convert(sources[some], {target.source: read(name) for name, target in sources.items()})
+            parameters = names.convert(sources[some], {target.source: read(name) for name, target in sources.items()})
         except (ValueError, RuntimeError, KeyError, IndexError) as error:
             raise CheckpointError(f"{some}: transformers cannot make {parameter} of it: {error}") from error
-        for path, tensor in made.items():
+        for path, tensor in parameters.items():
             target = ParameterPath(path)
             if tensor.shape != names.shape(target):
                 expected = list(names.shape(target) or ())

@@ -329,8 +329,8 @@ class TensorNames:
         converter = original.copy(original.source_patterns, original.target_patterns, operations=original.operations)
         for source, tensor in tensors.items():
             converter.add_tensor(target.parameter, target.parameter, source, lambda tensor=tensor: tensor)  # type: ignore[arg-type, misc]
-        made = converter.convert(target.parameter, model=self._model, config=self._model.config)
-        return {parameter: each[0] if isinstance(each, list) else each for parameter, each in made.items()}
+        parameters = converter.convert(target.parameter, model=self._model, config=self._model.config)
+        return {parameter: each[0] if isinstance(each, list) else each for parameter, each in parameters.items()}
 
     def known(self, parameter: str) -> bool:
         return parameter in self._state
