@@ -57,8 +57,7 @@ def main() -> None:
         leaving = error if isinstance(error, SystemExit) else None
         # typer makes an exit of Ctrl-C, and a library that it hits while it is imported another error
         if interrupted or isinstance(error, KeyboardInterrupt) or (leaving and error.code == interrupts.INTERRUPTED):
-            console.err.print(interrupts.SENTENCE)
-            sys.exit(interrupts.INTERRUPTED)
+            interrupts.end()
         if leaving:
             raise
         known = error if isinstance(error, BitpressError) else unexpected(error)
