@@ -252,6 +252,8 @@ def fuzz(options: argparse.Namespace, everything: list[Subject], base: Path) -> 
                 console.print_line(f"{result['finding']}\n    {small.chosen()}\n    {small.command}")
             findings[result["where"]] = (known[0] if known else small, result["finding"], known[2] + 1 if known else 1)
         number += 1
+        if number % 100 == 0:
+            console.news(f"{number - options.first} cases, {time.monotonic() - start:.0f} s, {len(findings)} findings")
     seconds = time.monotonic() - start
     done = ", ".join(f"{count} {name}" for name, count in counts.items())
     console.print_line(f"seed {options.seed}, cases {options.first} to {number - 1}: {done}; {seconds:.0f} s")
