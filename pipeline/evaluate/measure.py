@@ -28,6 +28,7 @@ from bitpress.eval.measure import (
 )
 from bitpress.eval.measure.protocols import Window
 from bitpress.eval.measure.sample import sample
+from bitpress.eval.report.words import size
 from bitpress.kernels.linear import inputs_left_alone
 
 from ..config.schema import Eval, Speed
@@ -120,7 +121,7 @@ class _Measurement:
         free = memory.free_bytes(self.device)
         if needed < free:
             return None
-        return f"the baseline needs about {needed / 1e9:.1f} GB beside it, {free / 1e9:.1f} GB are free"
+        return f"the baseline needs about {size(needed)} beside it, {size(free)} are free"
 
     @contextlib.contextmanager
     def numbers(self) -> Iterator[None]:
@@ -281,7 +282,7 @@ def _too_large(load: speed.Load, cache: float | None, device: torch.device) -> s
     needed = _ROOM * (cache or 0.0) * load.batch * (load.prompt + load.generate)
     if needed < (free := memory.free_bytes(device)):
         return None
-    return f"its cache needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return f"its cache needs about {size(needed)}, {size(free)} are free"
 
 
 def _tasks(job: _Measurement, model: Any) -> list[dict[str, Any]]:
