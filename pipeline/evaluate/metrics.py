@@ -49,6 +49,7 @@ class Protocol(_Part):
     windows: Count = None
     tokens: Count = None
     dtype: str | None = None
+    bos: str | None = None  # what begins with the tokenizer's BOS; None where the tokenizer puts none before a text
 
 
 class WindowSums(_Part):
@@ -114,10 +115,18 @@ class Fit(_Part):
     context: Count = None
 
 
+class CacheWindow(_Part):
+    """Layers that keep the last tokens only: how many, and the bytes of each."""
+
+    tokens: Positive = None
+    bytes_per_token: Positive = None
+
+
 class Memory(_Part):
     resident_bytes: Count = None
     prompt: Count = None
-    kv_cache_bytes_per_token: Positive = None
+    kv_cache_bytes_per_token: Positive = None  # of each further token, however many there are
+    kv_cache_windows: list[CacheWindow] | None = None
     activation_peak_bytes: Count = None
     peak_rss_bytes: Count = None
     peak_cuda_bytes: Count = None
@@ -189,6 +198,7 @@ class Metrics(_Part):
     memory: Memory | None = None
     speed: list[Speed] | None = None
     kernels: Kernels | None = None
+    warnings: list[str] | None = None  # what makes the figures other than they seem
     machine: dict[str, Any] | None = None
     versions: dict[str, str | None] | None = None
     config: Config | None = None
