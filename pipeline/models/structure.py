@@ -206,11 +206,14 @@ def decoder(model: PreTrainedModel) -> str:
 
 
 def towers(model: PreTrainedModel) -> list[str]:
-    """The parts of a model that read images or sound, and no text."""
+    """The parts of a model beside its text decoder that read images or sound, and no text."""
+    blocks = f"{decoder(model)}."
     return [
         name
         for name, module in model.named_modules()
-        if name and isinstance(module, PreTrainedModel) and "text" not in module.input_modalities
+        if isinstance(module, PreTrainedModel)
+        and "text" not in module.input_modalities
+        and not blocks.startswith(f"{name}." if name else "")
     ]
 
 
