@@ -106,7 +106,7 @@ def upload_error(error: Exception, repo: str, account: str) -> HubError:
     if isinstance(error, ValueError) and str(error).startswith(_REFUSED_CARD):
         reasons = "; ".join(_first_line(line.removeprefix("- ")) for line in str(error).splitlines()[1:])
         return HubError(
-            f"the Hub does not take the card's metadata ({reasons}), and another try does not help: mend these lines in "
+            f"the Hub does not take the card's metadata ({reasons}), and another try does not help: mend these in "
             "the README.md of the model that was quantized, and quantize it anew"
         )
     sentences = [(failure, upload) for failure, _, upload in _FAILURES]

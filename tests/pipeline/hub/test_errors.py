@@ -240,6 +240,6 @@ def test_metadata_that_the_hub_refuses_is_no_case_for_another_try() -> None:
     refusal = '"license" must be one of [mit, other]'
     said = str(upload_error(ValueError(f"Invalid metadata in README.md.\n- {refusal}\n- \x1b[2Jmore"), "me/r", "me"))
     assert f"the Hub does not take the card's metadata ({refusal}; " in said
-    assert "mend these lines in the README.md" in said
+    assert "mend these in the README.md" in said
     assert "\x1b" not in said
     assert "run again:" not in said
