@@ -11,6 +11,7 @@ from bitpress.eval.report.words import printable
 from ..errors import CheckpointError, listing
 from ..formats import read_config, registry
 from ..formats.base import Examination, Facts, LayerExamination, some
+from ..models.pretrained import require_tokenizer
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
 from ..models.structure import ParameterPath, TensorNames, kept_names, skeleton, tied_copies
 from ..storage import files as store
@@ -21,7 +22,6 @@ from ..system.progress import OnStep
 from .describe import describe
 from .runtimes import tensor_parallel, verdicts
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _JSON = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -82,6 +82,7 @@ def _examine(folder: Path, on_step: OnStep) -> Diagnosis:
         diagnosis.faults.append(_short(error, folder))
         return diagnosis
     hashes = _hashes(folder, diagnosis)
+    diagnosis.notes += checkpoint.remarks
     steps = _Steps(on_step, len(hashes) + len(checkpoint.tensors))
     _check_companions(checkpoint, diagnosis)
     _check_hashes(folder, hashes, diagnosis, steps)
@@ -103,8 +104,10 @@ def _short(error: Exception, folder: Path) -> str:
 
 
 def _check_companions(checkpoint: Checkpoint, diagnosis: Diagnosis) -> None:
-    if not any((checkpoint.folder / name).is_file() for name in _TOKENIZERS):
-        diagnosis.faults.append(f"no tokenizer: none of {', '.join(_TOKENIZERS)} is there")
+    try:
+        require_tokenizer(checkpoint.folder)
+    except CheckpointError as error:
+        diagnosis.faults.append(_short(error, checkpoint.folder))
     for name in _JSON:
         try:
             if (checkpoint.folder / name).exists():

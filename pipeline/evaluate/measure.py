@@ -34,8 +34,9 @@ from ..config.schema import Eval, Speed
 from ..data.text import read_text
 from ..data.tokens import longest
 from ..errors import CheckpointError, ConfigError, NumericsError
-from ..models.loading import kernels_used, load_model, load_tokenizer
+from ..models.loading import kernels_used, load_model
 from ..models.modules import names_of_experts, part_experts
+from ..models.pretrained import load_tokenizer
 from ..models.structure import decoder, skeleton
 from ..storage import files, journal
 from ..storage.checkpoint import Checkpoint, read_json
@@ -112,6 +113,17 @@ class _Measurement:
         assert self.baseline is not None
         return load_model(self.baseline, self.device, self.settings.dtype)
 
+    def sample(self, model: Any) -> str:
+        """What a model writes after the prompt of the settings.
+
+        Raises:
+            ConfigError: the prompt is empty, and nothing begins a text of this model.
+        """
+        try:
+            return sample(model, self.tokenizer, self.settings.prompt)
+        except ValueError as error:
+            raise ConfigError(f"eval.prompt: {error}") from error
+
     def crowding(self) -> str | None:
         """Why the baseline cannot be held beside the model that is there; None if it can, or there is none."""
         if self.baseline is None:
@@ -175,7 +187,7 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
         "units": plan.units,
     }
     answer["dtype"] = str(model.dtype).removeprefix("torch.")
-    answer["sample"] = {"prompt": job.settings.prompt, "text": sample(model, job.tokenizer, job.settings.prompt)}
+    answer["sample"] = {"prompt": job.settings.prompt, "text": job.sample(model)}
     answer["tasks"] = _tasks(job, model)
     reason = job.crowding()
     if reason:
@@ -305,7 +317,7 @@ def _predict(job: _Measurement, text: list[Window]) -> None:
                 step(number, len(text))
                 if number not in stored:
                     stored.keep(number, stored_predictions.predict(baseline, window, number))
-        text_of_baseline = sample(baseline, job.tokenizer, job.settings.prompt)
+        text_of_baseline = job.sample(baseline)
         files.write_json(stored.folder / _SAMPLE, {"text": text_of_baseline})
     del baseline
     _free()
@@ -338,7 +350,7 @@ def _quality(job: _Measurement, model: Any, text: list[Window], crowded: str | N
         "quality": {"path": "side by side"},
         "scores": every,
         "output_errors": _output_errors(job, dense, model, text[: job.settings.output_errors]),
-        "baseline_text": sample(dense, job.tokenizer, job.settings.prompt),
+        "baseline_text": job.sample(dense),
     }
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitpress.kernels.linear import QLinear
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from ..hub.download import resolve
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite, check_range
@@ -21,6 +21,7 @@ from ..system.threads import one_ahead
 from .dense import read_dense
 from .modules import experts_of, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
+from .pretrained import generation_config, load_tokenizer
 from .quantized import read_quantized
 from .structure import ParameterPath, TensorNames
 from .transformers import attach
@@ -50,13 +51,6 @@ def load(
     folder = resolve(str(model), revision).folder
     checkpoint = Checkpoint(folder)
     return load_model(checkpoint, pick_device(device), dtype, kernel, on_step), load_tokenizer(folder)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"{folder.name}: no tokenizer can be made of its files: {error}") from error
 
 
 def load_model(
@@ -136,8 +130,7 @@ def _fill(
 
 def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     model.tie_weights(recompute_mapping=False)  # quantized layers are tied to nothing any more
-    if (checkpoint.folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    model.generation_config = generation_config(checkpoint, model.config)
     return model.to(device)  # type: ignore[arg-type]
 
 

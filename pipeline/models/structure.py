@@ -14,7 +14,6 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
@@ -36,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CheckpointError, listing
 from ..formats.names import fused_unit as fused_unit
 from ..storage.checkpoint import Checkpoint, TensorInfo
+from .pretrained import builds_a_model, load_config
 
 # in the order in which they are asked for the class that a config names
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
@@ -80,14 +80,6 @@ def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     raise AssertionError("the last one fits every model")
 
 
-def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """A checkpoint's config as transformers reads it, without what it says of quantization."""
-    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a checkpoint, its parameters on the meta device (they take no memory), its buffers real.
 
@@ -104,19 +96,11 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
                 f"{checkpoint.folder / 'config.json'}: {layers!r} layers, the files hold {len(checkpoint.tensors)} "
                 "tensors"
             )
-    try:
-        config = model_config(checkpoint)
-        with init_empty_weights(include_buffers=False):
-            chosen = dtype or config.dtype or torch.float32
-            model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
-        _keep_in_float32(model, chosen)
-    except Exception as error:  # whatever an untrusted config makes transformers stumble over
-        kind = checkpoint.config.get("model_type", "no model_type")
-        reason = str(error).strip() or type(error).__name__
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: transformers builds no language model from it ({kind}): "
-            f"{reason.splitlines()[0]}"
-        ) from error
+    config = load_config(checkpoint)
+    with builds_a_model(checkpoint), init_empty_weights(include_buffers=False):
+        chosen = dtype or config.dtype or torch.float32
+        model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
+    _keep_in_float32(model, chosen)
     return model.eval()
 
 

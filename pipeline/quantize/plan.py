@@ -203,6 +203,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec])
     dtype = next(tensor.info.dtype for tensor in tensors if tensor.spec)
     notes = [checkpoint.dequantization] if checkpoint.dequantization else []
+    notes += checkpoint.remarks
     notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
