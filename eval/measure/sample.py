@@ -31,9 +31,8 @@ def prompt_ids(model: Any, tokenizer: Any, prompt: str) -> Tensor:
     Raises:
         ValueError: the prompt is empty, and neither the tokenizer nor the model has such a token.
     """
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device, torch.int64)
-    if ids.shape[1]:
-        return ids
+    if ids := tokenizer(prompt)["input_ids"]:
+        return torch.tensor([ids], device=model.device)
     ends = model.generation_config.eos_token_id
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])):
         if token is not None:

@@ -13,7 +13,7 @@ from ..formats import read_config, registry
 from ..formats.base import Examination, Facts, LayerExamination, some
 from ..models.pretrained import require_tokenizer
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
-from ..models.structure import ParameterPath, TensorNames, kept_names, skeleton, tied_copies
+from ..models.structure import ParameterPath, TensorNames, auto_class, decoder, kept_names, skeleton, tied_copies
 from ..storage import files as store
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.fingerprint import MANIFEST
@@ -217,6 +217,8 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
     if contents:
         facts = _facts(contents, seen)
         diagnosis.runtimes, diagnosis.tensor_parallel = verdicts(facts), tensor_parallel(facts)
+        if facts.auto_class != Facts.auto_class:
+            diagnosis.notes.append(f"transformers loads it by {facts.auto_class}, the class of its architecture")
 
 
 def _check_dense(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps) -> None:
@@ -265,7 +267,7 @@ def _check_plain(
 
 
 def _facts(contents: QuantizedCheckpoint, seen: Examination) -> Facts:
-    config = contents.model.config
+    config = contents.model.config.get_text_config(decoder=True)
     counts = [getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
     heads = counts[0] if isinstance(counts[0], int) else 1
     return Facts(
@@ -277,16 +279,19 @@ def _facts(contents: QuantizedCheckpoint, seen: Examination) -> Facts:
         experts=frozenset(layer for layer, target in contents.quantized.items() if target.expert),
         heads=(heads, counts[1] if isinstance(counts[1], int) and counts[1] > 0 else heads),
         kept=frozenset(seen.kept),
+        auto_class=auto_class(contents.model.config).__name__,
     )
 
 
 def _split(contents: QuantizedCheckpoint) -> dict[str, str | None] | None:
     """How tensor parallelism cuts each layer, by the plan that transformers has for the architecture."""
-    plan = getattr(type(contents.model.config), "base_model_tp_plan", None)  # transformers' own, not the checkpoint's
+    config = contents.model.config.get_text_config(decoder=True)
+    plan = getattr(type(config), "base_model_tp_plan", None)  # transformers' own, not the checkpoint's
     if not plan:
         return None
     kinds = {re.compile(re.escape(key).replace(r"\*", r"\d+")): str(kind) for key, kind in plan.items()}
-    prefix = f"{contents.model.base_model_prefix}."
+    blocks = decoder(contents.model)  # the plan names parts of the decoder: layers.*.mlp.up_proj
+    prefix = f"{blocks.rpartition('.')[0]}."
     split: dict[str, str | None] = {}
     for layer, target in contents.quantized.items():
         path = target.parameter.removesuffix(".weight").removeprefix(prefix)

@@ -27,6 +27,7 @@ def generate(
     """Continue a prompt, greedily."""
     from bitpress.eval.measure.sample import greedy, prompt_ids
 
+    from ..data.tokens import BoundedTokenizer
     from ..models.conversation import Printer
     from ..models.loading import load
 
@@ -34,7 +35,7 @@ def generate(
     with progress("loading") as step:
         loaded, tokenizer = load(model, revision, device, dtype, kernel, step)
     try:
-        ids = prompt_ids(loaded, tokenizer, prompt)
+        ids = prompt_ids(loaded, BoundedTokenizer(tokenizer), prompt)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with greedy(loaded):

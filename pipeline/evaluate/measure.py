@@ -32,7 +32,7 @@ from bitpress.kernels.linear import inputs_left_alone
 
 from ..config.schema import Eval, Speed
 from ..data.text import read_text
-from ..data.tokens import longest
+from ..data.tokens import BoundedTokenizer, longest
 from ..errors import CheckpointError, ConfigError, NumericsError
 from ..models.loading import kernels_used, load_model
 from ..models.modules import names_of_experts, part_experts
@@ -120,7 +120,7 @@ class _Measurement:
             ConfigError: the prompt is empty, and nothing begins a text of this model.
         """
         try:
-            return sample(model, self.tokenizer, self.settings.prompt)
+            return sample(model, BoundedTokenizer(self.tokenizer), self.settings.prompt)
         except ValueError as error:
             raise ConfigError(f"eval.prompt: {error}") from error
 

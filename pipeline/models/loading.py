@@ -1,6 +1,6 @@
 """Files -> a transformers model: quantized layers on our kernels, everything else as transformers has it."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..system.device import pick_device
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
 from .dense import read_dense
-from .modules import experts_of, quantized_layers, replace_layers, set_tensor
+from .modules import experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
 from .pretrained import generation_config, load_tokenizer
 from .quantized import read_quantized
@@ -113,19 +113,16 @@ def _fill(
         NumericsError: NaN or infinite values, or values beyond the range of the model's dtype.
     """
     known = {name: target for name, target in plain.items() if names.known(target.parameter)}
-    fused: dict[str, list[tuple[tuple[int, int, int], Tensor]]] = defaultdict(list)
+    experts: dict[str, Tensor] = {}
     for (name, target), tensor in zip(known.items(), one_ahead(checkpoint.read, known)):
         check_finite(name, tensor)
         check_range(name, tensor, names.dtype(target))
         if target.expert:
-            fused[target.parameter].append((target.expert, tensor))
+            experts[name] = tensor
         else:
-            set_tensor(model, target.parameter, tensor, device)
-    for parameter, items in fused.items():
-        pieces = items[0][0][2]
-        tensors = [tensor for _, tensor in sorted(items, key=lambda item: item[0])]
-        rows = [torch.cat(tensors[i : i + pieces]) for i in range(0, len(tensors), pieces)]
-        set_tensor(model, parameter, torch.stack(rows), device)
+            set_tensor(model, target, tensor, device)
+    for target, tensor in joined_experts(names, {name: known[name] for name in experts}, experts.pop):
+        set_tensor(model, target, tensor, device)
 
 
 def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from ..errors import CheckpointError, listing
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.config import data_of
 from ..system.library import library_errors
+from ..system.limits import Budget, OverBudget, within
 
 # a folder with none of these has no tokenizer
 TOKENIZERS = (
@@ -40,6 +41,10 @@ _SAMPLING: dict[str, tuple[tuple[type, ...], float, float]] = {  # types, lowest
     "min_p": ((int, float), 0.0, 1.0),
     "repetition_penalty": ((int, float), 1e-2, 100.0),
 }
+_STRUCTURE_SECONDS = 60  # the largest models in use take 2
+_STRUCTURE_BYTES = 1 << 30  # the buffers of models in use have some MB
+_TOKENIZER_SECONDS = 60  # the largest in use take 2
+_TOKENIZER_BYTES = 1 << 30
 _FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 _GET_AGAIN = "get the file again, or one of another copy of the model"
 
@@ -63,14 +68,30 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     return config
 
 
-def builds_a_model(checkpoint: Checkpoint, copies: Path | None = None) -> contextlib.AbstractContextManager[None]:
-    """The boundary around what transformers does with a checkpoint's config (see library_errors)."""
-    kind = checkpoint.config.get("model_type", "no model_type")
+@contextlib.contextmanager
+def builds_a_model(checkpoint: Checkpoint, copies: Path | None = None) -> Iterator[None]:
+    """The boundary around what transformers does with a checkpoint's config (see library_errors), and its budget.
+
+    Parameters pass through memory that is never touched, one at a time, and quantized ones are packed to an eighth in
+    the files.
+    """
+    path, kind = checkpoint.folder / "config.json", checkpoint.config.get("model_type", "no model_type")
+    nbytes = sum(info.nbytes for info in checkpoint.tensors.values())
+    budget = Budget(_STRUCTURE_SECONDS + len(checkpoint.tensors) / 1000, _STRUCTURE_BYTES + 16 * nbytes)
     advice = "use a checkpoint of an architecture that the installed transformers has"
     if code := [key for key in checkpoint.left_out if key.endswith("auto_map")]:
         advice = f"it asks for code of its own ({code[0]}), which bitpress never runs; {advice}"
-    what = f"{checkpoint.folder / 'config.json'}: transformers builds no language model from it ({kind})"
-    return library_errors(what, advice, copies)
+    try:
+        with (
+            library_errors(f"{path}: transformers builds no language model from it ({kind})", advice, copies),
+            within(budget),
+        ):
+            yield
+    except OverBudget as error:
+        raise CheckpointError(
+            f"{path}: to build this model takes {error}, which does not fit its weight files; one of the config's "
+            "numbers is far too large"
+        ) from error
 
 
 def _without_methods(value: Any) -> Any:
@@ -125,11 +146,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         CheckpointError: there is none, or none can be made of its files, or one of these is a link that leads out.
     """
     require_tokenizer(folder)
-    with (
-        _tokenizer_files(folder) as copies,
-        library_errors(f"{folder}: no tokenizer can be made of its files", _GET_AGAIN, copies),
-    ):
-        tokenizer = AutoTokenizer.from_pretrained(copies, trust_remote_code=False, local_files_only=True)
+    what = f"{folder}: no tokenizer can be made of its files"
+    try:
+        with _tokenizer_files(folder) as copies, library_errors(what, _GET_AGAIN, copies):
+            size = sum(path.stat().st_size for path in copies.iterdir())
+            with within(Budget(_TOKENIZER_SECONDS + size / 1e6, _TOKENIZER_BYTES + 100 * size)):
+                tokenizer = AutoTokenizer.from_pretrained(copies, trust_remote_code=False, local_files_only=True)
+    except OverBudget as error:
+        raise CheckpointError(f"{folder}: to make the tokenizer takes {error}; its files are not sane") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise CheckpointError(f"{folder}: its files make a {type(tokenizer).__name__}, which is no tokenizer")
     tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(folder)

@@ -8,7 +8,7 @@ vision-language model is built whole, and its decoder blocks are those of its te
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import init_empty_weights
@@ -24,6 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -35,10 +36,13 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CheckpointError, listing
 from ..formats.names import fused_unit as fused_unit
 from ..storage.checkpoint import Checkpoint, TensorInfo
+from .experts import ExpertSlice, expert_layouts
 from .pretrained import builds_a_model, load_config
 
+_EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)(\.(?P<piece>\w+))?\.(?P<kind>weight|bias)")
+
 # in the order in which they are asked for the class that a config names
-_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+_AUTO_CLASSES = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM)
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,14 @@ class ParameterPath:
     """Where a checkpoint's tensor goes in the model.
 
     parameter: the model's own name of it, such as "model.layers.0.mlp.experts.gate_up_proj".
-    expert: (expert index, piece index, pieces) where transformers merges one tensor per expert into a 3-D parameter,
-        as gate (piece 0) and up (piece 1) of each expert.
+    expert: (expert index, piece index, pieces) where the model keeps one tensor per expert in a parameter of all
+        experts, as gate (piece 0) and up (piece 1) of each expert.
+    transposed: the files hold all experts [experts, in, out] where the model has [experts, out, in], or the reverse.
     """
 
     parameter: str
     expert: tuple[int, int, int] | None = None
+    transposed: bool = False
 
 
 def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
@@ -155,6 +161,14 @@ class TensorNames:
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = model.base_model_prefix
         self._parameters = dict(model.named_parameters())
+        self.experts = expert_layouts(model)  # of every parameter that holds experts
+        self.merged: set[str] = set()  # parameters that transformers itself makes of one tensor per expert
+        self._rename_pieces()
+        self._pieces = {
+            (path.rpartition(".")[0], piece, layout.bias): ParameterPath(path, (0, number, len(layout.pieces)))
+            for path, layout in self.experts.items()
+            for number, piece in enumerate(layout.pieces)
+        }
         self._tied = tied(model)
         stored = model.state_dict(keep_vars=True)  # without the buffers that a model computes when it is built
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
@@ -163,6 +177,17 @@ class TensorNames:
             self._state.setdefault(name, self._state[origin])
         self._blocks = decoder(model)
         self.block_count = len(list(model.get_submodule(self._blocks).children()))
+
+    def _rename_pieces(self) -> None:
+        """Call experts' layers as the files of this architecture do where they hold them one by one: w1 and w3, say."""
+        for converter in self._converters:
+            if MergeModulelist not in [type(operation) for operation in converter.operations]:
+                continue
+            pieces = tuple(source.rpartition("*.")[2].removesuffix(".weight") for source in converter.source_patterns)
+            for path, layout in self.experts.items():
+                if path.endswith(converter.target_patterns[0]) and len(pieces) == len(layout.pieces):
+                    self.experts[path] = replace(layout, pieces=pieces)
+                    self.merged.add(path)
 
     def target(self, name: str) -> ParameterPath:
         """The parameter that `name` fills; a name that the model does not have comes back as it is.
@@ -174,9 +199,11 @@ class TensorNames:
             name, self._renamings, self._converters, base_model_prefix=self._prefix, meta_state_dict=self._state
         )
         if pattern is None:
-            return ParameterPath(renamed)
+            return self._one_expert(renamed) or ParameterPath(renamed)
         converter = next(c for c in self._converters if pattern in c.source_patterns)
         kinds = [type(operation) for operation in converter.operations]
+        if renamed in self.experts and kinds == [Transpose]:
+            return ParameterPath(renamed, transposed=True)
         dims = [getattr(operation, "dim", None) for operation in converter.operations]
         if (kinds, dims) not in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1])):
             steps = ", ".join(kind.__name__ for kind in kinds)
@@ -192,6 +219,41 @@ class TensorNames:
         pieces = converter.source_patterns
         return ParameterPath(renamed, (int(expert[1]), pieces.index(pattern), len(pieces)))
 
+    def _one_expert(self, name: str) -> ParameterPath | None:
+        """Where a tensor of one expert goes, such as ….experts.3.gate_proj.weight, if the model keeps all in one."""
+        if (match := _EXPERT.fullmatch(name)) is None or self._state.get(name) is not None:
+            return None
+        place = self._pieces.get((match["module"], match["piece"] or "", match["kind"] == "bias"))
+        if place is None or int(match["expert"]) >= self.experts[place.parameter].experts:
+            return None
+        return replace(place, expert=(int(match["expert"]), *place.expert[1:]))  # type: ignore[index, arg-type]
+
+    def slices(self, name: str, target: ParameterPath) -> dict[str, ExpertSlice]:
+        """The layers, or biases, of single experts that a tensor of all experts holds, by their names in an artifact.
+
+        Args:
+            name: of the tensor in the files. target: where it goes.
+        Returns:
+            name, such as ….experts.3.gate_proj.weight -> the layer; empty where it is no tensor of all experts.
+        """
+        layout = self.experts.get(target.parameter)
+        if layout is None or target.expert is not None:
+            return {}
+        owner, _, leaf = target.parameter.rpartition(".")
+        module = name.removesuffix(f".{leaf}")
+        if module == name:  # the files call it otherwise, and the module where the model has it is not in its name
+            inside = re.fullmatch(rf"({re.escape(self._blocks)}\.\d+)\.(.+)", owner)
+            assert inside, "experts are in the decoder's blocks"
+            number = inside[1].rpartition(".")[2]
+            module = f"{name.partition(f'.{number}.')[0]}.{number}.{inside[2]}"
+        stored = replace(layout, transposed=not layout.transposed) if target.transposed else layout
+        kind = "bias" if layout.bias else "weight"
+        return {
+            ".".join(filter(None, (module, str(expert), piece, kind))): ExpertSlice(name, stored, expert, number)
+            for expert in range(layout.experts)
+            for number, piece in enumerate(layout.pieces)
+        }
+
     def known(self, parameter: str) -> bool:
         return parameter in self._state
 
@@ -200,9 +262,12 @@ class TensorNames:
         parameter = self._state.get(target.parameter)
         if not isinstance(parameter, torch.Tensor):
             return None
+        shape = tuple(parameter.shape)
         if target.expert is None:
-            return tuple(parameter.shape)
-        return (parameter.shape[1] // target.expert[2], *parameter.shape[2:])
+            return (shape[0], *shape[:0:-1]) if target.transposed else shape
+        if layout := self.experts.get(target.parameter):
+            return layout.piece_shape(shape)
+        return (shape[1] // target.expert[2], *shape[2:])
 
     def dtype(self, target: ParameterPath) -> torch.dtype:
         """The dtype in which the model has a tensor that is known."""
@@ -242,7 +307,8 @@ class TensorNames:
         problems = []
         for name, parameter in self._state.items():
             if name in pieces:
-                wanted = {(expert, piece) for expert in range(parameter.shape[0]) for piece in range(pieces[name])}
+                count = self.experts[name].experts if name in self.experts else parameter.shape[0]
+                wanted = {(expert, piece) for expert in range(count) for piece in range(pieces[name])}
                 if filled[name] != wanted:
                     problems.append(f"{name}: {len(filled[name])} expert tensors in the files, expected {len(wanted)}")
             elif name not in filled and name not in self._tied:
@@ -286,9 +352,9 @@ def weight_kind(model: nn.Module, target: ParameterPath) -> str | None:
     "linear" for a weight stored [out, in], "conv1d" for one stored [in, out], "embedding" for the rows [ids, features]
     of a plain nn.Embedding; None for anything else, such as an embedding of a class that does more than look up rows.
     """
-    if target.expert:
-        return "linear"
     path, _, leaf = target.parameter.rpartition(".")
+    if target.expert:
+        return None if leaf.endswith("bias") else "linear"
     module = model.get_submodule(path)
     if leaf != "weight":
         return None

@@ -20,7 +20,7 @@ from bitpress.kernels.linear import QExperts
 from ..errors import CheckpointError, NumericsError
 from ..methods.base import LayerGroup, Method, Statistic
 from ..methods.hessian import bfloat16_products
-from ..models.modules import dense_layer, replace_layers, set_tensor
+from ..models.modules import dense_layer, joined_experts, replace_layers, set_tensor
 from ..models.structure import TensorNames, decoder, skeleton, weight_kind
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
@@ -149,7 +149,7 @@ class BlockRunner:
         held = []
         for planned in self._outside:
             if self.names.known(planned.target.parameter):
-                set_tensor(self.model, planned.target.parameter, self._read(planned), self.device)
+                set_tensor(self.model, planned.target, self._read(planned), self.device)
                 held.append(planned.target.parameter)
         self.model.tie_weights()
         try:
@@ -206,13 +206,18 @@ class BlockRunner:
     def load_block(self, number: int, weights: Iterable[tuple[PlannedTensor, Tensor]]) -> None:
         """Put a block back in its place, with its weights as the files store them."""
         self._blocks[number] = block = self._real[number]
-        experts = {}
+        experts, biases = {}, {}
         for planned, tensor in weights:
-            if planned.target.expert:
+            if planned.target.expert and weight_kind(self.model, planned.target):
                 experts[planned.target] = dense_layer(tensor.to(self.device, self.dtype))
+            elif planned.target.expert:
+                biases[planned.info.name] = planned.target, tensor
             elif self.names.known(planned.target.parameter):
-                set_tensor(self.model, planned.target.parameter, tensor, self.device)
+                set_tensor(self.model, planned.target, tensor, self.device)
         replace_layers(self.model, self.names, experts.items())
+        targets = {name: target for name, (target, _) in biases.items()}
+        for target, tensor in joined_experts(self.names, targets, lambda name: biases[name][1]):
+            set_tensor(self.model, target, tensor, self.device)
         self._block, self._number = block, number
 
     def unload_block(self) -> None:
@@ -240,10 +245,15 @@ class BlockRunner:
 
     def set_tensor(self, planned: PlannedTensor, tensor: Tensor) -> None:
         """Replace a tensor of the block; `tensor` is laid out as in the files."""
-        if planned.target.expert:
+        target = planned.target
+        if target.expert and weight_kind(self.model, target):
             self.layer(planned).weight = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
-        elif self.names.known(planned.target.parameter):
-            set_tensor(self.model, planned.target.parameter, tensor, self.device)
+        elif target.expert:
+            expert, piece, _ = target.expert
+            biases = self.model.get_parameter(target.parameter)
+            self.names.experts[target.parameter].split(biases.data[expert])[piece].copy_(tensor)
+        elif self.names.known(target.parameter):
+            set_tensor(self.model, target, tensor, self.device)
 
     def set_weight(self, planned: PlannedTensor, weight: Tensor) -> None:
         """Replace a layer's weight by `weight` [out, in]."""
@@ -413,7 +423,8 @@ class BlockView:
             planned
             for name, planned in self._tensors.items()
             if name.endswith(".weight") and len(planned.info.shape) > 1
-            if planned.target.expert or names.known(planned.target.parameter)
+            if planned.target.expert
+            or (names.known(planned.target.parameter) and planned.target.parameter not in names.experts)
         ]
         own = {name for name, planned in self._tensors.items() if planned.spec and planned.spec.method == self._method}
         groups = self._runner.groups_and_norms(layers, next(iter(self.inputs())))

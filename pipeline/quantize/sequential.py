@@ -39,20 +39,20 @@ _STATES = "states"
 class CalibratedBlocks:
     """The decoder blocks of a recipe of which some method is calibrated."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, recipe: Recipe, work: Path):
+    def __init__(self, plan: Plan, recipe: Recipe, work: Path):
         """Build the model; no weight is read yet.
 
         Args:
             work: the folder of states/ and of the reference logits.
         """
         assert recipe.calibration is not None
-        self.checkpoint, self.plan = checkpoint, plan
+        self.checkpoint, self.plan = plan.checkpoint, plan
         self.states, self.reference_logits = work / _STATES, work / REFERENCE_LOGITS
         # float16 activations overflow in many models that were trained in bfloat16
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
         outside = [planned for planned in plan.tensors if planned.block is None]
         self.ids = recipe.calibration.ids
-        self.runner = BlockRunner(checkpoint, outside, self.ids, dtype, recipe.device, self._read_outside)
+        self.runner = BlockRunner(plan.checkpoint, outside, self.ids, dtype, recipe.device, self._read_outside)
         self.last = max(planned.block for planned in plan.tensors if planned.block is not None)
         self._embedded = False
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import BitpressError, CheckpointError
+from .limits import OverBudget
 from .redact import redact
 
 _LONGEST = 400  # characters of what a library said
@@ -15,13 +16,14 @@ def library_errors(what: str, advice: str, copies: Path | None = None) -> Iterat
     """Turns anything that a library throws into a CheckpointError "WHAT: what the library said; ADVICE".
 
     Some throw more than Exception: a panic of tokenizers is a BaseException. The original stays the cause, for --debug.
+    OverBudget passes.
 
     Args:
         copies: a folder of copies that the library was given, whose path says nothing to the user.
     """
     try:
         yield
-    except (BitpressError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (BitpressError, OverBudget, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         raise CheckpointError(f"{what}: {said(error, copies)}; {advice}") from error
