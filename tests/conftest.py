@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -40,6 +39,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def save_model() -> SaveModel:
     """save_model(config, folder): a seeded random model and a tokenizer of bytes, as transformers saves them."""
+
+    from checkpoints import save_tokenizer  # of tests/fixtures, which pytest imports itself
 
     def save(
         config: PreTrainedConfig,
