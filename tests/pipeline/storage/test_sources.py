@@ -218,6 +218,9 @@ def test_is_read_as_what_it_stands_for(coded: Callable[[str], tuple[Path, Path]]
         assert torch.equal(torch.cat(parts), weight[first : first + sum(counts)]), name
     assert "7 weights lie in the files as" in str(checkpoint.dequantization)
     assert "bfloat16" in str(checkpoint.dequantization)
+    others = 7 * 4 * len(LAYOUTS[layout].extra)
+    in_files = sum(info.nbytes for info in checkpoint.stored.values())
+    assert sum(map(checkpoint.stored_bytes, checkpoint.tensors)) + others == in_files
     assert [path.name for path in checkpoint.other_files()] == [path.name for path in expected.other_files()]
 
 
