@@ -14,7 +14,7 @@ SAMPLE_TOKENS = 48
 def greedy(model: Any) -> Iterator[None]:
     """While it lasts, the model takes the most probable token, whatever its generation config asks for.
 
-    Of that one, only the ids of the tokens that end or fill a text count.
+    Only that one's ids of tokens that end or fill a text count.
     """
     own = model.generation_config
     ids = {key: getattr(own, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
