@@ -9,7 +9,7 @@ from typing import Any
 from bitpress.eval.report.words import printable
 
 from ..errors import CheckpointError, listing
-from ..formats import read_config, registry
+from ..formats import quantization_section, read_config, registry
 from ..formats.base import Examination, Facts, LayerExamination, dtype_name, some
 from ..models.pretrained import require_tokenizer
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
@@ -86,7 +86,7 @@ def _examine(folder: Path, on_step: OnStep) -> Diagnosis:
     diagnosis = Diagnosis(str(folder))
     try:
         checkpoint = Checkpoint(folder)
-        config = checkpoint.config
+        section = quantization_section(checkpoint)
     except CheckpointError as error:
         diagnosis.faults.append(_short(error, folder))
         return diagnosis
@@ -95,7 +95,7 @@ def _examine(folder: Path, on_step: OnStep) -> Diagnosis:
     steps = _Steps(on_step, len(hashes) + len(checkpoint.tensors))
     _check_companions(checkpoint, diagnosis)
     _check_hashes(folder, hashes, diagnosis, steps)
-    if "quantization_config" in config:
+    if section is not None:
         _check_quantized(checkpoint, diagnosis, steps)
     else:
         _check_dense(checkpoint, diagnosis, steps)
@@ -192,7 +192,7 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
         layers = list(contents.quantized)
     except CheckpointError as error:  # each layer can be examined all the same
         diagnosis.faults.append(_short(error, checkpoint.folder))
-    section = checkpoint.config["quantization_config"]
+    section = quantization_section(checkpoint)
     stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     dtype = str(stated or dtype_name(dtype_of_most(checkpoint.tensors.values())))
     seen = Examination(section, dtype)

@@ -36,6 +36,7 @@ from ..config.schema import Eval, Speed
 from ..data.text import Text, read_text
 from ..data.tokens import BoundedTokenizer, encode, longest
 from ..errors import CheckpointError, ConfigError, NumericsError
+from ..formats import quantization_section
 from ..models.loading import kernels_used, load_model
 from ..models.modules import names_of_experts, part_experts
 from ..models.pretrained import load_tokenizer
@@ -411,7 +412,7 @@ def _output_errors(job: _Measurement, dense: Any, model: Any, text: list[Window]
     part_experts(dense, model)
     with progress("errors by depth") as step:
         errors = layer_errors.output_errors(dense, model, text, decoder(dense), step)
-    if "quantization_config" in job.checkpoint.config:
+    if quantization_section(job.checkpoint) is not None:
         names = names_of_experts(model.hf_quantizer.contents)
         for layer in errors["layers"]:
             layer["name"] = names.get(layer["name"], layer["name"])

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bitpress.kernels.linear import QLinear
 
 from ..errors import ConfigError
+from ..formats import quantization_section
 from ..hub.download import resolve
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite, check_range
@@ -69,7 +70,7 @@ def load_model(
         raise ConfigError(f"dtype {dtype!r} is unknown; use auto or one of {', '.join(_DTYPES)}")
     wanted = _DTYPES.get(dtype)
     checkpoint.fetch()
-    if "quantization_config" in checkpoint.config:
+    if quantization_section(checkpoint) is not None:
         return _load_quantized(checkpoint, device, wanted, kernel, on_step)
     return load_dense(checkpoint, device, wanted)
 
