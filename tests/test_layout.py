@@ -23,7 +23,7 @@ EVERY = sorted([*SHIPPED, *(ROOT / "tests").rglob("*.py")])
 ORDER = {
     "": "tests -> pipeline -> eval -> kernels",
     "pipeline": "pipeline -> cli -> runs, bench, api, hf -> publish -> evaluate -> quantize, checkpoints"
-    " -> methods, models -> formats, data -> hub -> system, config, storage -> errors",
+    " -> transforms -> methods, models -> formats, data -> hub -> system, config, storage -> errors",
     "kernels": "bench -> decoder_layer -> linear -> registry -> cpu, triton, external, reference -> base -> qtensor"
     " -> scheme -> weights, activations -> packing -> discovery",
     "eval": "report -> measure",

@@ -7,7 +7,7 @@ exactly the same numbers.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class CalibratedBlocks:
             work: the folder of states/ and of the reference logits.
         """
         assert recipe.calibration is not None
-        self.checkpoint, self.plan = checkpoint, plan
+        self.checkpoint, self.plan, self.transform = checkpoint, plan, recipe.transform
         self.states, self.reference_logits = work / _STATES, work / REFERENCE_LOGITS
         # float16 activations overflow in many models that were trained in bfloat16
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
@@ -115,6 +115,9 @@ class CalibratedBlocks:
         for planned in unit.tensors:
             if planned.spec and planned.spec.method not in methods:
                 methods.append(planned.spec.method)
+        if self.transform:
+            view = BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block))
+            transformed = self.transform.transform(view)
         for method in methods:
             method.transform(BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block), method))
         shard = UnitWriter(unit, writer)
@@ -125,6 +128,8 @@ class CalibratedBlocks:
             self.runner.set_weight(planned, qtensor.dequantize(self.runner.dtype))
             shard.add(planned, qtensor, diagnostics)
         line = shard.line(digest)
+        if self.transform:
+            line["transform"] = [asdict(each) for each in transformed]
         if block == self.last:
             outputs = self.runner.forward(0, next(self._inputs(block)))
             self.runner.unload_block()
