@@ -90,34 +90,83 @@ def inputs_left_alone(model: nn.Module) -> Iterator[int]:
 
 
 class QExperts(nn.Module):
-    """Stands where transformers keeps a 3-D expert parameter [experts, out, in] that its forward indexes by expert.
+    """Stands where transformers keeps a parameter of all experts, and multiplies by one of them, or by each.
 
-    Each expert is a list of layers whose outputs are concatenated (gate and up, say). Indexing gives an object that
-    `torch.nn.functional.linear` accepts in the weight's place, so the model's own forward stays as it is.
+    A model's own forward stays as it is: this takes the parameter's place in what models do with it, which is to index
+    it by an expert and multiply, or torch.bmm with all. Each expert is a list of layers, such as gate and up.
+
+    transposed: the parameter holds each expert as [in, out], not [out, in]. interleaved: the outputs of an expert's
+    layers alternate; otherwise each layer's come together, one layer after the other.
     """
 
-    def __init__(self, experts: Iterable[Iterable[nn.Module]]):
+    def __init__(self, experts: Iterable[Iterable[nn.Module]], transposed: bool = False, interleaved: bool = False):
         super().__init__()
         self.experts = nn.ModuleList(nn.ModuleList(pieces) for pieces in experts)
+        self.transposed, self.interleaved = transposed, interleaved
+
+    def multiply(self, expert: int, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], times an expert's weight."""
+        pieces = self.experts[expert]
+        assert isinstance(pieces, nn.ModuleList)
+        outputs = [piece(x) for piece in pieces]
+        if len(outputs) == 1:
+            return outputs[0]
+        return torch.stack(outputs, -1).flatten(-2) if self.interleaved else torch.cat(outputs, -1)
+
+    @property
+    def shape(self) -> tuple[int]:
+        """The first size alone, which models read the number of experts from."""
+        return (len(self.experts),)
+
+    def view(self, *shape: Any) -> "QExperts":
+        """Itself: models that keep all experts in two dimensions view them as three, to index an expert."""
+        return self
 
     def __getitem__(self, index: int | Tensor) -> "_ExpertWeight":
-        pieces = self.experts[int(index)]
-        assert isinstance(pieces, nn.ModuleList)
-        return _ExpertWeight(pieces)
-
-
-class _ExpertWeight:
-    def __init__(self, pieces: nn.ModuleList):
-        self.pieces = pieces
+        return _ExpertWeight(self, int(index), self.transposed)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Tensor:
+        """torch.bmm(x [experts, n, in], all experts) -> [experts, n, out].
+
+        Inputs of an expert that are zeros are those of tokens that were not sent to it: they are left out.
+        """
+        if func is not torch.bmm or not isinstance(args[1], cls) or not args[1].transposed:
+            raise TypeError(f"quantized experts support torch.bmm(x, weights [experts, in, out]) only, not {func}")
+        outputs = []
+        for expert, x in enumerate(args[0]):
+            own = x.ne(0).any(-1)
+            some = args[1].multiply(expert, x[own])
+            outputs.append(some.new_zeros(len(x), some.shape[-1]).index_put_((own,), some))
+        return torch.stack(outputs)
+
+
+class _ExpertWeight:
+    """One expert of a QExperts, as the matrix that a model multiplies by."""
+
+    def __init__(self, experts: QExperts, index: int, transposed: bool):
+        self.experts, self.index, self.transposed = experts, index, transposed
+
+    @property
+    def T(self) -> "_ExpertWeight":
+        return _ExpertWeight(self.experts, self.index, not self.transposed)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """linear(x, weight [out, in]) and x @ weight [in, out]."""
+        weight = args[1]
         bias = (kwargs or {}).get("bias", args[2] if len(args) > 2 else None)
-        if func is not F.linear or bias is not None or not isinstance(args[1], cls):
-            raise TypeError(f"a quantized expert supports torch.nn.functional.linear(x, weight) only, not {func}")
-        return torch.cat([piece(args[0]) for piece in args[1].pieces], -1)
+        fits = isinstance(weight, cls) and func in (_PRODUCTS if weight.transposed else (F.linear,))
+        if not fits or bias is not None:
+            raise TypeError(f"a quantized expert supports linear(x, weight) or x @ weight only, not {func}")
+        return weight.experts.multiply(weight.index, args[0])
+
+
+_PRODUCTS = (Tensor.matmul, Tensor.__matmul__, torch.matmul)
 
 
 class QEmbedding(nn.Module):

@@ -7,6 +7,16 @@ model, tokenizer = load("model-int4")
 """
 
 import sys
+
+from .system import program
+
+if program.is_command():  # before anything is imported that the current folder may have too
+    program.leave_current_folder()
+
+    from .system import interrupts
+
+    interrupts.handle(interrupts.end_now)  # until there is something to close
+
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 

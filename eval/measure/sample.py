@@ -10,9 +10,9 @@ SAMPLE_TOKENS = 48
 @torch.inference_mode()
 def sample(model: Any, tokenizer: Any, prompt: str) -> str:
     """The prompt and SAMPLE_TOKENS greedy tokens after it, decoded."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
     output = model.generate(
-        **inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
     return tokenizer.decode(output[0], skip_special_tokens=True)

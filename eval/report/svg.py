@@ -35,7 +35,9 @@ COLOURS = (
     "#7a9a2a",
     "#7d8590",
 )
+# matplotlib's own settings first: its file of settings may lie in the current folder, which may be a checkpoint's
 STYLE: dict[Any, Any] = {
+    **{key: value for key, value in mpl.rcParamsDefault.items() if not key.startswith(("backend", "toolbar"))},
     "svg.fonttype": "none",
     "svg.hashsalt": "bitpress",
     "text.parse_math": False,

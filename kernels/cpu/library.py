@@ -1,11 +1,13 @@
 """The shared library of csrc/: built when bitpress was installed or, where there was no compiler then, on first use."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ _FLAGS = [
     "-fno-trapping-math",
     "-ffp-contract=off",
 ]
+_SEARCHED = ("PATH", "LD_LIBRARY_PATH", "LIBRARY_PATH", "COMPILER_PATH", "CPATH", "C_INCLUDE_PATH")  # by compilers
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
@@ -64,11 +67,18 @@ def _reason(error: Exception) -> str:
 
 
 def compiler() -> str | None:
-    return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    """The path of a C compiler; one in the current folder, which an entry of PATH may mean, is none."""
+    path = os.pathsep.join(_absolute("PATH"))
+    return shutil.which("cc", path=path) or shutil.which("gcc", path=path) or shutil.which("clang", path=path)
+
+
+def _absolute(variable: str) -> list[str]:
+    """The entries of a search path; an empty or relative one means the current folder, which may be anybody's."""
+    return [entry for entry in os.environ.get(variable, "").split(os.pathsep) if os.path.isabs(entry)]
 
 
 def _build() -> Path:
-    """Compile csrc/ into the user's cache, once for each state of the sources.
+    """The library in the user's cache, compiled from csrc/ where it is not there, or not as it was written.
 
     Raises:
         OSError: there is no compiler, or no folder to write to.
@@ -81,20 +91,71 @@ def _build() -> Path:
     digest = hashlib.sha256("\0".join([command, platform.machine(), *_FLAGS]).encode())
     for source in sources:
         digest.update(source.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitpress"
-    target = cache / f"native-{digest.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        library = Path(folder) / target.name
+    name = f"native-{digest.hexdigest()[:16]}"
+    cache = _cache()
+    for path in cache.glob(f"{name}-*.so"):
+        with contextlib.suppress(FileNotFoundError):  # another process removed it first
+            if _is_ours(path) and path.name == f"{name}-{_sha256(path.read_bytes())}.so":
+                return path
+            path.unlink()  # damaged: it is built again
+    with tempfile.TemporaryDirectory(prefix="bitpress-") as folder:
+        compiled = os.path.join(folder, "native.so")
         units = [str(source) for source in sources if source.suffix == ".c"]
+        environment = dict(os.environ)
+        for variable in _SEARCHED:
+            environment.pop(variable, None)
+            if entries := _absolute(variable):
+                environment[variable] = os.pathsep.join(entries)
         subprocess.run(
-            [command, *_FLAGS, "-shared", "-o", str(library), *units, "-lm", "-lpthread"],
-            check=True, capture_output=True, text=True, timeout=300,
+            [command, *_FLAGS, "-shared", "-o", compiled, *units, "-lm", "-lpthread"],
+            check=True, capture_output=True, text=True, timeout=300, cwd=folder, env=environment,
         )  # fmt: skip
-        os.replace(library, target)
-    return target
+        content = Path(compiled).read_bytes()
+    path = cache / f"{name}-{_sha256(content)}.so"
+    descriptor, temporary = tempfile.mkstemp(dir=cache, prefix=".native-")  # with mode 0600
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _cache() -> Path:
+    """A folder that this user owns and nobody else may write to: what lies in it is loaded, so it is as good as code.
+
+    Raises:
+        OSError: there is none.
+    """
+    home = os.path.expanduser("~")  # as it stands where there is no home
+    base = next(filter(os.path.isabs, [os.environ.get("XDG_CACHE_HOME", ""), os.path.join(home, ".cache")]), None)
+    folders = [Path(base) / "bitpress"] if base else []
+    folders.append(Path(tempfile.gettempdir()) / f"bitpress-{os.geteuid()}")
+    problems = []
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if _is_ours(folder) and os.access(folder, os.W_OK):
+                return folder
+            problems.append(f"{folder} is not this user's alone")
+        except OSError as error:
+            problems.append(f"{folder}: {error.strerror}")
+    raise OSError(f"no folder to keep it in: {'; '.join(problems)}")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file or folder belongs to this user, is no link, and nobody else may write to it."""
+    status = path.lstat()
+    mode = status.st_mode
+    return status.st_uid == os.geteuid() and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and not mode & 0o022
 
 
 def _load(path: Path, origin: str) -> Library:

@@ -5,10 +5,11 @@ import subprocess
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
+
+from ..system import children
 
 _PERIOD = 0.2  # seconds between looks at memory: looking takes some milliseconds of a core that is being measured
 
@@ -22,34 +23,28 @@ class Cost:
     peak_rss_bytes: int
 
 
-def measured(command: list[str], log: IO[bytes], folder: Path | None = None) -> tuple[int, Cost]:
-    """Run a command with its output going to `log`; returns its exit code and its cost.
+def measured(command: list[str], log: IO[bytes]) -> tuple[int, Cost]:
+    """Run a command in a private folder with its output going to `log`; returns its exit code and its cost.
 
     Run one at a time: the processor times of all children are counted.
-
-    Args:
-        folder: the working folder, for programs that leave files there.
     """
     before, start = _children_seconds(), time.perf_counter()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
-    ended, peak = threading.Event(), [0]
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+    with children.private_folder() as folder, children.start(command, folder, **streams) as process:
+        ended, peak = threading.Event(), [0]
 
-    def watch() -> None:
-        while not ended.wait(_PERIOD):
-            peak[0] = max(peak[0], _resident(process.pid))
+        def watch() -> None:
+            while not ended.wait(_PERIOD):
+                peak[0] = max(peak[0], _resident(process.pid))
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        code = process.wait()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    finally:
-        wall = time.perf_counter() - start
-        ended.set()
-        watcher.join()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            code = process.wait()
+        finally:
+            wall = time.perf_counter() - start
+            ended.set()
+            watcher.join()
     return code, Cost(wall, _children_seconds() - before, peak[0])
 
 

@@ -3,6 +3,7 @@
 Its formats differ from ours: it multiplies by other weights of the same size, and is checked against those.
 """
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -20,7 +21,8 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import BitpressError, ConfigError, nearest
-from .programs import Program
+from ..system import children
+from .programs import Program, absolute
 
 NAME = "llama.cpp"
 _SCRIPT = Path(__file__).parent / "scripts" / "llamacpp_job.py"
@@ -45,6 +47,7 @@ def find_kernels(pythons: list[str]) -> "LlamaCpp":
         if name != NAME or not python:
             hint = nearest(name, [NAME]) if name != NAME else ""
             raise ConfigError(f"peer {text!r}: expected NAME=PYTHON, NAME {NAME}{hint}")
+        python = absolute(python)
     entrant = LlamaCpp(Program(NAME, "llama_cpp", _SCRIPT, python))
     if pythons and not entrant.program.installed():
         raise ConfigError(f"peer {NAME}: {python} has no package llama_cpp; pip install llama-cpp-python there")
@@ -106,10 +109,11 @@ class _Contender:
         self.copies = copies(int(out_features * in_features * _BITS[kind] / 8), torch.device("cpu"))
         self.longest = self.copies - 1
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
-        self.process = subprocess.Popen(
-            [program.python, str(program.script)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
-        )  # fmt: skip
+        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
+        self.running = contextlib.ExitStack()
+        folder = self.running.enter_context(children.private_folder())
+        command = [program.python, str(program.script)]
+        self.process = self.running.enter_context(children.start(command, folder, text=True, **streams))
         request = {"type": kind, "out": out_features, "in": in_features, "copies": self.copies, "skip": skip}
         try:
             answer = self.ask({"do": "load", **request, "threads": torch.get_num_threads()})
@@ -153,7 +157,7 @@ class _Contender:
             self.process.communicate(timeout=10)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+        self.running.close()
         self.log.close()
 
     def _traceback_end(self) -> str:

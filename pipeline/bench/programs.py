@@ -15,7 +15,6 @@ Python runs it as `python SCRIPT REQUEST.json`. The request's keys:
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from bitpress.kernels.scheme import Scheme
 
 from ..errors import BitpressError, ConfigError, nearest
 from ..storage import files
+from ..system import children
 from .cost import Cost, measured
 
 _HERE = Path(__file__).parent / "scripts"
@@ -51,7 +51,9 @@ class Program:
         if self.python == sys.executable:
             return importlib.util.find_spec(self.module) is not None
         try:
-            return subprocess.run([self.python, "-c", _HAS_MODULE, self.module], check=False).returncode == 0
+            command = [self.python, "-c", _HAS_MODULE, self.module]
+            with children.private_folder() as folder, children.start(command, folder) as process:
+                return process.wait() == 0
         except OSError as error:
             raise ConfigError(f"{self.name}: {self.python} cannot be run: {error.strerror}") from error
 
@@ -69,6 +71,11 @@ def other_programs() -> dict[str, tuple[str, Path]]:
     }
 
 
+def absolute(python: str) -> str:
+    """A Python as the user named it, for a process in another folder: a path, or a name that PATH leads to."""
+    return str(Path(python).absolute()) if os.sep in python else python
+
+
 def find(pythons: list[str]) -> list[Program]:
     """The other programs that are installed here, and those of "NAME=PYTHON", which must be installed.
 
@@ -82,7 +89,7 @@ def find(pythons: list[str]) -> list[Program]:
         if name not in others or not separator or not python:
             hint = nearest(name, others) if name not in others else ""
             raise ConfigError(f"peer {text!r}: expected NAME=PYTHON, NAME one of {', '.join(others)}{hint}")
-        chosen[name] = str(Path(python).absolute()) if os.sep in python else python
+        chosen[name] = absolute(python)
     programs = []
     for name, (module, script) in others.items():
         program = Program(name, module, script, chosen.get(name, sys.executable))
@@ -121,7 +128,7 @@ def run(program: Program, request: dict[str, Any]) -> tuple[dict[str, Any], Cost
     path, log = answer.with_suffix(".request.json"), answer.with_suffix(".log")
     files.write_json(path, {**request, "options": program.options})
     with log.open("wb") as file:
-        code, cost = measured([program.python, str(program.script), str(path)], file, answer.parent)
+        code, cost = measured([program.python, str(program.script), str(path)], file)
     if code or not answer.exists():
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
         raise BitpressError(f"{program.name} ended with exit code {code}:\n{tail}")

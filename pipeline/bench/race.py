@@ -20,6 +20,7 @@ from ..models.loading import load_tokenizer
 from ..models.structure import skeleton
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
+from ..system.unexpected import unexpected
 from .cost import Cost
 from .programs import Program, request, run
 
@@ -130,10 +131,11 @@ def _judge(result: Result, job: Job, text: Eval, folder: Path, news: News) -> No
         return
     try:
         result.quality = measure(folder / result.name, job.model, text, "auto", folder)["quality"]
-    except BitpressError as error:
+    except Exception as error:  # whatever another program wrote: ours and the others are not to blame
         if result.name == "bitpress":
             raise
-        result.error = f"not measured: {error}"
+        reason = error if isinstance(error, BitpressError) else unexpected(error, folder)
+        result.error = f"not measured: {reason}"
         news(f"{result.name}: {result.error}")
 
 

@@ -28,11 +28,15 @@ _UNFINISHED = "artifact.tmp"
 
 @dataclass
 class _Conversion:
-    """What is converted into what, and the layers that need a word: those in another order, those that keep scales."""
+    """What is converted into what, and the layers that need a word: those in another order, those that keep scales.
+
+    cache_section: see Format.cache_section.
+    """
 
     checkpoint: Checkpoint
     contents: QuantizedCheckpoint
     format: Format
+    cache_section: dict[str, Any]
     ordered: list[str] = field(default_factory=list)
     kept_scales: list[str] = field(default_factory=list)
 
@@ -77,7 +81,14 @@ def convert(
         raise ConfigError(
             f"{checkpoint.folder} ({names} as {contents.format.name}) cannot become {format.name}:\n{listing(problems)}"
         )
-    conversion = _Conversion(checkpoint, contents, format)
+    cache = contents.format.cache_scheme(checkpoint.config["quantization_config"])
+    cache_section = format.cache_section(cache) if cache else {}
+    if cache_section is None:
+        raise ConfigError(
+            f"{checkpoint.folder} cannot become {format.name}: its config has servers quantize the key-value cache "
+            f"({cache}), which {format.name} cannot say; take that out of config.json if the cache may stay as it is"
+        )
+    conversion = _Conversion(checkpoint, contents, format, cache_section)
     work = out.with_name(f"{out.name}.partial")
     if work.exists() and not (work.is_dir() and {path.name for path in work.iterdir()} <= {store.LOCK, _UNFINISHED}):
         raise ConfigError(
@@ -136,7 +147,7 @@ def _write(conversion: _Conversion, source: dict[str, Any], folder: Path, on_ste
     named = {path: contents.schemes[layer] for path, layer in layers.items()}
     ignored = list(with_module_paths(kept, contents.names))
     section = format.quantization_config(named, ignored, contents.model.dtype, bool(conversion.ordered))
-    files = writer.close(checkpoint.config, section, checkpoint.other_files())
+    files = writer.close(checkpoint.config, section | conversion.cache_section, checkpoint.other_files())
     origin = {f"source.{key}": value for key, value in source.items()} | {"convert.format": format.name}
     origin |= {f"files.{name}": value for name, value in checkpoint.identity().items()}
     origin["versions.bitpress"] = versions()["bitpress"]

@@ -1,7 +1,7 @@
 """What a checkpoint is, whether it is sound, and which runtimes load it; reads one tensor at a time, runs nothing."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ..errors import CheckpointError, listing
 from ..formats import read_config, registry
 from ..formats.base import Examination, Facts, LayerExamination, some
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
-from ..models.structure import TensorNames, kept_names, skeleton
+from ..models.structure import ParameterPath, TensorNames, auto_class, decoder, kept_names, skeleton, tied_copies
 from ..storage import files as store
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.fingerprint import MANIFEST
@@ -209,46 +209,51 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
     diagnosis.faults += faults
     diagnosis.notes += notes
     rest = [name for name in checkpoint.tensors if name not in owned]
-    _check_plain(checkpoint, rest, contents.names if contents else None, diagnosis, steps)
+    names, targets = (contents.names, contents.plain) if contents else (None, {})
+    _check_plain(checkpoint, rest, names, targets, diagnosis, steps)
     if contents:
         facts = _facts(contents, seen)
         diagnosis.runtimes, diagnosis.tensor_parallel = verdicts(facts), tensor_parallel(facts)
+        if facts.auto_class != Facts.auto_class:
+            diagnosis.notes.append(f"transformers loads it by {facts.auto_class}, the class of its architecture")
 
 
 def _check_dense(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps) -> None:
-    names = None
+    names, targets = None, dict[str, ParameterPath]()
     try:
-        names = TensorNames(skeleton(checkpoint))
-        if missing := names.missing(names.target(name) for name in checkpoint.tensors):
+        model = skeleton(checkpoint)
+        names = TensorNames(model)
+        targets = {name: names.target(name) for name in checkpoint.tensors}
+        if missing := names.missing(targets.values()):
             diagnosis.faults.append(f"weights of the model are missing:\n{listing(missing)}")
+        tied_copies(checkpoint, targets, model)
     except CheckpointError as error:
-        names = None
         diagnosis.faults.append(_short(error, checkpoint.folder))
     diagnosis.notes.append(
         checkpoint.dequantization or "not quantized: any runtime that knows the architecture loads it"
     )
-    _check_plain(checkpoint, checkpoint.tensors, names, diagnosis, steps)
+    _check_plain(checkpoint, checkpoint.tensors, names, targets, diagnosis, steps)
 
 
 def _check_plain(
-    checkpoint: Checkpoint, tensors: Iterable[str], names: TensorNames | None, diagnosis: Diagnosis, steps: _Steps
+    checkpoint: Checkpoint,
+    tensors: Iterable[str],
+    names: TensorNames | None,
+    targets: Mapping[str, ParameterPath],
+    diagnosis: Diagnosis,
+    steps: _Steps,
 ) -> None:
-    """Tensors that are not quantized: their values and, where the model could be built, their shapes."""
-    unknown = []
+    """Tensors that are not quantized: their values and, where the model could be built, how they fit into it."""
+    unknown, mismatches = list[str](), dict[str, str]()
+    if names is not None:
+        unknown = [name for name, target in targets.items() if not names.known(target.parameter)]
+        mismatches = names.mismatches(checkpoint.tensors, targets)
     for name in tensors:
         steps()
-        info = checkpoint.tensors[name]
-        if names is not None:
-            target = names.target(name)
-            expected = names.shape(target)
-            if not names.known(target.parameter):
-                unknown.append(name)
-            elif expected is not None and expected != info.shape:
-                diagnosis.faults.append(
-                    f"{name}: shape {list(info.shape)} in the file, {list(expected)} by config.json"
-                )
+        if name in mismatches:
+            diagnosis.faults.append(mismatches[name])
         try:
-            bad = count_not_finite(checkpoint.read(name)) if info.dtype.is_floating_point else 0
+            bad = count_not_finite(checkpoint.read(name))
         except CheckpointError as error:  # codes that cannot be dequantized
             diagnosis.faults.append(_short(error, checkpoint.folder))
             continue
@@ -259,7 +264,7 @@ def _check_plain(
 
 
 def _facts(contents: QuantizedCheckpoint, seen: Examination) -> Facts:
-    config = contents.model.config
+    config = contents.model.config.get_text_config(decoder=True)
     counts = [getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
     heads = counts[0] if isinstance(counts[0], int) else 1
     return Facts(
@@ -271,16 +276,19 @@ def _facts(contents: QuantizedCheckpoint, seen: Examination) -> Facts:
         experts=frozenset(layer for layer, target in contents.quantized.items() if target.expert),
         heads=(heads, counts[1] if isinstance(counts[1], int) and counts[1] > 0 else heads),
         kept=frozenset(seen.kept),
+        auto_class=auto_class(contents.model.config).__name__,
     )
 
 
 def _split(contents: QuantizedCheckpoint) -> dict[str, str | None] | None:
     """How tensor parallelism cuts each layer, by the plan that transformers has for the architecture."""
-    plan = getattr(type(contents.model.config), "base_model_tp_plan", None)  # transformers' own, not the checkpoint's
+    config = contents.model.config.get_text_config(decoder=True)
+    plan = getattr(type(config), "base_model_tp_plan", None)  # transformers' own, not the checkpoint's
     if not plan:
         return None
     kinds = {re.compile(re.escape(key).replace(r"\*", r"\d+")): str(kind) for key, kind in plan.items()}
-    prefix = f"{contents.model.base_model_prefix}."
+    blocks = decoder(contents.model)  # the plan names parts of the decoder: layers.*.mlp.up_proj
+    prefix = f"{blocks.rpartition('.')[0]}."
     split: dict[str, str | None] = {}
     for layer, target in contents.quantized.items():
         path = target.parameter.removesuffix(".weight").removeprefix(prefix)

@@ -19,7 +19,8 @@ _MARLIN_GROUPS, _MARLIN_OUT, _MARLIN_IN, _MARLIN_EXPERT_IN = (None, 32, 64, 128)
 
 
 def verdicts(facts: Facts) -> dict[str, dict[str, Any]]:
-    """Runtime -> {"loads": one of LEVELS, "needs": packages, "why": sentences, "arguments", "imports": see Loading}."""
+    """Runtime -> {"loads": one of LEVELS, "needs": packages, "why": sentences, "arguments", "imports": see Loading,
+    "class": transformers' auto class of the checkpoint}."""
     loadings = facts.format.runtimes(facts)
     unknown = Loading([("unknown", f"it is not known here to read {facts.format.name}")])
     table = {}
@@ -35,6 +36,7 @@ def verdicts(facts: Facts) -> dict[str, dict[str, Any]]:
             "why": [why for _, why in reasons if why],
             "arguments": loading.arguments,
             "imports": loading.imports,
+            "class": facts.auto_class,
         }
     return table
 

@@ -1,18 +1,17 @@
 """The command line: which commands there are, and the exit code of each error. Commands parse and print; no logic."""
 
 import gc
-import signal
 import sys
-import traceback
 from typing import Any
 
 import typer
 from rich.markup import escape
 
 from ..errors import BitpressError
+from ..system import children, interrupts, program
 from ..system.redact import redact
-from . import bench, chat, evaluate, inspect, run
-from .console import err, news
+from ..system.unexpected import unexpected
+from . import bench, chat, console, evaluate, inspect, run
 
 app = typer.Typer(
     help="Press Transformer checkpoints into fewer bits, and know what that cost.",
@@ -30,31 +29,41 @@ app.command("list")(inspect.list_)
 app.add_typer(bench.app, name="bench")
 app.add_typer(chat.app)
 
-_INTERRUPTED = 130
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
 
 def main() -> None:
-    """The entry point: errors become a sentence and an exit code; --debug shows the traceback."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    """The entry point: errors become a sentence and an exit code; --debug shows the traceback.
+
+    Ctrl-C lets what is open be closed; a second one ends the process at once.
+    """
+    interrupted = False
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        if interrupted:
+            children.kill_all()
+            interrupts.end_now(number, frame)
+        interrupted = True
+        raise KeyboardInterrupt
+
+    program.leave_current_folder()
+    interrupts.handle(interrupt)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Chinese shows the characters' numbers
-    debug = "--debug" in sys.argv
+    console.debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()
-    except BitpressError as error:
-        if debug:
-            news(redact(traceback.format_exc()))
-        err.print(f"[red]error:[/red] {escape(redact(str(error)))}", highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, SystemExit) as stop:  # typer turns the one into the other
-        if isinstance(stop, SystemExit) and stop.code != _INTERRUPTED:
+    except BaseException as error:
+        leaving = error if isinstance(error, SystemExit) else None
+        # typer makes an exit of Ctrl-C, and a library that it hits while it is imported another error
+        if interrupted or isinstance(error, KeyboardInterrupt) or (leaving and error.code == interrupts.INTERRUPTED):
+            interrupts.end()
+        if leaving:
             raise
-        err.print("interrupted; run the same command again to go on")
-        sys.exit(_INTERRUPTED)
+        known = error if isinstance(error, BitpressError) else unexpected(error)
+        console.show_traceback(known)
+        console.err.print(f"[red]error:[/red] {escape(redact(str(known)))}", highlight=False, soft_wrap=True)
+        sys.exit(known.exit_code)
     finally:
+        interrupts.handle(interrupts.end_now)
         gc.freeze()  # the process ends: to look through all that was imported once more takes tenths of a second

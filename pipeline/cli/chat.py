@@ -24,17 +24,24 @@ def generate(
     revision: Revision = None,
 ) -> None:
     """Continue a prompt, greedily."""
+    import torch
+
+    from ..data.tokens import BoundedTokenizer
     from ..models.conversation import Printer
     from ..models.loading import load
 
     quiet_libraries()
     with progress("loading") as step:
         loaded, tokenizer = load(model, revision, device, dtype, kernel, step)
-    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
-    inputs.pop("token_type_ids", None)
+    ids = torch.tensor([BoundedTokenizer(tokenizer)(prompt)["input_ids"]], device=loaded.device)
     streamer = Printer(tokenizer, write, skip_prompt=False)
     loaded.generate(  # type: ignore[operator]
-        **inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer, pad_token_id=tokenizer.eos_token_id
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        streamer=streamer,
+        pad_token_id=tokenizer.eos_token_id,
     )
     write("\n")
 

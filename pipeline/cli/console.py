@@ -6,15 +6,18 @@ No other module prints: what is printed here is made printable first, whoever wr
 import json
 import shlex
 import sys
+import traceback
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from ..system.printable import Terminal, printable
+from ..system.redact import redact
 
 out = Terminal()
 err = Terminal(stderr=True)
+debug = False  # whether tracebacks are shown
 
 # What a narrow terminal does without first; the report has it all.
 _DISPENSABLE = (
@@ -43,6 +46,12 @@ def write(words: str) -> None:
 def news(line: str) -> None:
     """Print a line on what happens, on standard error."""
     err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_traceback(error: BaseException) -> None:
+    """With --debug, print where an error comes from, on standard error."""
+    if debug:
+        news(redact("".join(traceback.format_exception(error))))
 
 
 def command_line() -> str:

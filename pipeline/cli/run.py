@@ -8,7 +8,16 @@ import typer
 from rich.markup import escape
 
 from ..system.progress import progress, quiet_libraries
-from .console import command_line, news, out, print_json, print_line, print_table, protocol_sentence
+from .console import (
+    command_line,
+    news,
+    out,
+    print_json,
+    print_line,
+    print_table,
+    protocol_sentence,
+    show_traceback,
+)
 from .options import Device, Json, Revision
 
 
@@ -43,6 +52,9 @@ def run(
         outcomes = execute(config, command_line(), news, override, redo is Redo.evaluate)
         page = summarize(config, outcomes)
         everything += outcomes
+        for outcome in outcomes:
+            if outcome.error:
+                show_traceback(outcome.error)
         if not as_json:
             _show_outcomes(outcomes, page)
     if as_json:

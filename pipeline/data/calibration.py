@@ -15,7 +15,7 @@ from ..config.schema import Calibrate, Dataset, TrainingSet
 from ..errors import ConfigError, HubError, NumericsError
 from .chat import holds_conversations, rendered
 from .text import CONVERSATIONS, SUFFIXES, Rows, Text, join, read_rows
-from .tokens import check_ids, encode, longest
+from .tokens import bounded, check_ids, encode, longest
 
 _HUB = re.compile(r"(?P<dataset>\w[\w.-]*/[\w.-]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
 _CHARACTERS = 8  # characters of text for every token needed: about twice what most tokenizers take
@@ -92,17 +92,23 @@ def _rows(text: str | Dataset) -> Rows:
 def _tokens(rows: Rows, tokenizer: Any, need: int, seed: int | None) -> Tensor:
     """Token ids int64 [n]: at least `need` of them, so that windows can be drawn; fewer where the text has no more."""
     if holds_conversations(rows) and rows.values:
-        ids: list[int] = []
-        for text in rendered(rows, tokenizer, seed):
-            # the template has put the special tokens in
-            ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            if len(ids) >= need:
-                break
+        size = min(len(str(rows.values)), need * _CHARACTERS)
+        ids = bounded("the tokenizer's chat template", size, lambda: _conversation_ids(rows, tokenizer, need, seed))
         return torch.tensor(ids, dtype=torch.int64)
     whole = join(rows)
     part = Text(whole.name, _part(whole.content, need * _CHARACTERS, seed))
     tokens = encode(tokenizer, part)
     return tokens if tokens.numel() >= 1.1 * need or part == whole else encode(tokenizer, whole)
+
+
+def _conversation_ids(rows: Rows, tokenizer: Any, need: int, seed: int | None) -> list[int]:
+    ids: list[int] = []
+    for text in rendered(rows, tokenizer, seed):
+        # the template has put the special tokens in
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= need:
+            break
+    return ids
 
 
 def _part(content: str, characters: int, seed: int | None) -> str:

@@ -2,28 +2,43 @@
 
 import json
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 from ..errors import BitpressError
-from ..storage import files
-from ..system.progress import quiet_libraries
-from .measure import measure_task
-from .verify import verify_task
+from ..system import children
 
-TASKS = {"verify": verify_task, "measure": measure_task}
+
+def perform(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request, or the error that it ended with: as text, for a process that shares nothing with us."""
+    from ..system.redact import redact
+
+    try:
+        from ..system.progress import quiet_libraries
+        from .measure import measure_task
+        from .verify import verify_task
+
+        quiet_libraries()
+        return {"verify": verify_task, "measure": measure_task}[request["task"]](request)
+    except BaseException as error:  # the last boundary: whatever it is, the caller tells the user
+        kind = type(error).__name__ if isinstance(error, BitpressError) else None
+        return {"error": str(error), "kind": kind, "traceback": redact("".join(traceback.format_exception(error)))}
 
 
 def main() -> None:
-    """Do the task of the request and write its answer, or its error, to the file that the request names."""
-    quiet_libraries()
-    request = json.loads(Path(sys.argv[1]).read_text())
+    """Do the task of the request, and write its answer beside the request."""
+    path = Path(sys.argv[1])
+    children.end_with_parent(path.parent)
+    from ..system.printable import printable
+
     try:
-        answer = TASKS[request["task"]](request)
-    except BitpressError as error:
-        answer = {"error": str(error), "kind": type(error).__name__}
-    except KeyboardInterrupt:  # a terminal sends it to both processes: the other one says so
-        sys.exit(130)
-    files.write_json(Path(request["answer"]), answer)
+        from ..storage import files
+        from .worker import ANSWER
+
+        files.write_json(path.parent / ANSWER, perform(json.loads(path.read_text())))
+    except BaseException as error:  # not even torch can be imported, or there is no room for an answer
+        sys.exit(printable(f"{type(error).__name__}: {error}"))
 
 
 if __name__ == "__main__":

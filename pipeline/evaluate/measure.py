@@ -32,7 +32,7 @@ from bitpress.kernels.linear import inputs_left_alone
 
 from ..config.schema import Eval, Speed
 from ..data.text import read_text
-from ..data.tokens import longest
+from ..data.tokens import BoundedTokenizer, longest
 from ..errors import CheckpointError, ConfigError, NumericsError
 from ..models.loading import kernels_used, load_model, load_tokenizer
 from ..models.modules import names_of_experts, part_experts
@@ -175,7 +175,10 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
         "units": plan.units,
     }
     answer["dtype"] = str(model.dtype).removeprefix("torch.")
-    answer["sample"] = {"prompt": job.settings.prompt, "text": sample(model, job.tokenizer, job.settings.prompt)}
+    answer["sample"] = {
+        "prompt": job.settings.prompt,
+        "text": sample(model, BoundedTokenizer(job.tokenizer), job.settings.prompt),
+    }
     answer["tasks"] = _tasks(job, model)
     reason = job.crowding()
     if reason:
@@ -305,7 +308,7 @@ def _predict(job: _Measurement, text: list[Window]) -> None:
                 step(number, len(text))
                 if number not in stored:
                     stored.keep(number, stored_predictions.predict(baseline, window, number))
-        text_of_baseline = sample(baseline, job.tokenizer, job.settings.prompt)
+        text_of_baseline = sample(baseline, BoundedTokenizer(job.tokenizer), job.settings.prompt)
         files.write_json(stored.folder / _SAMPLE, {"text": text_of_baseline})
     del baseline
     _free()
@@ -338,7 +341,7 @@ def _quality(job: _Measurement, model: Any, text: list[Window], crowded: str | N
         "quality": {"path": "side by side"},
         "scores": every,
         "output_errors": _output_errors(job, dense, model, text[: job.settings.output_errors]),
-        "baseline_text": sample(dense, job.tokenizer, job.settings.prompt),
+        "baseline_text": sample(dense, BoundedTokenizer(job.tokenizer), job.settings.prompt),
     }
 
 

@@ -1,5 +1,6 @@
 """Evaluates a model in a fresh process, into a folder with metrics.json and report; reuses every figure that holds."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -145,18 +146,21 @@ def measure(
 
     Args:
         baseline: the unquantized model that it is compared with; None where there is none.
-        folder: where the process leaves its answer.
+        folder: where the process keeps the baseline's predictions, unless `resume` says where.
         resume: where it keeps what is finished; None: nowhere.
         speed_only: only what is the machine's: speed, memory, kernels.
     """
     start = time.perf_counter()
+    chosen = settings.model_dump()
+    if isinstance(settings.text, str) and os.path.isfile(text := os.path.expanduser(settings.text)):
+        chosen["text"] = os.path.abspath(text)  # the process runs in another folder
     request = {
         "artifact": str(artifact.resolve()),
         "baseline": str(baseline.resolve()) if baseline else None,
-        "eval": settings.model_dump(),
+        "eval": chosen,
         "device": device,
         "folder": str(folder.resolve()),
         "resume": asdict(resume) if resume else None,
         "speed_only": speed_only,
     }
-    return {**worker.call("measure", request, folder), "seconds": time.perf_counter() - start}
+    return {**worker.call("measure", request), "seconds": time.perf_counter() - start}

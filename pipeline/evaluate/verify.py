@@ -37,7 +37,7 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
     with progress("quantizing in memory") as step:
         for number, tensor in enumerate(plan.quantized):
             step(number, len(plan.quantized))
-            qtensor, _ = quantize_weight(tensor, checkpoint.read(tensor.info.name), plan)
+            qtensor, _ = quantize_weight(tensor, plan.checkpoint.read(tensor.info.name), plan)
             qtensor = qtensor.to(device)
             linear = lambda bias, q=qtensor: QLinear(q, bias, model.dtype, "reference")  # noqa: E731
             if tensor.kind == "embedding":
@@ -51,7 +51,7 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
     for tensor in plan.tensors:
         target = tensor.target
         if target.expert and target.parameter in parameters and target not in layers:
-            layers[target] = dense_layer(checkpoint.read(tensor.info.name).to(model.device, model.dtype))
+            layers[target] = dense_layer(plan.checkpoint.read(tensor.info.name).to(model.device, model.dtype))
     replace_layers(model, TensorNames(plan.model), layers.items())
     return model(input_ids=ids.unsqueeze(0).to(device), use_cache=False).logits[0].cpu()
 
@@ -107,7 +107,7 @@ def verify_artifact(
             "device": device,
             "dtype": str(Checkpoint.single(reference).tensors["logits"].dtype).removeprefix("torch."),
         }
-        return worker.call("verify", request, artifact.parent)
+        return worker.call("verify", request)
     finally:
         if not recipe.calibration:
             reference.unlink()

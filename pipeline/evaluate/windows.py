@@ -8,7 +8,7 @@ from bitpress.eval.measure.protocols import CONTEXTS, EvaluationWindows, evaluat
 
 from ..config.schema import Eval
 from ..data.text import Text
-from ..data.tokens import check_ids, longest
+from ..data.tokens import BoundedTokenizer, check_ids, longest
 from ..errors import NumericsError
 
 
@@ -16,13 +16,19 @@ def windows(text: Text, tokenizer: Any, settings: Eval, model: PretrainedConfig)
     """What a model reads of a text and what is scored of it, by the protocol that the settings name.
 
     Raises:
-        NumericsError: the text fills no window. CheckpointError: a token that the model does not have.
+        NumericsError: the text fills no window. CheckpointError: a token that the model does not have, or the tokenizer
+            fails.
     """
     context = longest(model, settings.context or CONTEXTS[settings.protocol])
     stride = min(settings.stride, context)
     try:
         plan = evaluation_windows(
-            settings.protocol, text.documents or [text.content], tokenizer, context, stride, settings.windows
+            settings.protocol,
+            text.documents or [text.content],
+            BoundedTokenizer(tokenizer),
+            context,
+            stride,
+            settings.windows,
         )
     except ValueError as error:
         raise NumericsError(f"{text.name} has {error}; give more text, or set eval.context lower") from error

@@ -1,36 +1,63 @@
-"""One task in a fresh process: `python -m bitpress.pipeline.evaluate REQUEST.json`, which has nothing but files.
+"""One task in a fresh process, `python -m bitpress.pipeline.evaluate REQUEST.json`, which has nothing but files.
 
-Used so that what is measured is what a user loads, and that its peak memory is its own.
+Used so that what is measured is what a user loads, and that its peak memory is its own. The process runs in a private
+folder, where its answer lies too: nobody else takes that for its own. It holds the locks of the process that called it,
+and ends with it.
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from .. import errors
 from ..errors import BitpressError
-from ..storage import files
+from ..storage import files, journal
+from ..system import children
+
+REQUEST, ANSWER = "request.json", "answer.json"
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in what getrusage(2) counts memory by
 
 
-def call(task: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+class RemoteError(Exception):
+    """What a task raised in its own process: the traceback there, as text."""
+
+
+def call(task: str, request: dict[str, Any]) -> dict[str, Any]:
     """Run a task in a fresh process and return its answer; its progress goes to this process's stderr.
 
     Raises:
-        BitpressError: the one that the task raised, or that the process died.
+        BitpressError: the one that the task raised, or that the process died. RemoteError: the task raised another one.
     """
-    paths = {name: folder / f".{task}.{name}.json" for name in ("request", "answer")}
-    paths["answer"].unlink(missing_ok=True)
-    files.write_json(paths["request"], {"task": task, "answer": str(paths["answer"].resolve()), **request})
-    command = [sys.executable, "-m", "bitpress.pipeline.evaluate", str(paths["request"].resolve())]
-    code = subprocess.run(command, check=False).returncode
-    if not paths["answer"].exists():
-        cause = "it was killed, perhaps for want of memory" if code < 0 else f"exit code {code}"
-        raise BitpressError(f"the {task} process ended without an answer: {cause}")
-    answer = json.loads(paths["answer"].read_text())
-    for path in paths.values():
-        path.unlink()
+    with children.private_folder() as private:
+        files.write_json(private / REQUEST, {"task": task, **request})
+        command = [sys.executable, "-m", "bitpress.pipeline.evaluate", str(private / REQUEST)]
+        with children.start(command, private, stdin=subprocess.PIPE, pass_fds=journal.held()) as process:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:  # what lies there then may be half of an answer
+            raise BitpressError(f"the {task} process {_ending(process.returncode, usage.ru_maxrss * _RSS_UNIT)}")
+        answer = json.loads((private / ANSWER).read_text())
     if "error" in answer:
-        raise getattr(errors, answer["kind"], BitpressError)(answer["error"])
+        remote = RemoteError(answer["traceback"])
+        if answer["kind"] is None:
+            raise remote
+        raise getattr(errors, answer["kind"], BitpressError)(answer["error"]) from remote
     return answer
+
+
+def _ending(code: int, peak: int) -> str:
+    """How a process ended without an answer. peak: the most memory that it held, in bytes."""
+    if code == -signal.SIGKILL:
+        total = psutil.virtual_memory().total
+        return (
+            f"was killed, as the system does when memory runs out: it had taken {peak / 1e9:.1f} GB, this machine has "
+            f"{total / 1e9:.1f} GB; free some memory or use a machine with more, and run the same command again"
+        )
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}; run the same command again"
+    return f"ended without an answer, exit code {code}; run the same command again"

@@ -32,7 +32,8 @@ class Facts:
     schemes: of each quantized layer. ordered: whether some layer has act-order. shapes: layer -> (out, in features).
     split: layer -> "column" or "row" as tensor parallelism cuts it, None for a layer that is whole on every GPU; None
     in all where no plan is known for the architecture. experts: the layers that are experts. heads: attention heads,
-    and key-value heads. kept: linear layers that are not quantized.
+    and key-value heads. kept: linear layers that are not quantized. auto_class: transformers' class that builds its
+    model.
     """
 
     format: "Format"
@@ -43,6 +44,7 @@ class Facts:
     experts: frozenset[str] = frozenset()
     heads: tuple[int, int] = (1, 1)
     kept: frozenset[str] = frozenset()
+    auto_class: str = "AutoModelForCausalLM"
 
     def by_scheme(self, rule: Callable[[Scheme], Iterable[Reason]]) -> list[Reason]:
         """The reasons that a rule gives for each scheme; the scheme is named where there are several."""
@@ -202,6 +204,14 @@ class Format(ABC):
     def kept(self, config: dict[str, Any]) -> list[str]:
         """What a quantization_config says is not quantized, as quantization_config takes it ("re:…" for patterns)."""
         return []
+
+    def cache_scheme(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """How servers are to quantize the key-value cache, by a quantization_config; None where it says nothing."""
+        return None
+
+    def cache_section(self, cache: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The keys of a quantization_config that say what `cache_scheme` returns; None: there is no place for it."""
+        return None
 
     def missing_tensors(self, config: dict[str, Any], layers: Iterable[str], names: Iterable[str]) -> str | None:
         """What a config says the files have and they do not have; a sentence that begins with the reason."""

@@ -17,6 +17,7 @@ from .names import NameRules
 _TYPE = "nf4"  # what bitsandbytes calls it
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _STATE_LIMIT = 4096  # bytes of JSON
+_STORAGE = (torch.bfloat16, torch.float16, torch.float32)  # in whose elements the bytes of codes may lie
 
 
 _DOUBLE_QUANT = {Scheme(NF4()): False, Scheme(NF4(double_quant=True)): True}  # the schemes that it holds
@@ -24,7 +25,8 @@ _DOUBLE_QUANT = {Scheme(NF4()): False, Scheme(NF4(double_quant=True)): True}  # 
 
 class BitsAndBytes(Format):
     """weight uint8 [ceil(out * in / 2), 1], the even element in the high nibble; weight.absmax per block of 64 of the
-    flattened matrix; with double quantization, absmax is uint8 and weight.nested_* tell how to decode it."""
+    flattened matrix; with double quantization, absmax is uint8 and weight.nested_* tell how to decode it. Some have
+    the bytes of weight as bfloat16, float16 or float32 (bnb_4bit_quant_storage), which FSDP cuts into pieces."""
 
     name = "bitsandbytes"
     rank = 30
@@ -83,10 +85,11 @@ class BitsAndBytes(Format):
         quant_map = tensors["weight.quant_map"].flatten()
         same = quant_map.dtype == torch.float32 and torch.equal(quant_map, torch.tensor(NF4_CODEBOOK))
         require(same, "weight.quant_map is not NF4's code book in float32")
+        codes = tensors["weight"].flatten()
+        codes = codes.view(torch.uint8) if codes.dtype in _STORAGE else codes
         return QTensor(
-            scheme, (shape[0], shape[1]), tensors["weight"].flatten(), tensors["weight.absmax"].flatten(),
-            extra=self._nested(state, tensors),
-        )  # fmt: skip
+            scheme, (shape[0], shape[1]), codes, tensors["weight.absmax"].flatten(), extra=self._nested(state, tensors)
+        )
 
     def _nested(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not {"weight.nested_absmax", "weight.nested_quant_map"} & tensors.keys():

@@ -29,12 +29,18 @@ from .base import (
     SchemeRules,
     groups_of,
     is_packed_integer,
+    middle_code,
     require,
     some,
 )  # fmt: skip
 from .names import NameRules, patterns_of
 
 _ORDER = "weight_g_idx"
+_ZEROS = "weight_zero_point"
+_CACHE = "kv_cache_scheme"
+_SCATTERED = ("group", "dynamic")  # values of actorder, one the other's alias, with which groups need weight_g_idx
+_IN_PLACE = (None, "weight", "static")  # with these, the members of a group lie side by side
+_WITHOUT_EFFECT = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")  # on what is computed once it is stored
 _VERSION = "0.15.0"  # of the layout: the oldest release whose readers take what is written here
 _PACKED = "pack-quantized"
 _PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
@@ -48,7 +54,10 @@ class CompressedTensors(Format):
     weight_zero_point int32 [ceil(out * bits / 32), groups] where asymmetric. weight_g_idx int32 [in], where actorder
     was "group", is read and never written: newer readers know it no more.
 
-    Plain: weight [out, in] of int8 or another dtype, weight_scale, weight_zero_point where there are any."""
+    Plain: weight [out, in] of int8 or another dtype, weight_scale, weight_zero_point where there are any.
+
+    Early versions stored zero points beside symmetric weights, too, all of them 0 (until May 2024), and zero points of
+    packed weights as int8 [out, groups] (until April 2025). Both are read."""
 
     name = "compressed-tensors"
     rank = 20
@@ -56,7 +65,7 @@ class CompressedTensors(Format):
     tags: ClassVar[tuple[str, ...]] = (_PACKED, *_PLAIN, _MIXED)
     hf_methods = ("compressed-tensors",)
     marker = "weight_scale"
-    suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", _ORDER, "weight")
+    suffixes = ("weight_packed", "weight_scale", "weight_shape", _ZEROS, _ORDER, "weight")
     holds_embeddings = True
     convertible = True
 
@@ -119,13 +128,17 @@ class CompressedTensors(Format):
             "quantization_status": "compressed",
             "version": _VERSION,
             "global_compression_ratio": None,
-            "kv_cache_scheme": None,
+            _CACHE: None,
             "ignore": list(kept),
             "config_groups": groups,
         }
 
     def scheme_rules(self, config: dict[str, Any]) -> SchemeRules:
+        require(isinstance(config.get(_CACHE) or {}, dict), f"{_CACHE} is {config.get(_CACHE)!r}, expected an object")
         require(not config.get("transform_config"), "transform_config is not supported")
+        sparsity = config.get("sparsity_config") or {}
+        kind = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
+        require(kind in (None, "dense"), f"sparsity_config has the format {kind!r}, only 'dense' is read")
         rules = _groups(config)
         known = {id(group): _scheme(group, str(group.get("format") or config.get("format"))) for group in _each(rules)}
         return NameRules(
@@ -138,10 +151,16 @@ class CompressedTensors(Format):
         ignore = config.get("ignore")
         return [entry for entry in ignore if isinstance(entry, str)] if isinstance(ignore, list) else []
 
+    def cache_scheme(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        return config.get(_CACHE) or None
+
+    def cache_section(self, cache: Mapping[str, Any]) -> dict[str, Any]:
+        return {_CACHE: dict(cache)}
+
     def missing_tensors(self, config: dict[str, Any], layers: Iterable[str], names: Iterable[str]) -> str | None:
         rules, present = _groups(config), set(names)
         scattered = (
-            layer for layer in layers if ((rules.get(layer) or {}).get("weights") or {}).get("actorder") == "group"
+            layer for layer in layers if ((rules.get(layer) or {}).get("weights") or {}).get("actorder") in _SCATTERED
         )
         lost = [name for layer in scattered if (name := f"{layer}.{_ORDER}") not in present]
         return f"actorder is 'group', and these tensors are missing:\n{listing(lost)}" if lost else None
@@ -152,6 +171,8 @@ class CompressedTensors(Format):
         if seen.scale_dtypes not in ([], [seen.dtype]):
             dtypes = " and ".join(seen.scale_dtypes)
             notes.append(f"scales are {dtypes}: a runtime that computes in {seen.dtype} rounds them to it")
+        if seen.config.get(_CACHE):
+            notes.append(f"{_CACHE}: vLLM quantizes the key-value cache as it says; bitpress leaves the cache alone")
         ignored: NameRules[bool] = NameRules(False)
         try:
             for entry in self.kept(seen.config):
@@ -257,6 +278,15 @@ def _inputs(scheme: Scheme) -> dict[str, Any] | None:
     return scheme.activations.description() if scheme.activations else None
 
 
+def _differences(inputs: Mapping[str, Any], served: Mapping[str, Any]) -> str:
+    """The keys of input_activations, and their values, that are not those of the type that would run; "" if none."""
+    defaults = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+    stated = {key: value for key, value in inputs.items() if key not in _WITHOUT_EFFECT and value is not None}
+    own = defaults | dict(served)
+    odd = {key: value for key, value in (defaults | stated).items() if key not in own or own[key] != value}
+    return ", ".join(f"{key} {value!r}" for key, value in odd.items())
+
+
 def _kind(scheme: Scheme) -> str:
     """What the format is called of a layer of this scheme."""
     described = scheme.weight.description()
@@ -318,7 +348,7 @@ def _each(rules: NameRules[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _scheme(group: dict[str, Any], kind: str) -> Scheme:
     weights, inputs = group["weights"], group.get("input_activations")
     actorder = weights.get("actorder")
-    require(actorder in (None, "static", "weight", "group"), f"actorder {actorder!r} is not supported")
+    require(actorder in (*_SCATTERED, *_IN_PLACE), f"actorder {actorder!r} is not supported")
     bits, symmetric, strategy = weights["num_bits"], weights.get("symmetric", True), weights.get("strategy")
     size = weights.get("group_size") if strategy in ("group", "block") else None
     require(type(bits) is int, f"bits is {bits!r}, expected a whole number")
@@ -326,9 +356,14 @@ def _scheme(group: dict[str, Any], kind: str) -> Scheme:
     require(isinstance(symmetric, bool), f"symmetric is {symmetric!r}, expected true or false")
     require(inputs is None or isinstance(inputs, dict), f"input_activations is {inputs!r}, expected an object")
     require(inputs is None or kind != _PACKED, "quantized activations with packed weights are not supported")
-    described = WeightDescription(str(weights.get("type")), bits, str(strategy), size, symmetric)
+    require(not weights.get("dynamic"), f"weights that are dynamic ({weights.get('dynamic')!r}) are not supported")
+    require(not group.get("output_activations"), "quantized outputs (output_activations) are not supported")
+    described = WeightDescription(str(weights.get("type", "int")), bits, str(strategy), size, symmetric)
     try:
-        return Scheme.from_description(described, inputs)
+        scheme = Scheme.from_description(described, inputs)
+        if inputs is not None and (other := _differences(inputs, _inputs(scheme) or {})):
+            raise ValueError(f"input_activations with {other} are not supported")
+        return scheme
     except ValueError as error:
         what = f"weights of type {weights.get('type')!r}, strategy {strategy!r}"
         if kind in _PLAIN:
@@ -347,12 +382,11 @@ def _read_packed(scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
     )
     shape = stored.tolist()
     zeros = None
-    if (packed := tensors.get("weight_zero_point")) is not None:
-        require(not scheme.symmetric, "weight_zero_point does not belong to a symmetric scheme")
-        size = (words(shape[0], scheme.bits), groups_of(scheme, shape[1]))
-        require(packed.dtype == torch.int32, f"weight_zero_point has dtype {packed.dtype}, expected torch.int32")
-        require(packed.shape == size, f"weight_zero_point has shape {list(packed.shape)}, expected {list(size)}")
-        zeros = unpack(packed.t(), scheme.bits, shape[0]).t().contiguous()
+    if (stored := tensors.get(_ZEROS)) is not None:
+        zeros = _zero_codes(scheme, stored, (shape[0], groups_of(scheme, shape[1])))
+        if scheme.symmetric:
+            _require_no_zeros(zeros, middle_code(scheme))
+            zeros = None
     codes, order = tensors["weight_packed"], None
     if (g_idx := tensors.get(_ORDER)) is not None:
         require(list(g_idx.shape) == shape[1:], f"{_ORDER} has shape {list(g_idx.shape)}, expected {shape[1:]}")
@@ -361,10 +395,39 @@ def _read_packed(scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
     return QTensor(scheme, (shape[0], shape[1]), codes, tensors["weight_scale"], zeros, order=order)
 
 
+def _zero_codes(scheme: Scheme, stored: Tensor, size: tuple[int, int]) -> Tensor:
+    """The zero points of packed weights as codes, uint8 [out, groups] = size.
+
+    Args:
+        stored: int32, packed along the outputs; or as early versions have them, int8 [out, groups], less the middle
+            code.
+    Raises:
+        ValueError: they are neither, or out of range.
+    """
+    if stored.dtype == torch.int8:
+        require(stored.shape == size, f"{_ZEROS} has shape {list(stored.shape)}, expected {list(size)}")
+        middle = middle_code(scheme)
+        low, high = (int(limit) for limit in stored.aminmax())
+        require(-middle <= low and high < middle, f"{_ZEROS} holds {low}..{high}, expected {-middle}..{middle - 1}")
+        return (stored.to(torch.int16) + middle).to(torch.uint8)
+    packed = (words(size[0], scheme.bits), size[1])
+    require(stored.dtype == torch.int32, f"{_ZEROS} has dtype {stored.dtype}, expected torch.int32")
+    require(stored.shape == packed, f"{_ZEROS} has shape {list(stored.shape)}, expected {list(packed)}")
+    return unpack(stored.t(), scheme.bits, size[0]).t().contiguous()
+
+
+def _require_no_zeros(zeros: Tensor, nothing: int) -> None:
+    """Raise ValueError where zero points beside symmetric weights are not `nothing`: they would shift the weights."""
+    if shifted := int((zeros != nothing).sum()):
+        raise ValueError(f"{_ZEROS} does not belong to a symmetric scheme: {shifted} of {zeros.numel()} are not zero")
+
+
 def _read_plain(scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
-    weight, zeros = tensors["weight"], tensors.get("weight_zero_point")
+    weight, zeros = tensors["weight"], tensors.get(_ZEROS)
     require(weight.dim() == 2, f"weight has shape {list(weight.shape)}, expected two dimensions")
-    require(zeros is None or not scheme.symmetric, "weight_zero_point does not belong to a symmetric scheme")
+    if zeros is not None and scheme.symmetric:
+        _require_no_zeros(zeros, 0)
+        zeros = None
     shape = (weight.shape[0], weight.shape[1])
     if problems := scheme.problems(shape):
         raise ValueError(problems[0])

@@ -2,11 +2,11 @@
 
 Per layer: qweight int32 [ceil(in * bits / 32), out], codes packed along the inputs; qzeros int32
 [groups, ceil(out * bits / 32)], zero points packed along the outputs, in version 1 MINUS ONE; scales float16
-[groups, out]; g_idx int32 [in], the group of each input feature.
+[groups, out]; g_idx int32 [in], the group of each input feature, which some writers leave out without act-order.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from bitpress.kernels.packing import pack, unpack, words
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
+from ..errors import listing
 from ..storage.checkpoint import Checkpoint
 from .act_order import gather_codes, read_order, scatter_codes, write_groups
 from .base import (
@@ -39,6 +40,7 @@ _MARLIN_BITS = (4, 8)
 _PER_WORD = 32  # every bit width packs a multiple of 32 codes into whole words
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a word with a 1 in the place of every code
 _SIDE_FILE = "quantize_config.json"
+_ORDER = "g_idx"
 _HEAD = "lm_head"  # its readers leave it alone unless "lm_head" is true
 
 
@@ -51,7 +53,7 @@ class GPTQ(Format):
     tags: ClassVar[tuple[str, ...]] = ("gptq",)
     hf_methods = ("gptq",)
     marker = "qweight"
-    suffixes = ("qweight", "qzeros", "scales", "g_idx")
+    suffixes = ("qweight", "qzeros", "scales", _ORDER)
     holds_order = True
     exact_scales = True
     convertible = True
@@ -93,11 +95,17 @@ class GPTQ(Format):
         }
 
     def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
-        qweight, qzeros, scales, g_idx = (tensors[suffix] for suffix in self.suffixes)
-        ranks = [tensor.dim() for tensor in (qweight, qzeros, scales, g_idx)]
-        require(ranks == [2, 2, 2, 1], f"{', '.join(self.suffixes)} have {ranks} dimensions, expected [2, 2, 2, 1]")
-        out_features, in_features = scales.shape[1], g_idx.numel()
-        order = read_order("g_idx", g_idx, scheme)
+        qweight, qzeros, scales = (tensors[suffix] for suffix in ("qweight", "qzeros", "scales"))
+        g_idx = tensors.get(_ORDER)  # where it is left out, inputs lie as in the model: see missing_tensors
+        parts = [qweight, qzeros, scales] if g_idx is None else [qweight, qzeros, scales, g_idx]
+        ranks = [tensor.dim() for tensor in parts]
+        require(
+            ranks == [2, 2, 2, 1][: len(parts)],
+            f"{', '.join(self.suffixes)} have {ranks} dimensions, expected [2, 2, 2, 1]",
+        )
+        out_features = scales.shape[1]
+        in_features = qweight.shape[0] * 32 // scheme.bits if g_idx is None else g_idx.numel()
+        order = None if g_idx is None else read_order(_ORDER, g_idx, scheme)
         require(qzeros.dtype == torch.int32, f"qzeros has dtype {qzeros.dtype}, expected torch.int32")
         size = (scales.shape[0], words(out_features, scheme.bits))
         require(qzeros.shape == size, f"qzeros has shape {list(qzeros.shape)}, expected {list(size)}")
@@ -153,13 +161,27 @@ class GPTQ(Format):
     def scheme_rules(self, config: dict[str, Any]) -> SchemeRules:
         version = config.get("checkpoint_format", config.get("format", "gptq"))
         require(version in self.tags, f"checkpoint_format {version!r} is not supported, only 'gptq' and 'gptq_v2'")
-        rules: SchemeRules = NameRules(_scheme(config))
-        for pattern, own in _dynamic(config).items():
-            if pattern.startswith("-:"):  # the files tell what is not quantized
-                continue
-            require(isinstance(own, dict), f"dynamic gives {pattern} {own!r}, expected an object")
-            rules.add_pattern(pattern.removeprefix("+:"), _scheme(config | own))
-        return rules
+        settings = _layer_settings(config)
+        return NameRules(
+            _scheme(config),
+            {name: _scheme(own) for name, own in settings.names.items()},
+            [(pattern, _scheme(own)) for pattern, own in settings.patterns],
+        )
+
+    def missing_tensors(self, config: dict[str, Any], layers: Iterable[str], names: Iterable[str]) -> str | None:
+        present, every = set(names), list(layers)
+        lost = [name for layer in every if (name := f"{layer}.{_ORDER}") not in present]
+        if lost and len(lost) < len(every):
+            return f"{_ORDER} is missing, which other layers have; get the checkpoint again:\n{listing(lost)}"
+        settings = _layer_settings(config)
+        for layer in every if lost else ():
+            own = settings.get(layer) or {}
+            if own.get("desc_act") is True and own.get("group_size") != -1:
+                return (
+                    f"desc_act is true, and {_ORDER} is missing (of {layer}, for one), which says of what group each "
+                    "input is; get the checkpoint again"
+                )
+        return None
 
     def kept(self, config: dict[str, Any]) -> list[str]:
         names = [] if config.get("lm_head") is True else [_HEAD]
@@ -295,8 +317,25 @@ def _settings(scheme: Scheme, ordered: bool) -> dict[str, Any]:
 
 
 def _scheme(config: dict[str, Any]) -> Scheme:
+    if lost := [key for key in ("bits", "group_size") if key not in config]:
+        raise ValueError(f"{' and '.join(lost)} is missing")
     size = config["group_size"]
-    return integer_scheme(config["bits"], None if size == -1 else size, config["sym"])
+    return integer_scheme(config["bits"], None if size == -1 else size, config.get("sym", True))
+
+
+def _layer_settings(config: dict[str, Any]) -> NameRules[dict[str, Any]]:
+    """Each layer's settings: the config's, with what "dynamic" gives it in their place.
+
+    Raises:
+        ValueError: "dynamic" is not of its types.
+    """
+    rules: NameRules[dict[str, Any]] = NameRules(config)
+    for pattern, own in _dynamic(config).items():
+        if pattern.startswith("-:"):  # the files tell what is not quantized
+            continue
+        require(isinstance(own, dict), f"dynamic gives {pattern} {own!r}, expected an object")
+        rules.add_pattern(pattern.removeprefix("+:"), config | own)
+    return rules
 
 
 def _optimum(facts: Facts) -> Iterator[Reason]:

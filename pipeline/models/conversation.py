@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from ..data.tokens import bounded
 from ..errors import BitpressError, CheckpointError, ConfigError
 from ..system.printable import printable
 
@@ -105,12 +106,14 @@ class Conversation:
         Raises:
             CheckpointError: the checkpoint's chat template fails.
         """
-        try:
-            encoded: Any = self.tokenizer.apply_chat_template(
-                [*self.system, *turns], add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except Exception as error:  # whatever an untrusted template raises
-            raise CheckpointError(f"the model's chat template fails: {error}") from error
+        turns = [*self.system, *turns]
+        ids = bounded(
+            "the model's chat template", sum(len(turn["content"]) for turn in turns), lambda: self._ids(turns)
+        )
+        return torch.tensor([ids], dtype=torch.int64)
+
+    def _ids(self, turns: list[dict[str, str]]) -> list[int]:
+        encoded: Any = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
         return encoded["input_ids"]
 
     def _usable_cache(self, ids: torch.Tensor) -> DynamicCache | None:

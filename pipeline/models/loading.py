@@ -1,12 +1,12 @@
 """Files -> a transformers model: quantized layers on our kernels, everything else as transformers has it."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bitpress.kernels.linear import QLinear
@@ -14,14 +14,22 @@ from bitpress.kernels.linear import QLinear
 from ..errors import CheckpointError, ConfigError
 from ..hub.download import resolve
 from ..storage.checkpoint import Checkpoint
+from ..storage.finite import check_finite, check_range
 from ..system.device import pick_device
+from ..system.limits import Budget, OverBudget, within
 from ..system.progress import OnStep
-from .modules import experts_of, quantized_layers, replace_layers, set_tensor
+from ..system.threads import one_ahead
+from .dense import read_dense
+from .modules import experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
-from .quantized import QuantizedCheckpoint, read_quantized
-from .structure import ParameterPath, auto_class, model_config
+from .quantized import read_quantized
+from .structure import ParameterPath, TensorNames
 from .transformers import attach
 
+CPU = torch.device("cpu")
+_TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".tiktoken")
+_TOKENIZER_SECONDS = 60  # the largest in use take 2
+_TOKENIZER_BYTES = 1 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,8 +57,17 @@ def load(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, as transformers makes it.
+
+    Raises:
+        CheckpointError: none can be made of the folder's files.
+    """
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _TOKENIZER_SUFFIXES)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with within(Budget(_TOKENIZER_SECONDS + size / 1e6, _TOKENIZER_BYTES + 100 * size)):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except OverBudget as error:
+        raise CheckpointError(f"{folder.name}: to make the tokenizer takes {error}; its files are not sane") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(f"{folder.name}: no tokenizer can be made of its files: {error}") from error
 
@@ -73,23 +90,18 @@ def load_model(
     checkpoint.fetch()
     if "quantization_config" in checkpoint.config:
         return _load_quantized(checkpoint, device, wanted, kernel, on_step)
-    return load_dense(checkpoint, wanted).to(device)  # type: ignore[arg-type]
+    return load_dense(checkpoint, device, wanted)
 
 
-def load_dense(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """An unquantized checkpoint as transformers itself loads it, its experts one by one (see QExperts)."""
-    checkpoint.config  # noqa: B018  (refuses remote code)
-    try:
-        model = auto_class(model_config(checkpoint)).from_pretrained(
-            checkpoint.folder,
-            dtype=dtype or "auto",
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise CheckpointError(f"{checkpoint.folder.name}: transformers cannot load it: {error}") from error
-    return model.eval()
+def load_dense(checkpoint: Checkpoint, device: torch.device = CPU, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """An unquantized checkpoint, by the weights of its own files alone: transformers builds the model and opens none.
+
+    Raises:
+        CheckpointError: weights that are missing or do not fit config.json. NumericsError: NaN or infinite weights.
+    """
+    contents = read_dense(checkpoint, dtype)
+    _fill(checkpoint, contents.model, contents.names, contents.plain, device)
+    return _finish(checkpoint, contents.model, device)
 
 
 def _load_quantized(
@@ -97,7 +109,8 @@ def _load_quantized(
 ) -> PreTrainedModel:
     contents = read_quantized(checkpoint, dtype)
     model, experts = contents.model, experts_of(contents)
-    _fill(checkpoint, contents, {n: t for n, t in contents.plain.items() if t.parameter not in experts}, device)
+    plain = {name: target for name, target in contents.plain.items() if target.parameter not in experts}
+    _fill(checkpoint, model, contents.names, plain, device)
     layers = quantized_layers(checkpoint, contents, lambda target: device, kernel, on_step)
     replace_layers(model, contents.names, layers)
     model = _finish(checkpoint, model, device)
@@ -107,25 +120,28 @@ def _load_quantized(
 
 
 def _fill(
-    checkpoint: Checkpoint, contents: QuantizedCheckpoint, plain: dict[str, ParameterPath], device: torch.device
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    names: TensorNames,
+    plain: dict[str, ParameterPath],
+    device: torch.device,
 ) -> None:
-    """Put the tensors that are not quantized into the skeleton; those that the model does not have are left out."""
-    model, names = contents.model, contents.names
-    fused: dict[str, list[tuple[tuple[int, int, int], str]]] = defaultdict(list)
-    for name, target in plain.items():
-        if not names.known(target.parameter):
-            continue
-        if (shape := checkpoint.tensors[name].shape) != names.shape(target):
-            raise CheckpointError(f"{name}: shape {list(shape)}, by config.json {list(names.shape(target) or ())}")
+    """Put the tensors that are not quantized into the skeleton; those that the model does not have are left out.
+
+    Raises:
+        NumericsError: NaN or infinite values, or values beyond the range of the model's dtype.
+    """
+    known = {name: target for name, target in plain.items() if names.known(target.parameter)}
+    experts: dict[str, Tensor] = {}
+    for (name, target), tensor in zip(known.items(), one_ahead(checkpoint.read, known)):
+        check_finite(name, tensor)
+        check_range(name, tensor, names.dtype(target))
         if target.expert:
-            fused[target.parameter].append((target.expert, name))
+            experts[name] = tensor
         else:
-            set_tensor(model, target.parameter, checkpoint.read(name), device)
-    for parameter, items in fused.items():
-        pieces = items[0][0][2]
-        tensors = [checkpoint.read(name) for _, name in sorted(items)]
-        rows = [torch.cat(tensors[i : i + pieces]) for i in range(0, len(tensors), pieces)]
-        set_tensor(model, parameter, torch.stack(rows), device)
+            set_tensor(model, target, tensor, device)
+    for target, tensor in joined_experts(names, {name: known[name] for name in experts}, experts.pop):
+        set_tensor(model, target, tensor, device)
 
 
 def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Puts layers, quantized ones above all, in the places of a model's dense ones."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..storage.checkpoint import Checkpoint
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
+from .experts import ExpertLayout
 from .quantized import QuantizedCheckpoint, check_shape, read_layer
 from .structure import ParameterPath, TensorNames, replace_module
 
@@ -53,13 +54,20 @@ def replace_layers(
         path = target.parameter.removesuffix(".weight")
         replace_module(model, path, make(getattr(model.get_submodule(path), "bias", None)))
     for parameter, table in experts.items():
-        place_experts(model, parameter, [[table[e][p] for p in sorted(table[e])] for e in sorted(table)])
+        rows = [[table[e][p] for p in sorted(table[e])] for e in sorted(table)]
+        layout = names.experts.get(parameter)
+        place_experts(
+            model, parameter, QExperts(rows, layout.transposed, layout.interleaved) if layout else QExperts(rows)
+        )
 
 
-def place_experts(model: PreTrainedModel, parameter: str, experts: list[list[nn.Module]]) -> None:
-    """Put layers, those of each expert one after the other, in the place of a 3-D parameter (see QExperts)."""
-    replace_module(model, parameter, QExperts(experts))
-    model.config._experts_implementation = "eager"  # transformers' other ones want one 3-D tensor
+def place_experts(model: PreTrainedModel, parameter: str, experts: QExperts) -> None:
+    """Put the layers of experts in the place of the parameter that holds all."""
+    owner = model.get_submodule(parameter.rpartition(".")[0])
+    for config in (model.config, getattr(owner, "config", None)):
+        if config is not None:
+            config._experts_implementation = "eager"  # type: ignore[union-attr]  # the others want one tensor
+    replace_module(model, parameter, experts)
 
 
 def experts_of(contents: QuantizedCheckpoint) -> set[str]:
@@ -110,12 +118,33 @@ def part_experts(dense: PreTrainedModel, quantized: PreTrainedModel) -> None:
     for path, module in list(quantized.named_modules()):
         if not isinstance(module, QExperts):
             continue
-        owner, _, leaf = path.rpartition(".")
-        parameter = getattr(dense.get_submodule(owner), leaf)
-        assert isinstance(parameter, Tensor)
-        pieces = [len(list(expert.children())) for expert in module.experts]
-        rows = [[dense_layer(part)(None) for part in each.chunk(n)] for each, n in zip(parameter.detach(), pieces)]
-        place_experts(dense, path, rows)
+        parameter, count = dense.get_parameter(path).detach(), len(module.experts)
+        pieces = ("",) * len(list(module.experts[0].children()))
+        layout = ExpertLayout(count, pieces, module.transposed, module.interleaved)
+        each = parameter.view(count, *layout.expert_shape(tuple(parameter.shape)))
+        rows = [[dense_layer(part)(None) for part in layout.split(expert)] for expert in each]
+        place_experts(dense, path, QExperts(rows, module.transposed, module.interleaved))
+
+
+def joined_experts(
+    names: TensorNames, plain: Mapping[str, ParameterPath], read: Callable[[str], Tensor]
+) -> Iterator[tuple[ParameterPath, Tensor]]:
+    """Each parameter of all experts that the files hold one by one, unquantized, and its values.
+
+    Args:
+        plain: tensors -> where they go; those that are not of an expert are passed over. read: gives a tensor.
+    """
+    parts: dict[str, list[tuple[tuple[int, int, int], str]]] = defaultdict(list)
+    for name, target in plain.items():
+        if target.expert:
+            parts[target.parameter].append((target.expert, name))
+    for parameter, items in parts.items():
+        count = items[0][0][2]
+        tensors = [read(name) for _, name in sorted(items)]
+        layout = names.experts.get(parameter) or ExpertLayout(len(tensors) // count, ("",) * count)
+        experts = [layout.join(tensors[i : i + count]) for i in range(0, len(tensors), count)]
+        target = ParameterPath(parameter)
+        yield target, torch.stack(experts).view(names.shape(target) or ())
 
 
 def names_of_experts(contents: QuantizedCheckpoint) -> dict[str, str]:
@@ -124,12 +153,14 @@ def names_of_experts(contents: QuantizedCheckpoint) -> dict[str, str]:
     return {f"{parameter}.experts.{e[0]}.{e[1]}": layer for parameter, e, layer in experts if e}
 
 
-def set_tensor(model: PreTrainedModel, parameter: str, tensor: Tensor, device: torch.device) -> None:
-    """Put a tensor where the model has a parameter or buffer of this name, in the model's dtype."""
-    path, _, leaf = parameter.rpartition(".")
+def set_tensor(model: PreTrainedModel, target: ParameterPath, tensor: Tensor, device: torch.device) -> None:
+    """Put a tensor of the files where the model has a parameter or buffer, in that one's dtype."""
+    path, _, leaf = target.parameter.rpartition(".")
+    tensor = tensor.transpose(1, 2).contiguous() if target.transposed else tensor
     module = model.get_submodule(path)
-    tensor = tensor.to(device, model.dtype) if tensor.is_floating_point() else tensor.to(device)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
-    else:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    if (buffer := module._buffers.get(leaf)) is not None:
+        module._buffers[leaf] = tensor.to(device, buffer.dtype)
+        return
+    place = module._parameters.get(leaf)
+    dtype = model.dtype if place is None else place.dtype
+    module._parameters[leaf] = nn.Parameter(tensor.to(device, dtype), requires_grad=False)

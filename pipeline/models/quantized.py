@@ -13,7 +13,7 @@ from ..errors import CheckpointError, listing
 from ..formats import read_config
 from ..formats.base import Format
 from ..storage.checkpoint import Checkpoint
-from .structure import ParameterPath, TensorNames, skeleton, tied, weight_kind
+from .structure import ParameterPath, TensorNames, skeleton, tied, tied_copies, weight_kind
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def read_quantized(
     if lost := format.missing_tensors(checkpoint.config["quantization_config"], quantized, checkpoint.tensors):
         raise CheckpointError(f"{checkpoint.folder}: {lost}")
     shared = _untie(checkpoint, model, quantized, plain)
+    tied_copies(checkpoint, plain, model)  # refuses copies that differ
     return QuantizedCheckpoint(format, model, names, quantized, schemes, kinds, shapes, plain, shared)
 
 
@@ -102,13 +103,10 @@ def _check_plain(
     """Nothing that quantization left behind is taken for a weight, or left out though it would change the numbers.
 
     Raises:
-        CheckpointError: integers where the model has floats, or an unknown tensor of a quantized layer.
+        CheckpointError: a tensor does not fit (see TensorNames.mismatches), or an unknown one of a quantized layer.
     """
-    faults = []
+    faults = list(names.mismatches(checkpoint.tensors, plain).values())
     for name, target in plain.items():
-        dtype = checkpoint.tensors[name].dtype
-        if names.floating(target) and (not dtype.is_floating_point or dtype.itemsize == 1):
-            faults.append(f"{name}: dtype {dtype}, expected floating-point numbers; its scales are missing")
         owner = next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in quantized), None)
         if owner and name != f"{owner}.bias":
             faults.append(f"{name} does not belong to a quantized layer of this format")
@@ -135,10 +133,12 @@ def _untie(
         if parameter in layers:
             model.all_tied_weights_keys.pop(parameter)
             model.config.tie_word_embeddings = False
-        elif origin in layers and parameter not in own:
+        elif origin in layers:
+            model.all_tied_weights_keys.pop(parameter)
+            if parameter in own:
+                continue
             if weight_kind(model, ParameterPath(parameter)) != "linear":
                 raise CheckpointError(f"{checkpoint.folder}: {parameter} is tied to {origin}, which is quantized")
-            model.all_tied_weights_keys.pop(parameter)
             shared.setdefault(layers[origin], []).append(ParameterPath(parameter))
     return shared
 

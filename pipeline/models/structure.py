@@ -8,7 +8,7 @@ vision-language model is built whole, and its decoder blocks are those of its te
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import init_empty_weights
@@ -25,19 +25,27 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     rename_source_key,
 )
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listing
 from ..formats.names import fused_unit as fused_unit
 from ..storage.checkpoint import Checkpoint, TensorInfo
+from ..system.limits import Budget, OverBudget, within
+from .experts import ExpertSlice, expert_layouts
 
+_EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)(\.(?P<piece>\w+))?\.(?P<kind>weight|bias)")
+
+_STRUCTURE_SECONDS = 60  # the largest models in use take 2
+_STRUCTURE_BYTES = 1 << 30  # the buffers of models in use have some MB
 # in the order in which they are asked for the class that a config names
-_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+_AUTO_CLASSES = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM)
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,14 @@ class ParameterPath:
     """Where a checkpoint's tensor goes in the model.
 
     parameter: the model's own name of it, such as "model.layers.0.mlp.experts.gate_up_proj".
-    expert: (expert index, piece index, pieces) where transformers merges one tensor per expert into a 3-D parameter,
-        as gate (piece 0) and up (piece 1) of each expert.
+    expert: (expert index, piece index, pieces) where the model keeps one tensor per expert in a parameter of all
+        experts, as gate (piece 0) and up (piece 1) of each expert.
+    transposed: the files hold all experts [experts, in, out] where the model has [experts, out, in], or the reverse.
     """
 
     parameter: str
     expert: tuple[int, int, int] | None = None
+    transposed: bool = False
 
 
 def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
@@ -79,9 +89,21 @@ def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     raise AssertionError("the last one fits every model")
 
 
+def _budget(checkpoint: Checkpoint) -> Budget:
+    """What a model's structure may take. Its parameters pass through memory that is never touched, one at a time, and
+    quantized ones are packed to an eighth in the files."""
+    nbytes = sum(info.nbytes for info in checkpoint.tensors.values())
+    return Budget(_STRUCTURE_SECONDS + len(checkpoint.tensors) / 1000, _STRUCTURE_BYTES + 16 * nbytes)
+
+
 def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """A checkpoint's config as transformers reads it, without what it says of quantization."""
-    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+    """A checkpoint's config as transformers reads it, without what it says of quantization.
+
+    Raises:
+        OverBudget: one of its numbers takes too much memory or time.
+    """
+    with within(_budget(checkpoint)):
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -89,6 +111,8 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a checkpoint, its parameters on the meta device (they take no memory), its buffers real.
+
+    Every parameter has the dtype that from_pretrained would give it: some models keep a few in float32.
 
     Raises:
         CheckpointError: transformers has no language model for this config, or the config is not sane.
@@ -103,9 +127,15 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
             )
     try:
         config = model_config(checkpoint)
-        with init_empty_weights(include_buffers=False):
+        with within(_budget(checkpoint)), init_empty_weights(include_buffers=False):
             chosen = dtype or config.dtype or torch.float32
             model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
+        _keep_in_float32(model, chosen)
+    except OverBudget as error:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: to build this model takes {error}, which does not fit its weight "
+            "files; one of the config's numbers is far too large"
+        ) from error
     except Exception as error:  # whatever an untrusted config makes transformers stumble over
         kind = checkpoint.config.get("model_type", "no model_type")
         reason = str(error).strip() or type(error).__name__
@@ -114,6 +144,21 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
             f"{reason.splitlines()[0]}"
         ) from error
     return model.eval()
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters that the model's class keeps in a wider dtype that dtype (`_keep_in_fp32_modules`)."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    patterns, globs, _ = build_glob_alternation(list(plan))
+    for module_name, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for leaf, tensor in table.items():
+                if tensor is None or not (match := patterns.search(f"{module_name}.{leaf}" if module_name else leaf)):
+                    continue
+                wider = tensor.to(plan[globs[match.lastgroup or ""]])
+                table[leaf] = nn.Parameter(wider, requires_grad=False) if table is module._parameters else wider  # type: ignore[assignment]
 
 
 def decoder(model: PreTrainedModel) -> str:
@@ -152,12 +197,33 @@ class TensorNames:
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = model.base_model_prefix
         self._parameters = dict(model.named_parameters())
+        self.experts = expert_layouts(model)  # of every parameter that holds experts
+        self.merged: set[str] = set()  # parameters that transformers itself makes of one tensor per expert
+        self._rename_pieces()
+        self._pieces = {
+            (path.rpartition(".")[0], piece, layout.bias): ParameterPath(path, (0, number, len(layout.pieces)))
+            for path, layout in self.experts.items()
+            for number, piece in enumerate(layout.pieces)
+        }
         self._tied = tied(model)
-        self._state = {**self._parameters, **dict(model.named_buffers())}
+        stored = model.state_dict(keep_vars=True)  # without the buffers that a model computes when it is built
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+        self._state = {**self._parameters, **buffers}
         for name, origin in self._tied.items():
             self._state.setdefault(name, self._state[origin])
         self._blocks = decoder(model)
         self.block_count = len(list(model.get_submodule(self._blocks).children()))
+
+    def _rename_pieces(self) -> None:
+        """Call experts' layers as the files of this architecture do where they hold them one by one: w1 and w3, say."""
+        for converter in self._converters:
+            if MergeModulelist not in [type(operation) for operation in converter.operations]:
+                continue
+            pieces = tuple(source.rpartition("*.")[2].removesuffix(".weight") for source in converter.source_patterns)
+            for path, layout in self.experts.items():
+                if path.endswith(converter.target_patterns[0]) and len(pieces) == len(layout.pieces):
+                    self.experts[path] = replace(layout, pieces=pieces)
+                    self.merged.add(path)
 
     def target(self, name: str) -> ParameterPath:
         """The parameter that `name` fills; a name that the model does not have comes back as it is.
@@ -169,9 +235,11 @@ class TensorNames:
             name, self._renamings, self._converters, base_model_prefix=self._prefix, meta_state_dict=self._state
         )
         if pattern is None:
-            return ParameterPath(renamed)
+            return self._one_expert(renamed) or ParameterPath(renamed)
         converter = next(c for c in self._converters if pattern in c.source_patterns)
         kinds = [type(operation) for operation in converter.operations]
+        if renamed in self.experts and kinds == [Transpose]:
+            return ParameterPath(renamed, transposed=True)
         dims = [getattr(operation, "dim", None) for operation in converter.operations]
         if (kinds, dims) not in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1])):
             steps = ", ".join(kind.__name__ for kind in kinds)
@@ -187,6 +255,41 @@ class TensorNames:
         pieces = converter.source_patterns
         return ParameterPath(renamed, (int(expert[1]), pieces.index(pattern), len(pieces)))
 
+    def _one_expert(self, name: str) -> ParameterPath | None:
+        """Where a tensor of one expert goes, such as ….experts.3.gate_proj.weight, if the model keeps all in one."""
+        if (match := _EXPERT.fullmatch(name)) is None or self._state.get(name) is not None:
+            return None
+        place = self._pieces.get((match["module"], match["piece"] or "", match["kind"] == "bias"))
+        if place is None or int(match["expert"]) >= self.experts[place.parameter].experts:
+            return None
+        return replace(place, expert=(int(match["expert"]), *place.expert[1:]))  # type: ignore[index, arg-type]
+
+    def slices(self, name: str, target: ParameterPath) -> dict[str, ExpertSlice]:
+        """The layers, or biases, of single experts that a tensor of all experts holds, by their names in an artifact.
+
+        Args:
+            name: of the tensor in the files. target: where it goes.
+        Returns:
+            name, such as ….experts.3.gate_proj.weight -> the layer; empty where it is no tensor of all experts.
+        """
+        layout = self.experts.get(target.parameter)
+        if layout is None or target.expert is not None:
+            return {}
+        owner, _, leaf = target.parameter.rpartition(".")
+        module = name.removesuffix(f".{leaf}")
+        if module == name:  # the files call it otherwise, and the module where the model has it is not in its name
+            inside = re.fullmatch(rf"({re.escape(self._blocks)}\.\d+)\.(.+)", owner)
+            assert inside, "experts are in the decoder's blocks"
+            number = inside[1].rpartition(".")[2]
+            module = f"{name.partition(f'.{number}.')[0]}.{number}.{inside[2]}"
+        stored = replace(layout, transposed=not layout.transposed) if target.transposed else layout
+        kind = "bias" if layout.bias else "weight"
+        return {
+            ".".join(filter(None, (module, str(expert), piece, kind))): ExpertSlice(name, stored, expert, number)
+            for expert in range(layout.experts)
+            for number, piece in enumerate(layout.pieces)
+        }
+
     def known(self, parameter: str) -> bool:
         return parameter in self._state
 
@@ -195,17 +298,42 @@ class TensorNames:
         parameter = self._state.get(target.parameter)
         if not isinstance(parameter, torch.Tensor):
             return None
+        shape = tuple(parameter.shape)
         if target.expert is None:
-            return tuple(parameter.shape)
-        return (parameter.shape[1] // target.expert[2], *parameter.shape[2:])
+            return (shape[0], *shape[:0:-1]) if target.transposed else shape
+        if layout := self.experts.get(target.parameter):
+            return layout.piece_shape(shape)
+        return (shape[1] // target.expert[2], *shape[2:])
 
-    def floating(self, target: ParameterPath) -> bool:
-        """Whether the model computes with the tensor as floating-point numbers."""
-        parameter = self._state.get(target.parameter)
-        return isinstance(parameter, torch.Tensor) and parameter.is_floating_point()
+    def dtype(self, target: ParameterPath) -> torch.dtype:
+        """The dtype in which the model has a tensor that is known."""
+        return self._state[target.parameter].dtype
+
+    def mismatches(self, tensors: Mapping[str, TensorInfo], targets: Mapping[str, ParameterPath]) -> dict[str, str]:
+        """Tensor -> why it cannot fill its place: another shape, integers for floats, a place that is filled already.
+
+        Args:
+            tensors: of the files. targets: where those of them go that are to be looked at.
+        """
+        problems: dict[str, str] = {}
+        first: dict[ParameterPath, str] = {}
+        for name, target in targets.items():
+            info, parameter = tensors[name], self._state.get(target.parameter)
+            if parameter is None:
+                continue
+            expected = self.shape(target)
+            if expected is not None and expected != info.shape:
+                problems[name] = f"{name}: shape {list(info.shape)} in the file, {list(expected)} by config.json"
+            elif parameter.is_floating_point() and (not info.dtype.is_floating_point or info.dtype.itemsize == 1):
+                problems[name] = f"{name}: dtype {info.dtype}, expected floating-point numbers; its scales are missing"
+            elif not parameter.is_floating_point() and info.dtype.is_floating_point:
+                problems[name] = f"{name}: dtype {info.dtype}, expected {parameter.dtype} by the model"
+            elif (other := first.setdefault(target, name)) != name:
+                problems[name] = f"{name}: is the same weight of the model as {other}"
+        return problems
 
     def missing(self, targets: Iterable[ParameterPath]) -> list[str]:
-        """Parameters of the model that none of the targets fills, or not with every piece of every expert."""
+        """Tensors of the model that none of the targets fills, or not with every piece of every expert."""
         filled: dict[str, set[tuple[int, int] | None]] = defaultdict(set)
         pieces: dict[str, int] = {}
         for target in targets:
@@ -213,14 +341,27 @@ class TensorNames:
             if target.expert:
                 pieces[target.parameter] = target.expert[2]
         problems = []
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._state.items():
             if name in pieces:
-                wanted = {(expert, piece) for expert in range(parameter.shape[0]) for piece in range(pieces[name])}
+                count = self.experts[name].experts if name in self.experts else parameter.shape[0]
+                wanted = {(expert, piece) for expert in range(count) for piece in range(pieces[name])}
                 if filled[name] != wanted:
                     problems.append(f"{name}: {len(filled[name])} expert tensors in the files, expected {len(wanted)}")
             elif name not in filled and name not in self._tied:
                 problems.append(f"{name}: no tensor in the files")
         return problems
+
+    def does_not_match(
+        self, checkpoint: Checkpoint, targets: Mapping[str, ParameterPath], faults: list[str]
+    ) -> CheckpointError:
+        """The error that lists faults of the files; tensors that are not the model's show a prefix at a glance."""
+        unknown = [name for name, target in targets.items() if not self.known(target.parameter)]
+        some = (
+            f" ({len(unknown)} of {len(targets)} tensors are not of that model, such as {unknown[0]})"
+            if unknown
+            else ""
+        )
+        return CheckpointError(f"{checkpoint.folder} does not match its config.json{some}:\n{listing(faults)}")
 
     def block(self, parameter: str) -> int | None:
         """The decoder block that a parameter of the model belongs to; None outside of them."""
@@ -247,9 +388,9 @@ def weight_kind(model: nn.Module, target: ParameterPath) -> str | None:
     "linear" for a weight stored [out, in], "conv1d" for one stored [in, out], "embedding" for the rows [ids, features]
     of a plain nn.Embedding; None for anything else, such as an embedding of a class that does more than look up rows.
     """
-    if target.expert:
-        return "linear"
     path, _, leaf = target.parameter.rpartition(".")
+    if target.expert:
+        return None if leaf.endswith("bias") else "linear"
     module = model.get_submodule(path)
     if leaf != "weight":
         return None
@@ -345,3 +486,29 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 def tied(model: PreTrainedModel) -> dict[str, str]:
     """Parameter -> the parameter whose storage it shares, such as lm_head.weight -> model.embed_tokens.weight."""
     return dict(model.all_tied_weights_keys)
+
+
+def tied_copies(checkpoint: Checkpoint, targets: Mapping[str, ParameterPath], model: PreTrainedModel) -> dict[str, str]:
+    """The tensors of the files that repeat a weight to which the config ties them: name -> name of that weight.
+
+    Args:
+        targets: of the tensors that are stored unquantized.
+    Raises:
+        CheckpointError: one differs from the weight that the config ties it to, so that one of the two would be lost.
+    """
+    by_parameter = {target.parameter: name for name, target in targets.items()}
+    copies, faults = {}, []
+    for parameter, origin in tied(model).items():
+        copy, original = by_parameter.get(parameter), by_parameter.get(origin)
+        if copy is None or original is None or copy == original:
+            continue
+        same_shape = checkpoint.tensors[copy].shape == checkpoint.tensors[original].shape
+        if not same_shape or not torch.equal(checkpoint.read(copy), checkpoint.read(original)):
+            faults.append(
+                f"{copy} differs from {original}, though config.json ties them; set tie_word_embeddings to false in "
+                "config.json if both are meant"
+            )
+        copies[copy] = original
+    if faults:
+        raise CheckpointError(faults[0] if len(faults) == 1 else f"{checkpoint.folder}:\n{listing(faults)}")
+    return copies

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigError
 from ..storage.checkpoint import Checkpoint
-from .modules import experts_of, quantized_layers, replace_layers
+from .modules import experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
 from .quantized import QuantizedCheckpoint, read_quantized
 from .structure import ParameterPath, replace_module
@@ -104,6 +104,8 @@ class BitpressQuantizer(HfQuantizer):
         devices = {path: module.room.device for path, module in model.named_modules() if isinstance(module, _Waiting)}
         layers = quantized_layers(self.checkpoint, self.contents, lambda target: devices[_path(target)])
         replace_layers(model, self.contents.names, layers)
+        for target, tensor in joined_experts(self.contents.names, self._unmerged(), self.checkpoint.read):
+            set_tensor(model, target, tensor, model.get_parameter(target.parameter).device)
         optimize_for_decoding(model)
         if split:
             dispatch_model(model, places, main_device="cpu" if "cpu" in places.values() else None)
@@ -117,13 +119,19 @@ class BitpressQuantizer(HfQuantizer):
         """
         try:
             self.checkpoint.check_unchanged()
-            quantized = {name: self.checkpoint.read(name) for name, _ in self._ours()}
+            ours = {**dict(self._ours()), **self._unmerged()}
+            quantized = {name: self.checkpoint.read(name) for name in ours}
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"{error.filename} is no longer there; quantized weights are saved from the files that they came from"
             ) from error
         tables = tuple(f"{parameter}." for parameter in experts_of(self.contents))
-        plain = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tables)}
+        joined = {target.parameter for target in self._unmerged().values()}
+        plain = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if not name.startswith(tables) and name not in joined
+        }
         return plain | quantized, {}
 
     def _ours(self) -> Iterator[tuple[str, ParameterPath]]:
@@ -132,6 +140,15 @@ class BitpressQuantizer(HfQuantizer):
             yield from ((name, target) for name in self.contents.tensors_of(self.checkpoint, layer))
         experts = experts_of(self.contents)
         yield from ((name, target) for name, target in self.contents.plain.items() if target.parameter in experts)
+
+    def _unmerged(self) -> dict[str, ParameterPath]:
+        """Unquantized tensors of single experts, such as biases, that transformers does not know by these names."""
+        ours, known = dict(self._ours()), self.contents.names.merged
+        return {
+            name: target
+            for name, target in self.contents.plain.items()
+            if target.expert and target.parameter not in known and name not in ours
+        }
 
 
 def _path(target: ParameterPath) -> str:

@@ -126,7 +126,7 @@ def write_card(
         "files": [(item.name, f"{item.size:,}", item.sha256) for item in files],
         "licence": origin.licence(),
     }
-    data = ModelCardData(**printable(_metadata(repo, metrics, origin)), eval_results=_results(metrics))
+    data = ModelCardData(**printable(_metadata(repo, metrics, origin, runtimes)), eval_results=_results(metrics))
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{report.card(runs, page)}"))
 
 
@@ -147,8 +147,11 @@ def _provenance(metrics: Mapping[str, Any], origin: Origin) -> list[tuple[str, s
     ]
 
 
-def _metadata(repo: str, metrics: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
+def _metadata(
+    repo: str, metrics: Mapping[str, Any], origin: Origin, runtimes: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     bits = re.search(r"\d+", metrics["scheme"])
+    reads_images = any(verdict["class"] == "AutoModelForImageTextToText" for verdict in runtimes.values())
     tags = [
         "bitpress",
         formats()[metrics["format"]].quant_method,
@@ -156,7 +159,7 @@ def _metadata(repo: str, metrics: Mapping[str, Any], origin: Origin) -> dict[str
         *([f"{bits[0]}-bit"] if bits else []),
     ]
     return {
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if reads_images else "text-generation",
         "library_name": "transformers",
         "model_name": repo.split("/")[1],
         "tags": tags,

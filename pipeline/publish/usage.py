@@ -9,9 +9,9 @@ _GENERATE = f"""\
 inputs = tokenizer("{_PROMPT}", return_tensors="pt", return_token_type_ids=False).to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))"""
 _TRANSFORMERS = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer{imported}
+from transformers import {auto}, AutoTokenizer{imported}
 
-model = AutoModelForCausalLM.from_pretrained("{repo}"{more})
+model = {auto}.from_pretrained("{repo}"{more})
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 """
 _CODE = {
@@ -50,7 +50,9 @@ def usage_snippets(repo: str, runtimes: Mapping[str, Mapping[str, Any]], chat: b
     """
     command = f'bitpress generate {repo} "{_PROMPT}"' + (f"\nbitpress chat {repo}" if chat else "")
     ours = f'from bitpress.pipeline import load\n\nmodel, tokenizer = load("{repo}")\n{_GENERATE}'
-    hooked = f"import bitpress.pipeline.hf\n{_TRANSFORMERS.format(repo=repo, imported='', more='')}{_GENERATE}"
+    auto = next((verdict["class"] for verdict in runtimes.values()), "AutoModelForCausalLM")
+    loading = _TRANSFORMERS.format(auto=auto, repo=repo, imported="", more="")
+    hooked = f"import bitpress.pipeline.hf\n{loading}{_GENERATE}"
     snippets = [
         UsageSnippet("bitpress", "bitpress", ours),
         UsageSnippet("bitpress, on the command line", "bitpress", command, "sh"),
@@ -64,7 +66,7 @@ def usage_snippets(repo: str, runtimes: Mapping[str, Mapping[str, Any]], chat: b
         else:
             imported = f", {verdict['imports']}" if verdict["imports"] else ""
             more = f", {verdict['arguments']}" if verdict["arguments"] else ""
-            code = _TRANSFORMERS.format(repo=repo, imported=imported, more=more) + _GENERATE
+            code = _TRANSFORMERS.format(auto=auto, repo=repo, imported=imported, more=more) + _GENERATE
         needs = " ".join([_PACKAGES[name], *verdict["needs"].replace(",", " ").split()])
         language = "python" if "import" in code else "sh"
         snippets.append(UsageSnippet(name, needs, code, language, list(verdict["why"])))

@@ -123,14 +123,14 @@ def quantize(
     plan = make_plan(checkpoint, recipe)
     folder = work / "artifact.tmp"
     open_work(work, origin | order_of_sums(recipe))
-    blocks = CalibratedBlocks(checkpoint, plan, recipe, work) if recipe.calibration else None
+    blocks = CalibratedBlocks(plan, recipe, work) if recipe.calibration else None
     store.make_folder(folder)
     progress = _Progress(plan, work, folder)
     written = sum(line["bytes"] for line in progress.done.values())
     size = sum(tensor.info.nbytes * _ratio(tensor) for tensor in plan.tensors)
     store.preflight(work, max(0, int(size) - written) + (blocks.nbytes() if blocks else 0))
     writer = plan.format.writer(folder, plan.dtype, len(plan.units))
-    lines = _write_units(checkpoint, plan, blocks, writer, progress, recipe.max_fallback_layers, on_step)
+    lines = _write_units(plan, blocks, writer, progress, recipe.max_fallback_layers, on_step)
     names, schemes = TensorNames(plan.model), plan.schemes
     named = {path: schemes[layer] for path, layer in with_module_paths(schemes, names).items()}
     section = plan.format.quantization_config(named, list(with_module_paths(plan.kept, names)), plan.dtype)
@@ -158,7 +158,6 @@ def _ratio(tensor: PlannedTensor) -> float:
 
 
 def _write_units(
-    checkpoint: Checkpoint,
     plan: Plan,
     blocks: CalibratedBlocks | None,
     writer: Writer,
@@ -196,13 +195,13 @@ def _write_units(
             on_step(number, total)
             if file in finished:
                 lines[file] = progress.done[file]
-                _check_source(checkpoint, unit, lines[file])
+                _check_source(plan.checkpoint, unit, lines[file])
                 writer.adopt(lines[file])
             else:
                 if blocks and unit.block is not None:
                     line = blocks.quantize_block(unit, writer)
                 else:
-                    line = quantize_unit(checkpoint, plan, unit, writer)
+                    line = quantize_unit(plan, unit, writer)
                 shard = writer.cut(number)
                 if pending:
                     pending.result()

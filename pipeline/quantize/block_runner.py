@@ -21,7 +21,7 @@ from bitpress.kernels.scheme import Scheme
 from ..errors import CheckpointError, NumericsError
 from ..methods.base import Folding, LayerGroup, Method, Statistic
 from ..methods.hessian import bfloat16_products
-from ..models.modules import dense_layer, replace_layers, set_tensor
+from ..models.modules import dense_layer, joined_experts, replace_layers, set_tensor
 from ..models.structure import TensorNames, decoder, skeleton, weight_kind
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
@@ -118,29 +118,32 @@ class BlockRunner:
         self._read = read or (lambda planned: checkpoint.read(planned.info.name))
         self.batches = ids.split(max(1, _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"]) // ids.shape[1]))
         self._workers = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
-        self._calls: list[list[_Call]] = []
+        self._calls: list[dict[int, _Call]] = []  # of each batch: block -> what it is called with
         self._first: Tensor | None = None  # block 0's inputs, as last seen
         self._ending: Tensor | None = None  # the last block's outputs, to be passed on
 
     def _passed(self, number: int, hidden: Tensor, call: _Call) -> Tensor:
         """Note a stand-in's call; returns the stand-in's output."""
-        last = number == len(self._blocks) - 1
         if self._ending is not None:
-            return self._ending if last else hidden
-        if number == 0:
+            return self._ending if number == max(self._calls[0]) else hidden
+        calls = self._calls[-1]
+        if not calls:
             self._first, self._version = hidden, hidden._version
         if (
-            number != len(self._calls[-1])
+            any(number <= earlier for earlier in calls)
             or self._first is None
             or (hidden.data_ptr(), hidden.shape, hidden._version)
             != (self._first.data_ptr(), self._first.shape, self._version)
         ):
             raise TypeError(f"block {number} reads something else than what the block before it puts out")
-        earlier = self._calls[0][number] if len(self._calls) > 1 else None
-        self._calls[-1].append(_shared(call, earlier))
-        if last:
+        calls[number] = _shared(call, self._calls[0].get(number) if len(self._calls) > 1 else None)
+        if len(calls) == len(self._blocks) or (calls is not self._calls[0] and len(calls) == len(self._calls[0])):
             raise _Done
         return hidden
+
+    def reached(self, number: int) -> bool:
+        """Whether text alone goes through a block; cross-attention to images does nothing without an image."""
+        return number in self._calls[0]
 
     @contextlib.contextmanager
     def _outside_in_memory(self) -> Iterator[None]:
@@ -148,7 +151,7 @@ class BlockRunner:
         held = []
         for planned in self._outside:
             if self.names.known(planned.target.parameter):
-                set_tensor(self.model, planned.target.parameter, self._read(planned), self.device)
+                set_tensor(self.model, planned.target, self._read(planned), self.device)
                 held.append(planned.target.parameter)
         self.model.tie_weights()
         try:
@@ -168,17 +171,19 @@ class BlockRunner:
             CheckpointError: the model does more between its blocks than to hand on what one puts out to the next.
         """
         self._calls.clear()
+        self._first = None
         with self._outside_in_memory():
             for batch in self.batches:
-                self._calls.append([])
+                self._calls.append({})
+                reason: str | None = None
                 try:
-                    self.model(input_ids=batch.to(self.device), use_cache=False)
-                    reason: str | None = "not all of them are called"
-                except _Done:
-                    assert self._first is not None
-                    read = tuple(self._first.shape)
-                    reason = f"they read tensors of shape {list(read)} for {list(batch.shape)} tokens"
-                    reason = None if read[:-1] == batch.shape else reason
+                    with contextlib.suppress(_Done):
+                        self.model(input_ids=batch.to(self.device), use_cache=False)
+                    if self._first is None or self._calls[-1].keys() != self._calls[0].keys():
+                        reason = "not all of them are called"
+                    elif self._first.shape[:-1] != batch.shape:
+                        read = list(self._first.shape)
+                        reason = f"they read tensors of shape {read} for {list(batch.shape)} tokens"
                 except (AttributeError, LookupError, TypeError, ValueError) as error:  # a stand-in was not enough
                     reason = str(error).partition("\n")[0]
                 if reason is not None:
@@ -203,13 +208,18 @@ class BlockRunner:
     def load_block(self, number: int, weights: Iterable[tuple[PlannedTensor, Tensor]]) -> None:
         """Put a block back in its place, with its weights as the files store them."""
         self._blocks[number] = block = self._real[number]
-        experts = {}
+        experts, biases = {}, {}
         for planned, tensor in weights:
-            if planned.target.expert:
+            if planned.target.expert and weight_kind(self.model, planned.target):
                 experts[planned.target] = dense_layer(tensor.to(self.device, self.dtype))
+            elif planned.target.expert:
+                biases[planned.info.name] = planned.target, tensor
             elif self.names.known(planned.target.parameter):
-                set_tensor(self.model, planned.target.parameter, tensor, self.device)
+                set_tensor(self.model, planned.target, tensor, self.device)
         replace_layers(self.model, self.names, experts.items())
+        targets = {name: target for name, (target, _) in biases.items()}
+        for target, tensor in joined_experts(self.names, targets, lambda name: biases[name][1]):
+            set_tensor(self.model, target, tensor, self.device)
         self._block, self._number = block, number
 
     def unload_block(self) -> None:
@@ -220,6 +230,8 @@ class BlockRunner:
     @torch.no_grad()
     def forward(self, batch: int, inputs: Tensor) -> Tensor:
         """The block's outputs for its inputs [windows, context, hidden] of one batch."""
+        if not self.reached(self._number):
+            return inputs.to(self.device)
         call = self._calls[batch][self._number]
         output = self._block(inputs.to(self.device), *call.arguments, **call.options)
         return output[0] if isinstance(output, tuple | list) else output
@@ -235,10 +247,15 @@ class BlockRunner:
 
     def set_tensor(self, planned: PlannedTensor, tensor: Tensor) -> None:
         """Replace a tensor of the block; `tensor` is laid out as in the files."""
-        if planned.target.expert:
+        target = planned.target
+        if target.expert and weight_kind(self.model, target):
             self.layer(planned).weight = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
-        elif self.names.known(planned.target.parameter):
-            set_tensor(self.model, planned.target.parameter, tensor, self.device)
+        elif target.expert:
+            expert, piece, _ = target.expert
+            biases = self.model.get_parameter(target.parameter)
+            self.names.experts[target.parameter].split(biases.data[expert])[piece].copy_(tensor)
+        elif self.names.known(target.parameter):
+            set_tensor(self.model, target, tensor, self.device)
 
     def set_weight(self, planned: PlannedTensor, weight: Tensor) -> None:
         """Replace a layer's weight by `weight` [out, in]."""
@@ -408,7 +425,8 @@ class BlockView:
             planned
             for name, planned in self._tensors.items()
             if name.endswith(".weight") and len(planned.info.shape) > 1
-            if planned.target.expert or names.known(planned.target.parameter)
+            if planned.target.expert
+            or (names.known(planned.target.parameter) and planned.target.parameter not in names.experts)
         ]
         own = {
             name

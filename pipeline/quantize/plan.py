@@ -1,6 +1,7 @@
 """What will be done to each tensor, decided from headers alone, before any weight is read."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from bitpress.kernels.scheme import Scheme
 from ..errors import CheckpointError, ConfigError, listing
 from ..formats import first_fitting, misfits
 from ..formats.base import Format, group_into_shards
+from ..models.experts import ExpertSlice, SplitCheckpoint
 from ..models.structure import (
     ParameterPath,
     TensorNames,
@@ -20,6 +22,7 @@ from ..models.structure import (
     not_linear,
     skeleton,
     tied,
+    tied_copies,
     weight_kind,
 )
 from ..storage.checkpoint import Checkpoint, TensorInfo
@@ -73,11 +76,13 @@ class Unit:
 class Plan:
     """What will be done to a checkpoint.
 
+    checkpoint: where the tensors are read from; experts that the files hold in one tensor are seen one by one in it.
     dtype: that of its first weight that is quantized. dropped: tensors that repeat a weight they are tied to.
     format: how the artifact is stored. notes: sentences on what the recipe left open and the plan decided.
     """
 
     model: PreTrainedModel
+    checkpoint: Checkpoint
     tensors: list[PlannedTensor]
     units: list[Unit]
     dtype: torch.dtype
@@ -151,18 +156,20 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     model = skeleton(checkpoint)
     names = TensorNames(model)
     targets = {name: names.target(name) for name in checkpoint.tensors}
-    copies = _tied_copies(checkpoint, targets, model)
+    copies = tied_copies(checkpoint, targets, model)
+    checkpoint, aliases = _split_experts(checkpoint, targets, names, recipe.rules)
+    targets = {name: targets.get(name) or names.target(name) for name in checkpoint.tensors}
+    mismatches = names.mismatches(checkpoint.tensors, targets)
     tensors, broken, unfit, fitted = [], [], _Problems(), _Problems()
     for info in checkpoint.tensors.values():
         if info.name in copies:
             continue
         target = targets[info.name]
-        expected = names.shape(target)
-        if expected is not None and expected != info.shape:
-            broken.append(f"{info.name}: shape {list(info.shape)} in the file, {list(expected)} by config.json")
+        if problem := mismatches.get(info.name):
+            broken.append(problem)
             continue
         try:
-            spec, kind, reason = _decide(info, target, names, model, recipe.rules)
+            spec, kind, reason = _decide(info, target, names, model, recipe.rules, aliases.get(info.name, info.name))
         except ValueError as error:
             unfit.add(info.name, [str(error)])
             continue
@@ -178,8 +185,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     complete = not broken and not unfit.layers
     broken += names.missing(tensor.target for tensor in tensors) if complete else []
     if broken:
-        raise CheckpointError(f"{checkpoint.folder} does not match its config.json:\n{listing(broken)}")
-    unused = [p for p in recipe.rules.layers if not any(Rules(None, {p: None}).pattern(n) for n in checkpoint.tensors)]
+        raise names.does_not_match(checkpoint, targets, broken)
+    known = {*checkpoint.tensors, *aliases.values()}
+    unused = [p for p in recipe.rules.layers if not any(Rules(None, {p: None}).pattern(name) for name in known)]
     for pattern in unused:
         for copy, origin in tied(model).items():
             if Rules(None, {pattern: None}).pattern(copy):
@@ -198,23 +206,54 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if not any(tensor.spec for tensor in tensors):
         raise ConfigError(f"nothing to quantize in {checkpoint.folder.name}: the recipe's rules keep every layer")
     if not recipe.allow_split_fused:
-        _refuse_split_units(tensors, recipe.rules)
+        _refuse_split_units(tensors, recipe.rules, aliases)
     format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec])
     dtype = next(tensor.info.dtype for tensor in tensors if tensor.spec)
     notes = [checkpoint.dequantization] if checkpoint.dequantization else []
     notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
-    return Plan(model, tensors, _units(tensors), dtype, copies, format, notes)
+    return Plan(model, checkpoint, tensors, _units(tensors), dtype, list(copies), format, notes)
+
+
+def _split_experts(
+    checkpoint: Checkpoint, targets: Mapping[str, ParameterPath], names: TensorNames, rules: Rules
+) -> tuple[Checkpoint, dict[str, str]]:
+    """The checkpoint, its tensors of all experts seen as a layer for each expert where any of these is quantized.
+
+    Returns:
+        It, and a second name by which rules may call some tensors: of an expert's layer, the tensor that it lies in;
+        of a tensor of experts that stays whole, its first layer.
+    """
+    slices: dict[str, ExpertSlice] = {}
+    aliases: dict[str, str] = {}
+    split: set[str] = set()
+    for name, target in sorted(targets.items(), key=lambda item: item[1].parameter.endswith("_bias")):
+        layers = names.slices(name, target)
+        if not layers or names.shape(target) != checkpoint.tensors[name].shape:
+            continue
+        if names.experts[target.parameter].bias:  # goes with its weight
+            whole = target.parameter.removesuffix("_bias") not in split
+        else:
+            whole = not any(rules.spec(layer, name) for layer in layers)
+        if whole:
+            aliases[name] = next(iter(layers))
+        else:
+            split.add(target.parameter)
+            slices |= layers
+            aliases |= dict.fromkeys(layers, name)
+    return (SplitCheckpoint(checkpoint, slices) if slices else checkpoint), aliases
 
 
 def _decide(
-    info: TensorInfo, target: ParameterPath, names: TensorNames, model: PreTrainedModel, rules: Rules
+    info: TensorInfo, target: ParameterPath, names: TensorNames, model: PreTrainedModel, rules: Rules, alias: str
 ) -> tuple[LayerSpec | None, str | None, str]:
     """(spec, kind, "") for a weight to quantize, (None, None, reason) for one to keep.
 
     Embeddings and heads are quantized where a rule names them, never because "*" matches them too.
 
+    Args:
+        alias: another name by which rules may call the tensor.
     Raises:
         ValueError: it ought to be quantized, and cannot be.
     """
@@ -226,7 +265,7 @@ def _decide(
         )
     if not names.known(target.parameter):
         return None, None, "not a weight of the model as transformers builds it"
-    pattern, spec = rules.pattern(info.name), rules.spec(info.name)
+    pattern, spec = rules.pattern(info.name, alias), rules.spec(info.name, alias)
     inside = names.block(target.parameter) is not None
     layer = info.name.removesuffix(".weight").rpartition(".")[2]
     if not inside and not (pattern and layer in pattern):
@@ -245,7 +284,7 @@ def _decide(
     return spec, kind, ""
 
 
-def _refuse_split_units(tensors: list[PlannedTensor], rules: Rules) -> None:
+def _refuse_split_units(tensors: list[PlannedTensor], rules: Rules, aliases: Mapping[str, str]) -> None:
     """Servers multiply by q, k and v, by gate and up, and by all experts of a block as by one weight.
 
     Raises:
@@ -258,7 +297,9 @@ def _refuse_split_units(tensors: list[PlannedTensor], rules: Rules) -> None:
     split = []
     for unit, parts in units.items():
         schemes = {part.module: part.spec.scheme.name if part.spec else KEPT for part in parts}
-        if len(set(schemes.values())) > 1 and any(rules.pattern(part.info.name) for part in parts):
+        if len(set(schemes.values())) > 1 and any(
+            rules.pattern(part.info.name, aliases.get(part.info.name, part.info.name)) for part in parts
+        ):
             some = [f"{name} {schemes[name]}" for name in {scheme: name for name, scheme in schemes.items()}.values()]
             split.append(f"{unit}: {', '.join(some)}")
     if split:
@@ -291,25 +332,3 @@ def _units(tensors: list[PlannedTensor]) -> list[Unit]:
     units = [Unit(f"outside {number}", group) for number, group in enumerate(shards)]
     blocks = sorted({tensor.block for tensor in tensors if tensor.block is not None})
     return units + [Unit(f"block {b}", [each for each in tensors if each.block == b]) for b in blocks]
-
-
-def _tied_copies(checkpoint: Checkpoint, targets: dict[str, ParameterPath], model: PreTrainedModel) -> list[str]:
-    """TensorNames of tensors that repeat a weight they are tied to.
-
-    Raises:
-        CheckpointError: one differs from the weight that the config ties it to.
-    """
-    by_parameter = {target.parameter: name for name, target in targets.items()}
-    copies = []
-    for parameter, origin in tied(model).items():
-        copy, original = by_parameter.get(parameter), by_parameter.get(origin)
-        if copy is None or original is None or copy == original:
-            continue
-        same_shape = checkpoint.tensors[copy].shape == checkpoint.tensors[original].shape
-        if not same_shape or not torch.equal(checkpoint.read(copy), checkpoint.read(original)):
-            raise CheckpointError(
-                f"{copy} differs from {original}, though config.json ties them; set tie_word_embeddings to false in "
-                "config.json if both are meant"
-            )
-        copies.append(copy)
-    return copies

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 
+from ..errors import ConfigError
 from ..formats.base import Writer
 from ..methods import uncalibrated_method
 from ..methods.base import Diagnostics, Method, Statistic
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
+from ..transforms.base import Transformed
 from .block_runner import BlockRunner, BlockView
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
@@ -38,20 +40,20 @@ _STATES = "states"
 class CalibratedBlocks:
     """The decoder blocks of a recipe of which some method is calibrated."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, recipe: Recipe, work: Path):
+    def __init__(self, plan: Plan, recipe: Recipe, work: Path):
         """Build the model; no weight is read yet.
 
         Args:
             work: the folder of states/ and of the reference logits.
         """
         assert recipe.calibration is not None
-        self.checkpoint, self.plan, self.transform = checkpoint, plan, recipe.transform
+        self.checkpoint, self.plan, self.transform = plan.checkpoint, plan, recipe.transform
         self.states, self.reference_logits = work / _STATES, work / REFERENCE_LOGITS
         # float16 activations overflow in many models that were trained in bfloat16
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
         outside = [planned for planned in plan.tensors if planned.block is None]
         self.ids = recipe.calibration.ids
-        self.runner = BlockRunner(checkpoint, outside, self.ids, dtype, recipe.device, self._read_outside)
+        self.runner = BlockRunner(plan.checkpoint, outside, self.ids, dtype, recipe.device, self._read_outside)
         self.last = max(planned.block for planned in plan.tensors if planned.block is not None)
         self._embedded = False
 
@@ -112,10 +114,11 @@ class CalibratedBlocks:
             weights[planned.info.name] = tensor
         self.runner.load_block(block, ((planned, weights[planned.info.name]) for planned in unit.tensors))
         methods: list[Method] = []
-        for planned in unit.tensors:
+        for planned in unit.tensors if self.runner.reached(block) else ():
             if planned.spec and planned.spec.method not in methods:
                 methods.append(planned.spec.method)
-        if self.transform:
+        transformed: list[Transformed] = []
+        if self.transform and self.runner.reached(block):
             view = BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block))
             transformed = self.transform.transform(view)
         for method in methods:
@@ -146,8 +149,13 @@ class CalibratedBlocks:
 
         The statistics of all layers are collected at once, on the block before any layer of it is quantized. Groups
         with a method that is `true_sequential` come after that, stage by stage, each on what is quantized by then.
+        Layers of a block that text alone does not go through are rounded to nearest.
         """
         layers = [planned for planned in unit.tensors if planned.spec]
+        if not self.runner.reached(block):
+            for planned in layers:
+                yield planned, *self._without_text(planned, weights.pop(planned.info.name))
+            return
         stages: dict[str, list[list[PlannedTensor]]] = {"": []}
         for group in self.runner.groups(layers, next(self._inputs(block))) if layers else ():
             ordered = any(planned.spec.method.true_sequential for planned in group if planned.spec)
@@ -181,6 +189,19 @@ class CalibratedBlocks:
         qtensor, diagnostics = quantize_weight(planned, weight, self.plan, nearest)
         note = f"rounded by {nearest.name}: it saw fewer than {needed} tokens"
         return qtensor, replace(diagnostics, tokens=few, note=note)
+
+    def _without_text(self, planned: PlannedTensor, weight: Tensor) -> tuple[QTensor, Diagnostics]:
+        """A layer of a block that text alone does not go through, such as cross-attention to images."""
+        assert planned.spec
+        scheme, why = planned.spec.scheme, "text alone does not go through its block"
+        nearest = uncalibrated_method(scheme)
+        if nearest is None:
+            raise ConfigError(
+                f"{planned.module}: {why}, and no method makes {scheme.name} without calibration; keep the layer by a "
+                f"rule, as in layers: {{'{planned.module}': none}} (--layer '{planned.module}=none')"
+            )
+        qtensor, diagnostics = quantize_weight(planned, weight, self.plan, nearest)
+        return qtensor, replace(diagnostics, tokens=0, note=f"rounded by {nearest.name}: {why}")
 
     def _save_reference_logits(self, outputs: Tensor) -> None:
         """Save the logits of this very model, never written and reloaded: the reloaded artifact must give the same.

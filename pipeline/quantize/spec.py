@@ -73,15 +73,15 @@ class Rules:
     default: LayerSpec | None
     layers: Mapping[str, LayerSpec | None] = field(default_factory=dict)
 
-    def pattern(self, name: str) -> str | None:
-        """The pattern that decides on a tensor or a layer of this name; None where the default does."""
-        layer = name.removesuffix(".weight")
-        fitting = [each for each in self.layers if fnmatchcase(layer, each) or fnmatchcase(name, each)]
+    def pattern(self, *names: str) -> str | None:
+        """The pattern that decides on a tensor or a layer of this name, or of these; None where the default does."""
+        names += tuple(name.removesuffix(".weight") for name in names)
+        fitting = [each for each in self.layers if any(fnmatchcase(name, each) for name in names)]
         return fitting[-1] if fitting else None
 
-    def spec(self, name: str) -> LayerSpec | None:
-        """How the layer of this name is quantized; None where it is kept."""
-        pattern = self.pattern(name)
+    def spec(self, *names: str) -> LayerSpec | None:
+        """How the layer of this name, or of these, is quantized; None where it is kept."""
+        pattern = self.pattern(*names)
         return self.default if pattern is None else self.layers[pattern]
 
     def specs(self) -> Iterator[LayerSpec]:

@@ -112,14 +112,14 @@ def read_ahead(checkpoint: Checkpoint, unit: Unit, digest: Any) -> Iterator[tupl
     yield from zip(unit.tensors, tensors)
 
 
-def quantize_unit(checkpoint: Checkpoint, plan: Plan, unit: Unit, writer: Writer) -> dict[str, Any]:
+def quantize_unit(plan: Plan, unit: Unit, writer: Writer) -> dict[str, Any]:
     """Add a unit's tensors to the writer's next shard; returns the shard's line in the journal.
 
     Raises:
         NumericsError: NaN or infinite values, or values that the format's scales cannot express.
     """
     shard, digest = UnitWriter(unit, writer), hashlib.sha256()
-    for planned, tensor in read_ahead(checkpoint, unit, digest):
+    for planned, tensor in read_ahead(plan.checkpoint, unit, digest):
         if planned.spec is None:
             check_finite(planned.info.name, tensor)
             shard.keep(planned, tensor)

@@ -1,7 +1,6 @@
 """One job of a run: a model, quantized by a recipe, saved, reloaded, evaluated, reported and judged."""
 
 import time
-import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ..storage import files, journal
 from ..storage.checkpoint import Checkpoint
 from ..storage.fingerprint import MANIFEST
 from ..system.progress import progress
-from ..system.redact import redact
+from ..system.unexpected import unexpected
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,12 @@ def run_job(job: Job, say: Say) -> Outcome:
     except BitpressError as error:
         say(f"  failed: {error}")
         return replace(outcome, error=error)
-    except Exception as error:
-        return replace(outcome, error=unexpected(error, say))
-
-
-def unexpected(error: Exception, say: Say) -> BitpressError:
-    """What to tell of an error that is a bug, or want of memory; says the traceback. Other jobs are not to blame."""
-    say(redact("".join(traceback.format_exception(error))))
-    return BitpressError(f"unexpected {type(error).__name__}: {redact(str(error))}; please report it")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a library throws at one model's files: other jobs are not to blame
+        reason = unexpected(error, job.folder)
+        say(f"  failed: {reason}")
+        return replace(outcome, error=reason)
 
 
 def _metrics(job: Job, say: Say) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from ..models.structure import skeleton
 from ..publish.upload import prepare, send
 from ..quantize.recipe import Recipe
 from ..storage.checkpoint import Checkpoint
+from ..system.unexpected import unexpected
 from .executors import executor
-from .job import Job, Outcome, unexpected
+from .job import Job, Outcome
 
 __all__ = ["Outcome", "execute", "plan_jobs", "summarize"]
 
@@ -44,12 +45,20 @@ def execute(run: Run, command: str, say: Say, override: bool = False, redo: bool
     def jobs() -> Iterator[Job]:
         """One model's jobs after another's: nothing of a model is fetched before its turn."""
         for model in run.models:
+            reason, planned = None, list[Job]()
             try:
-                yield from plan_jobs(run, model, command, override, redo)
+                planned = plan_jobs(run, model, command, override, redo)
             except BitpressError as error:
+                reason = error
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # as in run_job: one model that cannot be prepared stops no other
+                reason = unexpected(error, run_folder(run))
+            if reason:
                 for name in _names(run):
                     folder = model_folder(run, model) / name
-                    outcomes[folder] = Outcome(model.id, name, folder, error=error)
+                    outcomes[folder] = Outcome(model.id, name, folder, error=reason)
+            yield from planned
 
     for outcome in executor(run.executor).map(jobs(), say):
         outcomes[outcome.folder] = outcome
@@ -153,7 +162,11 @@ def _publish(where: Publish, outcome: Outcome, override: bool, say: Say) -> Outc
     except BitpressError as error:
         say(f"{outcome.model}  {outcome.recipe}  not published: {error}")
         return replace(outcome, error=error)
-    except Exception as error:
-        return replace(outcome, error=unexpected(error, say))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        reason = unexpected(error, outcome.folder)
+        say(f"{outcome.model}  {outcome.recipe}  not published: {reason}")
+        return replace(outcome, error=reason)
     say(f"{outcome.model}  {outcome.recipe}  {publication.state}: {publication.url}")
     return replace(outcome, published=publication.url)

@@ -28,6 +28,7 @@ _FETCHED = 2 << 30  # bytes: what is fetched long before it is used may be gone 
 _FEW_LAYERS = 256  # so few layers are cheap to build, and some configs have such numbers without using them
 _MOST_FUSED_EXPERTS = 1024
 _MOST_POSITIONS = 1 << 24
+_MOST_LABELS = 1 << 16
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_SUFFIXES = (*_PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".index.json")
 
@@ -170,6 +171,7 @@ def _implausible(config: Any, count: int, widest: int, path: str = "") -> Iterat
         (("experts",), max(count, _MOST_FUSED_EXPERTS), f"the files hold {count} tensors"),
         (("size", "dim", "heads", "n_head", "n_embd", "n_inner"), max(widest, 1 << 16), f"no tensor exceeds {widest}"),
         (("position", "n_ctx"), _MOST_POSITIONS, f"at most {_MOST_POSITIONS} is plausible"),
+        (("labels",), _MOST_LABELS, f"at most {_MOST_LABELS} is plausible"),
     ):  # fmt: skip
         if any(word in key for word in words):
             if not -1 <= config <= limit:

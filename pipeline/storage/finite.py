@@ -32,3 +32,21 @@ def check_finite(name: str, tensor: Tensor) -> None:
             f"{name}: {count} of {tensor.numel()} values are NaN or infinite, the first at {first}; "
             "the checkpoint is damaged: get it again"
         )
+
+
+def check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a tensor with values that become infinite in a narrower dtype, as float16 is.
+
+    Raises:
+        NumericsError: says how large they are, and how large they may be.
+    """
+    if not (tensor.is_floating_point() and dtype.is_floating_point and tensor.numel()):
+        return
+    limit = torch.finfo(dtype).max
+    if torch.finfo(tensor.dtype).max <= limit:
+        return
+    largest = max(-float(tensor.min()), float(tensor.max()))
+    if largest > limit:
+        raise NumericsError(
+            f"{name}: values up to {largest:.3g}, {dtype} ends at {limit:.3g}; use dtype bfloat16 or float32"
+        )

@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ..errors import ConfigError, DiskError, LockedError
 from . import files
@@ -62,27 +65,69 @@ class Journal:
         self.entries.append(entry)
 
 
+_held: list[int] = []  # descriptors of the locks of this process
+_PATIENCE = 30.0  # seconds that the processes of a dead one have to notice its death
+
+
+def held() -> tuple[int, ...]:
+    """Descriptors of all locks that this process holds. A process that inherits them holds the locks too, until both
+    have ended."""
+    return tuple(_held)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against a second run. flock frees itself when its holder dies, however it dies.
+    """Hold a folder against a second run. The lock lives as long as this process, and as any that inherited it.
+
+    flock(2) itself rather than the package filelock, which keeps its descriptor to itself: no process could inherit it,
+    and one that outlives its parent would write beside the next run.
 
     Raises:
         LockedError: names the process and host that hold it.
     """
     path = folder / files.LOCK
     with files.disk_errors(path):
-        file = path.open("a+")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        file = open(descriptor, "a+")  # noqa: SIM115 (closed by the block below)
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise LockedError(f"{folder} is in use by {holder}; wait for it, or choose another output") from None
-        except OSError as error:
-            raise DiskError(f"{path}: cannot be locked: {error.strerror}; choose an output on another disk") from error
+        start = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip()
+                if not _is_dead(holder) or time.monotonic() - start > _PATIENCE:
+                    raise LockedError(
+                        f"{folder} is in use by {holder or 'another process'}; wait for it, or choose another output"
+                    ) from None
+                time.sleep(0.1)
+            except OSError as error:
+                raise DiskError(
+                    f"{path}: cannot be locked: {error.strerror}; choose an output on another disk"
+                ) from error
         with files.disk_errors(path):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.write(_this_process())
             file.flush()
-        yield
+        _held.append(file.fileno())
+        try:
+            yield
+        finally:
+            _held.remove(file.fileno())
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _is_dead(holder: str) -> bool:
+    """Whether the process that took a lock is gone, and one that it started still holds it."""
+    words = holder.split()
+    if len(words) != 4 or words[3] != socket.gethostname() or not words[1].isdigit():
+        return False
+    try:
+        return psutil.Process(int(words[1])).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

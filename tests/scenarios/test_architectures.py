@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.checkpoints.coverage import coverage_of
 from bitpress.pipeline.data.calibration import Calibration
-from bitpress.pipeline.errors import CheckpointError, ConfigError
+from bitpress.pipeline.errors import CheckpointError
 from bitpress.pipeline.evaluate.verify import in_memory_logits, verify_task
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.quantize.recipe import Recipe
@@ -99,18 +99,26 @@ def test_an_expert_that_is_missing_is_refused_not_replaced_by_the_next(
         load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto", "reference")
 
 
-def test_fused_experts_are_refused_by_name_and_may_be_skipped(tiny, tmp_path: Path) -> None:
-    """A checkpoint that holds 3-D expert tensors itself."""
+def test_experts_in_one_tensor_may_be_kept(tiny, tmp_path: Path) -> None:
+    """They stay in one tensor, whether the rule names them or the layers in them."""
     source = shutil.copytree(tiny("mixtral"), tmp_path / "fused")
     model = AutoModelForCausalLM.from_pretrained(source)
     save_file(
         {n: p.detach().clone() for n, p in model.named_parameters()}, source / "model.safetensors", {"format": "pt"}
     )
-    with pytest.raises(ConfigError, match=r"fused into one tensor of shape.*layers\.0\.mlp\.experts\.gate_up_proj"):
-        quantize(source, "int4-g32", tmp_path / "out")
-    quantize(source, {"scheme": "int4-g32", "layers": {"*.experts.*": "none"}}, tmp_path / "out2")
-    kept = read_json(tmp_path / "out2" / "bitpress.json")["coverage"]["kept"]
-    assert any("gate_up_proj" in entry["name"] and "rule" in entry["reason"] for entry in kept)
+    rules = {"*.experts.gate_up_proj": "none", "*.experts.*.w2": "none"}
+    quantize(source, {"scheme": "int4-g32", "layers": rules}, tmp_path / "out")
+    kept = {
+        entry["name"]: entry["reason"] for entry in read_json(tmp_path / "out" / "bitpress.json")["coverage"]["kept"]
+    }
+    for leaf, rule in zip(("gate_up_proj", "down_proj"), rules):
+        assert rule in kept[f"model.layers.1.mlp.experts.{leaf}"]
+        assert f"model.layers.1.mlp.experts.{leaf}" in Checkpoint(tmp_path / "out").tensors
+    assert (
+        load_model(Checkpoint(tmp_path / "out"), torch.device("cpu"), "auto")(input_ids=ids()[None])
+        .logits.isfinite()
+        .all()
+    )
 
 
 def test_the_head_of_a_tied_model_is_not_doubled(tiny, tmp_path: Path) -> None:

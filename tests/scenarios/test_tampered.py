@@ -109,6 +109,8 @@ PACKED: list[Fault] = [
     ("zero point: a group less", replaced("weight_zero_point", lambda t: t[:, :-1]), "weight_zero_point has shape"),
     ("zero point: int64", replaced("weight_zero_point", lambda t: t.long()), "weight_zero_point has dtype"),
     ("zero point: missing", without("weight_zero_point"), "zeros missing"),
+    ("zero point: of 2024, transposed", with_extra("weight_zero_point", torch.zeros(4, 64).to(torch.int8)), "[64, 4]"),
+    ("zero point: beyond 4 bits", with_extra("weight_zero_point", torch.full((64, 4), 8).to(torch.int8)), "holds 8..8"),
     ("g_idx: int64", with_extra("weight_g_idx", torch.arange(128) // 32), "weight_g_idx has dtype"),
     ("g_idx: out of range", with_extra("weight_g_idx", torch.arange(128).int()), "weight_g_idx holds group 127"),
     ("g_idx: too short", with_extra("weight_g_idx", torch.arange(96).int() // 32), "weight_g_idx has shape"),
@@ -126,11 +128,16 @@ INT8: list[Fault] = [
     ("scale: integers", replaced("weight_scale", lambda t: t.int()), "scales has dtype"),
     ("scale: missing", without("weight_scale"), "scales are missing"),
     ("a scale for the inputs", with_extra("input_scale", torch.ones(1)), "does not belong"),
-    ("a zero point", with_extra("weight_zero_point", torch.zeros(64, 1).to(torch.int8)), "does not belong"),
+    ("a zero point", with_extra("weight_zero_point", torch.eye(64, 1).to(torch.int8)), "1 of 64 are not zero"),
 ]
 NF4: list[Fault] = [
     ("weight: a byte less", replaced("weight", lambda t: t[:-1]), "codes has shape"),
     ("weight: signed", replaced("weight", lambda t: t.view(torch.int8)), "codes has dtype"),
+    (
+        "weight: half of it as bfloat16",
+        replaced("weight", lambda t: t[:2048].flatten().view(torch.bfloat16)),
+        "codes has shape",
+    ),
     ("weight: missing", without("weight"), "weight is missing"),
     ("absmax: a block less", replaced("weight.absmax", lambda t: t[:-1]), "scales has shape"),
     ("absmax: missing", without("weight.absmax"), "weight.absmax is missing"),
@@ -261,6 +268,14 @@ def group(**changes: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda section: section["config_groups"]["group_0"]["weights"].update(changes)
 
 
+def inputs(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda section: section["config_groups"]["group_0"]["input_activations"].update(changes)
+
+
+def outputs(section: dict[str, Any]) -> None:
+    section["config_groups"]["group_0"]["output_activations"] = {"num_bits": 8, "dynamic": True}
+
+
 @pytest.mark.usefixtures("no_kernel")
 @pytest.mark.parametrize(
     ("scheme", "change", "said"),
@@ -268,7 +283,8 @@ def group(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         ("int4-g32", lambda section: section.update(bits=8), LAYER),
         ("int4-g32", lambda section: section.update(bits=5), "int5 is not a scheme"),
         ("int4-g32", lambda section: section.update(bits="4"), "bits is '4'"),
-        ("int4-g32", lambda section: section.pop("bits"), "bits"),
+        ("int4-g32", lambda section: section.pop("bits"), "bits is missing"),
+        ("int4-g32", lambda section: section.pop("group_size"), "group_size is missing"),
         ("int4-g32", lambda section: section.update(group_size=64), LAYER),
         ("int4-g32", lambda section: section.update(group_size=-1), LAYER),
         ("int4-g32", lambda section: section.update(group_size=48), LAYER),
@@ -286,6 +302,19 @@ def group(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         ("int4-g32-asym", group(num_bits=[4]), "bits is [4]"),
         ("int4-g32-asym", group(actorder="group"), "these tensors are missing"),
         ("int4-g32-asym", lambda section: section.update(config_groups=[]), "config_groups"),
+        ("int4-g32-asym", group(actorder="dynamic"), "these tensors are missing"),
+        ("int4-g32-asym", group(dynamic=True), "weights that are dynamic"),
+        ("int4-g32-asym", lambda section: section.update(kv_cache_scheme=8), "kv_cache_scheme is 8"),
+        ("int4-g32-asym", lambda section: section.update(sparsity_config={"format": "sparse-24"}), "'sparse-24'"),
+        ("int8-dynamic", inputs(symmetric=False), "input activations of"),
+        ("int8-dynamic", inputs(dynamic=False), "input activations of"),
+        ("int8-dynamic", inputs(dynamic="local"), "input activations of"),
+        ("int8-dynamic", inputs(type="float"), "input activations of"),
+        ("int8-dynamic", inputs(num_bits=4), "input activations of"),
+        ("int8-dynamic", inputs(strategy="group", group_size=128), "input activations of"),
+        ("int8-dynamic", inputs(group_size=128), "input_activations with group_size 128"),
+        ("int8-dynamic", inputs(actorder="group"), "input_activations with actorder 'group'"),
+        ("int8-dynamic", outputs, "output_activations"),
         ("int8-dynamic", group(num_bits=4), "int-quantized is read for 8-bit"),
         ("int8-dynamic", group(strategy="group"), "int-quantized is read for 8-bit"),
         ("nf4", lambda section: section.update(bnb_4bit_use_double_quant=True), LAYER),

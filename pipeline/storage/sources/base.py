@@ -26,7 +26,8 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _EXPONENTS = (torch.float8_e8m0fnu, torch.uint8)  # E8M0: 2^(v - 127), and 255 is NaN
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, *_EXPONENTS)
 _E8M0 = torch.tensor([math.ldexp(1.0, value - 127) for value in range(255)] + [math.nan])
-_E2M1 = torch.tensor([sign * value for sign in (1.0, -1.0) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)])
+_E2M1 = [sign * value for sign in (1.0, -1.0) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
+_E2M1_PAIRS = torch.tensor([(low, high) for high in _E2M1 for low in _E2M1]).view(torch.int64).flatten()  # by byte
 _SCALE_NAMES = ("weight_scale_inv", "weight_scale", "qscale_weight")
 # What a runtime wants for inputs and for the cache of keys and values; the weights do not depend on it.
 _OTHER_SCALES = {
@@ -61,16 +62,12 @@ class CodedWeight:
         return (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
 
     def rows(self, start: int, stop: int, read: ReadRows) -> Tensor:
-        """Rows of the dense weight, float32: each is a code times its scale, rounded to float32.
+        """Rows of the dense weight, float32: each value is a code times its scale, rounded to float32.
 
         Raises:
             ValueError: codes that are NaN or infinite, or scales that are NaN, infinite or not positive.
         """
-        codes = read(self.codes, start, stop)
-        values = codes.to(torch.float32) if self.codes.dtype in FLOAT8 else _unpacked(codes)
-        values = values.reshape(stop - start, *self.shape[1:])
-        if bad := int((~torch.isfinite(values)).sum()):
-            raise ValueError(f"{bad} of its codes are NaN or infinite")
+        values, unit = _values(read(self.codes, start, stop))
         (height, width), columns = self.block, self.shape[-1]
         if len(self.shape) == 2:
             first, last = start // height, -(-stop // height)
@@ -82,15 +79,39 @@ class CodedWeight:
         if self.factor is not None:
             factor = _positive(self.factor, read(self.factor, 0, 1)).reshape(())
             scales = scales / factor if self.divides else scales * factor
-        scales = scales[..., row, :]
-        values *= scales if scales.shape[-1] == 1 else scales[..., torch.arange(columns) // width]
-        return values.transpose(-1, -2).contiguous() if self.transposed else values
+        scales = scales[..., row, :].flatten(0, -2) * unit
+        values = values.reshape(-1, columns)
+        whole = columns // width * width
+        values[:, :whole].unflatten(1, (-1, width)).mul_(scales[:, : whole // width, None])
+        values[:, whole:].mul_(scales[:, whole // width :])
+        values = values.reshape(stop - start, *self.shape[1:])
+        return values.transpose(-1, -2) if self.transposed else values
 
 
-def _unpacked(codes: Tensor) -> Tensor:
-    """The values [.., 2n] of bytes [.., n] that hold two E2M1 codes each."""
-    codes = codes.view(torch.uint8)
-    return _E2M1[torch.stack((codes & 15, codes >> 4), -1).long()].flatten(-2)
+def _values(codes: Tensor) -> tuple[Tensor, float]:
+    """float32 values of codes, and the power of two that they have to be multiplied by yet.
+
+    A float8 code is moved into the bits of a float16, which has the same exponents but for their bias: several times as
+    fast as torch's conversion.
+
+    Raises:
+        ValueError: codes that are NaN or infinite.
+    """
+    if codes.dtype not in FLOAT8:
+        pairs = torch.index_select(_E2M1_PAIRS, 0, codes.view(torch.uint8).flatten().to(torch.int32))
+        return pairs.view(torch.float32), 1.0
+    wide = codes.view(torch.int8).to(torch.int16)  # the sign in bits 7 to 15
+    if codes.dtype == torch.float8_e5m2:
+        bad, unit = int(((wide & 0x7C) == 0x7C).sum()), 1.0
+        wide <<= 8
+    else:
+        magnitude = codes.view(torch.uint8) & 0x7F
+        bad, unit = int((magnitude == 0x7F).sum()) if magnitude.numel() and magnitude.max() == 0x7F else 0, 256.0
+        wide <<= 7
+        wide &= ~0x4000  # the highest bit of the exponent, which E4M3 does not have
+    if bad:
+        raise ValueError(f"{bad} of its codes are NaN or infinite")
+    return wide.view(torch.float16).to(torch.float32), unit
 
 
 def _positive(info: TensorInfo, scales: Tensor) -> Tensor:

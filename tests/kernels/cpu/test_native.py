@@ -4,9 +4,11 @@ test_kernels.py tries the best set as it does every kernel. Here each is forced,
 """
 
 import itertools
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -239,6 +241,61 @@ def test_without_a_library(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch, 
         assert "there is no C compiler here" in selection.rejected["native-int8"]
     finally:
         library.cache_clear()
+
+
+@pytest.fixture
+def tiny_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The cache of a library that is compiled in no time; its csrc/ is beside it, in kernels/."""
+    (tmp_path / "kernels" / "csrc").mkdir(parents=True)
+    (tmp_path / "kernels" / "csrc" / "api.c").write_text("int bitpress_kernel_count(void) { return 0; }\n")
+    monkeypatch.setattr(native_library, "_HERE", tmp_path / "kernels")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path / "cache" / "bitpress"
+
+
+@pytest.mark.skipif(native_library.compiler() is None, reason="no C compiler")
+class TestCache:
+    @pytest.mark.parametrize(
+        "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data + b"x"]
+    )
+    def test_what_is_damaged_is_built_again(self, tiny_library: Path, damage: Callable[[bytes], bytes]) -> None:
+        first = native_library._build()
+        whole = first.read_bytes()
+        first.write_bytes(damage(whole))
+        assert native_library._build() == first
+        assert first.read_bytes() == whole
+        assert list(tiny_library.iterdir()) == [first]
+
+    def test_of_somebody_else(self, tiny_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A file that others may write to is built again; a folder that they may write to is left alone."""
+        first = native_library._build()
+        first.chmod(0o666)
+        assert native_library._build().stat().st_mode & 0o777 == 0o600
+        tiny_library.chmod(0o777)
+        other = tmp_path / f"bitpress-{os.geteuid()}"
+        assert native_library._build().parent == other
+        other.chmod(0o775)
+        with pytest.raises(OSError, match=r"cache/bitpress is not this user's alone; .* is not this user's alone"):
+            native_library._build()
+
+    def test_a_folder_that_is_a_link(self, tiny_library: Path, tmp_path: Path) -> None:
+        (tmp_path / "theirs").mkdir()
+        tiny_library.parent.mkdir()
+        tiny_library.symlink_to(tmp_path / "theirs")
+        assert native_library._build().parent == tmp_path / f"bitpress-{os.geteuid()}"
+
+    def test_without_a_home(self, tiny_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        assert native_library._build().parent == tmp_path / f"bitpress-{os.geteuid()}"
+
+    def test_a_compiler_in_the_current_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "cc").write_text("#!/bin/sh\n")
+        (tmp_path / "cc").chmod(0o755)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PATH", ":.")
+        assert native_library.compiler() is None
 
 
 @pytest.mark.skipif(native_library.compiler() is None, reason="no C compiler")

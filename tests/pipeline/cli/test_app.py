@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,6 +27,7 @@ from bitpress.pipeline.errors import (
 from bitpress.pipeline.evaluate import process
 from bitpress.pipeline.runs import job
 from bitpress.pipeline.storage import files, journal
+from bitpress.pipeline.system import interrupts
 
 
 class Result(NamedTuple):
@@ -43,7 +45,8 @@ def bitpress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["bitpress", *map(str, arguments)])
-        was = signal.getsignal(signal.SIGTERM)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        monkeypatch.setattr(interrupts, "atexit", SimpleNamespace(register=lambda *arguments: None))
         capfd.readouterr()
         try:
             app.main()
@@ -51,7 +54,8 @@ def bitpress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
         except SystemExit as stop:
             code = int(stop.code or 0)
         finally:
-            signal.signal(signal.SIGTERM, was)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return Result(code, *capfd.readouterr())
 
     return call

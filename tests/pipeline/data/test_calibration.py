@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from bitpress.pipeline.config.load import load_calibration
 from bitpress.pipeline.config.schema import TrainingSet
 from bitpress.pipeline.data.calibration import Calibration, calibrate, source_of
+from bitpress.pipeline.data.tokens import encode
 from bitpress.pipeline.errors import BitpressError, CheckpointError, ConfigError, HubError, NumericsError
 from bitpress.pipeline.models.loading import load_tokenizer
 from bitpress.pipeline.models.structure import skeleton
@@ -293,8 +294,10 @@ class TestSeeds:
         everything = "".join(f"{number:<8}bottles " for number in range(1000))
         path = write(tmp_path, "a.txt", everything)
         seen: list[int] = []
-        plain = type(tokenizer).__call__
-        monkeypatch.setattr(type(tokenizer), "__call__", lambda *a, **k: seen.append(len(a[1])) or plain(*a, **k))
+        monkeypatch.setattr(
+            "bitpress.pipeline.data.calibration.encode",
+            lambda tokenizer, text: seen.append(len(text.content)) or encode(tokenizer, text),
+        )
         assert decoded(calibrated(path), tokenizer) == everything[:64]
         numbers = [int(n) for n in decoded(calibrated(path, windows=10, seed=0), tokenizer).split()[::2]]
         assert seen == [8 * 64, 8 * 160]

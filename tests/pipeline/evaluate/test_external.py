@@ -28,7 +28,7 @@ def in_this_process() -> Any:
     """Starting a process takes longer than measuring so small a model in it."""
     tasks: dict[str, Callable[..., Any]] = {"verify": verify.verify_task, "measure": measure.measure_task}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "call", lambda task, request, folder: json.loads(json.dumps(tasks[task](request))))
+        patch.setattr(worker, "call", lambda task, request: json.loads(json.dumps(tasks[task](request))))
         yield
 
 

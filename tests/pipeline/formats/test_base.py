@@ -263,6 +263,36 @@ class TestGPTQ:
             stored["qzeros"] = torch.tensor(less).to(torch.int32)
         assert_same(registry()["gptq"].read(q.scheme, stored), q)
 
+    @pytest.mark.parametrize("name", [name for name in INTEGERS if "asym" not in name])
+    def test_without_g_idx_the_inputs_lie_as_in_the_model(self, name: str) -> None:
+        q, stored = written(registry()["gptq"], Scheme.parse(name), SHAPE, torch.float16)
+        del stored["g_idx"]
+        assert_same(registry()["gptq"].read(q.scheme, stored), q)
+
+    @pytest.mark.parametrize(
+        ("change", "names", "said"),
+        [
+            ({}, [], None),
+            ({"desc_act": True, "group_size": -1}, [], None),  # one group: no order matters
+            ({"dynamic": {"-:^a$": {}, r".*\.down_proj": {"desc_act": True}}}, [], None),
+            ({"desc_act": True}, [], "desc_act is true, and g_idx is missing"),
+            ({"dynamic": {r".*\.up_proj": {"desc_act": True}}}, [], "desc_act is true, and g_idx is missing"),
+            ({}, ["other.g_idx"], f"g_idx is missing, which other layers have.*\n  {QUANTIZED}.g_idx"),
+        ],
+    )
+    def test_g_idx_may_be_left_out_where_it_says_nothing(
+        self, change: dict[str, Any], names: list[str], said: str | None
+    ) -> None:
+        layers = [QUANTIZED, *(name.removesuffix(".g_idx") for name in names)]
+        lost = registry()["gptq"].missing_tensors(self.config(**change), layers, names)
+        assert (lost is None) == (said is None)
+        assert said is None or re.match(said, lost or "")
+
+    def test_older_configs_without_sym(self) -> None:
+        config = self.config()
+        del config["sym"], config["desc_act"]
+        assert registry()["gptq"].scheme_rules(config).get(QUANTIZED) == Scheme.parse("int4-g128")
+
     def config(self, **changes: Any) -> dict[str, Any]:
         schemes = {QUANTIZED: Scheme.parse("int4-g128")}
         return registry()["gptq"].quantization_config(schemes, [], torch.float16) | changes
@@ -334,6 +364,31 @@ class TestCompressedTensors:
         assert torch.equal(one["weight_packed"].t(), other["qweight"])
         assert torch.equal(one["weight_scale"].t(), other["scales"])
 
+    @pytest.mark.parametrize("name", [*INTEGERS, "int8-dynamic"])
+    def test_zero_points_as_early_versions_stored_them(self, name: str) -> None:
+        """int8 [out, groups], the middle code taken away; and zeros beside symmetric weights."""
+        packed, scheme = registry()["compressed-tensors"], Scheme.parse(name)
+        q, stored = written(packed, scheme, (31, 64), torch.bfloat16)
+        if q.zeros is not None:
+            signed = q.zeros.to(torch.int16) - 2 ** (scheme.bits - 1)
+            assert_same(packed.read(scheme, stored | {"weight_zero_point": signed.to(torch.int8)}), q)
+            return
+        nothing = torch.zeros(stored["weight_scale"].shape, dtype=torch.int8)
+        assert_same(packed.read(scheme, stored | {"weight_zero_point": nothing}), q)
+        nothing[-1] = 1
+        with pytest.raises(ValueError, match=r"weight_zero_point does not belong to a symmetric scheme: \d of \d+ are"):
+            packed.read(scheme, stored | {"weight_zero_point": nothing})
+
+    @pytest.mark.parametrize("actorder", [None, "weight", "static", "group", "dynamic"])
+    def test_every_actorder(self, actorder: str | None) -> None:
+        packed = registry()["compressed-tensors"]
+        config = packed.quantization_config({QUANTIZED: Scheme.parse("int4-g32")}, [], torch.bfloat16)
+        config["config_groups"]["group_0"]["weights"]["actorder"] = actorder
+        assert packed.scheme_rules(config).get(QUANTIZED) == Scheme.parse("int4-g32")
+        needed = packed.missing_tensors(config, [QUANTIZED], [])
+        assert (needed is not None) == (actorder in ("group", "dynamic"))  # the second is the first's other name
+        assert packed.missing_tensors(config, [QUANTIZED], [f"{QUANTIZED}.weight_g_idx"]) is None
+
     def test_int8(self) -> None:
         scheme, shape = Scheme.parse("int8-dynamic"), (7, 13)
         _, stored = written(registry()["compressed-tensors"], scheme, shape, torch.bfloat16)
@@ -393,6 +448,12 @@ class TestBitsAndBytes:
         assert isinstance(decoded.pop("nested_offset", 0.0), float)
         assert decoded == content
         assert stored["weight.quant_map"].tolist() == list(NF4_CODEBOOK)
+
+    @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
+    def test_codes_that_are_stored_as_floats(self, storage: torch.dtype) -> None:
+        q, stored = written(registry()["bitsandbytes"], Scheme.parse("nf4-dq"), SHAPE, torch.bfloat16)
+        stored["weight"] = stored["weight"].flatten().view(storage).unsqueeze(1)
+        assert_same(registry()["bitsandbytes"].read(q.scheme, stored), q)
 
     @pytest.mark.parametrize("name", ["nf4", "nf4-dq"])
     @pytest.mark.parametrize("shape", [SHAPE, (31, 13), (257, 129)])

@@ -360,7 +360,7 @@ class TestJobs:
     def here(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What a fresh process would do is done in this one."""
         tasks = {"verify": verify.verify_task, "measure": measure.measure_task}
-        monkeypatch.setattr(worker, "call", lambda task, request, folder: tasks[task](request))
+        monkeypatch.setattr(worker, "call", lambda task, request: tasks[task](request))
 
     @pytest.mark.usefixtures("here")
     def test_run(self, tmp_path: Path, tiny_llama: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,7 @@ import pytest
 
 from bitpress.pipeline.config.schema import Run
 from bitpress.pipeline.errors import ConfigError
-from bitpress.pipeline.evaluate import conditions, measure, process, worker
-from bitpress.pipeline.evaluate.__main__ import TASKS
+from bitpress.pipeline.evaluate import conditions, measure, process, verify, worker
 from bitpress.pipeline.quantize import recipe
 from bitpress.pipeline.runs import executors
 from bitpress.pipeline.runs.job import Job, Outcome, run_job
@@ -27,8 +26,9 @@ Change = Callable[[pytest.MonkeyPatch], None]
 @pytest.fixture(scope="module", autouse=True)
 def in_this_process() -> Any:
     """Starting a process takes longer than measuring so small a model in it."""
+    tasks: dict[str, Callable[..., Any]] = {"verify": verify.verify_task, "measure": measure.measure_task}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "call", lambda task, request, folder: json.loads(json.dumps(TASKS[task](request))))
+        patch.setattr(worker, "call", lambda task, request: json.loads(json.dumps(tasks[task](request))))
         yield
 
 

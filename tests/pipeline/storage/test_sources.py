@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.checkpoints.describe import describe
@@ -167,7 +167,7 @@ def code(folder: Path, layout: Layout) -> Path:
     rng, coded, plain = np.random.default_rng(0), {}, load_file(folder / SINGLE)
     for name, tensor in plain.items():
         coded[name] = tensor
-        if name.endswith("proj.weight"):
+        if "proj" in name and tensor.dim() == 2:
             tensors, plain[name] = layout.encode(name.removesuffix(".weight"), tuple(tensor.shape), rng)
             coded |= tensors
     save_file(plain, dense / SINGLE, metadata={"format": "pt"})
@@ -253,6 +253,37 @@ def test_calibrated_artifact_is_that_of_the_dense_model(
         learn(source, tmp_path / f"{source.name}-gptq")
         shards.append([path.read_bytes() for path in sorted((tmp_path / f"{source.name}-gptq").glob("*.safetensors"))])
     assert shards[0] == shards[1]
+
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+}
+MODELS = {
+    "qwen3": {"head_dim": 24, "num_key_value_heads": 2},
+    "deepseek_v3": {
+        "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "n_routed_experts": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 160,
+        "num_key_value_heads": 4, "first_k_dense_replace": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_published_model(
+    model_type: str, tmp_path: Path, save_model: Callable[..., Path], logits: Callable[[Path], Tensor]
+):
+    """By its own names, experts stored one by one among them: loaded as it is and quantized, it is its dense twin."""
+    config = AutoConfig.for_model(model_type, **SHAPE, **MODELS[model_type])
+    folder = save_model(config, tmp_path / model_type)
+    dense = code(folder, LAYOUTS["deepseek"])
+    assert torch.equal(logits(folder), logits(dense))
+    for source in (folder, dense):
+        quantize(source, "int4-g16", tmp_path / f"{source.name}-int4")
+    assert torch.equal(logits(tmp_path / f"{model_type}-int4"), logits(tmp_path / f"{model_type}-dense-int4"))
 
 
 def test_inspect_and_doctor_say_it(coded: Callable[[str], tuple[Path, Path]]):
@@ -356,6 +387,49 @@ def test_section_is_not_trusted(
     with pytest.raises(CheckpointError) as caught:
         Checkpoint(folder).config  # noqa: B018
     assert sentence in str(caught.value)
+
+
+TOY = """
+from .base import PER_TENSOR, Source, float8_coding
+
+
+class Toy(Source):
+    name, rank, quant_methods = "toy coding", 90, ("toy",)
+
+    def coding(self, section, stored):
+        return float8_coding(stored, (PER_TENSOR,))
+
+
+PLUGINS = (Toy(),)
+"""
+
+
+def test_a_source_is_one_file(
+    coded: Callable[[str], tuple[Path, Path]], drop: Callable[[str, str, str], None], edit_json: Callable[..., None]
+):
+    """Dropped into the folder, it is asked, and what it says is said."""
+    folder, dense = coded("mistral")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "toy"})
+    drop("bitpress.pipeline.storage.sources", "toy", TOY)
+    assert "7 weights lie in the files as toy coding" in describe(folder)["source"]
+    name = f"{Q}.weight"
+    assert torch.equal(Checkpoint(folder).read(name), Checkpoint(dense).read(name))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_dtype_is_the_configs(
+    coded: Callable[[str], tuple[Path, Path]], edit_json: Callable[..., None], nested: bool
+):
+    """Of the model, or of the text decoder that it holds; the coding may be described there too."""
+    folder, _ = coded("deepseek")
+    values = {"dtype": "float32", "quantization_config": LAYOUTS["deepseek"].section}
+    absent = {"dtype": None, "quantization_config": None}
+    edit_json(folder / "config.json", **(absent | {"text_config": values} if nested else values))
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.tensors[f"{Q}.weight"].dtype == torch.float32 == checkpoint.read(f"{Q}.weight").dtype
+    assert "quantization_config" not in checkpoint.config
+    assert "quantization_config" not in checkpoint.config.get("text_config", {})
+    assert "to float32" in str(checkpoint.dequantization)
 
 
 class TestMxfp4:

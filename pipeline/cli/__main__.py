@@ -1,0 +1,5 @@
+"""`python -m bitpress.pipeline.cli` is `bitpress`."""
+
+from .app import main
+
+main()
