@@ -490,9 +490,9 @@ class BlockView:
             return
         reader, width = self._runner.layer(layers[0]), layers[0].shape[1]
         if norm is not None:
-            found = self._parameters(norm)
-            if found and all(self._tensors[name].info.shape == (width,) for name in found):
-                yield Folding(self.groups[number], found, torch.arange(width))
+            names = self._parameters(norm)
+            if names and all(self._tensors[name].info.shape == (width,) for name in names):
+                yield Folding(self.groups[number], names, torch.arange(width))
             return
 
         for before in reversed([planned for group, _ in self._groups[:number] for planned in group]):

@@ -21,6 +21,9 @@ class Awq:
     name: ClassVar[str] = "awq"
     rank: ClassVar[int] = 20
     version: ClassVar[int] = 1
+    about: ClassVar[str] = (
+        "scales weights that meet large inputs up before they are rounded; for schemes that leave inputs alone"
+    )
 
     def transform(self, block: BlockView) -> list[Transformed]:
         return search_scales(block, self._propose)

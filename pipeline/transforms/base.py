@@ -24,11 +24,13 @@ class Transform(Protocol):
     """A step before the methods. One with options is a pydantic dataclass, its fields the options.
 
     rank: as of methods. version: goes up whenever the same input would give other bytes.
+    about: what it does and for which schemes, in one sentence for `bitpress list`.
     """
 
     name: ClassVar[str]
     rank: ClassVar[int]
     version: ClassVar[int]
+    about: ClassVar[str]
 
     def transform(self, block: BlockView) -> list[Transformed]:
         """Change the block; returns a line for each group of layers that it looked at."""

@@ -27,6 +27,9 @@ class Smooth:
     name: ClassVar[str] = "smooth"
     rank: ClassVar[int] = 10
     version: ClassVar[int] = 1
+    about: ClassVar[str] = (
+        "moves what is hard to round in a layer's inputs into its weights; for schemes that quantize inputs"
+    )
 
     def transform(self, block: BlockView) -> list[Transformed]:
         return search_scales(block, self._propose)
