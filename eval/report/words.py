@@ -156,7 +156,7 @@ def facts_of(metrics: Mapping[str, Any]) -> list[list[str]]:
             continue
         rates = f"{speed['prefill']['median']:.0f} prefill, {speed['decode']['median']:.1f} decode"
         rows.append([f"tokens/s, batch {speed['batch']}, prompt {speed['prompt']}", rates])
-    rows += [[f"kernel {name}", f"{layers} layers"] for name, layers in kernels["selected"].items()]
+    rows += [[f"kernel {name}", f"{layers} layers"] for name, layers in kernels.get("selected", {}).items()]
     if fused := kernels.get("fused"):
         why = "; ".join(f"{count}: {reason}" for reason, count in fused["why"].items())
         rows.append(["decoder layers in one call", f"{fused['fused']} of {fused['of']}{f' ({why})' if why else ''}"])

@@ -5,6 +5,7 @@ The model is built from config.json alone, its parameters on the meta device, an
 vision-language model is built whole, and its decoder blocks are those of its text decoder.
 """
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -46,6 +47,7 @@ _STRUCTURE_SECONDS = 60  # the largest models in use take 2
 _STRUCTURE_BYTES = 1 << 30  # the buffers of models in use have some MB
 # in the order in which they are asked for the class that a config names
 _AUTO_CLASSES = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM)
+_ROUTER = re.compile(r"(.+_)?gate|wg|gating|gate_?network|(.+_)?router(_.+)?")  # names of layers; gate_proj is none
 
 
 @dataclass(frozen=True)
@@ -376,6 +378,12 @@ class TensorNames:
         number = self._list_index(parameter)
         return number is not None and number >= self.block_count
 
+    def in_block(self, parameter: str) -> str:
+        """The parameter's name in its block, which parameters of other blocks share; its whole name outside of them."""
+        if self._list_index(parameter) is None:
+            return parameter
+        return parameter.removeprefix(f"{self._blocks}.").partition(".")[2]
+
     def _list_index(self, parameter: str) -> int | None:
         """The number in the list of blocks that a name speaks of."""
         number = parameter.removeprefix(f"{self._blocks}.").split(".")[0]
@@ -396,9 +404,59 @@ def weight_kind(model: nn.Module, target: ParameterPath) -> str | None:
         return None
     if type(module) is nn.Embedding:
         return "embedding"
-    if isinstance(module, Conv1D):
+    if type(module) is Conv1D:
         return "conv1d"
-    return "linear" if isinstance(module, nn.Linear) else None
+    return "linear" if is_plain_linear(module) else None
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module does what nn.Linear does: a router that is a subclass of it may give something else.
+
+    A subclass with a forward of its own is asked: a copy with a small random weight must give x W' + b.
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, 6), (8, 6), (8,)))
+    small = copy.copy(module)
+    small.in_features, small.out_features = 6, 8
+    parameters = {"weight": weight, "bias": bias if module.bias is not None else None}
+    small._parameters = {name: None if each is None else nn.Parameter(each) for name, each in parameters.items()}
+    try:
+        with torch.no_grad():
+            y = small(x)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # what it does needs another shape
+        return False
+    expected = nn.functional.linear(x, weight, parameters["bias"])
+    return isinstance(y, torch.Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
+
+
+def gate_reason(model: PreTrainedModel, target: ParameterPath) -> str | None:
+    """What a linear layer is, if it is a router or a gate: its few outputs decide much; None for any other layer.
+
+    Args:
+        target: of a weight of kind "linear" or "conv1d".
+    """
+    if target.expert:
+        return None
+    parts = target.parameter.removesuffix(".weight").split(".")
+    outputs = model.get_parameter(target.parameter).shape[1 if weight_kind(model, target) == "conv1d" else 0]
+    if outputs == 1:
+        return "a single output: a gate"
+    if _ROUTER.fullmatch(parts[-1]) or any("router" in part for part in parts[-3:]):
+        return "a router or gate"
+    experts = _expert_counts(model.config)
+    beside_experts = hasattr(model.get_submodule(".".join(parts[:-1])), "experts")
+    return "a router: as many outputs as there are experts" if beside_experts and outputs in experts else None
+
+
+def _expert_counts(config: PreTrainedConfig) -> set[int]:
+    """Every number of experts that a config or one of its sections names."""
+    values = list(config.to_dict().items())
+    for _, value in values:
+        if isinstance(value, dict):
+            values.extend(value.items())
+    return {value for key, value in values if str(key).endswith("experts") and isinstance(value, int)}
 
 
 def is_fused_experts(model: nn.Module, target: ParameterPath) -> bool:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +17,7 @@ from ..models.structure import (
     ParameterPath,
     TensorNames,
     fused_unit,
+    gate_reason,
     is_fused_experts,
     kept_names,
     not_linear,
@@ -25,6 +26,7 @@ from ..models.structure import (
     tied_copies,
     weight_kind,
 )
+from ..models.trial import TrialLayer, layers_to_keep
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from .recipe import Recipe
 from .spec import KEPT, LayerSpec, Rules
@@ -160,7 +162,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     checkpoint, aliases = _split_experts(checkpoint, targets, names, recipe.rules)
     targets = {name: targets.get(name) or names.target(name) for name in checkpoint.tensors}
     mismatches = names.mismatches(checkpoint.tensors, targets)
-    tensors, broken, unfit, fitted = [], [], _Problems(), _Problems()
+    decided, broken, unfit, fitted, impossible = [], [], _Problems(), _Problems(), _Problems()
     for info in checkpoint.tensors.values():
         if info.name in copies:
             continue
@@ -173,19 +175,29 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         except ValueError as error:
             unfit.add(info.name, [str(error)])
             continue
-        tensor = PlannedTensor(info, target, names.block(target.parameter), spec, kind, reason)
-        if spec and recipe.fit_groups:
-            spec = spec.fitted(tensor.shape)
-            if spec != tensor.spec:
-                fitted.add(tensor.module, [f"{spec.scheme.name} in place of {tensor.spec.scheme.name}"])  # type: ignore[union-attr]
-                tensor = PlannedTensor(info, target, tensor.block, spec, kind, reason)
-        if spec:
-            unfit.add(tensor.module, spec.scheme.problems(tensor.shape))
-        tensors.append(tensor)
-    complete = not broken and not unfit.layers
-    broken += names.missing(tensor.target for tensor in tensors) if complete else []
+        decided.append(PlannedTensor(info, target, names.block(target.parameter), spec, kind, reason))
+    broken += names.missing(tensor.target for tensor in decided) if not (broken or unfit.layers) else []
     if broken:
         raise names.does_not_match(checkpoint, targets, broken)
+    wanted = {t.target: TrialLayer(t.spec.scheme, t.shape, t.kind) for t in decided if t.spec and t.kind}
+    tables = {target.parameter for target in wanted if target.expert}
+    wanted |= {t.target: TrialLayer(None, t.shape) for t in decided if not t.spec and t.target.parameter in tables}
+    reasons = layers_to_keep(checkpoint, wanted) if wanted else {}
+    tensors = []
+    for tensor in decided:
+        if reason := reasons.get(tensor.target, ""):
+            if asking := _naming_rule(tensor.info.name, aliases.get(tensor.info.name, tensor.info.name), recipe.rules):
+                unfit.add(tensor.module, [f"the rule {asking} asks for it, and {reason}"])
+            impossible.add(tensor.module, [reason])
+            tensor = replace(tensor, spec=None, kind=None, reason=reason)
+        if tensor.spec and recipe.fit_groups:
+            spec = tensor.spec.fitted(tensor.shape)
+            if spec != tensor.spec:
+                fitted.add(tensor.module, [f"{spec.scheme.name} in place of {tensor.spec.scheme.name}"])
+                tensor = replace(tensor, spec=spec)
+        if tensor.spec:
+            unfit.add(tensor.module, tensor.spec.scheme.problems(tensor.shape))
+        tensors.append(tensor)
     known = {*checkpoint.tensors, *aliases.values()}
     unused = [p for p in recipe.rules.layers if not any(Rules(None, {p: None}).pattern(name) for name in known)]
     for pattern in unused:
@@ -258,30 +270,36 @@ def _decide(
         ValueError: it ought to be quantized, and cannot be.
     """
     if names.is_past_blocks(target.parameter):
-        return (
-            None,
-            None,
-            f"of a layer after the decoder's {names.block_count} blocks (MTP), which transformers leaves out",
-        )
+        reason = f"of a layer after the decoder's {names.block_count} blocks (MTP), which transformers leaves out"
+        return None, None, reason
     if not names.known(target.parameter):
         return None, None, "not a weight of the model as transformers builds it"
     pattern, spec = rules.pattern(info.name, alias), rules.spec(info.name, alias)
     inside = names.block(target.parameter) is not None
-    layer = info.name.removesuffix(".weight").rpartition(".")[2]
-    if not inside and not (pattern and layer in pattern):
+    if not inside and not _naming_rule(info.name, alias, rules):
         return None, None, "outside the decoder blocks"
     if spec is None:
         return None, None, f"kept by the rule {pattern}: {KEPT}" if pattern else "no rule of the recipe names it"
     kind = weight_kind(model, target)
     if is_fused_experts(model, target):
         raise ValueError(f"experts fused into one tensor of shape {list(info.shape)} are not supported yet")
+    naming = _naming_rule(info.name, alias, rules)
     if kind is None or (kind == "embedding" and inside):
-        return None, None, not_linear(model, target)
+        reason = not_linear(model, target)
+        if naming and len(info.shape) > 1:
+            raise ValueError(f"the rule {naming} asks for it, and it is {reason}")
+        return None, None, reason
+    if kind != "embedding" and not naming and (reason := gate_reason(model, target)):
+        return None, None, reason
     if info.dtype not in _FLOATS:
         raise ValueError(f"dtype {info.dtype} is not bfloat16, float16 or float32: quantized already?")
-    if info.shape[0] == 1 and kind == "linear":
-        return None, None, "a single output: a gate"
     return spec, kind, ""
+
+
+def _naming_rule(name: str, alias: str, rules: Rules) -> str | None:
+    """The rule that decides on a tensor, where the rule spells the layer's own name; "*" names nothing."""
+    pattern = rules.pattern(name, alias)
+    return pattern if pattern and name.removesuffix(".weight").rpartition(".")[2] in pattern else None
 
 
 def _refuse_split_units(tensors: list[PlannedTensor], rules: Rules, aliases: Mapping[str, str]) -> None:

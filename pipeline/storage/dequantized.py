@@ -48,7 +48,7 @@ class DequantizedTensors:
         dense, scales = {}, set(coding.other_scales)
         for name, weight in coding.weights.items():
             codes = weight.codes
-            scales |= {part.name for part in (weight.scales, weight.factor) if part}
+            scales |= {part.name for part in weight.parts[1:]}
             nbytes = math.prod(weight.shape) * dtype.itemsize
             dense[codes.name] = TensorInfo(name, codes.file, dtype, weight.dense_shape, codes.offset, nbytes)
             if name in stored and name != codes.name:
@@ -71,6 +71,10 @@ class DequantizedTensors:
     def __contains__(self, name: str) -> bool:
         """Whether a tensor of `tensors` has to be dequantized."""
         return name in self._weights
+
+    def stored_bytes(self, name: str) -> int:
+        """What a coded weight takes in the files."""
+        return sum(part.nbytes for part in self._weights[name].parts)
 
     def rows(self, name: str, start: int, stop: int, read: ReadRows) -> Tensor:
         """Rows of a coded weight, [stop - start, ..] of `dtype`.

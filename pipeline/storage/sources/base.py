@@ -57,6 +57,11 @@ class CodedWeight:
     transposed: bool = False
 
     @property
+    def parts(self) -> list[TensorInfo]:
+        """Its tensors in the files, the codes first."""
+        return [self.codes, self.scales, *([self.factor] if self.factor else [])]
+
+    @property
     def dense_shape(self) -> tuple[int, ...]:
         """The shape that the model has."""
         return (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
