@@ -53,12 +53,17 @@ class DequantizedTensors:
             dense[codes.name] = TensorInfo(name, codes.file, dtype, weight.dense_shape, codes.offset, nbytes)
             if name in stored and name != codes.name:
                 coding.problems.append(f"{name} is there twice: as it is, and as {codes.name}")
+        infos = (dense.get(name, info) for name, info in stored.items() if name not in scales)
+        self.tensors = {info.name: info for info in infos}
+        coding.problems += [
+            f"{name} is {str(info.dtype).removeprefix('torch.')}, and nothing says what scales it"
+            for name, info in self.tensors.items()
+            if info.dtype in FLOAT8 and not coding.problems
+        ]
         if coding.problems:
             raise CheckpointError(
                 f"{folder}: its weights cannot be dequantized ({source.name}):\n{listing(coding.problems)}"
             )
-        infos = (dense.get(name, info) for name, info in stored.items() if name not in scales)
-        self.tensors = {info.name: info for info in infos}
         self.sentence = f"config.json says {source.name}, and no weight in the files is coded so"
         if coding.weights:
             self.sentence = (

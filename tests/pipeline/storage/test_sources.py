@@ -330,6 +330,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
     "negative scale": ("static", lambda t: t[f"{Q}.weight_scale"].neg_(), f"1 scales in {Q}.weight_scale are NaN"),
     "infinite scale": ("fbgemm", put(f"{Q}.weight_scale", (3, 0), float("inf")), f"{Q}.weight: 1 scales"),
     "NaN exponent": ("mxfp8", put(f"{Q}.weight_scale_inv", (0, 0), 255), f"1 scales in {Q}.weight_scale_inv are NaN"),
+    "codes without scales": (
+        "deepseek",
+        lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn)}),
+        "model.norm.weight is float8_e4m3fn and its scales are missing",
+    ),
     "too large": ("static", lambda t: t[f"{Q}.weight_scale"].fill_(1e37), f"{Q}.weight: "),
     "no scales": ("deepseek", lambda t: t.pop(f"{Q}.weight_scale_inv"), f"{Q}.weight is float8_e4m3fn and its scales"),
     "no weight": ("deepseek", lambda t: t.pop(f"{Q}.weight"), f"{Q}.weight_scale_inv is the scale of a weight"),
@@ -388,6 +393,12 @@ def test_damage_is_named(coded: Callable[[str], tuple[Path, Path]], edit_tensors
         ({**FP8, "weight_block_size": [0, 128]}, "weight_block_size is [0, 128], expected two whole numbers"),
         ({"quant_method": "modelopt", "quant_algo": ["FP8"]}, "quant_algo is ['FP8']; bitpress reads FP8"),
         (compressed({"strategy": "block", "block_structure": 7}), "no config group has a strategy"),
+        (
+            compressed({"strategy": "tensor", "num_bits": [4]}),
+            "its floats are of num_bits, strategy, group_size [4] te",
+        ),
+        ({"quant_method": "mxfp4"}, "its weights cannot be dequantized (mxfp4)"),
+        ({**FP8, "weight_block_size": [1 << 70, 1 << 70]}, "expected [1, 1]"),
     ],
 )
 def test_section_is_not_trusted(
@@ -441,6 +452,72 @@ def test_the_dtype_is_the_configs(
     assert "quantization_config" not in checkpoint.config
     assert "quantization_config" not in checkpoint.config.get("text_config", {})
     assert "to float32" in str(checkpoint.dequantization)
+
+
+def test_float8_experts_in_one_tensor(tmp_path: Path):
+    """Each expert has blocks of its own, and the last ones are cut."""
+    rng, layout = np.random.default_rng(0), LAYOUTS["odd blocks"]
+    experts = [layout.encode("x.weight", (50, 72), rng) for _ in range(3)]
+    codes = torch.stack([tensors["x.weight"].view(torch.uint8) for tensors, _ in experts])
+    scales = torch.stack([tensors["x.weight_scale_inv"] for tensors, _ in experts])
+    coded = {"experts.up_proj": codes.view(torch.float8_e4m3fn), "experts.up_proj_scale_inv": scales}
+    save_file(coded, tmp_path / SINGLE)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": layout.section}))
+    checkpoint, expected = Checkpoint(tmp_path), torch.stack([weight for _, weight in experts])
+    assert torch.equal(checkpoint.read("experts.up_proj"), expected)
+    (last,) = checkpoint.read_rows("experts.up_proj", [1], first=2)
+    assert torch.equal(last, expected[2:])
+
+
+PACKED: dict[str, tuple[dict[str, Any], int, tuple[str, str, str]]] = {
+    # what config.json says, codes of a scale, and the names of codes, scales and the factor of all scales
+    "nvfp4": (
+        compressed({"num_bits": 4, "strategy": "tensor_group", "group_size": 16}),
+        16,
+        ("weight_packed", "weight_scale", "weight_global_scale"),
+    ),
+    "mxfp4": (
+        compressed({"num_bits": 4, "strategy": "group", "group_size": 32}),
+        32,
+        ("weight_packed", "weight_scale", ""),
+    ),
+    "modelopt": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        16,
+        ("weight", "weight_scale", "weight_scale_2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_four_bits(
+    kind: str, tmp_path: Path, save_model: Callable[..., Path], llama_config: Callable[..., LlamaConfig]
+):
+    """Two codes to a byte, the first in its low half; a scale for a group, and one number for all scales."""
+    section, group, (codes, scales, factor) = PACKED[kind]
+
+    def encode(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Tensors, Tensor]:
+        layer, (rows, columns) = name.removesuffix(".weight"), shape
+        packed = rng.integers(0, 256, (rows, columns // 2), dtype=np.uint8)
+        bytes_of_scales = rng.integers(118, 122, (rows, columns // group), dtype=np.uint8)  # E4M3: from 176 to 240
+        stored = {f"{layer}.{codes}": torch.from_numpy(packed), f"{layer}.{scales}": torch.from_numpy(bytes_of_scales)}
+        if factor:
+            number = np.float32(9000.0 if kind == "nvfp4" else 1 / 9000)
+            stored[f"{layer}.{scales}"] = stored[f"{layer}.{scales}"].view(torch.float8_e4m3fn)
+            stored[f"{layer}.{factor}"] = torch.tensor([number])
+            values = E4M3[bytes_of_scales].astype(np.float32)
+            scale = values / number if kind == "nvfp4" else values * number
+        else:
+            scale = np.exp2(bytes_of_scales.astype(float) - 127)
+        unpacked = np.stack((E2M1[packed & 15], E2M1[packed >> 4]), -1).reshape(shape)
+        return stored, bfloat16(decoded(unpacked, scale, (1, group)))
+
+    folder = save_model(llama_config(num_hidden_layers=1), tmp_path / "coded")
+    dense = rewrite(folder, encode, lambda name: "proj" in name, section)
+    checkpoint, expected = Checkpoint(folder), Checkpoint(dense)
+    assert set(checkpoint.tensors) == set(expected.tensors)
+    for name in expected.tensors:
+        assert torch.equal(checkpoint.read(name), expected.read(name)), name
 
 
 class TestMxfp4:
