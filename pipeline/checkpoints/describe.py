@@ -16,6 +16,7 @@ from ..formats import registry as formats
 from ..formats.base import dtype_name
 from ..methods import registry as methods
 from ..storage.checkpoint import Checkpoint
+from ..transforms import registry as transforms
 
 _PROBE = (1024, 1024)
 
@@ -55,10 +56,13 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def catalogue() -> dict[str, dict[str, str]]:
-    """{"methods", "formats", "kernels"}: name -> what it serves, or why it cannot run here."""
+    """{"transforms", "methods", "formats", "kernels"}: name -> what it serves, or why it cannot run here."""
     schemes = [Scheme.parse(name) for name in examples()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
+        "transforms": {
+            name: " ".join((transform.__doc__ or "").split(".")[0].split()) for name, transform in transforms().items()
+        },
         "methods": {
             name: ", ".join(scheme.name for scheme in schemes if not method.problems(scheme))
             for name, method in methods().items()
