@@ -113,8 +113,8 @@ def test_two_that_do_not_fit_are_compared_by_stored_predictions(
     stored = ask()
     assert loaded == ["artifact", "tiny-llama", "artifact"]
     assert "16 stored and 64 sampled probabilities of each token" in stored["quality"]["path"]
-    assert "GB beside it" in stored["quality"]["path"]
-    assert "GB beside it" in stored["output_errors"]["skipped"]
+    assert "B beside it" in stored["quality"]["path"]
+    assert "B beside it" in stored["output_errors"]["skipped"]
     streamed = ask_streamed(ask, monkeypatch)
     found, expected = stored["quality"], streamed["quality"]
     assert 0 < found["kl_mean_bound"] < 0.05 * expected["kl_mean"]
@@ -196,7 +196,7 @@ def test_a_load_that_does_not_fit_is_told_and_not_tried(ask: Any) -> None:
     speed = {"prompt": 4, "generate": 3, "batch": [1, 10**12], "repeats": 1}
     fits, too_large = ask(baseline=False, windows=1, speed=speed)["speed"]
     assert "skipped" not in fits
-    assert "GB are free" in too_large["skipped"]
+    assert "B are free" in too_large["skipped"]
     assert (too_large["batch"], too_large["prompt"], "decode" in too_large) == (10**12, 4, False)
 
 
