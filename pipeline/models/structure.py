@@ -131,7 +131,8 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
     try:
         config = model_config(checkpoint)
         with within(_budget(checkpoint)), init_empty_weights(include_buffers=False):
-            chosen = dtype or config.dtype or dtype_of_most(checkpoint.tensors.values())
+            named = config.dtype if config.dtype and config.dtype.itemsize > 1 else None  # float8 is no dtype of models
+            chosen = dtype or named or dtype_of_most(checkpoint.tensors.values())
             model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
         _keep_in_float32(model, chosen)
     except OverBudget as error:

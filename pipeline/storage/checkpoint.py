@@ -279,7 +279,7 @@ class Checkpoint:
             CheckpointError: it wants to run code of its own, or names sizes that the files contradict.
         """
         path = self.folder / "config.json"
-        config = without_coding(self._config) if self._dequantized else self._config
+        config = without_coding(self._config, self._dequantized.dtype) if self._dequantized else self._config
         if "auto_map" in config:
             raise CheckpointError(
                 f"{path} asks for code of its own (auto_map: {config['auto_map']}), which bitpress "
