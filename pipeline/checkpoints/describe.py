@@ -11,7 +11,7 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import registry as kernels
 from bitpress.kernels.scheme import Scheme, examples
 
-from ..formats import count_schemes, scheme_name
+from ..formats import count_schemes, quantization_section, scheme_name
 from ..formats import registry as formats
 from ..formats.base import dtype_name
 from ..methods import registry as methods
@@ -41,7 +41,7 @@ def describe(folder: Path) -> dict[str, Any]:
         name = dtype_name(info.dtype)
         by_dtype[name] = by_dtype.get(name, 0) + info.nbytes
     description["bytes by dtype"] = [f"{name}: {count}" for name, count in sorted(by_dtype.items())]
-    if "quantization_config" not in config:
+    if quantization_section(checkpoint) is None:
         plain = {"quantized": "no", "parameters": sum(prod(info.shape) for info in checkpoint.tensors.values())}
         return description | plain | ({"source": checkpoint.dequantization} if checkpoint.dequantization else {})
     format, counts = count_schemes(checkpoint)
