@@ -32,6 +32,7 @@ from transformers.core_model_loading import (
     build_glob_alternation,
     rename_source_key,
 )
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 
@@ -111,6 +112,30 @@ def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     return config
 
 
+def unsupported(config: PreTrainedConfig) -> str | None:
+    """What a model is that does not write text by a decoder alone, such as an encoder; None for one that does."""
+    kind, named = config.model_type, (config.architectures or [""])[0]
+    if re.search(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Regression|Detection|RewardModel)$", named):
+        return f"{named} is a classifier"
+    speech = (
+        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_TEXT_TO_SPECTROGRAM_MAPPING_NAMES,
+    )
+    several = kind in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES  # kinds of input
+    if any(kind in names for names in speech) and not several:
+        return f"{kind} is a speech or sound model"
+    pair = kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and not several
+    if config.is_encoder_decoder or pair:
+        return f"{kind} is an encoder-decoder, or the half of one: its decoder reads what an encoder puts out"
+    base = modeling_auto.MODEL_MAPPING_NAMES.get(kind, "")
+    encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or str(base).endswith("Encoder")
+    if named.endswith("ForMaskedLM") or (encoder and not getattr(config, "is_decoder", False)):
+        return f"{kind} is an encoder: each token sees those after it, so it does not write text"
+    return None
+
+
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a checkpoint, its parameters on the meta device (they take no memory), its buffers real.
 
@@ -138,6 +163,8 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
             f"{checkpoint.folder / 'config.json'}: to build this model takes {error}, which does not fit its weight "
             "files; one of the config's numbers is far too large"
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever an untrusted config makes transformers stumble over
         kind = checkpoint.config.get("model_type", "no model_type")
         reason = str(error).strip() or type(error).__name__

@@ -95,29 +95,65 @@ PER_LAYER = re.compile(
     r".*layer_types|.*block_types?|layers_block_type|.*_pattern|.*_layers_list|no_rope_layers|attn_type.*"
 )
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
+PICTURE_ROPE = {**ROPE, "mrope_section": [2, 3, 3]}
+NO_ROPE = {"qk_rope_head_dim": 0, "head_dim": 0, "qk_head_dim": 16, "qk_nope_head_dim": 16}
+PICTURE_WORDS = {"<image>": 200, "IMGIMGA": 201, "<|image token|>": 202, "<|extra_200|>": 203}
 WHOLE = {"partial_rotary_factor": 1.0}
 # What types need beside that; a key may be a path, and "*.key" is meant at every level that has the key.
 CHANGES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"num_expert_group": 1},
+    "chameleon": {"vocabulary_map": PICTURE_WORDS},
     "codegen": {"rotary_dim": 16},
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
     },
-    "deepseek_v2": {"topk_method": "greedy"},
+    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "emu3": {"vocabulary_map": PICTURE_WORDS},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"intermediate_size": 128, "activation_sparsity_pattern": [0.0] * 4, "num_hidden_layers": 4},
+    "glm5_next": {f"text_config.{key}": size for key, size in NO_ROPE.items()},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "hunyuan_v1_dense": {"rope_parameters": ROPE, "head_dim": 16},
     "hunyuan_v1_moe": {"rope_parameters": ROPE, "head_dim": 16, "moe_topk": 2, "num_experts": 4},
+    "hunyuan_vl": {
+        "text_config.rope_parameters": ROPE | {"rope_type": "xdrope", "xdrope_section": [2, 2, 2, 2], "alpha": 1.0, "factor": 1.0},
+        "text_config.head_dim": 16,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"rope_parameters": ROPE, "head_dim": 16},
+    "mistral4": {"*.head_dim": 32},
     "mllama": {"text_config.cross_attention_layers": [1, 3], "text_config.num_hidden_layers": 4},
-    "phimoe": {},
+    "molmo2": {"adapter_config.vision_feature_layer": [-1, -2]},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
+    "step3p7": {"text_config.sliding_window": 8},
+    "xlm": {"emb_dim": 64, "causal": True},
+    "xlnet": {"d_head": 16, "d_inner": 128},
+    "xlstm": {"embedding_dim": 64},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
+for _kind in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl"):
+    CHANGES[_kind] = {"text_config.rope_parameters": PICTURE_ROPE}
+for _kind in ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"):
+    CHANGES[_kind] = {"text_config.rope_parameters": PICTURE_ROPE | WHOLE}
 
 
 @dataclass
@@ -158,9 +194,16 @@ def tiny_config(kind: str) -> Any:
     def shrink(values: dict[str, Any]) -> dict[str, Any]:
         small: dict[str, Any] = {}
         for key, value in values.items():
+            if not isinstance(key, str):
+                small[key] = value
+                continue
             number = isinstance(value, int) and not isinstance(value, bool)
             size = next((size for pattern, size in SIZES if re.fullmatch(pattern, key)), None)
             if key in ("architectures", "transformers_version", "model_type", "dtype", "id2label", "label2id"):
+                continue
+            if PER_LAYER.fullmatch(key) and isinstance(value, list | dict):
+                if isinstance(value, dict):
+                    small[key] = {}  # else the config fills it in for its usual number of layers
                 continue
             if isinstance(value, dict) and key.startswith("rope"):
                 small[key] = value | ({"mrope_section": [2, 3, 3], **WHOLE} if "mrope_section" in value else {})
@@ -170,8 +213,6 @@ def tiny_config(kind: str) -> Any:
                 small[key] = shrink(value)
                 if "model_type" in value:
                     small[key]["model_type"] = value["model_type"]
-            elif PER_LAYER.fullmatch(key) and isinstance(value, list | dict):
-                continue
             elif isinstance(value, list) and len(value) == values.get("num_hidden_layers"):
                 small[key] = value[:2]
             elif re.fullmatch(r".*token_(id|index)", key) and number:
