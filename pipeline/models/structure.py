@@ -154,6 +154,12 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
             )
     try:
         config = model_config(checkpoint)
+        what = unsupported(config)
+        if what is not None:
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'}: {what}; bitpress quantizes models that write text by a decoder, "
+                "such as LlamaForCausalLM or Qwen2VLForConditionalGeneration: give one of these"
+            )
         with within(_budget(checkpoint)), init_empty_weights(include_buffers=False):
             chosen = dtype or config.dtype or torch.float32
             model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)

@@ -43,6 +43,7 @@ from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.errors import BitpressError
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.models.quantized import read_layer, read_quantized
+from bitpress.pipeline.models.structure import TensorNames, skeleton
 from bitpress.pipeline.quantize.artifact import quantize
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.quantize.sequential import REFERENCE_LOGITS
@@ -92,7 +93,7 @@ SIZES: tuple[tuple[str, int], ...] = (
 )  # fmt: skip
 # Lists with an entry for each layer: the config makes its own from the number of layers.
 PER_LAYER = re.compile(
-    r".*layer_types|.*block_types?|layers_block_type|.*_pattern|.*_layers_list|no_rope_layers|attn_type.*"
+    r"per_layer_config|.*layer_types|.*block_types?|layers_block_type|.*_pattern|.*_layers_list|no_rope_layers|attn_type.*"
 )
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 PICTURE_ROPE = {**ROPE, "mrope_section": [2, 3, 3]}
@@ -120,7 +121,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"rope_parameters": ROPE, "head_dim": 16},
     "hunyuan_v1_moe": {"rope_parameters": ROPE, "head_dim": 16, "moe_topk": 2, "num_experts": 4},
     "hunyuan_vl": {
-        "text_config.rope_parameters": ROPE | {"rope_type": "xdrope", "xdrope_section": [2, 2, 2, 2], "alpha": 1.0, "factor": 1.0},
+        "text_config.rope_parameters": ROPE
+        | {"rope_type": "xdrope", "xdrope_section": [2, 2, 2, 2], "alpha": 1.0, "factor": 1.0},
         "text_config.head_dim": 16,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -305,12 +307,20 @@ def dense_logits(kind: str, source: Path, artifact: Checkpoint) -> Tensor:
     """Logits of transformers' own dense model, loaded from files that have the dequantized weights."""
     contents = read_quantized(artifact, torch.float32)
     original = Checkpoint(source)
+    names = TensorNames(skeleton(original))
+    experts = {k: part for name in original.tensors for k, part in names.slices(name, names.target(name)).items()}
     tensors = {name: original.read(name) for name in original.tensors}
     rounded = []
     for layer, scheme in contents.schemes.items():
         weight = read_layer(artifact, contents.format, scheme, layer).dequantize(torch.float32)
         weight = weight.t().contiguous() if contents.kinds[layer] == "conv1d" else weight
-        put(tensors, layer, weight)
+        if part := experts.get(f"{layer}.weight"):  # the source holds all experts in one tensor
+            whole = tensors[part.source]
+            expert = whole.view(part.layout.experts, *part.layout.expert_shape(whole.shape))[part.expert]
+            part.layout.split(expert)[part.piece].copy_(weight)
+        else:
+            assert tensors[f"{layer}.weight"].shape == weight.shape, layer
+            tensors[f"{layer}.weight"] = weight
         if scheme.activations:
             rounded.append(contents.quantized[layer].parameter)
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
@@ -324,15 +334,6 @@ def dense_logits(kind: str, source: Path, artifact: Checkpoint) -> Tensor:
     weights = [model.get_parameter(name) for name in rounded]
     with _RoundedInputs(weights) if weights else contextlib.nullcontext():
         return logits_of(model)
-
-
-def put(tensors: dict[str, Tensor], layer: str, weight: Tensor) -> None:
-    """Replace a layer's weight in the source's tensors."""
-    name = f"{layer}.weight"
-    if name not in tensors:
-        raise KeyError(f"the source has no {name}")
-    assert tensors[name].shape == weight.shape, name
-    tensors[name] = weight
 
 
 def try_recipe(kind: str, source: Path, text_of_recipe: str, out: Path) -> dict[str, Any]:
