@@ -2,8 +2,10 @@
 
 import contextlib
 import inspect
+import math
 import resource
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,33 @@ def cache_bytes(cache: Any) -> int | None:
     return sum(tensor.nbytes for tensor in tensors)  # type: ignore[union-attr]
 
 
+Windows = Sequence[
+    Mapping[str, float]
+]  # {"tokens": the most that a layer keeps, "bytes_per_token": of all such layers}
+
+
+def cache_growth(cache: Any) -> tuple[float, list[dict[str, float]]]:
+    """Bytes that each further token takes for ever, and the windows of layers that keep the last tokens only.
+
+    Args:
+        cache: one of transformers that `cache_bytes` can count, after a prompt.
+    """
+    growing, windows = 0.0, dict[int, float]()
+    for layer in cache.layers:
+        per_token = (layer.keys.nbytes + layer.values.nbytes) / layer.keys.shape[-2]
+        window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
+        if window is None:
+            growing += per_token
+        else:  # the token that is read now has its place beside those that are kept
+            windows[max(1, window - 1)] = windows.get(max(1, window - 1), 0.0) + per_token
+    return growing, [{"tokens": tokens, "bytes_per_token": size} for tokens, size in sorted(windows.items())]
+
+
+def cache_size(tokens: int, per_token: float, windows: Windows = ()) -> float:
+    """Bytes of the cache of so many tokens: per_token of each, and of each window what it keeps."""
+    return tokens * per_token + sum(min(tokens, window["tokens"]) * window["bytes_per_token"] for window in windows)
+
+
 @torch.inference_mode()
 def prefill(model: nn.Module, ids: Tensor) -> tuple[dict[str, Any], Peak]:
     """Measures the memory of reading a prompt, with a cache for generation, and logits of the last token only.
@@ -115,9 +144,9 @@ def prefill(model: nn.Module, ids: Tensor) -> tuple[dict[str, Any], Peak]:
     Args:
         ids: int64 [n], on the model's device.
     Returns:
-        {"prompt": n, "kv_cache_bytes_per_token", "activation_peak_bytes": the most beside weights and cache}, each None
-        where it cannot be measured; and the Peak. A layer with a sliding window stores only its window of a long
-        prompt, so a model with such layers needs less than the figure says.
+        {"prompt": n, "kv_cache_bytes_per_token": what each further token takes however many there are,
+        "activation_peak_bytes": the most beside weights and cache}, each None where it cannot be measured; where layers
+        have a sliding window, which stop growing, also {"kv_cache_windows": see cache_growth}; and the Peak.
     """
     costs: dict[str, Any] = {"prompt": ids.numel(), "kv_cache_bytes_per_token": None, "activation_peak_bytes": None}
     with Peak(ids.device) as peak:
@@ -127,29 +156,46 @@ def prefill(model: nn.Module, ids: Tensor) -> tuple[dict[str, Any], Peak]:
             return costs, peak
         output = model(input_ids=ids.unsqueeze(0), use_cache=True, logits_to_keep=1)
     if (cache := cache_bytes(output.past_key_values)) is not None:
-        costs["kv_cache_bytes_per_token"] = cache / ids.numel()
+        costs["kv_cache_bytes_per_token"], windows = cache_growth(output.past_key_values)
+        costs |= {"kv_cache_windows": windows} if windows else {}
         costs["activation_peak_bytes"] = None if peak.growth is None else max(0, peak.growth - cache)
     return costs, peak
 
 
-def fitting(weights: int, cache: float | None, activations: float | None, longest: int | None) -> list[dict[str, Any]]:
-    """The longest context that fits on each card beside the weights, at batch 1. It is computed, not tried:
+def fitting(
+    weights: int, cache: float | None, activations: float | None, longest: int | None, windows: Windows = ()
+) -> list[dict[str, Any]]:
+    """The longest context that fits on each card beside the weights, at batch 1. It is computed, not tried: the largest
+    one with
 
-    context = (card - RESERVE - weights) / (cache + activations), at most `longest`.
+    RESERVE + weights + cache_size(context, cache, windows) + context * activations <= card, at most `longest`.
 
     Args:
         weights: bytes.
         cache, activations: bytes per token; activations grow with the prompt, because attention works piece by piece.
-        longest: tokens that the model can read.
+        longest: tokens that the model can read. windows: of layers that keep the last tokens only.
     Returns:
         For each of CARDS {"card_gib", "context": tokens, 0 where the weights do not fit, None where it is not known}.
     """
     fits = []
     for card in CARDS:
         free = card * (1 << 30) - RESERVE - weights
-        per_token = (cache or 0) + (activations or 0)
-        context = 0 if free < 0 else int(free / per_token) if cache and per_token else None
-        if context is not None and longest is not None:
-            context = min(context, longest)
+        context: float | None = 0 if free < 0 else None
+        if free >= 0 and cache is not None:
+            context = _longest_context(free, cache, activations or 0, windows)
+        if context is not None:
+            context = min(context, math.inf if longest is None else longest)
+            context = None if context == math.inf else int(context)
         fits.append({"card_gib": card, "context": context})
     return fits
+
+
+def _longest_context(free: float, cache: float, activations: float, windows: Windows) -> float:
+    """The most tokens that take at most `free` bytes; infinity where they take none after the windows."""
+    begin, per_token = 0.0, cache + activations + sum(window["bytes_per_token"] for window in windows)
+    for window in sorted(windows, key=lambda window: window["tokens"]):
+        used = (window["tokens"] - begin) * per_token
+        if used > free:
+            break
+        begin, free, per_token = window["tokens"], free - used, per_token - window["bytes_per_token"]
+    return begin + free / per_token if per_token > 0 else math.inf

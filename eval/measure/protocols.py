@@ -8,6 +8,11 @@ carries its protocol's name, and figures of two protocols are not compared:
 - sliding-N/S: windows of N tokens, each S tokens after the one before. A token is scored once, by the first window that
   reads it, so it has at least N - S tokens before it. The text's first token is not scored (with S = N, the first token
   of no window is).
+- gptq-N+bos, sliding-N/S+bos: the same where the tokenizer begins a text with special tokens (BOS). Each window begins
+  with them, as each text of the model's training did, and holds so many tokens less of the text; all of these are
+  scored. Gemma predicts nothing sensible without them. Published figures of Llama mostly have them in the first window
+  only: `bos: first` measures so, under the name without +bos. `bos: every` puts the tokenizer's BOS in front although
+  the tokenizer does not.
 - llama.cpp-N: the text as it is in the file, cut into windows of N tokens; the second half of each is scored. Where the
   tokenizer starts a text with a special token, that token replaces the first one of each window.
 - word-N: lm-eval's task wikitext. It reads page by page, and undoes wikitext's artefacts. Every token is scored: the
@@ -52,7 +57,8 @@ class EvaluationWindows:
     """All windows of a text, under one protocol.
 
     name: the protocol's name with its lengths. units: the number of tokens or words by which the sum of losses is
-    divided. unit: "token" or "word".
+    divided. unit: "token" or "word". bos: what begins with the tokens that the tokenizer puts before a text, such as
+    "each window"; None where it puts none.
     """
 
     name: str
@@ -60,6 +66,7 @@ class EvaluationWindows:
     context: int
     units: int
     unit: str = "token"
+    bos: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -73,7 +80,13 @@ class EvaluationWindows:
 
 
 def evaluation_windows(
-    protocol: str, documents: Sequence[str], tokenizer: Any, context: int, stride: int, limit: int | None
+    protocol: str,
+    documents: Sequence[str],
+    tokenizer: Any,
+    context: int,
+    stride: int,
+    limit: int | None,
+    bos: str = "auto",
 ) -> EvaluationWindows:
     """The windows of a text under one protocol of NAMES.
 
@@ -81,6 +94,8 @@ def evaluation_windows(
         tokenizer: transformers'.
         context: tokens of one window. stride: tokens between two windows, for the protocol sliding.
         limit: the most windows, or for the protocol word the most pages; None for all.
+        bos: which windows of the protocols gptq and sliding begin with BOS: "auto" for each where the tokenizer begins
+            a text so, "first" for the first one alone, "every" for each whatever the tokenizer, which has one, does.
     Raises:
         ValueError: the text fills no window.
     """
@@ -88,21 +103,42 @@ def evaluation_windows(
         return _word(documents, tokenizer, context, limit)
     text = (_lines if protocol == "llama.cpp" else _BLANK_LINE.join)(documents)
     ids = _encode(tokenizer, text)
-    name = f"{protocol}-{context}"
-    if protocol == "sliding":
-        name, windows = f"{name}/{stride}", sliding(ids, context, stride)
-    elif protocol == "llama.cpp":
+    name, begins = f"{protocol}-{context}", beginning(tokenizer, ids)
+    if protocol == "llama.cpp":
         start = tokenizer.bos_token_id
         start = start if ids.numel() and start is not None and ids[0] == start else None
-        windows = halves(ids, context, context // 2, start)
-    else:
-        windows = halves(ids, context, 0)
+        windows, what = halves(ids, context, context // 2, start), None if start is None else "each window"
+        return _limited(name, windows, context, limit, what)
+    name = f"{name}/{stride}" if protocol == "sliding" else name
+    start = begins if bos == "auto" else ids[:0]
+    body = ids[begins.numel() :]
+    if bos == "every":
+        start = begins if begins.numel() else torch.tensor([tokenizer.bos_token_id])
+    if not start.numel():
+        windows = sliding(ids, context, stride) if protocol == "sliding" else halves(ids, context, 0)
+        return _limited(name, windows, context, limit, "the first window alone" if begins.numel() else None)
+    room = context - start.numel()
+    if room < 1:
+        raise ValueError(f"windows of {context} tokens have no room for text after {start.numel()} that begin it")
+    step = min(stride, room) if protocol == "sliding" else room
+    windows = after(start, body, room, step, tail=protocol == "sliding")
+    return _limited(f"{name}+bos", windows, context, limit, "each window")
+
+
+def _limited(name: str, windows: list[Window], context: int, limit: int | None, bos: str | None) -> EvaluationWindows:
     windows = windows[:limit]
-    return EvaluationWindows(name, windows, context, sum(window.targets.numel() for window in windows))
+    return EvaluationWindows(name, windows, context, sum(window.targets.numel() for window in windows), bos=bos)
 
 
 def _encode(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def beginning(tokenizer: Any, ids: Tensor) -> Tensor:
+    """The special tokens, int64 [n], that a tokenizer put before the text of `ids`: BOS, or two of GLM's, or none."""
+    added = _encode(tokenizer, "")[: ids.numel()]  # those that it puts after a text, too
+    same = (added == ids[: added.numel()]).long().cumprod(0)
+    return added[: int(same.sum())]
 
 
 def _lines(documents: Sequence[str]) -> str:
@@ -150,6 +186,26 @@ def sliding(ids: Tensor, context: int, stride: int) -> list[Window]:
     return windows
 
 
+def after(start: Tensor, ids: Tensor, room: int, step: int, tail: bool) -> list[Window]:
+    """Windows that each begin with `start` and hold at most `room` tokens of the text, `step` apart, every one scored.
+
+    Args:
+        tail: whether the last window may be shorter, so that the text's end counts.
+    Raises:
+        ValueError: the text fills no window.
+    """
+    windows, scored = [], 0
+    for begin in range(0, ids.numel(), step):
+        row = ids[begin : begin + room]
+        end = begin + row.numel()
+        if end > scored and (tail or row.numel() == room):
+            windows.append(Window(torch.cat([start, row]), ids[scored:end], start.numel() - 1 + scored - begin))
+            scored = end
+    if not windows:
+        raise ValueError(f"{ids.numel()} tokens, at least one window of {start.numel() + room} is needed")
+    return windows
+
+
 def rolling(ids: Tensor, context: int, prefix: int) -> list[Window]:
     """Windows of at most `context` tokens that score every token once, with as many tokens before it as fit."""
     before = torch.cat([torch.tensor([prefix]), ids])  # before[i] comes before ids[i]
@@ -171,7 +227,9 @@ def _word(documents: Sequence[str], tokenizer: Any, context: int, limit: int | N
         raise ValueError("0 tokens, at least one is needed")
     # An empty word before a leading space and after a trailing one counts too: lm-eval's split does the same.
     words = sum(len(re.split(r"\s+", page)) for page in chosen)
-    return EvaluationWindows(f"word-{context}", windows, context, words, "word")
+    return EvaluationWindows(
+        f"word-{context}", windows, context, words, "word", None if tokenizer.bos_token_id is None else "each page"
+    )
 
 
 def pages(document: str) -> list[str]:

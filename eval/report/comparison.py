@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..measure.memory import cache_size
 from ..measure.statistics import finite, ratio_and_error
 from .candidates import Candidate, Difference
 from .recommend import Budget, Choice, choices
@@ -153,7 +154,8 @@ def _candidate(run: ReportedRun, windows: int, context: int, point: SpeedPoint |
     memory = run.get("memory") or {}
     weights = memory.get("resident_bytes") or run.get("size", "file_bytes")
     activations = (memory.get("activation_peak_bytes") or 0) / max(1, memory.get("prompt") or 1)
-    per_token = (memory.get("kv_cache_bytes_per_token") or 0) + activations
+    windows = memory.get("kv_cache_windows") or []
+    cache = cache_size(context, memory.get("kv_cache_bytes_per_token") or 0, windows)
     judged = [] if run.get("gates", "overridden") else run.get("gates", "judged") or []
     return Candidate(
         run=run.label,
@@ -162,7 +164,7 @@ def _candidate(run: ReportedRun, windows: int, context: int, point: SpeedPoint |
         method=run.get("method"),
         format=run.get("format"),
         file_bytes=number(run.get("size", "file_bytes")),
-        memory_bytes=None if weights is None else weights + context * per_token,
+        memory_bytes=None if weights is None else weights + cache + context * activations,
         bits_per_weight=number(run.get("size", "bits_per_weight", "decoder")),
         kl_mean=number(kl),
         kl_mean_se=number(error),

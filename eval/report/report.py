@@ -118,6 +118,7 @@ def _view(runs: Sequence[Metrics], refused: Refused = ()) -> dict[str, Any]:
             for model, own in by_model.items()
         ],
         "verdicts": _verdicts(reported),
+        "warnings": [(run.title, warning) for run in reported for warning in run.get("warnings") or []],
         "refused": say.printable([tuple(map(str, job)) for job in refused]),
         "tables": tables(reported, points_of(reported)),
         "without_baseline": [model for model, own in by_model.items() if not any(run.is_baseline for run in own)],

@@ -142,9 +142,11 @@ def _memory(runs: Sequence[ReportedRun]) -> Table:
         if not fits:
             continue
         cards = cards or list(fits)
-        sizes = ("resident_bytes", "loading_peak_bytes", "kv_cache_bytes_per_token", "activation_peak_bytes")
+        weights, loading, reading = (
+            say.size(memory.get(key)) for key in ("resident_bytes", "loading_peak_bytes", "activation_peak_bytes")
+        )
         contexts = ["no" if fits.get(card) == 0 else say.count(fits.get(card)) for card in cards]
-        rows.append([run.title, *(say.size(memory.get(key)) for key in sizes), *contexts])
+        rows.append([run.title, weights, loading, say.cache_per_token(memory), reading, *contexts])
     note = (
         "Loading peak: above the memory that the process held before. Activations: the most while a prompt was read. "
         "Under a card's size: the longest context (tokens, batch 1) that fits on it. It is computed from the columns "

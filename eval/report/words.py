@@ -85,6 +85,13 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
+def cache_per_token(memory: Mapping[str, Any]) -> str:
+    """What a token's keys and values take, and those of layers that keep the last tokens only."""
+    windows = memory.get("kv_cache_windows") or []
+    kept = [f"{size(window['bytes_per_token'])} of the last {window['tokens']:,.0f}" for window in windows]
+    return " + ".join([size(memory.get("kv_cache_bytes_per_token")), *kept])
+
+
 def markdown_text(value: Any) -> Any:
     """Text that GitHub Markdown shows as it is, in a cell of a table too. Markup is not changed."""
     if isinstance(value, Markup) or not isinstance(value, str):
@@ -149,15 +156,15 @@ def facts_of(metrics: Mapping[str, Any]) -> list[list[str]]:
         rows.append(["KL added by the kernel", divergence(cost["kl_mean"], cost["kl_mean_se"])])
     rows += [[line["task"], f"{line['metric']} {small(line['value'])}"] for line in metrics["tasks"]]
     rows += [["resident weights", size(memory["resident_bytes"])], ["peak RSS", size(memory["peak_rss_bytes"])]]
-    rows += [["cache per token", size(memory["kv_cache_bytes_per_token"])]]
+    rows += [["cache per token", cache_per_token(memory)]]
     for speed in metrics["speed"]:
         if "skipped" in speed:
             rows.append([f"tokens/s, batch {speed['batch']}, prompt {speed['prompt']}", speed["skipped"]])
             continue
         rates = f"{speed['prefill']['median']:.0f} prefill, {speed['decode']['median']:.1f} decode"
         rows.append([f"tokens/s, batch {speed['batch']}, prompt {speed['prompt']}", rates])
-    rows += [[f"kernel {name}", f"{layers} layers"] for name, layers in kernels["selected"].items()]
+    rows += [[f"kernel {name}", f"{layers} layers"] for name, layers in kernels.get("selected", {}).items()]
     if fused := kernels.get("fused"):
         why = "; ".join(f"{count}: {reason}" for reason, count in fused["why"].items())
         rows.append(["decoder layers in one call", f"{fused['fused']} of {fused['of']}{f' ({why})' if why else ''}"])
-    return rows
+    return rows + [["warning", warning] for warning in metrics.get("warnings") or []]

@@ -181,6 +181,11 @@ class AffineCodes(Protocol):
     def max_code(self) -> int: ...
 
 
+def smallest_scale(dtype: torch.dtype) -> float:
+    """The smallest scale that is stored in a dtype: the smallest normal number, or float16's smallest of all."""
+    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
+
+
 def affine_parameters(groups: Tensor, codes: AffineCodes, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The scale and the zero point of each group: float32 [rows, groups, group_size] -> (scale_dtype, uint8)
     [rows, groups].
@@ -198,8 +203,7 @@ def affine_parameters(groups: Tensor, codes: AffineCodes, scale_dtype: torch.dty
     if not torch.isfinite(scales).all():
         raise ValueError(f"a scale of {spread.max().item() / codes.max_code:.4g} does not fit {scale_dtype}")
     # torch flushes no subnormals here: 0 comes only from spreads below half of the smallest positive number.
-    smallest = {torch.float16: 2.0**-24}.get(scale_dtype, torch.finfo(scale_dtype).tiny)
-    scales = torch.where(spread == 0, torch.ones_like(scales), scales.clamp(min=smallest))
+    scales = torch.where(spread == 0, torch.ones_like(scales), scales.clamp(min=smallest_scale(scale_dtype)))
     if codes.symmetric:
         return scales, None
     zeros = torch.round(-low / scales.to(torch.float32)).clamp_(0, codes.max_code)

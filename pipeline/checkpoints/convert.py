@@ -11,7 +11,7 @@ from bitpress.kernels.qtensor import QTensor
 
 from ..errors import ConfigError, NumericsError, listing, nearest
 from ..formats import misfits, registry
-from ..formats.base import SHARD_BYTES, Format, dtype_name, group_into_shards
+from ..formats.base import SHARD_BYTES, Format, dtype_name, group_by_bytes
 from ..formats.names import name_pattern
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
 from ..models.structure import kept_names, with_module_paths
@@ -125,7 +125,7 @@ def _write(conversion: _Conversion, source: dict[str, Any], folder: Path, on_ste
         if name not in nothing:
             item = owner.get(name, name)
             sizes[item] = sizes.get(item, 0) + info.nbytes
-    shards = group_into_shards(sizes, lambda item: sizes[item], _SHARD_BYTES)
+    shards = group_by_bytes(sizes, lambda item: sizes[item], _SHARD_BYTES)
     writer = format.writer(folder, contents.model.dtype, len(shards))
     for number, items in enumerate(shards):
         on_step(number, len(shards))

@@ -16,11 +16,11 @@ def coverage_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     if "quantization_config" not in checkpoint.config:
         names = TensorNames(skeleton(checkpoint))
-        kept = [_kept(info, names) for info in checkpoint.tensors.values()]
+        kept = [_kept(checkpoint, info, names) for info in checkpoint.tensors.values()]
         return _coverage([], kept, 0)
     contents = read_quantized(checkpoint)
     layers = [_layer(checkpoint, contents, name) for name in contents.quantized]
-    kept = [_kept(checkpoint.tensors[name], contents.names) for name in contents.plain]
+    kept = [_kept(checkpoint, checkpoint.tensors[name], contents.names) for name in contents.plain]
     return _coverage(layers, kept, contents.model.dtype.itemsize)
 
 
@@ -42,11 +42,11 @@ def _layer(checkpoint: Checkpoint, contents: QuantizedCheckpoint, name: str) -> 
     }
 
 
-def _kept(info: TensorInfo, names: TensorNames) -> dict[str, Any]:
+def _kept(checkpoint: Checkpoint, info: TensorInfo, names: TensorNames) -> dict[str, Any]:
     return {
         "name": info.name,
         "block": names.block(names.target(info.name).parameter),
         "shape": list(info.shape),
-        "bytes": info.nbytes,
+        "bytes": checkpoint.stored_bytes(info.name),
         "reason": "not quantized in the files",
     }

@@ -10,9 +10,18 @@ from bitpress.eval.report.words import printable
 
 from ..errors import CheckpointError, listing
 from ..formats import read_config, registry
-from ..formats.base import Examination, Facts, LayerExamination, some
+from ..formats.base import Examination, Facts, LayerExamination, dtype_name, some
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
-from ..models.structure import ParameterPath, TensorNames, auto_class, decoder, kept_names, skeleton, tied_copies
+from ..models.structure import (
+    ParameterPath,
+    TensorNames,
+    auto_class,
+    decoder,
+    dtype_of_most,
+    kept_names,
+    skeleton,
+    tied_copies,
+)
 from ..storage import files as store
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.fingerprint import MANIFEST
@@ -181,7 +190,8 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
     except CheckpointError as error:  # each layer can be examined all the same
         diagnosis.faults.append(_short(error, checkpoint.folder))
     section = checkpoint.config["quantization_config"]
-    dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    dtype = str(stated or dtype_name(dtype_of_most(checkpoint.tensors.values())))
     seen = Examination(section, dtype)
     owned = {f"{layer}.{suffix}" for layer in layers for suffix in format.suffixes}
     for layer in layers:
@@ -274,6 +284,10 @@ def _facts(contents: QuantizedCheckpoint, seen: Examination) -> Facts:
         shapes={name: layer.shape for name, layer in seen.layers.items()},
         split=_split(contents),
         experts=frozenset(layer for layer, target in contents.quantized.items() if target.expert),
+        joined_experts=any(
+            target.expert and target.parameter not in contents.names.merged for target in contents.quantized.values()
+        ),
+        model_type=str(config.model_type),
         heads=(heads, counts[1] if isinstance(counts[1], int) and counts[1] > 0 else heads),
         kept=frozenset(seen.kept),
         auto_class=auto_class(contents.model.config).__name__,

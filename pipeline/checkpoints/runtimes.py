@@ -17,6 +17,16 @@ SERVERS = ("vLLM", "SGLang")  # they fuse layers, and cut them for several GPUs
 GPUS = (1, 2, 4, 8)
 _MARLIN_GROUPS, _MARLIN_OUT, _MARLIN_IN, _MARLIN_EXPERT_IN = (None, 32, 64, 128), 64, 128, 64
 
+_JOINED = (
+    "it knows the experts of this architecture in one tensor only and, with a warning, gives them random numbers; with "
+    "`import bitpress.pipeline.hf` it reads them"
+)
+_VLLM_JOINED = {
+    "gpt_oss": "its gpt-oss reads all experts of a block from one tensor, unquantized or MXFP4",
+    "dbrx": "its DBRX reads all experts of a block from one tensor",
+    "jetmoe": "it has no JetMoE",
+}  # model type -> why; vLLM 0.33 reads experts one by one in the other architectures that were looked up
+
 
 def verdicts(facts: Facts) -> dict[str, dict[str, Any]]:
     """Runtime -> {"loads": one of LEVELS, "needs": packages, "why": sentences, "arguments", "imports": see Loading,
@@ -27,6 +37,10 @@ def verdicts(facts: Facts) -> dict[str, dict[str, Any]]:
     for name in dict.fromkeys((*RUNTIMES, *loadings)):
         loading = loadings.get(name, unknown)
         reasons = list(loading.reasons)
+        if name == "transformers" and facts.joined_experts:
+            reasons.append(("no", _JOINED))
+        if name == "vLLM" and facts.experts and (why := _VLLM_JOINED.get(facts.model_type)):
+            reasons.append(("no", why))
         if name in SERVERS:
             reasons += [*_split_units(facts), *_marlin(facts)]
         worst = max((LEVELS.index(level) for level, _ in reasons), default=0)

@@ -90,8 +90,9 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 def protocol_sentence(settings: dict[str, Any]) -> str:
     """How a perplexity was measured: its protocol, its text, and how much of it."""
+    begin = f"; {settings['bos']} begins with the tokenizer's BOS" if settings.get("bos") else ""
     return (
         f"perplexity per {settings['unit']} by protocol {settings['name']} on {settings['text']}: "
         f"{settings['windows']} windows of at most {settings['context']} tokens, {settings['tokens']} scored, "
-        f"in {settings['dtype']}"
+        f"in {settings['dtype']}{begin}"
     )

@@ -18,6 +18,9 @@ def evaluate(
     context: Annotated[int | None, typer.Option(help="Tokens per window; the protocol's own by default.")] = None,
     stride: Annotated[int, typer.Option(help="Between windows, of the protocol sliding.")] = 512,
     windows: Annotated[int | None, typer.Option(help="How many windows; all by default.")] = None,
+    bos: Annotated[
+        str, typer.Option(help="auto, first or every: which windows of gptq and sliding begin with it.")
+    ] = "auto",
     tasks: Annotated[list[str] | None, typer.Option("--task", help="Of lm-eval; may be repeated.")] = None,
     dtype: Dtype = "auto",
     kernel: KernelName = "auto",
@@ -40,7 +43,7 @@ def evaluate(
 
     quiet_libraries()
     settings: dict[str, Any] = {"text": text, "protocol": protocol, "context": context, "stride": stride}
-    settings |= {"windows": windows, "tasks": tasks or [], "dtype": dtype, "kernel": kernel}
+    settings |= {"windows": windows, "bos": bos, "tasks": tasks or [], "dtype": dtype, "kernel": kernel}
     if output:
         original = resolve(baseline) if baseline else None
         chosen = load_eval(settings)

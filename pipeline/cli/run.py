@@ -84,6 +84,9 @@ def _show_outcomes(outcomes: list[Any], page: Path | None) -> None:
         print_table(*summary_rows(finished))
         for protocol in {protocol_sentence(metrics["protocol"]): None for metrics in finished}:
             print_line(f"\n{protocol}")
+        for metrics in finished:
+            for warning in metrics.get("warnings") or []:
+                print_line(f"\nwarning: {metrics['model']['id']}, {metrics['scheme']}: {warning}")
     for outcome in outcomes:
         if outcome.error:
             line = escape(f"{outcome.model}  {outcome.recipe}: {outcome.error}")

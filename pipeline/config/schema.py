@@ -179,6 +179,9 @@ class Eval(_Strict):
     context: int | None = Field(None, ge=2)  # None: the protocol's own; cut to what the model can hold
     stride: int = Field(512, ge=1)  # of the protocol sliding
     windows: int | None = Field(None, ge=1)  # None: the whole text; pages, of the protocol word
+    bos: Literal["auto", "first", "every"] = (
+        "auto"  # which windows of gptq and sliding begin with BOS, see protocols.py
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kernel: KernelName = "auto"
     speed: Speed | None = Speed()  # type: ignore[call-arg]

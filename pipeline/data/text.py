@@ -17,10 +17,11 @@ from ..config.schema import Dataset
 from ..errors import ConfigError, HubError, NumericsError
 
 PYDOC_TOPICS = "builtin:pydoc-topics"
-_PLAIN = (".txt", ".text", ".md", ".markdown", ".rst", ".raw", ".tokens")  # wikitext's files end in the last two
+_PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".raw", ".tokens")  # wikitext's end in the last two
+_CODE = (".py", ".c", ".h", ".cpp", ".go", ".java", ".js", ".rs", ".ts")  # what models of code read
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _TABLES = {".csv": ",;\t", ".tsv": "\t"}  # what may stand between cells
-SUFFIXES = (*_PLAIN, *_LINES, ".json", *_TABLES, ".parquet")  # of files that are read, in any case
+SUFFIXES = (*_PROSE, *_CODE, *_LINES, ".json", *_TABLES, ".parquet")  # of files that are read, in any case
 _KINDS = "a .txt, .md, .json, .jsonl, .csv, .tsv or .parquet file"
 _PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z")
 _MAGIC = {

@@ -29,7 +29,8 @@ def compare(
     command: str = "",
     say: Say = lambda line: None,
 ) -> tuple[Path, list[list[str]]]:
-    """Write the comparison of these runs; checkpoints among them are measured first, as the runs were.
+    """Write the comparison of these runs; checkpoints among them are measured first, as the runs were, whatever figures
+    they bring.
 
     Args:
         budgets: amounts of memory such as "6GB". context: tokens of cache that memory is counted with.
@@ -42,7 +43,10 @@ def compare(
     """
     room = [Budget(budget, _bytes(budget)) for budget in budgets]
     paths = [path.expanduser() for path in paths]
-    checkpoints = [path for path in paths if is_checkpoint(path) and not (path / METRICS).exists()]
+    checkpoints = [path for path in paths if is_checkpoint(path)]
+    for path in checkpoints:
+        if (path / METRICS).exists():
+            say(f"{path} holds weights, so it is measured: the {METRICS} that it brings counts for nothing")
     runs = [file for path in paths if path not in checkpoints for file in _metrics(path)]
     if checkpoints:
         if not runs:
@@ -84,7 +88,8 @@ def _metrics(path: Path) -> list[Path]:
         return [path]
     if (path / METRICS).exists():
         return [path / METRICS]
-    runs = sorted(file for depth in range(1, _DEEP + 1) for file in path.glob("*/" * depth + METRICS))
+    below = (file for depth in range(1, _DEEP + 1) for file in path.glob("*/" * depth + METRICS))
+    runs = sorted(file for file in below if not is_checkpoint(file.parent))
     if not runs:
         raise ConfigError(
             f"{path} holds no checkpoint and no {METRICS}, nor do folders below it; has a run finished there?"

@@ -58,6 +58,9 @@ def evaluate_external(
         artifact=_artifact(source, baseline),
         predictions=(folder / PREDICTIONS, _artifact(model, None)),
     )
+    for each in (source, baseline):
+        if each and (sentence := Checkpoint(each.folder).dequantization):
+            say(f"{each.id}: {sentence}")
     files.make_folder(folder)
     with journal.locked(folder):
         metrics = process.evaluate(subject, conditions, folder, say)

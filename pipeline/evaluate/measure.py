@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bitpress.eval.measure import (
+    bos,
     energy,
     layer_errors,
     memory,
@@ -26,13 +27,14 @@ from bitpress.eval.measure import (
     stored_predictions,
     tasks,
 )
-from bitpress.eval.measure.protocols import Window
+from bitpress.eval.measure.protocols import Window, beginning
 from bitpress.eval.measure.sample import sample
+from bitpress.eval.report.words import size
 from bitpress.kernels.linear import inputs_left_alone
 
 from ..config.schema import Eval, Speed
-from ..data.text import read_text
-from ..data.tokens import BoundedTokenizer, longest
+from ..data.text import Text, read_text
+from ..data.tokens import BoundedTokenizer, encode, longest
 from ..errors import CheckpointError, ConfigError, NumericsError
 from ..models.loading import kernels_used, load_model, load_tokenizer
 from ..models.modules import names_of_experts, part_experts
@@ -49,6 +51,7 @@ from .windows import windows
 _ROOM = 1.2  # times a baseline's weights, or a cache: what it takes with the activations that come along
 _FAR = 1 << 40  # a context that no model has
 _SAMPLE = "sample.json"
+_COMPARED = 20_000  # characters of the text on which two tokenizers are compared
 _ROUNDED_WINDOWS = 8  # on which the cost of rounded inputs is measured, but at most a tenth of all
 
 
@@ -104,6 +107,24 @@ class _Measurement:
                 f"{self.baseline.folder.name} one of {other}: it was not made from that; give the model that it was"
             )
 
+    def other_tokens(self) -> Iterator[str]:
+        """A sentence where the checkpoint's own tokenizer gives other tokens than the baseline's, which is used."""
+        if self.baseline is None:
+            return
+        content = read_text(self.settings.text).content[:_COMPARED]
+        try:
+            own, used = (encode(t, Text("", content)) for t in (load_tokenizer(self.checkpoint.folder), self.tokenizer))
+        except CheckpointError as error:
+            yield f"the checkpoint's own tokenizer cannot be compared with the baseline's, which is used: {error}"
+            return
+        if not torch.equal(own, used):
+            first = next((n for n, (one, other) in enumerate(zip(own.tolist(), used.tolist())) if one != other), None)
+            place = "one has more" if first is None else f"the first that differs is number {first + 1}"
+            yield (
+                f"the checkpoint's own tokenizer gives other tokens than its baseline's ({place}): the figures are of "
+                "the baseline's tokens, and whoever loads this checkpoint with its tokenizer gets others"
+            )
+
     def load(self) -> Any:
         with progress("loading") as step:
             return load_model(self.checkpoint, self.device, self.settings.dtype, self.settings.kernel, step)
@@ -120,7 +141,7 @@ class _Measurement:
         free = memory.free_bytes(self.device)
         if needed < free:
             return None
-        return f"the baseline needs about {needed / 1e9:.1f} GB beside it, {free / 1e9:.1f} GB are free"
+        return f"the baseline needs about {size(needed)} beside it, {size(free)} are free"
 
     @contextlib.contextmanager
     def numbers(self) -> Iterator[None]:
@@ -173,6 +194,7 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
         "tokens": plan.tokens,
         "unit": plan.unit,
         "units": plan.units,
+        **({"bos": plan.bos} if plan.bos else {}),
     }
     answer["dtype"] = str(model.dtype).removeprefix("torch.")
     answer["sample"] = {
@@ -180,6 +202,7 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
         "text": sample(model, BoundedTokenizer(job.tokenizer), job.settings.prompt),
     }
     answer["tasks"] = _tasks(job, model)
+    answer["warnings"] = [*job.other_tokens(), *_bos_warnings(job, model, text, plan.bos)]
     reason = job.crowding()
     if reason:
         del model  # one after the other, where both do not fit
@@ -193,6 +216,24 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
     answer["quality"] |= statistics.summarize(answer.pop("scores"), plan.units)
     answer["sample"] |= {"baseline_text": answer.pop("baseline_text")}
     return answer
+
+
+def _bos_warnings(job: _Measurement, model: Any, text: list[Window], begins: str | None) -> Iterator[str]:
+    """A sentence where the model's perplexity with BOS and without differ tenfold."""
+    first = text[0].ids
+    start = beginning(job.tokenizer, first.cpu()).to(first.device)
+    rest = first[start.numel() :]
+    if not start.numel():
+        if job.tokenizer.bos_token_id is None:
+            return
+        start = first.new_tensor([job.tokenizer.bos_token_id])
+        rest = first[1:] if first[0] == start[0] else first
+    if int(start.max()) >= model.config.get_text_config().vocab_size:
+        return
+    with job.numbers(), inputs_left_alone(model):
+        effect = bos.bos_effect(model, start, rest[: longest(model.config, _FAR) - start.numel()])
+    if effect and (warning := bos.bos_warning(effect, begins in ("each window", "each page"))):
+        yield warning
 
 
 class _InputsLeftAlone(torch.nn.Module):
@@ -231,7 +272,7 @@ def _costs(job: _Measurement, model: Any, text: list[Window], loading: memory.Pe
     """Memory and speed."""
     resident = memory.resident_bytes(model)
     prompt, reading = memory.prefill(model, max((window.ids for window in text), key=len))
-    rates = _speeds(model, text, job.settings.speed, prompt["kv_cache_bytes_per_token"])
+    rates = _speeds(model, text, job.settings.speed, prompt)
     with memory.Peak(job.device) as scoring, job.numbers():
         scores.score(model, text[:1])
     peaks = (loading, reading, scoring)
@@ -246,7 +287,11 @@ def _costs(job: _Measurement, model: Any, text: list[Window], loading: memory.Pe
             "peak_rss_bytes": max(peak.rss for peak in peaks),
             "peak_cuda_bytes": scoring.cuda if scoring.cuda is None else max(peak.cuda or 0 for peak in peaks),
             "fits": memory.fitting(
-                resident, prompt["kv_cache_bytes_per_token"], per_token, None if limit == _FAR else limit
+                resident,
+                prompt["kv_cache_bytes_per_token"],
+                per_token,
+                None if limit == _FAR else limit,
+                prompt.get("kv_cache_windows", ()),
             ),
         },
         **rates,
@@ -255,7 +300,8 @@ def _costs(job: _Measurement, model: Any, text: list[Window], loading: memory.Pe
     }
 
 
-def _speeds(model: Any, text: list[Window], settings: Speed | None, cache: float | None) -> dict[str, Any]:
+def _speeds(model: Any, text: list[Window], settings: Speed | None, costs: dict[str, Any]) -> dict[str, Any]:
+    """Rates of each load. costs: of a prompt, see memory.prefill."""
     if settings is None or "past_key_values" not in inspect.signature(model.forward).parameters:
         return {"speed": [], "bandwidth": None, "energy_meter": None}  # those that keep a state decode by other calls
     ids, meter = torch.cat([window.ids for window in text]), energy.meter(model.device)
@@ -267,6 +313,10 @@ def _speeds(model: Any, text: list[Window], settings: Speed | None, cache: float
     for batch in settings.batch:
         for prompt, generate in lengths:
             load = speed.Load(batch, prompt, generate, settings.repeats)
+            per_token, length = costs["kv_cache_bytes_per_token"], prompt + generate
+            cache = None
+            if per_token is not None:  # on average: layers with a window keep its tokens only
+                cache = memory.cache_size(length, per_token, costs.get("kv_cache_windows", ())) / length
             if reason := _too_large(load, cache, model.device):
                 results.append({**asdict(load), "skipped": reason})
                 continue
@@ -281,7 +331,7 @@ def _too_large(load: speed.Load, cache: float | None, device: torch.device) -> s
     needed = _ROOM * (cache or 0.0) * load.batch * (load.prompt + load.generate)
     if needed < (free := memory.free_bytes(device)):
         return None
-    return f"its cache needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return f"its cache needs about {size(needed)}, {size(free)} are free"
 
 
 def _tasks(job: _Measurement, model: Any) -> list[dict[str, Any]]:

@@ -4,13 +4,16 @@ Sizes are bytes, speeds tokens per second, divergences nats. What was not measur
 a format_version; none is removed, and none changes its meaning.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import CheckpointError, listing
-from ..storage.checkpoint import read_json
+from ..errors import CheckpointError, ConfigError, listing
+from ..storage.checkpoint import read_json, regular_file
+from ..storage.files import sha256_file
+from ..storage.fingerprint import MANIFEST, digest
 
 METRICS = "metrics.json"
 FORMAT_VERSION = 2
@@ -46,6 +49,7 @@ class Protocol(_Part):
     windows: Count = None
     tokens: Count = None
     dtype: str | None = None
+    bos: str | None = None  # what begins with the tokenizer's BOS; None where the tokenizer puts none before a text
 
 
 class WindowSums(_Part):
@@ -111,10 +115,18 @@ class Fit(_Part):
     context: Count = None
 
 
+class CacheWindow(_Part):
+    """Layers that keep the last tokens only: how many, and the bytes of each."""
+
+    tokens: Positive = None
+    bytes_per_token: Positive = None
+
+
 class Memory(_Part):
     resident_bytes: Count = None
     prompt: Count = None
-    kv_cache_bytes_per_token: Positive = None
+    kv_cache_bytes_per_token: Positive = None  # of each further token, however many there are
+    kv_cache_windows: list[CacheWindow] | None = None
     activation_peak_bytes: Count = None
     peak_rss_bytes: Count = None
     peak_cuda_bytes: Count = None
@@ -186,10 +198,18 @@ class Metrics(_Part):
     memory: Memory | None = None
     speed: list[Speed] | None = None
     kernels: Kernels | None = None
+    warnings: list[str] | None = None  # what makes the figures other than they seem
     machine: dict[str, Any] | None = None
     versions: dict[str, str | None] | None = None
     config: Config | None = None
     command: str | None = None
+    seal: str | None = None
+
+
+def sealed(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics with a hash of all that they say, as they are written: read_metrics takes no others."""
+    plain = json.loads(json.dumps({key: value for key, value in metrics.items() if key != "seal"}))
+    return metrics | {"seal": digest(plain)}
 
 
 def schema() -> dict[str, Any]:
@@ -198,10 +218,11 @@ def schema() -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """A metrics.json, checked.
+    """A metrics.json, checked: figures count as they were written, and beside the artifact that they are of.
 
     Raises:
-        CheckpointError: of another version of the format, or not of its types.
+        CheckpointError: of another version of the format, not of its types, or changed since it was written.
+        ConfigError: the artifact beside it is another one.
     """
     metrics = read_json(path)
     if (version := metrics.get("format_version")) != FORMAT_VERSION:
@@ -213,4 +234,10 @@ def read_metrics(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
         raise CheckpointError(f"{path}: not the metrics of a run:\n{listing(problems)}") from error
+    if metrics.get("seal") != sealed(metrics)["seal"]:
+        raise CheckpointError(f"{path}: not as bitpress wrote it, so its figures do not count; move it and run again")
+    manifest = path.parent / "artifact" / MANIFEST
+    artifact = (metrics.get("fingerprint") or {}).get("artifact.sha256")
+    if manifest.exists() and artifact != sha256_file(regular_file(manifest)):
+        raise ConfigError(f"{path} is of another artifact than the one beside it; run its config again")
     return metrics

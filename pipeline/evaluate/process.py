@@ -18,7 +18,7 @@ from ..system.versions import versions
 from . import worker
 from .conditions import Conditions
 from .measure import Resume
-from .metrics import METRICS, read_metrics
+from .metrics import METRICS, read_metrics, sealed
 from .results import Origin, assemble, write_report
 
 Say = Callable[[str], None]
@@ -123,8 +123,9 @@ def evaluate(
 
 
 def write_metrics(folder: Path, metrics: dict[str, Any], beside: Path | None) -> None:
-    """Write the report, next to the baseline's figures where the file `beside` is there, and then metrics.json."""
+    """Write the report, next to the figures of the baseline in `beside`, if it is there; then metrics.json, sealed."""
     write_report(folder, [*([read_metrics(beside)] if beside and beside.exists() else []), metrics])
+    metrics |= sealed(metrics)
     files.write_json(folder / METRICS, metrics)
 
 

@@ -11,8 +11,10 @@ from bitpress.eval.report import report
 from ..checkpoints.coverage import coverage_of
 from ..config.schema import BASELINE, Run
 from ..formats import count_schemes, scheme_name
+from ..formats.base import dtype_name
 from ..hub.download import Source
 from ..methods import options_of
+from ..models.structure import dtype_of_most
 from ..quantize.recipe import Recipe
 from ..storage import files
 from ..storage.checkpoint import Checkpoint, read_json
@@ -131,7 +133,8 @@ def origin_of_external(source: Source, baseline: Source | None, config: dict[str
 
 
 def _dtype(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return str(stated or dtype_name(dtype_of_most(checkpoint.tensors.values())))
 
 
 def identity_of(checkpoint: Checkpoint) -> str:
@@ -182,6 +185,7 @@ def assemble(source: Source, origin: Origin, conditions: Conditions, measured: d
         "reload": measured["reload"],
         "kernels": measured["kernels"] if origin.scheme != BASELINE else {},
         "sample": measured["sample"],
+        "warnings": measured["warnings"],
         "machine": measured["machine"],
         "versions": versions(),
         "command": conditions.command,

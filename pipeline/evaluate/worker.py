@@ -10,13 +10,17 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+from bitpress.eval.report.words import size
+
 from .. import errors
 from ..errors import BitpressError
 from ..storage import files, journal
+from ..storage.checkpoint import Checkpoint
 from ..system import children
 
 REQUEST, ANSWER = "request.json", "answer.json"
@@ -40,7 +44,7 @@ def call(task: str, request: dict[str, Any]) -> dict[str, Any]:
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:  # what lies there then may be half of an answer
-            raise BitpressError(f"the {task} process {_ending(process.returncode, usage.ru_maxrss * _RSS_UNIT)}")
+            raise BitpressError(f"the {task} process {_ending(process.returncode, usage.ru_maxrss, request)}")
         answer = json.loads((private / ANSWER).read_text())
     if "error" in answer:
         remote = RemoteError(answer["traceback"])
@@ -50,13 +54,15 @@ def call(task: str, request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _ending(code: int, peak: int) -> str:
-    """How a process ended without an answer. peak: the most memory that it held, in bytes."""
+def _ending(code: int, peak: int, request: dict[str, Any]) -> str:
+    """How a process ended without an answer. peak: the most memory that it held, as getrusage(2) counts it."""
     if code == -signal.SIGKILL:
-        total = psutil.virtual_memory().total
+        folders = [Path(request[key]) for key in ("artifact", "baseline") if request.get(key)]
+        weights = sum(file.stat().st_size for folder in folders for file in Checkpoint(folder).files)
         return (
-            f"was killed, as the system does when memory runs out: it had taken {peak / 1e9:.1f} GB, this machine has "
-            f"{total / 1e9:.1f} GB; free some memory or use a machine with more, and run the same command again"
+            f"was killed, as the system does when memory runs out: it had taken {size(peak * _RSS_UNIT)}, the weights "
+            f"that it loads have {size(weights)}, this machine has {size(psutil.virtual_memory().total)}; free some "
+            "memory, or use a machine with more, and run the same command again"
         )
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}; run the same command again"

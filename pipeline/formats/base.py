@@ -31,9 +31,10 @@ class Facts:
 
     schemes: of each quantized layer. ordered: whether some layer has act-order. shapes: layer -> (out, in features).
     split: layer -> "column" or "row" as tensor parallelism cuts it, None for a layer that is whole on every GPU; None
-    in all where no plan is known for the architecture. experts: the layers that are experts. heads: attention heads,
-    and key-value heads. kept: linear layers that are not quantized. auto_class: transformers' class that builds its
-    model.
+    in all where no plan is known for the architecture. experts: the layers that are experts. joined_experts: whether
+    there are some that transformers knows in one tensor only, all of a block. model_type: of config.json. heads:
+    attention heads, and key-value heads. kept: linear layers that are not quantized. auto_class: transformers' class
+    that builds its model.
     """
 
     format: "Format"
@@ -42,6 +43,8 @@ class Facts:
     shapes: dict[str, tuple[int, int]]
     split: dict[str, str | None] | None
     experts: frozenset[str] = frozenset()
+    joined_experts: bool = False
+    model_type: str = ""
     heads: tuple[int, int] = (1, 1)
     kept: frozenset[str] = frozenset()
     auto_class: str = "AutoModelForCausalLM"
@@ -272,9 +275,7 @@ SHARD_BYTES = 512 << 20  # tensors are grouped into shards of at most this, and 
 Item = TypeVar("Item")
 
 
-def group_into_shards(
-    items: Iterable[Item], nbytes: Callable[[Item], int], most: int = SHARD_BYTES
-) -> list[list[Item]]:
+def group_by_bytes(items: Iterable[Item], nbytes: Callable[[Item], int], most: int = SHARD_BYTES) -> list[list[Item]]:
     """The items in their order, in groups of at most so many bytes; an item that is larger has a group of its own."""
     groups: list[list[Item]] = []
     held = 0
@@ -344,7 +345,7 @@ class SafetensorsWriter:
             "weight_map": dict(sorted(weight_map.items())),
         }
         model = {key: value for key, value in config.items() if key not in ("_name_or_path", "quantization_config")}
-        if "dtype" not in model and "torch_dtype" not in model:
+        if not model.get("dtype") and not model.get("torch_dtype"):  # null, too: readers guess then, each its own way
             model["dtype"] = dtype_name(self.dtype)
         written[INDEX] = files.write_json(self.folder / INDEX, index)
         contents = {"config.json": model | {"quantization_config": section}, **self.format.side_files(section)}

@@ -130,7 +130,11 @@ class BitsAndBytes(Format):
         return [name for name in skipped if isinstance(name, str)] if isinstance(skipped, list) else []
 
     def runtimes(self, facts: Facts) -> dict[str, Loading]:
-        return {name: Loading(needs="bitsandbytes") for name in ("transformers", "vLLM", "SGLang")}
+        readers = {name: Loading(needs="bitsandbytes") for name in ("transformers", "vLLM", "SGLang")}
+        if facts.experts:
+            stops = ("no", "it stops at experts, whose packed bytes it joins as if they were weights")
+            readers["transformers"] = Loading([stops], needs="bitsandbytes")
+        return readers
 
 
 PLUGINS = (BitsAndBytes(),)

@@ -192,7 +192,8 @@ class CompressedTensors(Format):
 
     def runtimes(self, facts: Facts) -> dict[str, Loading]:
         experts, ordered = bool(facts.experts), facts.ordered
-        transformers = Loading(facts.by_scheme(lambda scheme: _transformers(scheme, ordered)), "compressed-tensors")
+        readable = facts.by_scheme(lambda scheme: _transformers(scheme, ordered, experts))
+        transformers = Loading(readable, "compressed-tensors")
         if not all(scheme.symmetric for scheme in facts.schemes.values()):
             transformers = replace(
                 transformers,
@@ -217,9 +218,11 @@ class CompressedTensors(Format):
         return _PER_WORD if cut and is_packed_integer(scheme) else 1
 
 
-def _transformers(scheme: Scheme, ordered: bool) -> Iterator[Reason]:
+def _transformers(scheme: Scheme, ordered: bool, experts: bool) -> Iterator[Reason]:
     if not is_packed_integer(scheme):
-        if scheme.activations is None:
+        if experts:
+            yield "no", "it stops at experts whose elements are plain: it joins their weights, and not their scales"
+        elif scheme.activations is None:
             yield "unknown", "whether it reads these plain elements was not tried"
         else:
             yield "yes", "its weights become floats at the first forward, so memory is not saved"

@@ -64,6 +64,11 @@ class Statistic(Protocol):
 
     def __init__(self, in_features: int, device: torch.device) -> None: ...
 
+    @staticmethod
+    def nbytes(in_features: int) -> int:
+        """What it takes in memory, about: so many are gathered at a time as a limit allows."""
+        ...
+
     def add(self, inputs: Tensor) -> None:
         """Count inputs [..., in_features], floating. Rows with NaN or infinite values are left out."""
 

@@ -59,6 +59,10 @@ class Hessian:
         self._dead: Tensor | None = None
         self._factors: dict[tuple[float, bool], Factor | None] = {}
 
+    @staticmethod
+    def nbytes(in_features: int) -> int:
+        return 4 * in_features**2
+
     def add(self, inputs: Tensor) -> None:
         """Sum inputs [..., in], floating. Rows with NaN or infinite values are left out, and counted."""
         assert self._dead is None, "a Hessian that was used takes no more inputs"

@@ -156,11 +156,12 @@ def names_of_experts(contents: QuantizedCheckpoint) -> dict[str, str]:
 def set_tensor(model: PreTrainedModel, target: ParameterPath, tensor: Tensor, device: torch.device) -> None:
     """Put a tensor of the files where the model has a parameter or buffer, in that one's dtype."""
     path, _, leaf = target.parameter.rpartition(".")
-    tensor = tensor.transpose(1, 2).contiguous() if target.transposed else tensor
     module = model.get_submodule(path)
     if (buffer := module._buffers.get(leaf)) is not None:
         module._buffers[leaf] = tensor.to(device, buffer.dtype)
         return
     place = module._parameters.get(leaf)
+    if target.transposable and place is not None and place.shape != tensor.shape:
+        tensor = tensor.transpose(1, 2).contiguous()
     dtype = model.dtype if place is None else place.dtype
     module._parameters[leaf] = nn.Parameter(tensor.to(device, dtype), requires_grad=False)

@@ -7,9 +7,10 @@ vision-language model is built whole, and its decoder blocks are those of its te
 
 import copy
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from accelerate import init_empty_weights
@@ -58,12 +59,12 @@ class ParameterPath:
     parameter: the model's own name of it, such as "model.layers.0.mlp.experts.gate_up_proj".
     expert: (expert index, piece index, pieces) where the model keeps one tensor per expert in a parameter of all
         experts, as gate (piece 0) and up (piece 1) of each expert.
-    transposed: the files hold all experts [experts, in, out] where the model has [experts, out, in], or the reverse.
+    transposable: the files may hold all experts as the model does, or each of them transposed; the shape tells.
     """
 
     parameter: str
     expert: tuple[int, int, int] | None = None
-    transposed: bool = False
+    transposable: bool = False
 
 
 def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
@@ -161,7 +162,7 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
                 "such as LlamaForCausalLM or Qwen2VLForConditionalGeneration: give one of these"
             )
         with within(_budget(checkpoint)), init_empty_weights(include_buffers=False):
-            chosen = dtype or config.dtype or torch.float32
+            chosen = dtype or config.dtype or dtype_of_most(checkpoint.tensors.values())
             model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
         _keep_in_float32(model, chosen)
     except OverBudget as error:
@@ -179,6 +180,15 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
             f"{reason.splitlines()[0]}"
         ) from error
     return model.eval()
+
+
+def dtype_of_most(tensors: Iterable[TensorInfo]) -> torch.dtype:
+    """The floating dtype that most elements of these tensors have; float32 where there are none."""
+    elements = Counter({torch.float32: 0})
+    for info in tensors:
+        if info.dtype.is_floating_point:
+            elements[info.dtype] += prod(info.shape)
+    return elements.most_common(1)[0][0]
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -273,8 +283,8 @@ class TensorNames:
             return self._one_expert(renamed) or ParameterPath(renamed)
         converter = next(c for c in self._converters if pattern in c.source_patterns)
         kinds = [type(operation) for operation in converter.operations]
-        if renamed in self.experts and kinds == [Transpose]:
-            return ParameterPath(renamed, transposed=True)
+        if renamed in self.experts and kinds == [Transpose] and converter.operations[0].check_dims:
+            return ParameterPath(renamed, transposable=True)
         dims = [getattr(operation, "dim", None) for operation in converter.operations]
         if (kinds, dims) not in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1])):
             steps = ", ".join(kind.__name__ for kind in kinds)
@@ -299,11 +309,11 @@ class TensorNames:
             return None
         return replace(place, expert=(int(match["expert"]), *place.expert[1:]))  # type: ignore[index, arg-type]
 
-    def slices(self, name: str, target: ParameterPath) -> dict[str, ExpertSlice]:
+    def slices(self, name: str, target: ParameterPath, shape: tuple[int, ...]) -> dict[str, ExpertSlice]:
         """The layers, or biases, of single experts that a tensor of all experts holds, by their names in an artifact.
 
         Args:
-            name: of the tensor in the files. target: where it goes.
+            name: of the tensor in the files. target: where it goes. shape: of the tensor, which fits there.
         Returns:
             name, such as ….experts.3.gate_proj.weight -> the layer; empty where it is no tensor of all experts.
         """
@@ -317,7 +327,7 @@ class TensorNames:
             assert inside, "experts are in the decoder's blocks"
             number = inside[1].rpartition(".")[2]
             module = f"{name.partition(f'.{number}.')[0]}.{number}.{inside[2]}"
-        stored = replace(layout, transposed=not layout.transposed) if target.transposed else layout
+        stored = layout if shape == self.shape(target) else replace(layout, transposed=not layout.transposed)
         kind = "bias" if layout.bias else "weight"
         return {
             ".".join(filter(None, (module, str(expert), piece, kind))): ExpertSlice(name, stored, expert, number)
@@ -335,7 +345,7 @@ class TensorNames:
             return None
         shape = tuple(parameter.shape)
         if target.expert is None:
-            return (shape[0], *shape[:0:-1]) if target.transposed else shape
+            return shape
         if layout := self.experts.get(target.parameter):
             return layout.piece_shape(shape)
         return (shape[1] // target.expert[2], *shape[2:])
@@ -343,6 +353,11 @@ class TensorNames:
     def dtype(self, target: ParameterPath) -> torch.dtype:
         """The dtype in which the model has a tensor that is known."""
         return self._state[target.parameter].dtype
+
+    def fits(self, target: ParameterPath, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape can be the one that goes there."""
+        expected = self.shape(target)
+        return shape == expected or (target.transposable and expected == (shape[0], *shape[:0:-1]))
 
     def mismatches(self, tensors: Mapping[str, TensorInfo], targets: Mapping[str, ParameterPath]) -> dict[str, str]:
         """Tensor -> why it cannot fill its place: another shape, integers for floats, a place that is filled already.
@@ -357,7 +372,7 @@ class TensorNames:
             if parameter is None:
                 continue
             expected = self.shape(target)
-            if expected is not None and expected != info.shape:
+            if expected is not None and not self.fits(target, info.shape):
                 problems[name] = f"{name}: shape {list(info.shape)} in the file, {list(expected)} by config.json"
             elif parameter.is_floating_point() and (not info.dtype.is_floating_point or info.dtype.itemsize == 1):
                 problems[name] = f"{name}: dtype {info.dtype}, expected floating-point numbers; its scales are missing"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, listing
-from ..evaluate.metrics import METRICS
+from ..evaluate.metrics import METRICS, sealed
 from ..storage.checkpoint import INDEX, Checkpoint, read_json
 from ..storage.fingerprint import MANIFEST
 from ..system.redact import has_token
@@ -87,7 +87,10 @@ def make_bundle(run: Path, config: Mapping[str, Any]) -> Bundle:
         if fault := _fault(path, weights=False):
             faults.append(fault)
         else:
-            bundle.add(path.name, without_paths(path.read_text(encoding="utf-8"), config))
+            text = without_paths(path.read_text(encoding="utf-8"), config)
+            if path.name == METRICS:
+                text = json.dumps(sealed(json.loads(text)), indent=2, ensure_ascii=False) + "\n"
+            bundle.add(path.name, text)
     if faults:
         raise CheckpointError(f"{run} cannot be published:\n{listing(faults)}")
     return bundle

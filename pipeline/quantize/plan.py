@@ -11,11 +11,12 @@ from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, ConfigError, listing
 from ..formats import first_fitting, misfits
-from ..formats.base import Format, group_into_shards
+from ..formats.base import Format, group_by_bytes
 from ..models.experts import ExpertSlice, SplitCheckpoint
 from ..models.structure import (
     ParameterPath,
     TensorNames,
+    dtype_of_most,
     fused_unit,
     gate_reason,
     is_fused_experts,
@@ -79,7 +80,7 @@ class Plan:
     """What will be done to a checkpoint.
 
     checkpoint: where the tensors are read from; experts that the files hold in one tensor are seen one by one in it.
-    dtype: that of its first weight that is quantized. dropped: tensors that repeat a weight they are tied to.
+    dtype: that of most weights that are quantized. dropped: tensors that repeat a weight they are tied to.
     format: how the artifact is stored. notes: sentences on what the recipe left open and the plan decided.
     """
 
@@ -220,7 +221,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if not recipe.allow_split_fused:
         _refuse_split_units(tensors, recipe.rules, aliases)
     format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec])
-    dtype = next(tensor.info.dtype for tensor in tensors if tensor.spec)
+    dtype = dtype_of_most(tensor.info for tensor in tensors if tensor.spec)
     notes = [checkpoint.dequantization] if checkpoint.dequantization else []
     notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     if reasons:
@@ -241,8 +242,9 @@ def _split_experts(
     aliases: dict[str, str] = {}
     split: set[str] = set()
     for name, target in sorted(targets.items(), key=lambda item: item[1].parameter.endswith("_bias")):
-        layers = names.slices(name, target)
-        if not layers or names.shape(target) != checkpoint.tensors[name].shape:
+        shape = checkpoint.tensors[name].shape
+        layers = names.slices(name, target, shape) if names.fits(target, shape) else {}
+        if not layers:
             continue
         if names.experts[target.parameter].bias:  # goes with its weight
             whole = target.parameter.removesuffix("_bias") not in split
@@ -346,7 +348,7 @@ def _choose_format(wanted: Format | None, tensors: list[PlannedTensor]) -> tuple
 
 def _units(tensors: list[PlannedTensor]) -> list[Unit]:
     outside = [tensor for tensor in tensors if tensor.block is None]
-    shards = group_into_shards(outside, lambda tensor: tensor.info.nbytes)
+    shards = group_by_bytes(outside, lambda tensor: tensor.info.nbytes)
     units = [Unit(f"outside {number}", group) for number, group in enumerate(shards)]
     blocks = sorted({tensor.block for tensor in tensors if tensor.block is not None})
     return units + [Unit(f"block {b}", [each for each in tensors if each.block == b]) for b in blocks]

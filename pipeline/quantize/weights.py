@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.weights.integer import smallest_scale
 
 from ..errors import ConfigError, NumericsError
 from ..formats.base import Writer
@@ -74,12 +75,30 @@ def quantize_weight(
     weight = weight.t().contiguous() if planned.kind == "conv1d" else weight
     try:
         scale_dtype = plan.format.scale_dtype(scheme, plan.dtype)
-        return (method or planned.spec.method).quantize(weight, scheme, scale_dtype, statistics)
+        qtensor, diagnostics = (method or planned.spec.method).quantize(weight, scheme, scale_dtype, statistics)
+        return qtensor, replace(diagnostics, note=_note_on_scales(qtensor))
     except ValueError as error:
         raise NumericsError(
             f"{planned.info.name}: {error}; use format compressed-tensors with a bfloat16 or float32 checkpoint, "
             "or keep it by a rule, as in layers: {'NAME': none}"
         ) from error
+
+
+def _note_on_scales(qtensor: QTensor) -> str | None:
+    """A sentence where some scales are the smallest of their dtype, which may stand for smaller ones; None where none.
+
+    Raises:
+        ValueError: most scales are: what the layer computed is lost.
+    """
+    dtype = qtensor.scales.dtype
+    if qtensor.scheme.weight.description().type != "int" or not dtype.is_floating_point:
+        return None
+    smallest = smallest_scale(dtype)
+    raised, total = int((qtensor.scales <= smallest).sum()), qtensor.scales.numel()
+    what = f"{raised} of {total} scales are too small for {dtype}, which has none below {smallest:.2g}"
+    if 2 * raised > total:
+        raise ValueError(what)
+    return f"{what}; they were raised to that, and the error of their weights with them" if raised else None
 
 
 def quantize_outside(planned: PlannedTensor, weight: Tensor, plan: Plan) -> tuple[QTensor, Diagnostics]:
@@ -103,7 +122,7 @@ def quantize_outside(planned: PlannedTensor, weight: Tensor, plan: Plan) -> tupl
         )
     qtensor, diagnostics = quantize_weight(planned, weight, plan, nearest)
     note = f"rounded by {nearest.name}: {method.name} is calibrated inside the decoder blocks only"
-    return qtensor, replace(diagnostics, note=note)
+    return qtensor, replace(diagnostics, note=f"{note}; {diagnostics.note}" if diagnostics.note else note)
 
 
 def read_ahead(checkpoint: Checkpoint, unit: Unit, digest: Any) -> Iterator[tuple[PlannedTensor, Tensor]]:

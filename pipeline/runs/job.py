@@ -95,6 +95,8 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
     beside = job.folder.parent
     predictions = (beside / process.PREDICTIONS, baseline)
     if job.recipe is None:
+        if checkpoint.dequantization:
+            say(checkpoint.dequantization)
         subject = process.Subject(
             model=job.source,
             checkpoint=job.source.folder,

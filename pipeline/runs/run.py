@@ -8,9 +8,10 @@ from ..config.load import load_calibration
 from ..config.schema import BASELINE, Model, Publish, Run
 from ..data.calibration import Calibration, calibrate
 from ..data.text import read_text
-from ..errors import BitpressError, CheckpointError
+from ..errors import BitpressError
 from ..evaluate import process
 from ..evaluate.conditions import Conditions
+from ..evaluate.external import is_checkpoint
 from ..evaluate.metrics import METRICS, read_metrics
 from ..evaluate.process import Say
 from ..evaluate.results import write_report
@@ -141,9 +142,11 @@ def summarize(run: Run, outcomes: Sequence[Outcome]) -> Path | None:
     refused = [(o.model, o.recipe, str(o.error)) for o in outcomes if o.error and not o.metrics]
     for model in run.models:
         for path in sorted(model_folder(run, model).glob(f"*/{METRICS}")):
+            if is_checkpoint(path.parent):  # no run's folder holds weights: whose figures these are nobody knows
+                continue
             try:
                 metrics = read_metrics(path)
-            except CheckpointError as error:
+            except BitpressError as error:
                 if (model.id, path.parent.name) not in {reason[:2] for reason in refused}:
                     refused.append((model.id, path.parent.name, str(error)))
                 continue

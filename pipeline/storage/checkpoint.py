@@ -307,6 +307,11 @@ class Checkpoint:
         """The tensor names of one safetensors file."""
         return list(_header(file))
 
+    def stored_bytes(self, name: str) -> int:
+        """What one of `tensors` takes in the files, with its scales where it is coded."""
+        coded = self._dequantized and name in self._dequantized
+        return self._dequantized.stored_bytes(name) if coded else self.stored[name].nbytes  # type: ignore[union-attr]
+
     def read(self, name: str, digest: "hashlib._Hash | None" = None) -> Tensor:
         """One tensor, copied into memory. `digest` is updated with its bytes."""
         info = self.tensors[name]

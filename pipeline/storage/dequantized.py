@@ -48,17 +48,22 @@ class DequantizedTensors:
         dense, scales = {}, set(coding.other_scales)
         for name, weight in coding.weights.items():
             codes = weight.codes
-            scales |= {part.name for part in (weight.scales, weight.factor) if part}
+            scales |= {part.name for part in weight.parts[1:]}
             nbytes = math.prod(weight.shape) * dtype.itemsize
             dense[codes.name] = TensorInfo(name, codes.file, dtype, weight.dense_shape, codes.offset, nbytes)
             if name in stored and name != codes.name:
                 coding.problems.append(f"{name} is there twice: as it is, and as {codes.name}")
+        infos = (dense.get(name, info) for name, info in stored.items() if name not in scales)
+        self.tensors = {info.name: info for info in infos}
+        coding.problems += [
+            f"{name} is {str(info.dtype).removeprefix('torch.')}, and nothing says what scales it"
+            for name, info in self.tensors.items()
+            if info.dtype in FLOAT8 and not coding.problems
+        ]
         if coding.problems:
             raise CheckpointError(
                 f"{folder}: its weights cannot be dequantized ({source.name}):\n{listing(coding.problems)}"
             )
-        infos = (dense.get(name, info) for name, info in stored.items() if name not in scales)
-        self.tensors = {info.name: info for info in infos}
         self.sentence = f"config.json says {source.name}, and no weight in the files is coded so"
         if coding.weights:
             self.sentence = (
@@ -71,6 +76,10 @@ class DequantizedTensors:
     def __contains__(self, name: str) -> bool:
         """Whether a tensor of `tensors` has to be dequantized."""
         return name in self._weights
+
+    def stored_bytes(self, name: str) -> int:
+        """What a coded weight takes in the files."""
+        return sum(part.nbytes for part in self._weights[name].parts)
 
     def rows(self, name: str, start: int, stop: int, read: ReadRows) -> Tensor:
         """Rows of a coded weight, [stop - start, ..] of `dtype`.

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitpress.eval.report.words import size
+
 from ..errors import ConfigError, DiskError
 
 CHUNK = 1 << 22
@@ -97,7 +99,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
         DiskError: the file is left as it was before the call.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    digest, size = hashlib.sha256(), 0
+    digest, nbytes = hashlib.sha256(), 0
     with disk_errors(path):
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
         try:
@@ -105,7 +107,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
                 for piece in _pieces(chunks):
                     write_all(descriptor, piece)
                     digest.update(piece)
-                    size += len(piece)
+                    nbytes += len(piece)
                 fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -114,7 +116,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
             temporary.unlink(missing_ok=True)  # half a file must not fill a full disk
             raise
         sync_folder(path.parent)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": nbytes, "sha256": digest.hexdigest()}
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
@@ -235,6 +237,5 @@ def preflight(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskError(
-            f"{folder}: needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free some space or choose "
-            "another output"
+            f"{folder}: needs about {size(needed)}, {size(free)} are free; free some space or choose another output"
         )

@@ -10,11 +10,17 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import bitpress.pipeline.hf  # noqa: F401
+from bitpress.eval.measure import layer_errors
+from bitpress.eval.measure.protocols import halves
 from bitpress.pipeline.api import quantize
+from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.evaluate.verify import in_memory_logits, verify_task
 from bitpress.pipeline.models.loading import load_model
+from bitpress.pipeline.models.modules import names_of_experts, part_experts
 from bitpress.pipeline.models.quantized import read_layer, read_quantized
+from bitpress.pipeline.models.structure import decoder
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json
 
@@ -152,3 +158,50 @@ def test_inputs_are_quantized_too(name: str, fused: Any, tmp_path: Path) -> None
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the same weights and operations, in float32
     dense = logits(AutoModelForCausalLM.from_pretrained(fused(name)).eval())
     assert 0 < (found - dense).norm() < 0.1 * dense.norm()
+
+
+def test_transformers_loads_and_saves_it_by_bitpress(fused: Any, tmp_path: Path) -> None:
+    """Biases of single experts too, which transformers does not know by their names."""
+    quantize(fused("gpt_oss"), "int4-g32", tmp_path / "out")
+    expected = logits(load_model(Checkpoint(tmp_path / "out"), CPU, "auto"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path / "again")
+    first, second = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "again")
+    assert set(first.tensors) == set(second.tensors)
+    assert torch.equal(logits(load_model(second, CPU, "auto")), expected)
+    facts = diagnose(first.folder).runtimes
+    assert facts["transformers"]["loads"] == facts["vLLM"]["loads"] == "no"
+    assert any("bitpress.pipeline.hf" in why for why in facts["transformers"]["why"])
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "dbrx"])
+def test_errors_of_layers_are_those_of_each_expert(name: str, fused: Any, tmp_path: Path) -> None:
+    quantize(fused(name), "int8-g32", tmp_path / "out")
+    dense = AutoModelForCausalLM.from_pretrained(fused(name)).eval()
+    expected = logits(dense)
+    model = load_model(Checkpoint(tmp_path / "out"), CPU, "auto")
+    part_experts(dense, model)
+    torch.testing.assert_close(logits(dense), expected, rtol=1e-5, atol=1e-5)  # the same products, one by one
+    windows = halves(torch.randint(3, 96, (48,), generator=torch.Generator().manual_seed(1)), 24, 0)
+    errors = layer_errors.output_errors(dense, model, windows, decoder(dense))["layers"]
+    names = names_of_experts(read_quantized(Checkpoint(tmp_path / "out")))
+    experts = {names[layer["name"]]: layer["output_error"] for layer in errors if layer["name"] in names}
+    assert set(experts) == set(names.values())
+    assert all(error is None or 0 < error < 0.03 for error in experts.values()), experts
+
+
+def test_a_broken_run_goes_on_to_the_same_bytes(fused: Any, learn: Any, tmp_path: Path) -> None:
+    source, stop = fused("gpt_oss"), KeyError("power cut")
+
+    def fail(done: int, total: int) -> None:
+        if done == 2:
+            raise stop
+
+    learn(source, tmp_path / "whole")
+    with pytest.raises(KeyError, match="power cut"):
+        learn(source, tmp_path / "out", on_step=fail)
+    assert list((tmp_path / "out.partial" / "artifact.tmp").glob("*.safetensors"))
+    learn(source, tmp_path / "out")
+    whole, out = (read_json(tmp_path / name / "bitpress.json")["files"] for name in ("whole", "out"))
+    assert whole == out

@@ -59,7 +59,10 @@ def test_what_a_prompt_takes(architecture: str, both: tuple[Any, Any]) -> None:
     heads = config.num_attention_heads if architecture in UNGROUPED else config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found, _ = memory.prefill(pressed, torch.arange(3, 9))  # six tokens: within the shortest of the sliding windows
-    assert found["kv_cache_bytes_per_token"] == 2 * config.num_hidden_layers * heads * width * 4
+    windows = found.get("kv_cache_windows", [])
+    whole = 2 * config.num_hidden_layers * heads * width * 4
+    assert memory.cache_size(6, found["kv_cache_bytes_per_token"], windows) == 6 * whole
+    assert found["kv_cache_bytes_per_token"] == whole - sum(window["bytes_per_token"] for window in windows)
     load = speed.Load(2, 8, 2, 1)
     assert speed.measure(pressed, torch.arange(3, 40), load, None)["decode"]["median"] > 0
     assert (speed.read_bytes(pressed) is None) == (architecture in SPARSE)

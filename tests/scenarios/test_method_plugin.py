@@ -30,6 +30,10 @@ class Largest:
 
     multiplies_inputs = False
 
+    @staticmethod
+    def nbytes(in_features: int) -> int:
+        return 4 * in_features
+
     def __init__(self, in_features, device):
         self.tokens = self.dropped = 0
         self.values = torch.zeros(in_features, device=device)

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 from bitpress.pipeline.api import load, quantize
-from bitpress.pipeline.errors import ConfigError
-from bitpress.pipeline.storage.checkpoint import SINGLE, Checkpoint
+from bitpress.pipeline.errors import ConfigError, NumericsError
+from bitpress.pipeline.storage.checkpoint import SINGLE, Checkpoint, read_json
 
 SCHEME = "int4-g32"
 
@@ -105,6 +105,37 @@ class TestOddTensors:
         quantize(source, SCHEME, tmp_path / "out")
         assert Checkpoint(tmp_path / "out").tensors[norm].dtype == dtype  # kept as it was
         logits(tmp_path / "out")
+
+    def test_scales_have_the_dtype_of_most_weights(self, source: Path, tmp_path: Path, edit_tensors: Any):
+        first = "model.layers.0.mlp.down_proj.weight"
+        edit_tensors(source / SINGLE, lambda tensors: tensors.update({first: tensors[first].float()}))
+        quantize(source, {"scheme": "int4-g32", "format": "compressed-tensors"}, tmp_path / "out")
+        tensors = Checkpoint(tmp_path / "out").tensors
+        assert {t.dtype for name, t in tensors.items() if name.endswith(".weight_scale")} == {torch.bfloat16}
+
+    def test_a_config_without_a_dtype_means_that_of_the_weights(
+        self, source: Path, tmp_path: Path, edit_json: Callable[..., None]
+    ):
+        edit_json(source / "config.json", dtype=None)
+        assert load(source)[0].dtype == torch.bfloat16
+        quantize(source, SCHEME, tmp_path / "out")
+        assert read_json(tmp_path / "out" / "config.json")["dtype"] == "bfloat16"
+        edit_json(tmp_path / "out" / "config.json", dtype=None)  # as other programs leave it
+        assert load(tmp_path / "out")[0].dtype == torch.bfloat16
+
+    def test_scales_that_float16_cannot_express(self, source: Path, tmp_path: Path, edit_tensors: Any):
+        """A few are raised, and that is said; a layer that would be lost is refused, or held by another format."""
+        layer = "model.layers.0.mlp.down_proj"
+        recipe = {"scheme": "int4-g32", "format": "gptq"}
+        edit_tensors(source / SINGLE, lambda tensors: tensors[f"{layer}.weight"][:3].mul_(1e-6))
+        notes = quantize(source, recipe, tmp_path / "few")
+        assert f"{layer}: 12 of 256 scales are too small for torch.float16" in "".join(notes)
+        edit_tensors(source / SINGLE, lambda tensors: tensors[f"{layer}.weight"][3:].mul_(1e-6))
+        with pytest.raises(
+            NumericsError, match=rf"{layer}\.weight: 256 of 256 scales are too small.*compressed-tensors"
+        ):
+            quantize(source, recipe, tmp_path / "all")
+        assert not quantize(source, recipe | {"format": "compressed-tensors"}, tmp_path / "other")
 
     def test_tensors_that_the_model_does_not_have_come_along(
         self, source: Path, tmp_path: Path, edit_tensors: Any, kept: Callable[[Path], dict[str, str]]

@@ -28,7 +28,7 @@ _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3
 _E8M0 = torch.tensor([math.ldexp(1.0, value - 127) for value in range(255)] + [math.nan])
 _E2M1 = [sign * value for sign in (1.0, -1.0) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
 _E2M1_PAIRS = torch.tensor([(low, high) for high in _E2M1 for low in _E2M1]).view(torch.int64).flatten()  # by byte
-_SCALE_NAMES = ("weight_scale_inv", "weight_scale", "qscale_weight")
+_SCALE_NAMES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "qscale_weight")
 # What a runtime wants for inputs and for the cache of keys and values; the weights do not depend on it.
 _OTHER_SCALES = {
     "input_scale", "input_scale_ub", "input_global_scale", "input_zero_point", "activation_scale", "qscale_act",
@@ -55,6 +55,11 @@ class CodedWeight:
     factor: TensorInfo | None = None
     divides: bool = False
     transposed: bool = False
+
+    @property
+    def parts(self) -> list[TensorInfo]:
+        """Its tensors in the files, the codes first."""
+        return [self.codes, self.scales, *([self.factor] if self.factor else [])]
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
@@ -118,10 +123,12 @@ def _positive(info: TensorInfo, scales: Tensor) -> Tensor:
     """Scales as float32.
 
     Raises:
-        ValueError: they are NaN, infinite or not positive.
+        ValueError: they are NaN, infinite or not positive. One in E4M3 may be zero: that of a block whose values are
+            all too small.
     """
     values = _E8M0[scales.view(torch.uint8).long()] if info.dtype in _EXPONENTS else scales.to(torch.float32)
-    if bad := int((~(torch.isfinite(values) & (values > 0))).sum()):
+    least = 0.0 if info.dtype == torch.float8_e4m3fn else torch.finfo(torch.float32).smallest_normal / 2**23
+    if bad := int((~(torch.isfinite(values) & (values >= least))).sum()):
         raise ValueError(f"{bad} scales in {info.name} are NaN, infinite or not positive")
     return values
 
@@ -202,6 +209,38 @@ def float8_coding(stored: Mapping[str, TensorInfo], blocks: Sequence[Block]) -> 
     return coding
 
 
+def packed_coding(
+    stored: Mapping[str, TensorInfo], codes: str, group: int, factor: str | None = None, divides: bool = False
+) -> Coding:
+    """Every `X.<codes>` of bytes, two E2M1 codes each, as the weight of X, with X.weight_scale beside it.
+
+    Args:
+        group: codes of a row that share a scale. factor: the name of the number that multiplies all scales of a weight
+            or, where `divides`, divides them.
+    """
+    coding, used = Coding(), set()
+    for name, info in stored.items():
+        stem = name.removesuffix(f".{codes}")
+        if stem == name or info.dtype != torch.uint8:
+            continue
+        parts = [f"{stem}.weight_scale", *([f"{stem}.{factor}"] if factor else [])]
+        used.update([name, *parts])
+        if absent := [part for part in parts if part not in stored]:
+            coding.problems.append(f"{absent[0]} is missing, which belongs to {name}")
+            continue
+        shape = (*info.shape[:-1], 2 * info.shape[-1]) if info.shape else ()
+        block = fitting_block(shape, stored[parts[0]], [(1, group)])
+        if isinstance(block, str):
+            coding.problems.append(block)
+        elif factor and math.prod(stored[parts[1]].shape) != 1:
+            coding.problems.append(f"{parts[1]} has shape {list(stored[parts[1]].shape)}, expected a single number")
+        else:
+            number = stored[parts[1]] if factor else None
+            coding.weights[f"{stem}.weight"] = CodedWeight(info, shape, stored[parts[0]], block, number, divides)
+    set_aside(coding, stored, used)
+    return coding
+
+
 def set_aside(coding: Coding, stored: Mapping[str, TensorInfo], used: Iterable[str]) -> None:
     """Sort the tensors that are no weights: scales of a weight, scales of something else, or a problem.
 
@@ -226,7 +265,7 @@ def fitting_block(shape: tuple[int, ...], scales: TensorInfo, blocks: Sequence[B
         return f"the weight of {scales.name} has shape {list(shape)}, expected a matrix, or one of each expert"
     expected = []
     for height, width in blocks:
-        block = (height or shape[-2], width or shape[-1])
+        block = (min(height or shape[-2], shape[-2]), min(width or shape[-1], shape[-1]))
         grid = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
         same = [size for size in scales.shape if size != 1] == [size for size in grid if size != 1]
         if same and (scales.shape or (1,))[0] == grid[0]:

@@ -147,6 +147,38 @@ def test_a_prompts_cache(tiny_llama):
     assert peak.rss > MEBIBYTE
 
 
+def test_the_cache_of_sliding_windows_stops_growing():
+    """Gemma 3 has five layers with a window to each without: what is computed from a short prompt is what a long one
+    takes."""
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Gemma3TextConfig(vocab_size=64, num_hidden_layers=6, head_dim=16, sliding_window=16, **shape)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    costs, _ = memory.prefill(model, torch.arange(12))
+    layer = 2 * 16 * 4
+    assert costs["kv_cache_bytes_per_token"] == layer
+    assert costs["kv_cache_windows"] == [{"tokens": 15, "bytes_per_token": 5 * layer}]
+    for tokens in (12, 15, 100):
+        with torch.inference_mode():
+            cache = model(input_ids=torch.arange(tokens).remainder(64)[None], use_cache=True).past_key_values
+        assert memory.cache_size(tokens, layer, costs["kv_cache_windows"]) == memory.cache_bytes(cache)
+
+
+def test_what_fits_beside_windows():
+    gib, windows = (
+        1 << 30,
+        [{"tokens": 1 << 20, "bytes_per_token": 1 << 10}, {"tokens": 10, "bytes_per_token": 1 << 29}],
+    )
+    first, second = (fit["context"] for fit in memory.fitting(0, 1 << 10, 0, None, windows)[:2])
+    assert first == (7 * gib - 5 * gib) >> 11  # 5 GiB of the short window; the other still grows
+    assert second == (11 * gib - 6 * gib) >> 10  # and that is full, too
+    assert memory.cache_size(second, 1 << 10, windows) == 11 * gib
+    assert memory.fitting(0, 1 << 10, 0, None, [{"tokens": 10, "bytes_per_token": 1 << 30}])[0]["context"] == 6
+    assert memory.fitting(0, 0, 0, 4096, windows)[-1]["context"] == 4096
+    assert memory.fitting(0, 0, 0, None, windows)[-1]["context"] is None
+
+
 def test_a_model_that_keeps_no_cache():
     class Stateful(nn.Module):
         def forward(self, input_ids):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bitpress.eval.measure import protocols, scores
+from bitpress.eval.measure import bos, protocols, scores
 from bitpress.eval.measure.protocols import evaluation_windows, halves, rolling, sliding
 from bitpress.eval.measure.statistics import summarize
 
@@ -41,6 +41,18 @@ class Beginning:
 
     def __call__(self, text, **settings):
         return {"input_ids": [7, *self.inner(text, **settings)["input_ids"]]}
+
+
+class WithBos:
+    """A tokenizer that has token 7 as BOS, and does not put it before a text."""
+
+    bos_token_id, eos_token_id = 7, 9
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, text, **settings):
+        return self.inner(text, **settings)
 
 
 @torch.inference_mode()
@@ -111,6 +123,82 @@ def test_llama_cpp(model, tokenizer, context, begins):
     assert (plan.name, plan.tokens) == (f"llama.cpp-{context}", count)
     assert count == len(ids) // context * (context - context // 2 - 1)
     assert measured(model, plan) == pytest.approx(math.exp(total / count), rel=CLOSE)
+
+
+@pytest.mark.parametrize("context", [2, 7, 32])
+def test_gptq_where_texts_begin_with_bos(model, tokenizer, context):
+    """Each window: BOS, and context - 1 tokens of the text, all of them scored; the tail is dropped."""
+    ids = tokenizer("\n\n".join(PAGES))["input_ids"]
+    room, total, count = context - 1, 0, 0
+    for begin in range(0, len(ids) - room + 1, room):
+        window = [7, *ids[begin : begin + room]]
+        total += losses(model, window, window).sum().item()
+        count += room
+    plan = evaluation_windows("gptq", PAGES, Beginning(tokenizer), context, 1, None)
+    assert (plan.name, plan.tokens, plan.bos) == (f"gptq-{context}+bos", count, "each window")
+    assert measured(model, plan) == pytest.approx(math.exp(total / count), rel=CLOSE)
+    every = evaluation_windows("gptq", PAGES, WithBos(tokenizer), context, 1, None, "every")
+    assert all(torch.equal(one.ids, other.ids) for one, other in zip(plan.windows, every.windows, strict=True))
+
+
+@pytest.mark.parametrize(("context", "stride"), [(33, 8), (33, 32), (33, 33), (17, 5), (500, 7), (9, 1)])
+def test_sliding_where_texts_begin_with_bos(model, tokenizer, context, stride):
+    """Each token of the text is scored once, by the first window that reads it."""
+    ids = tokenizer(TEXT[:150])["input_ids"]
+    step, total, previous = min(stride, context - 1), 0, 0
+    for begin in range(0, len(ids), step):
+        end = min(begin + context - 1, len(ids))
+        window = [7, *ids[begin:end]]
+        total += losses(model, window, [-100] * (1 + previous - begin) + ids[previous:end]).sum().item()
+        previous = end
+        if end == len(ids):
+            break
+    plan = evaluation_windows("sliding", [TEXT[:150]], Beginning(tokenizer), context, stride, None)
+    assert (plan.name, plan.tokens, plan.bos) == (f"sliding-{context}/{stride}+bos", len(ids), "each window")
+    assert all(window.ids[0] == 7 and window.ids.numel() <= context for window in plan.windows)
+    assert measured(model, plan) == pytest.approx(math.exp(total / len(ids)), rel=CLOSE)
+
+
+def test_bos_in_the_first_window_alone_is_as_papers_have_it(tokenizer):
+    plan = evaluation_windows("gptq", PAGES, Beginning(tokenizer), 32, 1, None, "first")
+    ids = Beginning(tokenizer)("\n\n".join(PAGES))["input_ids"]
+    assert (plan.name, plan.bos) == ("gptq-32", "the first window alone")
+    assert [window.ids.tolist() for window in plan.windows] == [ids[i : i + 32] for i in range(0, len(ids) - 31, 32)]
+    for choice in ("auto", "first"):  # a tokenizer that puts no BOS in front: as ever
+        plain = evaluation_windows("gptq", PAGES, WithBos(tokenizer), 32, 1, None, choice)
+        assert (plain.name, plain.bos, plain.windows[0].ids[0]) == ("gptq-32", None, ids[1])
+
+
+def test_two_tokens_begin_each_window_where_two_begin_a_text(tokenizer):
+    class Glm(Beginning):
+        bos_token_id = None
+
+        def __call__(self, text, **settings):
+            return {"input_ids": [5, *super().__call__(text, **settings)["input_ids"]]}
+
+    plan = evaluation_windows("gptq", PAGES, Glm(tokenizer), 16, 1, None)
+    assert all(window.ids[:2].tolist() == [5, 7] and window.targets.numel() == 14 for window in plan.windows)
+    with pytest.raises(ValueError, match="windows of 2 tokens have no room for text after 2 that begin it"):
+        evaluation_windows("gptq", PAGES, Glm(tokenizer), 2, 1, None)
+
+
+class Needy(nn.Module):
+    """Predicts that each token comes again, if the text begins with token 7; otherwise all tokens alike."""
+
+    def forward(self, input_ids, use_cache=False):
+        table = 9.0 * nn.functional.one_hot(input_ids, 256).float()
+        return SimpleNamespace(logits=table if input_ids[0, 0] == 7 else 0 * table)
+
+
+def test_what_a_model_is_without_bos():
+    effect = bos.bos_effect(Needy(), torch.tensor([7]), torch.full((50,), 3))
+    sure = math.exp(9) / (math.exp(9) + 255)
+    assert effect == pytest.approx({"with": 1 / sure, "without": 256})
+    assert "the windows begin as it needs them" in bos.bos_warning(effect, begin=True)
+    assert "set eval.bos: every" in bos.bos_warning(effect, begin=False)
+    assert "set eval.bos: first" in bos.bos_warning({"with": 256.0, "without": 2.0}, begin=True)
+    assert bos.bos_warning({"with": 10.0, "without": 11.0}, begin=False) is None
+    assert bos.bos_effect(Needy(), torch.tensor([7]), torch.tensor([3])) is None
 
 
 def test_llama_cpp_reads_a_data_set_of_lines_as_the_file_that_it_was(tokenizer):

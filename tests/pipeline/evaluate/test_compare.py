@@ -36,7 +36,7 @@ def runs(tmp_path: Path) -> Path:
     ):
         folder = tmp_path / "runs" / "demo" / found["scheme"]
         folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps(found))
+        (folder / "metrics.json").write_text(json.dumps(shape.sealed(found)))
     return tmp_path / "runs"
 
 
@@ -73,7 +73,7 @@ def test_what_cannot_be_compared_is_a_sentence(runs: Path, tmp_path: Path):
         compare([runs], tmp_path / "page", ["lots"])
     path = runs / "demo" / "nf4" / "metrics.json"
     other = json.loads(path.read_text())
-    path.write_text(json.dumps({**other, "protocol": {**other["protocol"], "name": "word"}}))
+    path.write_text(json.dumps(shape.sealed({**other, "protocol": {**other["protocol"], "name": "word"}})))
     with pytest.raises(ConfigError, match="do not compare"):
         compare([runs], tmp_path / "page")
     path.write_text(json.dumps({**other, "format_version": 1}))

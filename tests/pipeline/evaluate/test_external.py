@@ -17,7 +17,7 @@ from bitpress.pipeline.config.schema import Run
 from bitpress.pipeline.errors import BitpressError, CheckpointError, ConfigError
 from bitpress.pipeline.evaluate import measure, process, verify, worker
 from bitpress.pipeline.evaluate.compare import compare
-from bitpress.pipeline.evaluate.metrics import read_metrics
+from bitpress.pipeline.evaluate.metrics import read_metrics, sealed
 from bitpress.pipeline.runs.run import execute
 
 TEXT = "".join(f"{number} green bottles hanging on the wall\n" for number in range(20))
@@ -163,7 +163,9 @@ def test_runs_that_differ_measure_nothing(
 ) -> None:
     path = tmp_path / "run" / "metrics.json"
     path.parent.mkdir()
-    path.write_text(json.dumps({**read_metrics(made / "runs" / "tiny" / "int4-g32" / "metrics.json"), **change}))
+    path.write_text(
+        json.dumps(sealed({**read_metrics(made / "runs" / "tiny" / "int4-g32" / "metrics.json"), **change}))
+    )
     with pytest.raises(error, match=said):
         compare([made / "runs", path, made / "theirs"], tmp_path / "page")
     assert not (tmp_path / "page").exists()
@@ -184,9 +186,38 @@ def test_what_the_runs_do_not_tell_any_more(made: Path, tmp_path: Path, config: 
     path.parent.mkdir()
     metrics = read_metrics(made / "runs" / "tiny" / "int4-g32" / "metrics.json")
     text = json.dumps({**metrics, "config": config}).replace("TEXT", str(made / "text.txt"))
-    path.write_text(text)
+    path.write_text(json.dumps(sealed(json.loads(text))))
     with pytest.raises(ConfigError, match=f"(?s)theirs cannot be measured like the runs: .*{said}.*--baseline MODEL"):
         compare([path, made / "theirs"], tmp_path / "page")
+
+
+def test_figures_that_a_checkpoint_brings_count_for_nothing(made: Path, tmp_path: Path) -> None:
+    """Those of a run that somebody downloaded with the weights, say: they are as they were written, and not ours."""
+    theirs = shutil.copytree(made / "theirs", tmp_path / "theirs")
+    flattering = read_metrics(made / "runs" / "tiny" / "none" / "metrics.json")
+    flattering["quality"]["perplexity"] = 1.0
+    (theirs / "metrics.json").write_text(json.dumps(sealed(flattering)))
+    news: list[str] = []
+    compare([made / "runs", theirs], tmp_path / "page", say=news.append)
+    assert f"{theirs} holds weights, so it is measured: the metrics.json that it brings counts for nothing" in news
+    (measured,) = (tmp_path / "page" / "measured").glob("*/metrics.json")
+    assert read_metrics(measured)["quality"]["perplexity"] > 1.0
+    (tmp_path / "runs").mkdir()
+    theirs.rename(tmp_path / "runs" / "theirs")
+    with pytest.raises(ConfigError, match="holds no checkpoint and no metrics"):
+        compare([tmp_path / "runs"], tmp_path / "page")
+
+
+def test_figures_of_another_artifact_or_changed_ones_are_refused(made: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(made / "runs" / "tiny" / "int4-g32", tmp_path / "run")
+    manifest = run / "artifact" / "bitpress.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    with pytest.raises(ConfigError, match=r"metrics\.json is of another artifact than the one beside it"):
+        compare([made / "runs", run], tmp_path / "page")
+    path = run / "metrics.json"
+    path.write_text(path.read_text().replace('"kl_mean": 0', '"kl_mean": -1'))
+    with pytest.raises(CheckpointError, match=r"not as bitpress wrote it, so its figures do not count"):
+        compare([made / "runs", run], tmp_path / "page")
 
 
 def test_alone_it_takes_a_baseline(made: Path, tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ def test_two_that_do_not_fit_are_compared_by_stored_predictions(
     stored = ask()
     assert loaded == ["artifact", "tiny-llama", "artifact"]
     assert "16 stored and 64 sampled probabilities of each token" in stored["quality"]["path"]
-    assert "GB beside it" in stored["quality"]["path"]
-    assert "GB beside it" in stored["output_errors"]["skipped"]
+    assert "B beside it" in stored["quality"]["path"]
+    assert "B beside it" in stored["output_errors"]["skipped"]
     streamed = ask_streamed(ask, monkeypatch)
     found, expected = stored["quality"], streamed["quality"]
     assert 0 < found["kl_mean_bound"] < 0.05 * expected["kl_mean"]
@@ -196,7 +196,7 @@ def test_a_load_that_does_not_fit_is_told_and_not_tried(ask: Any) -> None:
     speed = {"prompt": 4, "generate": 3, "batch": [1, 10**12], "repeats": 1}
     fits, too_large = ask(baseline=False, windows=1, speed=speed)["speed"]
     assert "skipped" not in fits
-    assert "GB are free" in too_large["skipped"]
+    assert "B are free" in too_large["skipped"]
     assert (too_large["batch"], too_large["prompt"], "decode" in too_large) == (10**12, 4, False)
 
 
@@ -237,3 +237,42 @@ def test_tasks_without_lm_eval_are_refused_before_any_work(
         assert isinstance(outcome.error, ConfigError)
         assert "pip install 'bitpress[tasks]'" in str(outcome.error)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_tokenizer_that_gives_other_tokens_is_told(
+    artifact: Path, tiny_llama: Path, copy_of: Any, ask: Any, tmp_path: Path
+) -> None:
+    assert ask()["warnings"] == []
+    other = copy_of(artifact, "other")
+    whole = json.loads((other / "tokenizer.json").read_text())
+    names = sorted(whole["model"]["vocab"], key=whole["model"]["vocab"].get)
+    whole["model"]["vocab"] = {name: number for number, name in enumerate(names[::-1])}
+    (other / "tokenizer.json").write_text(json.dumps(whole))
+    settings = {"text": str(tmp_path / "text.txt"), "context": 32, "windows": 2, "speed": None, "output_errors": 0}
+    found = evaluate(other, None, "cpu", settings, tiny_llama)
+    assert found["quality"]["kl_mean"] > 0
+    (warning,) = found["warnings"]
+    assert "own tokenizer gives other tokens than its baseline's (the first that differs is number 1)" in warning
+
+
+def test_where_texts_begin_with_bos_so_do_windows(ask: Any, tiny_llama: Path, artifact: Path, monkeypatch: Any) -> None:
+    class Beginning:
+        bos_token_id, eos_token_id = 7, 255
+
+        def __init__(self, inner: Any):
+            self.inner = inner
+
+        def __call__(self, text: str, **settings: Any) -> Any:
+            return {"input_ids": [7, *self.inner(text, add_special_tokens=False)["input_ids"]]}
+
+    plain = ask(baseline=False)["protocol"]
+    assert (plain["name"], plain.get("bos")) == ("gptq-32", None)
+    original = measure.load_tokenizer
+    monkeypatch.setattr(measure, "load_tokenizer", lambda folder: Beginning(original(folder)))
+    monkeypatch.setattr(measure, "sample", lambda *arguments: "")
+    monkeypatch.setattr(measure.bos, "TENFOLD", 1.0)  # a random model cares little
+    found = ask(baseline=False)
+    assert (found["protocol"]["name"], found["protocol"]["bos"]) == ("gptq-32+bos", "each window")
+    assert "this model depends on BOS" in found["warnings"][0]
+    first = ask(baseline=False, bos="first", resume=False)["protocol"]
+    assert (first["name"], first["bos"]) == ("gptq-32", "the first window alone")

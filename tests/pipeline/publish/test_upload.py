@@ -18,6 +18,7 @@ from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.cli import app
 from bitpress.pipeline.config.schema import Gates, Publish, Run
 from bitpress.pipeline.errors import CheckpointError, ConfigError, GateError, HubError
+from bitpress.pipeline.evaluate.metrics import sealed
 from bitpress.pipeline.publish import bundle
 from bitpress.pipeline.runs.run import execute
 
@@ -41,7 +42,8 @@ def receipt(run: Path) -> dict[str, Any]:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edited = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(sealed(edited) if path.name == "metrics.json" else edited))
 
 
 def written(hub: Hub) -> list[str]:

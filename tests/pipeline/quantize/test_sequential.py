@@ -19,6 +19,7 @@ from bitpress.pipeline.formats import registry as formats
 from bitpress.pipeline.methods.absmax import Absmax
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.quantize import sequential
+from bitpress.pipeline.quantize.block_runner import BlockRunner
 from bitpress.pipeline.quantize.plan import PlannedTensor
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.quantize.sequential import CalibratedBlocks
@@ -264,6 +265,28 @@ def test_experts_that_see_few_tokens_are_rounded_by_absmax_and_named(tiny: Any, 
     artifact = Checkpoint(out)
     for suffix, tensor in formats()["gptq"].write(expected, torch.float32).items():
         assert torch.equal(artifact.read(f"{name}.{suffix}"), tensor), suffix
+
+
+@pytest.mark.parametrize("options", [{}, {"true_sequential": True}])
+def test_how_many_hessians_are_in_memory_changes_no_byte(
+    options: dict[str, Any], tiny: Any, tmp_path: Path, learn: Learn, digests: Digests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at a time, each from a pass of its own over all tokens, and all at once."""
+    collect = BlockRunner.collect
+    most: list[int] = []
+
+    def counting(self: BlockRunner, wanted: Any, inputs: Any) -> Any:
+        most[-1] = max(most[-1], len(wanted))
+        return collect(self, wanted, inputs)
+
+    monkeypatch.setattr(BlockRunner, "collect", counting)
+    for limit in (1, sequential.MOST_STATISTICS):
+        most.append(0)
+        monkeypatch.setattr(sequential, "MOST_STATISTICS", limit)
+        learn(tiny("mixtral"), tmp_path / str(limit), options=options)
+    assert most[0] == 1 < most[1]
+    first, second = (digests(tmp_path / str(limit)) for limit in (1, sequential.MOST_STATISTICS))
+    assert first == second
 
 
 class TestOrder:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from bitpress.pipeline.errors import CheckpointError
 from bitpress.pipeline.storage.checkpoint import SINGLE, Checkpoint
 
 Tensors = dict[str, Tensor]
+Encode = Callable[[str, tuple[int, ...], np.random.Generator], tuple[Tensors, Tensor]]
 
 SIGNS = np.array([1.0, -1.0])
 
@@ -69,8 +70,9 @@ class Layout:
     codes: tuple[np.ndarray, torch.dtype] = (E4M3, torch.float8_e4m3fn)
     side_file: bool = False
 
-    def encode(self, layer: str, shape: tuple[int, int], rng: np.random.Generator) -> tuple[Tensors, Tensor]:
+    def encode(self, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Tensors, Tensor]:
         """Random codes and scales of a weight, and the weight."""
+        layer = name.removesuffix(".weight")
         table, dtype = self.codes
         codes = rng.choice(np.flatnonzero(np.isfinite(table)), shape).astype(np.uint8)
         block = (self.block[0] or shape[0], self.block[1] or shape[1])
@@ -78,7 +80,7 @@ class Layout:
         exponents = rng.integers(-14, -10, grid)
         scales = np.exp2(exponents) if self.powers else rng.uniform(1e-4, 4e-4, grid)
         stored = self.stored(exponents + 127 if self.powers else scales)
-        tensors = {f"{layer}.weight": torch.from_numpy(codes).view(dtype), f"{layer}.{self.suffix}": stored}
+        tensors = {name: torch.from_numpy(codes).view(dtype), f"{layer}.{self.suffix}": stored}
         tensors |= {f"{layer}.{name}": torch.ones(size) for name, size in self.extra.items()}
         if not self.powers:
             scales = stored.to(torch.float32).numpy().reshape(grid)
@@ -161,24 +163,30 @@ LAYOUTS = {
 }
 
 
-def code(folder: Path, layout: Layout) -> Path:
-    """Code the projections of a saved model's blocks, in place; returns a folder with what they stand for."""
+def rewrite(folder: Path, encode: Encode, chosen: Callable[[str], bool], section: dict[str, Any] | None) -> Path:
+    """Code the chosen weights of a saved model, in place; returns a folder with what they stand for."""
     dense = shutil.copytree(folder, folder.with_name(f"{folder.name}-dense"))
     rng, coded, plain = np.random.default_rng(0), {}, load_file(folder / SINGLE)
     for name, tensor in plain.items():
-        coded[name] = tensor
-        if "proj" in name and tensor.dim() == 2:
-            tensors, plain[name] = layout.encode(name.removesuffix(".weight"), tuple(tensor.shape), rng)
-            coded |= tensors
+        tensors = {name: tensor}
+        if chosen(name) and tensor.dim() > 1:
+            tensors, plain[name] = encode(name, tuple(tensor.shape), rng)
+        coded |= tensors
     save_file(plain, dense / SINGLE, metadata={"format": "pt"})
     save_file(coded, folder / SINGLE, metadata={"format": "pt"})
+    if section:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    return dense
+
+
+def code(folder: Path, layout: Layout) -> Path:
+    """Code the projections of a saved model's blocks, in place; returns a folder with what they stand for."""
     if layout.side_file:
         side_file = {"producer": {"name": "modelopt"}, "quantization": layout.section}
         (folder / "hf_quant_config.json").write_text(json.dumps(side_file))
-    else:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": layout.section}))
-    return dense
+    section = None if layout.side_file else layout.section
+    return rewrite(folder, layout.encode, lambda name: "proj" in name, section)
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -218,6 +226,9 @@ def test_is_read_as_what_it_stands_for(coded: Callable[[str], tuple[Path, Path]]
         assert torch.equal(torch.cat(parts), weight[first : first + sum(counts)]), name
     assert "7 weights lie in the files as" in str(checkpoint.dequantization)
     assert "bfloat16" in str(checkpoint.dequantization)
+    others = 7 * 4 * len(LAYOUTS[layout].extra)
+    in_files = sum(info.nbytes for info in checkpoint.stored.values())
+    assert sum(map(checkpoint.stored_bytes, checkpoint.tensors)) + others == in_files
     assert [path.name for path in checkpoint.other_files()] == [path.name for path in expected.other_files()]
 
 
@@ -319,6 +330,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
     "negative scale": ("static", lambda t: t[f"{Q}.weight_scale"].neg_(), f"1 scales in {Q}.weight_scale are NaN"),
     "infinite scale": ("fbgemm", put(f"{Q}.weight_scale", (3, 0), float("inf")), f"{Q}.weight: 1 scales"),
     "NaN exponent": ("mxfp8", put(f"{Q}.weight_scale_inv", (0, 0), 255), f"1 scales in {Q}.weight_scale_inv are NaN"),
+    "codes without scales": (
+        "deepseek",
+        lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn)}),
+        "model.norm.weight is float8_e4m3fn and its scales are missing",
+    ),
     "too large": ("static", lambda t: t[f"{Q}.weight_scale"].fill_(1e37), f"{Q}.weight: "),
     "no scales": ("deepseek", lambda t: t.pop(f"{Q}.weight_scale_inv"), f"{Q}.weight is float8_e4m3fn and its scales"),
     "no weight": ("deepseek", lambda t: t.pop(f"{Q}.weight"), f"{Q}.weight_scale_inv is the scale of a weight"),
@@ -377,6 +393,12 @@ def test_damage_is_named(coded: Callable[[str], tuple[Path, Path]], edit_tensors
         ({**FP8, "weight_block_size": [0, 128]}, "weight_block_size is [0, 128], expected two whole numbers"),
         ({"quant_method": "modelopt", "quant_algo": ["FP8"]}, "quant_algo is ['FP8']; bitpress reads FP8"),
         (compressed({"strategy": "block", "block_structure": 7}), "no config group has a strategy"),
+        (
+            compressed({"strategy": "tensor", "num_bits": [4]}),
+            "its floats are of num_bits, strategy, group_size [4] te",
+        ),
+        ({"quant_method": "mxfp4"}, "its weights cannot be dequantized (mxfp4)"),
+        ({**FP8, "weight_block_size": [1 << 70, 1 << 70]}, "expected [1, 1]"),
     ],
 )
 def test_section_is_not_trusted(
@@ -432,61 +454,132 @@ def test_the_dtype_is_the_configs(
     assert "to float32" in str(checkpoint.dequantization)
 
 
+def test_float8_experts_in_one_tensor(tmp_path: Path):
+    """Each expert has blocks of its own, and the last ones are cut."""
+    rng, layout = np.random.default_rng(0), LAYOUTS["odd blocks"]
+    experts = [layout.encode("x.weight", (50, 72), rng) for _ in range(3)]
+    codes = torch.stack([tensors["x.weight"].view(torch.uint8) for tensors, _ in experts])
+    scales = torch.stack([tensors["x.weight_scale_inv"] for tensors, _ in experts])
+    coded = {"experts.up_proj": codes.view(torch.float8_e4m3fn), "experts.up_proj_scale_inv": scales}
+    save_file(coded, tmp_path / SINGLE)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": layout.section}))
+    checkpoint, expected = Checkpoint(tmp_path), torch.stack([weight for _, weight in experts])
+    assert torch.equal(checkpoint.read("experts.up_proj"), expected)
+    (last,) = checkpoint.read_rows("experts.up_proj", [1], first=2)
+    assert torch.equal(last, expected[2:])
+
+
+PACKED: dict[str, tuple[dict[str, Any], int, tuple[str, str, str]]] = {
+    # what config.json says, codes of a scale, and the names of codes, scales and the factor of all scales
+    "nvfp4": (
+        compressed({"num_bits": 4, "strategy": "tensor_group", "group_size": 16}),
+        16,
+        ("weight_packed", "weight_scale", "weight_global_scale"),
+    ),
+    "mxfp4": (
+        compressed({"num_bits": 4, "strategy": "group", "group_size": 32}),
+        32,
+        ("weight_packed", "weight_scale", ""),
+    ),
+    "modelopt": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        16,
+        ("weight", "weight_scale", "weight_scale_2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_four_bits(
+    kind: str, tmp_path: Path, save_model: Callable[..., Path], llama_config: Callable[..., LlamaConfig]
+):
+    """Two codes to a byte, the first in its low half; a scale for a group, and one number for all scales."""
+    section, group, (codes, scales, factor) = PACKED[kind]
+
+    def encode(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Tensors, Tensor]:
+        layer, (rows, columns) = name.removesuffix(".weight"), shape
+        packed = rng.integers(0, 256, (rows, columns // 2), dtype=np.uint8)
+        bytes_of_scales = rng.integers(118, 122, (rows, columns // group), dtype=np.uint8)  # E4M3: from 176 to 240
+        stored = {f"{layer}.{codes}": torch.from_numpy(packed), f"{layer}.{scales}": torch.from_numpy(bytes_of_scales)}
+        if factor:
+            number = np.float32(9000.0 if kind == "nvfp4" else 1 / 9000)
+            stored[f"{layer}.{scales}"] = stored[f"{layer}.{scales}"].view(torch.float8_e4m3fn)
+            stored[f"{layer}.{factor}"] = torch.tensor([number])
+            values = E4M3[bytes_of_scales].astype(np.float32)
+            scale = values / number if kind == "nvfp4" else values * number
+        else:
+            scale = np.exp2(bytes_of_scales.astype(float) - 127)
+        unpacked = np.stack((E2M1[packed & 15], E2M1[packed >> 4]), -1).reshape(shape)
+        return stored, bfloat16(decoded(unpacked, scale, (1, group)))
+
+    folder = save_model(llama_config(num_hidden_layers=1), tmp_path / "coded")
+    dense = rewrite(folder, encode, lambda name: "proj" in name, section)
+    checkpoint, expected = Checkpoint(folder), Checkpoint(dense)
+    assert set(checkpoint.tensors) == set(expected.tensors)
+    for name in expected.tensors:
+        assert torch.equal(checkpoint.read(name), expected.read(name)), name
+
+
 class TestMxfp4:
     """gpt-oss as it is published: experts as codes of four bits, the rest as it is."""
 
     EXPERTS = "model.layers.0.mlp.experts"
-    PARTS: ClassVar[dict[str, tuple[int, int]]] = {"gate_up_proj": (128, 64), "down_proj": (64, 96)}  # out, in
+
+    @staticmethod
+    def encode(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Tensors, Tensor]:
+        """Random experts [experts, in, out]. Value 2i of a row of `out` is the low half of its byte i."""
+        experts, features, out = shape
+        blocks = rng.integers(0, 256, (experts, out, features // 32, 16), dtype=np.uint8)
+        scales = rng.integers(118, 124, blocks.shape[:3], dtype=np.uint8)
+        values = np.empty((experts, out, features))
+        values[..., 0::2] = E2M1[blocks & 15].reshape(experts, out, -1)
+        values[..., 1::2] = E2M1[blocks >> 4].reshape(experts, out, -1)
+        weight = bfloat16(values * np.exp2(scales.astype(float) - 127).repeat(32, -1)).transpose(1, 2)
+        stored = {f"{name}_blocks": torch.from_numpy(blocks), f"{name}_scales": torch.from_numpy(scales)}
+        return stored, weight.contiguous()
 
     @pytest.fixture
-    def folder(self, tmp_path: Path) -> Path:
-        rng, tensors = np.random.default_rng(0), {}
-        for part, (out, features) in self.PARTS.items():
-            name = f"{self.EXPERTS}.{part}"
-            blocks = rng.integers(0, 256, (4, out, features // 32, 16), dtype=np.uint8)
-            tensors[f"{name}_blocks"] = torch.from_numpy(blocks)
-            tensors[f"{name}_scales"] = torch.from_numpy(rng.integers(110, 130, blocks.shape[:3], dtype=np.uint8))
-            tensors[f"{name}_bias"] = torch.randn(4, out).bfloat16()
-        save_file(tensors, tmp_path / SINGLE)
+    def folders(self, tmp_path: Path, save_model: Callable[..., Path]) -> tuple[Path, Path]:
+        """A tiny gpt-oss with its experts coded, and what it stands for."""
+        shape = {**SHAPE, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 2}
+        folder = save_model(AutoConfig.for_model("gpt_oss", **{**shape, "num_hidden_layers": 1}), tmp_path / "coded")
         section = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens"]}
-        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
-        return tmp_path
+        return folder, rewrite(folder, self.encode, lambda name: name.endswith(("up_proj", "down_proj")), section)
 
-    def test_experts_are_read_as_the_model_has_them(self, folder: Path):
-        """[experts, in, out]; value 2i of a row is the low half of its byte i."""
-        checkpoint, stored = Checkpoint(folder), load_file(folder / SINGLE)
-        assert set(checkpoint.tensors) == {
-            f"{self.EXPERTS}.{part}{ending}" for part in self.PARTS for ending in ("", "_bias")
-        }
-        for part, (out, features) in self.PARTS.items():
-            name = f"{self.EXPERTS}.{part}"
-            codes, scales = stored[f"{name}_blocks"].numpy(), stored[f"{name}_scales"].numpy()
-            values = np.empty((4, out, features))
-            values[..., 0::2] = E2M1[codes & 15].reshape(4, out, -1)
-            values[..., 1::2] = E2M1[codes >> 4].reshape(4, out, -1)
-            expected = bfloat16(values * np.exp2(scales.astype(float) - 127).repeat(32, -1)).transpose(1, 2)
-            assert checkpoint.tensors[name].shape == (4, features, out)
-            assert torch.equal(checkpoint.read(name), expected)
-            (one,) = checkpoint.read_rows(name, (1,), first=2)
-            assert torch.equal(one, expected[2:3])
-            assert torch.equal(checkpoint.read(f"{name}_bias"), stored[f"{name}_bias"])
+    def test_is_read_and_used_as_the_model_has_it(
+        self, folders: tuple[Path, Path], tmp_path: Path, logits: Callable[[Path], Tensor]
+    ):
+        """[experts, in, out], one expert or all; loaded and quantized it is its dense twin."""
+        checkpoint, expected = map(Checkpoint, folders)
+        assert set(checkpoint.tensors) == set(expected.tensors)
+        for name in expected.tensors:
+            weight = expected.read(name)
+            assert torch.equal(checkpoint.read(name), weight)
+            (row,) = checkpoint.read_rows(name, [1], first=1)
+            assert torch.equal(row, weight[1:2])
+        assert torch.equal(*map(logits, folders))
+        outputs = [tmp_path / "artifact", tmp_path / "artifact-dense"]
+        for folder, out in zip(folders, outputs, strict=True):
+            quantize(folder, "int4-g32", out)
+        assert torch.equal(*map(logits, outputs))
 
     @pytest.mark.parametrize(
         ("change", "sentence"),
         [
             (lambda t, n: t.pop(f"{n}_scales"), "gate_up_proj_scales is missing, which belongs to"),
             (lambda t, n: t.pop(f"{n}_blocks"), "gate_up_proj_blocks is missing, which belongs to"),
-            (lambda t, n: t.update({f"{n}_scales": t[f"{n}_scales"][:3].clone()}), "has shape [3, 128, 2], exp"),
+            (lambda t, n: t.update({f"{n}_scales": t[f"{n}_scales"][:1].clone()}), "has shape [1, 320, 2], exp"),
             (lambda t, n: t.update({f"{n}_blocks": t[f"{n}_blocks"].flatten(2)}), "expected [experts, out, in"),
             (lambda t, n: t.update({f"{n}_scales": t[f"{n}_scales"].float()}), "expected uint8"),
-            (lambda t, n: t.update({n: torch.zeros(4, 64, 128)}), "is there twice"),
-            (lambda t, n: t[f"{n}_scales"].fill_(255), "experts.gate_up_proj: 1024 scales in"),
+            (lambda t, n: t.update({n: torch.zeros(2, 64, 320)}), "is there twice"),
+            (lambda t, n: t[f"{n}_scales"].fill_(255), "experts.gate_up_proj: 1280 scales in"),
             (lambda t, n: t[f"{n}_scales"].fill_(254), "are too large for torch.bfloat16"),
         ],
     )  # fmt: skip
     def test_damage_is_named(
-        self, folder: Path, edit_tensors: Callable[..., None], change: Callable[..., Any], sentence: str
+        self, folders: tuple[Path, Path], edit_tensors: Callable[..., None], change: Callable[..., Any], sentence: str
     ):
+        folder, _ = folders
         edit_tensors(folder / SINGLE, lambda tensors: change(tensors, f"{self.EXPERTS}.gate_up_proj"))
         with pytest.raises(CheckpointError) as caught:
             read_everything(folder)
