@@ -11,6 +11,7 @@ recipes. Each type runs in a process of its own, which has a time limit. All tak
 
 import argparse
 import contextlib
+import importlib
 import json
 import multiprocessing
 import re
@@ -308,7 +309,8 @@ def dense_logits(kind: str, source: Path, artifact: Checkpoint) -> Tensor:
     contents = read_quantized(artifact, torch.float32)
     original = Checkpoint(source)
     names = TensorNames(skeleton(original))
-    experts = {k: part for name in original.tensors for k, part in names.slices(name, names.target(name)).items()}
+    parts = [names.slices(name, names.target(name), info.shape) for name, info in original.tensors.items()]
+    experts = {name: part for each in parts for name, part in each.items()}
     tensors = {name: original.read(name) for name in original.tensors}
     rounded = []
     for layer, scheme in contents.schemes.items():
@@ -430,6 +432,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    importlib.import_module("bitsandbytes")  # once, before the forks: that takes as long as a whole type
     transformers.logging.set_verbosity_error()
     gathered = []
     for result in results(options.types, options.jobs):

@@ -181,7 +181,7 @@ def test_what_a_model_uses_as_more_than_a_layer_is_kept(tiny, kept, tmp_path: Pa
     assert kept(tmp_path / "mamba")["backbone.layers.0.mixer.dt_proj.weight"] == "MambaMixer reads its weight itself"
     quantize(tiny("phimoe"), "int8-dynamic", tmp_path / "phimoe")
     reasons = kept(tmp_path / "phimoe")
-    assert "PhimoeTopKRouter" in reasons["model.layers.0.mlp.router.weight"], reasons
+    assert "PhimoeTopKRouter" in next(why for name, why in reasons.items() if name.endswith(".gate.weight")), reasons
     quantize(tiny("hunyuan_v1_moe"), "int8-dynamic", tmp_path / "hunyuan")
     assert kept(tmp_path / "hunyuan")["model.layers.0.mlp.gate.wg.weight"] == "a router or gate"
     for folder in ("mamba", "phimoe", "hunyuan"):
