@@ -40,13 +40,17 @@ RECIPES = {
 }
 
 
+CHEAP = 3  # steps of a subject that each case takes: the first ones; of the others it takes one
+Step = Callable[[Path, Path], None]
+
+
 @dataclass(frozen=True)
 class Subject:
     """A folder to damage, and the steps that are taken with it: name -> a function of the folder and a free one."""
 
     name: str
     folder: Path
-    steps: dict[str, Callable[[Path, Path], None]]
+    steps: dict[str, Step]
 
 
 def _save(config: PreTrainedConfig, folder: Path, shard: str = "1GB") -> Path:
