@@ -16,7 +16,6 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
@@ -39,13 +38,11 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CheckpointError, listing
 from ..formats.names import fused_unit as fused_unit
 from ..storage.checkpoint import Checkpoint, TensorInfo
-from ..system.limits import Budget, OverBudget, within
 from .experts import ExpertSlice, expert_layouts
+from .pretrained import builds_a_model, load_config
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)(\.(?P<piece>\w+))?\.(?P<kind>weight|bias)")
 
-_STRUCTURE_SECONDS = 60  # the largest models in use take 2
-_STRUCTURE_BYTES = 1 << 30  # the buffers of models in use have some MB
 # in the order in which they are asked for the class that a config names
 _AUTO_CLASSES = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM)
 _ROUTER = re.compile(r"(.+_)?gate|wg|gating|gate_?network|(.+_)?router(_.+)?")  # names of layers; gate_proj is none
@@ -92,26 +89,6 @@ def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     raise AssertionError("the last one fits every model")
 
 
-def _budget(checkpoint: Checkpoint) -> Budget:
-    """What a model's structure may take. Its parameters pass through memory that is never touched, one at a time, and
-    quantized ones are packed to an eighth in the files."""
-    nbytes = sum(info.nbytes for info in checkpoint.tensors.values())
-    return Budget(_STRUCTURE_SECONDS + len(checkpoint.tensors) / 1000, _STRUCTURE_BYTES + 16 * nbytes)
-
-
-def model_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """A checkpoint's config as transformers reads it, without what it says of quantization.
-
-    Raises:
-        OverBudget: one of its numbers takes too much memory or time.
-    """
-    with within(_budget(checkpoint)):
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a checkpoint, its parameters on the meta device (they take no memory), its buffers real.
 
@@ -128,24 +105,11 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
                 f"{checkpoint.folder / 'config.json'}: {layers!r} layers, the files hold {len(checkpoint.tensors)} "
                 "tensors"
             )
-    try:
-        config = model_config(checkpoint)
-        with within(_budget(checkpoint)), init_empty_weights(include_buffers=False):
-            chosen = dtype or config.dtype or dtype_of_most(checkpoint.tensors.values())
-            model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
-        _keep_in_float32(model, chosen)
-    except OverBudget as error:
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: to build this model takes {error}, which does not fit its weight "
-            "files; one of the config's numbers is far too large"
-        ) from error
-    except Exception as error:  # whatever an untrusted config makes transformers stumble over
-        kind = checkpoint.config.get("model_type", "no model_type")
-        reason = str(error).strip() or type(error).__name__
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: transformers builds no language model from it ({kind}): "
-            f"{reason.splitlines()[0]}"
-        ) from error
+    config = load_config(checkpoint)
+    with builds_a_model(checkpoint), init_empty_weights(include_buffers=False):
+        chosen = dtype or config.dtype or dtype_of_most(checkpoint.tensors.values())
+        model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
+    _keep_in_float32(model, chosen)
     return model.eval()
 
 

@@ -7,7 +7,7 @@ exactly the same numbers.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..methods.base import Diagnostics, Method, Statistic
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
+from ..transforms.base import Transformed
 from .block_runner import BlockRunner, BlockView
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
@@ -49,7 +50,7 @@ class CalibratedBlocks:
             work: the folder of states/ and of the reference logits.
         """
         assert recipe.calibration is not None
-        self.checkpoint, self.plan = plan.checkpoint, plan
+        self.checkpoint, self.plan, self.transform = plan.checkpoint, plan, recipe.transform
         self.states, self.reference_logits = work / _STATES, work / REFERENCE_LOGITS
         # float16 activations overflow in many models that were trained in bfloat16
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
@@ -119,6 +120,10 @@ class CalibratedBlocks:
         for planned in unit.tensors if self.runner.reached(block) else ():
             if planned.spec and planned.spec.method not in methods:
                 methods.append(planned.spec.method)
+        transformed: list[Transformed] = []
+        if self.transform and self.runner.reached(block):
+            view = BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block))
+            transformed = self.transform.transform(view)
         for method in methods:
             method.transform(BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block), method))
         shard = UnitWriter(unit, writer)
@@ -128,6 +133,8 @@ class CalibratedBlocks:
         for planned, qtensor, diagnostics in self._quantized(block, unit, weights):
             shard.add(planned, qtensor, diagnostics)
         line = shard.line(digest)
+        if self.transform:
+            line["transform"] = [asdict(each) for each in transformed]
         if block == self.last:
             outputs = self.runner.forward(0, next(self._inputs(block)))
             self.runner.unload_block()
