@@ -1,4 +1,5 @@
 # make demo: see what it does.  make test: the test suite.  make check: what CI holds a change to.
+# make fuzz: damaged checkpoints, and kernels between guard pages, for a minute.
 # make interop: the files of bitpress in other programs, and theirs in bitpress.
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # The other programs want versions of torch and transformers that exclude each other: an environment for each.
 PEERS := gptqmodel llmcompressor transformers llamacpp
 
-.PHONY: demo test check interop clean
+.PHONY: demo test check fuzz interop clean
 
 demo: $(INSTALLED)
 	$(BIN)/bitpress run configs/demo.yaml
@@ -22,6 +23,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 	$(EDITABLE) --config-settings editable_mode=strict && $(BIN)/mypy; status=$$?; $(EDITABLE) && exit $$status
+
+# as long as wanted: make fuzz FUZZ="--minutes 60 --seed 7"
+FUZZ ?= --minutes 0.5 --seed 0
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz/kernels.py $(FUZZ)
+	$(BIN)/python tests/fuzz/checkpoints.py $(FUZZ)
 
 interop: $(INSTALLED) $(PEERS:%=.venv-%/.installed)
 	$(BIN)/python -m pytest tests/interop/interop.py

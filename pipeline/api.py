@@ -12,7 +12,8 @@ from .data.calibration import calibrate
 from .errors import BitpressError
 from .evaluate import process
 from .hub.download import resolve
-from .models.loading import load, load_tokenizer
+from .models.loading import load
+from .models.pretrained import load_tokenizer, require_tokenizer
 from .models.structure import skeleton
 from .publish.upload import Publication, prepare, send
 from .quantize.artifact import quantize as quantize_checkpoint
@@ -52,6 +53,7 @@ def quantize(
     source = resolve(str(model), revision)
     out = Path(output).expanduser()
     source.check_output(out)
+    require_tokenizer(source.folder)
     work = out.with_name(f"{out.name}.partial")
     files.make_folder(work)
     with journal.locked(work):

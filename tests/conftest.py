@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
     PreTrainedConfig,
-    PreTrainedTokenizerFast,
 )
 
 pytest_plugins = ("checkpoints", "dropped", "published_runs", "report_pages")  # of tests/fixtures
@@ -38,18 +36,11 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
-def save_tokenizer(folder: Path) -> None:
-    """One token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[-1]).save_pretrained(folder)
-
-
 @pytest.fixture(scope="session")
 def save_model() -> SaveModel:
     """save_model(config, folder): a seeded random model and a tokenizer of bytes, as transformers saves them."""
+
+    from checkpoints import save_tokenizer  # of tests/fixtures, which pytest imports itself
 
     def save(
         config: PreTrainedConfig,

@@ -23,7 +23,7 @@ EVERY = sorted([*SHIPPED, *(ROOT / "tests").rglob("*.py")])
 ORDER = {
     "": "tests -> pipeline -> eval -> kernels",
     "pipeline": "pipeline -> cli -> runs, bench, api, hf -> publish -> evaluate -> quantize, checkpoints"
-    " -> methods, models -> formats, data -> hub -> system, config, storage -> errors",
+    " -> transforms -> methods, models -> formats, data -> hub -> system, config, storage -> errors",
     "kernels": "bench -> decoder_layer -> linear -> registry -> cpu, triton, external, reference -> base -> qtensor"
     " -> scheme -> weights, activations -> packing -> discovery",
     "eval": "report -> measure",
@@ -601,7 +601,7 @@ def excerpts() -> list[tuple[str, list[str]]]:
 
 
 def test_every_kind_of_plugin_has_an_excerpt():
-    assert len(excerpts()) == 8  # seven kinds, and a method's transform
+    assert len(excerpts()) == 9  # eight kinds, and a method's transform
 
 
 @pytest.mark.parametrize(("file", "lines"), excerpts(), ids=[file for file, _ in excerpts()])

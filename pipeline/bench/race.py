@@ -16,7 +16,7 @@ from ..data.text import read_text
 from ..errors import BitpressError, ConfigError
 from ..evaluate.process import measure
 from ..hub.download import resolve
-from ..models.loading import load_tokenizer
+from ..models.pretrained import load_tokenizer
 from ..models.structure import skeleton
 from ..storage import files
 from ..storage.checkpoint import Checkpoint

@@ -10,7 +10,7 @@ from torch import Tensor
 from bitpress.kernels.qtensor import QTensor
 
 from ..errors import ConfigError, NumericsError, listing, nearest
-from ..formats import misfits, registry
+from ..formats import misfits, quantization_section, registry
 from ..formats.base import SHARD_BYTES, Format, dtype_name, group_by_bytes
 from ..formats.names import name_pattern
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
@@ -69,7 +69,7 @@ def convert(
     if to not in targets:
         hint = nearest(to, targets) or f"; use {', '.join(targets)}"
         raise ConfigError(f"nothing can be converted to {to!r}{hint}")
-    if "quantization_config" not in checkpoint.config:
+    if quantization_section(checkpoint) is None:
         raise ConfigError(f"{checkpoint.folder} is not quantized; `bitpress quantize` makes such formats of it")
     if store.is_occupied(out):
         raise ConfigError(f"{out} exists; choose another output")
@@ -81,7 +81,7 @@ def convert(
         raise ConfigError(
             f"{checkpoint.folder} ({names} as {contents.format.name}) cannot become {format.name}:\n{listing(problems)}"
         )
-    cache = contents.format.cache_scheme(checkpoint.config["quantization_config"])
+    cache = contents.format.cache_scheme(quantization_section(checkpoint))
     cache_section = format.cache_section(cache) if cache else {}
     if cache_section is None:
         raise ConfigError(
@@ -193,7 +193,7 @@ def _carried_over(conversion: _Conversion, kept: list[str]) -> list[str]:
     checkpoint, contents = conversion.checkpoint, conversion.contents
     paths = {name.rpartition(".")[0] for name in contents.plain} - contents.quantized.keys()
     entries = []
-    for entry in contents.format.kept(checkpoint.config["quantization_config"]):
+    for entry in contents.format.kept(quantization_section(checkpoint)):
         if not entry.startswith("re:"):
             if entry not in kept and any(path == entry or path.startswith(f"{entry}.") for path in paths):
                 entries.append(entry)

@@ -3,6 +3,7 @@
 from math import prod
 from typing import Any
 
+from ..formats import quantization_section
 from ..models.quantized import QuantizedCheckpoint, read_quantized
 from ..models.structure import TensorNames, skeleton
 from ..storage.checkpoint import Checkpoint, TensorInfo
@@ -14,7 +15,7 @@ def coverage_of(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         CheckpointError: the files do not fit their config.json.
     """
-    if "quantization_config" not in checkpoint.config:
+    if quantization_section(checkpoint) is None:
         names = TensorNames(skeleton(checkpoint))
         kept = [_kept(checkpoint, info, names) for info in checkpoint.tensors.values()]
         return _coverage([], kept, 0)

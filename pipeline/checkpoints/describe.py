@@ -11,11 +11,12 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import registry as kernels
 from bitpress.kernels.scheme import Scheme, examples
 
-from ..formats import count_schemes, scheme_name
+from ..formats import count_schemes, quantization_section, scheme_name
 from ..formats import registry as formats
 from ..formats.base import dtype_name
 from ..methods import registry as methods
 from ..storage.checkpoint import Checkpoint
+from ..transforms import registry as transforms
 
 _PROBE = (1024, 1024)
 
@@ -40,7 +41,7 @@ def describe(folder: Path) -> dict[str, Any]:
         name = dtype_name(info.dtype)
         by_dtype[name] = by_dtype.get(name, 0) + info.nbytes
     description["bytes by dtype"] = [f"{name}: {count}" for name, count in sorted(by_dtype.items())]
-    if "quantization_config" not in config:
+    if quantization_section(checkpoint) is None:
         plain = {"quantized": "no", "parameters": sum(prod(info.shape) for info in checkpoint.tensors.values())}
         return description | plain | ({"source": checkpoint.dequantization} if checkpoint.dequantization else {})
     format, counts = count_schemes(checkpoint)
@@ -55,10 +56,13 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def catalogue() -> dict[str, dict[str, str]]:
-    """{"methods", "formats", "kernels"}: name -> what it serves, or why it cannot run here."""
+    """{"transforms", "methods", "formats", "kernels"}: name -> what it serves, or why it cannot run here."""
     schemes = [Scheme.parse(name) for name in examples()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
+        "transforms": {
+            name: " ".join((transform.__doc__ or "").split(".")[0].split()) for name, transform in transforms().items()
+        },
         "methods": {
             name: ", ".join(scheme.name for scheme in schemes if not method.problems(scheme))
             for name, method in methods().items()

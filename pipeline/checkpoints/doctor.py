@@ -9,8 +9,9 @@ from typing import Any
 from bitpress.eval.report.words import printable
 
 from ..errors import CheckpointError, listing
-from ..formats import read_config, registry
+from ..formats import quantization_section, read_config, registry
 from ..formats.base import Examination, Facts, LayerExamination, dtype_name, some
+from ..models.pretrained import require_tokenizer
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
 from ..models.structure import (
     ParameterPath,
@@ -30,7 +31,6 @@ from ..system.progress import OnStep
 from .describe import describe
 from .runtimes import tensor_parallel, verdicts
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _JSON = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -86,15 +86,16 @@ def _examine(folder: Path, on_step: OnStep) -> Diagnosis:
     diagnosis = Diagnosis(str(folder))
     try:
         checkpoint = Checkpoint(folder)
-        config = checkpoint.config
+        section = quantization_section(checkpoint)
     except CheckpointError as error:
         diagnosis.faults.append(_short(error, folder))
         return diagnosis
     hashes = _hashes(folder, diagnosis)
+    diagnosis.notes += checkpoint.remarks
     steps = _Steps(on_step, len(hashes) + len(checkpoint.tensors))
     _check_companions(checkpoint, diagnosis)
     _check_hashes(folder, hashes, diagnosis, steps)
-    if "quantization_config" in config:
+    if section is not None:
         _check_quantized(checkpoint, diagnosis, steps)
     else:
         _check_dense(checkpoint, diagnosis, steps)
@@ -112,8 +113,10 @@ def _short(error: Exception, folder: Path) -> str:
 
 
 def _check_companions(checkpoint: Checkpoint, diagnosis: Diagnosis) -> None:
-    if not any((checkpoint.folder / name).is_file() for name in _TOKENIZERS):
-        diagnosis.faults.append(f"no tokenizer: none of {', '.join(_TOKENIZERS)} is there")
+    try:
+        require_tokenizer(checkpoint.folder)
+    except CheckpointError as error:
+        diagnosis.faults.append(_short(error, checkpoint.folder))
     for name in _JSON:
         try:
             if (checkpoint.folder / name).exists():
@@ -189,7 +192,7 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
         layers = list(contents.quantized)
     except CheckpointError as error:  # each layer can be examined all the same
         diagnosis.faults.append(_short(error, checkpoint.folder))
-    section = checkpoint.config["quantization_config"]
+    section = quantization_section(checkpoint)
     stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     dtype = str(stated or dtype_name(dtype_of_most(checkpoint.tensors.values())))
     seen = Examination(section, dtype)
@@ -291,6 +294,7 @@ def _facts(contents: QuantizedCheckpoint, seen: Examination) -> Facts:
         heads=(heads, counts[1] if isinstance(counts[1], int) and counts[1] > 0 else heads),
         kept=frozenset(seen.kept),
         auto_class=auto_class(contents.model.config).__name__,
+        blocks=decoder(contents.model),
     )
 
 

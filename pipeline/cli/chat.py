@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ConfigError
 from ..system.progress import progress, quiet_libraries
 from .console import news, write
 from .options import Device, Dtype, KernelName, Revision
@@ -24,7 +25,7 @@ def generate(
     revision: Revision = None,
 ) -> None:
     """Continue a prompt, greedily."""
-    import torch
+    from bitpress.eval.measure.sample import greedy, prompt_ids
 
     from ..data.tokens import BoundedTokenizer
     from ..models.conversation import Printer
@@ -33,16 +34,15 @@ def generate(
     quiet_libraries()
     with progress("loading") as step:
         loaded, tokenizer = load(model, revision, device, dtype, kernel, step)
-    ids = torch.tensor([BoundedTokenizer(tokenizer)(prompt)["input_ids"]], device=loaded.device)
-    streamer = Printer(tokenizer, write, skip_prompt=False)
-    loaded.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        do_sample=False,
-        streamer=streamer,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    try:
+        ids = prompt_ids(loaded, BoundedTokenizer(tokenizer), prompt)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    with greedy(loaded):
+        loaded.generate(  # type: ignore[operator]
+            ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=tokens, do_sample=False,
+            streamer=Printer(tokenizer, write, skip_prompt=False), pad_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
     write("\n")
 
 

@@ -99,7 +99,7 @@ def quantize(
     model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
     recipe: Annotated[
-        str, typer.Option(help="[method/]scheme: int4-g128, gptq/int3-channel, int8-dynamic, nf4, …")
+        str, typer.Option(help="[transform+][method/]scheme: int4-g128, gptq/int3-channel, smooth+int8-dynamic, nf4, …")
     ] = "int4-g128",
     layer: Annotated[
         list[str] | None,
@@ -137,8 +137,10 @@ def quantize(
     from ..config.load import load_layers, load_options
 
     quiet_libraries()
-    method, slash, scheme = recipe.rpartition("/")
+    transform, plus, spec = recipe.rpartition("+")
+    method, slash, scheme = spec.rpartition("/")
     settings: dict[str, Any] = {"scheme": scheme, "method": method if slash else "auto", "format": format}
+    settings |= {"transform": transform} if plus else {}
     settings |= {"layers": load_layers(layer or []), "options": load_options(option or [])}
     settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
     settings |= {"max_fallback_layers": max_fallback_layers}

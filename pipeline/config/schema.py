@@ -82,6 +82,7 @@ class Calibrate(_Strict):
 class RecipeDefaults(_Strict):
     """What all recipes of a config have in common, where they do not say otherwise."""
 
+    transform: str | None = None  # of each block before its layers are quantized: smooth or awq
     method: str = AUTO  # the scheme's default; or one of `bitpress list`
     format: str = AUTO  # the first that can hold every layer
     options: dict[str, Any] = {}  # of the method, such as {damping: 1e-3} of gptq
@@ -106,7 +107,7 @@ class RecipeDefaults(_Strict):
 
 
 class RecipeSettings(RecipeDefaults):
-    """How one model is quantized; as text, "int4-g128" or "gptq/int4-g128"."""
+    """How one model is quantized; as text, [transform+][method/]scheme: "int4-g128", "smooth+gptq/int8-dynamic"."""
 
     name: str | None = Field(None, pattern=_NAME)
     scheme: str = Field(min_length=1)  # of every layer that no rule names; none keeps them
@@ -117,8 +118,10 @@ class RecipeSettings(RecipeDefaults):
     def _text(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        method, slash, scheme = value.rpartition("/")
-        return {"scheme": scheme, **({"method": method} if slash else {})}
+        transform, plus, rest = value.rpartition("+")
+        method, slash, scheme = rest.rpartition("/")
+        named = ({"transform": transform} if plus else {}) | ({"method": method} if slash else {})
+        return {"scheme": scheme, **named}
 
     @property
     def spec(self) -> str:
@@ -128,7 +131,8 @@ class RecipeSettings(RecipeDefaults):
     @property
     def label(self) -> str:
         """The recipe's name, and that of its run's folder."""
-        return self.name or self.spec.replace("/", "-") + ("-mixed" if self.layers else "")
+        text = f"{self.transform}-{self.spec}" if self.transform else self.spec
+        return self.name or text.replace("/", "-") + ("-mixed" if self.layers else "")
 
     @property
     def baseline(self) -> bool:

@@ -36,8 +36,10 @@ from ..config.schema import Eval, Speed
 from ..data.text import Text, read_text
 from ..data.tokens import BoundedTokenizer, encode, longest
 from ..errors import CheckpointError, ConfigError, NumericsError
-from ..models.loading import kernels_used, load_model, load_tokenizer
+from ..formats import quantization_section
+from ..models.loading import kernels_used, load_model
 from ..models.modules import names_of_experts, part_experts
+from ..models.pretrained import load_tokenizer
 from ..models.structure import decoder, skeleton
 from ..storage import files, journal
 from ..storage.checkpoint import Checkpoint, read_json
@@ -133,6 +135,17 @@ class _Measurement:
         assert self.baseline is not None
         return load_model(self.baseline, self.device, self.settings.dtype)
 
+    def sample(self, model: Any) -> str:
+        """What a model writes after the prompt of the settings.
+
+        Raises:
+            ConfigError: the prompt is empty, and nothing begins a text of this model.
+        """
+        try:
+            return sample(model, BoundedTokenizer(self.tokenizer), self.settings.prompt)
+        except ValueError as error:
+            raise ConfigError(f"eval.prompt: {error}") from error
+
     def crowding(self) -> str | None:
         """Why the baseline cannot be held beside the model that is there; None if it can, or there is none."""
         if self.baseline is None:
@@ -197,10 +210,7 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
         **({"bos": plan.bos} if plan.bos else {}),
     }
     answer["dtype"] = str(model.dtype).removeprefix("torch.")
-    answer["sample"] = {
-        "prompt": job.settings.prompt,
-        "text": sample(model, BoundedTokenizer(job.tokenizer), job.settings.prompt),
-    }
+    answer["sample"] = {"prompt": job.settings.prompt, "text": job.sample(model)}
     answer["tasks"] = _tasks(job, model)
     answer["warnings"] = [*job.other_tokens(), *_bos_warnings(job, model, text, plan.bos)]
     reason = job.crowding()
@@ -358,7 +368,7 @@ def _predict(job: _Measurement, text: list[Window]) -> None:
                 step(number, len(text))
                 if number not in stored:
                     stored.keep(number, stored_predictions.predict(baseline, window, number))
-        text_of_baseline = sample(baseline, BoundedTokenizer(job.tokenizer), job.settings.prompt)
+        text_of_baseline = job.sample(baseline)
         files.write_json(stored.folder / _SAMPLE, {"text": text_of_baseline})
     del baseline
     _free()
@@ -391,7 +401,7 @@ def _quality(job: _Measurement, model: Any, text: list[Window], crowded: str | N
         "quality": {"path": "side by side"},
         "scores": every,
         "output_errors": _output_errors(job, dense, model, text[: job.settings.output_errors]),
-        "baseline_text": sample(dense, BoundedTokenizer(job.tokenizer), job.settings.prompt),
+        "baseline_text": job.sample(dense),
     }
 
 
@@ -402,7 +412,7 @@ def _output_errors(job: _Measurement, dense: Any, model: Any, text: list[Window]
     part_experts(dense, model)
     with progress("errors by depth") as step:
         errors = layer_errors.output_errors(dense, model, text, decoder(dense), step)
-    if "quantization_config" in job.checkpoint.config:
+    if quantization_section(job.checkpoint) is not None:
         names = names_of_experts(model.hf_quantizer.contents)
         for layer in errors["layers"]:
             layer["name"] = names.get(layer["name"], layer["name"])

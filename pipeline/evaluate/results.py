@@ -10,7 +10,7 @@ from bitpress.eval.report import report
 
 from ..checkpoints.coverage import coverage_of
 from ..config.schema import BASELINE, Run
-from ..formats import count_schemes, scheme_name
+from ..formats import count_schemes, quantization_section, scheme_name
 from ..formats.base import dtype_name
 from ..hub.download import Source
 from ..methods import options_of
@@ -126,7 +126,7 @@ def origin_of_external(source: Source, baseline: Source | None, config: dict[str
     if baseline is None and not coverage["layers"]:
         return Origin(source.id, BASELINE, None, None, parameters, NO_COVERAGE, size, config)
     scheme, format = _dtype(checkpoint), None
-    if "quantization_config" in checkpoint.config:
+    if quantization_section(checkpoint) is not None:
         stored_as, counts = count_schemes(checkpoint)
         scheme, format = scheme_name(counts), stored_as.name
     return Origin(source.id, scheme, None, format, parameters, coverage, size, config, checkpoint=source.to_dict())

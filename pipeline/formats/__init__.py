@@ -7,7 +7,7 @@ from bitpress.kernels.discovery import discover
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, ConfigError, listing
-from ..storage.checkpoint import Checkpoint
+from ..storage.checkpoint import Checkpoint, read_json
 from .base import Format, SchemeRules, counted
 
 
@@ -68,13 +68,30 @@ def detect(config: dict[str, Any], names: Iterable[str]) -> Format:
     raise ValueError(f"quant_method is {method!r}; bitpress reads {', '.join(known)}")
 
 
+def quantization_section(checkpoint: Checkpoint) -> Any:
+    """What a checkpoint says of how it is quantized; None where it is not.
+
+    That is the quantization_config of config.json, which may hold anything. Some programs once wrote it to a file of
+    its own alone, which counts where the files hold quantized layers.
+    """
+    if "quantization_config" in checkpoint.config:
+        return checkpoint.config["quantization_config"]
+    for format in registry().values():
+        if not any(name.endswith(f".{format.marker}") for name in checkpoint.tensors):
+            continue
+        for name in format.config_copies:
+            if (checkpoint.folder / name).exists():
+                return {"quant_method": format.quant_method, **read_json(checkpoint.folder / name)}
+    return None
+
+
 def read_config(checkpoint: Checkpoint) -> tuple[Format, SchemeRules]:
-    """The format of a quantized checkpoint, and which layer has which scheme, as its config.json says.
+    """The format of a quantized checkpoint, and which layer has which scheme, as its config says.
 
     Raises:
         CheckpointError: nothing that bitpress reads.
     """
-    config = checkpoint.config["quantization_config"]
+    config = quantization_section(checkpoint)
     try:
         format = detect(config, checkpoint.tensors)
         return format, format.scheme_rules(config)

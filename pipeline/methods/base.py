@@ -85,8 +85,22 @@ class LayerGroup:
     norm: str | None
 
 
+@dataclass(frozen=True, eq=False)
+class Folding:
+    """Where the scale of a group's inputs can be moved to, so that the block computes what it computed.
+
+    group: the layers that read these inputs. rows: int64 [in], which row of `tensors` makes each input channel; inputs
+    that one row makes, as of query heads that share a value head, must have the same scale.
+    tensors: names of a norm's weight and bias, or of those of the linear layer before (v before o, up before down).
+    """
+
+    group: LayerGroup
+    tensors: tuple[str, ...]
+    rows: Tensor
+
+
 class BlockView(Protocol):
-    """A decoder block as `Method.transform` sees and changes it."""
+    """A decoder block as `Method.transform` and a recipe's transforms see and change it."""
 
     @property
     def groups(self) -> list[LayerGroup]:
@@ -111,6 +125,19 @@ class BlockView(Protocol):
             ValueError: the block has no such tensor, or it has another shape.
             NumericsError: NaN or infinite values.
         """
+
+    def scheme(self, layer: str) -> Scheme | None:
+        """The scheme that a layer will be quantized to; None for one that is kept."""
+
+    @property
+    def foldings(self) -> list["Folding | None"]:
+        """For each group, where the scale of its inputs can be moved to; None where that is nowhere.
+
+        Each is proved on the block: its outputs are the same, to the bit.
+        """
+
+    def fold(self, folding: Folding, scale: Tensor) -> None:
+        """Divide a group's inputs by `scale` [in], powers of two, and multiply the columns of its weights by it."""
 
     def inputs(self) -> Iterator[Tensor]:
         """The block's inputs for the calibration tokens, [windows, context, hidden] batch by batch."""

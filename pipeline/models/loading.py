@@ -7,29 +7,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitpress.kernels.linear import QLinear
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
+from ..formats import quantization_section
 from ..hub.download import resolve
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite, check_range
 from ..system.device import pick_device
-from ..system.limits import Budget, OverBudget, within
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
 from .dense import read_dense
-from .modules import experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
+from .modules import converted_tensors, experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
+from .pretrained import generation_config, load_tokenizer
 from .quantized import read_quantized
 from .structure import ParameterPath, TensorNames
 from .transformers import attach
 
 CPU = torch.device("cpu")
-_TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".tiktoken")
-_TOKENIZER_SECONDS = 60  # the largest in use take 2
-_TOKENIZER_BYTES = 1 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -56,22 +54,6 @@ def load(
     return load_model(checkpoint, pick_device(device), dtype, kernel, on_step), load_tokenizer(folder)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, as transformers makes it.
-
-    Raises:
-        CheckpointError: none can be made of the folder's files.
-    """
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _TOKENIZER_SUFFIXES)
-    try:
-        with within(Budget(_TOKENIZER_SECONDS + size / 1e6, _TOKENIZER_BYTES + 100 * size)):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except OverBudget as error:
-        raise CheckpointError(f"{folder.name}: to make the tokenizer takes {error}; its files are not sane") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"{folder.name}: no tokenizer can be made of its files: {error}") from error
-
-
 def load_model(
     checkpoint: Checkpoint,
     device: torch.device,
@@ -88,7 +70,7 @@ def load_model(
         raise ConfigError(f"dtype {dtype!r} is unknown; use auto or one of {', '.join(_DTYPES)}")
     wanted = _DTYPES.get(dtype)
     checkpoint.fetch()
-    if "quantization_config" in checkpoint.config:
+    if quantization_section(checkpoint) is not None:
         return _load_quantized(checkpoint, device, wanted, kernel, on_step)
     return load_dense(checkpoint, device, wanted)
 
@@ -132,22 +114,24 @@ def _fill(
         NumericsError: NaN or infinite values, or values beyond the range of the model's dtype.
     """
     known = {name: target for name, target in plain.items() if names.known(target.parameter)}
-    experts: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}  # of parameters that are made of several tensors
     for (name, target), tensor in zip(known.items(), one_ahead(checkpoint.read, known)):
         check_finite(name, tensor)
         check_range(name, tensor, names.dtype(target))
-        if target.expert:
-            experts[name] = tensor
+        if target.expert or target.converter is not None:
+            parts[name] = tensor
         else:
             set_tensor(model, target, tensor, device)
-    for target, tensor in joined_experts(names, {name: known[name] for name in experts}, experts.pop):
+    places = {name: known[name] for name in parts}
+    for target, tensor in joined_experts(names, places, parts.pop):
+        set_tensor(model, target, tensor, device)
+    for target, tensor in converted_tensors(names, places, parts.pop):
         set_tensor(model, target, tensor, device)
 
 
 def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     model.tie_weights(recompute_mapping=False)  # quantized layers are tied to nothing any more
-    if (checkpoint.folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    model.generation_config = generation_config(checkpoint, model.config)
     return model.to(device)  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, listing
-from ..formats import read_config
+from ..formats import quantization_section, read_config
 from ..formats.base import Format
 from ..storage.checkpoint import Checkpoint
 from .structure import ParameterPath, TensorNames, skeleton, tied, tied_copies, weight_kind
@@ -73,7 +73,7 @@ def read_quantized(
         shape = names.shape(target)
         schemes[layer], kinds[layer] = scheme, kind
         shapes[layer] = shape[::-1] if shape and kind == "conv1d" else shape
-    if lost := format.missing_tensors(checkpoint.config["quantization_config"], quantized, checkpoint.tensors):
+    if lost := format.missing_tensors(quantization_section(checkpoint), quantized, checkpoint.tensors):
         raise CheckpointError(f"{checkpoint.folder}: {lost}")
     shared = _untie(checkpoint, model, quantized, plain)
     tied_copies(checkpoint, plain, model)  # refuses copies that differ

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigError
+from ..formats import quantization_section
 from ..storage.checkpoint import Checkpoint
 from .modules import experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
@@ -163,7 +164,7 @@ def _is_parameter(model: nn.Module, path: str) -> bool:
 
 def attach(model: PreTrainedModel, checkpoint: Checkpoint, contents: QuantizedCheckpoint) -> None:
     """Let a model that bitpress loaded be saved by save_pretrained."""
-    quantizer = BitpressQuantizer(BitpressConfig(checkpoint.config["quantization_config"]), pre_quantized=True)
+    quantizer = BitpressQuantizer(BitpressConfig(quantization_section(checkpoint)), pre_quantized=True)
     quantizer.checkpoint, quantizer.contents = checkpoint, contents
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.config.quantization_config = quantizer.quantization_config

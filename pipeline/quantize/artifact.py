@@ -143,6 +143,7 @@ def quantize(
         **order_of_sums(recipe),
         "recipe": recipe.to_dict() | {"format": plan.format.name},
         "coverage": plan.coverage() | {"layers": layers},
+        **({"transform": [each for line in lines for each in line.get("transform", [])]} if recipe.transform else {}),
         "files": files,
     }
     store.write_json(folder / MANIFEST, manifest)

@@ -9,22 +9,24 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitpress.kernels.linear import QExperts
+from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, NumericsError
-from ..methods.base import LayerGroup, Method, Statistic
+from ..methods.base import Folding, LayerGroup, Method, Statistic
 from ..methods.hessian import bfloat16_products
-from ..models.modules import dense_layer, joined_experts, replace_layers, set_tensor
-from ..models.structure import TensorNames, decoder, skeleton, weight_kind
+from ..models.modules import converted_tensors, dense_layer, joined_experts, replace_layers, set_tensor
+from ..models.structure import TensorNames, decoder, skeleton, towers, weight_kind
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
 from ..system.threads import pool
+from .foldings import probe, rows_of_inputs, segments
 from .plan import PlannedTensor
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time: what caches, and what memory likes
@@ -112,7 +114,12 @@ class BlockRunner:
             module._buffers.update({name: b.to(self.device) for name, b in module._buffers.items() if b is not None})
         for number, block in enumerate(self._real):
             blocks[number] = _StandIn(self, number, block)
-        self._outside = list(outside)
+        unread = tuple(f"{tower}." for tower in towers(self.model))
+        self._outside = [
+            planned
+            for planned in outside
+            if self.names.known(planned.target.parameter) and not planned.target.parameter.startswith(unread)
+        ]
         self._read = read or (lambda planned: checkpoint.read(planned.info.name))
         self.batches = ids.split(max(1, _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"]) // ids.shape[1]))
         self._workers = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
@@ -145,12 +152,15 @@ class BlockRunner:
 
     @contextlib.contextmanager
     def _outside_in_memory(self) -> Iterator[None]:
-        """The model has its embeddings, its last norm and its head for as long as this lasts."""
+        """The model has its embeddings, its last norm and its head for as long as this lasts, and no tower."""
         held = []
-        for planned in self._outside:
-            if self.names.known(planned.target.parameter):
-                set_tensor(self.model, planned.target, self._read(planned), self.device)
-                held.append(planned.target.parameter)
+        places = {planned.info.name: planned for planned in self._outside}
+        targets = {name: planned.target for name, planned in places.items()}
+        converted = converted_tensors(self.names, targets, lambda name: self._read(places[name]))
+        plain = ((planned.target, self._read(planned)) for planned in self._outside if planned.target.converter is None)
+        for target, tensor in chain(plain, converted):
+            set_tensor(self.model, target, tensor, self.device)
+            held.append(target.parameter)
         self.model.tie_weights()
         try:
             yield
@@ -404,9 +414,9 @@ class BlockView:
         tensors: Sequence[PlannedTensor],
         weights: dict[str, Tensor],
         inputs: Callable[[], Iterator[Tensor]],
-        method: Method,
+        method: Method | None = None,
     ):
-        """Show a block to a method.
+        """Show a block to a method or, without one, to a transform of all quantized layers.
 
         Args:
             tensors: all of the block. weights: the same by name, as in the files; `set` changes them in place.
@@ -426,7 +436,11 @@ class BlockView:
             if planned.target.expert
             or (names.known(planned.target.parameter) and planned.target.parameter not in names.experts)
         ]
-        own = {name for name, planned in self._tensors.items() if planned.spec and planned.spec.method == self._method}
+        own = {
+            name
+            for name, planned in self._tensors.items()
+            if planned.spec and (self._method is None or planned.spec.method == self._method)
+        }
         groups = self._runner.groups_and_norms(layers, next(iter(self.inputs())))
         return [(group, norm) for group, norm in groups if any(planned.info.name in own for planned in group)]
 
@@ -463,6 +477,100 @@ class BlockView:
         target = self._tensors[name].target
         known = target.expert is None and self._runner.names.known(target.parameter)
         return known and weight_kind(self._runner.model, target) == "conv1d"
+
+    def scheme(self, layer: str) -> Scheme | None:
+        spec = self._tensors[f"{layer}.weight"].spec
+        return spec.scheme if spec else None
+
+    @cached_property
+    def foldings(self) -> list[Folding | None]:
+        inputs = next(iter(self.inputs()))
+        outputs = self._runner.forward(0, inputs)
+        return [
+            next((each for each in self._candidates(number, inputs) if self._proved(each, inputs, outputs)), None)
+            for number in range(len(self.groups))
+        ]
+
+    def _candidates(self, number: int, inputs: Tensor) -> Iterator[Folding]:
+        """Foldings of a group that may hold: by its norm, or by a layer that is called before it, the nearest first."""
+        layers, norm = self._groups[number]
+        if layers[0].target.expert:
+            return
+        reader, width = self._runner.layer(layers[0]), layers[0].shape[1]
+        if norm is not None:
+            names = self._parameters(norm)
+            if names and all(self._tensors[name].info.shape == (width,) for name in names):
+                yield Folding(self.groups[number], names, torch.arange(width))
+            return
+
+        for before in reversed([planned for group, _ in self._groups[:number] for planned in group]):
+            if before.target.expert:
+                continue
+            names = self._parameters(before.target.parameter.removesuffix(".weight"))
+
+            def inputs_with(factors: Tensor, names: tuple[str, ...] = names) -> Tensor | None:
+                with self._scaled(names, factors):
+                    return self._input(reader, inputs)
+
+            for start in segments(before.shape[0], width):
+                rows = rows_of_inputs(before.shape[0], start, inputs_with)
+                if rows is not None and len(rows.unique()) > 1:
+                    yield Folding(self.groups[number], names, rows)
+
+    def _input(self, layer: nn.Module, inputs: Tensor) -> Tensor | None:
+        """What a layer of the block reads, [tokens, in], for the block's inputs; None where it is not called."""
+        seen: list[Tensor] = []
+
+        def read(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            seen.append(arguments[0].flatten(0, -2))
+            raise _Done
+
+        handle = layer.register_forward_pre_hook(read)
+        try:
+            with contextlib.suppress(_Done):
+                self._runner.forward(0, inputs)
+        finally:
+            handle.remove()
+        return seen[0] if seen else None
+
+    def _parameters(self, path: str) -> tuple[str, ...]:
+        """The names in the files of a module's weight and bias, as far as it has them."""
+        wanted = (f"{path}.weight", f"{path}.bias")
+        return tuple(name for name, planned in self._tensors.items() if planned.target.parameter in wanted)
+
+    @contextlib.contextmanager
+    def _scaled(self, names: Iterable[str], factors: Tensor) -> Iterator[None]:
+        """Meanwhile, each row of these tensors is multiplied by a factor [rows]."""
+        before = {name: self.tensor(name) for name in names}
+        try:
+            for name, tensor in before.items():
+                self.set(name, tensor * factors.view(-1, *[1] * (tensor.dim() - 1)).to(tensor.dtype))
+            yield
+        finally:
+            for name, tensor in before.items():
+                self.set(name, tensor)
+
+    def _proved(self, folding: Folding, inputs: Tensor, outputs: Tensor) -> bool:
+        """Whether the block puts out the same bits after a folding; it is undone again."""
+        before = {
+            name: self.tensor(name) for name in (*folding.tensors, *(f"{x}.weight" for x in folding.group.layers))
+        }
+        try:
+            self.fold(folding, probe(folding.rows))
+            return torch.equal(self._runner.forward(0, inputs), outputs)
+        finally:
+            for name, tensor in before.items():
+                self.set(name, tensor)
+
+    def fold(self, folding: Folding, scale: Tensor) -> None:
+        rows = self.tensor(folding.tensors[0]).shape[0]
+        factors = torch.ones(rows).index_copy(0, folding.rows, scale.reciprocal())
+        for name in folding.tensors:
+            tensor = self.tensor(name)
+            self.set(name, tensor * factors.view(-1, *[1] * (tensor.dim() - 1)).to(tensor.dtype))
+        for layer in folding.group.layers:
+            tensor = self.tensor(f"{layer}.weight")
+            self.set(f"{layer}.weight", tensor * scale.to(tensor.dtype))
 
     def outputs(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
         return self._runner.outputs(inputs)

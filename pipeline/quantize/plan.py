@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, ConfigError, listing
-from ..formats import first_fitting, misfits
+from ..formats import first_fitting, misfits, quantization_section
 from ..formats.base import Format, group_by_bytes
 from ..models.experts import ExpertSlice, SplitCheckpoint
 from ..models.structure import (
@@ -104,9 +104,21 @@ class Plan:
 
     @property
     def kept(self) -> list[str]:
-        """Layers that stay unquantized though they could be linear layers, by their names in the files."""
+        """Layers that stay unquantized though they could be linear layers, by their names in the files.
+
+        The routers of experts are among them: servers build them as linear layers.
+        """
+        names = TensorNames(self.model)
         tensors = {tensor.info.name: tensor.info for tensor in self.tensors if not tensor.spec}
-        return kept_names(tensors, list(self.schemes), self.model, TensorNames(self.model))
+        kept = kept_names(tensors, list(self.schemes), self.model, names)
+        owners = {path.rpartition(".")[0].rpartition(".")[0] for path in names.experts}
+        routers = [
+            tensor.module
+            for tensor in self.tensors
+            if not tensor.spec and len(tensor.info.shape) == 2 and tensor.info.name.endswith(".weight")
+            if tensor.target.parameter.rpartition(".")[0].rpartition(".")[0] in owners and not tensor.target.expert
+        ]
+        return list(dict.fromkeys([*kept, *routers]))
 
     def coverage(self) -> dict[str, object]:
         """Which share of the decoder's weight bytes is quantized, and what is kept and why."""
@@ -153,7 +165,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         CheckpointError: tensors that do not fit config.json, missing or fused ones, all at once.
         ConfigError: weights that a scheme or the format cannot hold, or a pattern that matches nothing.
     """
-    if section := checkpoint.config.get("quantization_config"):
+    if (section := quantization_section(checkpoint)) is not None:
         method = section.get("quant_method", "unknown") if isinstance(section, dict) else section
         raise CheckpointError(f"{checkpoint.folder.name} is quantized already ({method}); give the original checkpoint")
     model = skeleton(checkpoint)
@@ -223,6 +235,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec])
     dtype = dtype_of_most(tensor.info for tensor in tensors if tensor.spec)
     notes = [checkpoint.dequantization] if checkpoint.dequantization else []
+    notes += checkpoint.remarks
     notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")

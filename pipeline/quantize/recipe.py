@@ -19,6 +19,8 @@ from ..methods import registry as methods
 from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
 from ..system.versions import releases
+from ..transforms import registry as transforms
+from ..transforms.base import Transform
 from .spec import KEPT, LayerSpec, Rules
 
 FORMAT_VERSION = 2
@@ -35,6 +37,7 @@ class Recipe:
     fit_groups: a layer that its group size does not divide gets the largest smaller power of two that does.
     allow_split_fused: the parts of a unit that servers fuse, such as q, k and v, may differ.
     device: where calibrated methods do their work.
+    transform: what is done to each block before the methods; None for nothing.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Recipe:
     fit_groups: bool = False
     allow_split_fused: bool = False
     device: str = "cpu"
+    transform: Transform | None = None
 
     @staticmethod
     def make(settings: "str | Mapping[str, Any] | RecipeSettings", device: str = "auto") -> "Recipe":
@@ -71,12 +75,13 @@ class Recipe:
             fit_groups=settings.fit_groups,
             allow_split_fused=settings.allow_split_fused,
             device=str(pick_device(device)),
+            transform=transforms()[settings.transform] if settings.transform else None,
         )
 
     @property
     def calibrated(self) -> bool:
-        """Whether some layer's method needs calibration."""
-        return any(spec.method.needs_calibration for spec in self.rules.specs())
+        """Whether the transform or some layer's method needs calibration."""
+        return self.transform is not None or any(spec.method.needs_calibration for spec in self.rules.specs())
 
     @property
     def scheme(self) -> str:
@@ -101,6 +106,8 @@ class Recipe:
         for method in {spec.method.name: spec.method for spec in self.rules.specs()}.values():
             described[f"{method.name}.version"] = method.version
             described |= {f"{method.name}.{name}": value for name, value in options_of(method).items()}
+        if self.transform:
+            described |= {"transform": self.transform.name, "transform.version": self.transform.version}
         if self.calibration:
             described |= {f"calibration.{name}": value for name, value in self.calibration.to_dict().items()}
         return described
@@ -114,6 +121,9 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         if value != AUTO and value not in known:
             hint = nearest(value, known) or f"; use auto or one of {', '.join(known)}"
             faults.append(((key,), f"{key} {value!r} is unknown{hint}"))
+    if settings.transform and settings.transform not in transforms():
+        hint = nearest(settings.transform, transforms()) or f"; use one of {', '.join(transforms())}"
+        faults.append((("transform",), f"transform {settings.transform!r} is unknown{hint}"))
     if faults:
         return faults
     if settings.options and settings.method == AUTO:
@@ -130,7 +140,9 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         faults += _option_problems(settings)
     if not specs and not faults and not settings.baseline:
         faults.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
-    unused = settings.calibration and not any(spec.method.needs_calibration for spec in specs)
+    unused = (
+        settings.calibration and not settings.transform and not any(spec.method.needs_calibration for spec in specs)
+    )
     if unused and specs and not faults and not settings.inherits("calibration"):
         faults.append((("calibration",), NO_CALIBRATION))
     if settings.format != AUTO and not faults:

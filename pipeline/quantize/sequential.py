@@ -7,7 +7,7 @@ exactly the same numbers.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..methods.base import Diagnostics, Method, Statistic
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
+from ..transforms.base import Transformed
 from .block_runner import BlockRunner, BlockView
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
@@ -32,8 +33,8 @@ from .weights import UnitWriter, quantize_outside, quantize_weight, read_ahead
 REFERENCE_LOGITS = "reference_logits.safetensors"
 REFERENCE_TOKENS = 64
 _FEW = 2  # times its inputs: an expert that saw fewer tokens is rounded to nearest
-# Bytes of statistics that are in memory at a time. 128 experts of Qwen3-MoE have Hessians of 2.4 GB; a pass over the
-# tokens for each quarter of them costs less than the solving that follows.
+# Bytes of experts' statistics that are in memory at a time. 128 experts of Qwen3-MoE have Hessians of 2.4 GB, which
+# take five passes over the tokens so.
 MOST_STATISTICS = 1 << 29
 _HIDDEN = "hidden"
 _STATES = "states"
@@ -49,7 +50,7 @@ class CalibratedBlocks:
             work: the folder of states/ and of the reference logits.
         """
         assert recipe.calibration is not None
-        self.checkpoint, self.plan = plan.checkpoint, plan
+        self.checkpoint, self.plan, self.transform = plan.checkpoint, plan, recipe.transform
         self.states, self.reference_logits = work / _STATES, work / REFERENCE_LOGITS
         # float16 activations overflow in many models that were trained in bfloat16
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
@@ -119,6 +120,10 @@ class CalibratedBlocks:
         for planned in unit.tensors if self.runner.reached(block) else ():
             if planned.spec and planned.spec.method not in methods:
                 methods.append(planned.spec.method)
+        transformed: list[Transformed] = []
+        if self.transform and self.runner.reached(block):
+            view = BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block))
+            transformed = self.transform.transform(view)
         for method in methods:
             method.transform(BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block), method))
         shard = UnitWriter(unit, writer)
@@ -128,6 +133,8 @@ class CalibratedBlocks:
         for planned, qtensor, diagnostics in self._quantized(block, unit, weights):
             shard.add(planned, qtensor, diagnostics)
         line = shard.line(digest)
+        if self.transform:
+            line["transform"] = [asdict(each) for each in transformed]
         if block == self.last:
             outputs = self.runner.forward(0, next(self._inputs(block)))
             self.runner.unload_block()
@@ -223,6 +230,9 @@ def _statistics(group: Iterable[PlannedTensor]) -> tuple[type[Statistic], ...]:
 
 
 def _statistics_bytes(group: Sequence[PlannedTensor]) -> int:
+    """What a group of an expert's layers adds to the statistics in memory; other layers are few, and come along."""
+    if not group[0].target.expert:
+        return 0
     return sum(kind.nbytes(group[0].shape[1]) for kind in _statistics(group))
 
 

@@ -18,7 +18,7 @@ from ..evaluate.results import write_report
 from ..evaluate.verify import PROBE_TOKENS
 from ..evaluate.windows import windows
 from ..hub.download import resolve
-from ..models.loading import load_tokenizer
+from ..models.pretrained import load_tokenizer
 from ..models.structure import skeleton
 from ..publish.upload import prepare, send
 from ..quantize.recipe import Recipe

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, listing
+from .config import data_of
 from .dequantized import DequantizedTensors, coding_files, dequantized, without_coding
 from .files import SAFETENSORS_DTYPES, sha256_file
 from .tensor_info import TensorInfo as TensorInfo
@@ -30,6 +31,12 @@ _MOST_FUSED_EXPERTS = 1024
 _MOST_POSITIONS = 1 << 24
 _MOST_LABELS = 1 << 16
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+ADAPTER = "adapter_config.json"
+# files that are written anew, or are about something else than a model that is made of this one
+_OTHER_PURPOSES = (
+    "config.json", "quantize_config.json", ADAPTER, "metrics.json", "run.json", "report.md", "report.html",
+    "publish.json", "sample.json", "compare.json",
+)  # fmt: skip
 WEIGHT_SUFFIXES = (*_PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".index.json")
 
 
@@ -271,28 +278,58 @@ class Checkpoint:
         """A sentence on coded weights and what they are read as; None where all are read as they lie there."""
         return self._dequantized.sentence if self._dequantized else None
 
-    @cached_property
+    @property
     def config(self) -> dict[str, Any]:
-        """config.json.
+        """config.json as data alone: without the keys that choose code (see left_out), and without an empty section on
+        quantization.
 
         Raises:
-            CheckpointError: it wants to run code of its own, or names sizes that the files contradict.
+            CheckpointError: it names sizes that the files contradict, or holds what no config may hold.
         """
-        path = self.folder / "config.json"
-        config = without_coding(self._config) if self._dequantized else self._config
-        if "auto_map" in config:
-            raise CheckpointError(
-                f"{path} asks for code of its own (auto_map: {config['auto_map']}), which bitpress "
-                "never runs; use a checkpoint of an architecture that transformers has"
+        return self._data[0]
+
+    @property
+    def left_out(self) -> list[str]:
+        """The keys of config.json that `config` lacks, such as "auto_map": they choose code, or name a download."""
+        return self._data[1]
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on what lies in the folder and is not part of the checkpoint as bitpress sees it."""
+        remarks = []
+        if self.left_out:
+            remarks.append(
+                f"config.json: {', '.join(self.left_out)} left out, which choose code or name a download; "
+                "transformers' own code runs"
             )
+        if (self.folder / ADAPTER).exists():
+            remarks.append(
+                f"{ADAPTER} lies in the folder: the adapter is ignored, the weights are those of the folder's own "
+                "files; merge the adapter into them first if it is meant"
+            )
+        return remarks
+
+    @cached_property
+    def _data(self) -> tuple[dict[str, Any], list[str]]:
+        path = self.folder / "config.json"
         widest = max((size for info in self.tensors.values() for size in info.shape), default=0)
+        left_out: list[str] = []
+        odd: list[str] = []
         try:
-            problems = list(_implausible(config, len(self.tensors), widest))
+            config = data_of(without_coding(self._config) if self._dequantized else self._config, left_out, odd)
+            implausible = list(_implausible(config, len(self.tensors), widest))
         except RecursionError:
             raise CheckpointError(f"{path}: nested too deeply to be a config") from None
-        if problems:
-            raise CheckpointError(f"{path} does not fit the weight files:\n{listing(problems)}")
-        return config
+        names = config.get("architectures")
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            odd.append(f'architectures: {names!r}, expected a list of names, such as ["LlamaForCausalLM"]')
+        if odd:
+            raise CheckpointError(f"{path} cannot be used:\n{listing(odd)}")
+        if implausible:
+            raise CheckpointError(f"{path} does not fit the weight files:\n{listing(implausible)}")
+        if config.get("quantization_config", 0) in (None, {}):
+            del config["quantization_config"]
+        return config, left_out
 
     @classmethod
     def single(cls, file: Path) -> "Checkpoint":
@@ -392,7 +429,8 @@ class Checkpoint:
     def other_files(self) -> list[Path]:
         """The files of the folder that go with the weights: tokenizer, generation config, licence, …
 
-        Hidden files, code and folders are left out.
+        Hidden files, code and folders are left out, and so is what an earlier run or a training says of these weights:
+        figures, reports, an adapter.
 
         Raises:
             CheckpointError: one is a link that leads elsewhere.
@@ -402,6 +440,6 @@ class Checkpoint:
             name = path.name
             if name.startswith(".") or name.endswith(WEIGHT_SUFFIXES) or path.suffix in (".py", ".so", ".sh"):
                 continue
-            if path.is_file() and name not in ("config.json", "quantize_config.json", *coding_files()):
+            if path.is_file() and name not in (*_OTHER_PURPOSES, *coding_files()):
                 companions.append(regular_file(path))
         return companions

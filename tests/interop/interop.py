@@ -31,7 +31,7 @@ from bitpress.pipeline.data.text import PYDOC_TOPICS, read_text
 from bitpress.pipeline.data.tokens import encode
 from bitpress.pipeline.hub.download import DEMO, resolve
 from bitpress.pipeline.methods.gptq import GPTQ
-from bitpress.pipeline.models.loading import load_tokenizer
+from bitpress.pipeline.models.pretrained import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -180,16 +180,19 @@ class Source(ABC):
         """
 
 
-def float8_coding(stored: Mapping[str, TensorInfo], blocks: Sequence[Block]) -> Coding:
+def float8_coding(stored: Mapping[str, TensorInfo], blocks: Sequence[Block], packed: Sequence[Block] = ()) -> Coding:
     """Every float8 tensor with the tensor of its scales beside it; whatever lies there alone is a problem.
 
     Args:
         blocks: that scales may serve, in the order in which they are tried against the shapes.
+        packed: the same of int8 tensors, each of whose bytes holds two E2M1 codes; by default there are none.
     """
     coding, used = Coding(), set()
     for name, info in stored.items():
-        if info.dtype not in FLOAT8 or name.rpartition(".")[2] in _SCALE_NAMES:
+        halves = bool(packed) and info.dtype == torch.int8
+        if (info.dtype not in FLOAT8 and not halves) or name.rpartition(".")[2] in _SCALE_NAMES:
             continue
+        shape = (*info.shape[:-1], 2 * info.shape[-1]) if halves and info.shape else info.shape
         stem = name.removesuffix(".weight")
         candidates = (f"{name}_scale_inv", f"{name}_scale", f"{stem}.scale", f"{stem}.qscale_weight")
         scales = [stored[candidate] for candidate in candidates if candidate in stored]
@@ -201,10 +204,10 @@ def float8_coding(stored: Mapping[str, TensorInfo], blocks: Sequence[Block]) -> 
                 if scales
                 else f"{name} is {_dtype(info)} and its scales are missing: no {candidates[0]} or {candidates[1]}"
             )
-        elif isinstance(block := fitting_block(info.shape, scales[0], blocks), str):
+        elif isinstance(block := fitting_block(shape, scales[0], packed if halves else blocks), str):
             coding.problems.append(block)
         else:
-            coding.weights[name] = CodedWeight(info, info.shape, scales[0], block)
+            coding.weights[name] = CodedWeight(info, shape, scales[0], block)
     set_aside(coding, stored, used)
     return coding
 

@@ -25,7 +25,7 @@ class Fp8(Source):
             return float8_coding(stored, (PER_TENSOR, PER_CHANNEL, SQUARES, _MICROSCALING))
         if (block := block_size(wanted)) is None:
             return Coding(problems=[f"weight_block_size is {wanted!r}, expected two whole numbers such as [128, 128]"])
-        return float8_coding(stored, (block,))
+        return float8_coding(stored, (block,), (_MICROSCALING,))  # DeepSeek-V4 has its experts in MXFP4 beside that
 
 
 PLUGINS = (Fp8(),)

@@ -134,7 +134,8 @@ FAULTS: list[tuple[str, str, Plant, str]] = [
     ("gptq", "half a shard", lambda p: p.write("model-00001-of-00003.safetensors", "half"), "truncated or corrupt"),
     ("gptq", "no config", lambda p: p.remove("config.json"), "config.json is missing"),
     ("gptq", "code of its own", lambda p: p.write("config.json", json.dumps(
-        read_json(p.folder / "config.json") | {"auto_map": {"AutoConfig": "x.Y"}})), "asks for code of its own"),
+        read_json(p.folder / "config.json") | {"auto_map": {"AutoConfig": "x.Y"}, "model_type": "y"})),
+     "asks for code of its own"),
     ("gptq", "bits that are none", lambda p: p.config(bits=5), "int5 is not a scheme"),
     ("gptq", "mixed bits", lambda p: p.config(dynamic={"+:.*": {"bits": 8}}), f"{LAYER}: qzeros has shape"),
     ("gptq", "configs that differ", lambda p: p.write("quantize_config.json", json.dumps(

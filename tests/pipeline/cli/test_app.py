@@ -31,6 +31,8 @@ from bitpress.pipeline.runs import job
 from bitpress.pipeline.storage import files, journal
 from bitpress.pipeline.system import interrupts
 
+README = Path(__file__).parents[3] / "README.md"
+
 
 class Panic(BaseException):
     """Of a library in Rust."""
@@ -291,7 +293,7 @@ class TestOptions:
             (["--context", 1], 2, "context: Input should be greater than or equal to 2, got 1"),
             (["--seed", "x"], 2, "seed: Input should be a valid integer, got 'x'"),
             (["--max-fallback-layers", -1], 2, "max-fallback-layers"),
-            (["--calibration", __file__, "--context", 64, "--windows", 9999], 4, "calibration needs 639936"),
+            (["--calibration", README, "--context", 64, "--windows", 9999], 4, "calibration needs 639936"),
             (["--calibration", "a.txt", "--recipe", "int4-g32"], 2, "no method of the recipe is calibrated"),
         ],
     )

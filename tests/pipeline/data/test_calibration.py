@@ -17,7 +17,7 @@ from bitpress.pipeline.config.schema import TrainingSet
 from bitpress.pipeline.data.calibration import Calibration, calibrate, source_of
 from bitpress.pipeline.data.tokens import encode
 from bitpress.pipeline.errors import BitpressError, CheckpointError, ConfigError, HubError, NumericsError
-from bitpress.pipeline.models.loading import load_tokenizer
+from bitpress.pipeline.models.pretrained import load_tokenizer
 from bitpress.pipeline.models.structure import skeleton
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bitpress.pipeline.api import load, quantize
+from bitpress.pipeline.api import convert, load, quantize
+from bitpress.pipeline.checkpoints.describe import describe
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.errors import CheckpointError, NumericsError
 from bitpress.pipeline.models.loading import load_model
@@ -203,3 +204,41 @@ def test_weights_are_opened_by_the_checkpoint_alone(source: Path, monkeypatch: p
     monkeypatch.setattr("transformers.modeling_utils.safe_open", refuse)
     monkeypatch.setattr("transformers.modeling_utils.load_state_dict", refuse)
     assert isinstance(load(source)[0].lm_head.weight, torch.nn.Parameter)
+
+
+class TestSettingsInAFileOfTheirOwn:
+    """AutoGPTQ before 0.5 wrote quantize_config.json and left config.json as it was."""
+
+    @pytest.fixture
+    def old(self, source: Path, tmp_path: Path) -> Path:
+        quantize(source, {"scheme": "int4-g32", "format": "gptq"}, tmp_path / "old")
+        for name in ("config.json", "quantize_config.json"):
+            values = json.loads((tmp_path / "old" / name).read_text())
+            for key in ("quantization_config", "quant_method", "checkpoint_format"):
+                values.pop(key, None)
+            (tmp_path / "old" / name).write_text(json.dumps(values))
+        (tmp_path / "old" / "bitpress.json").unlink()
+        return tmp_path / "old"
+
+    def test_are_read(self, old: Path, source: Path, tmp_path: Path, logits: Callable[[Path], torch.Tensor]):
+        quantize(source, {"scheme": "int4-g32", "format": "gptq"}, tmp_path / "new")
+        assert torch.equal(logits(old), logits(tmp_path / "new"))
+        assert describe(old)["quantized"] == "int4-g32"
+        with pytest.raises(CheckpointError, match="is quantized already"):
+            quantize(old, "int4-g32", tmp_path / "again")
+        convert(old, "gptq-v2", tmp_path / "v2")
+        assert torch.equal(logits(tmp_path / "v2"), logits(old))
+        faults = diagnose(old).faults
+        assert len(faults) == 1
+        assert "config.json has no quantization_config, quantize_config.json has" in faults[0]
+
+    def test_count_only_where_layers_are_quantized(self, source: Path):
+        (source / "quantize_config.json").write_text('{"bits": 4, "group_size": 32}')
+        assert isinstance(load(source)[0].lm_head, torch.nn.Linear)
+
+    def test_without_them_nothing_is_invented(self, old: Path):
+        (old / "quantize_config.json").unlink()
+        with pytest.raises(
+            CheckpointError, match=r"tensors are not of that model, such as .*\n.*no tensor in the files"
+        ):
+            load(old)

@@ -319,8 +319,8 @@ def test_models_that_are_no_chain_of_blocks_are_refused(
     def instead(self: LlamaModel, input_ids: Tensor, **options: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=forward(self, self.embed_tokens(input_ids)))
 
-    monkeypatch.setattr(LlamaModel, "forward", instead)
     runner, _ = start(tiny("llama"))
+    monkeypatch.setattr(LlamaModel, "forward", instead)
     with pytest.raises(CheckpointError, match=rf"LlamaForCausalLM is no plain chain of blocks \(({said})") as caught:
         list(runner.embed())
     assert "use a method that needs no calibration" in str(caught.value)
@@ -420,6 +420,48 @@ class TestBlockView:
         assert [len(hessian.matrix()) for hessian in found] == [64, 64, 64, 128]
         (rows,) = {hessian.tokens for hessian in found}
         assert rows == WINDOWS * CONTEXT
+
+    # what each group's inputs are made by: a norm's name, or the layer before
+    FOLDINGS: ClassVar[dict[str, dict[str, str | None]]] = {
+        "llama": {
+            "k_proj": "input_layernorm",
+            "o_proj": "v_proj",
+            "gate_proj": "post_attention_layernorm",
+            "down_proj": "up_proj",
+        },
+        "phi3": {
+            "qkv_proj": "input_layernorm",
+            "o_proj": "qkv_proj",
+            "gate_up_proj": "post_attention_layernorm",
+            "down_proj": "gate_up_proj",
+        },
+        # GELU comes before the last layer; the norms multiply by 1 + weight in gemma2
+        "gpt2": {"c_attn": "ln_1", "attn.c_proj": "c_attn", "c_fc": "ln_2", "mlp.c_proj": None},
+        "gemma2": {"k_proj": None, "o_proj": "v_proj", "gate_proj": None, "down_proj": "up_proj"},
+    }
+
+    @pytest.mark.parametrize("name", FOLDINGS)
+    def test_scales_fold_into_what_makes_the_inputs(self, name: str, tiny: Tiny) -> None:
+        """And the block computes the same bits, whatever the powers of two."""
+        view, states = self.view(tiny(name))
+        made_by = {}
+        for group, folding in zip(view.groups, view.foldings):
+            layer = min(layer for layer in group.layers)
+            short = next(key for key in self.FOLDINGS[name] if layer.endswith(key))
+            made_by[short] = folding.tensors[0].rsplit(".", 2)[1] if folding else None
+        assert made_by == self.FOLDINGS[name]
+        before = [*view.outputs(states)]
+        for number, folding in enumerate(view.foldings):
+            if folding:
+                rows = int(folding.rows.max()) + 1
+                view.fold(folding, ((torch.arange(rows) + number) % 5 - 2).float().exp2()[folding.rows])
+        assert all(map(torch.equal, view.outputs(states), before))
+
+    def test_heads_that_share_values_share_a_scale(self, tiny: Tiny) -> None:
+        view, _ = self.view(tiny("llama"))
+        (values,) = [each for each in view.foldings if each and each.tensors[0].endswith("v_proj.weight")]
+        heads = torch.arange(32).view(2, 1, 16).expand(2, 2, 16)  # two value heads of 16, each of two query heads
+        assert torch.equal(values.rows, heads.reshape(-1))
 
     def test_what_does_not_fit_is_refused(self, tiny: Tiny) -> None:
         view, _ = self.view(tiny("gpt2"))

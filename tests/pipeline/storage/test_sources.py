@@ -481,6 +481,7 @@ PACKED: dict[str, tuple[dict[str, Any], int, tuple[str, str, str]]] = {
         32,
         ("weight_packed", "weight_scale", ""),
     ),
+    "deepseek": ({**FP8, "weight_block_size": [128, 128], "expert_dtype": "fp4"}, 32, ("weight", "scale", "")),
     "modelopt": (
         {"quant_method": "modelopt", "quant_algo": "NVFP4"},
         16,
@@ -509,6 +510,8 @@ def test_four_bits(
             scale = values / number if kind == "nvfp4" else values * number
         else:
             scale = np.exp2(bytes_of_scales.astype(float) - 127)
+        if kind == "deepseek":
+            stored = {f"{layer}.weight": stored[name].view(torch.int8), f"{layer}.scale": stored[f"{layer}.scale"]}
         unpacked = np.stack((E2M1[packed & 15], E2M1[packed >> 4]), -1).reshape(shape)
         return stored, bfloat16(decoded(unpacked, scale, (1, group)))
 

@@ -1,0 +1,37 @@
+"""What every transform is: it makes a block's tensors easier to quantize, and changes nothing of what they compute."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from ..methods.base import BlockView
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """What a transform did for one group of layers that read the same input.
+
+    layers: their names in the files. before, after: the relative squared error of their outputs that quantizing would
+    make without and with the transform, on a sample of the calibration tokens. note: how it was done, or why not.
+    """
+
+    layers: tuple[str, ...]
+    before: float
+    after: float
+    note: str
+
+
+class Transform(Protocol):
+    """A step before the methods. One with options is a pydantic dataclass, its fields the options.
+
+    rank: as of methods. version: goes up whenever the same input would give other bytes.
+    about: what it does and for which schemes, in one sentence for `bitpress list`.
+    """
+
+    name: ClassVar[str]
+    rank: ClassVar[int]
+    version: ClassVar[int]
+    about: ClassVar[str]
+
+    def transform(self, block: BlockView) -> list[Transformed]:
+        """Change the block; returns a line for each group of layers that it looked at."""
+        ...

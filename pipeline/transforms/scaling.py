@@ -1,0 +1,112 @@
+"""The search that transforms by scales share: which scale of a group's inputs makes its outputs best when quantized.
+
+A layer's output X W^T is also (X / s) (W s)^T for any scale s of the input channels. The inverse of s moves into
+whatever makes X: a norm, or the layer before. All scales are powers of two. So no number is rounded on the way, in
+whatever dtype it lies, and the transformed block computes the same bits as before.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from bitpress.kernels.scheme import Scheme
+
+from ..methods.base import BlockView
+from .base import Transformed
+
+_SAMPLE = 1024  # rows of a group's inputs on which scales are judged: more changed no choice on the models tried
+_OUTPUTS = 1024  # rows of a group's weights that take part in that
+
+
+class InputRange:
+    """Per input channel the largest and the mean magnitude, float32 [in], and a sample of the inputs, [rows, in].
+
+    The sample is spread over all calibration tokens: when it is full, every other row goes and half as many are taken.
+    """
+
+    multiplies_inputs = False
+
+    def __init__(self, in_features: int, device: torch.device):
+        self.tokens = self.dropped = 0
+        self.largest = torch.zeros(in_features, device=device)
+        self._sum = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._rows: list[Tensor] = []
+        self._step = 1
+
+    def add(self, inputs: Tensor) -> None:
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        finite = torch.isfinite(rows).all(1)
+        if not finite.all():
+            self.dropped += int((~finite).sum())
+            rows = rows[finite]
+        if not len(rows):
+            return
+        magnitudes = rows.abs().to(torch.float32)
+        self.largest = torch.maximum(self.largest, magnitudes.amax(0))
+        self._sum += magnitudes.sum(0, dtype=torch.float64)
+        start = -self.tokens % self._step
+        self._rows += rows[start :: self._step].to(torch.float32).unbind()
+        self.tokens += len(rows)
+        while len(self._rows) > 2 * _SAMPLE:
+            self._rows, self._step = self._rows[::2], 2 * self._step
+
+    @property
+    def mean(self) -> Tensor:
+        return (self._sum / max(1, self.tokens)).to(torch.float32)
+
+    def sample(self) -> Tensor:
+        return torch.stack(self._rows[:: len(self._rows) // _SAMPLE or 1])
+
+
+Propose = Callable[[InputRange, Tensor], Iterable[tuple[str, Tensor]]]
+"""(range of the inputs, largest magnitudes [in] of the weights' columns) -> (words, scale [in] > 0) to be tried."""
+
+
+def search_scales(block: BlockView, propose: Propose) -> list[Transformed]:
+    """Give each group of a block's layers the scale, among those proposed, that makes its quantized outputs best.
+
+    A group keeps its inputs as they are where nothing makes them that a scale can move into, and where no proposed
+    scale is better.
+    """
+    lines = []
+    for group, folding, inputs in zip(block.groups, block.foldings, block.collect(InputRange)):
+        if folding is None or not inputs.tokens:
+            continue
+        named = {layer: block.tensor(f"{layer}.weight").to(torch.float32) for layer in group.layers}
+        largest = torch.stack([weight.abs().amax(0) for weight in named.values()]).amax(0)
+        weights = [(weight[:: len(weight) // _OUTPUTS or 1], block.scheme(layer)) for layer, weight in named.items()]
+        sample = inputs.sample()
+        before = best = _error(weights, sample)
+        chosen, note = None, "its inputs stay as they are"
+        for words, proposed in propose(inputs, largest):
+            level = proposed.clamp(min=torch.finfo(torch.float32).tiny).log2()
+            level = torch.full((int(folding.rows.max()) + 1,), -torch.inf).scatter_reduce(
+                0, folding.rows, level, "amax"
+            )[folding.rows]  # inputs that one row makes share the largest of their scales
+            scale = (level - level.median()).round().clamp(-24, 24).exp2()
+            if (after := _error(weights, sample, scale)) < best:
+                best, chosen, note = after, scale, words
+        if chosen is not None:
+            block.fold(folding, chosen)
+        lines.append(Transformed(group.layers, before, best, note))
+    return lines
+
+
+def _error(weights: list[tuple[Tensor, Scheme | None]], inputs: Tensor, scale: Tensor | None = None) -> float:
+    """The relative squared error of layers' outputs when they are rounded to nearest, summed over the layers.
+
+    Args:
+        weights: [out, in] with their schemes; one without is not quantized. inputs: [tokens, in]. scale: [in].
+    """
+    total = 0.0
+    for weight, scheme in weights:
+        if scheme is None or scheme.weight.nearest is None:
+            continue
+        expected = inputs @ weight.t()
+        scaled, x = (weight, inputs) if scale is None else (weight * scale, inputs / scale)
+        tensors = scheme.weight.nearest(scaled, torch.float32)
+        rounded = scheme.weight.dequantize((weight.shape[0], weight.shape[1]), tensors, torch.float32)
+        x = x if scheme.activations is None else scheme.activations.apply(x, {})
+        total += ((x @ rounded.t() - expected).square().sum() / expected.square().sum().clamp(min=1e-30)).item()
+    return total

@@ -1,0 +1,277 @@
+"""Calls the kernels of csrc/ with random weights, inputs, strides, threads and values, all between guard pages.
+
+    python tests/fuzz/kernels.py [--count 1000] [--minutes 1] [--seed 0] [--first 0] [--sanitized]
+    python tests/fuzz/kernels.py --seed 0 --first 17 --count 1      one call again
+
+Each buffer ends, or begins, at a page that cannot be touched, so that one byte out of bounds ends the process; the rest
+of its own pages is filled with a pattern, which has to be there afterwards. The result is compared with float64. With
+--sanitized, the library is built with AddressSanitizer and UndefinedBehaviorSanitizer, and everything runs under them.
+"""
+
+import argparse
+import ctypes
+import mmap
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+import torch
+from torch import Tensor
+
+from bitpress.kernels.activations.int8_token import quantize_rows
+from bitpress.kernels.cpu import library as native_library
+from bitpress.kernels.cpu import native
+from bitpress.kernels.cpu.library import Library, library
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+
+BATCH = 100  # calls of one process
+PATTERN = 0xA5
+DTYPES = tuple(native.DTYPES)
+BASES = ("int2", "int3", "int4", "int8", "int4-asym", "int8-asym", "int8-dynamic", "nf4", "nf4-dq")
+# RMS, relative to what independent terms would add up to; see tests/kernels/cpu/test_native.py. Outputs are rounded to
+# the inputs' dtype, and scales to float16.
+BOUND = {torch.float32: 2.0**-10, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-7}
+CODEBOOK = 2.0**-6  # NF4's code book in int8
+
+
+class Guarded:
+    """Buffers between guard pages, each with a pattern around it."""
+
+    def __init__(self) -> None:
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.kept: list[tuple[mmap.mmap, Tensor, int, int]] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, at_end: bool, alignment: int = 1) -> Tensor:
+        """A tensor at the end of its pages, as near as `alignment` bytes allow, or at their beginning."""
+        page, size = mmap.PAGESIZE, max(1, torch.Size(shape).numel() * dtype.itemsize)
+        inner = -(-size // page) * page
+        memory = mmap.mmap(-1, inner + 2 * page)
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        whole.fill_(PATTERN)
+        for offset in (0, page + inner):
+            assert self.libc.mprotect(ctypes.c_void_p(whole.data_ptr() + offset), page, 0) == 0
+        start = page + ((inner - size) // alignment * alignment if at_end else 0)
+        self.kept.append((memory, whole, start, size))
+        piece = whole[start : start + size]
+        return piece[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+
+    def copy(self, tensor: Tensor, at_end: bool, alignment: int = 1) -> Tensor:
+        """A contiguous copy."""
+        result = self.empty(tuple(tensor.shape), tensor.dtype, at_end, alignment)
+        return result.copy_(tensor)
+
+    def check(self) -> None:
+        """Nothing was written beside a buffer."""
+        page = mmap.PAGESIZE
+        for _, whole, start, size in self.kept:
+            assert (whole[page:start] == PATTERN).all(), "written before a buffer"
+            assert (whole[start + size : len(whole) - page] == PATTERN).all(), "written behind a buffer"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: what is multiplied, how, and what of it lies at the end of its pages."""
+
+    number: int
+    seed: int
+    scheme: str
+    shape: tuple[int, int]
+    rows: int
+    dtype: torch.dtype
+    bias: bool
+    exact: bool
+    threads: int
+    instructions: str
+    transposed: bool
+    values: str
+    at_end: bool
+
+
+def make_call(number: int, seed: int, runnable: list[str]) -> Call:
+    generator = random.Random(f"{seed} {number}")
+    base = generator.choice(BASES)
+    name, asym, _ = base.partition("-asym")
+    columns = generator.choice((1, 2, 7, 31, 32, 33, 64, 127, 200, 509, 640, 1151))
+    if base.startswith("nf4"):
+        columns, name = 64 * generator.randrange(1, 12), base
+    elif base != "int8-dynamic":
+        group = generator.choice((32, 64, 96, 128, 256, None))
+        name = f"{name}-{'channel' if group is None else f'g{group}'}{asym}"
+        columns = columns if group is None else group * generator.randrange(1, 8)
+    out = generator.choice((1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129))
+    rows = generator.choice((1, 2, 3, 7, 8, 9, 16, 17, 33, 47, 64, 65))
+    exact = generator.random() < 0.4 and base != "int8-dynamic"
+    return Call(
+        number, seed, name, (out, columns), rows, generator.choice(DTYPES), generator.random() < 0.3, exact,
+        generator.choice((1, 1, 2, 3, 5)), generator.choice(runnable), generator.random() < 0.3,
+        generator.choice(("normal", "normal", "zero", "huge", "tiny", "nan", "inf")), generator.random() < 0.7,
+    )  # fmt: skip
+
+
+def inputs(call: Call, generator: torch.Generator) -> Tensor:
+    x = torch.randn(call.rows, call.shape[1], generator=generator)
+    scale = {"zero": 0.0, "huge": torch.finfo(call.dtype).max / 8, "tiny": torch.finfo(call.dtype).tiny}
+    x = (x * scale.get(call.values, 1.0)).to(call.dtype)
+    if call.values in ("nan", "inf"):
+        x[call.rows // 2, call.shape[1] // 2] = float(call.values)
+    return x
+
+
+def perform(call: Call, loaded: Library) -> None:
+    """Pack, multiply and dequantize between guard pages.
+
+    Raises:
+        AssertionError: a result that is wrong, or something was written beside a buffer.
+    """
+    generator, guarded = torch.Generator().manual_seed(call.number), Guarded()
+    scheme = Scheme.parse(call.scheme)
+    qtensor = QTensor.of(scheme, call.shape, scheme.weight.random(call.shape, generator))
+    kernel = (native.NativeExact if call.exact else native.NativeInt8)(call.instructions)
+    if kernel.unsupported(qtensor, call.dtype, torch.device("cpu")):
+        return
+    codes = guarded.copy(qtensor.codes, call.at_end, 4)
+    if call.transposed and codes.dim() == 2:
+        codes = guarded.copy(qtensor.codes.t().contiguous(), call.at_end, 4).t()
+    torch.set_num_threads(call.threads)
+    original = native._in_huge_pages
+    native._in_huge_pages = lambda library, size: guarded.empty((size,), torch.uint8, call.at_end, 64).zero_()
+    try:
+        packed = native._pack(loaded, replace(qtensor, codes=codes))
+    finally:
+        native._in_huge_pages = original
+        torch.set_num_threads(1)
+    before = packed.clone()
+    x = guarded.copy(inputs(call, generator), call.at_end, call.dtype.itemsize)
+    y = guarded.empty((call.rows, call.shape[0]), call.dtype, call.at_end, call.dtype.itemsize)
+    bias = guarded.copy(torch.randn(call.shape[0], generator=generator), call.at_end, 4) if call.bias else None
+    chosen, dtype = loaded.instructions.index(call.instructions), native.DTYPES[call.dtype]
+    assert not loaded.lib.bitpress_linear(
+        packed.data_ptr(), x.data_ptr(), call.rows, dtype, None if bias is None else bias.data_ptr(), y.data_ptr(),
+        call.exact, chosen, call.threads,
+    )  # fmt: skip
+    first = 16 * (call.number % -(-call.shape[0] // 16))  # whole blocks of 16, or up to the end
+    count = min(16 * (1 + call.number % 3), call.shape[0] - first)
+    weight = guarded.empty((count, call.shape[1]), torch.float32, call.at_end, 4)
+    assert not loaded.lib.bitpress_dequantize(
+        packed.data_ptr(), first, count, native.DTYPES[torch.float32], weight.data_ptr(), chosen, call.threads
+    )
+    guarded.check()
+    assert torch.equal(packed, before), "the weight was written to"
+    expected = qtensor.dequantize()
+    assert torch.allclose(weight, expected[first : first + count], rtol=2.0**-10, atol=1e-6), "dequantized wrongly"
+    _compare(call, x, y, bias, expected.double())
+
+
+def _compare(call: Call, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tensor) -> None:
+    """Rows with NaN or Inf spoil no other; the others are near the product in float64."""
+    good = x.isfinite().all(1)
+    assert good.all() or not y[~good].isfinite().all(), "NaN or Inf came out finite"
+    x, y = x[good].double(), y[good].double()
+    if not len(x):
+        return
+    if not call.exact:
+        # Inputs share a scale with a group of weights, of at most 128; int8-dynamic has one for the row.
+        step = native._grouping(Scheme.parse(call.scheme), call.shape[1])[0]
+        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % step)).unflatten(-1, (-1, step)).float()
+        codes, scales = quantize_rows(padded)
+        x = (codes.double() * scales.double()).flatten(-2)[:, : x.shape[1]]
+    product = x @ weight.t() + (0 if bias is None else bias.double())
+    terms = (x.square() @ weight.square().t()).sum() + (0 if bias is None else bias.double().square().sum() * len(x))
+    finite = y.isfinite()
+    assert finite.all() or call.values == "huge", "NaN or Inf came out of numbers of an ordinary size"
+    error = (y - product)[finite].norm()
+    bound = max(BOUND[call.dtype], CODEBOOK if call.scheme.startswith("nf4") else 0)
+    assert error <= bound * terms.sqrt() + torch.finfo(call.dtype).tiny * y.numel(), f"error {error / terms.sqrt()}"
+
+
+def run_batch(first: int, count: int, seed: int, loaded: Library) -> list[str]:
+    """Sentences on what went wrong in calls first .. first + count, made in processes of their own."""
+    findings = []
+    counter = mmap.mmap(-1, 8)
+    while count > 0:
+        counter[:8] = first.to_bytes(8, "little")
+        child = os.fork()
+        if not child:
+            code = 0
+            try:
+                for number in range(first, first + count):
+                    counter[:8] = number.to_bytes(8, "little")
+                    perform(make_call(number, seed, loaded.runnable), loaded)
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                code = 9
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if not code:
+            break
+        number = int.from_bytes(counter[:8], "little")
+        how = signal.Signals(-code).name if code < 0 else "see above"
+        findings.append(
+            f"{how}: {make_call(number, seed, loaded.runnable)}\n"
+            f"    python tests/fuzz/kernels.py --seed {seed} --first {number} --count 1"
+        )
+        count -= number + 1 - first
+        first = number + 1
+    return findings
+
+
+def run_sanitized() -> int:
+    """Build the library with both sanitizers and start this program again under them; its exit code."""
+    gcc = shutil.which("gcc")
+    assert gcc, "--sanitized needs gcc"
+    sources = sorted(map(str, (Path(native_library.__file__).parent / "csrc").glob("*.c")))
+    flags = [flag for flag in native_library._FLAGS if not flag.startswith("-O")]
+    sanitizers = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "sanitized.so"
+        subprocess.run([gcc, *flags, *sanitizers, "-shared", "-o", target, *sources, "-lm", "-lpthread"], check=True)
+        runtimes = [
+            subprocess.run([gcc, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+            for name in ("libasan.so", "libubsan.so")
+        ]
+        environment = os.environ | {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+        arguments = [argument for argument in sys.argv[1:] if argument != "--sanitized"]
+        command = [sys.executable, __file__, *arguments, "--library", str(target)]
+        return subprocess.run(command, env=environment, check=False).returncode
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=10**9, help="calls at most")
+    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first call")
+    parser.add_argument("--sanitized", action="store_true")
+    parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.sanitized:
+        sys.exit(run_sanitized())
+    loaded = native_library._load(options.library, "sanitized") if options.library else library()
+    if isinstance(loaded, str):
+        sys.exit(f"there is nothing to call: {loaded}")
+    start, number, end = time.monotonic(), options.first, options.first + options.count
+    findings = []
+    while number < end and time.monotonic() - start < 60 * options.minutes:
+        count = min(BATCH, end - number)
+        for finding in run_batch(number, count, options.seed, loaded):
+            findings.append(finding)
+            print(finding, flush=True)
+        number += count
+    seconds, what = time.monotonic() - start, ", ".join(loaded.runnable)
+    print(f"seed {options.seed}, calls {options.first} to {number - 1} ({what}) in {seconds:.0f} s: ", end="")
+    print(f"{len(findings)} findings")
+    sys.exit(bool(findings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What is damaged: small folders of every format that bitpress reads, and what is done with each."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPTNeoConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from bitpress.pipeline.api import convert, load, quantize
+from bitpress.pipeline.cli import inspect
+from bitpress.pipeline.config.load import load_eval
+from bitpress.pipeline.data.text import read_text
+from bitpress.pipeline.evaluate import worker
+from bitpress.pipeline.evaluate.compare import compare
+from bitpress.pipeline.evaluate.conditions import Conditions
+from bitpress.pipeline.evaluate.external import evaluate_external
+from bitpress.pipeline.evaluate.measure import measure_task
+from bitpress.pipeline.hub.download import resolve
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 4
+RECIPES = {
+    "gptq": {"scheme": "int4-g32", "format": "gptq"},
+    "gptq-v2": {"scheme": "int4-g32-asym", "format": "gptq-v2"},
+    "compressed": {"scheme": "int8-dynamic", "format": "compressed-tensors", "layers": {"*.down_proj": "int4-g32"}},
+    "nf4": {"scheme": "nf4"},
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A folder to damage, and the steps that are taken with it: name -> a function of the folder and a free one."""
+
+    name: str
+    folder: Path
+    steps: dict[str, Callable[[Path, Path], None]]
+
+
+def _save(config: PreTrainedConfig, folder: Path, shard: str = "1GB") -> Path:
+    """A seeded random model with a tokenizer of bytes, a chat template and a generation config."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size=shard)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[-1])
+    fast.chat_template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+    fast.save_pretrained(folder)
+    GenerationConfig(max_new_tokens=8, eos_token_id=255).save_pretrained(folder)
+    return folder
+
+
+def subjects(base: Path) -> Iterator[Subject]:
+    """Each subject, made anew in `base`; all are small: 64 wide, two blocks, 256 tokens."""
+    size: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256, "bos_token_id": None}
+    size |= {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 255}
+    size |= {"max_position_embeddings": 128}
+    neo = {"attention_types": [[["global", "local"], 1]], "window_size": 8, "num_layers": 2, "num_heads": 4}
+    (base / "text.txt").write_text(TEXT)
+    llama = _save(LlamaConfig(**size), base / "llama")
+    dense = {"inspect": inspected, "doctor": diagnosed, "load": loaded, "quantize": quantized, "eval": measured}
+    yield Subject("dense", llama, dense)
+    yield Subject("sharded", _save(LlamaConfig(**size), base / "sharded", "40KB"), dense)
+    yield Subject("experts", _save(MixtralConfig(**size, num_local_experts=2), base / "experts"), dense)
+    yield Subject("gpt-neo", _save(GPTNeoConfig(**size, **neo), base / "gpt-neo"), dense)
+    steps = {"inspect": inspected, "doctor": diagnosed, "load": loaded, "convert": converted, "eval": measured}
+    for name, recipe in RECIPES.items():
+        quantize(llama, recipe, base / name)
+        kept = {key: step for key, step in steps.items() if key != "convert" or name != "nf4"}  # nothing else holds NF4
+        yield Subject(name, base / name, kept)
+    yield Subject("unfinished", _unfinished(llama, base), {"resume": _Resumed(llama, base / "gptq")})
+    yield Subject("run", _run(base), {"compare": compared})
+
+
+def _unfinished(source: Path, base: Path) -> Path:
+    """A folder `out.partial` of quantizing that was interrupted after the first shards."""
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    folder = base / "unfinished"
+    folder.mkdir()
+    with contextlib.suppress(KeyboardInterrupt):
+        quantize(source, RECIPES["gptq"], folder / "out", on_step=interrupt)
+    return folder
+
+
+def _run(base: Path) -> Path:
+    """Two finished evaluations beside each other, as `bitpress eval -o` leaves them."""
+    worker.call = lambda task, request: measure_task(request)  # a fresh process takes seconds to import
+    settings = load_eval({"text": str(base / "text.txt"), "context": 32, "windows": 2, "speed": None})
+    conditions = Conditions.make(settings, "cpu", read_text(settings.text), "bitpress eval")
+    folder = base / "run"
+    for name in ("gptq", "nf4"):
+        evaluate_external(resolve(str(base / name)), resolve(str(base / "llama")), conditions, folder / name)
+    return folder
+
+
+def inspected(folder: Path, free: Path) -> None:
+    inspect.inspect(folder)
+
+
+def diagnosed(folder: Path, free: Path) -> None:
+    with contextlib.suppress(typer.Exit):  # unsound
+        inspect.doctor(folder)
+
+
+def loaded(folder: Path, free: Path) -> None:
+    """Load, and predict once. Numbers that are not finite are no fault where evaluating them is refused."""
+    model, _ = load(folder, device="cpu")
+    with torch.inference_mode():
+        logits = model(input_ids=torch.arange(3, 20)[None] % model.config.get_text_config().vocab_size).logits
+    if not logits.isfinite().all():
+        measured(folder, free)
+        raise AssertionError("logits that are not finite, and evaluating them is not refused")
+
+
+def quantized(folder: Path, free: Path) -> None:
+    quantize(folder, RECIPES["gptq"], free / "quantized", device="cpu")
+    loaded(free / "quantized", free)
+
+
+def converted(folder: Path, free: Path) -> None:
+    convert(folder, "compressed-tensors", free / "converted")
+    loaded(free / "converted", free)
+
+
+def measured(folder: Path, free: Path) -> None:
+    """What the measuring process does, on two windows."""
+    text = free / "text.txt"
+    text.write_text(TEXT)
+    settings = load_eval({"text": str(text), "context": 32, "windows": 2, "speed": None})
+    request = {"artifact": str(folder), "baseline": None, "eval": settings.model_dump(), "device": "cpu"}
+    measure_task(request | {"folder": str(free), "resume": None, "speed_only": False})
+
+
+def compared(folder: Path, free: Path) -> None:
+    compare([folder], free / "comparison")
+
+
+class _Resumed:
+    """Quantizes on from an unfinished folder: the result is what an unbroken run makes, or a refusal."""
+
+    def __init__(self, source: Path, whole: Path):
+        self.source, self.expected = source, digests(whole)
+
+    def __call__(self, folder: Path, free: Path) -> None:
+        quantize(self.source, RECIPES["gptq"], folder / "out", device="cpu")
+        assert digests(folder / "out") == self.expected, "the resumed artifact differs"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
