@@ -22,6 +22,7 @@ HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError, LookupError, TypeErr
 
 LONGEST_WAIT = 120  # seconds; a server that asks for more is not waited for, but the user is told
 _PASSING = (408, 429, 500, 502, 503, 504)  # status codes after which the same request may succeed
+_REFUSED_CARD = "Invalid metadata in README.md"  # how the client's message begins
 _LONGEST_QUOTE = 200  # characters of what the server said
 
 # What failed (an exception, or a status code), and the sentence about it when a model is downloaded and when one is
@@ -102,6 +103,12 @@ def upload_error(error: Exception, repo: str, account: str) -> HubError:
     Args:
         account: the owner of the token; "" as long as nobody knows.
     """
+    if isinstance(error, ValueError) and str(error).startswith(_REFUSED_CARD):
+        reasons = "; ".join(_first_line(line.removeprefix("- ")) for line in str(error).splitlines()[1:])
+        return HubError(
+            f"the Hub does not take the card's metadata ({reasons}), and another try does not help: mend these in "
+            "the README.md of the model that was quantized, and quantize it anew"
+        )
     sentences = [(failure, upload) for failure, _, upload in _FAILURES]
     token = f"{account}'s token" if account else "the token"
     return HubError(_sentence(_cause(error), sentences, name=repo, token=token))

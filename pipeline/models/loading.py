@@ -21,7 +21,7 @@ from ..system.device import pick_device
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
 from .dense import read_dense
-from .modules import experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
+from .modules import converted_tensors, experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
 from .pretrained import generation_config, load_tokenizer, require_tokenizer
 from .quantized import read_quantized
@@ -119,15 +119,18 @@ def _fill(
         NumericsError: NaN or infinite values, or values beyond the range of the model's dtype.
     """
     known = {name: target for name, target in plain.items() if names.known(target.parameter)}
-    experts: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}  # of parameters that are made of several tensors
     for (name, target), tensor in zip(known.items(), one_ahead(checkpoint.read, known)):
         check_finite(name, tensor)
         check_range(name, tensor, names.dtype(target))
-        if target.expert:
-            experts[name] = tensor
+        if target.expert or target.converter is not None:
+            parts[name] = tensor
         else:
             set_tensor(model, target, tensor, device)
-    for target, tensor in joined_experts(names, {name: known[name] for name in experts}, experts.pop):
+    places = {name: known[name] for name in parts}
+    for target, tensor in joined_experts(names, places, parts.pop):
+        set_tensor(model, target, tensor, device)
+    for target, tensor in converted_tensors(names, places, parts.pop):
         set_tensor(model, target, tensor, device)
 
 

@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..evaluate.metrics import METRICS, sealed
 from ..storage.checkpoint import INDEX, Checkpoint, read_json
 from ..storage.fingerprint import MANIFEST
 from ..system.redact import has_token
+from .vocabulary import is_licence_file
 
 CARD = "README.md"
 LARGEST = 50 * 10**9  # bytes; the Hub takes no larger file
@@ -23,7 +23,7 @@ _ALLOWED = (
     "config.json", "generation_config.json", "quantize_config.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "chat_template.jinja", "chat_template.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _REPORTS = (METRICS, "report.md", "report.html")
 
@@ -76,7 +76,8 @@ def make_bundle(run: Path, config: Mapping[str, Any]) -> Bundle:
     faults = []
     for path in sorted(artifact.iterdir()):
         name = path.name
-        if name not in listed or not (name in weights or any(fnmatch(name, pattern) for pattern in _ALLOWED)):
+        allowed = name in weights or name in _ALLOWED or is_licence_file(name)
+        if name not in listed or not allowed:
             if name not in (MANIFEST, CARD):  # both are written anew
                 bundle.left_out[name] = _why_left_out(name, name in listed)
         elif fault := _fault(path, name in weights):

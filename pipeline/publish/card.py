@@ -20,6 +20,7 @@ from ..evaluate import gates
 from ..formats import registry as formats
 from .bundle import Item
 from .usage import unsupported_runtimes, usage_snippets
+from .vocabulary import LICENCES, is_licence_file, languages, licence_slug
 
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _LICENCE_KEYS = ("license", "license_name", "license_link", "language")
@@ -46,10 +47,30 @@ class Origin:
     def metadata(self) -> dict[str, Any]:
         """The metadata that goes onto the card of the quantized model."""
         base = {"base_model": self.id, "base_model_relation": "quantized"} if self.on_hub else {}
-        licence = dict(self.carried)
-        if "license" not in licence and self.files:
-            licence |= {"license": "other", "license_name": "that-of-the-base-model", "license_link": self.files[0]}
-        return base | licence
+        return base | self._licence_metadata() | self._language_metadata()
+
+    def _licence_metadata(self) -> dict[str, Any]:
+        """The licence in the Hub's words; one that the Hub does not list is "other", with its name."""
+        named = self.carried.get("license")
+        slugs = [licence_slug(name) for name in (named if isinstance(named, list) else [named] if named else [])]
+        if not slugs and not self.files:
+            return {}
+        listed = bool(slugs) and LICENCES.issuperset(slugs)
+        if listed and slugs != ["other"]:
+            licence: dict[str, Any] = {"license": slugs if isinstance(named, list) else slugs[0]}
+        else:
+            own = "" if listed else "-".join(slugs)
+            name = licence_slug(str(self.carried.get("license_name") or own))
+            licence = {"license": "other", "license_name": name or "that-of-the-base-model"}
+        link = str(self.carried.get("license_link") or "")
+        if not (link.startswith(("https://", "http://")) or link in self.files):
+            link = self.files[0] if self.files and licence["license"] == "other" else ""
+        return licence | ({"license_link": link} if link else {})
+
+    def _language_metadata(self) -> dict[str, Any]:
+        named = self.carried.get("language") or []
+        codes = languages(named if isinstance(named, list) else [named])
+        return {"language": codes if isinstance(named, list) else codes[0]} if codes else {}
 
     def licence(self) -> str:
         """Sentences on the licence, for the card."""
@@ -66,7 +87,7 @@ class Origin:
 def origin_of(metrics: Mapping[str, Any], card: Path, names: Sequence[str]) -> Origin:
     """From the source's own card, where it came along, and the names of the files that go up."""
     model = metrics["model"]
-    files = [name for name in names if re.match(r"LICEN[SC]E|NOTICE|USE_POLICY", name)]
+    files = [name for name in names if is_licence_file(name)]
     return Origin(model["id"], model.get("revision"), _carried(card), files)
 
 

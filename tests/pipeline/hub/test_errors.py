@@ -15,6 +15,7 @@ from werkzeug.wrappers import Response
 
 from bitpress.pipeline.cli import app
 from bitpress.pipeline.errors import HubError
+from bitpress.pipeline.hub.errors import upload_error
 from bitpress.pipeline.publish import upload as publish
 
 REPO = "user/tiny-int4"
@@ -233,3 +234,12 @@ def test_a_collection_that_cannot_be_made(hub: Hub, runs: Path) -> None:
     assert publish.send(upload, collection="Tiny things").state == "already there"
     [collection] = hub.collections.values()
     assert [item["id"] for item in collection["items"]] == [REPO]
+
+
+def test_metadata_that_the_hub_refuses_is_no_case_for_another_try() -> None:
+    refusal = '"license" must be one of [mit, other]'
+    said = str(upload_error(ValueError(f"Invalid metadata in README.md.\n- {refusal}\n- \x1b[2Jmore"), "me/r", "me"))
+    assert f"the Hub does not take the card's metadata ({refusal}; " in said
+    assert "mend these in the README.md" in said
+    assert "\x1b" not in said
+    assert "run again:" not in said

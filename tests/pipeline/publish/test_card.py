@@ -16,6 +16,7 @@ from bitpress.pipeline.checkpoints.runtimes import Facts, verdicts
 from bitpress.pipeline.formats import registry
 from bitpress.pipeline.publish.bundle import Item
 from bitpress.pipeline.publish.card import Origin, origin_of, write_card
+from bitpress.pipeline.publish.vocabulary import is_licence_file
 
 REPO = "user/tiny-int4"
 SHAPES = {"model.layers.0.mlp.down_proj": (128, 128)}
@@ -93,6 +94,45 @@ class TestMetadata:
         assert "base_model" not in found
         assert "base_model_relation" not in found
         assert [found[f"license{key}"] for key in ("", "_name", "_link")] == ["other", "tiny-licence", "LICENSE"]
+
+    @pytest.mark.parametrize(
+        ("carried", "files", "expected"),
+        [
+            ({"license": "Apache 2.0"}, [], {"license": "apache-2.0"}),
+            ({"license": "MIT"}, ["LICENSE"], {"license": "mit"}),
+            ({"license": "gpl-2.0-or-later"}, [], {"license": "other", "license_name": "gpl-2.0-or-later"}),
+            (
+                {"license": "My Own Licence!", "license_link": "https://example.org/l"},
+                ["licence.txt"],
+                {"license": "other", "license_name": "my-own-licence", "license_link": "https://example.org/l"},
+            ),
+            (
+                {"license": "other", "license_name": "Tiny 1", "license_link": "gone.md"},
+                ["Copying"],
+                {"license": "other", "license_name": "tiny-1", "license_link": "Copying"},
+            ),
+            ({"license": ["mit", "Foo"]}, [], {"license": "other", "license_name": "mit-foo"}),
+            ({"language": "English"}, [], {}),
+            (
+                {"language": ["EN", "English", "zh-CN", "jp", "yue", "code", "en"]},
+                [],
+                {"language": ["en", "yue", "code"]},
+            ),
+            ({"language": "fr"}, [], {"language": "fr"}),
+        ],
+    )
+    def test_words_that_the_hub_does_not_take(
+        self, write: Write, carried: dict[str, Any], files: list[str], expected: dict[str, Any]
+    ) -> None:
+        found = metadata(write(origin=Origin("x", None, carried, files)))
+        assert {key: found[key] for key in found if key.startswith(("license", "language"))} == expected
+
+    @pytest.mark.parametrize(
+        "name", ["LICENSE", "licence.txt", "License-MIT.md", "COPYING", "UNLICENSE", "notice", "USE_POLICY.md"]
+    )
+    def test_licence_files_in_any_spelling(self, name: str) -> None:
+        assert is_licence_file(name)
+        assert not is_licence_file("thesis.tex")
 
     def test_a_licence_that_is_a_file_only(self, write: Write) -> None:
         found = metadata(write(origin=Origin("x", None, {}, ["LICENSE"])))
