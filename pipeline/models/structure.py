@@ -270,14 +270,16 @@ class TensorNames:
         dims = [getattr(operation, "dim", None) for operation in converter.operations]
         if (kinds, dims) not in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1])):
             patterns = (*converter.source_patterns, *converter.target_patterns)
-            if self._list_index(renamed) is None and not any("*" in each for each in patterns):
+            if renamed not in self.experts and not any("*" in each for each in patterns):
                 return ParameterPath(renamed, converter=number, source=pattern)
             steps = ", ".join(kind.__name__ for kind in kinds)
             raise CheckpointError(
                 f"{name}: transformers loads it through {steps}, which bitpress does not follow; "
                 "this architecture is not supported yet"
             )
-        expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), converted)
+        expert = re.search(
+            pattern.replace("*.", r"(\d+)\."), converted
+        )  # a pattern is a regular expression, but for "*"
         if expert is None:
             return ParameterPath(renamed)
         pieces = converter.source_patterns
@@ -535,6 +537,8 @@ def not_linear(model: nn.Module, target: ParameterPath) -> str:
     path, _, leaf = target.parameter.rpartition(".")
     module = model.get_submodule(path)
     tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+    if target.converter is not None:
+        return f"transformers makes {path.rpartition('.')[2]}.{leaf} of it and others"
     owner = type(module).__name__
     if tensor is not None and tensor.dim() < 2:
         return "a vector"
@@ -570,7 +574,7 @@ def kept_names(
         if layer in listed or len(info.shape) != 2 or not info.dtype.is_floating_point:
             continue
         unknown = not names.known(target.parameter)
-        if target.expert or (unknown and "embed" not in layer.rpartition(".")[2]):
+        if target.expert or target.converter is not None or (unknown and "embed" not in layer.rpartition(".")[2]):
             kept.append(layer)
     return kept
 
