@@ -177,12 +177,14 @@ class Result:
 
     @property
     def verdict(self) -> str:
+        """ "works", "works in part" (some recipes are refused), "refused", "FAULT", or "not tried" without a model."""
         if self.error:
-            return "FAULT"
+            return "not tried"
         kinds = {entry["kind"] for entry in self.recipes.values()}
-        for kind in ("FAULT", "refused"):
-            if kind in kinds:
-                return "works in part" if kind == "refused" and "works" in kinds else kind
+        if "FAULT" in kinds:
+            return "FAULT"
+        if "refused" in kinds:
+            return "works in part" if "works" in kinds else "refused"
         return "works"
 
     @property
@@ -424,6 +426,32 @@ def results(kinds: list[str], jobs: int) -> Iterator[Result]:
         yield from pool.map(run_type, kinds)
 
 
+def markdown(gathered: list[Result]) -> str:
+    """The table of docs/architectures.md."""
+    tried = [result for result in gathered if result.verdict != "not tried"]
+    works = sum(result.verdict == "works" for result in tried)
+    lines = [
+        "# Architectures",
+        "",
+        f"{works} of {len(tried)} model types of transformers {transformers.__version__} work end to end, as "
+        "`tests/benchmarks/architectures.py` tries them: a tiny random checkpoint of each causal and each image-text "
+        f"type is quantized by {', '.join(RECIPES)}, read back, and gives the logits of a dense model of transformers "
+        "whose weights are the dequantized ones, in float32. The figure of a recipe is the relative difference.",
+        "",
+        "| type | result | of the decoder | " + " | ".join(RECIPES) + " | kept, or why not |",
+        "| --- | --- | --: | " + "--: | " * len(RECIPES) + "--- |",
+    ]
+    for result in tried:
+        cells = [entry["said"] if entry["kind"] == "works" else entry["kind"] for entry in result.recipes.values()]
+        said = [re.sub(r"/\S*/(?=source)", "", result.sentence), *result.kept]
+        note = "; ".join(" ".join(each.split())[:300] for each in said if each).replace("|", "/").replace("<", "&lt;")
+        lines.append(f"| {result.type} | {result.verdict} | {result.share:.0%} | {' | '.join(cells)} | {note} |")
+    rest = [result for result in gathered if result.verdict == "not tried"]
+    lines += ["", f"Not tried, for no tiny model of them reads text alone here ({len(rest)}):", ""]
+    lines += [f"- {result.type}: {result.error.removeprefix('no tiny model: ')[:160]}" for result in rest]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", default=sorted(CAUSAL.keys() | IMAGE_TEXT.keys()))
@@ -441,6 +469,8 @@ def main() -> None:
         print(f"{result.type:28} {result.verdict:14} {result.share:4.0%}  {shown}", flush=True)
         if result.verdict != "works":
             print(f"{'':28} {' '.join(result.sentence.split())[:600]}", flush=True)
+    if options.markdown:
+        options.markdown.write_text(markdown(gathered))
     verdicts = [result.verdict for result in gathered]
     print(", ".join(f"{verdict}: {verdicts.count(verdict)}" for verdict in dict.fromkeys(verdicts)))
     if options.json:
