@@ -126,6 +126,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         | {"rope_type": "xdrope", "xdrope_section": [2, 2, 2, 2], "alpha": 1.0, "factor": 1.0},
         "text_config.head_dim": 16,
     },
+    "kimi_linear": {"linear_attn_config.head_dim": 32},
+    "axk2": {"*.gate_norm_rank": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"rope_parameters": ROPE, "head_dim": 16},
@@ -465,6 +467,9 @@ def main() -> None:
     gathered = []
     for result in results(options.types, options.jobs):
         gathered.append(result)
+        if options.json:
+            table = [asdict(each) | {"verdict": each.verdict} for each in gathered]
+            options.json.write_text(json.dumps(table, indent=1))
         shown = " ".join(f"{e['said'] if e['kind'] == 'works' else e['kind']}" for e in result.recipes.values())
         print(f"{result.type:28} {result.verdict:14} {result.share:4.0%}  {shown}", flush=True)
         if result.verdict != "works":
@@ -473,10 +478,6 @@ def main() -> None:
         options.markdown.write_text(markdown(gathered))
     verdicts = [result.verdict for result in gathered]
     print(", ".join(f"{verdict}: {verdicts.count(verdict)}" for verdict in dict.fromkeys(verdicts)))
-    if options.json:
-        options.json.write_text(
-            json.dumps([asdict(result) | {"verdict": result.verdict} for result in gathered], indent=1)
-        )
 
 
 if __name__ == "__main__":
