@@ -95,7 +95,7 @@ def _section(reported: Sequence[ReportedRun], budgets: Sequence[Budget], context
     point = min(common, default=None)
     candidates = [_candidate(run, windows, context, point if len(machines) <= 1 else None) for run in reported]
 
-    notes = []
+    notes = [f"{run.title}: {warning}." for run in reported for warning in run.get("warnings") or []]
     if not any(run.is_baseline for run in reported):
         notes.append("No baseline among the runs: what the unquantized model needs is not shown.")
     if len(machines) > 1:
