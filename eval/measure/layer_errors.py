@@ -102,7 +102,7 @@ def output_errors(
     Returns:
         {"tokens", "layers": [{"name", "block", "output_error", "worst_channels"}], "blocks": [{"block",
         "output_error", "cumulative_error"}]}. An error is None where the output is zero, or where no token reached a
-        layer, which happens to experts.
+        layer, which happens to experts and to cross-attention, which reads images.
     """
     layers = list(pairs(baseline, model))
     old_blocks, new_blocks = (list(m.get_submodule(blocks).children()) for m in (baseline, model))
@@ -110,12 +110,12 @@ def output_errors(
     old = [*(layer for _, layer, _ in layers), *old_blocks]
     new = [*(layer for _, _, layer in layers), *new_blocks]
     errors, cumulative = [_Error() for _ in old], [_Error() for _ in old_blocks]
-    outputs: list[Tensor] = []  # the unquantized blocks' outputs for one window
+    outputs: dict[int, Tensor] = {}  # the unquantized blocks' outputs for one window
 
     def repeat(number: int, arguments: tuple, options: dict, expected: Tensor) -> None:
         errors[number].add(_first(new[number](*arguments, **options)), expected)
         if number >= len(layers):
-            outputs.append(expected)
+            outputs[number - len(layers)] = expected
 
     def accumulate(number: int, arguments: tuple, options: dict, output: Tensor) -> None:
         cumulative[number].add(output, outputs[number])

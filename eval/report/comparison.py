@@ -154,8 +154,7 @@ def _candidate(run: ReportedRun, windows: int, context: int, point: SpeedPoint |
     memory = run.get("memory") or {}
     weights = memory.get("resident_bytes") or run.get("size", "file_bytes")
     activations = (memory.get("activation_peak_bytes") or 0) / max(1, memory.get("prompt") or 1)
-    windows = memory.get("kv_cache_windows") or []
-    cache = cache_size(context, memory.get("kv_cache_bytes_per_token") or 0, windows)
+    cache = cache_size(context, memory.get("kv_cache_bytes_per_token") or 0, memory.get("kv_cache_windows") or [])
     judged = [] if run.get("gates", "overridden") else run.get("gates", "judged") or []
     return Candidate(
         run=run.label,

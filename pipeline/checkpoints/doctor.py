@@ -294,6 +294,7 @@ def _facts(contents: QuantizedCheckpoint, seen: Examination) -> Facts:
         heads=(heads, counts[1] if isinstance(counts[1], int) and counts[1] > 0 else heads),
         kept=frozenset(seen.kept),
         auto_class=auto_class(contents.model.config).__name__,
+        blocks=decoder(contents.model),
     )
 
 

@@ -34,7 +34,7 @@ class Facts:
     in all where no plan is known for the architecture. experts: the layers that are experts. joined_experts: whether
     there are some that transformers knows in one tensor only, all of a block. model_type: of config.json. heads:
     attention heads, and key-value heads. kept: linear layers that are not quantized. auto_class: transformers' class
-    that builds its model.
+    that builds its model. blocks: the list of decoder blocks, by transformers' name; "" where it is not known.
     """
 
     format: "Format"
@@ -48,6 +48,7 @@ class Facts:
     heads: tuple[int, int] = (1, 1)
     kept: frozenset[str] = frozenset()
     auto_class: str = "AutoModelForCausalLM"
+    blocks: str = ""
 
     def by_scheme(self, rule: Callable[[Scheme], Iterable[Reason]]) -> list[Reason]:
         """The reasons that a rule gives for each scheme; the scheme is named where there are several."""

@@ -396,8 +396,8 @@ def _read_packed(scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
     )
     shape = stored.tolist()
     zeros = None
-    if (stored := tensors.get(_ZEROS)) is not None:
-        zeros = _zero_codes(scheme, stored, (shape[0], groups_of(scheme, shape[1])))
+    if (points := tensors.get(_ZEROS)) is not None:
+        zeros = _zero_codes(scheme, points, (shape[0], groups_of(scheme, shape[1])))
         if scheme.symmetric:
             _require_no_zeros(zeros, middle_code(scheme))
             zeros = None

@@ -37,6 +37,14 @@ from .names import NameRules, exactly, fused_unit, name_pattern, patterns_of
 
 _BITS = (2, 3, 4, 8)
 _MARLIN_BITS = (4, 8)
+# of optimum 2.3, gptq/constants.py: how the names of decoder blocks begin
+_OPTIMUM_BLOCKS = (
+    "transformer.h",
+    "model.decoder.layers",
+    "gpt_neox.layers",
+    "model.layers",
+    "model.language_model.layers",
+)
 _PER_WORD = 32  # every bit width packs a multiple of 32 codes into whole words
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a word with a 1 in the place of every code
 _SIDE_FILE = "quantize_config.json"
@@ -374,6 +382,8 @@ def _optimum(facts: Facts) -> Iterator[Reason]:
     Tried with optimum 2.3. Its convert_model makes quantized layers of all linear layers in the decoder blocks, and of
     no others. transformers has experts and their routers as plain parameters: whether those load was not tried.
     """
+    if facts.blocks and not facts.blocks.startswith(_OPTIMUM_BLOCKS):
+        yield "no", f"optimum finds decoder blocks by their names, and does not know {facts.blocks}"
     if len(set(facts.schemes.values())) > 1:
         yield "no", "optimum does not read the config's dynamic: it takes all layers to have one scheme"
     blocks = {block for layer in facts.schemes if (block := _path_of_blocks(layer))}

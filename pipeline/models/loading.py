@@ -1,5 +1,6 @@
 """Files -> a transformers model: quantized layers on our kernels, everything else as transformers has it."""
 
+import logging
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -20,14 +21,15 @@ from ..system.device import pick_device
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
 from .dense import read_dense
-from .modules import experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
+from .modules import converted_tensors, experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
-from .pretrained import generation_config, load_tokenizer
+from .pretrained import generation_config, load_tokenizer, require_tokenizer
 from .quantized import read_quantized
 from .structure import ParameterPath, TensorNames
 from .transformers import attach
 
 CPU = torch.device("cpu")
+_log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,6 +53,9 @@ def load(
     """
     folder = resolve(str(model), revision).folder
     checkpoint = Checkpoint(folder)
+    require_tokenizer(folder)
+    for remark in checkpoint.remarks:
+        _log.warning(remark)
     return load_model(checkpoint, pick_device(device), dtype, kernel, on_step), load_tokenizer(folder)
 
 
@@ -114,15 +119,18 @@ def _fill(
         NumericsError: NaN or infinite values, or values beyond the range of the model's dtype.
     """
     known = {name: target for name, target in plain.items() if names.known(target.parameter)}
-    experts: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}  # of parameters that are made of several tensors
     for (name, target), tensor in zip(known.items(), one_ahead(checkpoint.read, known)):
         check_finite(name, tensor)
         check_range(name, tensor, names.dtype(target))
-        if target.expert:
-            experts[name] = tensor
+        if target.expert or target.converter is not None:
+            parts[name] = tensor
         else:
             set_tensor(model, target, tensor, device)
-    for target, tensor in joined_experts(names, {name: known[name] for name in experts}, experts.pop):
+    places = {name: known[name] for name in parts}
+    for target, tensor in joined_experts(names, places, parts.pop):
+        set_tensor(model, target, tensor, device)
+    for target, tensor in converted_tensors(names, places, parts.pop):
         set_tensor(model, target, tensor, device)
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from bitpress.kernels.linear import QEmbedding, QExperts, QLinear
 from bitpress.kernels.qtensor import QTensor
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..storage.checkpoint import Checkpoint
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
@@ -145,6 +145,34 @@ def joined_experts(
         experts = [layout.join(tensors[i : i + count]) for i in range(0, len(tensors), count)]
         target = ParameterPath(parameter)
         yield target, torch.stack(experts).view(names.shape(target) or ())
+
+
+def converted_tensors(
+    names: TensorNames, plain: Mapping[str, ParameterPath], read: Callable[[str], Tensor]
+) -> Iterator[tuple[ParameterPath, Tensor]]:
+    """Each parameter that transformers makes of a part of a tensor or of several, and its values.
+
+    Args:
+        plain: tensors -> where they go; those that go there as they are are passed over. read: gives a tensor.
+    Raises:
+        CheckpointError: transformers cannot make it of the tensors that are there, or makes it of another shape.
+    """
+    parts: dict[str, dict[str, ParameterPath]] = defaultdict(dict)
+    for name, target in plain.items():
+        if target.converter is not None:
+            parts[target.parameter][name] = target
+    for parameter, sources in parts.items():
+        some = next(iter(sources))
+        try:
+            parameters = names.convert(sources[some], {target.source: read(name) for name, target in sources.items()})
+        except (ValueError, RuntimeError, KeyError, IndexError) as error:
+            raise CheckpointError(f"{some}: transformers cannot make {parameter} of it: {error}") from error
+        for path, tensor in parameters.items():
+            target = ParameterPath(path)
+            if tensor.shape != names.shape(target):
+                expected = list(names.shape(target) or ())
+                raise CheckpointError(f"{some}: gives {path} shape {list(tensor.shape)}, by config.json {expected}")
+            yield target, tensor.contiguous()
 
 
 def names_of_experts(contents: QuantizedCheckpoint) -> dict[str, str]:

@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
     Transpose,
     WeightConverter,
     WeightRenaming,
+    apply_renamings,
     build_glob_alternation,
     rename_source_key,
 )
@@ -56,11 +57,15 @@ class ParameterPath:
     expert: (expert index, piece index, pieces) where the model keeps one tensor per expert in a parameter of all
         experts, as gate (piece 0) and up (piece 1) of each expert.
     transposable: the files may hold all experts as the model does, or each of them transposed; the shape tells.
+    converter: the number of transformers' converter that makes the parameter, and maybe others after it, of this tensor
+        and maybe others: q, k and v of one weight of a vision tower. source: the converter's name of this tensor.
     """
 
     parameter: str
     expert: tuple[int, int, int] | None = None
     transposable: bool = False
+    converter: int | None = None
+    source: str = ""
 
 
 def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
@@ -164,6 +169,18 @@ def decoder(model: PreTrainedModel) -> str:
     raise CheckpointError(f"{type(model).__name__} has no list of decoder blocks")
 
 
+def towers(model: PreTrainedModel) -> list[str]:
+    """The parts of a model beside its text decoder that read images or sound, and no text."""
+    blocks = f"{decoder(model)}."
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+        and "text" not in module.input_modalities
+        and not blocks.startswith(f"{name}." if name else "")
+    ]
+
+
 class TensorNames:
     """Translates a checkpoint's tensor names into the model's, by transformers' own rules of renaming and merging."""
 
@@ -182,6 +199,7 @@ class TensorNames:
             for number, piece in enumerate(layout.pieces)
         }
         self._tied = tied(model)
+        self._model = model
         stored = model.state_dict(keep_vars=True)  # without the buffers that a model computes when it is built
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
         self._state = {**self._parameters, **buffers}
@@ -212,20 +230,23 @@ class TensorNames:
         )
         if pattern is None:
             return self._one_expert(renamed) or ParameterPath(renamed)
-        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        converted = apply_renamings(name, self._renamings)
+        number = next(n for n, each in enumerate(self._converters) if each.rename_source_key(converted)[1] is not None)
+        converter = self._converters[number]
         kinds = [type(operation) for operation in converter.operations]
         if renamed in self.experts and kinds == [Transpose] and converter.operations[0].check_dims:
             return ParameterPath(renamed, transposable=True)
         dims = [getattr(operation, "dim", None) for operation in converter.operations]
         if (kinds, dims) not in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1])):
+            patterns = (*converter.source_patterns, *converter.target_patterns)
+            if self._list_index(renamed) is None and not any("*" in each for each in patterns):
+                return ParameterPath(renamed, converter=number, source=pattern)
             steps = ", ".join(kind.__name__ for kind in kinds)
             raise CheckpointError(
                 f"{name}: transformers loads it through {steps}, which bitpress does not follow; "
                 "this architecture is not supported yet"
             )
-        for renaming in self._renamings:
-            name, _ = renaming.rename_source_key(name)
-        expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+        expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), converted)
         if expert is None:
             return ParameterPath(renamed)
         pieces = converter.source_patterns
@@ -266,6 +287,28 @@ class TensorNames:
             for number, piece in enumerate(layout.pieces)
         }
 
+    def parameters(self, target: ParameterPath) -> list[str]:
+        """The parameters that a tensor fills, alone or with others: three where it is cut into q, k and v."""
+        if target.converter is None:
+            return [target.parameter]
+        patterns = self._converters[target.converter].target_patterns
+        before, _, after = target.parameter.partition(patterns[0])
+        return [f"{before}{pattern}{after}" for pattern in patterns]
+
+    def convert(self, target: ParameterPath, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The parameters that transformers makes of the tensors of one place.
+
+        Args:
+            target: of one of the tensors. tensors: ParameterPath.source -> the tensor, of all with that parameter.
+        """
+        assert target.converter is not None
+        original = self._converters[target.converter]
+        converter = original.copy(original.source_patterns, original.target_patterns, operations=original.operations)
+        for source, tensor in tensors.items():
+            converter.add_tensor(target.parameter, target.parameter, source, lambda tensor=tensor: tensor)  # type: ignore[arg-type, misc]
+        parameters = converter.convert(target.parameter, model=self._model, config=self._model.config)
+        return {parameter: each[0] if isinstance(each, list) else each for parameter, each in parameters.items()}
+
     def known(self, parameter: str) -> bool:
         return parameter in self._state
 
@@ -275,6 +318,8 @@ class TensorNames:
         if not isinstance(parameter, torch.Tensor):
             return None
         shape = tuple(parameter.shape)
+        if target.converter is not None:
+            return None
         if target.expert is None:
             return shape
         if layout := self.experts.get(target.parameter):
@@ -318,7 +363,8 @@ class TensorNames:
         filled: dict[str, set[tuple[int, int] | None]] = defaultdict(set)
         pieces: dict[str, int] = {}
         for target in targets:
-            filled[target.parameter].add(target.expert[:2] if target.expert else None)
+            for parameter in self.parameters(target):
+                filled[parameter].add(target.expert[:2] if target.expert else None)
             if target.expert:
                 pieces[target.parameter] = target.expert[2]
         problems = []
@@ -376,6 +422,8 @@ def weight_kind(model: nn.Module, target: ParameterPath) -> str | None:
     of a plain nn.Embedding; None for anything else, such as an embedding of a class that does more than look up rows.
     """
     path, _, leaf = target.parameter.rpartition(".")
+    if target.converter is not None:
+        return None
     if target.expert:
         return None if leaf.endswith("bias") else "linear"
     module = model.get_submodule(path)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from bitpress.kernels.scheme import Scheme
 from ..errors import CheckpointError, NumericsError
 from ..methods.base import Folding, LayerGroup, Method, Statistic
 from ..methods.hessian import bfloat16_products
-from ..models.modules import dense_layer, joined_experts, replace_layers, set_tensor
-from ..models.structure import TensorNames, decoder, skeleton, weight_kind
+from ..models.modules import converted_tensors, dense_layer, joined_experts, replace_layers, set_tensor
+from ..models.structure import TensorNames, decoder, skeleton, towers, weight_kind
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
 from ..system.threads import pool
@@ -114,7 +114,12 @@ class BlockRunner:
             module._buffers.update({name: b.to(self.device) for name, b in module._buffers.items() if b is not None})
         for number, block in enumerate(self._real):
             blocks[number] = _StandIn(self, number, block)
-        self._outside = list(outside)
+        unread = tuple(f"{tower}." for tower in towers(self.model))
+        self._outside = [
+            planned
+            for planned in outside
+            if self.names.known(planned.target.parameter) and not planned.target.parameter.startswith(unread)
+        ]
         self._read = read or (lambda planned: checkpoint.read(planned.info.name))
         self.batches = ids.split(max(1, _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"]) // ids.shape[1]))
         self._workers = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
@@ -147,12 +152,15 @@ class BlockRunner:
 
     @contextlib.contextmanager
     def _outside_in_memory(self) -> Iterator[None]:
-        """The model has its embeddings, its last norm and its head for as long as this lasts."""
+        """The model has its embeddings, its last norm and its head for as long as this lasts, and no tower."""
         held = []
-        for planned in self._outside:
-            if self.names.known(planned.target.parameter):
-                set_tensor(self.model, planned.target, self._read(planned), self.device)
-                held.append(planned.target.parameter)
+        places = {planned.info.name: planned for planned in self._outside}
+        targets = {name: planned.target for name, planned in places.items()}
+        converted = converted_tensors(self.names, targets, lambda name: self._read(places[name]))
+        plain = ((planned.target, self._read(planned)) for planned in self._outside if planned.target.converter is None)
+        for target, tensor in chain(plain, converted):
+            set_tensor(self.model, target, tensor, self.device)
+            held.append(target.parameter)
         self.model.tie_weights()
         try:
             yield

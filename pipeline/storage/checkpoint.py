@@ -24,7 +24,7 @@ SINGLE = "model.safetensors"
 _INDEX_LIMIT = 64 << 20  # bytes; the largest in use, of 92 thousand tensors, has 9 MB
 _CONFIG_LIMIT = 4 << 20
 _EARLY_SECTION = "compression_config"  # quantization_config in early files of compressed-tensors
-_NAME_LIMIT = 255  # characters of a file name
+_NAME_LIMIT = 255  # bytes of a file name
 _SAMPLE = 4096
 _FETCHED = 2 << 30  # bytes: what is fetched long before it is used may be gone again by then
 _FEW_LAYERS = 256  # so few layers are cheap to build, and some configs have such numbers without using them
@@ -150,13 +150,22 @@ def _stored_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
     return buffer.view(info.dtype).reshape(stop - start, *info.shape[1:])
 
 
+def _is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8: bytes that are none come as halves of characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _shard_problem(value: object) -> str | None:
     if not isinstance(value, str):
         return f"{value!r} is not a file name"
     if any(character in value for character in ("/", "\\", ":", "\0")) or value in ("", ".", ".."):
         return f"{value!r} is not a plain file name in the checkpoint's folder"
-    if len(value) > _NAME_LIMIT or not value.isprintable():
-        return f"{value[:40]!r}… is not a file name"
+    if not value.isprintable() or len(value.encode()) > _NAME_LIMIT:
+        return f"{value[:40]!a}… is not a file name"
     if not value.endswith(".safetensors"):
         return f"{value!r} is not a safetensors file"
     return None
@@ -437,13 +446,15 @@ class Checkpoint:
         figures, reports, an adapter.
 
         Raises:
-            CheckpointError: one is a link that leads elsewhere.
+            CheckpointError: one is a link that leads elsewhere, or has a name that no manifest can hold.
         """
         companions = []
         for path in sorted(self.folder.iterdir()):
             name = path.name
             if name.startswith(".") or name.endswith(WEIGHT_SUFFIXES) or path.suffix in (".py", ".so", ".sh"):
                 continue
+            if not _is_text(name):
+                raise CheckpointError(f"{self.folder}: {name!a} is not the name of a file in UTF-8; rename the file")
             if path.is_file() and name not in (*_OTHER_PURPOSES, *coding_files()):
                 companions.append(regular_file(path))
         return companions

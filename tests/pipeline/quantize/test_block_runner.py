@@ -319,8 +319,8 @@ def test_models_that_are_no_chain_of_blocks_are_refused(
     def instead(self: LlamaModel, input_ids: Tensor, **options: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=forward(self, self.embed_tokens(input_ids)))
 
-    monkeypatch.setattr(LlamaModel, "forward", instead)
     runner, _ = start(tiny("llama"))
+    monkeypatch.setattr(LlamaModel, "forward", instead)
     with pytest.raises(CheckpointError, match=rf"LlamaForCausalLM is no plain chain of blocks \(({said})") as caught:
         list(runner.embed())
     assert "use a method that needs no calibration" in str(caught.value)
