@@ -222,18 +222,19 @@ class BlockRunner:
     def load_block(self, number: int, weights: Iterable[tuple[PlannedTensor, Tensor]]) -> None:
         """Put a block back in its place, with its weights as the files store them."""
         self._blocks[number] = block = self._real[number]
-        experts, biases = {}, {}
+        experts, parts = {}, {}
         for planned, tensor in weights:
             if planned.target.expert and weight_kind(self.model, planned.target):
                 experts[planned.target] = dense_layer(tensor.to(self.device, self.dtype))
-            elif planned.target.expert:
-                biases[planned.info.name] = planned.target, tensor
+            elif planned.target.expert or planned.target.converter is not None:
+                parts[planned.info.name] = planned.target, tensor
             elif self.names.known(planned.target.parameter):
                 set_tensor(self.model, planned.target, tensor, self.device)
         replace_layers(self.model, self.names, experts.items())
-        targets = {name: target for name, (target, _) in biases.items()}
-        for target, tensor in joined_experts(self.names, targets, lambda name: biases[name][1]):
-            set_tensor(self.model, target, tensor, self.device)
+        targets = {name: target for name, (target, _) in parts.items()}
+        for put_together in (joined_experts, converted_tensors):
+            for target, tensor in put_together(self.names, targets, lambda name: parts[name][1]):
+                set_tensor(self.model, target, tensor, self.device)
         self._block, self._number = block, number
 
     def unload_block(self) -> None:

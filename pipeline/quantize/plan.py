@@ -104,9 +104,21 @@ class Plan:
 
     @property
     def kept(self) -> list[str]:
-        """Layers that stay unquantized though they could be linear layers, by their names in the files."""
+        """Layers that stay unquantized though they could be linear layers, by their names in the files.
+
+        The routers of experts are among them: servers build them as linear layers.
+        """
+        names = TensorNames(self.model)
         tensors = {tensor.info.name: tensor.info for tensor in self.tensors if not tensor.spec}
-        return kept_names(tensors, list(self.schemes), self.model, TensorNames(self.model))
+        kept = kept_names(tensors, list(self.schemes), self.model, names)
+        owners = {path.rpartition(".")[0].rpartition(".")[0] for path in names.experts}
+        routers = [
+            tensor.module
+            for tensor in self.tensors
+            if not tensor.spec and len(tensor.info.shape) == 2 and tensor.info.name.endswith(".weight")
+            if tensor.target.parameter.rpartition(".")[0].rpartition(".")[0] in owners and not tensor.target.expert
+        ]
+        return list(dict.fromkeys([*kept, *routers]))
 
     def coverage(self) -> dict[str, object]:
         """Which share of the decoder's weight bytes is quantized, and what is kept and why."""
@@ -225,6 +237,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     notes = [checkpoint.dequantization] if checkpoint.dequantization else []
     notes += checkpoint.remarks
     notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
+    notes += [f"kept as it is: {sentence}" for sentence in impossible.sentences()]
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
     return Plan(model, checkpoint, tensors, _units(tensors), dtype, list(copies), format, notes)

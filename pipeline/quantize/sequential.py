@@ -33,8 +33,8 @@ from .weights import UnitWriter, quantize_outside, quantize_weight, read_ahead
 REFERENCE_LOGITS = "reference_logits.safetensors"
 REFERENCE_TOKENS = 64
 _FEW = 2  # times its inputs: an expert that saw fewer tokens is rounded to nearest
-# Bytes of statistics that are in memory at a time. 128 experts of Qwen3-MoE have Hessians of 2.4 GB; a pass over the
-# tokens for each quarter of them costs less than the solving that follows.
+# Bytes of experts' statistics that are in memory at a time. 128 experts of Qwen3-MoE have Hessians of 2.4 GB, which
+# take five passes over the tokens so.
 MOST_STATISTICS = 1 << 29
 _HIDDEN = "hidden"
 _STATES = "states"
@@ -230,6 +230,9 @@ def _statistics(group: Iterable[PlannedTensor]) -> tuple[type[Statistic], ...]:
 
 
 def _statistics_bytes(group: Sequence[PlannedTensor]) -> int:
+    """What a group of an expert's layers adds to the statistics in memory; other layers are few, and come along."""
+    if not group[0].target.expert:
+        return 0
     return sum(kind.nbytes(group[0].shape[1]) for kind in _statistics(group))
 
 

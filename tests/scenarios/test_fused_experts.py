@@ -106,22 +106,21 @@ def logits(model: PreTrainedModel, seed: int = 1) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits[0]
 
 
-def settings(name: str, **others: Any) -> dict[str, Any]:
-    """A recipe that keeps the router, which Llama 4 has as a linear layer of its own kind."""
-    return {"layers": {"*.router": "none"} if name == "llama4" else {}, **others}
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("scheme", ["int4-g32", "nf4"])
 def test_reloads_as_transformers_runs_its_weights(name: str, scheme: str, fused: Any, tmp_path: Path) -> None:
     source = fused(name)
-    quantize(source, settings(name, scheme=scheme), tmp_path / "out")
+    quantize(source, scheme, tmp_path / "out")
     model = load_model(Checkpoint(tmp_path / "out"), CPU, "auto", "reference")
     expected = logits(dense_with_the_artifacts_weights(source, tmp_path / "out"))
     # the same products; Llama 4's with fewer rows at a time, which may change the order of sums
     assert (logits(model) - expected).norm() <= (1e-6 if name == "llama4" else 1e-7) * expected.norm()
     _, _, module, pieces = MODELS[name]
     prefix = "transformer.blocks.0" if name == "dbrx" else "model.layers.0"
+    if scheme == "nf4":
+        kept = read_json(tmp_path / "out" / "config.json")["quantization_config"]["llm_int8_skip_modules"]
+        routers = [layer for layer in kept if "router" in layer or layer.endswith("mlp.gate")]
+        assert {layer.split(".")[2] for layer in routers} == {"0", "1"}, "servers have them as linear layers"
     quantized = read_quantized(Checkpoint(tmp_path / "out")).quantized
     for expert in range(EXPERTS):
         for piece in pieces or ("gate_proj", "up_proj", "down_proj"):
@@ -132,7 +131,7 @@ def test_reloads_as_transformers_runs_its_weights(name: str, scheme: str, fused:
 def test_each_expert_is_calibrated_by_its_own_tokens(name: str, fused: Any, learn: Any, tmp_path: Path) -> None:
     """Against the logits of the very model that gptq worked on, whose experts were dense."""
     text = Calibration("a text", torch.randint(3, 96, (16, 16), generator=torch.Generator().manual_seed(2)), 0)
-    notes = learn(fused(name), tmp_path / "out", calibration=text, **settings(name))
+    notes = learn(fused(name), tmp_path / "out", calibration=text)
     reference = str(tmp_path / "out.partial" / "reference_logits.safetensors")
     request = {"artifact": str(tmp_path / "out"), "reference": reference, "device": "cpu", "dtype": "float32"}
     assert verify_task(request)["tokens"] == 16
@@ -150,11 +149,10 @@ def test_each_expert_is_calibrated_by_its_own_tokens(name: str, fused: Any, lear
 
 @pytest.mark.parametrize("name", ["gpt_oss", "llama4", "jetmoe", "dbrx"])
 def test_inputs_are_quantized_too(name: str, fused: Any, tmp_path: Path) -> None:
-    recipe = settings(name, scheme="int8-dynamic")
-    quantize(fused(name), recipe, tmp_path / "out")
+    quantize(fused(name), "int8-dynamic", tmp_path / "out")
     found = logits(load_model(Checkpoint(tmp_path / "out"), CPU, "auto", "reference"))
     ids = torch.randint(3, 96, (24,), generator=torch.Generator().manual_seed(1))
-    expected = in_memory_logits(Checkpoint(fused(name)), Recipe.make(recipe), ids, CPU, "auto")
+    expected = in_memory_logits(Checkpoint(fused(name)), Recipe.make("int8-dynamic"), ids, CPU, "auto")
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the same weights and operations, in float32
     dense = logits(AutoModelForCausalLM.from_pretrained(fused(name)).eval())
     assert 0 < (found - dense).norm() < 0.1 * dense.norm()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from standin import CANARY
 
 from bitpress.pipeline.cli import app
 from bitpress.pipeline.errors import (
@@ -30,6 +32,10 @@ from bitpress.pipeline.storage import files, journal
 from bitpress.pipeline.system import interrupts
 
 README = Path(__file__).parents[3] / "README.md"
+
+
+class Panic(BaseException):
+    """Of a library in Rust."""
 
 
 class Result(NamedTuple):
@@ -99,6 +105,26 @@ class TestExitCodes:
         with_trace = bitpress("--debug", "inspect", tmp_path)
         assert with_trace.code == kind.exit_code
         assert "Traceback" in with_trace.err
+
+    @pytest.mark.parametrize("kind", [KeyError, Panic])
+    def test_an_unknown_error_is_a_sentence(
+        self, bitpress: Bitpress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+    ):
+        """PyO3's panics are no Exceptions. The traceback is in a log, without tokens, and --debug shows it."""
+
+        def fail(folder: Path) -> None:
+            raise kind(CANARY)
+
+        monkeypatch.setattr("bitpress.pipeline.checkpoints.describe.describe", fail)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        found = bitpress("inspect", tmp_path)
+        log = tmp_path / "bitpress" / "errors.log"
+        assert found.code == 1
+        assert found.err.count("\n") == 1
+        assert re.fullmatch(rf"error: unexpected .*<TOKEN>.*; its traceback is in {log}; please report it\n", found.err)
+        assert "in fail" in log.read_text()
+        assert "in fail" in bitpress("--debug", "inspect", tmp_path).err
+        assert CANARY not in log.read_text() + found.err
 
     def test_config(self, bitpress: Bitpress, tmp_path: Path, tiny_llama: Path):
         found = bitpress("run", config(tmp_path, tiny_llama, recpes=["nf4"]))

@@ -15,7 +15,7 @@ from bitpress.pipeline.evaluate import conditions, measure, process, verify, wor
 from bitpress.pipeline.quantize import recipe
 from bitpress.pipeline.runs import executors
 from bitpress.pipeline.runs.job import Job, Outcome, run_job
-from bitpress.pipeline.runs.run import execute, plan_jobs, summarize
+from bitpress.pipeline.runs.run import execute, plan_jobs, run_folder, summarize
 from bitpress.pipeline.system import versions
 
 TEXT = "".join(f"{number} green bottles hanging on the wall\n" for number in range(20))
@@ -201,6 +201,32 @@ def test_a_report_is_not_replaced_by_one_with_fewer_jobs(output: Path, make_run:
     assert all(isinstance(outcome.error, ConfigError) for outcome in outcomes)
     assert summarize(run, outcomes) == page.with_suffix(".html")
     assert all(name in page.read_text() for name in RECIPES)
+
+
+class Panic(BaseException):
+    """Of a library in Rust, which is no Exception."""
+
+
+@pytest.mark.parametrize("where", ["load_tokenizer", "skeleton", "calibrate"])
+def test_whatever_one_model_raises_stops_no_other(
+    tmp_path: Path, output: Path, make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The first model's files make a library panic; the second one is refused by a sentence of our own."""
+
+    def panic(*arguments: Any) -> None:
+        raise Panic("internal error: entered unreachable code")
+
+    monkeypatch.setattr(f"bitpress.pipeline.runs.run.{where}", panic)
+    models = [{"id": make_run(output).models[0].id}, {"id": str(tmp_path / "gone")}]
+    run = make_run(tmp_path, ["gptq/int4-g32"], models=models)
+    outcomes = execute(run, "", lambda line: None)
+    assert [outcome.model for outcome in outcomes] == [models[0]["id"]] * 2 + [models[1]["id"]] * 2
+    log = run_folder(run) / "errors.log"
+    for outcome in outcomes[:2]:
+        said = f"Panic: internal error: entered unreachable code; its traceback is in {log}; please report it"
+        assert str(outcome.error).endswith(said)
+    assert all(isinstance(outcome.error, ConfigError) for outcome in outcomes[2:])
+    assert "in panic" in log.read_text()
 
 
 def test_refused_jobs_are_listed_with_the_reason(
