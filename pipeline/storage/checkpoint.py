@@ -30,6 +30,7 @@ _FEW_LAYERS = 256  # so few layers are cheap to build, and some configs have suc
 _MOST_FUSED_EXPERTS = 1024
 _MOST_POSITIONS = 1 << 24
 _MOST_LABELS = 1 << 16
+_NO_SIZES = ("hash", "base", "chunk")  # in a key: the base of a hash or samples of sound, which no tensor has as a size
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 ADAPTER = "adapter_config.json"
 # files that are written anew, or are about something else than a model that is made of this one
@@ -182,6 +183,8 @@ def _implausible(config: Any, count: int, widest: int, path: str = "") -> Iterat
     if not isinstance(config, int) or isinstance(config, bool):
         return
     key = path.rpartition(".")[2]
+    if any(word in key for word in _NO_SIZES):
+        return
     for words, limit, what in (
         (("layers", "n_layer", "blocks"), max(count, _FEW_LAYERS), f"the files hold {count} tensors"),
         (("experts",), max(count, _MOST_FUSED_EXPERTS), f"the files hold {count} tensors"),
@@ -322,10 +325,11 @@ class Checkpoint:
     def _data(self) -> tuple[dict[str, Any], list[str]]:
         path = self.folder / "config.json"
         widest = max((size for info in self.tensors.values() for size in info.shape), default=0)
+        read = without_coding(self._config, self._dequantized.dtype) if self._dequantized else self._config
         left_out: list[str] = []
         odd: list[str] = []
         try:
-            config = data_of(without_coding(self._config) if self._dequantized else self._config, left_out, odd)
+            config = data_of(read, left_out, odd)
             implausible = list(_implausible(config, len(self.tensors), widest))
         except RecursionError:
             raise CheckpointError(f"{path}: nested too deeply to be a config") from None
