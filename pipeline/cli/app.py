@@ -58,7 +58,7 @@ def main() -> None:
     except BaseException as error:
         leaving = error if isinstance(error, SystemExit) else None
         # typer makes an exit of Ctrl-C, and a library that it hits while it is imported another error
-        if interrupted or isinstance(error, KeyboardInterrupt) or (leaving and error.code == interrupts.INTERRUPTED):
+        if interrupted or isinstance(error, KeyboardInterrupt) or (leaving and leaving.code == interrupts.INTERRUPTED):
             interrupts.end()
         if leaving:
             raise

@@ -66,7 +66,7 @@ def place_experts(model: PreTrainedModel, parameter: str, experts: QExperts) -> 
     owner = model.get_submodule(parameter.rpartition(".")[0])
     for config in (model.config, getattr(owner, "config", None)):
         if config is not None:
-            config._experts_implementation = "eager"  # type: ignore[union-attr]  # the others want one tensor
+            config._experts_implementation = "eager"  # the others want one tensor
     replace_module(model, parameter, experts)
 
 

@@ -80,10 +80,10 @@ def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
         ValueError: transformers has no class for the config that writes text.
     """
     kind = type(config)
-    models = {auto: auto._model_mapping[kind] for auto in _AUTO_CLASSES if kind in auto._model_mapping}  # type: ignore[attr-defined]
+    models = {auto: auto._model_mapping[kind] for auto in _AUTO_CLASSES if kind in auto._model_mapping}
     if not models:
         raise ValueError("transformers has no model for it that writes text")
-    named = (config.architectures or [None])[0]
+    named = next(iter(config.architectures or ()), None)
     for fits in (
         lambda model: model.__name__ == named,
         lambda model: getattr(model, "config_class", None) is kind,
@@ -158,7 +158,7 @@ def dtype_of_most(tensors: Iterable[TensorInfo]) -> torch.dtype:
     return elements.most_common(1)[0][0]
 
 
-def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
     """Give the parameters that the model's class keeps in a wider dtype that dtype (`_keep_in_fp32_modules`)."""
     plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
     if not plan:
@@ -170,7 +170,7 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 if tensor is None or not (match := patterns.search(f"{module_name}.{leaf}" if module_name else leaf)):
                     continue
                 wider = tensor.to(plan[globs[match.lastgroup or ""]])
-                table[leaf] = nn.Parameter(wider, requires_grad=False) if table is module._parameters else wider  # type: ignore[assignment]
+                table[leaf] = nn.Parameter(wider, requires_grad=False) if table is module._parameters else wider
 
 
 def decoder(model: PreTrainedModel) -> str:
@@ -265,7 +265,7 @@ class TensorNames:
         number = next(n for n, each in enumerate(self._converters) if each.rename_source_key(converted)[1] is not None)
         converter = self._converters[number]
         kinds = [type(operation) for operation in converter.operations]
-        if renamed in self.experts and kinds == [Transpose] and converter.operations[0].check_dims:
+        if renamed in self.experts and kinds == [Transpose] and getattr(converter.operations[0], "check_dims", False):
             return ParameterPath(renamed, transposable=True)
         dims = [getattr(operation, "dim", None) for operation in converter.operations]
         if (kinds, dims) not in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1])):
@@ -292,7 +292,7 @@ class TensorNames:
         place = self._pieces.get((match["module"], match["piece"] or "", match["kind"] == "bias"))
         if place is None or int(match["expert"]) >= self.experts[place.parameter].experts:
             return None
-        return replace(place, expert=(int(match["expert"]), *place.expert[1:]))  # type: ignore[index, arg-type]
+        return replace(place, expert=(int(match["expert"]), *place.expert[1:]))  # type: ignore[index]
 
     def slices(self, name: str, target: ParameterPath, shape: tuple[int, ...]) -> dict[str, ExpertSlice]:
         """The layers, or biases, of single experts that a tensor of all experts holds, by their names in an artifact.
@@ -338,7 +338,7 @@ class TensorNames:
         original = self._converters[target.converter]
         converter = original.copy(original.source_patterns, original.target_patterns, operations=original.operations)
         for source, tensor in tensors.items():
-            converter.add_tensor(target.parameter, target.parameter, source, lambda tensor=tensor: tensor)  # type: ignore[arg-type, misc]
+            converter.add_tensor(target.parameter, target.parameter, source, lambda tensor=tensor: tensor)  # type: ignore[arg-type]
         parameters = converter.convert(target.parameter, model=self._model, config=self._model.config)
         return {parameter: each[0] if isinstance(each, list) else each for parameter, each in parameters.items()}
 
@@ -401,9 +401,9 @@ class TensorNames:
             if target.expert:
                 pieces[target.parameter] = target.expert[2]
         problems = []
-        for name, parameter in self._state.items():
+        for name, tensor in self._state.items():
             if name in pieces:
-                count = self.experts[name].experts if name in self.experts else parameter.shape[0]
+                count = self.experts[name].experts if name in self.experts else tensor.shape[0]
                 wanted = {(expert, piece) for expert in range(count) for piece in range(pieces[name])}
                 if filled[name] != wanted:
                     problems.append(f"{name}: {len(filled[name])} expert tensors in the files, expected {len(wanted)}")

@@ -28,7 +28,8 @@ class InputRange:
     multiplies_inputs = False
 
     def __init__(self, in_features: int, device: torch.device):
-        self.tokens = self.dropped = 0
+        self.tokens = 0
+        self.dropped = 0
         self.largest = torch.zeros(in_features, device=device)
         self._sum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._rows: list[Tensor] = []

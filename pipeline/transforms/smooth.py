@@ -1,7 +1,7 @@
 """SmoothQuant (arXiv 2211.10438): what is hard to round in a layer's inputs moves into its weights."""
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -22,7 +22,7 @@ class Smooth:
     alpha: how much of the difficulty moves into the weights; 0 chooses the best for each group of layers.
     """
 
-    alpha: float = Field(0, ge=0, le=1)
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0
 
     name: ClassVar[str] = "smooth"
     rank: ClassVar[int] = 10

@@ -76,7 +76,8 @@ class CodedWeight:
         (height, width), columns = self.block, self.shape[-1]
         if len(self.shape) == 2:
             first, last = start // height, -(-stop // height)
-            row, grid = torch.arange(start, stop) // height - first, (last - first,)
+            row = torch.arange(start, stop) // height - first
+            grid: tuple[int, ...] = (last - first,)
         else:  # a row is a matrix with scales of its own
             first, last = start, stop
             row, grid = torch.arange(self.shape[-2]) // height, (stop - start, -(-self.shape[-2] // height))
@@ -187,7 +188,7 @@ def float8_coding(stored: Mapping[str, TensorInfo], blocks: Sequence[Block], pac
         blocks: that scales may serve, in the order in which they are tried against the shapes.
         packed: the same of int8 tensors, each of whose bytes holds two E2M1 codes; by default there are none.
     """
-    coding, used = Coding(), set()
+    coding, used = Coding(), set[str]()
     for name, info in stored.items():
         halves = bool(packed) and info.dtype == torch.int8
         if (info.dtype not in FLOAT8 and not halves) or name.rpartition(".")[2] in _SCALE_NAMES:

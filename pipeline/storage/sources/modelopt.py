@@ -29,9 +29,9 @@ class ModelOpt(Source):
 
     def section(self, config: Mapping[str, Any], side_files: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
         if config.get("quantization_config") is not None:
-            section = super().section(config, side_files) or {}
-            section = section.get("quantization", section)  # as the side file has it, in some
-            return section if isinstance(section, dict) and section else None
+            own = super().section(config, side_files) or {}
+            inner = own.get("quantization", own)  # as the side file has it, in some
+            return inner if isinstance(inner, dict) and inner else None
         section = side_files.get(_SIDE_FILE, {}).get("quantization")
         return section if isinstance(section, dict) and section.get("quant_algo") else None
 
