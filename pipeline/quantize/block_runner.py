@@ -165,7 +165,7 @@ class BlockRunner:
             self.model.tie_weights()
         except ValueError as error:
             raise CheckpointError(
-                f"{type(self.model).__name__} ties the weights of some of its blocks to those of others, so they cannot "
+                f"{type(self.model).__name__} ties weights of some of its blocks to those of others, so they cannot "
                 "be learned one after the other; use a method that needs no calibration"
             ) from error
         try:
