@@ -58,7 +58,7 @@ def _ending(code: int, peak: int, request: dict[str, Any]) -> str:
     """How a process ended without an answer. peak: the most memory that it held, as getrusage(2) counts it."""
     if code == -signal.SIGKILL:
         folders = [Path(request[key]) for key in ("artifact", "baseline") if request.get(key)]
-        weights = sum(file.stat().st_size for folder in folders for file in Checkpoint(folder).files)
+        weights = sum(info.nbytes for folder in folders for info in Checkpoint(folder).tensors.values())
         return (
             f"was killed, as the system does when memory runs out: it had taken {size(peak * _RSS_UNIT)}, the weights "
             f"that it loads have {size(weights)}, this machine has {size(psutil.virtual_memory().total)}; free some "

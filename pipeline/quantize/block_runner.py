@@ -115,6 +115,12 @@ class BlockRunner:
         for number, block in enumerate(self._real):
             blocks[number] = _StandIn(self, number, block)
         unread = tuple(f"{tower}." for tower in towers(self.model))
+        for tower in unread:  # no memory, but on the device: some models go by that of their first parameter
+            for module in self.model.get_submodule(tower[:-1]).modules():
+                for leaf, parameter in module._parameters.items():
+                    if parameter is not None:
+                        nothing = torch.zeros((), dtype=parameter.dtype, device=self.device).expand(parameter.shape)
+                        module._parameters[leaf] = nn.Parameter(nothing, requires_grad=False)
         self._outside = [
             planned
             for planned in outside

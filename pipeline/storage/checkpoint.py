@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _INDEX_LIMIT = 64 << 20  # bytes; the largest in use, of 92 thousand tensors, has 9 MB
 _CONFIG_LIMIT = 4 << 20
+_EARLY_SECTION = "compression_config"  # quantization_config in early files of compressed-tensors
 _NAME_LIMIT = 255  # bytes of a file name
 _SAMPLE = 4096
 _FETCHED = 2 << 30  # bytes: what is fetched long before it is used may be gone again by then
@@ -325,10 +326,11 @@ class Checkpoint:
     def _data(self) -> tuple[dict[str, Any], list[str]]:
         path = self.folder / "config.json"
         widest = max((size for info in self.tensors.values() for size in info.shape), default=0)
+        read = without_coding(self._config, self._dequantized.dtype) if self._dequantized else self._config
         left_out: list[str] = []
         odd: list[str] = []
         try:
-            config = data_of(without_coding(self._config) if self._dequantized else self._config, left_out, odd)
+            config = data_of(read, left_out, odd)
             implausible = list(_implausible(config, len(self.tensors), widest))
         except RecursionError:
             raise CheckpointError(f"{path}: nested too deeply to be a config") from None
@@ -341,6 +343,9 @@ class Checkpoint:
             raise CheckpointError(f"{path} does not fit the weight files:\n{listing(implausible)}")
         if config.get("quantization_config", 0) in (None, {}):
             del config["quantization_config"]
+        early = config.pop(_EARLY_SECTION, None)
+        if isinstance(early, dict) and early and "quantization_config" not in config:
+            config["quantization_config"] = {"quant_method": "compressed-tensors", **early}
         return config, left_out
 
     @classmethod

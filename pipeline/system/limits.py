@@ -197,7 +197,8 @@ def _child(function: Callable[[], Any], budget: Budget, writing: int) -> None:
 
 def _read(descriptor: int, seconds: float) -> bytes | None:
     """All that comes through a pipe until it is closed; None where that takes too long or is too much."""
-    pieces, size, end = [], 0, time.monotonic() + seconds
+    pieces: list[bytes] = []
+    size, end = 0, time.monotonic() + seconds
     ready = select.poll()
     ready.register(descriptor, select.POLLIN)
     while (left := end - time.monotonic()) > 0 and size <= _ANSWER_LIMIT:

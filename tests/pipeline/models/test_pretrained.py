@@ -53,6 +53,13 @@ class TestConfig:
         edit_json(source / "config.json", **{key: {"hidden_size": "vocab_size"}})
         assert fields(load_config(Checkpoint(source))) == before
 
+    @pytest.mark.parametrize("key", ["return_dict", "torchscript", "output_attentions", "output_hidden_states"])
+    def test_a_key_that_changes_what_a_model_returns(self, source: Path, edit_json: Callable[..., None], key: str):
+        edit_json(source / "config.json", **{key: key != "return_dict"})
+        output = load(source)[0](torch.arange(3, 8)[None])
+        assert output.logits.isfinite().all()
+        assert (output.hidden_states, output.attentions) == (None, None)
+
     def test_a_kernel_of_the_hub_is_not_asked_for(self, source: Path, edit_json: Any, monkeypatch: pytest.MonkeyPatch):
         def refuse(*arguments: Any, **options: Any) -> None:
             raise AssertionError("asks for a kernel")
