@@ -160,7 +160,7 @@ def dtype_of_most(tensors: Iterable[TensorInfo]) -> torch.dtype:
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
     """Give the parameters that the model's class keeps in a wider dtype that dtype (`_keep_in_fp32_modules`)."""
-    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)  # type: ignore[arg-type]
     if not plan:
         return
     patterns, globs, _ = build_glob_alternation(list(plan))

@@ -197,12 +197,13 @@ def layers_to_keep(checkpoint: Checkpoint, layers: Mapping[ParameterPath, TrialL
                 f"{type(model).__name__} does not run on quantized layers ({_line(error)}); keep some by a rule, "
                 "as in layers: {'NAME': none} (--layer 'NAME=none')"
             ) from error
-    blocks = {kind: [number for number, first in kinds.items() if first == kind] for kind in kinds.values()}
+    blocks: dict[int | None, list[int | None]] = {None: [None]}
+    blocks |= {kind: [number for number, first in kinds.items() if first == kind] for kind in kinds.values()}
     for target, reader in readers.items():
         block, inner = names.block(target.parameter), names.in_block(target.parameter)
         for other in layers:
             same = (
-                names.block(other.parameter) in blocks.get(block, [None]) and names.in_block(other.parameter) == inner
+                names.block(other.parameter) in blocks[block] and names.in_block(other.parameter) == inner
             )
             if same and layers[other].scheme:
                 reasons[other] = f"{reader} reads its weight itself"
@@ -234,7 +235,7 @@ def _groups(names: TensorNames, layers: Collection[ParameterPath]) -> dict[str, 
     return groups
 
 
-def _kinds(model: nn.Module, names: TensorNames, layers: Mapping[ParameterPath, TrialLayer]) -> dict[int, int]:
+def _kinds(model: PreTrainedModel, names: TensorNames, layers: Mapping[ParameterPath, TrialLayer]) -> dict[int, int]:
     """Block -> the first block of its kind.
 
     Blocks are of a kind where their modules, these modules' switches, the shapes of their weights, and what is to be

@@ -195,10 +195,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     wanted = {t.target: TrialLayer(t.spec.scheme, t.shape, t.kind) for t in decided if t.spec and t.kind}
     tables = {target.parameter for target in wanted if target.expert}
     wanted |= {t.target: TrialLayer(None, t.shape) for t in decided if not t.spec and t.target.parameter in tables}
-    reasons = layers_to_keep(checkpoint, wanted) if wanted else {}
+    kept = layers_to_keep(checkpoint, wanted) if wanted else {}
     tensors = []
     for tensor in decided:
-        if reason := reasons.get(tensor.target, ""):
+        if reason := kept.get(tensor.target, ""):
             if asking := _naming_rule(tensor.info.name, aliases.get(tensor.info.name, tensor.info.name), recipe.rules):
                 unfit.add(tensor.module, [f"the rule {asking} asks for it, and {reason}"])
             impossible.add(tensor.module, [reason])
@@ -305,8 +305,8 @@ def _decide(
         if naming and len(info.shape) > 1:
             raise ValueError(f"the rule {naming} asks for it, and it is {reason}")
         return None, None, reason
-    if kind != "embedding" and not naming and (reason := gate_reason(model, target)):
-        return None, None, reason
+    if kind != "embedding" and not naming and (gate := gate_reason(model, target)):
+        return None, None, gate
     if info.dtype not in _FLOATS:
         raise ValueError(f"dtype {info.dtype} is not bfloat16, float16 or float32: quantized already?")
     return spec, kind, ""

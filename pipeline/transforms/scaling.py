@@ -35,6 +35,10 @@ class InputRange:
         self._rows: list[Tensor] = []
         self._step = 1
 
+    @staticmethod
+    def nbytes(in_features: int) -> int:
+        return 4 * in_features * (2 * _SAMPLE + 3)
+
     def add(self, inputs: Tensor) -> None:
         rows = inputs.reshape(-1, inputs.shape[-1])
         finite = torch.isfinite(rows).all(1)
