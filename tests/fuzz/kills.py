@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fixtures"))
 
-from checkpoints import save_tokenizer  # noqa: E402
-from standin import CANARY, Hub  # noqa: E402
+from checkpoints import save_tokenizer
+from standin import CANARY, Hub
 
 RECIPES: tuple[dict[str, str], ...] = (
     {"name": "rounded", "scheme": "int4-g32"},
