@@ -27,7 +27,7 @@ check: $(INSTALLED)
 # as long as wanted: make fuzz FUZZ="--minutes 60 --seed 7"
 FUZZ ?= --minutes 0.5 --seed 0
 fuzz: $(INSTALLED)
-	$(BIN)/python tests/fuzz/kernels.py $(FUZZ)
+	$(BIN)/python tests/fuzz/native_kernels.py $(FUZZ)
 	$(BIN)/python tests/fuzz/checkpoints.py $(FUZZ)
 
 interop: $(INSTALLED) $(PEERS:%=.venv-%/.installed)

@@ -95,7 +95,7 @@ def _section(reported: Sequence[ReportedRun], budgets: Sequence[Budget], context
     point = min(common, default=None)
     candidates = [_candidate(run, windows, context, point if len(machines) <= 1 else None) for run in reported]
 
-    notes = []
+    notes = [f"{run.title}: {warning}." for run in reported for warning in run.get("warnings") or []]
     if not any(run.is_baseline for run in reported):
         notes.append("No baseline among the runs: what the unquantized model needs is not shown.")
     if len(machines) > 1:
@@ -154,8 +154,7 @@ def _candidate(run: ReportedRun, windows: int, context: int, point: SpeedPoint |
     memory = run.get("memory") or {}
     weights = memory.get("resident_bytes") or run.get("size", "file_bytes")
     activations = (memory.get("activation_peak_bytes") or 0) / max(1, memory.get("prompt") or 1)
-    windows = memory.get("kv_cache_windows") or []
-    cache = cache_size(context, memory.get("kv_cache_bytes_per_token") or 0, windows)
+    cache = cache_size(context, memory.get("kv_cache_bytes_per_token") or 0, memory.get("kv_cache_windows") or [])
     judged = [] if run.get("gates", "overridden") else run.get("gates", "judged") or []
     return Candidate(
         run=run.label,

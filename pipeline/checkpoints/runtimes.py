@@ -1,9 +1,9 @@
 """Which runtimes load a quantized checkpoint, over how many GPUs, and why not: what their documents and sources say.
 
 Each format's file has what is about that format. Here is what is about the shapes of layers, and about layers that
-servers fuse. Looked up in autumn 2026: transformers 5.23 with compressed-tensors 0.20 (tried), GPTQModel 7, vLLM
-(auto_gptq, the compressed-tensors schemes, Marlin's shape checks; pull request 26092), SGLang (gptq, pull request
-25292). Nothing here runs them. What is not documented is called unknown.
+servers fuse. RUNTIMES has the versions whose sources and documents were read in autumn 2026; transformers (with
+compressed-tensors 0.20), ONNX Runtime GenAI and mlx-lm were tried, too. Nothing here runs them. What is not documented
+is called unknown.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,16 @@ from typing import Any
 from ..formats.base import LEVELS, Facts, Loading, Reason, counted
 from ..formats.names import fused_unit
 
-RUNTIMES = ("transformers", "GPTQModel", "vLLM", "SGLang")
+RUNTIMES = {  # the version that its verdicts are true for
+    "transformers": "5.23",
+    "GPTQModel": "7",
+    "vLLM": "0.33",
+    "SGLang": "0.5.10",
+    "llama.cpp": "of llama-cpp-python 0.3.36",
+    "MLX": "mlx-lm 0.32.2",
+    "ORT GenAI": "0.18",
+    "TensorRT-LLM": "1.3",
+}
 SERVERS = ("vLLM", "SGLang")  # they fuse layers, and cut them for several GPUs
 GPUS = (1, 2, 4, 8)
 _MARLIN_GROUPS, _MARLIN_OUT, _MARLIN_IN, _MARLIN_EXPERT_IN = (None, 32, 64, 128), 64, 128, 64
@@ -29,8 +38,8 @@ _VLLM_JOINED = {
 
 
 def verdicts(facts: Facts) -> dict[str, dict[str, Any]]:
-    """Runtime -> {"loads": one of LEVELS, "needs": packages, "why": sentences, "arguments", "imports": see Loading,
-    "class": transformers' auto class of the checkpoint}."""
+    """Runtime -> {"version": that this is true for (None where it is not known), "loads": one of LEVELS, "needs":
+    packages, "why": sentences, "arguments", "imports": see Loading, "class": transformers' auto class}."""
     loadings = facts.format.runtimes(facts)
     unknown = Loading([("unknown", f"it is not known here to read {facts.format.name}")])
     table = {}
@@ -45,6 +54,7 @@ def verdicts(facts: Facts) -> dict[str, dict[str, Any]]:
             reasons += [*_split_units(facts), *_marlin(facts)]
         worst = max((LEVELS.index(level) for level, _ in reasons), default=0)
         table[name] = {
+            "version": RUNTIMES.get(name),
             "loads": LEVELS[worst],
             "needs": loading.needs,
             "why": [why for _, why in reasons if why],

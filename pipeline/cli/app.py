@@ -1,6 +1,7 @@
 """The command line: which commands there are, and the exit code of each error. Commands parse and print; no logic."""
 
 import gc
+import io
 import sys
 from typing import Any
 
@@ -55,7 +56,8 @@ def main() -> None:
     interrupts.handle(interrupt)
     sys.unraisablehook = unraisable
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Chinese shows the characters' numbers
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Chinese shows characters' numbers
     console.debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:

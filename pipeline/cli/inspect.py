@@ -49,8 +49,9 @@ def _show_diagnosis(diagnosis: Any) -> None:
     for line in [*diagnosis.faults, *(f"note: {note}" for note in diagnosis.notes)]:
         print_line(f"    {line}")
     for name, verdict in diagnosis.runtimes.items():
-        needs = f" (needs {verdict['needs']})" if verdict["needs"] else ""
-        _reasons(f"{name}: {verdict['loads']}{needs}", verdict["why"])
+        facts = [verdict["version"], f"needs {verdict['needs']}" if verdict["needs"] else None]
+        more = ", ".join(fact for fact in facts if fact)
+        _reasons(f"{name}: {verdict['loads']}{f' ({more})' if more else ''}", verdict["why"])
     for count, split in diagnosis.tensor_parallel.items():
         gpus = f"{count} GPU{'s' if count != '1' else ''}"
         _reasons(f"{gpus}, every layer on vLLM's and SGLang's fast kernel: {split['loads']}", split["why"])

@@ -83,11 +83,10 @@ def _content(content: Any, where: str) -> str:
     """A message's text: itself, its parts of text one below the other, or "" for null, as where a tool is called."""
     if content is None:
         return ""
-    parts = content if isinstance(content, list) else [content]
-    texts = [
-        part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part for part in parts
-    ]
-    for text, part in zip(texts, parts):
+    texts: list[str] = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             raise NumericsError(f"{where} holds the content {part!r:.60}, expected text, or parts with type and text")
+        texts.append(text)
     return "\n".join(texts)

@@ -61,6 +61,8 @@ def evaluate_external(
     for each in (source, baseline):
         if each and (sentence := Checkpoint(each.folder).dequantization):
             say(f"{each.id}: {sentence}")
+    for remark in Checkpoint(source.folder).remarks:
+        say(remark)
     files.make_folder(folder)
     with journal.locked(folder):
         metrics = process.evaluate(subject, conditions, folder, say)

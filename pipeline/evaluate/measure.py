@@ -324,7 +324,7 @@ def _speeds(model: Any, text: list[Window], settings: Speed | None, costs: dict[
         for prompt, generate in lengths:
             load = speed.Load(batch, prompt, generate, settings.repeats)
             per_token, length = costs["kv_cache_bytes_per_token"], prompt + generate
-            cache = None
+            cache: float | None = None
             if per_token is not None:  # on average: layers with a window keep its tokens only
                 cache = memory.cache_size(length, per_token, costs.get("kv_cache_windows", ())) / length
             if reason := _too_large(load, cache, model.device):

@@ -130,7 +130,12 @@ class BitsAndBytes(Format):
         return [name for name in skipped if isinstance(name, str)] if isinstance(skipped, list) else []
 
     def runtimes(self, facts: Facts) -> dict[str, Loading]:
-        readers = {name: Loading(needs="bitsandbytes") for name in ("transformers", "vLLM", "SGLang")}
+        readers = {name: Loading(needs="bitsandbytes") for name in ("transformers", "SGLang")}
+        plug_in = ("yes", "by a plug-in: bitsandbytes is no part of it any more")
+        readers["vLLM"] = Loading([plug_in], needs="vllm-bnb-plugin, bitsandbytes")
+        for name, what in (("llama.cpp", "its converter"), ("MLX", "mlx-lm"), ("ORT GenAI", "its builder")):
+            readers[name] = Loading([("no", f"{what} does not read bitsandbytes")])
+        readers["TensorRT-LLM"] = Loading([("unknown", "its documents do not name bitsandbytes")])
         if facts.experts:
             stops = ("no", "it stops at experts, whose packed bytes it joins as if they were weights")
             readers["transformers"] = Loading([stops], needs="bitsandbytes")

@@ -200,15 +200,17 @@ class CompressedTensors(Format):
                 arguments="quantization_config=CompressedTensorsConfig(dequantize=True)",
                 imports="CompressedTensorsConfig",
             )
-        vllm: list[Reason] = []
-        if ordered:
-            vllm.append(
-                ("yes", "act-order: over several GPUs, layers that are cut along their inputs keep all scales on each")
-            )
+        several: list[Reason] = []
+        if len(set(facts.schemes.values())) > 1:
+            several.append(("no", "its converter reads one config group only"))
         return {
             "transformers": transformers,
-            "vLLM": Loading([*vllm, *facts.by_scheme(lambda scheme: _vllm(scheme, experts, ordered))]),
+            "vLLM": Loading(facts.by_scheme(lambda scheme: _vllm(scheme, experts, ordered))),
             "SGLang": Loading(facts.by_scheme(lambda scheme: _sglang(scheme, ordered))),
+            "llama.cpp": Loading([*several, *facts.by_scheme(lambda scheme: _llamacpp(scheme, ordered))]),
+            "MLX": Loading([("no", "mlx-lm does not know the names of compressed-tensors' tensors")]),
+            "ORT GenAI": Loading([("limited", "its builder reads compressed-tensors for CUDA alone (-e cuda)")]),
+            "TensorRT-LLM": Loading([("unknown", "its documents do not name compressed-tensors")]),
         }
 
     def fast_kernel(self, scheme: Scheme) -> bool:
@@ -241,14 +243,23 @@ def _vllm(scheme: Scheme, experts: bool, ordered: bool) -> Iterator[Reason]:
         if scheme.activations is None:
             yield "unknown", "plain elements with inputs left alone are not documented"
         return
-    if scheme.bits not in _MARLIN_BITS:
-        yield "limited", f"{scheme.bits} bits are in the list of its newest releases only"
     if not scheme.symmetric and experts:
         yield "no", "its experts must be symmetric (issue 39980)"
-    elif not scheme.symmetric and scheme.bits == 8:
-        yield "limited", "Marlin has zero points for 4 bits, not for 8"
     if ordered:
-        yield "limited", "actorder 'group' is for releases from before compressed-tensors 0.20"
+        yield "no", "it refuses actorder 'group'; `bitpress convert --to gptq` keeps the weights"
+    if scheme.bits not in _MARLIN_BITS or (scheme.bits == 8 and not scheme.symmetric):
+        yield "yes", "its Humming kernels run this, which older releases do not have"
+
+
+def _llamacpp(scheme: Scheme, ordered: bool) -> Iterator[Reason]:
+    if is_packed_integer(scheme):
+        if scheme.group_size is None:
+            yield "no", "its converter reads packed weights in groups, not per channel"
+        elif ordered or not scheme.symmetric:
+            yield "unknown", "whether its converter reads zero points or actorder 'group' was not tried"
+    elif scheme.activations is None:
+        yield "unknown", "plain elements with inputs left alone were not tried"
+    yield "limited", "its converter dequantizes the layers; quantized again, they are other weights than these"
 
 
 def _sglang(scheme: Scheme, ordered: bool) -> Iterator[Reason]:
@@ -385,8 +396,8 @@ def _read_packed(scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
     )
     shape = stored.tolist()
     zeros = None
-    if (stored := tensors.get(_ZEROS)) is not None:
-        zeros = _zero_codes(scheme, stored, (shape[0], groups_of(scheme, shape[1])))
+    if (points := tensors.get(_ZEROS)) is not None:
+        zeros = _zero_codes(scheme, points, (shape[0], groups_of(scheme, shape[1])))
         if scheme.symmetric:
             _require_no_zeros(zeros, middle_code(scheme))
             zeros = None

@@ -246,26 +246,56 @@ class GPTQ(Format):
             ordered.append(
                 ("yes", "act-order: over several GPUs, layers that are cut along their inputs keep all scales on each")
             )
+        several: list[Reason] = []
+        if len(set(facts.schemes.values())) > 1:
+            several.append(("unknown", "whether it reads the config's dynamic was not tried"))
         return {
             "transformers": Loading([*own, *_optimum(facts)], needs="optimum, gptqmodel"),
             "GPTQModel": Loading(own),
             "vLLM": Loading([*ordered, *facts.by_scheme(self._vllm)]),
             "SGLang": Loading(facts.by_scheme(lambda scheme: self._sglang(scheme, bool(facts.experts)))),
+            "llama.cpp": Loading([*several, *facts.by_scheme(self._llamacpp)]),
+            "MLX": Loading([("no", "mlx-lm refuses GPTQ files with g_idx, and takes those without it for AWQ's")]),
+            "ORT GenAI": Loading([*several, *facts.by_scheme(lambda scheme: self._genai(scheme, facts.ordered))]),
+            "TensorRT-LLM": Loading(
+                [("unknown", "its documents name GPTQ of 4 bits, and files like these were not tried")]
+            ),
         }
 
     def _vllm(self, scheme: Scheme) -> Iterator[Reason]:
-        if not scheme.symmetric and self.offset:
+        if not scheme.symmetric or scheme.bits not in _MARLIN_BITS:
             yield (
                 "no",
-                "it reads version 1's zero points code by code, and a zero point of 0 has borrowed from the next one; "
-                "`bitpress convert` to gptq-v2 or compressed-tensors mends that",
+                "its GPTQ loader takes symmetric layers of 4 and 8 bits alone; `bitpress convert --to "
+                "compressed-tensors` makes what it loads",
             )
-        elif not scheme.symmetric or scheme.bits not in _MARLIN_BITS:
+
+    def _llamacpp(self, scheme: Scheme) -> Iterator[Reason]:
+        if scheme.bits == 3:
+            yield "no", "its converter reads GPTQ of 2, 4 and 8 bits"
+        elif not scheme.symmetric and self.offset:
+            yield "unknown", "whether its converter undoes the borrow of version 1's zero points was not tried"
+        else:
+            yield "limited", "its converter dequantizes the layers; quantized again, they are other weights than these"
+
+    def _genai(self, scheme: Scheme, ordered: bool) -> Iterator[Reason]:
+        if not self.offset:
+            yield (
+                "no",
+                "its builder adds 1 to zero points whatever checkpoint_format says, and every weight is a step off, "
+                "without a word" + ("; `bitpress convert --to gptq` writes what it reads" if scheme.symmetric else ""),
+            )
+        elif scheme.bits == 3:
+            yield "no", "its builder reads GPTQ of 2, 4 and 8 bits"
+        elif not scheme.symmetric:
+            yield "unknown", "whether its builder undoes the borrow of version 1's zero points was not tried"
+        else:
             yield (
                 "limited",
-                "only its plain GPTQ kernel runs this (version 2 since pull request 26092); releases whose GPTQ "
-                "loader is Marlin's take symmetric layers of 4 and 8 bits",
+                "its builder also rounds the head, unless told --extra_options nodes_to_exclude=/lm_head/MatMul",
             )
+        if ordered:
+            yield "unknown", "whether its builder follows g_idx was not tried"
 
     def _sglang(self, scheme: Scheme, experts: bool) -> Iterator[Reason]:
         if not scheme.symmetric and self.offset:

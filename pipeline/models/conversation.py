@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from ..data.tokens import bounded
+from ..data.tokens import bounded, check_ids
 from ..errors import BitpressError, CheckpointError, ConfigError
 from ..system.printable import printable
 
@@ -110,6 +110,7 @@ class Conversation:
         ids = bounded(
             "the model's chat template", sum(len(turn["content"]) for turn in turns), lambda: self._ids(turns)
         )
+        check_ids("the conversation", max(ids, default=0), self.tokenizer, self.model.config)
         return torch.tensor([ids], dtype=torch.int64)
 
     def _ids(self, turns: list[dict[str, str]]) -> list[int]:

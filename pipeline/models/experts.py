@@ -5,7 +5,7 @@ Models differ in how each expert lies in it. Here that is data: an ExpertLayout 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -147,3 +147,12 @@ class SplitCheckpoint(Checkpoint):
         if digest is not None:
             digest.update(piece.flatten().view(torch.uint8).numpy().data)
         return piece
+
+    def read_rows(self, name: str, counts: Iterable[int], first: int = 0) -> Iterator[Tensor]:
+        if name not in self._slices:
+            yield from self.whole.read_rows(name, counts, first)
+            return
+        tensor, start = self.read(name), first
+        for count in counts:
+            yield tensor[start : start + count]
+            start += count

@@ -1,5 +1,6 @@
 """Files -> a transformers model: quantized layers on our kernels, everything else as transformers has it."""
 
+import logging
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +23,13 @@ from ..system.threads import one_ahead
 from .dense import read_dense
 from .modules import converted_tensors, experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
-from .pretrained import generation_config, load_tokenizer
+from .pretrained import generation_config, load_tokenizer, require_tokenizer
 from .quantized import read_quantized
 from .structure import ParameterPath, TensorNames
 from .transformers import attach
 
 CPU = torch.device("cpu")
+_log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,6 +53,9 @@ def load(
     """
     folder = resolve(str(model), revision).folder
     checkpoint = Checkpoint(folder)
+    require_tokenizer(folder)
+    for remark in checkpoint.remarks:
+        _log.warning(remark)
     return load_model(checkpoint, pick_device(device), dtype, kernel, on_step), load_tokenizer(folder)
 
 

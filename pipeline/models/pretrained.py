@@ -45,6 +45,8 @@ _STRUCTURE_SECONDS = 60  # the largest models in use take 2
 _STRUCTURE_BYTES = 1 << 30  # the buffers of models in use have some MB
 _TOKENIZER_SECONDS = 60  # the largest in use take 2
 _TOKENIZER_BYTES = 1 << 30
+# keys that make a model return something else than its logits by name, or more than these
+_OTHER_OUTPUTS = ("return_dict", "use_return_dict", "torchscript", "output_attentions", "output_hidden_states")
 _FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 _GET_AGAIN = "get the file again, or one of another copy of the model"
 
@@ -56,7 +58,8 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         CheckpointError: transformers makes no config of it, or its dtype is none of floating-point numbers.
     """
     path = checkpoint.folder / "config.json"
-    values = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    values = {key: value for key, value in checkpoint.config.items() if key not in _OTHER_OUTPUTS}
+    values.pop("quantization_config", None)
     name = values.get("dtype") or values.get("torch_dtype")
     dtype = getattr(torch, name, None) if isinstance(name, str) else torch.float32
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -33,6 +33,7 @@ from transformers.core_model_loading import (
     build_glob_alternation,
     rename_source_key,
 )
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 
@@ -94,6 +95,30 @@ def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     raise AssertionError("the last one fits every model")
 
 
+def unsupported(config: PreTrainedConfig) -> str | None:
+    """What a model is that does not write text by a decoder alone, such as an encoder; None for one that does."""
+    kind, named = config.model_type, (config.architectures or [""])[0]
+    if re.search(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Regression|Detection|RewardModel)$", named):
+        return f"{named} is a classifier"
+    speech = (
+        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_TEXT_TO_SPECTROGRAM_MAPPING_NAMES,
+    )
+    several = kind in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES  # kinds of input
+    if any(kind in names for names in speech) and not several:
+        return f"{kind} is a speech or sound model"
+    pair = kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and not several
+    if config.is_encoder_decoder or pair:
+        return f"{kind} is an encoder-decoder, or the half of one: its decoder reads what an encoder puts out"
+    base = modeling_auto.MODEL_MAPPING_NAMES.get(kind, "")
+    encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or str(base).endswith("Encoder")
+    if named.endswith("ForMaskedLM") or (encoder and not getattr(config, "is_decoder", False)):
+        return f"{kind} is an encoder: each token sees those after it, so it does not write text"
+    return None
+
+
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a checkpoint, its parameters on the meta device (they take no memory), its buffers real.
 
@@ -111,6 +136,12 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
                 "tensors"
             )
     config = load_config(checkpoint)
+    what = unsupported(config)
+    if what is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: {what}; bitpress quantizes models that write text by a decoder, "
+            "such as LlamaForCausalLM or Qwen2VLForConditionalGeneration: give one of these"
+        )
     with builds_a_model(checkpoint), init_empty_weights(include_buffers=False):
         chosen = dtype or config.dtype or dtype_of_most(checkpoint.tensors.values())
         model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
@@ -239,14 +270,16 @@ class TensorNames:
         dims = [getattr(operation, "dim", None) for operation in converter.operations]
         if (kinds, dims) not in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1])):
             patterns = (*converter.source_patterns, *converter.target_patterns)
-            if self._list_index(renamed) is None and not any("*" in each for each in patterns):
+            if renamed not in self.experts and not any("*" in each for each in patterns):
                 return ParameterPath(renamed, converter=number, source=pattern)
             steps = ", ".join(kind.__name__ for kind in kinds)
             raise CheckpointError(
                 f"{name}: transformers loads it through {steps}, which bitpress does not follow; "
                 "this architecture is not supported yet"
             )
-        expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), converted)
+        expert = re.search(
+            pattern.replace("*.", r"(\d+)\."), converted
+        )  # a pattern is a regular expression, but for "*"
         if expert is None:
             return ParameterPath(renamed)
         pieces = converter.source_patterns
@@ -504,6 +537,8 @@ def not_linear(model: nn.Module, target: ParameterPath) -> str:
     path, _, leaf = target.parameter.rpartition(".")
     module = model.get_submodule(path)
     tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+    if target.converter is not None:
+        return f"transformers makes {path.rpartition('.')[2]}.{leaf} of it and others"
     owner = type(module).__name__
     if tensor is not None and tensor.dim() < 2:
         return "a vector"
@@ -539,7 +574,7 @@ def kept_names(
         if layer in listed or len(info.shape) != 2 or not info.dtype.is_floating_point:
             continue
         unknown = not names.known(target.parameter)
-        if target.expert or (unknown and "embed" not in layer.rpartition(".")[2]):
+        if target.expert or target.converter is not None or (unknown and "embed" not in layer.rpartition(".")[2]):
             kept.append(layer)
     return kept
 

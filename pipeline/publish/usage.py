@@ -77,7 +77,13 @@ def unsupported_runtimes(runtimes: Mapping[str, Mapping[str, Any]]) -> list[tupl
     """Each runtime that does not load it, or is not known to, and why."""
     words = {"no": "does not load it", "unknown": "is not known to load it"}
     return [
-        (name, ": ".join([words[verdict["loads"]], "; ".join(verdict["why"])]))
+        (name, f"{words[verdict['loads']]}{_as_of(verdict)}: {'; '.join(verdict['why'])}")
         for name, verdict in runtimes.items()
         if verdict["loads"] in words
     ]
+
+
+def _as_of(verdict: Mapping[str, Any]) -> str:
+    """The version that a verdict is true for, in brackets; "" where it is not known."""
+    version = verdict.get("version")
+    return f" ({version})" if version else ""

@@ -61,7 +61,7 @@ class _Progress:
         if not 0 < count < len(files):
             return count
         path, expected = blocks.state(count), self.done[files[count - 1]]["state"]
-        if path.exists() and store.sha256_file(path) == expected["sha256"]:
+        if path.exists() and store.sha256_file(path) == expected:
             return count
         self.notes.append(f"{path.name}, the inputs of block {count}, is not as it was written; all blocks made again")
         return 0
@@ -115,9 +115,10 @@ def quantize(
     origin = fingerprint(checkpoint, source, recipe)
     if (out / MANIFEST).exists():
         check_fingerprint(out / MANIFEST, origin)
-        _check_fallbacks([read_json(out / MANIFEST)["coverage"]], recipe.max_fallback_layers)
+        coverage, hashes = _read_manifest(out)
+        _check_fallbacks([coverage], recipe.max_fallback_layers)
         clear_states(work)
-        return _verify_finished(out, on_step)
+        return _verify_finished(out, hashes, on_step)
     if store.is_occupied(out):
         raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
     plan = make_plan(checkpoint, recipe)
@@ -236,18 +237,31 @@ def _remarks(lines: list[dict[str, Any]]) -> list[str]:
     return remarks + ([f"{len(noted)} layers are special:\n{listing(noted)}"] if noted else [])
 
 
-def _verify_finished(out: Path, on_step: OnStep) -> list[str]:
+def _read_manifest(out: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A finished artifact's coverage, and file -> sha256.
+
+    Raises:
+        DiskError: it lacks what every manifest has.
+    """
+    manifest = read_json(out / MANIFEST)
+    try:
+        _layers([manifest["coverage"]], "fallback")
+        return manifest["coverage"], {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DiskError(f"{out / MANIFEST} is damaged ({error!r}); move {out} away and run again") from error
+
+
+def _verify_finished(out: Path, hashes: dict[str, str], on_step: OnStep) -> list[str]:
     """Re-hash a finished artifact.
 
     Raises:
         DiskError: names the files that are not as they were written.
     """
     damaged = []
-    files = read_json(out / MANIFEST)["files"]
-    for number, (name, expected) in enumerate(files.items()):
-        on_step(number, len(files))
+    for number, (name, expected) in enumerate(hashes.items()):
+        on_step(number, len(hashes))
         path = out / name
-        if not path.is_file() or store.sha256_file(path) != expected["sha256"]:
+        if not path.is_file() or store.sha256_file(path) != expected:
             damaged.append(name)
     if damaged:
         raise DiskError(f"{out}: {', '.join(damaged)} changed since they were written; move {out} away and run again")

@@ -115,6 +115,12 @@ class BlockRunner:
         for number, block in enumerate(self._real):
             blocks[number] = _StandIn(self, number, block)
         unread = tuple(f"{tower}." for tower in towers(self.model))
+        for tower in unread:  # no memory, but on the device: some models go by that of their first parameter
+            for module in self.model.get_submodule(tower[:-1]).modules():
+                for leaf, parameter in module._parameters.items():
+                    if parameter is not None:
+                        nothing = torch.zeros((), dtype=parameter.dtype, device=self.device).expand(parameter.shape)
+                        module._parameters[leaf] = nn.Parameter(nothing, requires_grad=False)
         self._outside = [
             planned
             for planned in outside
@@ -216,18 +222,19 @@ class BlockRunner:
     def load_block(self, number: int, weights: Iterable[tuple[PlannedTensor, Tensor]]) -> None:
         """Put a block back in its place, with its weights as the files store them."""
         self._blocks[number] = block = self._real[number]
-        experts, biases = {}, {}
+        experts, parts = {}, {}
         for planned, tensor in weights:
             if planned.target.expert and weight_kind(self.model, planned.target):
                 experts[planned.target] = dense_layer(tensor.to(self.device, self.dtype))
-            elif planned.target.expert:
-                biases[planned.info.name] = planned.target, tensor
+            elif planned.target.expert or planned.target.converter is not None:
+                parts[planned.info.name] = planned.target, tensor
             elif self.names.known(planned.target.parameter):
                 set_tensor(self.model, planned.target, tensor, self.device)
         replace_layers(self.model, self.names, experts.items())
-        targets = {name: target for name, (target, _) in biases.items()}
-        for target, tensor in joined_experts(self.names, targets, lambda name: biases[name][1]):
-            set_tensor(self.model, target, tensor, self.device)
+        targets = {name: target for name, (target, _) in parts.items()}
+        for put_together in (joined_experts, converted_tensors):
+            for target, tensor in put_together(self.names, targets, lambda name: parts[name][1]):
+                set_tensor(self.model, target, tensor, self.device)
         self._block, self._number = block, number
 
     def unload_block(self) -> None:

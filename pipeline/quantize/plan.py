@@ -237,6 +237,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     notes = [checkpoint.dequantization] if checkpoint.dequantization else []
     notes += checkpoint.remarks
     notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
+    notes += [f"kept as it is: {sentence}" for sentence in impossible.sentences()]
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
     return Plan(model, checkpoint, tensors, _units(tensors), dtype, list(copies), format, notes)

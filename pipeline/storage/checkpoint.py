@@ -23,13 +23,15 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _INDEX_LIMIT = 64 << 20  # bytes; the largest in use, of 92 thousand tensors, has 9 MB
 _CONFIG_LIMIT = 4 << 20
-_NAME_LIMIT = 255  # characters of a file name
+_EARLY_SECTION = "compression_config"  # quantization_config in early files of compressed-tensors
+_NAME_LIMIT = 255  # bytes of a file name
 _SAMPLE = 4096
 _FETCHED = 2 << 30  # bytes: what is fetched long before it is used may be gone again by then
 _FEW_LAYERS = 256  # so few layers are cheap to build, and some configs have such numbers without using them
 _MOST_FUSED_EXPERTS = 1024
 _MOST_POSITIONS = 1 << 24
 _MOST_LABELS = 1 << 16
+_NO_SIZES = ("hash", "base", "chunk")  # in a key: the base of a hash or samples of sound, which no tensor has as a size
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 ADAPTER = "adapter_config.json"
 # files that are written anew, or are about something else than a model that is made of this one
@@ -149,13 +151,22 @@ def _stored_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
     return buffer.view(info.dtype).reshape(stop - start, *info.shape[1:])
 
 
+def _is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8: bytes that are none come as halves of characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _shard_problem(value: object) -> str | None:
     if not isinstance(value, str):
         return f"{value!r} is not a file name"
     if any(character in value for character in ("/", "\\", ":", "\0")) or value in ("", ".", ".."):
         return f"{value!r} is not a plain file name in the checkpoint's folder"
-    if len(value) > _NAME_LIMIT or not value.isprintable():
-        return f"{value[:40]!r}… is not a file name"
+    if not value.isprintable() or len(value.encode()) > _NAME_LIMIT:
+        return f"{value[:40]!a}… is not a file name"
     if not value.endswith(".safetensors"):
         return f"{value!r} is not a safetensors file"
     return None
@@ -173,6 +184,8 @@ def _implausible(config: Any, count: int, widest: int, path: str = "") -> Iterat
     if not isinstance(config, int) or isinstance(config, bool):
         return
     key = path.rpartition(".")[2]
+    if any(word in key for word in _NO_SIZES):
+        return
     for words, limit, what in (
         (("layers", "n_layer", "blocks"), max(count, _FEW_LAYERS), f"the files hold {count} tensors"),
         (("experts",), max(count, _MOST_FUSED_EXPERTS), f"the files hold {count} tensors"),
@@ -313,10 +326,11 @@ class Checkpoint:
     def _data(self) -> tuple[dict[str, Any], list[str]]:
         path = self.folder / "config.json"
         widest = max((size for info in self.tensors.values() for size in info.shape), default=0)
+        read = without_coding(self._config, self._dequantized.dtype) if self._dequantized else self._config
         left_out: list[str] = []
         odd: list[str] = []
         try:
-            config = data_of(without_coding(self._config) if self._dequantized else self._config, left_out, odd)
+            config = data_of(read, left_out, odd)
             implausible = list(_implausible(config, len(self.tensors), widest))
         except RecursionError:
             raise CheckpointError(f"{path}: nested too deeply to be a config") from None
@@ -329,6 +343,9 @@ class Checkpoint:
             raise CheckpointError(f"{path} does not fit the weight files:\n{listing(implausible)}")
         if config.get("quantization_config", 0) in (None, {}):
             del config["quantization_config"]
+        early = config.pop(_EARLY_SECTION, None)
+        if isinstance(early, dict) and early and "quantization_config" not in config:
+            config["quantization_config"] = {"quant_method": "compressed-tensors", **early}
         return config, left_out
 
     @classmethod
@@ -433,13 +450,15 @@ class Checkpoint:
         figures, reports, an adapter.
 
         Raises:
-            CheckpointError: one is a link that leads elsewhere.
+            CheckpointError: one is a link that leads elsewhere, or has a name that no manifest can hold.
         """
         companions = []
         for path in sorted(self.folder.iterdir()):
             name = path.name
             if name.startswith(".") or name.endswith(WEIGHT_SUFFIXES) or path.suffix in (".py", ".so", ".sh"):
                 continue
+            if not _is_text(name):
+                raise CheckpointError(f"{self.folder}: {name!a} is not the name of a file in UTF-8; rename the file")
             if path.is_file() and name not in (*_OTHER_PURPOSES, *coding_files()):
                 companions.append(regular_file(path))
         return companions

@@ -141,11 +141,13 @@ def dequantized(
     return None
 
 
-def without_coding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the same model with its weights dequantized."""
+def without_coding(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of the same model with its weights dequantized to a dtype, which takes the place of float8."""
+    name = str(dtype).removeprefix("torch.")
     plain = {key: value for key, value in config.items() if key != _SECTION}
+    plain |= {key: name for key in ("dtype", "torch_dtype") if str(plain.get(key)).startswith("float8")}
     if isinstance(text := plain.get("text_config"), dict):
-        plain["text_config"] = {key: value for key, value in text.items() if key != _SECTION}
+        plain["text_config"] = without_coding(text, dtype)
     return plain
 
 

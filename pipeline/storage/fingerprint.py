@@ -48,9 +48,14 @@ def check_fingerprint(path: Path, now: Fingerprint) -> None:
     Args:
         path: a JSON file with the key "fingerprint".
     Raises:
-        ConfigError: lists the fields that differ.
+        ConfigError: lists the fields that differ; or the fingerprint is none.
     """
-    refuse(path.parent, read_json(path).get("fingerprint", {}), now)
+    before = read_json(path).get("fingerprint", {})
+    if not isinstance(before, dict):
+        raise ConfigError(
+            f"{path}: the fingerprint is {before!r}, expected an object; the file is damaged: move {path.parent} away"
+        )
+    refuse(path.parent, before, now)
 
 
 def open_work(folder: Path, now: Fingerprint) -> None:

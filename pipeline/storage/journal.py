@@ -35,6 +35,8 @@ class Journal:
         self.entries: list[dict[str, Any]] = []
         if not path.exists():
             return
+        if not path.is_file():
+            raise ConfigError(f"{path} is no file, as the journal is; remove {path.parent} and run again")
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):

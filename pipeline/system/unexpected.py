@@ -10,6 +10,7 @@ from ..errors import BitpressError
 from .redact import redact
 
 LOG = "errors.log"
+_NO_GPU_MEMORY = "OutOfMemoryError"  # torch's, which takes seconds to import
 
 
 def unexpected(error: BaseException, folder: Path | None = None) -> BitpressError:
@@ -18,6 +19,13 @@ def unexpected(error: BaseException, folder: Path | None = None) -> BitpressErro
     Args:
         folder: of the run, whose log gets the traceback; None for the user's cache.
     """
+    if type(error).__name__ == _NO_GPU_MEMORY:
+        result = BitpressError(
+            f"the GPU's memory is full: {redact(str(error)).splitlines()[0]}; use --device cpu or fewer windows, or "
+            "stop other programs on the GPU, and run the same command again: what is finished is kept"
+        )
+        result.__cause__ = error
+        return result
     text = redact("".join(traceback.format_exception(error)))
     last = text.strip().splitlines()[-1]
     try:

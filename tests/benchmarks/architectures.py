@@ -11,6 +11,7 @@ recipes. Each type runs in a process of its own, which has a time limit. All tak
 
 import argparse
 import contextlib
+import importlib
 import json
 import multiprocessing
 import re
@@ -43,6 +44,7 @@ from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.errors import BitpressError
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.models.quantized import read_layer, read_quantized
+from bitpress.pipeline.models.structure import TensorNames, skeleton
 from bitpress.pipeline.quantize.artifact import quantize
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.quantize.sequential import REFERENCE_LOGITS
@@ -92,32 +94,71 @@ SIZES: tuple[tuple[str, int], ...] = (
 )  # fmt: skip
 # Lists with an entry for each layer: the config makes its own from the number of layers.
 PER_LAYER = re.compile(
-    r".*layer_types|.*block_types?|layers_block_type|.*_pattern|.*_layers_list|no_rope_layers|attn_type.*"
+    r"per_layer_config|.*layer_types|.*block_types?|layers_block_type|.*_pattern|.*_layers_list|no_rope_layers|attn_type.*"
 )
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
+PICTURE_ROPE = {**ROPE, "mrope_section": [2, 3, 3]}
+NO_ROPE = {"qk_rope_head_dim": 0, "head_dim": 0, "qk_head_dim": 16, "qk_nope_head_dim": 16}
+PICTURE_WORDS = {"<image>": 200, "IMGIMGA": 201, "<|image token|>": 202, "<|extra_200|>": 203}
 WHOLE = {"partial_rotary_factor": 1.0}
 # What types need beside that; a key may be a path, and "*.key" is meant at every level that has the key.
 CHANGES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"num_expert_group": 1},
+    "chameleon": {"vocabulary_map": PICTURE_WORDS},
     "codegen": {"rotary_dim": 16},
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
     },
-    "deepseek_v2": {"topk_method": "greedy"},
+    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "emu3": {"vocabulary_map": PICTURE_WORDS},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"intermediate_size": 128, "activation_sparsity_pattern": [0.0] * 4, "num_hidden_layers": 4},
+    "glm5_next": {f"text_config.{key}": size for key, size in NO_ROPE.items()},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "hunyuan_v1_dense": {"rope_parameters": ROPE, "head_dim": 16},
     "hunyuan_v1_moe": {"rope_parameters": ROPE, "head_dim": 16, "moe_topk": 2, "num_experts": 4},
+    "hunyuan_vl": {
+        "text_config.rope_parameters": ROPE
+        | {"rope_type": "xdrope", "xdrope_section": [2, 2, 2, 2], "alpha": 1.0, "factor": 1.0},
+        "text_config.head_dim": 16,
+    },
+    "kimi_linear": {"linear_attn_config.head_dim": 32},
+    "axk2": {"*.gate_norm_rank": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"rope_parameters": ROPE, "head_dim": 16},
+    "mistral4": {"*.head_dim": 32},
     "mllama": {"text_config.cross_attention_layers": [1, 3], "text_config.num_hidden_layers": 4},
-    "phimoe": {},
+    "molmo2": {"adapter_config.vision_feature_layer": [-1, -2]},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
+    "step3p7": {"text_config.sliding_window": 8},
+    "xlm": {"emb_dim": 64, "causal": True},
+    "xlnet": {"d_head": 16, "d_inner": 128},
+    "xlstm": {"embedding_dim": 64},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
+for _kind in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl"):
+    CHANGES[_kind] = {"text_config.rope_parameters": PICTURE_ROPE}
+for _kind in ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"):
+    CHANGES[_kind] = {"text_config.rope_parameters": PICTURE_ROPE | WHOLE}
 
 
 @dataclass
@@ -138,12 +179,14 @@ class Result:
 
     @property
     def verdict(self) -> str:
+        """ "works", "works in part" (some recipes are refused), "refused", "FAULT", or "not tried" without a model."""
         if self.error:
-            return "FAULT"
+            return "not tried"
         kinds = {entry["kind"] for entry in self.recipes.values()}
-        for kind in ("FAULT", "refused"):
-            if kind in kinds:
-                return "works in part" if kind == "refused" and "works" in kinds else kind
+        if "FAULT" in kinds:
+            return "FAULT"
+        if "refused" in kinds:
+            return "works in part" if "works" in kinds else "refused"
         return "works"
 
     @property
@@ -158,9 +201,16 @@ def tiny_config(kind: str) -> Any:
     def shrink(values: dict[str, Any]) -> dict[str, Any]:
         small: dict[str, Any] = {}
         for key, value in values.items():
+            if not isinstance(key, str):
+                small[key] = value
+                continue
             number = isinstance(value, int) and not isinstance(value, bool)
             size = next((size for pattern, size in SIZES if re.fullmatch(pattern, key)), None)
             if key in ("architectures", "transformers_version", "model_type", "dtype", "id2label", "label2id"):
+                continue
+            if PER_LAYER.fullmatch(key) and isinstance(value, list | dict):
+                if isinstance(value, dict):
+                    small[key] = {}  # else the config fills it in for its usual number of layers
                 continue
             if isinstance(value, dict) and key.startswith("rope"):
                 small[key] = value | ({"mrope_section": [2, 3, 3], **WHOLE} if "mrope_section" in value else {})
@@ -170,8 +220,6 @@ def tiny_config(kind: str) -> Any:
                 small[key] = shrink(value)
                 if "model_type" in value:
                     small[key]["model_type"] = value["model_type"]
-            elif PER_LAYER.fullmatch(key) and isinstance(value, list | dict):
-                continue
             elif isinstance(value, list) and len(value) == values.get("num_hidden_layers"):
                 small[key] = value[:2]
             elif re.fullmatch(r".*token_(id|index)", key) and number:
@@ -264,12 +312,21 @@ def dense_logits(kind: str, source: Path, artifact: Checkpoint) -> Tensor:
     """Logits of transformers' own dense model, loaded from files that have the dequantized weights."""
     contents = read_quantized(artifact, torch.float32)
     original = Checkpoint(source)
+    names = TensorNames(skeleton(original))
+    parts = [names.slices(name, names.target(name), info.shape) for name, info in original.tensors.items()]
+    experts = {name: part for each in parts for name, part in each.items()}
     tensors = {name: original.read(name) for name in original.tensors}
     rounded = []
     for layer, scheme in contents.schemes.items():
         weight = read_layer(artifact, contents.format, scheme, layer).dequantize(torch.float32)
         weight = weight.t().contiguous() if contents.kinds[layer] == "conv1d" else weight
-        put(tensors, layer, weight)
+        if part := experts.get(f"{layer}.weight"):  # the source holds all experts in one tensor
+            whole = tensors[part.source]
+            expert = whole.view(part.layout.experts, *part.layout.expert_shape(whole.shape))[part.expert]
+            part.layout.split(expert)[part.piece].copy_(weight)
+        else:
+            assert tensors[f"{layer}.weight"].shape == weight.shape, layer
+            tensors[f"{layer}.weight"] = weight
         if scheme.activations:
             rounded.append(contents.quantized[layer].parameter)
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
@@ -283,15 +340,6 @@ def dense_logits(kind: str, source: Path, artifact: Checkpoint) -> Tensor:
     weights = [model.get_parameter(name) for name in rounded]
     with _RoundedInputs(weights) if weights else contextlib.nullcontext():
         return logits_of(model)
-
-
-def put(tensors: dict[str, Tensor], layer: str, weight: Tensor) -> None:
-    """Replace a layer's weight in the source's tensors."""
-    name = f"{layer}.weight"
-    if name not in tensors:
-        raise KeyError(f"the source has no {name}")
-    assert tensors[name].shape == weight.shape, name
-    tensors[name] = weight
 
 
 def try_recipe(kind: str, source: Path, text_of_recipe: str, out: Path) -> dict[str, Any]:
@@ -380,6 +428,32 @@ def results(kinds: list[str], jobs: int) -> Iterator[Result]:
         yield from pool.map(run_type, kinds)
 
 
+def markdown(gathered: list[Result]) -> str:
+    """The table of docs/architectures.md."""
+    tried = [result for result in gathered if result.verdict != "not tried"]
+    works = sum(result.verdict == "works" for result in tried)
+    lines = [
+        "# Architectures",
+        "",
+        f"{works} of {len(tried)} model types of transformers {transformers.__version__} work end to end, as "
+        "`tests/benchmarks/architectures.py` tries them: a tiny random checkpoint of each causal and each image-text "
+        f"type is quantized by {', '.join(RECIPES)}, read back, and gives the logits of a dense model of transformers "
+        "whose weights are the dequantized ones, in float32. The figure of a recipe is the relative difference.",
+        "",
+        "| type | result | of the decoder | " + " | ".join(RECIPES) + " | kept, or why not |",
+        "| --- | --- | --: | " + "--: | " * len(RECIPES) + "--- |",
+    ]
+    for result in tried:
+        cells = [entry["said"] if entry["kind"] == "works" else entry["kind"] for entry in result.recipes.values()]
+        said = [re.sub(r"/\S*/(?=source)", "", result.sentence), *result.kept]
+        note = "; ".join(" ".join(each.split())[:300] for each in said if each).replace("|", "/").replace("<", "&lt;")
+        lines.append(f"| {result.type} | {result.verdict} | {result.share:.0%} | {' | '.join(cells)} | {note} |")
+    rest = [result for result in gathered if result.verdict == "not tried"]
+    lines += ["", f"Not tried, for no tiny model of them reads text alone here ({len(rest)}):", ""]
+    lines += [f"- {result.type}: {result.error.removeprefix('no tiny model: ')[:160]}" for result in rest]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", default=sorted(CAUSAL.keys() | IMAGE_TEXT.keys()))
@@ -388,20 +462,22 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    importlib.import_module("bitsandbytes")  # once, before the forks: that takes as long as a whole type
     transformers.logging.set_verbosity_error()
     gathered = []
     for result in results(options.types, options.jobs):
         gathered.append(result)
+        if options.json:
+            table = [asdict(each) | {"verdict": each.verdict} for each in gathered]
+            options.json.write_text(json.dumps(table, indent=1))
         shown = " ".join(f"{e['said'] if e['kind'] == 'works' else e['kind']}" for e in result.recipes.values())
         print(f"{result.type:28} {result.verdict:14} {result.share:4.0%}  {shown}", flush=True)
         if result.verdict != "works":
             print(f"{'':28} {' '.join(result.sentence.split())[:600]}", flush=True)
+    if options.markdown:
+        options.markdown.write_text(markdown(gathered))
     verdicts = [result.verdict for result in gathered]
     print(", ".join(f"{verdict}: {verdicts.count(verdict)}" for verdict in dict.fromkeys(verdicts)))
-    if options.json:
-        options.json.write_text(
-            json.dumps([asdict(result) | {"verdict": result.verdict} for result in gathered], indent=1)
-        )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ smaller by leaving out mutations.
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import random
@@ -30,12 +31,12 @@ from typing import Any
 SECONDS = 60  # of computing, for all steps of a case
 WALL = 600
 MEMORY = 4 << 30  # bytes beyond what the parent has
-ROOM_FOR_FILES = 1 << 30
+ROOM_FOR_FILES = 2 << 30
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 from mutations import Mutation, draw  # noqa: E402
-from subjects import Subject, subjects  # noqa: E402
+from subjects import CHEAP, Step, Subject, subjects  # noqa: E402
 
 from bitpress.pipeline.cli import console  # noqa: E402
 from bitpress.pipeline.errors import BitpressError  # noqa: E402
@@ -58,6 +59,13 @@ class Case:
         kept = f" --keep {','.join(map(str, self.keep))}" if self.keep is not None else ""
         return f"python tests/fuzz/checkpoints.py --seed {self.seed} --case {self.number}{kept}"
 
+    def steps(self) -> dict[str, Step]:
+        """The cheap steps, and one of the others; all of them for an undamaged copy."""
+        names = list(self.subject.steps)
+        if self.mutations and len(names) > CHEAP:
+            names = [*names[:CHEAP], names[CHEAP + self.number % (len(names) - CHEAP)]]
+        return {name: self.subject.steps[name] for name in names}
+
     def chosen(self) -> list[Mutation]:
         return [mutation for i, mutation in enumerate(self.mutations) if self.keep is None or i in self.keep]
 
@@ -69,37 +77,48 @@ def make_case(number: int, options: argparse.Namespace, everything: list[Subject
 
 
 def run_case(case: Case, folder: Path, verbose: bool = False) -> dict[str, Any]:
-    """{"finding": None or a description, "where": what tells it from others, "refused": steps, "done": steps}.
+    """What becomes of a case: "finding", None or a description; "where", what tells it from others; "done" and
+    "refused", names of steps.
 
     Args:
         folder: an empty one, of the case's own.
     """
+    child, start = start_case(case, folder, verbose), time.monotonic()
+    while (code := ending(child, start)) is None:
+        time.sleep(0.002)
+    if verbose and (folder / "said").exists():
+        console.news((folder / "said").read_text(encoding="utf-8", errors="surrogateescape"))
+    return result_of(folder, code)
+
+
+def start_case(case: Case, folder: Path, verbose: bool = False) -> int:
+    """The process id of a child that runs the case."""
     child = os.fork()
     if not child:
         _child(case, folder, verbose)
-    end = time.monotonic() + WALL
-    while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            break
-        if time.monotonic() > end:
-            os.killpg(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            break
-        time.sleep(0.002)
-    code = os.waitstatus_to_exitcode(status)
-    answer = folder / "answer.json"
-    step = (folder / "step").read_text() if (folder / "step").exists() else "copy"
+    return child
+
+
+def ending(child: int, start: float) -> int | None:
+    """The exit code of a child, or minus its signal; None while it runs. One that takes too long is killed."""
+    if time.monotonic() - start > WALL:
+        os.killpg(child, signal.SIGKILL)
+    pid, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if pid else None
+
+
+def result_of(folder: Path, code: int) -> dict[str, Any]:
+    """See run_case. code: of the child, which has ended."""
+    answer, said = folder / "answer.json", folder / "said"
     if code or not answer.exists():
+        step = (folder / "step").read_text() if (folder / "step").exists() else "copy"
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return {"finding": f"{step}: the process ended by {how}", "where": f"{step} {how}", "done": [], "refused": []}
     result = json.loads(answer.read_text())
-    said = (folder / "said").read_text(encoding="utf-8", errors="surrogateescape")
-    raw = sorted({hex(ord(c)) for c in said if c not in "\n\t" and (ord(c) < 32 or 127 <= ord(c) < 160)})
+    text = said.read_text(encoding="utf-8", errors="surrogateescape")
+    raw = sorted({hex(ord(c)) for c in text if c not in "\n\t" and (ord(c) < 32 or 127 <= ord(c) < 160)})
     if raw and not result["finding"]:
         result |= {"finding": f"control characters are printed: {raw}", "where": "printed"}
-    if verbose:
-        console.news(said)
     return result
 
 
@@ -118,7 +137,7 @@ def _child(case: Case, folder: Path, verbose: bool) -> None:
             os.dup2(said, descriptor)
         _limit()
         _watch_files(copy, folder, result)
-        for name, step in case.subject.steps.items():
+        for name, step in case.steps().items():
             (folder / "step").write_text(name)
             (free / name).mkdir()
             try:
@@ -198,6 +217,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at a time")
     parser.add_argument("--case", type=int, help="this one alone")
     parser.add_argument("--keep", help="mutations of that case to make, such as 0,2")
     parser.add_argument("--subject", help="this one alone")
@@ -229,36 +249,49 @@ def main() -> None:
                     (Path(folder) / name).mkdir()
                     with contextlib.redirect_stdout(open(os.devnull, "w")):
                         step(shutil.copytree(subject.folder, Path(folder) / "warm" / name), Path(folder) / name)
+        gc.collect()
+        gc.freeze()  # else each child's collector would touch, and so copy, all that it shares with this process
         sys.exit(fuzz(options, everything, base))
 
 
 def fuzz(options: argparse.Namespace, everything: list[Subject], base: Path) -> int:
     """Run cases until there are enough, print what was found, and return 1 where something was."""
-    findings: dict[str, tuple[Case, str, int]] = {}
+    findings: dict[str, tuple[Case, str]] = {}
     counts: Counter[str] = Counter()
-    start, number = time.monotonic(), options.first
+    times: Counter[str] = Counter()
+    running: dict[int, tuple[Case, Path, float]] = {}
+    start, number, end = time.monotonic(), options.first, options.first + options.count
     console.news(f"{len(everything)} subjects are ready")
-    while number < options.first + options.count and time.monotonic() - start < 60 * options.minutes:
-        case = make_case(number, options, everything)
-        with tempfile.TemporaryDirectory(dir=base) as folder:
-            result = run_case(case, Path(folder))
-        counts["cases"] += 1
-        counts["steps done"] += len(result["done"])
-        counts["steps refused"] += len(result["refused"])
-        if result["finding"]:
-            known = findings.get(result["where"])
-            if known is None:
-                small = shrink(case, base)
-                console.print_line(f"{result['finding']}\n    {small.chosen()}\n    {small.command}")
-            findings[result["where"]] = (known[0] if known else small, result["finding"], known[2] + 1 if known else 1)
-        number += 1
-        if number % 100 == 0:
-            console.news(f"{number - options.first} cases, {time.monotonic() - start:.0f} s, {len(findings)} findings")
-    seconds = time.monotonic() - start
+    while running or (number < end and time.monotonic() - start < 60 * options.minutes):
+        if len(running) < options.jobs and number < end and time.monotonic() - start < 60 * options.minutes:
+            case, folder = make_case(number, options, everything), Path(tempfile.mkdtemp(dir=base))
+            running[start_case(case, folder)] = case, folder, time.monotonic()
+            number += 1
+            if number % 500 == 0:
+                console.news(
+                    f"{number - options.first} cases, {time.monotonic() - start:.0f} s, {len(findings)} findings"
+                )
+            continue
+        for child, (case, folder, began) in list(running.items()):
+            if (code := ending(child, began)) is None:
+                continue
+            del running[child]
+            result = result_of(folder, code)
+            shutil.rmtree(folder)
+            counts += Counter(cases=1, mutations=len(case.mutations))
+            counts += Counter({"steps done": len(result["done"]), "steps refused": len(result["refused"])})
+            if finding := result["finding"]:
+                if result["where"] not in findings:
+                    small = shrink(case, base)
+                    console.print_line(f"{finding}\n    {small.chosen()}\n    {small.command}")
+                    findings[result["where"]] = small, finding
+                times[result["where"]] += 1
+        time.sleep(0.002)
     done = ", ".join(f"{count} {name}" for name, count in counts.items())
+    seconds = time.monotonic() - start
     console.print_line(f"seed {options.seed}, cases {options.first} to {number - 1}: {done}; {seconds:.0f} s")
-    for case, finding, count in findings.values():
-        console.print_line(f"{count} times: {finding}\n    {case.command}")
+    for where, (case, finding) in findings.items():
+        console.print_line(f"{times[where]} times: {finding}\n    {case.command}")
     console.print_line(f"{len(findings)} findings")
     return 1 if findings else 0
 

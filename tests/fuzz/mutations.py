@@ -143,7 +143,7 @@ def _file(path: Path, random: Random) -> None:
         path.unlink()
         os.mkfifo(path)
     else:
-        os.truncate(path, 1 << 40)  # a file with a hole
+        os.truncate(path, 1 << 30)  # a file with a hole
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:

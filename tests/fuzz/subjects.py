@@ -32,6 +32,8 @@ from bitpress.pipeline.evaluate.measure import measure_task
 from bitpress.pipeline.hub.download import resolve
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 4
+_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+_IDS = torch.tensor([[_ALPHABET.index("Ġ" if letter == " " else letter) for letter in TEXT[:24]]])
 RECIPES = {
     "gptq": {"scheme": "int4-g32", "format": "gptq"},
     "gptq-v2": {"scheme": "int4-g32-asym", "format": "gptq-v2"},
@@ -40,13 +42,17 @@ RECIPES = {
 }
 
 
+CHEAP = 3  # steps of a subject that each case takes: the first ones; of the others it takes one
+Step = Callable[[Path, Path], None]
+
+
 @dataclass(frozen=True)
 class Subject:
     """A folder to damage, and the steps that are taken with it: name -> a function of the folder and a free one."""
 
     name: str
     folder: Path
-    steps: dict[str, Callable[[Path, Path], None]]
+    steps: dict[str, Step]
 
 
 def _save(config: PreTrainedConfig, folder: Path, shard: str = "1GB") -> Path:
@@ -55,11 +61,10 @@ def _save(config: PreTrainedConfig, folder: Path, shard: str = "1GB") -> Path:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=shard)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(_ALPHABET)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[-1])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_ALPHABET[-1])
     fast.chat_template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
     fast.save_pretrained(folder)
     GenerationConfig(max_new_tokens=8, eos_token_id=255).save_pretrained(folder)
@@ -126,7 +131,7 @@ def loaded(folder: Path, free: Path) -> None:
     """Load, and predict once. Numbers that are not finite are no fault where evaluating them is refused."""
     model, _ = load(folder, device="cpu")
     with torch.inference_mode():
-        logits = model(input_ids=torch.arange(3, 20)[None] % model.config.get_text_config().vocab_size).logits
+        logits = model(input_ids=_IDS % model.config.get_text_config().vocab_size).logits
     if not logits.isfinite().all():
         measured(folder, free)
         raise AssertionError("logits that are not finite, and evaluating them is not refused")

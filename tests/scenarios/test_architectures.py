@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.checkpoints.coverage import coverage_of
 from bitpress.pipeline.data.calibration import Calibration
-from bitpress.pipeline.errors import CheckpointError
+from bitpress.pipeline.errors import CheckpointError, ConfigError
 from bitpress.pipeline.evaluate.verify import in_memory_logits, verify_task
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.quantize.recipe import Recipe
@@ -155,3 +155,49 @@ def test_layers_after_the_blocks_are_carried_over(tiny, learn, kept, copy_of, tm
     written = Checkpoint(tmp_path / "out")
     assert all(torch.equal(written.read(name), tensor) for name, tensor in extra.items())
     assert coverage_of(written)["decoder_bytes"] == manifest["coverage"]["decoder_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "bert is an encoder"),
+        ({"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}, "whisper is a speech"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "t5 is an encoder-decoder"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is a classifier"),
+    ],
+)
+def test_what_does_not_write_text_by_a_decoder_is_refused(
+    changes: dict[str, Any], said: str, tiny, copy_of, edit_json, refused_early
+) -> None:
+    source = copy_of(tiny("llama"), "other")
+    edit_json(source / "config.json", **changes)
+    assert "give one of these" in refused_early(source, said)
+
+
+def test_what_a_model_uses_as_more_than_a_layer_is_kept(tiny, kept, tmp_path: Path) -> None:
+    """Mamba multiplies by the weight of dt_proj itself; a router that is a subclass of nn.Linear gives more than y."""
+    notes = quantize(tiny("mamba"), "int8-dynamic", tmp_path / "mamba")
+    assert "MambaMixer reads its weight itself (2 layers, such as backbone.layers.0.mixer.dt_proj)" in " ".join(notes)
+    assert kept(tmp_path / "mamba")["backbone.layers.0.mixer.dt_proj.weight"] == "MambaMixer reads its weight itself"
+    quantize(tiny("phimoe"), "int8-dynamic", tmp_path / "phimoe")
+    reasons = kept(tmp_path / "phimoe")
+    assert "PhimoeTopKRouter" in next(why for name, why in reasons.items() if name.endswith(".gate.weight")), reasons
+    quantize(tiny("hunyuan_v1_moe"), "int8-dynamic", tmp_path / "hunyuan")
+    assert kept(tmp_path / "hunyuan")["model.layers.0.mlp.gate.wg.weight"] == "a router or gate"
+    for folder in ("mamba", "phimoe", "hunyuan"):
+        assert (
+            load_model(Checkpoint(tmp_path / folder), torch.device("cpu"), "auto")(ids()[None]).logits.isfinite().all()
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "said"),
+    [
+        ("mamba", "*.dt_proj", "MambaMixer reads its weight itself"),
+        ("phimoe", "*.gate", "the weight of a PhimoeTopKRouter"),
+        ("hunyuan_v1_moe", "*.wg", "HunYuanMoEV1Gate reads its weight itself"),
+    ],
+)
+def test_a_rule_that_names_such_a_layer_is_refused(name: str, rule: str, said: str, tiny, refused_early) -> None:
+    message = refused_early(tiny(name), said, ConfigError, layers={rule: "int8-channel"}, scheme="int8-channel")
+    assert f"the rule {rule} asks for it" in message

@@ -1,5 +1,6 @@
 """Experts that the files hold in one tensor are quantized one by one, whichever way they lie in it."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import bitpress.pipeline.hf  # noqa: F401
 from bitpress.eval.measure import layer_errors
@@ -24,7 +25,7 @@ from bitpress.pipeline.models.structure import decoder
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json
 
-from ..fixtures.checkpoints import SMALL
+from ..fixtures.checkpoints import SMALL, save_tokenizer
 
 EXPERTS, CPU = 4, torch.device("cpu")
 SOME = {"num_local_experts": EXPERTS, "num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
@@ -56,6 +57,7 @@ def save_fused(name: str, folder: Path) -> Path:
         for parameter in model.parameters():  # some start as constants, and some are not set at all
             parameter.data = 0.1 * torch.randn_like(parameter) + (parameter.dim() == 1)
     model.save_pretrained(folder)
+    save_tokenizer(folder)
     if name in ("mixtral", "qwen3_moe"):  # which transformers saves one by one
         tensors = {n: p.detach().clone() for n, p in model.named_parameters()}
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -106,8 +108,9 @@ def logits(model: PreTrainedModel, seed: int = 1) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("scheme", ["int4-g32", "nf4"])
+@pytest.mark.parametrize(
+    ("name", "scheme"), [*((name, "int4-g32") for name in MODELS), ("gpt_oss", "nf4"), ("dbrx", "nf4")]
+)
 def test_reloads_as_transformers_runs_its_weights(name: str, scheme: str, fused: Any, tmp_path: Path) -> None:
     source = fused(name)
     quantize(source, scheme, tmp_path / "out")
@@ -127,7 +130,7 @@ def test_reloads_as_transformers_runs_its_weights(name: str, scheme: str, fused:
             assert ".".join(filter(None, (prefix, module, str(expert), piece))) in quantized
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4", "qwen3_moe", "jetmoe", "dbrx"])
 def test_each_expert_is_calibrated_by_its_own_tokens(name: str, fused: Any, learn: Any, tmp_path: Path) -> None:
     """Against the logits of the very model that gptq worked on, whose experts were dense."""
     text = Calibration("a text", torch.randint(3, 96, (16, 16), generator=torch.Generator().manual_seed(2)), 0)
@@ -203,3 +206,25 @@ def test_a_broken_run_goes_on_to_the_same_bytes(fused: Any, learn: Any, tmp_path
     learn(source, tmp_path / "out")
     whole, out = (read_json(tmp_path / name / "bitpress.json")["files"] for name in ("whole", "out"))
     assert whole == out
+
+
+def test_the_shape_tells_whether_experts_lie_transposed(tmp_path: Path) -> None:
+    """Qwen3-VL-MoE's first files have them as [in, out], transformers saves them as [out, in]; both give the same."""
+    text = SMALL | SOME | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"deepstack_visual_indexes": [0], "patch_size": 4, "num_position_embeddings": 16}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    saved, before = tmp_path / "saved", tmp_path / "before"
+    AutoModelForImageTextToText.from_config(config).to(torch.float32).save_pretrained(saved)
+    save_tokenizer(saved)
+    shutil.copytree(saved, before)
+    tensors = load_file(saved / "model.safetensors")
+    turned = {n: t.transpose(1, 2).contiguous() if ".experts." in n else t for n, t in tensors.items()}
+    assert any(tensors[name].shape != turned[name].shape for name in tensors)
+    save_file(turned, before / "model.safetensors", {"format": "pt"})
+    for layers in ({}, {"*.experts.down_proj": "none"}):
+        out = [tmp_path / f"{source.name}-{len(layers)}" for source in (saved, before)]
+        for source, folder in zip((saved, before), out):
+            quantize(source, {"scheme": "int4-g32", "layers": layers, "allow_split_fused": True}, folder)
+        first, second = (logits(load_model(Checkpoint(folder), CPU, "auto", "reference")) for folder in out)
+        assert torch.equal(first, second)

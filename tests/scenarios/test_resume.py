@@ -271,6 +271,24 @@ class TestDamagedWork:
         with pytest.raises(ConfigError, match=r"run\.json is missing"):
             quantize(source, SCHEME, out)
 
+    @pytest.mark.parametrize(
+        ("changes", "kind", "said"),
+        [
+            ({"fingerprint": 5}, ConfigError, "the fingerprint is 5, expected an object"),
+            ({"coverage": []}, DiskError, r"bitpress\.json is damaged"),
+            ({"coverage": {"layers": [7]}}, DiskError, r"bitpress\.json is damaged"),
+            ({"files": {"config.json": 7}}, DiskError, r"bitpress\.json is damaged"),
+        ],
+        ids=str,
+    )
+    def test_a_damaged_manifest_is_one_sentence(
+        self, source: Path, out: Path, edit_json: Callable[..., None], changes: Any, kind: Any, said: str
+    ):
+        quantize(source, SCHEME, out)
+        edit_json(out / "bitpress.json", **changes)
+        with pytest.raises(kind, match=said):
+            quantize(source, SCHEME, out)
+
     def test_flipped_byte_in_a_finished_artifact_is_named(self, source: Path, out: Path):
         quantize(source, SCHEME, out)
         shard = out / "model-00002-of-00003.safetensors"

@@ -92,6 +92,8 @@ def logits(model: Any) -> Tensor:
 @pytest.fixture(scope="session")
 def vision_language(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """vision_language(name): the folder of a whole model in float32, as transformers saves it. Read only."""
+    from checkpoints import save_tokenizer  # of tests/fixtures, which pytest imports itself
+
     folders: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -104,6 +106,7 @@ def vision_language(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
                     parameter.data += 0.05 * torch.randn_like(parameter)
             folders[name] = tmp_path_factory.mktemp(name)
             model.save_pretrained(folders[name])
+            save_tokenizer(folders[name])
         return folders[name]
 
     return make

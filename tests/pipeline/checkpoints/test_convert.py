@@ -120,6 +120,19 @@ def test_everything_else_comes_along(made: Callable[..., Path], tmp_path: Path) 
     assert manifest["fingerprint"]["convert.format"] == "compressed-tensors"
 
 
+def test_early_compressed_tensors_named_the_section_otherwise(
+    made: Callable[..., Path], copy_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = copy_of(made("int4-g32", "compressed-tensors"))
+    config = read_json(source / "config.json")
+    section = config.pop("quantization_config")
+    del section["quant_method"]
+    (source / "config.json").write_text(json.dumps(config | {"compression_config": section}))
+    assert_same_weights(source, made("int4-g32", "compressed-tensors"))
+    convert(source, "gptq", tmp_path / "out")
+    assert "compression_config" not in read_json(tmp_path / "out" / "config.json")
+
+
 def test_the_scheme_of_the_cache_is_carried_over_or_refused(
     made: Callable[..., Path], copy_of: Callable[..., Path], edit_json: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.checkpoints.doctor import Diagnosis, diagnose
-from bitpress.pipeline.checkpoints.runtimes import Facts, shard_problems, tensor_parallel, verdicts
+from bitpress.pipeline.checkpoints.runtimes import RUNTIMES, Facts, shard_problems, tensor_parallel, verdicts
 from bitpress.pipeline.errors import CheckpointError
 from bitpress.pipeline.formats import registry
 from bitpress.pipeline.storage import finite
@@ -176,7 +176,7 @@ def test_finds_nothing_in_what_is_whole(whole: dict[str, Path], form: str) -> No
     assert (found.faults, found.notes) == ([], [])
     assert found.what["format"] == FORMATS.get(form, form)
     assert found.what["quantized"] == KINDS[form]
-    assert found.runtimes.keys() == {"transformers", "GPTQModel", "vLLM", "SGLang"}
+    assert list(found.runtimes) == list(RUNTIMES)
     assert found.tensor_parallel.keys() == {"1", "2", "4", "8"}
     assert (
         steps[-1][0]
@@ -265,7 +265,7 @@ def test_the_command(
 
     code, text = run()
     assert code == 0
-    assert json.loads(text)["sound"] is True if as_json else "sound" in text and "vLLM: limited" in text
+    assert json.loads(text)["sound"] is True if as_json else "sound" in text and "vLLM: limited (0.33)" in text
     (folder / "tokenizer.json").unlink()
     code, text = run()
     assert code == 3
@@ -287,31 +287,39 @@ def facts(form: str, scheme: str, **changes: Any) -> Facts:
     return replace(given, **changes)
 
 
-# transformers, GPTQModel, vLLM, SGLang, for a Llama of 8 billion weights.
+# transformers, GPTQModel, vLLM, SGLang; llama.cpp, MLX, ORT GenAI, TensorRT-LLM; for a Llama of 8 billion weights.
 VERDICTS = [
-    ("gptq", "int4-g128", {}, "yes yes yes yes"),
-    ("gptq", "int8-channel", {}, "yes yes yes yes"),
-    ("gptq", "int4-g128", {"ordered": True}, "yes yes yes yes"),
-    ("gptq", "int4-g256", {}, "yes yes limited limited"),
-    ("gptq", "int3-g128", {}, "yes yes limited limited"),
-    ("gptq", "int4-g128-asym", {}, "yes yes no unknown"),
-    ("gptq-v2", "int4-g128", {}, "yes yes yes yes"),
-    ("gptq-v2", "int4-g128-asym", {}, "yes yes limited limited"),
-    ("compressed-tensors", "int4-g128", {}, "yes unknown yes yes"),
-    ("compressed-tensors", "int4-g128-asym", {}, "limited unknown yes limited"),
-    ("compressed-tensors", "int8-g128-asym", {}, "limited unknown limited limited"),
-    ("compressed-tensors", "int2-g64", {}, "yes unknown limited unknown"),
-    ("compressed-tensors", "int4-g128", {"ordered": True}, "no unknown limited unknown"),
-    ("int-quantized", "int8-dynamic", {}, "yes unknown yes yes"),
-    ("bitsandbytes", "nf4", {}, "yes unknown yes yes"),
-    ("gptq", "int4-g128", {"shapes": {"a": (40, 128)}}, "limited limited limited limited"),
+    ("gptq", "int4-g128", {}, "yes yes yes yes", "limited no limited unknown"),
+    ("gptq", "int8-channel", {}, "yes yes yes yes", "limited no limited unknown"),
+    ("gptq", "int4-g128", {"ordered": True}, "yes yes yes yes", "limited no unknown unknown"),
+    ("gptq", "int4-g256", {}, "yes yes limited limited", "limited no limited unknown"),
+    ("gptq", "int3-g128", {}, "yes yes no limited", "no no no unknown"),
+    ("gptq", "int4-g128-asym", {}, "yes yes no unknown", "unknown no unknown unknown"),
+    ("gptq-v2", "int4-g128", {}, "yes yes yes yes", "limited no no unknown"),
+    ("gptq-v2", "int4-g128-asym", {}, "yes yes no limited", "limited no no unknown"),
+    ("compressed-tensors", "int4-g128", {}, "yes unknown yes yes", "limited no limited unknown"),
+    ("compressed-tensors", "int4-channel", {}, "yes unknown yes yes", "no no limited unknown"),
+    ("compressed-tensors", "int4-g128-asym", {}, "limited unknown yes limited", "unknown no limited unknown"),
+    ("compressed-tensors", "int8-g128-asym", {}, "limited unknown yes limited", "unknown no limited unknown"),
+    ("compressed-tensors", "int2-g64", {}, "yes unknown yes unknown", "limited no limited unknown"),
+    ("compressed-tensors", "int4-g128", {"ordered": True}, "no unknown no unknown", "unknown no limited unknown"),
+    ("int-quantized", "int8-dynamic", {}, "yes unknown yes yes", "limited no limited unknown"),
+    ("bitsandbytes", "nf4", {}, "yes unknown yes yes", "no no no unknown"),
+    (
+        "gptq",
+        "int4-g128",
+        {"shapes": {"a": (40, 128)}},
+        "limited limited limited limited",
+        "limited no limited unknown",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("form", "scheme", "changes", "expected"), VERDICTS)
-def test_verdicts(form: str, scheme: str, changes: dict[str, Any], expected: str) -> None:
+@pytest.mark.parametrize(("form", "scheme", "changes", "first", "others"), VERDICTS)
+def test_verdicts(form: str, scheme: str, changes: dict[str, Any], first: str, others: str) -> None:
     found = verdicts(facts(form, scheme, **changes))
-    assert " ".join(verdict["loads"] for verdict in found.values()) == expected, found
+    assert " ".join(verdict["loads"] for verdict in found.values()) == f"{first} {others}", found
+    assert {name: verdict["version"] for name, verdict in found.items()} == RUNTIMES
     assert all(verdict["why"] for verdict in found.values() if verdict["loads"] != "yes")
     needed = {"gptq": "optimum, gptqmodel", "gptq-v2": "optimum, gptqmodel", "bitsandbytes": "bitsandbytes"}
     assert found["transformers"]["needs"] == needed.get(form, "compressed-tensors")

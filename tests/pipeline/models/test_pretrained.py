@@ -16,7 +16,7 @@ from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.errors import CheckpointError
 from bitpress.pipeline.models.conversation import Conversation
 from bitpress.pipeline.models.pretrained import load_config, load_tokenizer
-from bitpress.pipeline.storage.checkpoint import Checkpoint
+from bitpress.pipeline.storage.checkpoint import INDEX, SINGLE, Checkpoint
 from bitpress.pipeline.storage.config import CODE_KEYS
 from bitpress.pipeline.system.library import library_errors
 
@@ -52,6 +52,13 @@ class TestConfig:
         before = fields(load_config(Checkpoint(source)))
         edit_json(source / "config.json", **{key: {"hidden_size": "vocab_size"}})
         assert fields(load_config(Checkpoint(source))) == before
+
+    @pytest.mark.parametrize("key", ["return_dict", "torchscript", "output_attentions", "output_hidden_states"])
+    def test_a_key_that_changes_what_a_model_returns(self, source: Path, edit_json: Callable[..., None], key: str):
+        edit_json(source / "config.json", **{key: key != "return_dict"})
+        output = load(source)[0](torch.arange(3, 8)[None])
+        assert output.logits.isfinite().all()
+        assert (output.hidden_states, output.attentions) == (None, None)
 
     def test_a_kernel_of_the_hub_is_not_asked_for(self, source: Path, edit_json: Any, monkeypatch: pytest.MonkeyPatch):
         def refuse(*arguments: Any, **options: Any) -> None:
@@ -262,6 +269,27 @@ class TestEmptyPrompt:
         model.generation_config.eos_token_id = tokenizer.eos_token = None
         with pytest.raises(ValueError, match="the prompt is empty"):
             sample(model, tokenizer, "")
+
+
+class TestNames:
+    def test_a_shard_of_more_bytes_than_a_name_may_have(self, source: Path):
+        name = "ä" * 200 + ".safetensors"
+        (source / SINGLE).unlink()
+        (source / INDEX).write_text(json.dumps({"weight_map": {"w": name, "v": "\ud800.safetensors"}}))
+        with pytest.raises(CheckpointError, match="is not a file name") as caught:
+            Checkpoint(source)
+        str(caught.value).encode()
+
+    def test_a_companion_whose_name_is_no_utf8(self, source: Path, refused_early: Callable[..., str]):
+        with open(os.fsencode(source) + b"/licence\xff.txt", "wb") as file:
+            file.write(b"Do what you like.")
+        refused_early(source, r"'licence\udcff.txt' is not the name of a file in UTF-8").encode()
+
+
+def test_an_adapter_is_said_when_a_model_is_loaded(source: Path, caplog: pytest.LogCaptureFixture):
+    (source / "adapter_config.json").write_text("{}")
+    load(source)
+    assert "the adapter is ignored" in caplog.text
 
 
 def test_what_an_earlier_run_left_is_not_copied(source: Path, tmp_path: Path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import bitpress.pipeline.hf  # noqa: F401  (from_pretrained on our kernels)
 from bitpress.kernels.linear import QEmbedding, QLinear
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
@@ -245,6 +246,26 @@ class TestTied:
         weight = layers["lm_head"].dequantize()
         states = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(model.lm_head(states), states @ weight.t())
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        assert isinstance(theirs.lm_head, QLinear)
+
+    def test_an_unquantized_head_beside_a_quantized_embedding(
+        self, source: Path, tmp_path: Path, edit_json: Callable[..., None], edit_tensors: Any
+    ) -> None:
+        """Again tied by config.json alone; by bitpress and by transformers."""
+        rule = lambda layer: "int8-channel" if layer == "model.embed_tokens" else compressed(layer)  # noqa: E731
+        store(source, tmp_path / "out", "compressed-tensors", rule)
+        head = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+        file = sorted((tmp_path / "out").glob("*.safetensors"))[0]
+        edit_tensors(file, lambda tensors: tensors.update({"lm_head.weight": head}))
+        index = tmp_path / "out" / "model.safetensors.index.json"
+        names = json.loads(index.read_text())["weight_map"]
+        edit_json(index, weight_map=names | {"lm_head.weight": file.name})
+        ours, _ = load(tmp_path / "out", dtype="float32", kernel="reference")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        for model in (ours, theirs):
+            assert isinstance(model.model.embed_tokens, QEmbedding)
+            assert torch.equal(model.lm_head.weight, head)
 
 
 class TestKept:

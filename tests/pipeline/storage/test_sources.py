@@ -18,7 +18,7 @@ from bitpress.pipeline.api import quantize
 from bitpress.pipeline.checkpoints.describe import describe
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.errors import CheckpointError
-from bitpress.pipeline.storage.checkpoint import SINGLE, Checkpoint
+from bitpress.pipeline.storage.checkpoint import INDEX, SINGLE, Checkpoint
 
 Tensors = dict[str, Tensor]
 Encode = Callable[[str, tuple[int, ...], np.random.Generator], tuple[Tensors, Tensor]]
@@ -521,6 +521,29 @@ def test_four_bits(
     assert set(checkpoint.tensors) == set(expected.tensors)
     for name in expected.tensors:
         assert torch.equal(checkpoint.read(name), expected.read(name)), name
+
+
+def test_scales_in_another_shard(coded: Callable[[str], tuple[Path, Path]]):
+    folder, dense = coded("deepseek")
+    tensors = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    shard_of = {name: f"model-0000{1 + name.endswith('_inv')}-of-00002.safetensors" for name in tensors}
+    for shard in set(shard_of.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if shard_of[name] == shard}, folder / shard)
+    (folder / INDEX).write_text(json.dumps({"weight_map": shard_of}))
+    checkpoint, expected = Checkpoint(folder), Checkpoint(dense)
+    assert set(checkpoint.tensors) == set(expected.tensors)
+    assert torch.equal(checkpoint.read(f"{GATE}.weight"), expected.read(f"{GATE}.weight"))
+
+
+def test_float8_is_no_dtype_of_a_model(
+    coded: Callable[[str], tuple[Path, Path]], edit_json: Callable[..., None], logits: Callable[[Path], Tensor]
+):
+    """Some configs name the dtype of their codes."""
+    folder, dense = coded("deepseek")
+    edit_json(folder / "config.json", dtype="float8_e4m3fn")
+    assert Checkpoint(folder).config["dtype"] == "bfloat16"
+    assert torch.equal(logits(folder), logits(dense))
 
 
 class TestMxfp4:

@@ -1,7 +1,7 @@
 """Calls the kernels of csrc/ with random weights, inputs, strides, threads and values, all between guard pages.
 
-    python tests/fuzz/kernels.py [--count 1000] [--minutes 1] [--seed 0] [--first 0] [--sanitized]
-    python tests/fuzz/kernels.py --seed 0 --first 17 --count 1      one call again
+    python tests/fuzz/native_kernels.py [--count 1000] [--minutes 1] [--seed 0] [--first 0] [--sanitized]
+    python tests/fuzz/native_kernels.py --seed 0 --first 17 --count 1      one call again
 
 Each buffer ends, or begins, at a page that cannot be touched, so that one byte out of bounds ends the process; the rest
 of its own pages is filled with a pattern, which has to be there afterwards. The result is compared with float64. With
@@ -218,7 +218,7 @@ def run_batch(first: int, count: int, seed: int, loaded: Library) -> list[str]:
         how = signal.Signals(-code).name if code < 0 else "see above"
         findings.append(
             f"{how}: {make_call(number, seed, loaded.runnable)}\n"
-            f"    python tests/fuzz/kernels.py --seed {seed} --first {number} --count 1"
+            f"    python tests/fuzz/native_kernels.py --seed {seed} --first {number} --count 1"
         )
         count -= number + 1 - first
         first = number + 1
