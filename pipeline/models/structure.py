@@ -259,6 +259,8 @@ class TensorNames:
         renamed, pattern = rename_source_key(
             name, self._renamings, self._converters, base_model_prefix=self._prefix, meta_state_dict=self._state
         )
+        if renamed not in self._state and name in self._state:  # renamed too much: DeepSeek-V4's last norm
+            return ParameterPath(name)
         if pattern is None:
             return self._one_expert(renamed) or ParameterPath(renamed)
         converted = apply_renamings(name, self._renamings)

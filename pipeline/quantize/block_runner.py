@@ -167,7 +167,13 @@ class BlockRunner:
         for target, tensor in chain(plain, converted):
             set_tensor(self.model, target, tensor, self.device)
             held.append(target.parameter)
-        self.model.tie_weights()
+        try:
+            self.model.tie_weights()
+        except ValueError as error:
+            raise CheckpointError(
+                f"{type(self.model).__name__} ties weights of some of its blocks to those of others, so they cannot "
+                "be learned one after the other; use a method that needs no calibration"
+            ) from error
         try:
             yield
         finally:
