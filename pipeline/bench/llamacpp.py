@@ -5,7 +5,6 @@ Its formats differ from ours: it multiplies by other weights of the same size, a
 
 import contextlib
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -139,7 +138,7 @@ class _Contender:
         else:
             line = self.process.stdout.readline()
         if not line:
-            raise ProgramError(f"{self.name} {_ending(self.process.wait())}{self._traceback_end()}")
+            raise ProgramError(f"{self.name} {children.ending(self.process.wait())}{self._traceback_end()}")
         answer = json.loads(line)
         if "failed" in answer:
             raise ProgramError(f"{self.name}: {answer['failed']}")
@@ -165,7 +164,3 @@ class _Contender:
         self.log.seek(0)
         lines = self.log.read().decode(errors="replace").strip().splitlines()
         return f": {lines[-1]}" if any(line.startswith("Traceback") for line in lines) else ""
-
-
-def _ending(code: int) -> str:
-    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -131,5 +131,5 @@ def run(program: Program, request: dict[str, Any]) -> tuple[dict[str, Any], Cost
         code, cost = measured([program.python, str(program.script), str(path)], file)
     if code or not answer.exists():
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
-        raise BitpressError(f"{program.name} ended with exit code {code}:\n{tail}")
+        raise BitpressError(f"{program.name} {children.ending(code)}:\n{tail}")
     return json.loads(answer.read_text()), cost

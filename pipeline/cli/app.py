@@ -46,8 +46,15 @@ def main() -> None:
         interrupted = True
         raise KeyboardInterrupt
 
+    def unraisable(details: Any) -> None:
+        """What Python cannot raise where it happens, as in the end of an object's life, and would print."""
+        if isinstance(details.exc_value, KeyboardInterrupt):
+            interrupt(0, None)  # the second time: the first one was lost there
+        console.show_traceback(unexpected(details.exc_value))  # into the log
+
     program.leave_current_folder()
     interrupts.handle(interrupt)
+    sys.unraisablehook = unraisable
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Chinese shows characters' numbers

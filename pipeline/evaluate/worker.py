@@ -56,14 +56,12 @@ def call(task: str, request: dict[str, Any]) -> dict[str, Any]:
 
 def _ending(code: int, peak: int, request: dict[str, Any]) -> str:
     """How a process ended without an answer. peak: the most memory that it held, as getrusage(2) counts it."""
-    if code == -signal.SIGKILL:
-        folders = [Path(request[key]) for key in ("artifact", "baseline") if request.get(key)]
-        weights = sum(info.nbytes for folder in folders for info in Checkpoint(folder).tensors.values())
-        return (
-            f"was killed, as the system does when memory runs out: it had taken {size(peak * _RSS_UNIT)}, the weights "
-            f"that it loads have {size(weights)}, this machine has {size(psutil.virtual_memory().total)}; free some "
-            "memory, or use a machine with more, and run the same command again"
-        )
-    if code < 0:
-        return f"was ended by {signal.Signals(-code).name}; run the same command again"
-    return f"ended without an answer, exit code {code}; run the same command again"
+    if code != -signal.SIGKILL:
+        return f"{children.ending(code)}; run the same command again"
+    folders = [Path(request[key]) for key in ("artifact", "baseline") if request.get(key)]
+    weights = sum(info.nbytes for folder in folders for info in Checkpoint(folder).tensors.values())
+    return (
+        f"{children.ending(code)}: it had taken {size(peak * _RSS_UNIT)}, the weights that it loads have "
+        f"{size(weights)}, this machine has {size(psutil.virtual_memory().total)}; free some memory, or use a machine "
+        "with more, and run the same command again"
+    )

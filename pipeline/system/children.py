@@ -52,12 +52,22 @@ def start(command: Sequence[str], folder: Path, **options: Any) -> Iterator["sub
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
+def ending(code: int) -> str:
+    """How a process ended, by its exit code: "was killed, …"."""
+    if code == -signal.SIGKILL:
+        return "was killed, as the system does when memory runs out"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
 def _kill(process: "subprocess.Popen[Any]") -> None:
     if process.poll() is None:
+        started: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
-            for child in psutil.Process(process.pid).children(recursive=True):
+            started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()  # before those that it may be waiting for
+        for child in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-        process.kill()
     process.wait()
 
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,10 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "fixtures")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fixtures"))
 
-from conftest import save_tokenizer  # noqa: E402
-from standin import CANARY, Hub  # noqa: E402
+from checkpoints import save_tokenizer
+from standin import CANARY, Hub
 
 RECIPES: tuple[dict[str, str], ...] = (
     {"name": "rounded", "scheme": "int4-g32"},
@@ -175,6 +174,15 @@ def try_once(batch: Batch, number: int, seed: int, unbroken: dict[str, tuple[flo
     return None
 
 
+@contextlib.contextmanager
+def no_process_left() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
@@ -183,7 +191,8 @@ def main() -> None:
     options = parser.parse_args()
     findings = 0
     hub = Hub()
-    with tempfile.TemporaryDirectory(prefix="kills-") as folder, hub.serving():
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # and what it started ends too, see below
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder, hub.serving(), no_process_left():
         batch = Batch(Path(folder), hub)
         batch.make()
         unbroken = {}

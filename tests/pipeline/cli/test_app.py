@@ -54,6 +54,7 @@ def bitpress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["bitpress", *map(str, arguments)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
         monkeypatch.setattr(interrupts, "atexit", SimpleNamespace(register=lambda *arguments: None))
         capfd.readouterr()
         try:
