@@ -203,7 +203,7 @@ def layers_to_keep(checkpoint: Checkpoint, layers: Mapping[ParameterPath, TrialL
         block, inner = names.block(target.parameter), names.in_block(target.parameter)
         for other in layers:
             same = (
-                names.block(other.parameter) in blocks[block] and names.in_block(other.parameter) == inner
+                names.block(other.parameter) in blocks.get(block, [None]) and names.in_block(other.parameter) == inner
             )
             if same and layers[other].scheme:
                 reasons[other] = f"{reader} reads its weight itself"
