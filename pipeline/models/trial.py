@@ -136,7 +136,7 @@ class _Probe(nn.Module):
     @property
     def weight(self) -> Tensor:
         self._note()
-        return self._weight
+        return self._weight.contiguous()  # some models write to it, as Rwkv does
 
     def __getattr__(self, name: str) -> Any:
         return getattr(super().__getattr__("layer"), name) if name != "layer" else super().__getattr__(name)

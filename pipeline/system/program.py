@@ -47,7 +47,10 @@ def clean_environment(environment: "os._Environ[str] | dict[str, str]") -> dict[
 
 
 def leave_current_folder() -> None:
-    """Take the current folder out of sys.path and of this process's environment; for programs, not for a library."""
+    """Take the current folder out of sys.path and of this process's environment; for programs, not for a library.
+
+    Code from the Hub is out, too, where the user has not asked for it.
+    """
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     trusted = {os.path.realpath(entry) for entry in (*named, *_installed()) if os.path.isabs(entry)}
     try:
@@ -63,6 +66,7 @@ def leave_current_folder() -> None:
     for name in os.environ.keys() - cleaned.keys():
         del os.environ[name]
     os.environ.update(cleaned)
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")  # transformers would fetch compiled code for some models by itself
 
 
 def _installed() -> list[str]:

@@ -113,6 +113,17 @@ class TestEnvironment:
         program.leave_current_folder()
         assert sys.path[0] == str(tmp_path)
 
+    @pytest.mark.parametrize(("chosen", "used"), [(None, "NO"), ("YES", "YES")])
+    def test_kernels_of_the_hub_are_the_users_choice(
+        self, chosen: str | None, used: str, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setenv("USE_HUB_KERNELS", chosen or "")
+        if chosen is None:
+            monkeypatch.delenv("USE_HUB_KERNELS")
+        program.leave_current_folder()
+        assert os.environ["USE_HUB_KERNELS"] == used
+
     def test_a_library_leaves_the_path_alone(self, tmp_path: Path):
         code = (
             "import sys; before = list(sys.path); import bitpress.pipeline; assert sys.path == before and '' in before"
