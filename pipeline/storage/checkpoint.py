@@ -239,7 +239,11 @@ class Checkpoint:
                 f"{self.folder} holds only pickles ({', '.join(pickles[:3])}), which can run code when read; "
                 "convert it with transformers' save_pretrained, which writes safetensors"
             )
-        raise CheckpointError(f"{self.folder} has neither {SINGLE} nor {INDEX}")
+        others = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        advice = f"; it holds {', '.join(others[:3])}" if others else ""
+        if len(others) == 1:  # as gptq_model-4bit-128g.safetensors of early AutoGPTQ
+            advice += f": if that is the whole model, rename it to {SINGLE}"
+        raise CheckpointError(f"{self.folder} has neither {SINGLE} nor {INDEX}{advice}")
 
     def _read_sharded(self) -> None:
         weight_map = read_json(self.folder / INDEX).get("weight_map")

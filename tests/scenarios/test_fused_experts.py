@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 import bitpress.pipeline.hf  # noqa: F401
 from bitpress.eval.measure import layer_errors
 from bitpress.eval.measure.protocols import halves
-from bitpress.pipeline.api import quantize
+from bitpress.pipeline.api import convert, quantize
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.evaluate.verify import in_memory_logits, verify_task
@@ -228,3 +228,16 @@ def test_the_shape_tells_whether_experts_lie_transposed(tmp_path: Path) -> None:
             quantize(source, {"scheme": "int4-g32", "layers": layers, "allow_split_fused": True}, folder)
         first, second = (logits(load_model(Checkpoint(folder), CPU, "auto", "reference")) for folder in out)
         assert torch.equal(first, second)
+
+
+def test_converts_there_and_back(tmp_path: Path) -> None:
+    """Biases and routers come along; the weights stay the same to the bit."""
+    source = tmp_path / "source"
+    AutoModelForCausalLM.from_pretrained(save_fused("gpt_oss", tmp_path / "float32")).bfloat16().save_pretrained(source)
+    save_tokenizer(source)
+    quantize(source, {"scheme": "int4-g32", "format": "compressed-tensors"}, tmp_path / "first")
+    convert(tmp_path / "first", "gptq", tmp_path / "gptq")
+    convert(tmp_path / "gptq", "compressed-tensors", tmp_path / "back")
+    expected = logits(load_model(Checkpoint(tmp_path / "first"), CPU, "float32", "reference"))
+    for name in ("gptq", "back"):
+        assert torch.equal(logits(load_model(Checkpoint(tmp_path / name), CPU, "float32", "reference")), expected)
