@@ -1,10 +1,8 @@
 """Quantized checkpoints in transformers' own from_pretrained and save_pretrained, on bitpress's kernels."""
 
-import importlib
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +36,7 @@ SCHEMES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    """What `import bitpress.pipeline.hf` does, undone after each test: other tests mean transformers' own."""
-    registries = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
-    before = [dict(registry) for registry in registries]
-    sys.modules.pop("bitpress.pipeline.hf", None)
-    importlib.import_module("bitpress.pipeline.hf")
-    yield
-    for registry, was in zip(registries, before):
-        registry.clear()
-        registry.update(was)
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.fixture(scope="module")

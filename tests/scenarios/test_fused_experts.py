@@ -11,7 +11,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-import bitpress.pipeline.hf  # noqa: F401
 from bitpress.eval.measure import layer_errors
 from bitpress.eval.measure.protocols import halves
 from bitpress.pipeline.api import convert, quantize
@@ -161,6 +160,7 @@ def test_inputs_are_quantized_too(name: str, fused: Any, tmp_path: Path) -> None
     assert 0 < (found - dense).norm() < 0.1 * dense.norm()
 
 
+@pytest.mark.usefixtures("registered")
 def test_transformers_loads_and_saves_it_by_bitpress(fused: Any, tmp_path: Path) -> None:
     """Biases of single experts too, which transformers does not know by their names."""
     quantize(fused("gpt_oss"), "int4-g32", tmp_path / "out")

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-import bitpress.pipeline.hf  # noqa: F401  (from_pretrained then runs artifacts on bitpress's kernels)
 from bitpress.pipeline.api import convert, quantize
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.evaluate.verify import verify_task
@@ -177,6 +176,7 @@ def test_calibrated_on_text_alone(
     assert ("text alone does not go through its block" in "\n".join(notes)) == bool(unread)
 
 
+@pytest.mark.usefixtures("registered")
 def test_transformers_loads_it_on_our_kernels_and_it_writes(
     vision_language: Callable[[str], Path], tmp_path: Path
 ) -> None:

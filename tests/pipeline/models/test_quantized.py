@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import bitpress.pipeline.hf  # noqa: F401  (from_pretrained on our kernels)
 from bitpress.kernels.linear import QEmbedding, QLinear
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
@@ -26,6 +25,8 @@ from bitpress.pipeline.models.structure import TensorNames, kept_names, skeleton
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 
 Rule = Callable[[str], str | None]
+
+pytestmark = pytest.mark.usefixtures("registered")  # from_pretrained on our kernels
 
 
 def compressed(layer: str) -> str | None:
