@@ -61,7 +61,7 @@ class _Progress:
         if not 0 < count < len(files):
             return count
         path, expected = blocks.state(count), self.done[files[count - 1]]["state"]
-        if path.exists() and store.sha256_file(path) == expected:
+        if path.exists() and store.sha256_file(path) == expected["sha256"]:
             return count
         self.notes.append(f"{path.name}, the inputs of block {count}, is not as it was written; all blocks made again")
         return 0
