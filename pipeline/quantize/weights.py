@@ -76,7 +76,8 @@ def quantize_weight(
     try:
         scale_dtype = plan.format.scale_dtype(scheme, plan.dtype)
         qtensor, diagnostics = (method or planned.spec.method).quantize(weight, scheme, scale_dtype, statistics)
-        return qtensor, replace(diagnostics, note=_note_on_scales(qtensor))
+        notes = [note for note in (diagnostics.note, _note_on_scales(qtensor)) if note]
+        return qtensor, replace(diagnostics, note="; ".join(notes) or None)
     except ValueError as error:
         raise NumericsError(
             f"{planned.info.name}: {error}; use format compressed-tensors with a bfloat16 or float32 checkpoint, "

@@ -42,7 +42,7 @@ ARTIFACTS: dict[str, tuple[dict[str, int], str]] = {  # folder -> the schemes of
 CONVERTED = {"mixture-plain": MIXTURE, "whole-plain": "whole", "smooth-toy": "smooth"}
 REFUSED = {
     "toy6 as gptq": "gptq holds weight-only integers, not toy6",
-    "toy6-dynamic by gptq": "gptq produces weight-only integer schemes, not toy6-dynamic",
+    "nf4 by gptq": "gptq produces integer weights, a scale per channel or group, not nf4",
     "nf4-dq as toy": "toy holds codes and scales alone, not nf4-dq",
     "nf4 by toy-smooth": "rounds to nearest, which nf4 does not define",
     "whole to gptq": "(toy6 as toy) cannot become gptq",
@@ -142,7 +142,7 @@ def commands(model: Path) -> dict[str, list[str]]:
         "smooth": quantize("toy-smooth/int8-g32", "smooth", *calibration),
         "list": ["list", "--json"],
         "toy6 as gptq": quantize("toy6", "refused", "--format", "gptq"),
-        "toy6-dynamic by gptq": quantize("gptq/toy6-dynamic", "refused"),
+        "nf4 by gptq": quantize("gptq/nf4", "refused"),
         "nf4-dq as toy": quantize("nf4-dq", "refused", "--format", "toy"),
         "nf4 by toy-smooth": quantize("toy-smooth/nf4", "refused"),
         "whole to gptq": ["convert", "whole", "--to", "gptq", "-o", "refused"],
