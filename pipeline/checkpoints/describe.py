@@ -60,9 +60,7 @@ def catalogue() -> dict[str, dict[str, str]]:
     schemes = [Scheme.parse(name) for name in examples()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        "transforms": {
-            name: " ".join((transform.__doc__ or "").split(".")[0].split()) for name, transform in transforms().items()
-        },
+        "transforms": {name: transform.about for name, transform in transforms().items()},
         "methods": {
             name: ", ".join(scheme.name for scheme in schemes if not method.problems(scheme))
             for name, method in methods().items()

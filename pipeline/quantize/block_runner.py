@@ -21,7 +21,7 @@ from bitpress.kernels.scheme import Scheme
 from ..errors import CheckpointError, NumericsError
 from ..methods.base import Folding, LayerGroup, Method, Statistic
 from ..methods.hessian import bfloat16_products
-from ..models.modules import converted_tensors, dense_layer, joined_experts, replace_layers, set_tensor
+from ..models.modules import assembled_tensors, converted_tensors, dense_layer, replace_layers, set_tensor
 from ..models.structure import TensorNames, decoder, skeleton, towers, weight_kind
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
@@ -238,9 +238,8 @@ class BlockRunner:
                 set_tensor(self.model, planned.target, tensor, self.device)
         replace_layers(self.model, self.names, experts.items())
         targets = {name: target for name, (target, _) in parts.items()}
-        for put_together in (joined_experts, converted_tensors):
-            for target, tensor in put_together(self.names, targets, lambda name: parts[name][1]):
-                set_tensor(self.model, target, tensor, self.device)
+        for target, tensor in assembled_tensors(self.names, targets, lambda name: parts[name][1]):
+            set_tensor(self.model, target, tensor, self.device)
         self._block, self._number = block, number
 
     def unload_block(self) -> None:
@@ -516,17 +515,21 @@ class BlockView:
                 yield Folding(self.groups[number], names, torch.arange(width))
             return
 
+        plain = self._input(reader, inputs)
+        if plain is None:
+            return
         for before in reversed([planned for group, _ in self._groups[:number] for planned in group]):
             if before.target.expert:
                 continue
             names = self._parameters(before.target.parameter.removesuffix(".weight"))
 
             def inputs_with(factors: Tensor, names: tuple[str, ...] = names) -> Tensor | None:
-                with self._scaled(names, factors):
+                with self._unchanged_after(names):
+                    self._scale_rows(names, factors)
                     return self._input(reader, inputs)
 
             for start in segments(before.shape[0], width):
-                rows = rows_of_inputs(before.shape[0], start, inputs_with)
+                rows = rows_of_inputs(plain, before.shape[0], start, inputs_with)
                 if rows is not None and len(rows.unique()) > 1:
                     yield Folding(self.groups[number], names, rows)
 
@@ -552,35 +555,30 @@ class BlockView:
         return tuple(name for name, planned in self._tensors.items() if planned.target.parameter in wanted)
 
     @contextlib.contextmanager
-    def _scaled(self, names: Iterable[str], factors: Tensor) -> Iterator[None]:
-        """Meanwhile, each row of these tensors is multiplied by a factor [rows]."""
+    def _unchanged_after(self, names: Iterable[str]) -> Iterator[None]:
+        """These tensors may be changed meanwhile; afterwards they are as they were."""
         before = {name: self.tensor(name) for name in names}
         try:
-            for name, tensor in before.items():
-                self.set(name, tensor * factors.view(-1, *[1] * (tensor.dim() - 1)).to(tensor.dtype))
             yield
         finally:
             for name, tensor in before.items():
                 self.set(name, tensor)
 
+    def _scale_rows(self, names: Iterable[str], factors: Tensor) -> None:
+        """Multiply each row of these tensors by a factor [rows]."""
+        for name in names:
+            tensor = self.tensor(name)
+            self.set(name, tensor * factors.view(-1, *[1] * (tensor.dim() - 1)).to(tensor.dtype))
+
     def _proved(self, folding: Folding, inputs: Tensor, outputs: Tensor) -> bool:
         """Whether the block puts out the same bits after a folding; it is undone again."""
-        before = {
-            name: self.tensor(name) for name in (*folding.tensors, *(f"{x}.weight" for x in folding.group.layers))
-        }
-        try:
+        with self._unchanged_after((*folding.tensors, *(f"{layer}.weight" for layer in folding.group.layers))):
             self.fold(folding, probe(folding.rows))
             return torch.equal(self._runner.forward(0, inputs), outputs)
-        finally:
-            for name, tensor in before.items():
-                self.set(name, tensor)
 
     def fold(self, folding: Folding, scale: Tensor) -> None:
         rows = self.tensor(folding.tensors[0]).shape[0]
-        factors = torch.ones(rows).index_copy(0, folding.rows, scale.reciprocal())
-        for name in folding.tensors:
-            tensor = self.tensor(name)
-            self.set(name, tensor * factors.view(-1, *[1] * (tensor.dim() - 1)).to(tensor.dtype))
+        self._scale_rows(folding.tensors, torch.ones(rows).index_copy(0, folding.rows, scale.reciprocal()))
         for layer in folding.group.layers:
             tensor = self.tensor(f"{layer}.weight")
             self.set(f"{layer}.weight", tensor * scale.to(tensor.dtype))

@@ -13,19 +13,19 @@ from torch import Tensor
 _BASE = 8  # factors 1 to 2^7: what a bfloat16 block computes with them stays far from overflow
 
 
-def rows_of_inputs(rows: int, start: int, inputs_with: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+def rows_of_inputs(
+    plain: Tensor, rows: int, start: int, inputs_with: Callable[[Tensor], Tensor | None]
+) -> Tensor | None:
     """Which row of a candidate each input channel of a group is made by, int64 [in]; None if it is not so made.
 
     Each round tells one digit of the row's number, by the factor 2^digit that the row gets.
 
     Args:
+        plain: the group's inputs [tokens, in].
         rows: how many the candidate has. start: the first of them that is tried; those before it stay as they are.
-        inputs_with: the group's inputs [tokens, in] where each row is multiplied by a factor [rows].
+        inputs_with: the same inputs where each row is multiplied by a factor [rows].
     """
-    plain = inputs_with(torch.ones(rows))
-    if plain is None:
-        return None
-    number = torch.arange(rows) - start
+    number = (torch.arange(rows) - start).clamp(min=0)  # 0: the factor is 1 in every round
     result = torch.zeros(plain.shape[1], dtype=torch.int64)
     alive = (plain != 0) & plain.isfinite()
     first = alive.to(torch.int8).argmax(0)  # a token in which the channel is not zero
@@ -34,8 +34,7 @@ def rows_of_inputs(rows: int, start: int, inputs_with: Callable[[Tensor], Tensor
     at = (first, torch.arange(plain.shape[1]))
     place = 1
     while place < rows - start:
-        digits = torch.where(number < 0, 0, number.clamp(min=0) // place % _BASE)
-        scaled = inputs_with(digits.to(torch.float32).exp2())
+        scaled = inputs_with((number // place % _BASE).to(torch.float32).exp2())
         if scaled is None:
             return None
         ratio = (scaled[at].double() / plain[at].double()).log2()

@@ -21,7 +21,7 @@ class Transformed:
 
 
 class Transform(Protocol):
-    """A step before the methods. One with options is a pydantic dataclass, its fields the options.
+    """A step before the methods.
 
     rank: as of methods. version: goes up whenever the same input would give other bytes.
     about: what it does and for which schemes, in one sentence for `bitpress list`.

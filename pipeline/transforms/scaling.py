@@ -5,7 +5,9 @@ whatever makes X: a norm, or the layer before. All scales are powers of two. So 
 whatever dtype it lies, and the transformed block computes the same bits as before.
 """
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,8 +17,9 @@ from bitpress.kernels.scheme import Scheme
 from ..methods.base import BlockView
 from .base import Transformed
 
-_SAMPLE = 1024  # rows of a group's inputs on which scales are judged: more changed no choice on the models tried
-_OUTPUTS = 1024  # rows of a group's weights that take part in that
+# Rows of a group's inputs, and of its weights, on which scales are judged: a bound on time and memory, not tuned.
+_SAMPLE = 1024
+_OUTPUTS = 1024
 
 
 class InputRange:
@@ -32,7 +35,7 @@ class InputRange:
         self.dropped = 0
         self.largest = torch.zeros(in_features, device=device)
         self._sum = torch.zeros(in_features, dtype=torch.float64, device=device)
-        self._rows: list[Tensor] = []
+        self._rows: list[Tensor] = []  # copies: rows that point into an input would hold all of it in memory
         self._step = 1
 
     @staticmethod
@@ -51,64 +54,79 @@ class InputRange:
         self.largest = torch.maximum(self.largest, magnitudes.amax(0))
         self._sum += magnitudes.sum(0, dtype=torch.float64)
         start = -self.tokens % self._step
-        self._rows += rows[start :: self._step].to(torch.float32).unbind()
+        self._rows.append(rows[start :: self._step].to(torch.float32, copy=True))
         self.tokens += len(rows)
-        while len(self._rows) > 2 * _SAMPLE:
-            self._rows, self._step = self._rows[::2], 2 * self._step
+        while sum(map(len, self._rows)) > 2 * _SAMPLE:
+            self._rows, self._step = [torch.cat(self._rows)[::2].clone()], 2 * self._step
 
     @property
     def mean(self) -> Tensor:
         return (self._sum / max(1, self.tokens)).to(torch.float32)
 
     def sample(self) -> Tensor:
-        return torch.stack(self._rows[:: len(self._rows) // _SAMPLE or 1])
+        rows = torch.cat(self._rows)
+        return rows[:: len(rows) // _SAMPLE or 1]
 
 
-Propose = Callable[[InputRange, Tensor], Iterable[tuple[str, Tensor]]]
-"""(range of the inputs, largest magnitudes [in] of the weights' columns) -> (words, scale [in] > 0) to be tried."""
-
-
-def search_scales(block: BlockView, propose: Propose) -> list[Transformed]:
-    """Give each group of a block's layers the scale, among those proposed, that makes its quantized outputs best.
+class Scaling(ABC):
+    """Gives each group of a block's layers the scale, among those proposed, that makes its quantized outputs best.
 
     A group keeps its inputs as they are where nothing makes them that a scale can move into, and where no proposed
     scale is better.
     """
-    lines = []
-    for group, folding, inputs in zip(block.groups, block.foldings, block.collect(InputRange)):
-        if folding is None or not inputs.tokens:
-            continue
-        named = {layer: block.tensor(f"{layer}.weight").to(torch.float32) for layer in group.layers}
-        largest = torch.stack([weight.abs().amax(0) for weight in named.values()]).amax(0)
-        weights = [(weight[:: len(weight) // _OUTPUTS or 1], block.scheme(layer)) for layer, weight in named.items()]
-        sample = inputs.sample()
-        before = best = _error(weights, sample)
-        chosen, note = None, "its inputs stay as they are"
-        for words, proposed in propose(inputs, largest):
-            level = proposed.clamp(min=torch.finfo(torch.float32).tiny).log2()
-            level = torch.full((int(folding.rows.max()) + 1,), -torch.inf).scatter_reduce(
-                0, folding.rows, level, "amax"
-            )[folding.rows]  # inputs that one row makes share the largest of their scales
-            scale = (level - level.median()).round().clamp(-24, 24).exp2()
-            if (after := _error(weights, sample, scale)) < best:
-                best, chosen, note = after, scale, words
-        if chosen is not None:
-            block.fold(folding, chosen)
-        lines.append(Transformed(group.layers, before, best, note))
-    return lines
+
+    name: ClassVar[str]
+    rank: ClassVar[int]
+    version: ClassVar[int]
+    about: ClassVar[str]
+
+    @abstractmethod
+    def propose(self, inputs: InputRange, weights: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Scales [in] > 0 to be tried, each with words for it.
+
+        Args:
+            weights: the largest magnitude [in] of each column of the group's weights.
+        """
+
+    def transform(self, block: BlockView) -> list[Transformed]:
+        lines = []
+        for group, folding, inputs in zip(block.groups, block.foldings, block.collect(InputRange)):
+            if folding is None or not inputs.tokens:
+                continue
+            named = {layer: block.tensor(f"{layer}.weight").to(torch.float32) for layer in group.layers}
+            largest = torch.stack([weight.abs().amax(0) for weight in named.values()]).amax(0)
+            sample, layers = inputs.sample(), []
+            for layer, weight in named.items():
+                scheme = block.scheme(layer)
+                if scheme is not None and scheme.weight.nearest is not None:
+                    part = weight[:: len(weight) // _OUTPUTS or 1]
+                    layers.append((part, scheme, sample @ part.t()))
+            before = best = _error(layers, sample)
+            chosen, note = None, "its inputs stay as they are"
+            for words, proposed in self.propose(inputs, largest):
+                level = proposed.clamp(min=torch.finfo(torch.float32).tiny).log2()
+                level = torch.full((int(folding.rows.max()) + 1,), -torch.inf).scatter_reduce(
+                    0, folding.rows, level, "amax"
+                )[folding.rows]  # inputs that one row makes share the largest of their scales
+                scale = (level - level.median()).round().clamp(-24, 24).exp2()
+                if (after := _error(layers, sample, scale)) < best:
+                    best, chosen, note = after, scale, words
+            if chosen is not None:
+                block.fold(folding, chosen)
+            lines.append(Transformed(group.layers, before, best, note))
+        return lines
 
 
-def _error(weights: list[tuple[Tensor, Scheme | None]], inputs: Tensor, scale: Tensor | None = None) -> float:
+def _error(layers: list[tuple[Tensor, Scheme, Tensor]], inputs: Tensor, scale: Tensor | None = None) -> float:
     """The relative squared error of layers' outputs when they are rounded to nearest, summed over the layers.
 
     Args:
-        weights: [out, in] with their schemes; one without is not quantized. inputs: [tokens, in]. scale: [in].
+        layers: weight [out, in], its scheme, and the outputs [tokens, out] that are expected. inputs: [tokens, in].
+        scale: [in], by which inputs are divided, and columns of weights multiplied.
     """
     total = 0.0
-    for weight, scheme in weights:
-        if scheme is None or scheme.weight.nearest is None:
-            continue
-        expected = inputs @ weight.t()
+    for weight, scheme, expected in layers:
+        assert scheme.weight.nearest is not None
         scaled, x = (weight, inputs) if scale is None else (weight * scale, inputs / scale)
         tensors = scheme.weight.nearest(scaled, torch.float32)
         rounded = scheme.weight.dequantize((weight.shape[0], weight.shape[1]), tensors, torch.float32)
