@@ -134,7 +134,7 @@ def _judge(result: Result, job: Job, text: Eval, folder: Path, news: News) -> No
     except Exception as error:  # whatever another program wrote: ours and the others are not to blame
         if result.name == "bitpress":
             raise
-        reason = error if isinstance(error, BitpressError) else unexpected(error, folder)
+        reason = unexpected(error, folder)
         result.error = f"not measured: {reason}"
         news(f"{result.name}: {result.error}")
 

@@ -143,10 +143,9 @@ def _write(conversion: _Conversion, source: dict[str, Any], folder: Path, on_ste
     plain = {name: checkpoint.tensors[name] for name in contents.plain}
     kept = kept_names(plain, contents.quantized, contents.model, contents.names)
     kept += _carried_over(conversion, kept)
-    paths = with_module_paths(contents.schemes, contents.names)
-    named = {path: contents.schemes[layer] for path, layer in paths.items()}
-    ignored = list(with_module_paths(kept, contents.names))
-    section = format.quantization_config(named, ignored, contents.model.dtype, bool(conversion.ordered))
+    schemes = with_module_paths(contents.schemes, contents.names)
+    ignored = list(with_module_paths(dict.fromkeys(kept), contents.names))
+    section = format.quantization_config(schemes, ignored, contents.model.dtype, bool(conversion.ordered))
     files = writer.close(checkpoint.config, section | conversion.cache_section, checkpoint.other_files())
     origin = {f"source.{key}": value for key, value in source.items()} | {"convert.format": format.name}
     origin |= {f"files.{name}": value for name, value in checkpoint.identity().items()}

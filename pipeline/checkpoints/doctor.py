@@ -10,15 +10,15 @@ from bitpress.eval.report.words import printable
 
 from ..errors import CheckpointError, listing
 from ..formats import quantization_section, read_config, registry
-from ..formats.base import Examination, Facts, LayerExamination, dtype_name, some
+from ..formats.base import Examination, Facts, LayerExamination, some
 from ..models.pretrained import require_tokenizer
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
 from ..models.structure import (
     ParameterPath,
     TensorNames,
     auto_class,
+    computing_dtype,
     decoder,
-    dtype_of_most,
     kept_names,
     skeleton,
     tied_copies,
@@ -193,9 +193,7 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
     except CheckpointError as error:  # each layer can be examined all the same
         diagnosis.faults.append(_short(error, checkpoint.folder))
     section = quantization_section(checkpoint)
-    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    dtype = str(stated or dtype_name(dtype_of_most(checkpoint.tensors.values())))
-    seen = Examination(section, dtype)
+    seen = Examination(section, computing_dtype(checkpoint))
     owned = {f"{layer}.{suffix}" for layer in layers for suffix in format.suffixes}
     for layer in layers:
         steps(sum(f"{layer}.{suffix}" in checkpoint.tensors for suffix in format.suffixes))

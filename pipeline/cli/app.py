@@ -8,7 +8,6 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from ..errors import BitpressError
 from ..system import children, interrupts, program
 from ..system.redact import redact
 from ..system.unexpected import unexpected
@@ -69,7 +68,7 @@ def main() -> None:
             interrupts.end()
         if leaving:
             raise
-        known = error if isinstance(error, BitpressError) else unexpected(error)
+        known = unexpected(error)
         console.show_traceback(known)
         console.err.print(f"[red]error:[/red] {escape(redact(str(known)))}", highlight=False, soft_wrap=True)
         sys.exit(known.exit_code)

@@ -135,12 +135,10 @@ def quantize(
     """Quantize one checkpoint into a folder that other runtimes load too."""
     from ..api import quantize as quantize_api
     from ..config.load import load_layers, load_options
+    from ..config.schema import recipe_parts
 
     quiet_libraries()
-    transform, plus, spec = recipe.rpartition("+")
-    method, slash, scheme = spec.rpartition("/")
-    settings: dict[str, Any] = {"scheme": scheme, "method": method if slash else "auto", "format": format}
-    settings |= {"transform": transform} if plus else {}
+    settings: dict[str, Any] = {**recipe_parts(recipe), "format": format}
     settings |= {"layers": load_layers(layer or []), "options": load_options(option or [])}
     settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
     settings |= {"max_fallback_layers": max_fallback_layers}

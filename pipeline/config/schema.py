@@ -106,6 +106,13 @@ class RecipeDefaults(_Strict):
         return {pattern: BASELINE if text is None else text for pattern, text in value.items()}
 
 
+def recipe_parts(text: str) -> dict[str, str]:
+    """{"scheme", "method", "transform"} of a recipe's text, [transform+][method/]scheme, as far as it names them."""
+    transform, plus, rest = text.rpartition("+")
+    method, slash, scheme = rest.rpartition("/")
+    return {"scheme": scheme} | ({"method": method} if slash else {}) | ({"transform": transform} if plus else {})
+
+
 class RecipeSettings(RecipeDefaults):
     """How one model is quantized; as text, [transform+][method/]scheme: "int4-g128", "smooth+gptq/int8-dynamic"."""
 
@@ -118,10 +125,7 @@ class RecipeSettings(RecipeDefaults):
     def _text(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        transform, plus, rest = value.rpartition("+")
-        method, slash, scheme = rest.rpartition("/")
-        named = ({"transform": transform} if plus else {}) | ({"method": method} if slash else {})
-        return {"scheme": scheme, **named}
+        return recipe_parts(value)
 
     @property
     def spec(self) -> str:

@@ -11,10 +11,9 @@ from bitpress.eval.report import report
 from ..checkpoints.coverage import coverage_of
 from ..config.schema import BASELINE, Run
 from ..formats import count_schemes, quantization_section, scheme_name
-from ..formats.base import dtype_name
 from ..hub.download import Source
 from ..methods import options_of
-from ..models.structure import dtype_of_most
+from ..models.structure import computing_dtype
 from ..quantize.recipe import Recipe
 from ..storage import files
 from ..storage.checkpoint import Checkpoint, read_json
@@ -125,16 +124,11 @@ def origin_of_external(source: Source, baseline: Source | None, config: dict[str
     size = sizes(checkpoint, coverage, parameters)
     if baseline is None and not coverage["layers"]:
         return Origin(source.id, BASELINE, None, None, parameters, NO_COVERAGE, size, config)
-    scheme, format = _dtype(checkpoint), None
+    scheme, format = computing_dtype(checkpoint), None
     if quantization_section(checkpoint) is not None:
         stored_as, counts = count_schemes(checkpoint)
         scheme, format = scheme_name(counts), stored_as.name
     return Origin(source.id, scheme, None, format, parameters, coverage, size, config, checkpoint=source.to_dict())
-
-
-def _dtype(checkpoint: Checkpoint) -> str:
-    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return str(stated or dtype_name(dtype_of_most(checkpoint.tensors.values())))
 
 
 def identity_of(checkpoint: Checkpoint) -> str:
@@ -164,7 +158,7 @@ def assemble(source: Source, origin: Origin, conditions: Conditions, measured: d
             "identity": identity_of(checkpoint),
             "architecture": (checkpoint.config.get("architectures") or ["?"])[0],
             "parameters": described.pop("parameters"),
-            "dtype": _dtype(checkpoint),
+            "dtype": computing_dtype(checkpoint),
         },
         **described,
         "protocol": {

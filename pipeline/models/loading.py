@@ -21,7 +21,7 @@ from ..system.device import pick_device
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
 from .dense import read_dense
-from .modules import converted_tensors, experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
+from .modules import assembled_tensors, experts_of, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
 from .pretrained import generation_config, load_tokenizer, require_tokenizer
 from .quantized import read_quantized
@@ -128,9 +128,7 @@ def _fill(
         else:
             set_tensor(model, target, tensor, device)
     places = {name: known[name] for name in parts}
-    for target, tensor in joined_experts(names, places, parts.pop):
-        set_tensor(model, target, tensor, device)
-    for target, tensor in converted_tensors(names, places, parts.pop):
+    for target, tensor in assembled_tensors(names, places, parts.pop):
         set_tensor(model, target, tensor, device)
 
 

@@ -147,6 +147,17 @@ def joined_experts(
         yield target, torch.stack(experts).view(names.shape(target) or ())
 
 
+def assembled_tensors(
+    names: TensorNames, plain: Mapping[str, ParameterPath], read: Callable[[str], Tensor]
+) -> Iterator[tuple[ParameterPath, Tensor]]:
+    """Each parameter that is made of several tensors of the files, or of a part of one, and its values.
+
+    See joined_experts and converted_tensors.
+    """
+    yield from joined_experts(names, plain, read)
+    yield from converted_tensors(names, plain, read)
+
+
 def converted_tensors(
     names: TensorNames, plain: Mapping[str, ParameterPath], read: Callable[[str], Tensor]
 ) -> Iterator[tuple[ParameterPath, Tensor]]:

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -38,10 +39,13 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, listing
+from ..formats.base import dtype_name
 from ..formats.names import fused_unit as fused_unit
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from .experts import ExpertSlice, expert_layouts
 from .pretrained import builds_a_model, load_config
+
+Value = TypeVar("Value")
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)(\.(?P<piece>\w+))?\.(?P<kind>weight|bias)")
 
@@ -147,6 +151,12 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
         model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
     _keep_in_float32(model, chosen)
     return model.eval()
+
+
+def computing_dtype(checkpoint: Checkpoint) -> str:
+    """The name of the dtype that a checkpoint's model computes with: what config.json says, or that of most weights."""
+    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return str(stated or dtype_name(dtype_of_most(checkpoint.tensors.values())))
 
 
 def dtype_of_most(tensors: Iterable[TensorInfo]) -> torch.dtype:
@@ -279,9 +289,7 @@ class TensorNames:
                 f"{name}: transformers loads it through {steps}, which bitpress does not follow; "
                 "this architecture is not supported yet"
             )
-        expert = re.search(
-            pattern.replace("*.", r"(\d+)\."), converted
-        )  # a pattern is a regular expression, but for "*"
+        expert = re.search(pattern.replace("*.", r"(\d+)\."), converted)  # a regular expression, but for "*"
         if expert is None:
             return ParameterPath(renamed)
         pieces = converter.source_patterns
@@ -581,19 +589,19 @@ def kept_names(
     return kept
 
 
-def with_module_paths(layers: Iterable[str], names: TensorNames) -> dict[str, str]:
-    """Each layer by its name in the files and, where the model names it otherwise, by that name too -> the layer.
+def with_module_paths(layers: Mapping[str, Value], names: TensorNames) -> dict[str, Value]:
+    """Each layer's value by its name in the files and, where the model names it otherwise, by that name too.
 
     transformers looks for modules by the model's names: visual.blocks.0.attn.qkv of a file may be
     model.visual.blocks.0.attn.qkv there. Servers look for the files' names. Experts that the model holds as one tensor
     have no module.
     """
-    paths: dict[str, str] = {}
-    for layer in layers:
+    paths: dict[str, Value] = {}
+    for layer, value in layers.items():
         target = names.target(f"{layer}.weight")
-        paths[layer] = layer
+        paths[layer] = value
         if not target.expert and names.known(target.parameter):
-            paths.setdefault(target.parameter.removesuffix(".weight"), layer)
+            paths.setdefault(target.parameter.removesuffix(".weight"), value)
     return paths
 
 

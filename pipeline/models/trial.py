@@ -165,16 +165,16 @@ class _Repeat(nn.Module):
         return self._outputs[-1] if self._outputs else self._first[0](*arguments, **options)
 
 
-def layers_to_keep(checkpoint: Checkpoint, layers: Mapping[ParameterPath, TrialLayer]) -> dict[ParameterPath, str]:
+def layers_to_keep(
+    checkpoint: Checkpoint, model: PreTrainedModel, names: TensorNames, layers: Mapping[ParameterPath, TrialLayer]
+) -> dict[ParameterPath, str]:
     """The layers that cannot be quantized, each with the reason; the model runs with all others quantized.
 
     Args:
-        layers: what is to be quantized.
+        model: the checkpoint's skeleton, which is left as it is. layers: what is to be quantized.
     Raises:
         CheckpointError: the model does not even run as it is.
     """
-    model = skeleton(checkpoint)
-    names = TensorNames(model)
     kinds = _kinds(model, names, layers)
     reasons: dict[ParameterPath, str] = {}
     readers, error = _try(checkpoint, layers)

@@ -132,9 +132,9 @@ def quantize(
     store.preflight(work, max(0, int(size) - written) + (blocks.nbytes() if blocks else 0))
     writer = plan.format.writer(folder, plan.dtype, len(plan.units))
     lines = _write_units(plan, blocks, writer, progress, recipe.max_fallback_layers, on_step)
-    names, schemes = TensorNames(plan.model), plan.schemes
-    named = {path: schemes[layer] for path, layer in with_module_paths(schemes, names).items()}
-    section = plan.format.quantization_config(named, list(with_module_paths(plan.kept, names)), plan.dtype)
+    names = TensorNames(plan.model)
+    schemes, kept = with_module_paths(plan.schemes, names), with_module_paths(dict.fromkeys(plan.kept), names)
+    section = plan.format.quantization_config(schemes, list(kept), plan.dtype)
     files = writer.close(checkpoint.config, section, checkpoint.other_files())
     _compare_names(checkpoint, plan, folder)
     layers = [layer for line in lines for layer in line["layers"]]

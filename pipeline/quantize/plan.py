@@ -184,7 +184,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             broken.append(problem)
             continue
         try:
-            spec, kind, reason = _decide(info, target, names, model, recipe.rules, aliases.get(info.name, info.name))
+            spec, kind, reason = _decide(info, target, names, model, recipe.rules, aliases[info.name])
         except ValueError as error:
             unfit.add(info.name, [str(error)])
             continue
@@ -195,11 +195,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     wanted = {t.target: TrialLayer(t.spec.scheme, t.shape, t.kind) for t in decided if t.spec and t.kind}
     tables = {target.parameter for target in wanted if target.expert}
     wanted |= {t.target: TrialLayer(None, t.shape) for t in decided if not t.spec and t.target.parameter in tables}
-    kept = layers_to_keep(checkpoint, wanted) if wanted else {}
+    kept = layers_to_keep(checkpoint, model, names, wanted) if wanted else {}
     tensors = []
     for tensor in decided:
         if reason := kept.get(tensor.target, ""):
-            if asking := _naming_rule(tensor.info.name, aliases.get(tensor.info.name, tensor.info.name), recipe.rules):
+            if asking := _naming_rule(tensor.info.name, aliases[tensor.info.name], recipe.rules):
                 unfit.add(tensor.module, [f"the rule {asking} asks for it, and {reason}"])
             impossible.add(tensor.module, [reason])
             tensor = replace(tensor, spec=None, kind=None, reason=reason)
@@ -249,8 +249,8 @@ def _split_experts(
     """The checkpoint, its tensors of all experts seen as a layer for each expert where any of these is quantized.
 
     Returns:
-        It, and a second name by which rules may call some tensors: of an expert's layer, the tensor that it lies in;
-        of a tensor of experts that stays whole, its first layer.
+        It, and a second name by which rules may call each tensor: of an expert's layer, the tensor that it lies in;
+        of a tensor of experts that stays whole, its first layer; of any other, its own name.
     """
     slices: dict[str, ExpertSlice] = {}
     aliases: dict[str, str] = {}
@@ -270,7 +270,8 @@ def _split_experts(
             split.add(target.parameter)
             slices |= layers
             aliases |= dict.fromkeys(layers, name)
-    return (SplitCheckpoint(checkpoint, slices) if slices else checkpoint), aliases
+    view = SplitCheckpoint(checkpoint, slices) if slices else checkpoint
+    return view, {name: aliases.get(name, name) for name in view.tensors}
 
 
 def _decide(
@@ -291,15 +292,14 @@ def _decide(
     if not names.known(target.parameter):
         return None, None, "not a weight of the model as transformers builds it"
     pattern, spec = rules.pattern(info.name, alias), rules.spec(info.name, alias)
-    inside = names.block(target.parameter) is not None
-    if not inside and not _naming_rule(info.name, alias, rules):
+    inside, naming = names.block(target.parameter) is not None, _naming_rule(info.name, alias, rules)
+    if not inside and not naming:
         return None, None, "outside the decoder blocks"
     if spec is None:
         return None, None, f"kept by the rule {pattern}: {KEPT}" if pattern else "no rule of the recipe names it"
     kind = weight_kind(model, target)
     if is_fused_experts(model, target):
         raise ValueError(f"experts fused into one tensor of shape {list(info.shape)} are not supported yet")
-    naming = _naming_rule(info.name, alias, rules)
     if kind is None or (kind == "embedding" and inside):
         reason = not_linear(model, target)
         if naming and len(info.shape) > 1:
@@ -332,7 +332,7 @@ def _refuse_split_units(tensors: list[PlannedTensor], rules: Rules, aliases: Map
     for unit, parts in units.items():
         schemes = {part.module: part.spec.scheme.name if part.spec else KEPT for part in parts}
         if len(set(schemes.values())) > 1 and any(
-            rules.pattern(part.info.name, aliases.get(part.info.name, part.info.name)) for part in parts
+            rules.pattern(part.info.name, aliases[part.info.name]) for part in parts
         ):
             some = [f"{name} {schemes[name]}" for name in {scheme: name for name, scheme in schemes.items()}.values()]
             split.append(f"{unit}: {', '.join(some)}")

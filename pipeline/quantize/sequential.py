@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 
-from ..errors import ConfigError
 from ..formats.base import Writer, group_by_bytes
 from ..methods import uncalibrated_method
 from ..methods.base import Diagnostics, Method, Statistic
@@ -28,7 +27,7 @@ from ..transforms.base import Transformed
 from .block_runner import BlockRunner, BlockView
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
-from .weights import UnitWriter, quantize_outside, quantize_weight, read_ahead
+from .weights import UnitWriter, quantize_outside, quantize_weight, read_ahead, round_uncalibrated
 
 REFERENCE_LOGITS = "reference_logits.safetensors"
 REFERENCE_TOKENS = 64
@@ -157,7 +156,9 @@ class CalibratedBlocks:
         layers = [planned for planned in unit.tensors if planned.spec]
         if not self.runner.reached(block):
             for planned in layers:
-                yield planned, *self._without_text(planned, weights.pop(planned.info.name))
+                weight, why = weights.pop(planned.info.name), "text alone does not go through its block"
+                qtensor, diagnostics = round_uncalibrated(planned, weight, self.plan, why)
+                yield planned, qtensor, replace(diagnostics, tokens=0)
             return
         stages: dict[str, list[list[PlannedTensor]]] = {"": []}
         for group in self.runner.groups(layers, next(self._inputs(block))) if layers else ():
@@ -188,25 +189,10 @@ class CalibratedBlocks:
         own = tuple(statistics[kind] for kind in method.statistics)
         needed = _FEW * planned.shape[1]
         few = min((each.tokens for each in own), default=needed)
-        nearest = uncalibrated_method(planned.spec.scheme)
-        if not planned.target.expert or few >= needed or nearest is None:
+        if not planned.target.expert or few >= needed or uncalibrated_method(planned.spec.scheme) is None:
             return quantize_weight(planned, weight.to(self.runner.device) if own else weight, self.plan, method, own)
-        qtensor, diagnostics = quantize_weight(planned, weight, self.plan, nearest)
-        note = f"rounded by {nearest.name}: it saw fewer than {needed} tokens"
-        return qtensor, replace(diagnostics, tokens=few, note=note)
-
-    def _without_text(self, planned: PlannedTensor, weight: Tensor) -> tuple[QTensor, Diagnostics]:
-        """A layer of a block that text alone does not go through, such as cross-attention to images."""
-        assert planned.spec
-        scheme, why = planned.spec.scheme, "text alone does not go through its block"
-        nearest = uncalibrated_method(scheme)
-        if nearest is None:
-            raise ConfigError(
-                f"{planned.module}: {why}, and no method makes {scheme.name} without calibration; keep the layer by a "
-                f"rule, as in layers: {{'{planned.module}': none}} (--layer '{planned.module}=none')"
-            )
-        qtensor, diagnostics = quantize_weight(planned, weight, self.plan, nearest)
-        return qtensor, replace(diagnostics, tokens=0, note=f"rounded by {nearest.name}: {why}")
+        qtensor, diagnostics = round_uncalibrated(planned, weight, self.plan, f"it saw fewer than {needed} tokens")
+        return qtensor, replace(diagnostics, tokens=few)
 
     def _save_reference_logits(self, outputs: Tensor) -> None:
         """Save the logits of this very model, never written and reloaded: the reloaded artifact must give the same.

@@ -112,17 +112,29 @@ def quantize_outside(planned: PlannedTensor, weight: Tensor, plan: Plan) -> tupl
         ConfigError: only methods that are calibrated can produce the layer's scheme.
     """
     assert planned.spec
-    method, scheme = planned.spec.method, planned.spec.scheme
+    method = planned.spec.method
     if not method.statistics:
         return quantize_weight(planned, weight, plan)
+    return round_uncalibrated(planned, weight, plan, f"{method.name} is calibrated inside the decoder blocks only")
+
+
+def round_uncalibrated(planned: PlannedTensor, weight: Tensor, plan: Plan, why: str) -> tuple[QTensor, Diagnostics]:
+    """A layer rounded to nearest in place of its method; the diagnostics say why.
+
+    Raises:
+        ConfigError: only methods that are calibrated can produce the layer's scheme.
+    """
+    assert planned.spec
+    scheme = planned.spec.scheme
     nearest = uncalibrated_method(scheme)
     if nearest is None:
         raise ConfigError(
-            f"{planned.module}: {method.name} is calibrated inside the decoder blocks only, and no other method "
-            f"produces {scheme.name}; give this layer another scheme by a rule, or keep it"
+            f"{planned.module}: {why}, and no method makes {scheme.name} without calibration; give the layer another "
+            f"scheme by a rule, or keep it, as in layers: {{'{planned.module}': none}} "
+            f"(--layer '{planned.module}=none')"
         )
     qtensor, diagnostics = quantize_weight(planned, weight, plan, nearest)
-    note = f"rounded by {nearest.name}: {method.name} is calibrated inside the decoder blocks only"
+    note = f"rounded by {nearest.name}: {why}"
     return qtensor, replace(diagnostics, note=f"{note}; {diagnostics.note}" if diagnostics.note else note)
 
 

@@ -77,9 +77,6 @@ def run_job(job: Job, say: Say) -> Outcome:
             metrics = _metrics(job, lambda line: say(f"  {line}"))
             missed = _judge(job, metrics, lambda line: say(f"  {line}"))
         return replace(outcome, metrics=metrics, error=missed)
-    except BitpressError as error:
-        say(f"  failed: {error}")
-        return replace(outcome, error=error)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever a library throws at one model's files: other jobs are not to blame

@@ -49,8 +49,6 @@ def execute(run: Run, command: str, say: Say, override: bool = False, redo: bool
             reason, planned = None, list[Job]()
             try:
                 planned = plan_jobs(run, model, command, override, redo)
-            except BitpressError as error:
-                reason = error
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # as in run_job: one model that cannot be prepared stops no other
@@ -162,9 +160,6 @@ def _publish(where: Publish, outcome: Outcome, override: bool, say: Say) -> Outc
     try:
         upload = prepare(outcome.folder, where.name_of(outcome.model, outcome.recipe), override)
         publication = send(upload, where.private, where.collection)
-    except BitpressError as error:
-        say(f"{outcome.model}  {outcome.recipe}  not published: {error}")
-        return replace(outcome, error=error)
     except KeyboardInterrupt:
         raise
     except BaseException as error:

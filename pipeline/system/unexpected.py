@@ -16,9 +16,13 @@ _NO_GPU_MEMORY = "OutOfMemoryError"  # torch's, which takes seconds to import
 def unexpected(error: BaseException, folder: Path | None = None) -> BitpressError:
     """What to tell of an error that is a bug, or want of memory: one sentence, its cause the error itself.
 
+    A BitpressError, which somebody expected, is told as it is.
+
     Args:
         folder: of the run, whose log gets the traceback; None for the user's cache.
     """
+    if isinstance(error, BitpressError):
+        return error
     if type(error).__name__ == _NO_GPU_MEMORY:
         result = BitpressError(
             f"the GPU's memory is full: {redact(str(error)).splitlines()[0]}; use --device cpu or fewer windows, or "
