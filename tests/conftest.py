@@ -1,8 +1,11 @@
 """What all tests share: no network, and seeded tiny checkpoints."""
 
+import gc
 import shutil
+import signal
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,24 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Every test begins as a program in a terminal does, and what the command line arranges ends with the test.
+
+    Whoever runs the tests in the background may have Ctrl-C ignored.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    hook = sys.unraisablehook
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    sys.unraisablehook = hook
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

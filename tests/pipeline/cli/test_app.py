@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,8 +52,6 @@ def bitpress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["bitpress", *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
         monkeypatch.setattr(interrupts, "atexit", SimpleNamespace(register=lambda *arguments: None))
         capfd.readouterr()
         try:
@@ -62,9 +59,6 @@ def bitpress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         return Result(code, *capfd.readouterr())
 
     return call
