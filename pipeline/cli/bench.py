@@ -36,12 +36,12 @@ def quantize(
     model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
     calibration: Annotated[str, typer.Option(help="Text to calibrate on: a file, or org/name:config:split.")],
     scheme: Annotated[str, typer.Option(help="int4-g128, int3-channel-asym, …")] = "int4-g128",
-    method: Annotated[str, typer.Option(help="bitpress's; the other programs run GPTQ.")] = "gptq",
+    method: Annotated[str, typer.Option(help="bitpress's; the other programs run GPTQ, or their own.")] = "gptq",
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 128,
     context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     seed: Annotated[int | None, typer.Option(help="Draws the windows; the text's first ones by default.")] = None,
     peer: Annotated[
-        list[str] | None, typer.Option(help="NAME=PYTHON, where gptqmodel or llm-compressor is; may be repeated.")
+        list[str] | None, typer.Option(help="NAME=PYTHON, where autoround, gptqmodel or llm-compressor is; repeatable.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turns; medians are shown.")] = 1,
     text: Annotated[str | None, typer.Option(help="Text to measure KL and perplexity on.")] = None,
