@@ -381,8 +381,8 @@ class Choice:
         ones are sums of probes, the measured one is of the model with all its units quantized.
         """
         search, front = self.search, self.search.front
-        marks = np.linspace(front.nbytes[0], front.nbytes[-1], _CURVE)
-        points = {int(np.searchsorted(front.nbytes, mark, side="right")) - 1 for mark in marks} | {self.point}
+        sizes = np.linspace(front.nbytes[0], front.nbytes[-1], _CURVE)
+        points = {int(np.searchsorted(front.nbytes, size, side="right")) - 1 for size in sizes} | {self.point}
         units = list(zip(search.units, self.chosen, strict=True))
         assert search.recipe.budget
         return {
