@@ -162,7 +162,7 @@ class Tuned:
 
 
 class TrainableBlock(Protocol):
-    """A decoder block whose quantized layers `Method.tune` may learn, and the calibration tokens to learn from.
+    """A decoder block whose quantized layers `Method.learn` may learn, and the calibration tokens to learn from.
 
     batches: how many batches of tokens there are to learn from; the held-out ones are others.
     """
@@ -224,11 +224,11 @@ class Method(Protocol):
         return
 
     @property
-    def tunes(self) -> bool:
+    def learns(self) -> bool:
         """True if the method learns from a whole block after its layers are quantized."""
-        return type(self).tune is not Method.tune
+        return type(self).learn is not Method.learn
 
-    def tune(self, block: TrainableBlock, layers: Mapping[str, QTensor]) -> tuple[dict[str, QTensor], Tuned]:
+    def learn(self, block: TrainableBlock, layers: Mapping[str, QTensor]) -> tuple[dict[str, QTensor], Tuned]:
         """Layers of a block that this method quantized, improved by what the block as a whole puts out.
 
         Returns the same layers, with the same schemes, and how the error fell. Layers are left as they are here.

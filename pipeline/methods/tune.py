@@ -51,7 +51,7 @@ class Tune(GPTQ):
     rank: ClassVar[int] = 40
     version: ClassVar[int] = 1 + GPTQ.version  # it goes up with either
 
-    def tune(self, block: TrainableBlock, layers: Mapping[str, QTensor]) -> tuple[dict[str, QTensor], Tuned]:
+    def learn(self, block: TrainableBlock, layers: Mapping[str, QTensor]) -> tuple[dict[str, QTensor], Tuned]:
         learned = {name: _Layer(block.weight(name), qtensor) for name, qtensor in layers.items()}
         least = block.held_out_error(layers)
         best, curve = dict(layers), [(0, least)]

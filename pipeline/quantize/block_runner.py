@@ -618,7 +618,7 @@ class BlockView:
 
 
 class TrainableBlock:
-    """The block that a runner has loaded, as `Method.tune` learns it; see methods.base.TrainableBlock."""
+    """The block that a runner has loaded, as `Method.learn` learns it; see methods.base.TrainableBlock."""
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ class CalibratedBlocks:
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
         outside = [planned for planned in plan.tensors if planned.block is None]
         self.ids = recipe.calibration.ids
-        tuning = [method for spec in recipe.rules.specs() if (method := spec.method).tunes]
+        tuning = [method for spec in recipe.rules.specs() if (method := spec.method).learns]
         least = LEAST_BATCHES if tuning else 1
         self.runner = BlockRunner(plan.checkpoint, outside, self.ids, dtype, recipe.device, self._read_outside, least)
         if tuning and len(self.runner.batches) < 2:
@@ -148,7 +148,7 @@ class CalibratedBlocks:
         for planned in unit.tensors:
             if planned.spec is None:
                 shard.keep(planned, weights.pop(planned.info.name))
-        tuning = [method for method in methods if method.tunes]
+        tuning = [method for method in methods if method.learns]
         if not tuning:
             for planned, qtensor, diagnostics in self._quantized(block, unit, weights):
                 shard.add(planned, qtensor, diagnostics)
@@ -198,7 +198,7 @@ class CalibratedBlocks:
                 lambda number: self._batch(expected, number),
                 on_part,
             )
-            learned, tuned = method.tune(view, {name: made[name][1] for name in own})
+            learned, tuned = method.learn(view, {name: made[name][1] for name in own})
             lines.append(tuned)
             for name, (planned, weight) in own.items():
                 made[name] = planned, learned[name], diagnosed(planned, weight, learned[name], made[name][2])

@@ -94,7 +94,7 @@ class TestTune:
     def test_the_block_gets_better_and_the_curve_is_that_of_what_is_stored(self) -> None:
         block = TwoLayers()
         before = block.quantized()
-        after, tuned = Tune(steps=60).tune(block, before)
+        after, tuned = Tune(steps=60).learn(block, before)
         assert tuned.layers == ("a", "b")
         assert tuned.curve[0] == (0, block.held_out_error(before))
         assert [step for step, _ in tuned.curve] == [0, 6, 12, 18, 24, 30, 36, 42, 48, 54, 60]
@@ -107,17 +107,17 @@ class TestTune:
     def test_what_only_gets_worse_is_left_as_it_was(self) -> None:
         block = TwoLayers()
         before = block.quantized("int8-g32")
-        after, _ = Tune(steps=3, rate=1.0, scale_rate=1.0).tune(block, before)
+        after, _ = Tune(steps=3, rate=1.0, scale_rate=1.0).learn(block, before)
         assert all(after[name] is before[name] for name in before)
 
     def test_the_same_twice(self) -> None:
-        made = [Tune(steps=12).tune(TwoLayers(), TwoLayers().quantized()) for _ in range(2)]
+        made = [Tune(steps=12).learn(TwoLayers(), TwoLayers().quantized()) for _ in range(2)]
         assert made[0][1] == made[1][1]
         assert all(torch.equal(made[0][0][name].codes, made[1][0][name].codes) for name in "ab")
 
     def test_the_global_seed_is_left_alone(self) -> None:
         before = torch.random.get_rng_state()
-        Tune(steps=2).tune(TwoLayers(), TwoLayers().quantized())
+        Tune(steps=2).learn(TwoLayers(), TwoLayers().quantized())
         assert torch.equal(torch.random.get_rng_state(), before)
 
 
