@@ -183,12 +183,12 @@ class CalibratedBlocks:
         inputs, expected = self.state(block), self.states / f"{block:05d}-{_EXPECTED}.safetensors"
         self._write(expected, self.runner.outputs(self._inputs(block)))
         original = dict(weights)
-        made = {planned.module: (planned, *rest) for planned, *rest in self._quantized(block, unit, weights)}
+        quantized = {planned.module: (planned, *rest) for planned, *rest in self._quantized(block, unit, weights)}
         lines = []
         for method in methods:
             own = {
                 name: (planned, original[planned.info.name])
-                for name, (planned, _, _) in made.items()
+                for name, (planned, _, _) in quantized.items()
                 if planned.spec and planned.spec.method == method
             }
             view = TrainableBlock(
@@ -198,12 +198,12 @@ class CalibratedBlocks:
                 lambda number: self._batch(expected, number),
                 on_part,
             )
-            learned, tuned = method.learn(view, {name: made[name][1] for name in own})
+            learned, tuned = method.learn(view, {name: quantized[name][1] for name in own})
             lines.append(tuned)
             for name, (planned, weight) in own.items():
-                made[name] = planned, learned[name], diagnosed(planned, weight, learned[name], made[name][2])
+                quantized[name] = planned, learned[name], diagnosed(planned, weight, learned[name], quantized[name][2])
                 self.runner.set_weight(planned, learned[name].dequantize(self.runner.dtype))
-        for planned, qtensor, diagnostics in made.values():
+        for planned, qtensor, diagnostics in quantized.values():
             shard.add(planned, qtensor, diagnostics)
         expected.unlink()
         return lines
