@@ -12,6 +12,7 @@ from ..tensor_info import TensorInfo
 from .architectures import Architecture, Place, architecture_of, is_generated, permute_back
 from .file import GGUFFile
 
+_MOST_EXPERTS = 4096
 BLOCKS = "blocks"  # X.blocks: the blocks of layer X, uint8 [out, blocks, bytes of a block]
 
 
@@ -47,8 +48,11 @@ class GGUFTensors:
                 self._add(info, self._architecture, config, file.tensors[name].kind.dtype is None)
 
     def _add(self, info: TensorInfo, architecture: Architecture, config: Mapping[str, Any], coded: bool) -> None:
-        names = architecture.names(info.name, info.shape[0]) or [info.name]
-        whole = len(names) == 1 and "_exps." not in info.name
+        whole = "_exps." not in info.name
+        if not whole and info.shape[0] > _MOST_EXPERTS:
+            raise CheckpointError(f"{info.file}: {info.name} has {info.shape[0]} experts, at most {_MOST_EXPERTS}")
+        names = architecture.names(info.name, 1 if whole else info.shape[0]) or [info.name]
+        whole = whole or names == [info.name]  # nothing of the model
         for number, name in enumerate(names):
             shown = f"{name.removesuffix('.weight')}.{BLOCKS}" if coded else name
             place = architecture.place(name, config) or Place(info.name)

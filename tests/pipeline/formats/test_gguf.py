@@ -20,9 +20,12 @@ from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline.api import convert, quantize
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.errors import CheckpointError, ConfigError
+from bitpress.pipeline.evaluate import worker
+from bitpress.pipeline.evaluate.verify import verify_artifact, verify_task
 from bitpress.pipeline.formats import registry
 from bitpress.pipeline.formats.gguf import FILE, block_type
 from bitpress.pipeline.models.loading import load_model
+from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 from bitpress.pipeline.storage.gguf.architectures import generated_tensors, model_metadata, permute, permute_back
 from bitpress.pipeline.storage.gguf.file import TYPES, read_gguf
@@ -76,7 +79,8 @@ def logits_by_transformers(folder: Path, alone: Path) -> torch.Tensor:
     shutil.copy(folder / FILE, alone)
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
-    model = AutoModelForCausalLM.from_pretrained(alone, gguf_file=FILE, dtype=torch.float32, config=config)
+    options = {} if config.model_type == "mistral" else {"config": config}  # the file says llama, and so it is read
+    model = AutoModelForCausalLM.from_pretrained(alone, gguf_file=FILE, dtype=torch.float32, **options)
     with torch.no_grad():
         return model.eval()(IDS).logits
 
@@ -128,9 +132,9 @@ def test_rows_of_heads_come_back() -> None:
     assert torch.equal(permute_back(permute(rows, 2), 2), rows)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"])
 def test_transformers_computes_the_same(name: str, source: Callable[..., Path], tmp_path: Path) -> None:
-    artifact, gemma = tmp_path / "artifact", name == "gemma2"  # whose embeddings are scaled, and not quantized
+    artifact, gemma = tmp_path / "artifact", name.startswith("gemma")  # whose embeddings are scaled, and not quantized
     layers = {"*down_proj": "int8-g32"} | ({} if gemma else {"*embed_tokens": "int8-g32"})
     folder = source(name, **({"query_pre_attn_scalar": 16} if gemma else {}))
     quantize(folder, {"scheme": "int4-g32", "format": "gguf", "layers": layers}, artifact)
@@ -307,3 +311,11 @@ class TestDamage:
                 (tmp_path / FILE).write_bytes(changed)
                 with contextlib.suppress(CheckpointError):
                     read_gguf(tmp_path / FILE)
+
+
+def test_a_run_verifies_it(source: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "call", lambda task, request: verify_task(request))  # here, not in a fresh process
+    folder, artifact, settings = source("llama"), tmp_path / "artifact", {"scheme": "int4-g32", "format": "gguf"}
+    quantize(folder, settings, artifact)
+    verified = verify_artifact(Checkpoint(folder), Recipe.make(settings), artifact, IDS[0], "cpu", "float32")
+    assert verified["max_difference"] <= verified["tolerance"]
