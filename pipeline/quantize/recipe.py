@@ -169,6 +169,12 @@ def problems(settings: RecipeSettings) -> list[Problem]:
             faults.append((path or ("scheme" if settings.method == AUTO else "method",), str(error)))
     if settings.options and not faults:
         faults += _option_problems(settings)
+    if settings.budget and (learning := [spec.method.name for spec in specs if spec.method.learns]):
+        said = f"a budget solves each layer by itself, and {learning[0]} learns from whole blocks; use gptq"
+        faults.append((("method",), said))
+    if settings.budget and settings.options.get("true_sequential"):
+        said = "a budget calibrates all layers on the unquantized model; take true_sequential out, or the budget"
+        faults.append((("options", "true_sequential"), said))
     if not specs and not faults and not settings.baseline:
         faults.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
     unused = (

@@ -309,7 +309,7 @@ class CalibratedBlocks:
                 why = "text alone does not go through its block"
                 yield own, *round_uncalibrated(own, weights[planned.info.name], self.plan, why)
         if block != self.last:
-            self._write(block + 1, self.runner.outputs(self._inputs(block)))
+            self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
         self.runner.unload_block()
 
     def _save_reference_logits(self, outputs: Tensor) -> None:

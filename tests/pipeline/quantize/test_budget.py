@@ -121,6 +121,8 @@ def test_rules_leave_no_choice(budgeted):
         ({"budget": "4 bits", "choices": ["none"]}, "nothing to choose"),
         ({"budget": "4 bits", "choices": ["int5-g32"]}, "int5"),
         ({"budget": "4 bits", "transform": "awq"}, "take transform out"),
+        ({"budget": "4 bits", "method": "tune"}, "tune learns from whole blocks"),
+        ({"budget": "4 bits", "method": "gptq", "options": {"true_sequential": True}}, "take true_sequential out"),
         ({"scheme": "int4-g128", "choices": ["int4-g32"]}, "for a budget to choose from"),
     ],
 )
