@@ -99,8 +99,11 @@ class Comparison:
 class Entrant(Protocol):
     """One row to be measured. program, recipe: its names in the table."""
 
-    program: str
-    recipe: str
+    @property
+    def program(self) -> str: ...
+
+    @property
+    def recipe(self) -> str: ...
 
     def fingerprint(self) -> Fingerprint:
         """What its figures depend on, beside what they depend on in every row."""

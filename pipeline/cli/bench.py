@@ -108,7 +108,7 @@ def quality(
     from ..system.progress import quiet_libraries
 
     quiet_libraries()
-    tokens = {"windows": windows or (32 if quick else 128), "context": context, "seed": seed}
+    tokens: dict[str, Any] = {"windows": windows or (32 if quick else 128), "context": context, "seed": seed}
     tokens |= {"text": calibration} if calibration else {}
     judge = {"text": text, "context": context, "windows": text_windows or (8 if quick else 160)}
     folder = output or Path("runs", "bench", f"quality-{resolve(model).id.replace('/', '-').replace(':', '-')}")

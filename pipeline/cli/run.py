@@ -236,8 +236,11 @@ def clean(run: Annotated[Path, typer.Argument(help="The folder of a run: runs/NA
     """Delete what a run keeps for further budgets: statistics, solutions and probes. Artifacts and reports stay."""
     from ..api import clean as clean_api
 
-    for folder in clean_api(run.expanduser()) or [None]:
-        print_line(f"deleted {folder}" if folder else f"{run} keeps nothing for further budgets")
+    deleted = clean_api(run.expanduser())
+    for folder in deleted:
+        print_line(f"deleted {folder}")
+    if not deleted:
+        print_line(f"{run} keeps nothing for further budgets")
 
 
 def convert(

@@ -88,7 +88,9 @@ class _Layer:
 
     def __init__(self, weight: Tensor, qtensor: QTensor):
         kind = qtensor.scheme.weight.description()
-        elements, scales, zeros = qtensor.scheme.weight.elements(qtensor.shape, dict(qtensor.tensors()))
+        affine = qtensor.scheme.weight.elements(qtensor.shape, dict(qtensor.tensors()))
+        assert affine, "gptq quantizes to integers"
+        elements, scales, zeros = affine
         self.start, self.zeros = qtensor, zeros
         self.scales = scales.to(torch.float32).unsqueeze(-1)
         offset = 0 if zeros is None else zeros.to(torch.float32).unsqueeze(-1)

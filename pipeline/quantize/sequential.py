@@ -188,7 +188,7 @@ class CalibratedBlocks:
         inputs, expected = self.state(block), self.states / f"{block:05d}-{_EXPECTED}.safetensors"
         self._write(expected, self.runner.outputs(self._inputs(block)))
         original = dict(weights)
-        quantized = {planned.module: (planned, *rest) for planned, *rest in self._quantized(block, unit, weights)}
+        quantized = {layer[0].module: layer for layer in self._quantized(block, unit, weights)}
         lines = []
         for method in methods:
             own = {
