@@ -64,13 +64,18 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     dtype = getattr(torch, name, None) if isinstance(name, str) else torch.float32
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise CheckpointError(f"{path}: dtype {name!r} is none of floating-point numbers, such as bfloat16")
-    chosen, experts = values.get("num_experts_per_tok"), values.get("num_local_experts")
-    if isinstance(chosen, int) and isinstance(experts, int) and chosen > experts:
-        raise CheckpointError(f"{path}: num_experts_per_tok is {chosen}, expected at most num_local_experts, {experts}")
     with tempfile.TemporaryDirectory(prefix="bitpress-") as folder, builds_a_model(checkpoint, Path(folder)):
         (Path(folder) / path.name).write_text(json.dumps(_without_methods(values)))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         config.name_or_path = str(checkpoint.folder)
+    text = config.get_text_config(decoder=True)  # a number that the file leaves out has a default
+    chosen = getattr(text, "num_experts_per_tok", None)
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        experts = getattr(text, key, None)
+        if isinstance(chosen, int) and isinstance(experts, int) and 0 < experts < chosen:
+            raise CheckpointError(
+                f"{path}: num_experts_per_tok is {chosen}, expected at most {key}, which is {experts}"
+            )
     return config
 
 
