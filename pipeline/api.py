@@ -8,13 +8,11 @@ from typing import Any
 
 from .checkpoints.convert import convert as convert_checkpoint
 from .config.load import load_calibration, load_eval, load_recipe
-from .data.calibration import calibrate
 from .errors import BitpressError, ConfigError
 from .evaluate import process
 from .hub.download import resolve
-from .models.loading import load
-from .models.pretrained import load_tokenizer, require_tokenizer
-from .models.structure import skeleton
+from .models.loading import calibrate_on, load
+from .models.pretrained import require_tokenizer
 from .publish.upload import Publication, prepare, send
 from .quantize.artifact import quantize as quantize_checkpoint
 from .quantize.budget import clean, search
@@ -64,7 +62,7 @@ def quantize(
             checkpoint, notes = Checkpoint(source.folder), []
             if chosen.calibrated:
                 text = settings.calibration or load_calibration({})
-                tokens = calibrate(text, load_tokenizer(source.folder), skeleton(checkpoint).config)
+                tokens = calibrate_on(checkpoint, text)
                 chosen, notes = replace(chosen, calibration=tokens), [f"calibrated on {tokens}"]
             shared = Path(keep).expanduser() if keep else None
             notes += quantize_checkpoint(checkpoint, source.to_dict(), chosen, out, work, on_step, shared)
@@ -100,7 +98,7 @@ def plan(
     source = resolve(str(model), revision)
     checkpoint = Checkpoint(source.folder)
     text = settings.calibration or load_calibration({})
-    tokens = calibrate(text, load_tokenizer(source.folder), skeleton(checkpoint).config)
+    tokens = calibrate_on(checkpoint, text)
     with tempfile.TemporaryDirectory(prefix="bitpress-") as folder:
         shared = Path(keep or folder).expanduser()
         return search(checkpoint, source.to_dict(), replace(chosen, calibration=tokens), shared, on_step).to_dict()

@@ -27,13 +27,13 @@ def tables(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str]) -> lis
         _memory(runs),
         _speed(runs, points),
     )
-    budgets = [table for run in runs if (chosen := run.get("budget")) for table in _budget_of(run, chosen)]
+    budgets = [
+        table
+        for run in runs
+        if (chosen := run.get("budget"))
+        for table in budget_tables(f"{run.title}: ", chosen, run.get("quality", "kl_mean"))
+    ]
     return [table for table in (*every, *budgets) if table[2]]
-
-
-def _budget_of(run: ReportedRun, chosen: Mapping[str, Any]) -> list[Table]:
-    measured = run.get("quality", "kl_mean")
-    return budget_tables(f"{run.title}: ", chosen, measured)
 
 
 def budget_tables(prefix: str, chosen: Mapping[str, Any], measured: float | None = None) -> list[Table]:

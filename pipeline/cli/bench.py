@@ -104,14 +104,12 @@ def quality(
 
     from ..bench import programs
     from ..bench import quality as bench
-    from ..hub.download import resolve
     from ..system.progress import quiet_libraries
 
     quiet_libraries()
     tokens: dict[str, Any] = {"windows": windows or (32 if quick else 128), "context": context, "seed": seed}
     tokens |= {"text": calibration} if calibration else {}
     judge = {"text": text, "context": context, "windows": text_windows or (8 if quick else 160)}
-    folder = output or Path("runs", "bench", f"quality-{resolve(model).id.replace('/', '-').replace(':', '-')}")
     entrants: list[bench.Entrant] = [
         bench.OwnRecipe(name) for name in recipe or (bench.QUICK_RECIPES if quick else bench.RECIPES)
     ]
@@ -119,7 +117,7 @@ def quality(
         entrant.fingerprint()  # an unknown recipe is refused before anything runs
     usual = bench.QUICK_SCHEMES if quick else bench.PEER_SCHEMES
     entrants += bench.peer_schemes(programs.find(peer or []), peer_scheme or usual)
-    job = bench.Comparison.make(model, tokens, judge, device, folder.expanduser(), command_line())
+    job = bench.Comparison.make(model, tokens, judge, device, output and output.expanduser(), command_line())
     rows = bench.compare(job, entrants, minutes and 60 * minutes, news)
     if as_json:
         write((job.folder / "quality.json").read_text())

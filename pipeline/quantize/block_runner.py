@@ -107,7 +107,7 @@ class BlockRunner:
             outside: the tensors outside the blocks. ids: int64 [windows, context].
             dtype: of weights and activations. device: where blocks run.
             read: gives a tensor outside the blocks as the model is to have it; by default as the files hold it.
-        least_batches: into which the windows are divided, as far as there are as many windows.
+            least_batches: into which the windows are divided, as far as there are as many windows.
         """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.model = skeleton(checkpoint, dtype)
