@@ -1,6 +1,6 @@
 """How one model is quantized, settled and checked before any weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,7 +161,6 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         prefix = "" if settings.method == AUTO else f"{settings.method}/"
         choices = enumerate(settings.choices or CHOICES)
         texts |= {("choices", n): text if "/" in text or text == KEPT else prefix + text for n, text in choices}
-        faults += _budget_problems(settings)
     for path, text in texts.items():
         try:
             specs += [spec] if (spec := LayerSpec.parse(text)) else []
@@ -169,12 +168,8 @@ def problems(settings: RecipeSettings) -> list[Problem]:
             faults.append((path or ("scheme" if settings.method == AUTO else "method",), str(error)))
     if settings.options and not faults:
         faults += _option_problems(settings)
-    if settings.budget and (learning := [spec.method.name for spec in specs if spec.method.learns]):
-        said = f"a budget solves each layer by itself, and {learning[0]} learns from whole blocks; use gptq"
-        faults.append((("method",), said))
-    if settings.budget and settings.options.get("true_sequential"):
-        said = "a budget calibrates all layers on the unquantized model; take true_sequential out, or the budget"
-        faults.append((("options", "true_sequential"), said))
+    if settings.budget:
+        faults += _budget_problems(settings, specs)
     if not specs and not faults and not settings.baseline:
         faults.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
     unused = (
@@ -192,7 +187,7 @@ def problems(settings: RecipeSettings) -> list[Problem]:
     return list(dict.fromkeys(faults))
 
 
-def _budget_problems(settings: RecipeSettings) -> list[Problem]:
+def _budget_problems(settings: RecipeSettings, specs: Sequence[LayerSpec]) -> list[Problem]:
     """What does not go together with a budget, whose layers are all solved by themselves on one calibration."""
     faults: list[Problem] = []
     if settings.transform:
@@ -202,6 +197,12 @@ def _budget_problems(settings: RecipeSettings) -> list[Problem]:
     if settings.allow_split_fused:
         said = "a budget chooses one scheme for what servers fuse; take allow_split_fused out, or the budget"
         faults.append((("allow_split_fused",), said))
+    if learning := [spec.method.name for spec in specs if spec.method.learns]:
+        said = f"a budget solves each layer by itself, and {learning[0]} learns from whole blocks; use gptq"
+        faults.append((("method",), said))
+    if settings.options.get("true_sequential"):
+        said = "a budget calibrates all layers on the unquantized model; take true_sequential out, or the budget"
+        faults.append((("options", "true_sequential"), said))
     return faults
 
 
