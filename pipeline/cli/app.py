@@ -11,7 +11,7 @@ from rich.markup import escape
 from ..system import children, interrupts, program
 from ..system.redact import redact
 from ..system.unexpected import unexpected
-from . import bench, chat, console, evaluate, inspect, run
+from . import bench, chat, console, evaluate, inspect, plan, run
 
 app = typer.Typer(
     help="Press Transformer checkpoints into fewer bits, and know what that cost.",
@@ -19,7 +19,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.command()(run.run)
 app.command()(run.quantize)
-app.command()(run.plan)
+app.command()(plan.plan)
 app.command()(run.clean)
 app.command("eval")(evaluate.evaluate)
 app.command()(evaluate.compare)

@@ -51,6 +51,10 @@ class Tune(GPTQ):
     rank: ClassVar[int] = 40
     version: ClassVar[int] = 1 + GPTQ.version  # it goes up with either
 
+    def learning_passes(self, batches: int) -> float:
+        """A step's forward and backward are three passes of one batch; a check reads the batches that are held out."""
+        return 3 * self.steps / batches + _CHECKS * math.ceil(batches / 8) / batches
+
     def learn(self, block: TrainableBlock, layers: Mapping[str, QTensor]) -> tuple[dict[str, QTensor], Tuned]:
         learned = {name: _Layer(block.weight(name), qtensor) for name, qtensor in layers.items()}
         least = block.held_out_error(layers)

@@ -38,6 +38,8 @@ class Job:
         conditions: how it is evaluated. probe: tokens that the reloaded model and the one in memory both read.
         folder: its own, beside those of the model's other jobs.
         override: gates that are missed are recorded as overridden, and are no error.
+        memory: bytes at its peak, by the plan; 0 where nobody knows. searches: whether it takes part in the search that
+            the budgets on one model share.
     """
 
     run: Run
@@ -50,6 +52,8 @@ class Job:
     probe: tuple[int, ...]
     folder: Path
     override: bool = False
+    memory: int = 0
+    searches: bool = False
 
 
 @dataclass(frozen=True)
