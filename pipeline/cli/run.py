@@ -60,13 +60,17 @@ def run(
         return
     from ..config.load import load_config
     from ..quantize.recipe import problems
-    from ..runs.run import execute, summarize
+    from ..runs.plan import plan_run
+    from ..runs.run import execute, jobs_of, summarize
 
     quiet_libraries()
     runs = [load_config(path, set, problems) for path in configs or [Path("demo")]]  # all are checked before any starts
+    plans = [plan_run(config, jobs_of(config)) for config in runs]
+    for each in plans:
+        each.check()
     everything = []
-    for config in runs:
-        outcomes = execute(config, command_line(), news, override, redo is Redo.evaluate)
+    for config, each in zip(runs, plans):
+        outcomes = execute(config, command_line(), news, override, redo is Redo.evaluate, each)
         page = summarize(config, outcomes)
         everything += outcomes
         for outcome in outcomes:

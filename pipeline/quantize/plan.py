@@ -159,7 +159,8 @@ def _stored_bytes(format: Format, scheme: Scheme, shape: tuple[int, int], dtype:
         least, most = (_stored_bytes(format, scheme, (count, columns), dtype) for count in (few, more))
         return most + round((most - least) / (more - few) * (rows - more))
     tensors = scheme.weight.random(shape, torch.Generator().manual_seed(0))
-    tensors["scales"] = tensors["scales"].to(format.scale_dtype(scheme, dtype))
+    if tensors["scales"].is_floating_point():  # else they are codes themselves, whatever the format's dtype
+        tensors["scales"] = tensors["scales"].to(format.scale_dtype(scheme, dtype))
     written = format.write(QTensor.of(scheme, shape, tensors), dtype)
     return sum(tensor.nbytes for tensor in written.values())
 

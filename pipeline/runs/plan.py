@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from bitpress.eval.measure import stored_predictions
+from bitpress.eval.measure import speed, stored_predictions
 from bitpress.eval.measure.protocols import CONTEXTS
 from bitpress.eval.report.words import size
 from bitpress.kernels.qtensor import QTensor
@@ -31,7 +31,7 @@ from ..quantize.budget import BudgetUnit, plan_search
 from ..quantize.plan import Plan, make_plan
 from ..quantize.recipe import Recipe
 from ..quantize.spec import LayerSpec
-from ..storage.checkpoint import Checkpoint
+from ..storage.checkpoint import INDEX, Checkpoint
 from ..storage.fingerprint import MANIFEST
 from ..system import packages
 from ..system.device import pick_device
@@ -45,6 +45,7 @@ _PROBE_TOKENS = 2048  # that each probe of a budget reads
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time, see quantize/block_runner.py
 _BATCHES_AT_A_TIME = 4
 _CHARACTERS = 4  # of text for a token, about; what is measured is the text's length
+_LINE, _FEW = 400, 2000  # bytes that index and manifest have for each layer, and besides
 _LEARNED = 24  # bytes for each weight of a block that a method learns: float32 copies, gradients, two moments of Adam
 _LOGITS = 16  # bytes for each logit while two models are compared: both, in float32, and what they are turned into
 
@@ -337,17 +338,18 @@ def _evaluation_memory(run: Run, dense: int, artifact: int, text: _Evaluation, c
     vocabulary = config.get_text_config().vocab_size
     alone = artifact + _LOGITS * text.context * vocabulary
     alone += _PROCESS if pick_device(run.device).type == "cpu" else 0
-    return alone + dense, alone
+    bandwidth = 2 * speed.BANDWIDTH_BYTES if run.eval.speed else 0  # measured before the baseline is there
+    return alone + max(dense, bandwidth), alone
 
 
 def _baseline(job: JobPlan, run: Run, checkpoint: Checkpoint) -> JobPlan:
     config = skeleton(checkpoint).config
     dense, weights = _sizes(checkpoint)
     text = _Evaluation.of(run.eval, config)
-    _, least = _evaluation_memory(run, 0, dense, text, config)
+    peak, least = _evaluation_memory(run, 0, dense, text, config)
     work = {"evaluate": _evaluate(run.eval, dense, dense, weights, text, False)} if job.state != FINISHED else {}
     unknown = [text.why] if text.why and work else []
-    return replace(job, memory={"evaluate": least}, least=least, work=work, unknown=unknown)
+    return replace(job, memory={"evaluate": peak}, least=least, work=work, unknown=unknown)
 
 
 def _quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, settings: RecipeSettings) -> JobPlan:
@@ -366,6 +368,9 @@ def _quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, s
     names = plan.format.weight_files(len(plan.units))
     shares = list(written.values()) if len(names) == len(plan.units) else [sum(written.values())]
     files = dict(zip(names, shares)) | {path.name: path.stat().st_size for path in checkpoint.other_files()}
+    count = len(plan.quantized)
+    files |= {"config.json": _FEW, MANIFEST: _FEW + _LINE * count}
+    files |= {INDEX: _FEW + _LINE * count} if len(names) > 1 else {}
     artifact = sum(files.values())
     text = _Evaluation.of(run.eval, config)
     beside, alone = _evaluation_memory(run, dense, artifact, text, config)

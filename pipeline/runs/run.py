@@ -26,12 +26,14 @@ from ..storage.checkpoint import Checkpoint
 from ..system.unexpected import unexpected
 from .executors import executor
 from .job import Job, Outcome
-from .plan import plan_run
+from .plan import RunPlan, plan_run
 
 __all__ = ["Outcome", "execute", "plan_jobs", "summarize"]
 
 
-def execute(run: Run, command: str, say: Say, override: bool = False, redo: bool = False) -> list[Outcome]:
+def execute(
+    run: Run, command: str, say: Say, override: bool = False, redo: bool = False, plan: RunPlan | None = None
+) -> list[Outcome]:
     """The outcome of every job of a config, in the config's order; one that fails does not stop the others.
 
     Args:
@@ -39,12 +41,13 @@ def execute(run: Run, command: str, say: Say, override: bool = False, redo: bool
         say: takes a line of news.
         override: missed gates are recorded as overridden, and are no error.
         redo: measure again what was measured before; finished artifacts are kept.
+        plan: of this config; by default it is made here.
     Raises:
         ConfigError: there is no such executor, or something that a job needs is not here: a package, memory. DiskError:
             there is no room for all of them. No job has started then.
     """
     carries_out = executor(run.executor)
-    plan = plan_run(run, jobs_of(run))
+    plan = plan or plan_run(run, jobs_of(run))
     plan.check()
     planned_jobs = {job.folder: job for job in plan.jobs}
     outcomes: dict[Path, Outcome] = {}
