@@ -42,7 +42,7 @@ ARTIFACTS: dict[str, tuple[dict[str, int], str]] = {  # folder -> the schemes of
 CONVERTED = {"mixture-plain": MIXTURE, "whole-plain": "whole", "smooth-toy": "smooth"}
 REFUSED = {
     "toy6 as gptq": "gptq holds weight-only integers, not toy6",
-    "nf4 by gptq": "gptq produces integer weights, a scale per channel or group, not nf4",
+    "nf4 by gptq": "gptq produces weights that have a scale per channel or group, not nf4",
     "nf4-dq as toy": "toy holds codes and scales alone, not nf4-dq",
     "nf4 by toy-smooth": "rounds to nearest, which nf4 does not define",
     "whole to gptq": "(toy6 as toy) cannot become gptq",
