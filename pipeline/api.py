@@ -11,6 +11,7 @@ from .config.load import load_calibration, load_eval, load_recipe
 from .data.calibration import calibrate
 from .errors import BitpressError
 from .evaluate import process
+from .formats import open_quantized
 from .hub.download import resolve
 from .models.loading import load
 from .models.pretrained import load_tokenizer, require_tokenizer
@@ -104,7 +105,7 @@ def convert(model: str | Path, to: str, output: str | Path, on_step: OnStep = la
     source = resolve(str(model))
     out = Path(output).expanduser()
     source.check_output(out)
-    return convert_checkpoint(Checkpoint(source.folder), source.to_dict(), to, out, on_step)
+    return convert_checkpoint(open_quantized(source.folder), source.to_dict(), to, out, on_step)
 
 
 def publish(

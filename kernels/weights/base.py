@@ -27,8 +27,8 @@ class WeightDescription:
         num_bits: bits of a code.
         strategy: what shares a scale: a "channel" (all inputs of an output), a "group" of inputs of an output, a
             "tensor_group" (the same, with one more number for the whole tensor), a "block", or the whole "tensor".
-        group_size: inputs of a group. Of a "block", in codebooks: elements of the flattened matrix; else the inputs and
-            the outputs of a square. None for "channel" and "tensor".
+        group_size: inputs of a group. A codebook's block has so many elements of the flattened matrix, any other block
+            is a square of so many inputs and outputs. None for "channel" and "tensor".
         symmetric: no zero points are stored.
     """
 

@@ -1,4 +1,4 @@
-"""E2M1, a float of 4 bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives (OCP Microscaling Formats v1.0, section 5.3.3).
+"""E2M1, a float of 4 bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives (OCP Microscaling Formats, section 5.3.3).
 
 The codes 0 to 7 stand for these values in this order; 8 is added for the negative ones. Two codes lie in a byte, the
 first of them in its low half.

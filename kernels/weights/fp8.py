@@ -59,7 +59,7 @@ class _Grid:
 
 
 @dataclass(frozen=True)
-class FP8:
+class Float8:
     """A weight is a scale times an E4M3 value.
 
     codes: float8_e4m3fn [out, in]. scales: float16, bfloat16 or float32 [out, 1]; where `squares`, [ceil(out / 128),
@@ -75,11 +75,11 @@ class FP8:
     bits: ClassVar[int] = 8
 
     @classmethod
-    def parse(cls, name: str) -> "FP8 | None":
+    def parse(cls, name: str) -> "Float8 | None":
         return cls(name == "fp8-b128") if name in cls.examples else None
 
     @classmethod
-    def from_description(cls, description: WeightDescription) -> "FP8 | None":
+    def from_description(cls, description: WeightDescription) -> "Float8 | None":
         return next((kind for kind in (cls(), cls(True)) if kind.description() == description), None)
 
     @property
@@ -98,7 +98,7 @@ class FP8:
     def problems(self, shape: Shape) -> list[str]:
         return []
 
-    def fitted(self, shape: Shape) -> "FP8":
+    def fitted(self, shape: Shape) -> "Float8":
         return self
 
     def layout(self, shape: Shape) -> Layout:
@@ -153,4 +153,4 @@ class FP8:
         return {"codes": elements, "scales": scales}
 
 
-PLUGINS = (FP8,)
+PLUGINS = (Float8,)

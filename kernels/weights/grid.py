@@ -1,4 +1,4 @@
-"""What a method asks of a weight type when it sets codes one column after the other: a value is a scale times a code."""
+"""What a method asks of a weight type when it sets codes one column after the other: a weight is a scale by a code."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ _LARGEST_SCALE = 252  # with it 6 is 1.5 * 2^127; twice that is beyond float32
 
 def _power(scales: Tensor) -> Tensor:
     """float32 scales of E8M0 ones."""
-    return torch.ldexp(torch.ones((), device=scales.device), scales.to(torch.int32) - _BIAS)
+    return torch.ldexp(torch.ones(scales.shape, device=scales.device), scales.to(torch.int32) - _BIAS)
 
 
 def _exponents(peaks: Tensor) -> Tensor:

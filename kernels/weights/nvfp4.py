@@ -109,7 +109,9 @@ class NVFP4:
 
     def fused(self, weights: Iterable[Tensor]) -> "NVFP4":
         """This type with the global scale that these weights have in common: servers multiply by them as by one."""
-        return replace(self, peak=torch.stack([weight.abs().amax().to(torch.float32).cpu() for weight in weights]).amax())
+        return replace(
+            self, peak=torch.stack([weight.abs().amax().to(torch.float32).cpu() for weight in weights]).amax()
+        )
 
     def layout(self, shape: Shape) -> Layout:
         return {

@@ -221,7 +221,13 @@ class _Solver:
             return
         pivots = upper[part, part].diagonal().unsqueeze(1)
         unit, errors, groups = upper[part, part] / pivots, errors[: end - start], self.group_of[part]
-        operands = (left[part], codes[part], errors, unit, *(each[groups] for each in (grid.scales, grid.low, grid.high)))
+        operands = (
+            left[part],
+            codes[part],
+            errors,
+            unit,
+            *(each[groups] for each in (grid.scales, grid.low, grid.high)),
+        )
         columns = zip(*(each.unbind(0) for each in operands))  # one call each: views cost as much as the arithmetic
         for j, (column, code, error, row, scale, low, high) in enumerate(columns, 1):
             self.kind.nearest(torch.div(column, scale, out=code)).clamp_(low, high)

@@ -27,7 +27,14 @@ from ..transforms.base import Transformed
 from .block_runner import BlockRunner, BlockView
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
-from .weights import UnitWriter, quantize_outside, quantize_weight, read_ahead, round_uncalibrated
+from .weights import (
+    UnitWriter,
+    quantize_outside,
+    quantize_weight,
+    read_ahead,
+    round_uncalibrated,
+    with_common_scales,
+)
 
 REFERENCE_LOGITS = "reference_logits.safetensors"
 REFERENCE_TOKENS = 64
@@ -125,6 +132,7 @@ class CalibratedBlocks:
             transformed = self.transform.transform(view)
         for method in methods:
             method.transform(BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block), method))
+        unit = with_common_scales(unit, lambda planned: weights[planned.info.name])
         shard = UnitWriter(unit, writer)
         for planned in unit.tensors:
             if planned.spec is None:
