@@ -142,6 +142,35 @@ def front_plot(points: Sequence[Point], members: Collection[str], quantity: tupl
         return Drawing(figure, f"mean KL against {name}")
 
 
+def programs_plot(series: Mapping[str, Sequence[tuple[str, float, float, bool]]]) -> Drawing:
+    """Divergence from the unquantized model against bits per weight, each program with a colour and a marker.
+
+    Args:
+        series: program -> its rows: label, bits per weight, mean KL in nats, and whether it is on the program's front.
+    """
+    points = [Point(label, x, y) for rows in series.values() for label, x, y, _ in rows]
+    with mpl.rc_context(STYLE):
+        lines = math.ceil(len(series) / 3)
+        figure = Figure(figsize=(WIDTH, 3.2 + 0.19 * lines + 0.05 * max(0, len(points) - 8)), layout="constrained")
+        axes = figure.add_subplot()
+        for index, (program, rows) in enumerate(series.items()):
+            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            best = sorted((x, y) for _, x, y, member in rows if member)
+            axes.plot([x for x, _ in best], [y for _, y in best], color=colour, lw=1.2, alpha=0.6)
+            style: dict[str, Any] = {"color": colour, "marker": marker, "ms": 5.5, "ls": ""}
+            axes.plot([x for _, x, _, _ in rows], [y for _, _, y, _ in rows], label=clean(program, 22), **style)
+        log_if_wide(axes, [point.y for point in points])
+        axes.margins(0.14, 0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.set_xlabel("bits per weight, all bytes; fewer is better")
+        axes.set_ylabel("mean KL (nats), lower is better")
+        grid(axes)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=FONT - 1, handlelength=1.2)
+        figure.draw_without_rendering()
+        label_points(axes, points)
+        return Drawing(figure, "mean KL against bits per weight, by program")
+
+
 def depth_plot(blocks: Sequence[Mapping[str, Any]]) -> Drawing:
     """Relative error of each decoder block's output: its own, and together with the errors of the blocks before it."""
     with mpl.rc_context(STYLE):

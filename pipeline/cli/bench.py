@@ -1,4 +1,4 @@
-"""`bitpress bench`: speed, side by side. This file parses and prints; the work is done in pipeline/bench/."""
+"""`bitpress bench`: speed and quality, side by side. This file parses and prints; pipeline/bench/ does the work."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..errors import ConfigError
 from ..system.printable import Terminal
-from .console import news, print_json, print_line, write
+from .console import command_line, news, print_json, print_line, write
 from .options import Device, Json
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the command line is to answer at once
@@ -23,12 +23,12 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the command line is to a
 
     from bitpress.kernels.bench.measure import Cell, Job, Result
 
-app = typer.Typer(help="Speed, side by side with others.", no_args_is_help=True)
+app = typer.Typer(help="Speed and quality, side by side with others.", no_args_is_help=True)
 
 
 @app.callback()
 def bench() -> None:
-    """Speed, side by side with others."""
+    """Speed and quality, side by side with others."""
 
 
 @app.command("quantize")
@@ -36,12 +36,12 @@ def quantize(
     model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
     calibration: Annotated[str, typer.Option(help="Text to calibrate on: a file, or org/name:config:split.")],
     scheme: Annotated[str, typer.Option(help="int4-g128, int3-channel-asym, …")] = "int4-g128",
-    method: Annotated[str, typer.Option(help="bitpress's; the other programs run GPTQ.")] = "gptq",
+    method: Annotated[str, typer.Option(help="bitpress's; the other programs run GPTQ, or their own.")] = "gptq",
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 128,
     context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     seed: Annotated[int | None, typer.Option(help="Draws the windows; the text's first ones by default.")] = None,
     peer: Annotated[
-        list[str] | None, typer.Option(help="NAME=PYTHON, where gptqmodel or llm-compressor is; may be repeated.")
+        list[str] | None, typer.Option(help="NAME=PYTHON, where autoround, gptqmodel or llm-compressor is; repeatable.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turns; medians are shown.")] = 1,
     text: Annotated[str | None, typer.Option(help="Text to measure KL and perplexity on.")] = None,
@@ -70,6 +70,62 @@ def quantize(
         return
     _show(*rows(results))
     print_line(f"\n{job.calibration}; {where['cores']} cores of {where['cpu']}, {where['threads']} threads")
+
+
+@app.command("quality")
+def quality(
+    model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
+    calibration: Annotated[str | None, typer.Option(help="Text to calibrate on; wikitext-2 by default.")] = None,
+    text: Annotated[str, typer.Option(help="Text to measure KL on.")] = "builtin:pydoc-topics",
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="[transform+][method/]scheme, in place of the usual ones; repeatable.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PYTHON, where gptqmodel, llm-compressor or autoround is; may be repeated."),
+    ] = None,
+    peer_scheme: Annotated[
+        list[str] | None, typer.Option(help="int4-g128, …, in place of the usual ones; may be repeated.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Of calibration; 128, or 32 with --quick.")] = None,
+    text_windows: Annotated[int | None, typer.Option(min=1, help="To measure on; 160, or 8 with --quick.")] = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    seed: Annotated[int | None, typer.Option(help="Draws the windows; the text's first ones by default.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, fewer windows.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="Begin no row that would end later.")] = None,
+    device: Device = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder; runs/bench/quality-MODEL by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """KL against bits per weight: our recipes and other installed programs, on the same tokens."""
+    from bitpress.eval.report.quality_page import table
+
+    from ..bench import programs
+    from ..bench import quality as bench
+    from ..hub.download import resolve
+    from ..system.progress import quiet_libraries
+
+    quiet_libraries()
+    tokens = {"windows": windows or (32 if quick else 128), "context": context, "seed": seed}
+    tokens |= {"text": calibration} if calibration else {}
+    judge = {"text": text, "context": context, "windows": text_windows or (8 if quick else 160)}
+    folder = output or Path("runs", "bench", f"quality-{resolve(model).id.replace('/', '-').replace(':', '-')}")
+    entrants: list[bench.Entrant] = [
+        bench.OwnRecipe(name) for name in recipe or (bench.QUICK_RECIPES if quick else bench.RECIPES)
+    ]
+    for entrant in entrants:
+        entrant.fingerprint()  # an unknown recipe is refused before anything runs
+    usual = bench.QUICK_SCHEMES if quick else bench.PEER_SCHEMES
+    entrants += bench.peer_schemes(programs.find(peer or []), peer_scheme or usual)
+    job = bench.Comparison.make(model, tokens, judge, device, folder.expanduser(), command_line())
+    rows = bench.compare(job, entrants, minutes and 60 * minutes, news)
+    if as_json:
+        write((job.folder / "quality.json").read_text())
+        return
+    _show(*table(rows))
+    print_line(f"\n{job.calibration}; table, plot and figures: {job.folder / 'quality.html'}")
 
 
 # Llama's: 8B's and 1B's layers on a CPU; on a GPU, 8B's and 70B's.

@@ -21,7 +21,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from ..errors import CheckpointError, listing
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.config import data_of
-from ..system.library import library_errors
+from ..system.library import library_errors, silenced
 from ..system.limits import Budget, OverBudget, within
 
 # a folder with none of these has no tokenizer
@@ -153,7 +153,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         with _tokenizer_files(folder) as copies, library_errors(what, _GET_AGAIN, copies):
             size = sum(path.stat().st_size for path in copies.iterdir())
-            with within(Budget(_TOKENIZER_SECONDS + size / 1e6, _TOKENIZER_BYTES + 100 * size)):
+            with silenced(), within(Budget(_TOKENIZER_SECONDS + size / 1e6, _TOKENIZER_BYTES + 100 * size)):
                 tokenizer = AutoTokenizer.from_pretrained(copies, trust_remote_code=False, local_files_only=True)
     except OverBudget as error:
         raise CheckpointError(f"{folder}: to make the tokenizer takes {error}; its files are not sane") from error

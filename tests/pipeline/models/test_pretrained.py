@@ -213,6 +213,15 @@ class TestTokenizer:
             load_tokenizer(source)
         assert isinstance(caught.value.__cause__, Panic)
 
+    def test_a_library_prints_nothing_itself(self, source: Path, edit_json: Any, capfd: pytest.CaptureFixture[str]):
+        """tokenizers prints an unknown key of a token to stdout, whatever it holds."""
+        tokens = {"255": {"content": "x", "special": True, "\x1b[2J": 1}}
+        edit_json(source / "tokenizer_config.json", added_tokens_decoder=tokens)
+        print("before", end="")
+        load_tokenizer(source)
+        print(" after", end="")
+        assert tuple(capfd.readouterr()) == ("before after", "")
+
     def test_an_interrupt_passes(self):
         with pytest.raises(KeyboardInterrupt), library_errors("a file", "do something"):
             raise KeyboardInterrupt
