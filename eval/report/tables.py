@@ -18,7 +18,15 @@ _WORST = 3  # layers of each run
 
 def tables(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str]) -> list[Table]:
     """All tables of measurements that a report of these runs has."""
-    every = (_divergence(runs), _gates(runs), _errors(runs), _tasks(runs), _memory(runs), _speed(runs, points))
+    every = (
+        _divergence(runs),
+        _gates(runs),
+        _errors(runs),
+        _tuned(runs),
+        _tasks(runs),
+        _memory(runs),
+        _speed(runs, points),
+    )
     return [table for table in every if table[2]]
 
 
@@ -101,6 +109,24 @@ def _errors(runs: Sequence[ReportedRun]) -> Table:
         "brackets behind a channel is its share of the layer's squared error. All layers are in metrics.json."
     )
     return "Where it hurts most", ["run", "layer", "relative error of outputs", "worst channels"], rows, note
+
+
+def _tuned(runs: Sequence[ReportedRun]) -> Table:
+    """How a block's error fell while a method learned from the whole of it."""
+    rows = []
+    for run in runs:
+        for line in run.get("coverage", "tuned") or []:
+            curve = [(int(step), float(error)) for step, error in line["curve"]]
+            before, (best, least) = curve[0][1], min(curve, key=lambda point: point[1])
+            course = " ".join(f"{error / before:.3f}" if before else say.DASH for _, error in curve)
+            change = f"{say.small(before)} → {say.small(least)}"
+            rows.append([run.title, str(line["block"]), str(curve[-1][0]), change, str(best), course])
+    note = (
+        "Error: the squared error of a token's output of the block, as a fraction of the output, on held-out "
+        "calibration tokens. The state with the least is kept. Course: the error as a fraction of the first, at equal "
+        "distances."
+    )
+    return "What was learned", ["run", "block", "steps", "error", "kept at step", "course"], rows, note
 
 
 def _gates(runs: Sequence[ReportedRun]) -> Table:

@@ -59,7 +59,8 @@ class GPTQ(Method):
 
     def problems(self, scheme: Scheme) -> list[str]:
         fits = grid_of(scheme.weight) is not None
-        return [] if fits else [f"gptq produces weights that have a scale per channel or group, not {scheme.name}"]
+        what = f"{self.name} produces weights that have a scale per channel or group"
+        return [] if fits else [f"{what}, not {scheme.name}"]
 
     def quantize(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()

@@ -139,12 +139,13 @@ def quantize(
     files = writer.close(checkpoint.config, section, checkpoint.other_files())
     _compare_names(checkpoint, plan, folder)
     layers = [layer for line in lines for layer in line["layers"]]
+    tuned = [each for line in lines for each in line.get("tuned", [])]
     manifest = {
         "fingerprint": origin,
         "versions": versions(),
         **order_of_sums(recipe),
         "recipe": recipe.to_dict() | {"format": plan.format.name},
-        "coverage": plan.coverage() | {"layers": layers},
+        "coverage": plan.coverage() | {"layers": layers} | ({"tuned": tuned} if tuned else {}),
         **({"transform": [each for line in lines for each in line.get("transform", [])]} if recipe.transform else {}),
         "files": files,
     }
@@ -202,7 +203,11 @@ def _write_units(
                 writer.adopt(lines[file])
             else:
                 if blocks and unit.block is not None:
-                    line = blocks.quantize_block(unit, writer)
+
+                    def on_part(part: int, parts: int, number: int = number) -> None:
+                        on_step(number * parts + part, total * parts)
+
+                    line = blocks.quantize_block(unit, writer, on_part)
                 else:
                     line = quantize_unit(plan, unit, writer)
                 shard = writer.cut(number)

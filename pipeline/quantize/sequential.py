@@ -17,18 +17,21 @@ from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 
+from ..errors import ConfigError
 from ..formats.base import Writer, group_by_bytes
 from ..methods import uncalibrated_method
-from ..methods.base import Diagnostics, Method, Statistic
+from ..methods.base import Diagnostics, Method, Statistic, Tuned
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
+from ..system.progress import OnStep
 from ..transforms.base import Transformed
-from .block_runner import BlockRunner, BlockView
+from .block_runner import BlockRunner, BlockView, TrainableBlock
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
 from .weights import (
     UnitWriter,
+    diagnosed,
     quantize_outside,
     quantize_weight,
     read_ahead,
@@ -42,7 +45,9 @@ _FEW = 2  # times its inputs: an expert that saw fewer tokens is rounded to near
 # Bytes of experts' statistics that are in memory at a time. 128 experts of Qwen3-MoE have Hessians of 2.4 GB, which
 # take five passes over the tokens so.
 MOST_STATISTICS = 1 << 29
+LEAST_BATCHES = 8  # for a method that learns from one batch after the other, and holds one out
 _HIDDEN = "hidden"
+_EXPECTED = "expected"  # outputs of an unquantized block
 _STATES = "states"
 
 
@@ -62,7 +67,14 @@ class CalibratedBlocks:
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
         outside = [planned for planned in plan.tensors if planned.block is None]
         self.ids = recipe.calibration.ids
-        self.runner = BlockRunner(plan.checkpoint, outside, self.ids, dtype, recipe.device, self._read_outside)
+        tuning = [method for spec in recipe.rules.specs() if (method := spec.method).learns]
+        least = LEAST_BATCHES if tuning else 1
+        self.runner = BlockRunner(plan.checkpoint, outside, self.ids, dtype, recipe.device, self._read_outside, least)
+        if tuning and len(self.runner.batches) < 2:
+            raise ConfigError(
+                f"{tuning[0].name} was given 1 window of calibration text, and holds some out to judge what it learns "
+                "from the others; give at least 2 (calibration: {windows: 128})"
+            )
         self.last = max(planned.block for planned in plan.tensors if planned.block is not None)
         self._embedded = False
 
@@ -76,9 +88,9 @@ class CalibratedBlocks:
         return self.states / f"{block:05d}.safetensors"
 
     def nbytes(self) -> int:
-        """What the states take on the disk, at most three at a time."""
+        """What the states take on the disk, at most four at a time: with a block's expected outputs."""
         width = getattr(self.plan.model.config.get_text_config(), "hidden_size", 0)
-        return 3 * self.ids.numel() * width * self.runner.dtype.itemsize
+        return 4 * self.ids.numel() * width * self.runner.dtype.itemsize
 
     def _start(self, block: int) -> None:
         """Note what blocks are called with, and write block 0's inputs."""
@@ -88,24 +100,32 @@ class CalibratedBlocks:
                 path.unlink()
         inputs = self.runner.embed()
         if block == 0:
-            self._write(0, inputs)
+            self._write(self.state(0), inputs)
         else:
             for _ in inputs:  # the state of this block exists; only the calls are wanted
                 pass
         self._embedded = True
 
-    def _write(self, block: int, batches: Iterator[Tensor]) -> dict[str, Any]:
-        """Write a block's inputs; returns the file's size and hash."""
+    def _write(self, path: Path, batches: Iterator[Tensor]) -> dict[str, Any]:
+        """Write hidden states, such as a block's inputs; returns the file's size and hash."""
         first = next(batches)
         shape = (*self.ids.shape, first.shape[-1])
-        return files.write_rows(self.state(block), _HIDDEN, first.dtype, shape, chain([first], batches))
+        return files.write_rows(path, _HIDDEN, first.dtype, shape, chain([first], batches))
 
     def _inputs(self, block: int) -> Iterator[Tensor]:
         """A block's inputs, batch by batch."""
         return Checkpoint.single(self.state(block)).read_rows(_HIDDEN, map(len, self.runner.batches))
 
-    def quantize_block(self, unit: Unit, writer: Writer) -> dict[str, Any]:
+    def _batch(self, path: Path, number: int) -> Tensor:
+        """One batch of hidden states."""
+        counts = [len(batch) for batch in self.runner.batches]
+        return next(Checkpoint.single(path).read_rows(_HIDDEN, [counts[number]], sum(counts[:number])))
+
+    def quantize_block(self, unit: Unit, writer: Writer, on_part: OnStep = lambda done, total: None) -> dict[str, Any]:
         """Add a block's tensors to the writer's next shard; returns the shard's line in the journal.
+
+        Args:
+            on_part: called with (parts of the block done, parts in all) where a method takes long over it.
 
         Afterwards the next block's inputs are on the disk or, after the last block, the reference logits.
 
@@ -137,9 +157,14 @@ class CalibratedBlocks:
         for planned in unit.tensors:
             if planned.spec is None:
                 shard.keep(planned, weights.pop(planned.info.name))
-        for planned, qtensor, diagnostics in self._quantized(block, unit, weights):
-            shard.add(planned, qtensor, diagnostics)
+        tuning = [method for method in methods if method.learns]
+        if not tuning:
+            for planned, qtensor, diagnostics in self._quantized(block, unit, weights):
+                shard.add(planned, qtensor, diagnostics)
+        tuned = self._tune(block, unit, weights, tuning, shard, on_part) if tuning else []
         line = shard.line(digest)
+        if tuned:
+            line["tuned"] = [{"block": block, **asdict(each)} for each in tuned]
         if self.transform:
             line["transform"] = [asdict(each) for each in transformed]
         if block == self.last:
@@ -147,9 +172,50 @@ class CalibratedBlocks:
             self.runner.unload_block()
             self._save_reference_logits(outputs)
         else:
-            line["state"] = self._write(block + 1, self.runner.outputs(self._inputs(block)))
+            line["state"] = self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
             self.runner.unload_block()
         return line
+
+    def _tune(
+        self,
+        block: int,
+        unit: Unit,
+        weights: dict[str, Tensor],
+        methods: Sequence[Method],
+        shard: UnitWriter,
+        on_part: OnStep,
+    ) -> list[Tuned]:
+        """Quantize a block's layers, let these methods learn from the whole of it, and add the layers to the shard.
+
+        Layers of other methods are by then as the artifact will have them. `weights` is emptied.
+        """
+        inputs, expected = self.state(block), self.states / f"{block:05d}-{_EXPECTED}.safetensors"
+        self._write(expected, self.runner.outputs(self._inputs(block)))
+        original = dict(weights)
+        quantized = {planned.module: (planned, *rest) for planned, *rest in self._quantized(block, unit, weights)}
+        lines = []
+        for method in methods:
+            own = {
+                name: (planned, original[planned.info.name])
+                for name, (planned, _, _) in quantized.items()
+                if planned.spec and planned.spec.method == method
+            }
+            view = TrainableBlock(
+                self.runner,
+                own,
+                lambda number: self._batch(inputs, number),
+                lambda number: self._batch(expected, number),
+                on_part,
+            )
+            learned, tuned = method.learn(view, {name: quantized[name][1] for name in own})
+            lines.append(tuned)
+            for name, (planned, weight) in own.items():
+                quantized[name] = planned, learned[name], diagnosed(planned, weight, learned[name], quantized[name][2])
+                self.runner.set_weight(planned, learned[name].dequantize(self.runner.dtype))
+        for planned, qtensor, diagnostics in quantized.values():
+            shard.add(planned, qtensor, diagnostics)
+        expected.unlink()
+        return lines
 
     def _quantized(
         self, block: int, unit: Unit, weights: dict[str, Tensor]
