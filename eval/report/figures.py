@@ -48,6 +48,15 @@ def model_figures(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str])
         caption = "Perplexity against file size. Best is the lower left corner; the open circle is the baseline."
         drawn.append((caption, size_plot(sizes)))
     for run in runs:
+        if chosen := run.get("budget"):
+            every = [Point("", point["bits"], point["predicted_kl"]) for point in chosen["curve"]]
+            every += [Point(each["choice"], each["bits"], each["predicted_kl"]) for each in chosen["uniform"]]
+            every += [Point(f"{chosen['budget']}, measured", chosen["bits"], chosen["measured_kl"], True)]
+            caption = (
+                f"{run.label}: predicted KL against bits per weight. The line joins the best choices; other points "
+                "have one scheme everywhere; the open circle is the chosen model, measured on the same tokens."
+            )
+            drawn.append((caption, budget_plot(every)))
         drawn += _error_figures(run)
     if points:
         caption = (
@@ -107,6 +116,26 @@ def size_plot(points: Sequence[Point]) -> Drawing:
         figure.draw_without_rendering()  # settles the layout: only then data coordinates have a place on the page
         label_points(axes, points)
         return Drawing(figure, "perplexity against file size")
+
+
+def budget_plot(points: Sequence[Point]) -> Drawing:
+    """Mean KL against bits per weight: points without a label are joined, the others are named."""
+    curve, named = [point for point in points if not point.label], [point for point in points if point.label]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([p.x for p in curve], [p.y for p in curve], "o-", ms=3, color=COLOURS[0], lw=1.2)
+        for point in named:
+            colour = INK if point.baseline else COLOURS[1]
+            axes.plot(point.x, point.y, "o", ms=6, mec=colour, mfc="none" if point.baseline else colour)
+        log_if_wide(axes, [point.y for point in points])
+        axes.margins(0.14, 0.16)
+        axes.set_xlabel("bits per weight of the layers that have a choice")
+        axes.set_ylabel("mean KL (nats), lower is better")
+        grid(axes)
+        figure.draw_without_rendering()
+        label_points(axes, named)
+        return Drawing(figure, "mean KL against bits per weight")
 
 
 def front_plot(points: Sequence[Point], members: Collection[str], quantity: tuple[str, str, float]) -> Drawing:

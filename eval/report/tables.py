@@ -27,7 +27,53 @@ def tables(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str]) -> lis
         _memory(runs),
         _speed(runs, points),
     )
-    return [table for table in every if table[2]]
+    budgets = [
+        table
+        for run in runs
+        if (chosen := run.get("budget"))
+        for table in budget_tables(f"{run.title}: ", chosen, run.get("quality", "kl_mean"))
+    ]
+    return [table for table in (*every, *budgets) if table[2]]
+
+
+def budget_tables(prefix: str, chosen: Mapping[str, Any], measured: float | None = None) -> list[Table]:
+    """The curve of KL against size that a budget chose on, and its choice for each unit of layers.
+
+    Args:
+        prefix: of the titles. chosen: the "budget" of a metrics.json. measured: the mean KL on the text of the report.
+    """
+    points = [
+        [f"{point['bits']:.3f}", say.size(point["nbytes"]), f"{point['predicted_kl']:.5f}", _mark(point, chosen)]
+        for point in chosen["curve"]
+    ]
+    points += [
+        [f"{each['bits']:.3f}", say.DASH, f"{each['predicted_kl']:.5f}", f"{each['choice']} everywhere"]
+        for each in chosen["uniform"]
+    ]
+    note = (
+        "Bits are per weight of the layers that have a choice, sizes those of the whole artifact, rounded up. The "
+        f"predicted KL is the sum of what each unit alone costs on {chosen['tokens']:,} calibration tokens, in nats. "
+        f"The chosen model measures {chosen['measured_kl']:.5f} on them, {chosen['predicted_kl']:.5f} was predicted"
+        + (f", and {measured:.5f} on the text of this report." if measured is not None else ".")
+    )
+    units = [
+        [unit["name"], unit["choice"], f"{unit['bits']:.3f}", f"{unit['kl']:.6f}", _probes(unit["probes"])]
+        for unit in chosen["units"]
+    ]
+    header = ["unit", "choice", "bits/weight", "KL alone", "KL of every choice"]
+    budget = chosen["budget"]
+    return [
+        (f"{prefix}KL against size", ["bits/weight", "artifact", "predicted KL", ""], sorted(points), note),
+        (f"{prefix}choices within {budget}", header, units, "A unit is what servers fuse, and has one scheme."),
+    ]
+
+
+def _mark(point: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    return f"chosen within {chosen['budget']}" if point["nbytes"] == chosen["nbytes"] else ""
+
+
+def _probes(probes: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {kl:.2g}" for name, kl in probes.items())
 
 
 def recipe_table(runs: Sequence[ReportedRun]) -> Table:

@@ -20,14 +20,13 @@ from bitpress.kernels.scheme import Scheme
 from .. import api
 from ..config.load import load_calibration, load_eval, load_recipe
 from ..config.schema import Calibrate
-from ..data.calibration import Calibration, calibrate
+from ..data.calibration import Calibration
 from ..data.text import read_text
-from ..errors import BitpressError, ConfigError, nearest
+from ..errors import ConfigError, nearest
 from ..evaluate.conditions import Conditions
 from ..evaluate.external import evaluate_external
 from ..hub.download import Source, resolve
-from ..models.pretrained import load_tokenizer
-from ..models.structure import skeleton
+from ..models.loading import calibrate_on
 from ..quantize.recipe import Recipe
 from ..storage import files, journal
 from ..storage.checkpoint import Checkpoint, read_json
@@ -66,20 +65,27 @@ class Comparison:
 
     @staticmethod
     def make(
-        model: str, calibration: dict[str, Any], text: dict[str, Any], device: str, folder: Path, command: str = ""
+        model: str,
+        calibration: dict[str, Any],
+        text: dict[str, Any],
+        device: str,
+        folder: Path | None,
+        command: str = "",
     ) -> "Comparison":
         """A comparison from plain values, all of them checked before anything runs.
 
         Args:
             calibration, text: keys of a config's calibration and eval sections.
+            folder: of the results; None for one of the model's name in runs/bench.
         Raises:
             BitpressError: which of them cannot be used, and why.
         """
         chosen = load_eval({"dtype": "float32", "speed": None, "output_errors": 0, **text})
         conditions = Conditions.make(chosen, device, read_text(chosen.text), command)
         source, settings = resolve(model), load_calibration(calibration)
+        folder = folder or Path("runs", "bench", f"quality-{source.id.replace('/', '-').replace(':', '-')}")
         source.check_output(folder)
-        tokens = calibrate(settings, load_tokenizer(source.folder), skeleton(Checkpoint(source.folder)).config)
+        tokens = calibrate_on(Checkpoint(source.folder), settings)
         return Comparison(source, tokens, settings, conditions, folder)
 
     def fingerprint(self) -> Fingerprint:
@@ -99,8 +105,11 @@ class Comparison:
 class Entrant(Protocol):
     """One row to be measured. program, recipe: its names in the table."""
 
-    program: str
-    recipe: str
+    @property
+    def program(self) -> str: ...
+
+    @property
+    def recipe(self) -> str: ...
 
     def fingerprint(self) -> Fingerprint:
         """What its figures depend on, beside what they depend on in every row."""
@@ -268,8 +277,7 @@ def _row(entrant: Entrant, comparison: Comparison, folder: Path, news: News) -> 
     try:
         return entrant.measure(comparison, folder, news)
     except Exception as error:  # one row without figures must not cost the others
-        reason = error if isinstance(error, BitpressError) else unexpected(error, comparison.folder)
-        return Row(entrant.program, entrant.recipe, problem=str(reason))
+        return Row(entrant.program, entrant.recipe, problem=str(unexpected(error, comparison.folder)))
 
 
 def _said(row: Row) -> str:

@@ -311,13 +311,13 @@ class GGUFWriter(SafetensorsWriter):
         writer = gguf.GGUFWriter(temporary, metadata["general.architecture"])
         for key, value in metadata.items():
             if key != "general.architecture":  # the package has written it
-                kind = gguf.GGUFValueType.get_type(value)
+                value_type = gguf.GGUFValueType.get_type(value)
                 if type(value) is int:
-                    kind = gguf.GGUFValueType.UINT32
+                    value_type = gguf.GGUFValueType.UINT32
                 if isinstance(value, list):
                     writer.add_array(key, value)
                 else:
-                    writer.add_key_value(key, value, kind)
+                    writer.add_key_value(key, value, value_type)
         for name, tensor in generated.items():
             writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), tensor.nbytes)
         for name, own in parts.items():

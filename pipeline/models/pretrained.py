@@ -68,6 +68,14 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         (Path(folder) / path.name).write_text(json.dumps(_without_methods(values)))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         config.name_or_path = str(checkpoint.folder)
+    text = config.get_text_config(decoder=True)  # a number that the file leaves out has a default
+    chosen = getattr(text, "num_experts_per_tok", None)
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        experts = getattr(text, key, None)
+        if isinstance(chosen, int) and isinstance(experts, int) and 0 < experts < chosen:
+            raise CheckpointError(
+                f"{path}: num_experts_per_tok is {chosen}, expected at most {key}, which is {experts}"
+            )
     return config
 
 

@@ -107,7 +107,7 @@ class BlockRunner:
             outside: the tensors outside the blocks. ids: int64 [windows, context].
             dtype: of weights and activations. device: where blocks run.
             read: gives a tensor outside the blocks as the model is to have it; by default as the files hold it.
-        least_batches: into which the windows are divided, as far as there are as many windows.
+            least_batches: into which the windows are divided, as far as there are as many windows.
         """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.model = skeleton(checkpoint, dtype)
@@ -138,12 +138,12 @@ class BlockRunner:
         self._workers = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
         self._calls: list[dict[int, _Call]] = []  # of each batch: block -> what it is called with
         self._first: Tensor | None = None  # block 0's inputs, as last seen
-        self._ending: Tensor | None = None  # the last block's outputs, to be passed on
+        self._resumed: tuple[int, Tensor] | None = None  # a block and what it puts out, whatever it reads
 
     def _passed(self, number: int, hidden: Tensor, call: _Call) -> Tensor:
         """Note a stand-in's call; returns the stand-in's output."""
-        if self._ending is not None:
-            return self._ending if number == max(self._calls[0]) else hidden
+        if self._resumed is not None:
+            return self._resumed[1] if number == self._resumed[0] else hidden
         calls = self._calls[-1]
         if not calls:
             self._first, self._version = hidden, hidden._version
@@ -164,7 +164,7 @@ class BlockRunner:
         return number in self._calls[0]
 
     @contextlib.contextmanager
-    def _outside_in_memory(self) -> Iterator[None]:
+    def outside_in_memory(self) -> Iterator[None]:
         """The model has its embeddings, its last norm and its head for as long as this lasts, and no tower."""
         held = []
         places = {planned.info.name: planned for planned in self._outside}
@@ -199,7 +199,7 @@ class BlockRunner:
         """
         self._calls.clear()
         self._first = None
-        with self._outside_in_memory():
+        with self.outside_in_memory():
             for batch in self.batches:
                 self._calls.append({})
                 reason: str | None = None
@@ -224,13 +224,20 @@ class BlockRunner:
     @torch.no_grad()
     def logits(self, outputs: Tensor) -> Tensor:
         """What the model makes of the last block's outputs for the first windows: [windows, context, vocabulary]."""
-        self._ending = outputs.to(self.device)
+        with self.outside_in_memory():
+            return self.logits_after(max(self._calls[0]), outputs, self.batches[0][: len(outputs)]).cpu()
+
+    @torch.no_grad()
+    def logits_after(self, block: int, outputs: Tensor, ids: Tensor) -> Tensor:
+        """Logits [windows, context, vocabulary] for these ids, where a block puts out `outputs`.
+
+        It and the blocks before it are not loaded, the blocks after it are; for all, see outside_in_memory.
+        """
+        self._resumed = block, outputs.to(self.device)
         try:
-            with self._outside_in_memory():
-                ids = self.batches[0][: len(outputs)].to(self.device)
-                return self.model(input_ids=ids, use_cache=False).logits.cpu()
+            return self.model(input_ids=ids.to(self.device), use_cache=False).logits
         finally:
-            self._ending = None
+            self._resumed = None
 
     def load_block(self, number: int, weights: Iterable[tuple[PlannedTensor, Tensor]]) -> None:
         """Put a block back in its place, with its weights as the files store them."""
@@ -253,6 +260,27 @@ class BlockRunner:
         """Let go of the block's weights."""
         self._blocks[self._number] = self._real[self._number] = _StandIn(self, self._number, self._block)
         del self._block
+
+    @contextlib.contextmanager
+    def whole_model(self, units: Iterable[tuple[int, Iterable[tuple[PlannedTensor, Tensor]]]]) -> Iterator[nn.Module]:
+        """The model with all its weights in memory, for as long as this lasts; `embed` is not needed for it.
+
+        Args:
+            units: each block's number, and its tensors as for load_block.
+        """
+        for number, weights in units:
+            self.load_block(number, weights)
+        with self.outside_in_memory():
+            yield self.model
+
+    def drop_block(self, number: int) -> None:
+        """Let go of one block of a whole model; `logits_after` stands in for it."""
+        self._block, self._number = self._real[number], number
+        self.unload_block()
+
+    def block(self, number: int) -> nn.Module:
+        """The module of a block."""
+        return self._blocks[number]
 
     @torch.no_grad()
     def forward(self, batch: int, inputs: Tensor) -> Tensor:

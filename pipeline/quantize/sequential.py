@@ -6,7 +6,7 @@ exactly the same numbers.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -29,6 +29,7 @@ from ..transforms.base import Transformed
 from .block_runner import BlockRunner, BlockView, TrainableBlock
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
+from .spec import LayerSpec
 from .weights import (
     UnitWriter,
     diagnosed,
@@ -51,18 +52,22 @@ _EXPECTED = "expected"  # outputs of an unquantized block
 _STATES = "states"
 
 
+Solved = Callable[[PlannedTensor], tuple[QTensor, Diagnostics]]
+
+
 class CalibratedBlocks:
     """The decoder blocks of a recipe of which some method is calibrated."""
 
-    def __init__(self, plan: Plan, recipe: Recipe, work: Path):
+    def __init__(self, plan: Plan, recipe: Recipe, work: Path, solved: Solved | None = None):
         """Build the model; no weight is read yet.
 
         Args:
             work: the folder of states/ and of the reference logits.
+            solved: gives each layer as it was quantized before; None to quantize it here.
         """
         assert recipe.calibration is not None
         self.checkpoint, self.plan, self.transform = plan.checkpoint, plan, recipe.transform
-        self.states, self.reference_logits = work / _STATES, work / REFERENCE_LOGITS
+        self.states, self.reference_logits, self.solved = work / _STATES, work / REFERENCE_LOGITS, solved
         # float16 activations overflow in many models that were trained in bfloat16
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
         outside = [planned for planned in plan.tensors if planned.block is None]
@@ -192,7 +197,7 @@ class CalibratedBlocks:
         inputs, expected = self.state(block), self.states / f"{block:05d}-{_EXPECTED}.safetensors"
         self._write(expected, self.runner.outputs(self._inputs(block)))
         original = dict(weights)
-        quantized = {planned.module: (planned, *rest) for planned, *rest in self._quantized(block, unit, weights)}
+        quantized = {layer[0].module: layer for layer in self._quantized(block, unit, weights)}
         lines = []
         for method in methods:
             own = {
@@ -228,6 +233,13 @@ class CalibratedBlocks:
         Layers of a block that text alone does not go through are rounded to nearest.
         """
         layers = [planned for planned in unit.tensors if planned.spec]
+        if self.solved:
+            for planned in layers:
+                del weights[planned.info.name]
+                qtensor, diagnostics = self.solved(planned)
+                yield planned, qtensor, diagnostics
+                self.runner.set_weight(planned, qtensor.dequantize(self.runner.dtype))
+            return
         if not self.runner.reached(block):
             for planned in layers:
                 weight, why = weights.pop(planned.info.name), "text alone does not go through its block"
@@ -267,6 +279,47 @@ class CalibratedBlocks:
             return quantize_weight(planned, weight.to(self.runner.device) if own else weight, self.plan, method, own)
         qtensor, diagnostics = round_uncalibrated(planned, weight, self.plan, f"it saw fewer than {needed} tokens")
         return qtensor, replace(diagnostics, tokens=few)
+
+    def solve_block(
+        self, unit: Unit, choices: Mapping[str, Sequence[LayerSpec]]
+    ) -> Iterator[tuple[PlannedTensor, QTensor, Diagnostics]]:
+        """Each layer of a block by each spec that it may get, all from the same statistics; the block stays as it is.
+
+        Afterwards the next block's inputs, which the unquantized block puts out, are on the disk.
+
+        Args:
+            choices: layer -> specs. Layers that are not named are kept.
+        Raises:
+            NumericsError: see quantize_block.
+        """
+        block = unit.block
+        assert block is not None
+        if not self._embedded:
+            self._start(block)
+        weights: dict[str, Tensor] = {}
+        for planned, tensor in read_ahead(self.checkpoint, unit, hashlib.sha256()):
+            check_finite(planned.info.name, tensor)
+            weights[planned.info.name] = tensor
+        self.runner.load_block(block, ((planned, weights[planned.info.name]) for planned in unit.tensors))
+        layers = [planned for planned in unit.tensors if planned.module in choices]
+        groups = self.runner.groups(layers, next(self._inputs(block))) if layers and self.runner.reached(block) else []
+        every = [[replace(each, spec=spec) for each in group for spec in choices[each.module]] for group in groups]
+        for part in group_by_bytes(every, _statistics_bytes, MOST_STATISTICS):
+            wanted = [(group[0], asked) for group in part if (asked := _statistics(group))]
+            collected = self.runner.collect(wanted, self._inputs(block))
+            for group in part:
+                statistics = collected.pop(0) if _statistics(group) else {}
+                for planned in group:
+                    yield planned, *self._quantize(planned, weights[planned.info.name], statistics)
+                del statistics
+        for planned in layers if not groups else ():
+            for spec in choices[planned.module]:
+                own = replace(planned, spec=spec)
+                why = "text alone does not go through its block"
+                yield own, *round_uncalibrated(own, weights[planned.info.name], self.plan, why)
+        if block != self.last:
+            self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
+        self.runner.unload_block()
 
     def _save_reference_logits(self, outputs: Tensor) -> None:
         """Save the logits of this very model, never written and reloaded: the reloaded artifact must give the same.

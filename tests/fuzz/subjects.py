@@ -45,6 +45,7 @@ RECIPES = {
     "gptq-v2": {"scheme": "int4-g32-asym", "format": "gptq-v2"},
     "compressed": {"scheme": "int8-dynamic", "format": "compressed-tensors", "layers": {"*.down_proj": "int4-g32"}},
     "nf4": {"scheme": "nf4"},
+    "gguf": {"scheme": "int4-g32", "format": "gguf"},
 }
 
 
@@ -70,7 +71,8 @@ def _save(config: PreTrainedConfig, folder: Path, shard: str = "1GB") -> Path:
         model = (AutoModelForImageTextToText if has_images else AutoModelForCausalLM).from_config(config)
     model.to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=shard)
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(_ALPHABET)}, merges=[]))
+    vocabulary = {letter: number for number, letter in enumerate([*_ALPHABET[:254], "Ġt", _ALPHABET[255]])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "t")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_ALPHABET[-1])

@@ -8,6 +8,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -20,7 +21,7 @@ def main() -> None:
     torch.manual_seed(request["seed"])
     options = {"iters": 200, "format": "auto_gptq", **request["options"]}
     windows = load_file(request["tokens"])["ids"]
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows]
+    rows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows]
     tokenizer = AutoTokenizer.from_pretrained(request["model"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.perf_counter()

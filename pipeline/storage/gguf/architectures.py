@@ -170,7 +170,7 @@ def _gemma_scale(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 _GEMMA = {"head_dim": 256, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "hidden_act": "gelu_pytorch_tanh"}
-_GEMMA3 = {"max_position_embeddings": 131072, "num_attention_heads": 8, "num_key_value_heads": 4}
+_GEMMA3: dict[str, float] = {"max_position_embeddings": 131072, "num_attention_heads": 8, "num_key_value_heads": 4}
 _GEMMA3 |= {"sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "vocab_size": 262208}
 _LLAMA_LAYERS = {**_ATTENTION, **_FEED_FORWARD, **_NORMS}
 _QWEN_MOE = {**_ATTENTION, **_NORMS, **_EXPERTS}
@@ -293,8 +293,8 @@ def model_metadata(config: Mapping[str, Any]) -> Metadata:
             metadata[f"{own}.{name}"] = float(full[key])
     if architecture.shifted or own == "phi3":  # others of llama.cpp read no window
         metadata[f"{own}.attention.sliding_window"] = int(full.get("sliding_window") or 0)
-    experts = full.get("num_local_experts", full.get("num_experts"))
     if any("{e}" in layer for layer in architecture.layers):
+        experts = full["num_local_experts"] if "num_local_experts" in full else full["num_experts"]
         metadata[f"{own}.expert_count"] = int(experts)
         metadata[f"{own}.expert_used_count"] = int(full["num_experts_per_tok"])
         if "moe_intermediate_size" in full:

@@ -17,8 +17,8 @@ def encode(kind: str, values: Tensor, scales: Tensor) -> Tensor:
     Args:
         values: int8 [rows, blocks, values of a block]. scales: float16 [rows, blocks].
     """
-    low, high = (int(limit) for limit in values.aminmax())
-    assert -_LARGEST[kind] - 1 <= low <= high <= _LARGEST[kind]
+    least, most = (int(limit) for limit in values.aminmax())
+    assert -_LARGEST[kind] - 1 <= least <= most <= _LARGEST[kind]
     scale = scales.unsqueeze(-1).contiguous().view(torch.uint8)
     if kind == "Q8_0":
         return torch.cat([scale, values.contiguous().view(torch.uint8)], -1)

@@ -111,7 +111,7 @@ def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     if len(steps) == 2 and shown[1] == "ByteLevel without its own regular expression":
         pattern = (steps[0].get("pattern") or {}).get("Regex") if steps[0].get("type") == "Split" else None
         whole = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
-        if whole and (name := _NAMES.get((pattern, merges))) is not None:
+        if whole and (name := _NAMES.get((str(pattern), merges))) is not None:
             return name
     also = " (with ignore_merges)" if merges else ""
     raise ValueError(

@@ -95,6 +95,8 @@ class TestConfig:
             ({"num_attention_heads": 3}, "transformers builds no language model from it (llama)"),
             ({"rope_parameters": 7}, "transformers builds no language model from it (llama)"),
             ({"vision_config": {"architecture": "hf-hub:evil/model"}}, "names a download"),
+            # the file says nothing of the experts for each token: mixtral's default is 2
+            ({"model_type": "mixtral", "num_local_experts": 1}, "num_experts_per_tok is 2, expected at most num_local"),
         ],
         ids=str,
     )
