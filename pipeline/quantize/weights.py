@@ -21,6 +21,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
 from ..system.threads import one_ahead
 from .plan import Plan, PlannedTensor, Unit
+from .spec import LayerSpec
 
 
 def with_common_scales(unit: Unit, read: Callable[[PlannedTensor], Tensor]) -> Unit:
@@ -29,7 +30,7 @@ def with_common_scales(unit: Unit, read: Callable[[PlannedTensor], Tensor]) -> U
     for planned in unit.tensors:
         if planned.spec and hasattr(planned.spec.scheme.weight, "fused"):
             parts.setdefault((fused_unit(planned.module), planned.spec.scheme), []).append(planned)
-    specs = {}
+    specs: dict[str, LayerSpec] = {}
     for (_, scheme), layers in parts.items():
         common = replace(scheme, weight=scheme.weight.fused(map(read, layers)))  # type: ignore[attr-defined]
         specs |= {each.info.name: replace(each.spec, scheme=common) for each in layers if each.spec}

@@ -407,6 +407,8 @@ class Checkpoint:
 
     def as_stored(self) -> "Checkpoint":
         """The same checkpoint with its coded weights seen as they lie in the files, for a format that reads them."""
+        if self._gguf is not None:  # whose blocks are seen as they lie there already
+            return self
         view = type(self).__new__(type(self))
         vars(view).update({key: value for key, value in vars(self).items() if key not in ("tensors", "_data")})
         view._dequantized = None
