@@ -16,7 +16,7 @@ class Activations(Protocol):
     rank: the place among the types, lower first. name: as messages call it. schemes: the schemes that it is part of,
     {scheme's name: name of the weight type}.
     dynamic: scales are computed from each input, nothing is stored, and nothing below `apply` is ever asked for.
-    statistics: what has to be gathered from a calibration text before (as a method's `statistics`); () for dynamic ones.
+    statistics: what has to be gathered of a calibration text (as a method's `statistics`); () for dynamic ones.
     observers: ways to choose what is stored from the statistics, the default first.
     """
 

@@ -73,7 +73,7 @@ class Int8Tensor:
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> "Int8Tensor | None":
-        # Readers leave out `symmetric`, which is true by default, `type`, which is "int", and `dynamic`, which is false.
+        # Readers leave out what is so by default: `symmetric` true, `type` "int", `dynamic` false.
         facts = {"type": "int", "symmetric": True, "dynamic": False, **description}
         own = cls().description()
         return cls() if {key: facts.get(key) for key in own} == own else None

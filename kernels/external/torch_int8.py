@@ -59,7 +59,9 @@ class TorchInt8(Kernel):
         codes = unpack(qtensor.codes, 8, qtensor.shape[1])
         weight = (codes ^ 128).view(torch.int8)  # code - 128 in two's complement
         scales = qtensor.scales.flatten().to(torch.float32)
-        inputs = {name: qtensor.extra[name] for name in (qtensor.scheme.static.layout() if qtensor.scheme.static else ())}
+        inputs = {
+            name: qtensor.extra[name] for name in (qtensor.scheme.static.layout() if qtensor.scheme.static else ())
+        }
         if (zero := inputs.get("input_zero_point")) is not None:
             inputs["shift"] = weight.sum(1, dtype=torch.int64).to(torch.float32) * zero * scales
         if weight.is_cuda:
