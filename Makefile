@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 # mypy finds the packages of a strict editable install; the ordinary one, which sees new files too, comes back after it
 EDITABLE := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 INSTALLED := $(VENV)/.installed
+# a process for each of the first four cores, each with one thread; a file's tests share what its fixtures make
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 # The other programs want versions of torch and transformers that exclude each other: an environment for each.
 PEERS := gptqmodel llmcompressor transformers llamacpp
 
@@ -16,12 +18,12 @@ demo: $(INSTALLED)
 	$(BIN)/bitpress run configs/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(TESTS)
 	$(EDITABLE) --config-settings editable_mode=strict && $(BIN)/mypy; status=$$?; $(EDITABLE) && exit $$status
 
 # as long as wanted: make fuzz FUZZ="--minutes 60 --seed 7"

@@ -8,21 +8,20 @@ from typing import Any
 
 from .checkpoints.convert import convert as convert_checkpoint
 from .config.load import load_calibration, load_eval, load_recipe
-from .data.calibration import calibrate
-from .errors import BitpressError
+from .errors import BitpressError, ConfigError
 from .evaluate import process
 from .hub.download import resolve
-from .models.loading import load
-from .models.pretrained import load_tokenizer, require_tokenizer
-from .models.structure import skeleton
+from .models.loading import calibrate_on, load
+from .models.pretrained import require_tokenizer
 from .publish.upload import Publication, prepare, send
 from .quantize.artifact import quantize as quantize_checkpoint
+from .quantize.budget import clean, search
 from .quantize.recipe import Recipe
 from .storage import files, journal
 from .storage.checkpoint import Checkpoint
 from .system.progress import OnStep
 
-__all__ = ["convert", "evaluate", "load", "publish", "quantize"]
+__all__ = ["clean", "convert", "evaluate", "load", "plan", "publish", "quantize"]
 
 
 def quantize(
@@ -32,17 +31,19 @@ def quantize(
     revision: str | None = None,
     device: str = "auto",
     on_step: OnStep = lambda done, total: None,
+    keep: str | Path | None = None,
 ) -> list[str]:
     """Quantize a model into a folder that bitpress and other runtimes load; call again to go on after a crash.
 
     Args:
         model: a Hub id or a local folder.
-        recipe: such as "int4-g128", "gptq/int3-channel", "int8-dynamic", "nf4"; or the keys that a recipe has in a
-            config: "scheme", "method", "layers" ({"*.down_proj": "int8-g128", "model.layers.0.*": "none"}), "format",
-            "options" (of the method), "calibration" ({"text": "wiki.txt", "windows": 64}), "max_fallback_layers",
-            "fit_groups", "allow_split_fused".
+        recipe: such as "int4-g128", "gptq/int3-channel", "int8-dynamic", "nf4", "4.25bits"; or the keys that a recipe
+            has in a config: "scheme", or "budget" and "choices"; "method", "layers" ({"*.down_proj": "int8-g128",
+            "model.layers.0.*": "none"}), "format", "options" (of the method), "calibration" ({"text": "wiki.txt",
+            "windows": 64}), "max_fallback_layers", "fit_groups", "allow_split_fused".
         device: "cpu", "cuda" or "auto", for calibrated methods.
         on_step: called with (units done, units in all).
+        keep: a folder that keeps a budget's statistics and solutions, for other budgets; by default they are deleted.
     Returns:
         Sentences on what happened on the way.
     Raises:
@@ -61,14 +62,46 @@ def quantize(
             checkpoint, notes = Checkpoint(source.folder), []
             if chosen.calibrated:
                 text = settings.calibration or load_calibration({})
-                tokens = calibrate(text, load_tokenizer(source.folder), skeleton(checkpoint).config)
+                tokens = calibrate_on(checkpoint, text)
                 chosen, notes = replace(chosen, calibration=tokens), [f"calibrated on {tokens}"]
-            notes += quantize_checkpoint(checkpoint, source.to_dict(), chosen, out, work, on_step)
+            shared = Path(keep).expanduser() if keep else None
+            notes += quantize_checkpoint(checkpoint, source.to_dict(), chosen, out, work, on_step, shared)
         except BitpressError:
             files.remove_unused(work)
             raise
         files.remove_folder(work)
     return notes
+
+
+def plan(
+    model: str | Path,
+    recipe: str | Mapping[str, Any],
+    revision: str | None = None,
+    device: str = "auto",
+    on_step: OnStep = lambda done, total: None,
+    keep: str | Path | None = None,
+) -> dict[str, Any]:
+    """What a budget would choose, and the curve of KL against bytes that it is of; no model is written.
+
+    Args:
+        recipe: as for quantize, with a budget. keep: as for quantize; a budget of the same folder then costs little.
+        on_step: called with (steps done, steps in all).
+    Returns:
+        See quantize.budget.Choice.to_dict.
+    Raises:
+        BitpressError: as for quantize; or the recipe has no budget.
+    """
+    settings = load_recipe(recipe)
+    chosen = Recipe.make(settings, device)
+    if chosen.budget is None:
+        raise ConfigError(f"{chosen.name} has no budget to plan for; give one, as in budget: 4.25 bits")
+    source = resolve(str(model), revision)
+    checkpoint = Checkpoint(source.folder)
+    text = settings.calibration or load_calibration({})
+    tokens = calibrate_on(checkpoint, text)
+    with tempfile.TemporaryDirectory(prefix="bitpress-") as folder:
+        shared = Path(keep or folder).expanduser()
+        return search(checkpoint, source.to_dict(), replace(chosen, calibration=tokens), shared, on_step).to_dict()
 
 
 def evaluate(

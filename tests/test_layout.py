@@ -41,6 +41,7 @@ LATE_IMPORTS = {
     "pipeline/system/progress.py": "every command imports it, and few of them need the libraries that it silences",
     "pipeline/system/redact.py": "every command imports it, and huggingface_hub takes its time",
     "pipeline/data/text.py": "the text is large, pyarrow and datasets are optional",
+    "pipeline/formats/gguf.py": "gguf is optional",
     "pipeline/methods/nf4.py": "bitsandbytes is optional",
     "pipeline/bench/scripts/*_job.py": "another program's Python runs them, and tests import them without that program",
     "kernels/external/bitsandbytes_nf4.py": "bitsandbytes is optional",

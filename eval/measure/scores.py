@@ -55,7 +55,7 @@ def _score(model: nn.Module, window: Window) -> Scores:
     return _concatenated(parts)
 
 
-def _divergence(p: Tensor, one: Tensor, other: Tensor, gap: Tensor) -> Tensor:
+def divergence(p: Tensor, one: Tensor, other: Tensor, gap: Tensor) -> Tensor:
     """KL [rows] = sum p (x - y) - (lse x - lse y), of logits x and y [rows, vocabulary], p = softmax(x)."""
     kl = (p * (one - other)).sum(-1) - gap
     unclear = ~torch.isfinite(kl)
@@ -75,7 +75,7 @@ def _compare(baseline: nn.Module, model: nn.Module, window: Window) -> Scores:
             {
                 "baseline_nll": base_sum - pick(one, targets),
                 "nll": own_sum - pick(other, targets),
-                "kl": _divergence(p, one, other, base_sum - own_sum),
+                "kl": divergence(p, one, other, base_sum - own_sum),
                 "same": base_best == own_best,
             }
         )

@@ -48,6 +48,15 @@ def model_figures(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str])
         caption = "Perplexity against file size. Best is the lower left corner; the open circle is the baseline."
         drawn.append((caption, size_plot(sizes)))
     for run in runs:
+        if chosen := run.get("budget"):
+            every = [Point("", point["bits"], point["predicted_kl"]) for point in chosen["curve"]]
+            every += [Point(each["choice"], each["bits"], each["predicted_kl"]) for each in chosen["uniform"]]
+            every += [Point(f"{chosen['budget']}, measured", chosen["bits"], chosen["measured_kl"], True)]
+            caption = (
+                f"{run.label}: predicted KL against bits per weight. The line joins the best choices; other points "
+                "have one scheme everywhere; the open circle is the chosen model, measured on the same tokens."
+            )
+            drawn.append((caption, budget_plot(every)))
         drawn += _error_figures(run)
     if points:
         caption = (
@@ -109,6 +118,26 @@ def size_plot(points: Sequence[Point]) -> Drawing:
         return Drawing(figure, "perplexity against file size")
 
 
+def budget_plot(points: Sequence[Point]) -> Drawing:
+    """Mean KL against bits per weight: points without a label are joined, the others are named."""
+    curve, named = [point for point in points if not point.label], [point for point in points if point.label]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([p.x for p in curve], [p.y for p in curve], "o-", ms=3, color=COLOURS[0], lw=1.2)
+        for point in named:
+            colour = INK if point.baseline else COLOURS[1]
+            axes.plot(point.x, point.y, "o", ms=6, mec=colour, mfc="none" if point.baseline else colour)
+        log_if_wide(axes, [point.y for point in points])
+        axes.margins(0.14, 0.16)
+        axes.set_xlabel("bits per weight of the layers that have a choice")
+        axes.set_ylabel("mean KL (nats), lower is better")
+        grid(axes)
+        figure.draw_without_rendering()
+        label_points(axes, named)
+        return Drawing(figure, "mean KL against bits per weight")
+
+
 def front_plot(points: Sequence[Point], members: Collection[str], quantity: tuple[str, str, float]) -> Drawing:
     """Divergence from the unquantized model against size or speed; the Pareto front is filled and joined.
 
@@ -140,6 +169,35 @@ def front_plot(points: Sequence[Point], members: Collection[str], quantity: tupl
         figure.draw_without_rendering()
         label_points(axes, runs)
         return Drawing(figure, f"mean KL against {name}")
+
+
+def programs_plot(series: Mapping[str, Sequence[tuple[str, float, float, bool]]]) -> Drawing:
+    """Divergence from the unquantized model against bits per weight, each program with a colour and a marker.
+
+    Args:
+        series: program -> its rows: label, bits per weight, mean KL in nats, and whether it is on the program's front.
+    """
+    points = [Point(label, x, y) for rows in series.values() for label, x, y, _ in rows]
+    with mpl.rc_context(STYLE):
+        lines = math.ceil(len(series) / 3)
+        figure = Figure(figsize=(WIDTH, 3.2 + 0.19 * lines + 0.05 * max(0, len(points) - 8)), layout="constrained")
+        axes = figure.add_subplot()
+        for index, (program, rows) in enumerate(series.items()):
+            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            best = sorted((x, y) for _, x, y, member in rows if member)
+            axes.plot([x for x, _ in best], [y for _, y in best], color=colour, lw=1.2, alpha=0.6)
+            style: dict[str, Any] = {"color": colour, "marker": marker, "ms": 5.5, "ls": ""}
+            axes.plot([x for _, x, _, _ in rows], [y for _, _, y, _ in rows], label=clean(program, 22), **style)
+        log_if_wide(axes, [point.y for point in points])
+        axes.margins(0.14, 0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.set_xlabel("bits per weight, all bytes; fewer is better")
+        axes.set_ylabel("mean KL (nats), lower is better")
+        grid(axes)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=FONT - 1, handlelength=1.2)
+        figure.draw_without_rendering()
+        label_points(axes, points)
+        return Drawing(figure, "mean KL against bits per weight, by program")
 
 
 def depth_plot(blocks: Sequence[Mapping[str, Any]]) -> Drawing:

@@ -18,8 +18,62 @@ _WORST = 3  # layers of each run
 
 def tables(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str]) -> list[Table]:
     """All tables of measurements that a report of these runs has."""
-    every = (_divergence(runs), _gates(runs), _errors(runs), _tasks(runs), _memory(runs), _speed(runs, points))
-    return [table for table in every if table[2]]
+    every = (
+        _divergence(runs),
+        _gates(runs),
+        _errors(runs),
+        _tuned(runs),
+        _tasks(runs),
+        _memory(runs),
+        _speed(runs, points),
+    )
+    budgets = [
+        table
+        for run in runs
+        if (chosen := run.get("budget"))
+        for table in budget_tables(f"{run.title}: ", chosen, run.get("quality", "kl_mean"))
+    ]
+    return [table for table in (*every, *budgets) if table[2]]
+
+
+def budget_tables(prefix: str, chosen: Mapping[str, Any], measured: float | None = None) -> list[Table]:
+    """The curve of KL against size that a budget chose on, and its choice for each unit of layers.
+
+    Args:
+        prefix: of the titles. chosen: the "budget" of a metrics.json. measured: the mean KL on the text of the report.
+    """
+    points = [
+        [f"{point['bits']:.3f}", say.size(point["nbytes"]), f"{point['predicted_kl']:.5f}", _mark(point, chosen)]
+        for point in chosen["curve"]
+    ]
+    points += [
+        [f"{each['bits']:.3f}", say.DASH, f"{each['predicted_kl']:.5f}", f"{each['choice']} everywhere"]
+        for each in chosen["uniform"]
+    ]
+    note = (
+        "Bits are per weight of the layers that have a choice, sizes those of the whole artifact, rounded up. The "
+        f"predicted KL is the sum of what each unit alone costs on {chosen['tokens']:,} calibration tokens, in nats. "
+        f"The chosen model measures {chosen['measured_kl']:.5f} on them, {chosen['predicted_kl']:.5f} was predicted"
+        + (f", and {measured:.5f} on the text of this report." if measured is not None else ".")
+    )
+    units = [
+        [unit["name"], unit["choice"], f"{unit['bits']:.3f}", f"{unit['kl']:.6f}", _probes(unit["probes"])]
+        for unit in chosen["units"]
+    ]
+    header = ["unit", "choice", "bits/weight", "KL alone", "KL of every choice"]
+    budget = chosen["budget"]
+    return [
+        (f"{prefix}KL against size", ["bits/weight", "artifact", "predicted KL", ""], sorted(points), note),
+        (f"{prefix}choices within {budget}", header, units, "A unit is what servers fuse, and has one scheme."),
+    ]
+
+
+def _mark(point: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    return f"chosen within {chosen['budget']}" if point["nbytes"] == chosen["nbytes"] else ""
+
+
+def _probes(probes: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {kl:.2g}" for name, kl in probes.items())
 
 
 def recipe_table(runs: Sequence[ReportedRun]) -> Table:
@@ -101,6 +155,24 @@ def _errors(runs: Sequence[ReportedRun]) -> Table:
         "brackets behind a channel is its share of the layer's squared error. All layers are in metrics.json."
     )
     return "Where it hurts most", ["run", "layer", "relative error of outputs", "worst channels"], rows, note
+
+
+def _tuned(runs: Sequence[ReportedRun]) -> Table:
+    """How a block's error fell while a method learned from the whole of it."""
+    rows = []
+    for run in runs:
+        for line in run.get("coverage", "tuned") or []:
+            curve = [(int(step), float(error)) for step, error in line["curve"]]
+            before, (best, least) = curve[0][1], min(curve, key=lambda point: point[1])
+            course = " ".join(f"{error / before:.3f}" if before else say.DASH for _, error in curve)
+            change = f"{say.small(before)} → {say.small(least)}"
+            rows.append([run.title, str(line["block"]), str(curve[-1][0]), change, str(best), course])
+    note = (
+        "Error: the squared error of a token's output of the block, as a fraction of the output, on held-out "
+        "calibration tokens. The state with the least is kept. Course: the error as a fraction of the first, at equal "
+        "distances."
+    )
+    return "What was learned", ["run", "block", "steps", "error", "kept at step", "course"], rows, note
 
 
 def _gates(runs: Sequence[ReportedRun]) -> Table:

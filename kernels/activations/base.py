@@ -34,6 +34,15 @@ class Activations(Protocol):
     def description(self) -> dict[str, Any]:
         """As compressed-tensors' `input_activations` describe it, without what has a default there."""
 
+    def codes(self, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [..., in] as codes, their scales, and their zero point or None: x is about scales * (codes - zero point).
+
+        Scales are float32 [..., 1], or [1] where all inputs share one; the zero point is [1].
+
+        Args:
+            tensors: those of `layout`, as the layer stores them.
+        """
+
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """x [..., in] quantized and dequantized again, float32.
 

@@ -41,6 +41,9 @@ class Int8Token:
     def description(self) -> dict[str, Any]:
         return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
+    def codes(self, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        return *quantize_rows(x), None
+
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         codes, scales = quantize_rows(x)
         return codes.to(torch.float32) * scales

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..activations.int8_tensor import Int8Tensor, Int8TensorAsymmetric
-from ..activations.int8_token import Int8Token, quantize_rows
+from ..activations.int8_token import Int8Token
 from ..base import Kernel, PackedWeight, Serves
 from ..packing import unpack
 from ..qtensor import QTensor
@@ -76,11 +76,8 @@ class TorchInt8(Kernel):
         rows = x.reshape(-1, in_features)
         if len(rows) == 0:
             return x.new_empty(*x.shape[:-1], out_features)
-        static = packed.scheme.static
-        if isinstance(static, Int8Tensor):  # by `serves`, the only ones
-            codes, row_scales, zero = static.codes(rows, dict(packed.named_buffers()))
-        else:
-            (codes, row_scales), zero = quantize_rows(rows), None
+        assert packed.scheme.activations is not None
+        codes, row_scales, zero = packed.scheme.activations.codes(rows, dict(packed.named_buffers()))
         y = _product_cuda(codes, packed) if codes.is_cuda else _product_cpu(codes, packed)
         if zero is not None:
             y -= packed.get_buffer("shift")

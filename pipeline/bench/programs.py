@@ -66,6 +66,7 @@ def bitpress(method: str) -> Program:
 def other_programs() -> dict[str, tuple[str, Path]]:
     """The programs that bitpress is compared with: name -> the module that must be importable, and the script."""
     return {
+        "autoround": ("auto_round", _HERE / "autoround_job.py"),
         "gptqmodel": ("gptqmodel", _HERE / "gptqmodel_job.py"),
         "llm-compressor": ("llmcompressor", _HERE / "llmcompressor_job.py"),
     }

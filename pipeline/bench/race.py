@@ -11,13 +11,12 @@ from bitpress.kernels.scheme import Scheme
 
 from ..config.load import load_calibration, load_eval
 from ..config.schema import Eval
-from ..data.calibration import Calibration, calibrate
+from ..data.calibration import Calibration
 from ..data.text import read_text
 from ..errors import BitpressError, ConfigError
 from ..evaluate.process import measure
 from ..hub.download import resolve
-from ..models.pretrained import load_tokenizer
-from ..models.structure import skeleton
+from ..models.loading import calibrate_on
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..system.unexpected import unexpected
@@ -79,7 +78,7 @@ def make_job(model: str, scheme: str, calibration: dict[str, Any], text: dict[st
     if judge:
         read_text(judge.text)
     settings, folder = load_calibration(calibration), resolve(model).folder
-    tokens = calibrate(settings, load_tokenizer(folder), skeleton(Checkpoint(folder)).config)
+    tokens = calibrate_on(Checkpoint(folder), settings)
     return Job(folder, parsed, tokens, judge, seed)
 
 

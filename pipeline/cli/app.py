@@ -19,6 +19,8 @@ app = typer.Typer(
 )  # fmt: skip
 app.command()(run.run)
 app.command()(run.quantize)
+app.command()(run.plan)
+app.command()(run.clean)
 app.command("eval")(evaluate.evaluate)
 app.command()(evaluate.compare)
 app.command()(inspect.inspect)

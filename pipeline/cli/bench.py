@@ -1,4 +1,4 @@
-"""`bitpress bench`: speed, side by side. This file parses and prints; the work is done in pipeline/bench/."""
+"""`bitpress bench`: speed and quality, side by side. This file parses and prints; pipeline/bench/ does the work."""
 
 import math
 import re
@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..errors import ConfigError
 from ..system.printable import Terminal
-from .console import news, print_json, print_line, write
+from .console import command_line, news, print_json, print_line, write
 from .options import Device, Json
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the command line is to answer at once
@@ -23,12 +23,12 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the command line is to a
 
     from bitpress.kernels.bench.measure import Cell, Job, Result
 
-app = typer.Typer(help="Speed, side by side with others.", no_args_is_help=True)
+app = typer.Typer(help="Speed and quality, side by side with others.", no_args_is_help=True)
 
 
 @app.callback()
 def bench() -> None:
-    """Speed, side by side with others."""
+    """Speed and quality, side by side with others."""
 
 
 @app.command("quantize")
@@ -36,12 +36,12 @@ def quantize(
     model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
     calibration: Annotated[str, typer.Option(help="Text to calibrate on: a file, or org/name:config:split.")],
     scheme: Annotated[str, typer.Option(help="int4-g128, int3-channel-asym, …")] = "int4-g128",
-    method: Annotated[str, typer.Option(help="bitpress's; the other programs run GPTQ.")] = "gptq",
+    method: Annotated[str, typer.Option(help="bitpress's; the other programs run GPTQ, or their own.")] = "gptq",
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 128,
     context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     seed: Annotated[int | None, typer.Option(help="Draws the windows; the text's first ones by default.")] = None,
     peer: Annotated[
-        list[str] | None, typer.Option(help="NAME=PYTHON, where gptqmodel or llm-compressor is; may be repeated.")
+        list[str] | None, typer.Option(help="NAME=PYTHON, where autoround, gptqmodel or llm-compressor is; repeatable.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turns; medians are shown.")] = 1,
     text: Annotated[str | None, typer.Option(help="Text to measure KL and perplexity on.")] = None,
@@ -72,12 +72,67 @@ def quantize(
     print_line(f"\n{job.calibration}; {where['cores']} cores of {where['cpu']}, {where['threads']} threads")
 
 
+@app.command("quality")
+def quality(
+    model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
+    calibration: Annotated[str | None, typer.Option(help="Text to calibrate on; wikitext-2 by default.")] = None,
+    text: Annotated[str, typer.Option(help="Text to measure KL on.")] = "builtin:pydoc-topics",
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="[transform+][method/]scheme, in place of the usual ones; repeatable.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PYTHON, where gptqmodel, llm-compressor or autoround is; may be repeated."),
+    ] = None,
+    peer_scheme: Annotated[
+        list[str] | None, typer.Option(help="int4-g128, …, in place of the usual ones; may be repeated.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Of calibration; 128, or 32 with --quick.")] = None,
+    text_windows: Annotated[int | None, typer.Option(min=1, help="To measure on; 160, or 8 with --quick.")] = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    seed: Annotated[int | None, typer.Option(help="Draws the windows; the text's first ones by default.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, fewer windows.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="Begin no row that would end later.")] = None,
+    device: Device = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder; runs/bench/quality-MODEL by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """KL against bits per weight: our recipes and other installed programs, on the same tokens."""
+    from bitpress.eval.report.quality_page import table
+
+    from ..bench import programs
+    from ..bench import quality as bench
+    from ..system.progress import quiet_libraries
+
+    quiet_libraries()
+    tokens: dict[str, Any] = {"windows": windows or (32 if quick else 128), "context": context, "seed": seed}
+    tokens |= {"text": calibration} if calibration else {}
+    judge = {"text": text, "context": context, "windows": text_windows or (8 if quick else 160)}
+    entrants: list[bench.Entrant] = [
+        bench.OwnRecipe(name) for name in recipe or (bench.QUICK_RECIPES if quick else bench.RECIPES)
+    ]
+    for entrant in entrants:
+        entrant.fingerprint()  # an unknown recipe is refused before anything runs
+    usual = bench.QUICK_SCHEMES if quick else bench.PEER_SCHEMES
+    entrants += bench.peer_schemes(programs.find(peer or []), peer_scheme or usual)
+    job = bench.Comparison.make(model, tokens, judge, device, output and output.expanduser(), command_line())
+    rows = bench.compare(job, entrants, minutes and 60 * minutes, news)
+    if as_json:
+        write((job.folder / "quality.json").read_text())
+        return
+    _show(*table(rows))
+    print_line(f"\n{job.calibration}; table, plot and figures: {job.folder / 'quality.html'}")
+
+
 # Llama's: 8B's and 1B's layers on a CPU; on a GPU, 8B's and 70B's.
 _SHAPES = {
     "cpu": ["4096x4096", "2048x8192"],
     "cuda": ["4096x4096", "14336x4096", "4096x14336", "8192x8192", "28672x8192", "8192x28672"],
 }
 _STEADY = 1.5  # p90 / p10: on an idle machine it is below 1.2, as a rule
+_QUICK_SHAPES, _QUICK_ROWS = {"cpu": ["4096x4096"], "cuda": ["4096x4096"]}, "1,32"
 _ROWS = {"cpu": "1,8,32,512", "cuda": "1,2,4,8,16,32,64,128,512,2048,4096"}
 
 
@@ -94,12 +149,17 @@ def kernels(
     peer: Annotated[
         list[str] | None, typer.Option(help="llama.cpp=PYTHON, where llama-cpp-python is; stands for --peers too.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Samples of each, in turns.")] = 20,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Samples of each, in turns; 20, --quick: 5.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One shape, 1 and 32 rows, few samples.")] = False,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Begin nothing that would end later.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; torch's default if none.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file; in runs/bench by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print that JSON instead of tables.")] = False,
 ) -> None:
-    """Time kernels against torch's bfloat16 layer, the memory and other programs, all in one run."""
+    """Time kernels against torch's bfloat16 layer, the memory and other programs, all in one run.
+
+    What is measured is shown at once and written to the JSON file; Ctrl-C keeps it.
+    """
     import torch
 
     from bitpress.kernels.bench.entrants import entrants
@@ -116,7 +176,9 @@ def kernels(
     where = pick_device(device)
     if threads:
         torch.set_num_threads(threads)
-    job = _job(where, scheme or ["int4-g128", "int8-dynamic", "nf4"], shape or _SHAPES[where.type], rows, repeats)
+    shapes = shape or (_QUICK_SHAPES if quick else _SHAPES)[where.type]
+    counts = rows or (_QUICK_ROWS if quick else _ROWS[where.type])
+    job = _job(where, scheme or ["int4-g128", "int8-dynamic", "nf4"], shapes, counts, repeats or (5 if quick else 20))
     try:
         everyone = entrants(kernel, operators=peers or bool(peer))
     except ValueError as error:
@@ -126,18 +188,33 @@ def kernels(
     path = output or Path("runs", "bench", f"kernels-{where.type}-{time.strftime('%Y%m%d-%H%M%S')}.json")
     files.make_folder(path.parent)
     about = {"machine": {**machine(where), "flags": cpu_flags()}, "versions": versions()}
-    cells = []
-    for cell in measure(everyone, job, news):
-        cells.append(cell)
-        files.write_json(path, {**about, "cells": [each.to_dict() for each in cells]})
-    if as_json:
-        write(path.read_text() + "\n")
-    else:
-        _show_cells(cells)
-        print_line(f"{about['machine']['cpu']}, {torch.get_num_threads()} threads; every sample is in {path}")
+    cells: list[Cell] = []
+    start, total = time.monotonic(), len(job.schemes) * len(job.shapes) * len(job.rows)
+    try:
+        for cell in measure(everyone, job, news):
+            cells.append(cell)
+            files.write_json(path, {**about, "cells": [each.to_dict() for each in cells]})
+            spent = time.monotonic() - start
+            each_takes, left = spent / len(cells), total - len(cells)
+            if not as_json:
+                _show_cell(cell, first=len(cells) % len(job.rows) == 1 or len(job.rows) == 1)
+            if left and minutes is not None and spent + each_takes > 60 * minutes:
+                news(f"no time left for {left} of {total} (--minutes)")
+                break
+            if left:
+                news(f"{len(cells)} of {total}; about {max(1, round(left * each_takes / 60))} min left")
+    finally:  # Ctrl-C too: what there is counts
+        if cells:
+            if as_json:
+                write(path.read_text() + "\n")
+            else:
+                for line in _notes(cells):
+                    print_line(line)
+            where_from = f"{about['machine']['cpu']}, {torch.get_num_threads()} threads"
+            (news if as_json else print_line)(f"{where_from}; every sample is in {path}")
 
 
-def _job(device: "torch.device", schemes: list[str], shapes: list[str], rows: str | None, repeats: int) -> "Job":
+def _job(device: "torch.device", schemes: list[str], shapes: list[str], rows: str, repeats: int) -> "Job":
     """The job from what was typed.
 
     Raises:
@@ -159,43 +236,33 @@ def _job(device: "torch.device", schemes: list[str], shapes: list[str], rows: st
         for scheme in parsed:
             if problems := scheme.problems(sizes[-1]):
                 raise ConfigError(f"--shape {text} with {scheme.name}: {problems[0]}")
-    counts = rows or _ROWS[device.type]
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", counts):
-        raise ConfigError(f"--rows {counts}: expected numbers with commas between, such as 1,8,32,512")
-    return Job(device, parsed, tuple(sizes), tuple(int(count) for count in counts.split(",")), repeats)
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", rows):
+        raise ConfigError(f"--rows {rows}: expected numbers with commas between, such as 1,8,32,512")
+    return Job(device, parsed, tuple(sizes), tuple(int(count) for count in rows.split(",")), repeats)
 
 
-def _show_cells(cells: "list[Cell]") -> None:
-    """Print a table for each scheme and shape, then the notes on all of them."""
-    console = Terminal() if sys.stdout.isatty() else Terminal(width=120)
-    groups: dict[tuple[str, tuple[int, int]], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.scheme, cell.shape), []).append(cell)
-    for (scheme, shape), group in groups.items():
-        console.print(_cell_table(f"{scheme}, {shape[0]} x {shape[1]}", group))
-    for line in _notes(cells):
-        print_line(line)
-
-
-def _cell_table(title: str, cells: "list[Cell]") -> Table:
+def _show_cell(cell: "Cell", first: bool) -> None:
+    """Print what was measured for one number of rows. first: of its scheme and shape; it gets title and header."""
     from bitpress.kernels.bench.entrants import own_kernels
 
     own = own_kernels()
-    others = [result.name for result in cells[0].results if result.name not in own]
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("rows", justify="right")
-    table.add_column("kernel", no_wrap=True)
-    for name in ("ms", "p10–p90", "GB/s", "of memory", "GOPS", "error"):
-        table.add_column(name, justify="right", no_wrap=True)
+    others = [result.name for result in cell.results if result.name not in own]
+    title = f"{cell.scheme}, {cell.shape[0]} x {cell.shape[1]}" if first else None
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD if first else box.SIMPLE, "padding": (0, 1, 0, 0)}
+    table = Table(title=title, title_justify="left", show_header=first, header_style="bold", **style)
+    names = [result.name for result in cell.results]
+    table.add_column("rows", justify="right", min_width=4)
+    table.add_column("kernel", no_wrap=True, min_width=max(map(len, ["memory", *names])))
+    for name, width in (("ms", 8), ("p10–p90", 15), ("GB/s", 6), ("of memory", 9), ("GOPS", 6), ("error", 6)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
     for name in others:
-        table.add_column(f"x {escape(name)}", justify="right", overflow="fold")
-    for cell in cells:
-        table.add_row(f"{cell.rows}", "memory", *_spread(cell.memory), f"{cell.memory.bytes_per_second / 1e9:.1f}")
-        for result in sorted(cell.results, key=lambda result: result.seconds() if result.samples else math.inf):
-            style = "bold" if result.name in own else ""
-            table.add_row("", escape(result.name), *_figures(cell, result, others), style=style)
-        table.add_section()
-    return table
+        table.add_column(f"x {escape(name)}", justify="right", overflow="fold", min_width=9)
+    table.add_row(f"{cell.rows}", "memory", *_spread(cell.memory), f"{cell.memory.bytes_per_second / 1e9:.1f}")
+    for result in sorted(cell.results, key=lambda result: result.seconds() if result.samples else math.inf):
+        name_style = "bold" if result.name in own else ""
+        table.add_row("", escape(result.name), *_figures(cell, result, others), style=name_style)
+    console = Terminal() if sys.stdout.isatty() else Terminal(width=120)
+    console.print(table)
 
 
 def _spread(result: "Result") -> tuple[str, str]:

@@ -20,6 +20,18 @@ from .console import (
 )
 from .options import Device, Json, Revision
 
+_DEFAULT = "int4-g128"
+BudgetText = Annotated[
+    str | None,
+    typer.Option("--budget", help="In place of a recipe: 4.25bits per weight, or 4.1GB of the whole artifact."),
+]
+Choices = Annotated[
+    list[str] | None, typer.Option("--choice", help="A scheme for a budget to choose from, or none; may be repeated.")
+]
+Keep = Annotated[
+    Path | None, typer.Option("--keep", help="A folder that keeps a budget's statistics and solutions, for others.")
+]
+
 
 class Redo(str, Enum):
     """Stages that a run can be told to do again."""
@@ -99,8 +111,12 @@ def quantize(
     model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
     recipe: Annotated[
-        str, typer.Option(help="[transform+][method/]scheme: int4-g128, gptq/int3-channel, smooth+int8-dynamic, nf4, …")
-    ] = "int4-g128",
+        str | None,
+        typer.Option(help="[transform+][method/]scheme: int4-g128 (by default), gptq/int3-channel, nf4, 4.25bits, …"),
+    ] = None,
+    budget: BudgetText = None,
+    choice: Choices = None,
+    keep: Keep = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(help="'*.down_proj=int8-g128' or 'model.layers.0.*=none' (kept); may be repeated, the last wins."),
@@ -138,27 +154,101 @@ def quantize(
     """Quantize one checkpoint into a folder that other runtimes load too."""
     from ..api import quantize as quantize_api
     from ..config.load import load_layers, load_options
-    from ..config.schema import recipe_parts
 
     quiet_libraries()
-    settings: dict[str, Any] = {**recipe_parts(recipe), "format": format}
+    settings = {**_recipe(recipe, budget, choice), "format": format}
     settings |= {"layers": load_layers(layer or []), "options": load_options(option or [])}
     settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
     settings |= {"max_fallback_layers": max_fallback_layers, "observer": observer}
-    text = {"text": calibration, "windows": windows, "context": context}
-    text = {key: value for key, value in text.items() if value is not None}
-    text |= load_options([f"seed={seed}"] if seed else [])
-    settings |= {"calibration": text} if text else {}
-    with progress(f"quantizing to {recipe}") as step:
-        notes = quantize_api(model, settings, output, revision, device, step)
+    settings |= _calibration(calibration, windows, context, seed)
+    name = budget or recipe or _DEFAULT
+    with progress(f"quantizing to {name}") as step:
+        notes = quantize_api(model, settings, output, revision, device, step, keep)
     for note in notes:
         news(note)
-    print_line(f"{output}: {recipe}; try `bitpress eval {output}`")
+    print_line(f"{output}: {name}; try `bitpress eval {output}`")
+
+
+def _recipe(recipe: str | None, budget: str | None, choices: list[str] | None) -> dict[str, Any]:
+    """The keys of a recipe of which its text, a budget and choices are given.
+
+    Raises:
+        ConfigError: the text and the budget both say what becomes of a layer.
+    """
+    from ..config.schema import recipe_parts
+    from ..errors import ConfigError
+
+    if budget is None:
+        parts: dict[str, Any] = dict(recipe_parts(recipe or _DEFAULT))
+    elif recipe:
+        raise ConfigError(f"--recipe {recipe} and --budget {budget}: a budget chooses the schemes; give one of the two")
+    else:
+        parts = {"budget": budget}
+    return parts | ({"choices": choices} if choices else {})
+
+
+def _calibration(text: str | None, windows: int | None, context: int | None, seed: str | None) -> dict[str, Any]:
+    """The key of a recipe for its calibration, as far as it is given."""
+    from ..config.load import load_options
+
+    keys = {"text": text, "windows": windows, "context": context}
+    named = {key: value for key, value in keys.items() if value is not None}
+    named |= load_options([f"seed={seed}"] if seed else [])
+    return {"calibration": named} if named else {}
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
+    budget: Annotated[str, typer.Option(help="4.25bits per weight, or 4.1GB of the whole artifact.")],
+    method: Annotated[str | None, typer.Option(help="That solves each layer; gptq by default.")] = None,
+    choice: Choices = None,
+    layer: Annotated[
+        list[str] | None, typer.Option(help="'*.down_proj=int8-g128': what has no choice; may be repeated.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="auto, or one of `bitpress list`.")] = "auto",
+    calibration: Annotated[str | None, typer.Option(help="The text: a file, or org/name:config:split.")] = None,
+    windows: Annotated[int | None, typer.Option(help="How many windows of it; 128 by default.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per window; 2048 by default.")] = None,
+    seed: Annotated[str | None, typer.Option(help="Draws the windows; 0 by default.")] = None,
+    keep: Keep = None,
+    device: Device = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """What a budget would choose for each layer, and the curve of KL against size; no model is written."""
+    from bitpress.eval.report.tables import budget_tables
+
+    from ..api import plan as plan_api
+    from ..config.load import load_layers
+
+    quiet_libraries()
+    settings = {**_recipe(None, budget, choice), "format": format, "layers": load_layers(layer or [])}
+    settings |= ({"method": method} if method else {}) | _calibration(calibration, windows, context, seed)
+    with progress("solving and probing layers") as step:
+        chosen = plan_api(model, settings, revision, device, step, keep)
+    if as_json:
+        print_json(chosen)
+        return
+    for title, header, rows, note in budget_tables("", chosen):
+        print_line(f"\n{title}")
+        print_table(header, rows)
+        print_line(f"\n{note}")
+
+
+def clean(run: Annotated[Path, typer.Argument(help="The folder of a run: runs/NAME.")]) -> None:
+    """Delete what a run keeps for further budgets: statistics, solutions and probes. Artifacts and reports stay."""
+    from ..api import clean as clean_api
+
+    deleted = clean_api(run.expanduser())
+    for folder in deleted:
+        print_line(f"deleted {folder}")
+    if not deleted:
+        print_line(f"{run} keeps nothing for further budgets")
 
 
 def convert(
     model: Annotated[str, typer.Argument(help="A quantized folder, or a Hub id.")],
-    to: Annotated[str, typer.Option(help="A format: compressed-tensors, gptq, gptq-v2; see `bitpress list`.")],
+    to: Annotated[str, typer.Option(help="A format: compressed-tensors, gguf, gptq, gptq-v2; see `bitpress list`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
 ) -> None:
     """A quantized checkpoint in another format, its weights the same to the bit, or a refusal that says why."""

@@ -83,7 +83,7 @@ def _recipe_problems(data: Any, fault: ValidationError | None, check: CheckRecip
     problems: list[Problem] = []
     for number, recipe in enumerate(data["recipes"]):
         values = recipe if isinstance(recipe, str) else sound(recipe, "recipes", number)
-        if values and ("scheme" in values or isinstance(values, str)):
+        if values and (isinstance(values, str) or {"scheme", "budget"} & values.keys()):
             settings = RecipeSettings.model_validate(values).with_defaults(defaults)
             for path, sentence in check(settings):
                 inherited = bool(path) and settings.inherits(str(path[0])) and path[0] in data["defaults"]

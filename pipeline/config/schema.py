@@ -21,6 +21,7 @@ from bitpress.kernels.registry import AUTOMATIC
 from bitpress.kernels.registry import registry as kernels
 
 from ..errors import nearest
+from .budget import Budget
 from .messages import Several
 
 AUTO = "auto"
@@ -85,6 +86,7 @@ class RecipeDefaults(_Strict):
     transform: str | None = None  # of each block before its layers are quantized: smooth or awq
     method: str = AUTO  # the scheme's default; or one of `bitpress list`
     format: str = AUTO  # the first that can hold every layer
+    choices: list[str] = []  # of a budget: the schemes to choose from, none for unquantized; [] for 2 to 8 bits
     options: dict[str, Any] = {}  # of the method, such as {damping: 1e-3} of gptq
     layers: dict[str, str] = {}  # shell pattern on the names in the files -> [method/]scheme, or none; the last wins
     observer: str = AUTO  # of the range of static inputs: mse, percentile or minmax; auto is the first
@@ -107,26 +109,47 @@ class RecipeDefaults(_Strict):
         return {pattern: BASELINE if text is None else text for pattern, text in value.items()}
 
 
+def _budget(value: Any) -> str:
+    """The budget, as it is named."""
+    return Budget.parse(str(value)).name
+
+
+BudgetName = Annotated[str, BeforeValidator(_budget)]
+
+
 def recipe_parts(text: str) -> dict[str, str]:
-    """{"scheme", "method", "transform"} of a recipe's text, [transform+][method/]scheme, as far as it names them."""
+    """What a recipe's text, [transform+][method/]scheme, names of "scheme", "method" and "transform".
+
+    An amount, such as 4.25bits, is a "budget" in place of a scheme.
+    """
     transform, plus, rest = text.rpartition("+")
     method, slash, scheme = rest.rpartition("/")
-    return {"scheme": scheme} | ({"method": method} if slash else {}) | ({"transform": transform} if plus else {})
+    try:
+        named = {"budget": Budget.parse(scheme).name}
+    except ValueError:
+        named = {"scheme": scheme}
+    return named | ({"method": method} if slash else {}) | ({"transform": transform} if plus else {})
 
 
 class RecipeSettings(RecipeDefaults):
     """How one model is quantized; as text, [transform+][method/]scheme: "int4-g128", "smooth+gptq/int8-dynamic"."""
 
     name: str | None = Field(None, pattern=_NAME)
-    scheme: str = Field(min_length=1)  # of every layer that no rule names; none keeps them
+    scheme: str = Field(min_length=1)  # of every layer that no rule names; none keeps them; auto, of a budget
+    budget: BudgetName | None = None  # 4.25 bits, 4.1 GB: each layer gets one of the choices
     _inherited: frozenset[str] = PrivateAttr(frozenset())
 
     @model_validator(mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
+        if isinstance(value, str):
+            value = recipe_parts(value)
+        if not isinstance(value, dict) or value.get("budget") is None:
             return value
-        return recipe_parts(value)
+        if "scheme" in value and value["scheme"] != AUTO:
+            said = "a budget chooses the schemes itself: take scheme out, or name those to choose from under choices"
+            raise Several([(("scheme",), said)])
+        return {**value, "scheme": AUTO}
 
     @property
     def spec(self) -> str:
@@ -136,7 +159,8 @@ class RecipeSettings(RecipeDefaults):
     @property
     def label(self) -> str:
         """The recipe's name, and that of its run's folder."""
-        text = f"{self.transform}-{self.spec}" if self.transform else self.spec
+        spec = self.spec if self.budget is None else f"{'' if self.method == AUTO else f'{self.method}-'}{self.budget}"
+        text = f"{self.transform}-{spec}" if self.transform else spec
         return self.name or text.replace("/", "-") + ("-mixed" if self.layers else "")
 
     @property

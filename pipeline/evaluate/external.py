@@ -22,7 +22,7 @@ from .results import identity_of, origin_of_external
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder holds weights."""
-    return (path / SINGLE).exists() or (path / INDEX).exists()
+    return (path / SINGLE).exists() or (path / INDEX).exists() or any(path.glob("*.gguf"))
 
 
 def evaluate_external(

@@ -181,6 +181,24 @@ class Kernels(_Part):
     rounded_inputs: RoundedInputs | None = None
 
 
+class BudgetPoint(_Part):
+    """A point of the curve of KL against size: bits per weight of the layers that have a choice, the bytes of the whole
+    artifact, and the divergence that the probes' sum predicts."""
+
+    bits: Positive = None
+    nbytes: Count = None
+    predicted_kl: Number = None
+
+
+class Budget(BudgetPoint):
+    """What a budget chose. measured_kl: of the chosen model, on the tokens that the prediction is of."""
+
+    budget: str
+    tokens: Count = None
+    measured_kl: Number = None
+    curve: list[BudgetPoint] = []
+
+
 class Metrics(_Part):
     """A metrics.json of bitpress: what was measured of one run, of what, how, and on what machine."""
 
@@ -190,6 +208,7 @@ class Metrics(_Part):
     method: str | None = None
     format: str | None = None
     recipe: Recipe | None = None
+    budget: Budget | None = None
     checkpoint: dict[str, Any] | None = None
     protocol: Protocol
     quality: Quality

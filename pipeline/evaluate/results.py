@@ -69,6 +69,7 @@ class Origin:
     """How the model that is measured came about, in plain values as in metrics.json.
 
     recipe: its name and its rules. checkpoint: where it is, unless it is the run's own artifact or the model itself.
+    budget: what a budget chose, and the curve that it is of, see quantize/budget.py.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Origin:
     recipe: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     checkpoint: dict[str, Any] | None = None
+    budget: dict[str, Any] | None = None
 
 
 def origin_of_run(run: Run, source: Source, recipe: Recipe | None, folder: Path) -> Origin:
@@ -97,7 +99,7 @@ def origin_of_run(run: Run, source: Source, recipe: Recipe | None, folder: Path)
     schemes, methods = ({layer[key] for layer in layers} for key in ("scheme", "method"))
     calibration = None
     if recipe.calibration:
-        specs = [spec for spec in recipe.rules.specs() if spec.method.needs_calibration]
+        specs = [spec for spec in recipe.specs() if spec.method.needs_calibration]
         options = {name: value for spec in specs for name, value in options_of(spec.method).items()}
         names = ", ".join(sorted({spec.method.name for spec in specs}))
         calibration = {**recipe.calibration.to_dict(), "method": names, **options}
@@ -110,7 +112,8 @@ def origin_of_run(run: Run, source: Source, recipe: Recipe | None, folder: Path)
         coverage=manifest["coverage"],
         size=sizes(artifact, manifest["coverage"], parameters),
         config=config,
-        recipe={"name": recipe.name, "layers": recipe.rules.to_dict()},
+        recipe={"name": recipe.name, "layers": manifest["recipe"]["layers"]},
+        budget=manifest.get("budget"),
         calibration=calibration,
     )
 

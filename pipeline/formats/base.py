@@ -166,6 +166,14 @@ class Format(ABC):
         """
         return []
 
+    def checkpoint_problems(self, checkpoint: Checkpoint, layers: Iterable[str]) -> list[str]:
+        """Why this model or its tokenizer cannot be stored so, whatever the schemes; [] if it can.
+
+        Args:
+            layers: that are, or will be, quantized, by their names in the files.
+        """
+        return []
+
     @abstractmethod
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         """What scales are stored in, for a checkpoint of `dtype`; codes are computed from scales so rounded."""
@@ -345,17 +353,22 @@ class SafetensorsWriter:
             "metadata": {"total_size": sum(line["bytes"] for line in written.values())},
             "weight_map": dict(sorted(weight_map.items())),
         }
+        written[INDEX] = files.write_json(self.folder / INDEX, index)
+        return dict(sorted((written | self.write_small_files(config, section, companions)).items()))
+
+    def write_small_files(
+        self, config: Mapping[str, Any], section: dict[str, Any], companions: Iterable[Path]
+    ) -> dict[str, dict[str, Any]]:
+        """Write what lies beside the weights: config.json, the format's side files, and copies of the companions."""
         model = {key: value for key, value in config.items() if key not in ("_name_or_path", "quantization_config")}
         if not model.get("dtype") and not model.get("torch_dtype"):  # null, too: readers guess then, each its own way
             model["dtype"] = dtype_name(self.dtype)
-        written[INDEX] = files.write_json(self.folder / INDEX, index)
         contents = {"config.json": model | {"quantization_config": section}, **self.format.side_files(section)}
-        for name, content in contents.items():
-            written[name] = files.write_json(self.folder / name, content)
+        written = {name: files.write_json(self.folder / name, content) for name, content in contents.items()}
         for path in companions:
             if path.name != MANIFEST:
                 written[path.name] = files.copy_file(path, self.folder / path.name)
-        return dict(sorted(written.items()))
+        return written
 
 
 def is_packed_integer(scheme: Scheme) -> bool:

@@ -20,7 +20,7 @@ The shortest method, in a file of its own in this folder:
     PLUGINS = (Truncate(),)
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -149,6 +149,45 @@ class BlockView(Protocol):
         """The statistic of each group's input over all calibration tokens, in the order of `groups`."""
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What learning did to a block's layers.
+
+    layers: their names in the files. curve: (gradient steps done, error on held-out tokens), from before the first step
+    on; see TrainableBlock.error for what the error is.
+    """
+
+    layers: tuple[str, ...]
+    curve: tuple[tuple[int, float], ...]
+
+
+class TrainableBlock(Protocol):
+    """A decoder block whose quantized layers `Method.learn` may learn, and the calibration tokens to learn from.
+
+    batches: how many batches of tokens there are to learn from; the held-out ones are others.
+    """
+
+    @property
+    def batches(self) -> int: ...
+
+    def weight(self, layer: str) -> Tensor:
+        """A layer's unquantized weight [out, in]."""
+
+    def error(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """How far the block's outputs for a batch are off with these weights, [out, in] each, in these layers.
+
+        The squared error of each token's output against the unquantized block's for the same input, as a fraction of
+        that output's squared norm; the mean over tokens. So a few tokens with huge outputs, which the next norm makes
+        as small as all others, do not hide the rest. A scalar that can be differentiated by the weights.
+        """
+
+    def held_out_error(self, layers: Mapping[str, QTensor]) -> float:
+        """The same over all held-out batches, with layers as they are stored."""
+
+    def on_step(self, done: int, total: int) -> None:
+        """Shows how far learning has come, in gradient steps."""
+
+
 class Method(Protocol):
     """One algorithm. A method with options is a pydantic dataclass, its fields the options.
 
@@ -183,6 +222,18 @@ class Method(Protocol):
         multiply by 1 + weight. `BlockView.outputs` before and after shows whether the change was right.
         """
         return
+
+    @property
+    def learns(self) -> bool:
+        """True if the method learns from a whole block after its layers are quantized."""
+        return type(self).learn is not Method.learn
+
+    def learn(self, block: TrainableBlock, layers: Mapping[str, QTensor]) -> tuple[dict[str, QTensor], Tuned]:
+        """Layers of a block that this method quantized, improved by what the block as a whole puts out.
+
+        Returns the same layers, with the same schemes, and how the error fell. Layers are left as they are here.
+        """
+        return dict(layers), Tuned((), ())
 
     def quantize(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()

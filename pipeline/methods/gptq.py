@@ -61,7 +61,9 @@ class GPTQ(Method):
     def problems(self, scheme: Scheme) -> list[str]:
         weight = scheme.weight.description()
         fits = weight.type == "int" and weight.strategy in ("channel", "group")
-        return [] if fits else [f"gptq produces integer weights, a scale per channel or group, not {scheme.name}"]
+        return (
+            [] if fits else [f"{self.name} produces integer weights, a scale per channel or group, not {scheme.name}"]
+        )
 
     def quantize(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitpress.kernels.linear import QLinear
 
+from ..config.schema import Calibrate
+from ..data.calibration import Calibration, calibrate
 from ..errors import ConfigError
 from ..formats import quantization_section
 from ..hub.download import resolve
@@ -25,7 +27,7 @@ from .modules import assembled_tensors, experts_of, quantized_layers, replace_la
 from .optimize import optimize_for_decoding
 from .pretrained import generation_config, load_tokenizer, require_tokenizer
 from .quantized import read_quantized
-from .structure import ParameterPath, TensorNames
+from .structure import ParameterPath, TensorNames, skeleton
 from .transformers import attach
 
 CPU = torch.device("cpu")
@@ -57,6 +59,15 @@ def load(
     for remark in checkpoint.remarks:
         _log.warning(remark)
     return load_model(checkpoint, pick_device(device), dtype, kernel, on_step), load_tokenizer(folder)
+
+
+def calibrate_on(checkpoint: Checkpoint, settings: Calibrate) -> Calibration:
+    """The windows of text that a checkpoint's model is calibrated on, by its own tokenizer; see calibrate.
+
+    Raises:
+        BitpressError: the text or the tokenizer cannot be used, or the text is too short.
+    """
+    return calibrate(settings, load_tokenizer(checkpoint.folder), skeleton(checkpoint).config)
 
 
 def load_model(

@@ -21,7 +21,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from ..errors import CheckpointError, listing
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.config import data_of
-from ..system.library import library_errors
+from ..system.library import library_errors, silenced
 from ..system.limits import Budget, OverBudget, within
 
 # a folder with none of these has no tokenizer
@@ -68,6 +68,14 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         (Path(folder) / path.name).write_text(json.dumps(_without_methods(values)))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         config.name_or_path = str(checkpoint.folder)
+    text = config.get_text_config(decoder=True)  # a number that the file leaves out has a default
+    chosen = getattr(text, "num_experts_per_tok", None)
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        experts = getattr(text, key, None)
+        if isinstance(chosen, int) and isinstance(experts, int) and 0 < experts < chosen:
+            raise CheckpointError(
+                f"{path}: num_experts_per_tok is {chosen}, expected at most {key}, which is {experts}"
+            )
     return config
 
 
@@ -153,7 +161,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         with _tokenizer_files(folder) as copies, library_errors(what, _GET_AGAIN, copies):
             size = sum(path.stat().st_size for path in copies.iterdir())
-            with within(Budget(_TOKENIZER_SECONDS + size / 1e6, _TOKENIZER_BYTES + 100 * size)):
+            with silenced(), within(Budget(_TOKENIZER_SECONDS + size / 1e6, _TOKENIZER_BYTES + 100 * size)):
                 tokenizer = AutoTokenizer.from_pretrained(copies, trust_remote_code=False, local_files_only=True)
     except OverBudget as error:
         raise CheckpointError(f"{folder}: to make the tokenizer takes {error}; its files are not sane") from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, listing
 from ..evaluate.metrics import METRICS, sealed
-from ..storage.checkpoint import INDEX, Checkpoint, read_json
+from ..storage.checkpoint import INDEX, WEIGHT_SUFFIXES, Checkpoint, read_json
 from ..storage.fingerprint import MANIFEST
 from ..system.redact import has_token
 from .vocabulary import is_licence_file
@@ -131,7 +131,7 @@ def _fault(path: Path, weights: bool) -> str | None:
     """Why a file may not be published; None if it may."""
     if path.is_symlink() or not path.is_file():
         return f"{path.name} is a link, or no file: only plain files are published; put a copy in its place"
-    limit = LARGEST if weights and path.suffix == ".safetensors" else LARGEST_TEXT
+    limit = LARGEST if weights and path.suffix in WEIGHT_SUFFIXES else LARGEST_TEXT
     if (size := path.stat().st_size) > limit:
         return f"{path.name} has {size} bytes, at most {limit} are published"
     if not weights and has_token(path.read_bytes()):

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..storage.checkpoint import Checkpoint, read_json
 from ..storage.fingerprint import MANIFEST, check_fingerprint, open_work
 from ..system.progress import OnStep
 from ..system.versions import versions
+from .budget import FOLDER, search
 from .plan import Plan, PlannedTensor, Unit, make_plan
 from .recipe import Recipe, fingerprint, order_of_sums
 from .sequential import CalibratedBlocks, clear_states
@@ -100,6 +102,7 @@ def quantize(
     out: Path,
     work: Path,
     on_step: OnStep = lambda done, total: None,
+    shared: Path | None = None,
 ) -> list[str]:
     """Make `out`, an artifact folder that other runtimes load; take up what an earlier, broken call left in `work`.
 
@@ -107,6 +110,7 @@ def quantize(
         source: what to record of where the checkpoint came from ({"id", "revision"}).
         work: journal.jsonl and the unfinished artifact live here, on the same file system as `out`.
         on_step: called with (units done, units in all).
+        shared: where a budget's statistics and solutions are kept, for other budgets; None for `work`.
     Returns:
         Sentences on what happened on the way, such as a damaged shard that was made again.
     Raises:
@@ -121,10 +125,18 @@ def quantize(
         return _verify_finished(out, hashes, on_step)
     if store.is_occupied(out):
         raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
+    chosen = search(checkpoint, source, recipe, shared or work / FOLDER, on_step) if recipe.budget else None
+    if chosen:
+        recipe = chosen.recipe()
     plan = make_plan(checkpoint, recipe)
     folder = work / "artifact.tmp"
     open_work(work, origin | order_of_sums(recipe))
-    blocks = CalibratedBlocks(plan, recipe, work) if recipe.calibration else None
+    blocks = None
+    if recipe.calibration:
+        # of what is solved already, one window makes the reference logits
+        ids = recipe.calibration.ids[:1] if chosen else recipe.calibration.ids
+        one = replace(recipe, calibration=replace(recipe.calibration, ids=ids))
+        blocks = CalibratedBlocks(plan, one, work, chosen.search.solution if chosen else None)
     store.make_folder(folder)
     progress = _Progress(plan, work, folder)
     written = sum(line["bytes"] for line in progress.done.values())
@@ -138,12 +150,14 @@ def quantize(
     files = writer.close(checkpoint.config, section, checkpoint.other_files())
     _compare_names(checkpoint, plan, folder)
     layers = [layer for line in lines for layer in line["layers"]]
+    tuned = [each for line in lines for each in line.get("tuned", [])]
     manifest = {
         "fingerprint": origin,
         "versions": versions(),
         **order_of_sums(recipe),
         "recipe": recipe.to_dict() | {"format": plan.format.name},
-        "coverage": plan.coverage() | {"layers": layers},
+        **({"budget": chosen.to_dict()} if chosen else {}),
+        "coverage": plan.coverage() | {"layers": layers} | ({"tuned": tuned} if tuned else {}),
         **({"transform": [each for line in lines for each in line.get("transform", [])]} if recipe.transform else {}),
         "files": files,
     }
@@ -201,7 +215,11 @@ def _write_units(
                 writer.adopt(lines[file])
             else:
                 if blocks and unit.block is not None:
-                    line = blocks.quantize_block(unit, writer)
+
+                    def on_part(part: int, parts: int, number: int = number) -> None:
+                        on_step(number * parts + part, total * parts)
+
+                    line = blocks.quantize_block(unit, writer, on_part)
                 else:
                     line = quantize_unit(plan, unit, writer)
                 shard = writer.cut(number)

@@ -5,8 +5,9 @@ there is no code for any one architecture.
 """
 
 import contextlib
+import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bitpress.kernels.linear import QExperts
+from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, NumericsError
@@ -25,6 +27,7 @@ from ..models.modules import assembled_tensors, converted_tensors, dense_layer, 
 from ..models.structure import TensorNames, decoder, skeleton, towers, weight_kind
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
+from ..system.progress import OnStep
 from ..system.threads import pool
 from .foldings import probe, rows_of_inputs, segments
 from .plan import PlannedTensor
@@ -32,6 +35,7 @@ from .plan import PlannedTensor
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time: what caches, and what memory likes
 _MOST_AT_A_TIME = 4  # batches: one for each core where there are few, but their activations are all in memory
 _WIDE = 4096  # inputs from which on a statistic is best summed by all threads together
+_HELD_OUT = 8  # one batch of so many judges what is learned from the others
 _MOST_DROPPED = 0.01  # of a layer's tokens may have infinite activations
 
 
@@ -95,6 +99,7 @@ class BlockRunner:
         dtype: torch.dtype,
         device: str,
         read: Callable[[PlannedTensor], Tensor] | None = None,
+        least_batches: int = 1,
     ):
         """Build the model without its weights.
 
@@ -102,6 +107,7 @@ class BlockRunner:
             outside: the tensors outside the blocks. ids: int64 [windows, context].
             dtype: of weights and activations. device: where blocks run.
             read: gives a tensor outside the blocks as the model is to have it; by default as the files hold it.
+            least_batches: into which the windows are divided, as far as there are as many windows.
         """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.model = skeleton(checkpoint, dtype)
@@ -127,16 +133,17 @@ class BlockRunner:
             if self.names.known(planned.target.parameter) and not planned.target.parameter.startswith(unread)
         ]
         self._read = read or (lambda planned: checkpoint.read(planned.info.name))
-        self.batches = ids.split(max(1, _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"]) // ids.shape[1]))
+        windows = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"]) // ids.shape[1]
+        self.batches = ids.split(max(1, min(windows, len(ids) // least_batches)))
         self._workers = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
         self._calls: list[dict[int, _Call]] = []  # of each batch: block -> what it is called with
         self._first: Tensor | None = None  # block 0's inputs, as last seen
-        self._ending: Tensor | None = None  # the last block's outputs, to be passed on
+        self._resumed: tuple[int, Tensor] | None = None  # a block and what it puts out, whatever it reads
 
     def _passed(self, number: int, hidden: Tensor, call: _Call) -> Tensor:
         """Note a stand-in's call; returns the stand-in's output."""
-        if self._ending is not None:
-            return self._ending if number == max(self._calls[0]) else hidden
+        if self._resumed is not None:
+            return self._resumed[1] if number == self._resumed[0] else hidden
         calls = self._calls[-1]
         if not calls:
             self._first, self._version = hidden, hidden._version
@@ -157,7 +164,7 @@ class BlockRunner:
         return number in self._calls[0]
 
     @contextlib.contextmanager
-    def _outside_in_memory(self) -> Iterator[None]:
+    def outside_in_memory(self) -> Iterator[None]:
         """The model has its embeddings, its last norm and its head for as long as this lasts, and no tower."""
         held = []
         places = {planned.info.name: planned for planned in self._outside}
@@ -192,7 +199,7 @@ class BlockRunner:
         """
         self._calls.clear()
         self._first = None
-        with self._outside_in_memory():
+        with self.outside_in_memory():
             for batch in self.batches:
                 self._calls.append({})
                 reason: str | None = None
@@ -217,13 +224,20 @@ class BlockRunner:
     @torch.no_grad()
     def logits(self, outputs: Tensor) -> Tensor:
         """What the model makes of the last block's outputs for the first windows: [windows, context, vocabulary]."""
-        self._ending = outputs.to(self.device)
+        with self.outside_in_memory():
+            return self.logits_after(max(self._calls[0]), outputs, self.batches[0][: len(outputs)]).cpu()
+
+    @torch.no_grad()
+    def logits_after(self, block: int, outputs: Tensor, ids: Tensor) -> Tensor:
+        """Logits [windows, context, vocabulary] for these ids, where a block puts out `outputs`.
+
+        It and the blocks before it are not loaded, the blocks after it are; for all, see outside_in_memory.
+        """
+        self._resumed = block, outputs.to(self.device)
         try:
-            with self._outside_in_memory():
-                ids = self.batches[0][: len(outputs)].to(self.device)
-                return self.model(input_ids=ids, use_cache=False).logits.cpu()
+            return self.model(input_ids=ids.to(self.device), use_cache=False).logits
         finally:
-            self._ending = None
+            self._resumed = None
 
     def load_block(self, number: int, weights: Iterable[tuple[PlannedTensor, Tensor]]) -> None:
         """Put a block back in its place, with its weights as the files store them."""
@@ -247,9 +261,34 @@ class BlockRunner:
         self._blocks[self._number] = self._real[self._number] = _StandIn(self, self._number, self._block)
         del self._block
 
+    @contextlib.contextmanager
+    def whole_model(self, units: Iterable[tuple[int, Iterable[tuple[PlannedTensor, Tensor]]]]) -> Iterator[nn.Module]:
+        """The model with all its weights in memory, for as long as this lasts; `embed` is not needed for it.
+
+        Args:
+            units: each block's number, and its tensors as for load_block.
+        """
+        for number, weights in units:
+            self.load_block(number, weights)
+        with self.outside_in_memory():
+            yield self.model
+
+    def drop_block(self, number: int) -> None:
+        """Let go of one block of a whole model; `logits_after` stands in for it."""
+        self._block, self._number = self._real[number], number
+        self.unload_block()
+
+    def block(self, number: int) -> nn.Module:
+        """The module of a block."""
+        return self._blocks[number]
+
     @torch.no_grad()
     def forward(self, batch: int, inputs: Tensor) -> Tensor:
         """The block's outputs for its inputs [windows, context, hidden] of one batch."""
+        return self.differentiable(batch, inputs)
+
+    def differentiable(self, batch: int, inputs: Tensor) -> Tensor:
+        """The same, for a gradient by the weights that `with_weights` put into the block."""
         if not self.reached(self._number):
             return inputs.to(self.device)
         call = self._calls[batch][self._number]
@@ -280,6 +319,20 @@ class BlockRunner:
     def set_weight(self, planned: PlannedTensor, weight: Tensor) -> None:
         """Replace a layer's weight by `weight` [out, in]."""
         self.set_tensor(planned, weight.t().contiguous() if planned.kind == "conv1d" else weight)
+
+    @contextlib.contextmanager
+    def with_weights(self, weights: Sequence[tuple[PlannedTensor, Tensor]]) -> Iterator[None]:
+        """Meanwhile, layers of the block multiply by these weights [out, in], and by no copies of them."""
+        before = []
+        try:
+            for planned, weight in weights:
+                module = self.layer(planned)
+                before.append((module, module._parameters["weight"]))
+                module._parameters["weight"] = weight.t() if planned.kind == "conv1d" else weight  # type: ignore[assignment]
+            yield
+        finally:
+            for module, parameter in before:
+                module._parameters["weight"] = parameter
 
     def groups(self, layers: Sequence[PlannedTensor], inputs: Tensor) -> list[list[PlannedTensor]]:
         """The layers that read the very same input, together, in the order in which the block calls them.
@@ -590,6 +643,56 @@ class BlockView:
         quantized = [next(planned for planned in group if planned.spec) for group, _ in self._groups]
         wanted = [(planned, (statistic,)) for planned in quantized]
         return [each[statistic] for each in self._runner.collect(wanted, self.inputs())]
+
+
+class TrainableBlock:
+    """The block that a runner has loaded, as `Method.learn` learns it; see methods.base.TrainableBlock."""
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        layers: Mapping[str, tuple[PlannedTensor, Tensor]],
+        inputs: Callable[[int], Tensor],
+        expected: Callable[[int], Tensor],
+        on_step: OnStep,
+    ):
+        """Show a block whose layers are quantized to a method.
+
+        Args:
+            layers: by name, with their weights as in the files. inputs: of the block, by the number of a batch.
+            expected: what the unquantized block puts out for them.
+        """
+        self._runner, self._layers, self._inputs, self._expected = runner, layers, inputs, expected
+        self.on_step = on_step
+        total = len(runner.batches)
+        step = max(2, min(_HELD_OUT, total))  # every so many batches, the last one is held out
+        self._held_out = [number for number in range(total) if number % step == step - 1]
+        self._learned = [number for number in range(total) if number % step != step - 1]
+
+    @property
+    def batches(self) -> int:
+        return len(self._learned)
+
+    def weight(self, layer: str) -> Tensor:
+        planned, weight = self._layers[layer]
+        return (weight.t() if planned.kind == "conv1d" else weight).to(self._runner.device)
+
+    def error(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+        return self._error(self._learned[batch], weights)
+
+    @torch.no_grad()
+    def held_out_error(self, layers: Mapping[str, QTensor]) -> float:
+        weights = {name: qtensor.dequantize(self._runner.dtype) for name, qtensor in layers.items()}
+        return math.fsum(self._error(number, weights).item() for number in self._held_out) / len(self._held_out)
+
+    def _error(self, number: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """The error of one batch of all; each token counts the same, however large its outputs are."""
+        runner, inputs, expected = self._runner, self._inputs(number), self._expected(number)
+        own = [(self._layers[name][0], weight.to(runner.dtype)) for name, weight in weights.items()]
+        with runner.with_weights(own):
+            outputs = runner.differentiable(number, inputs).to(torch.float32)
+        wide = expected.to(runner.device, torch.float32)
+        return ((outputs - wide).square().sum(-1) / wide.square().sum(-1).clamp(min=1e-30)).mean()
 
 
 def _shared(call: _Call, earlier: _Call | None) -> _Call:

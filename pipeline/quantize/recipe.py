@@ -1,11 +1,12 @@
 """How one model is quantized, settled and checked before any weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..config.budget import Budget
 from ..config.load import load_recipe
 from ..config.messages import Problem
 from ..config.schema import AUTO, RecipeSettings
@@ -24,6 +25,10 @@ from ..transforms.base import Transform
 from .spec import KEPT, LayerSpec, Rules
 
 FORMAT_VERSION = 2
+# What a budget chooses from: 2.1 to 8 bits. Finer groups than 32 cost what the next width does.
+CHOICES = (
+    "int2-g128", "int2-g64", "int2-g32", "int3-g128", "int3-g32", "int4-g128", "int4-g32", "int8-channel",
+)  # fmt: skip
 NO_CALIBRATION = "no method of the recipe is calibrated: name one that is, such as gptq, or leave calibration out"
 
 
@@ -39,6 +44,7 @@ class Recipe:
     device: where calibrated methods do their work.
     transform: what is done to each block before the methods; None for nothing.
     observer: how the range of static inputs is chosen; None for the first way that their type has.
+    budget: a size to meet; each layer that `rules.layers` does not name gets one of `choices`, None to keep it.
     """
 
     name: str
@@ -51,6 +57,8 @@ class Recipe:
     device: str = "cpu"
     transform: Transform | None = None
     observer: str | None = None
+    budget: Budget | None = None
+    choices: tuple[LayerSpec | None, ...] = ()
 
     @staticmethod
     def make(settings: "str | Mapping[str, Any] | RecipeSettings", device: str = "auto") -> "Recipe":
@@ -66,10 +74,14 @@ class Recipe:
         if faults := problems(settings):
             raise ConfigError("; ".join(f"{'.'.join(map(str, path))}: {sentence}" for path, sentence in faults))
         method = None if settings.method == AUTO else with_options(methods()[settings.method], settings.options)
+        choices: tuple[LayerSpec | None, ...] = ()
+        if settings.budget:
+            method = method or next(each for each in methods().values() if each.statistics)
+            choices = tuple(LayerSpec.parse(text, method) for text in settings.choices or CHOICES)
         return Recipe(
             name=settings.label,
             rules=Rules(
-                LayerSpec.parse(settings.spec, method),
+                next(filter(None, choices)) if settings.budget else LayerSpec.parse(settings.spec, method),
                 {pattern: LayerSpec.parse(text, method) for pattern, text in settings.layers.items()},
             ),
             format=None if settings.format == AUTO else formats()[settings.format],
@@ -79,26 +91,32 @@ class Recipe:
             device=str(pick_device(device)),
             transform=transforms()[settings.transform] if settings.transform else None,
             observer=None if settings.observer == AUTO else settings.observer,
+            budget=Budget.parse(settings.budget) if settings.budget else None,
+            choices=choices,
         )
 
     @property
     def calibrated(self) -> bool:
-        """Whether the transform, or some layer's method or inputs, need calibration."""
-        return self.transform is not None or any(spec.needs_calibration for spec in self.rules.specs())
+        """Whether the transform, the budget, or some layer's method or inputs need calibration."""
+        return bool(self.transform or self.budget) or any(spec.needs_calibration for spec in self.rules.specs())
+
+    def specs(self) -> list[LayerSpec]:
+        """Every spec that some layer may get."""
+        return [*filter(None, self.choices), *self.rules.specs()]
 
     @property
     def scheme(self) -> str:
         """The scheme's name, or "mixed" where layers may differ."""
-        return scheme_name(spec.scheme.name for spec in self.rules.specs())
+        return scheme_name(spec.scheme.name for spec in self.specs())
 
     @property
     def method(self) -> str:
         """The names of all methods."""
-        return ", ".join(sorted({spec.method.name for spec in self.rules.specs()}))
+        return ", ".join(sorted({spec.method.name for spec in self.specs()}))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that the artifact's bytes depend on, in plain values, flat."""
-        default = self.rules.default
+        default = None if self.budget else self.rules.default
         described: dict[str, Any] = {
             "scheme": default.scheme.name if default else KEPT,
             "method": default.method.name if default else KEPT,
@@ -106,7 +124,11 @@ class Recipe:
             "layers": self.rules.to_dict(),
             "fit_groups": self.fit_groups,
         }
-        for method in {spec.method.name: spec.method for spec in self.rules.specs()}.values():
+        if self.budget:
+            choices = [spec.name if spec else KEPT for spec in self.choices]
+            described |= {"scheme": AUTO, "budget": self.budget.name, "choices": choices}
+            described["method"] = ", ".join(sorted({spec.method.name for spec in self.choices if spec}))
+        for method in {spec.method.name: spec.method for spec in self.specs()}.values():
             described[f"{method.name}.version"] = method.version
             described |= {f"{method.name}.{name}": value for name, value in options_of(method).items()}
         if self.transform:
@@ -135,7 +157,15 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         sentence = "these are options of one method, and method is auto: name it, as in method: gptq"
         return [(("options",), sentence)]
     specs: list[LayerSpec] = []
-    texts = {(): settings.spec} | {("layers", pattern): text for pattern, text in settings.layers.items()}
+    texts: dict[tuple[str | int, ...], str] = {("layers", p): text for p, text in settings.layers.items()}
+    if settings.budget is None:
+        texts = {(): settings.spec} | texts
+        if settings.choices and not settings.inherits("choices"):
+            faults.append((("choices",), "these are for a budget to choose from, as in budget: 4.25 bits"))
+    else:
+        prefix = "" if settings.method == AUTO else f"{settings.method}/"
+        choices = enumerate(settings.choices or CHOICES)
+        texts |= {("choices", n): text if "/" in text or text == KEPT else prefix + text for n, text in choices}
     for path, text in texts.items():
         try:
             specs += [spec] if (spec := LayerSpec.parse(text)) else []
@@ -153,9 +183,15 @@ def problems(settings: RecipeSettings) -> list[Problem]:
                 faults.append((("observer",), f"observer {settings.observer!r} is unknown to {spec.scheme.name}{hint}"))
     if settings.options and not faults:
         faults += _option_problems(settings)
+    if settings.budget:
+        faults += _budget_problems(settings, specs)
     if not specs and not faults and not settings.baseline:
         faults.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
-    unused = settings.calibration and not settings.transform and not any(spec.needs_calibration for spec in specs)
+    unused = (
+        settings.calibration
+        and not (settings.transform or settings.budget)
+        and not any(spec.needs_calibration for spec in specs)
+    )
     if unused and specs and not faults and not settings.inherits("calibration"):
         faults.append((("calibration",), NO_CALIBRATION))
     if settings.format != AUTO and not faults:
@@ -164,6 +200,25 @@ def problems(settings: RecipeSettings) -> list[Problem]:
             fitting = (1024, 32 * (spec.scheme.weight.description().group_size or 32))
             faults += [(("format",), problem) for problem in target.problems(spec.scheme, fitting)]
     return list(dict.fromkeys(faults))
+
+
+def _budget_problems(settings: RecipeSettings, specs: Sequence[LayerSpec]) -> list[Problem]:
+    """What does not go together with a budget, whose layers are all solved by themselves on one calibration."""
+    faults: list[Problem] = []
+    if settings.transform:
+        faults.append((("transform",), "a budget solves layers of unchanged blocks; take transform out, or the budget"))
+    if settings.choices and not any(text != KEPT for text in settings.choices):
+        faults.append((("choices",), "all are none, so there is nothing to choose; name schemes, such as int4-g128"))
+    if settings.allow_split_fused:
+        said = "a budget chooses one scheme for what servers fuse; take allow_split_fused out, or the budget"
+        faults.append((("allow_split_fused",), said))
+    if learning := [spec.method.name for spec in specs if spec.method.learns]:
+        said = f"a budget solves each layer by itself, and {learning[0]} learns from whole blocks; use gptq"
+        faults.append((("method",), said))
+    if settings.options.get("true_sequential"):
+        said = "a budget calibrates all layers on the unquantized model; take true_sequential out, or the budget"
+        faults.append((("options", "true_sequential"), said))
+    return faults
 
 
 def _option_problems(settings: RecipeSettings) -> list[Problem]:
@@ -194,7 +249,7 @@ def fingerprint(checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe) 
     fields |= {f"source.{key}": value for key, value in source.items()}
     fields |= {f"files.{name}": value for name, value in checkpoint.identity().items()}
     used = {"bitpress", "torch", "transformers"}
-    for spec in recipe.rules.specs():
+    for spec in recipe.specs():
         used |= set(spec.method.packages)
     fields |= {f"versions.{name}": value for name, value in releases().items() if name in used}
     return fields | {"format_version": FORMAT_VERSION}

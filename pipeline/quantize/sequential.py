@@ -6,7 +6,7 @@ exactly the same numbers.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -20,15 +20,17 @@ from bitpress.kernels.qtensor import QTensor
 from ..errors import ConfigError
 from ..formats.base import Writer, group_by_bytes
 from ..methods import uncalibrated_method
-from ..methods.base import Diagnostics, Method, Statistic
+from ..methods.base import Diagnostics, Method, Statistic, Tuned
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
+from ..system.progress import OnStep
 from ..transforms.base import Transformed
-from .block_runner import BlockRunner, BlockView
+from .block_runner import BlockRunner, BlockView, TrainableBlock
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
-from .weights import UnitWriter, quantize_outside, quantize_weight, read_ahead, round_uncalibrated
+from .spec import LayerSpec
+from .weights import UnitWriter, diagnosed, quantize_outside, quantize_weight, read_ahead, round_uncalibrated
 
 REFERENCE_LOGITS = "reference_logits.safetensors"
 REFERENCE_TOKENS = 64
@@ -36,28 +38,41 @@ _FEW = 2  # times its inputs: an expert that saw fewer tokens is rounded to near
 # Bytes of experts' statistics that are in memory at a time. 128 experts of Qwen3-MoE have Hessians of 2.4 GB, which
 # take five passes over the tokens so.
 MOST_STATISTICS = 1 << 29
+LEAST_BATCHES = 8  # for a method that learns from one batch after the other, and holds one out
 _HIDDEN = "hidden"
+_EXPECTED = "expected"  # outputs of an unquantized block
 _STATES = "states"
+
+
+Solved = Callable[[PlannedTensor], tuple[QTensor, Diagnostics]]
 
 
 class CalibratedBlocks:
     """The decoder blocks of a recipe of which some method is calibrated."""
 
-    def __init__(self, plan: Plan, recipe: Recipe, work: Path):
+    def __init__(self, plan: Plan, recipe: Recipe, work: Path, solved: Solved | None = None):
         """Build the model; no weight is read yet.
 
         Args:
             work: the folder of states/ and of the reference logits.
+            solved: gives each layer as it was quantized before; None to quantize it here.
         """
         assert recipe.calibration is not None
         self.checkpoint, self.plan = plan.checkpoint, plan
         self.transform, self.observer = recipe.transform, recipe.observer
-        self.states, self.reference_logits = work / _STATES, work / REFERENCE_LOGITS
+        self.states, self.reference_logits, self.solved = work / _STATES, work / REFERENCE_LOGITS, solved
         # float16 activations overflow in many models that were trained in bfloat16
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
         outside = [planned for planned in plan.tensors if planned.block is None]
         self.ids = recipe.calibration.ids
-        self.runner = BlockRunner(plan.checkpoint, outside, self.ids, dtype, recipe.device, self._read_outside)
+        tuning = [method for spec in recipe.rules.specs() if (method := spec.method).learns]
+        least = LEAST_BATCHES if tuning else 1
+        self.runner = BlockRunner(plan.checkpoint, outside, self.ids, dtype, recipe.device, self._read_outside, least)
+        if tuning and len(self.runner.batches) < 2:
+            raise ConfigError(
+                f"{tuning[0].name} was given 1 window of calibration text, and holds some out to judge what it learns "
+                "from the others; give at least 2 (calibration: {windows: 128})"
+            )
         self.last = max(planned.block for planned in plan.tensors if planned.block is not None)
         self._embedded = False
 
@@ -71,9 +86,9 @@ class CalibratedBlocks:
         return self.states / f"{block:05d}.safetensors"
 
     def nbytes(self) -> int:
-        """What the states take on the disk, at most three at a time."""
+        """What the states take on the disk, at most four at a time: with a block's expected outputs."""
         width = getattr(self.plan.model.config.get_text_config(), "hidden_size", 0)
-        return 3 * self.ids.numel() * width * self.runner.dtype.itemsize
+        return 4 * self.ids.numel() * width * self.runner.dtype.itemsize
 
     def _start(self, block: int) -> None:
         """Note what blocks are called with, and write block 0's inputs."""
@@ -83,24 +98,32 @@ class CalibratedBlocks:
                 path.unlink()
         inputs = self.runner.embed()
         if block == 0:
-            self._write(0, inputs)
+            self._write(self.state(0), inputs)
         else:
             for _ in inputs:  # the state of this block exists; only the calls are wanted
                 pass
         self._embedded = True
 
-    def _write(self, block: int, batches: Iterator[Tensor]) -> dict[str, Any]:
-        """Write a block's inputs; returns the file's size and hash."""
+    def _write(self, path: Path, batches: Iterator[Tensor]) -> dict[str, Any]:
+        """Write hidden states, such as a block's inputs; returns the file's size and hash."""
         first = next(batches)
         shape = (*self.ids.shape, first.shape[-1])
-        return files.write_rows(self.state(block), _HIDDEN, first.dtype, shape, chain([first], batches))
+        return files.write_rows(path, _HIDDEN, first.dtype, shape, chain([first], batches))
 
     def _inputs(self, block: int) -> Iterator[Tensor]:
         """A block's inputs, batch by batch."""
         return Checkpoint.single(self.state(block)).read_rows(_HIDDEN, map(len, self.runner.batches))
 
-    def quantize_block(self, unit: Unit, writer: Writer) -> dict[str, Any]:
+    def _batch(self, path: Path, number: int) -> Tensor:
+        """One batch of hidden states."""
+        counts = [len(batch) for batch in self.runner.batches]
+        return next(Checkpoint.single(path).read_rows(_HIDDEN, [counts[number]], sum(counts[:number])))
+
+    def quantize_block(self, unit: Unit, writer: Writer, on_part: OnStep = lambda done, total: None) -> dict[str, Any]:
         """Add a block's tensors to the writer's next shard; returns the shard's line in the journal.
+
+        Args:
+            on_part: called with (parts of the block done, parts in all) where a method takes long over it.
 
         Afterwards the next block's inputs are on the disk or, after the last block, the reference logits.
 
@@ -131,9 +154,14 @@ class CalibratedBlocks:
         for planned in unit.tensors:
             if planned.spec is None:
                 shard.keep(planned, weights.pop(planned.info.name))
-        for planned, qtensor, diagnostics in self._quantized(block, unit, weights):
-            shard.add(planned, qtensor, diagnostics)
+        tuning = [method for method in methods if method.learns]
+        if not tuning:
+            for planned, qtensor, diagnostics in self._quantized(block, unit, weights):
+                shard.add(planned, qtensor, diagnostics)
+        tuned = self._tune(block, unit, weights, tuning, shard, on_part) if tuning else []
         line = shard.line(digest)
+        if tuned:
+            line["tuned"] = [{"block": block, **asdict(each)} for each in tuned]
         if self.transform:
             line["transform"] = [asdict(each) for each in transformed]
         if block == self.last:
@@ -141,9 +169,50 @@ class CalibratedBlocks:
             self.runner.unload_block()
             self._save_reference_logits(outputs)
         else:
-            line["state"] = self._write(block + 1, self.runner.outputs(self._inputs(block)))
+            line["state"] = self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
             self.runner.unload_block()
         return line
+
+    def _tune(
+        self,
+        block: int,
+        unit: Unit,
+        weights: dict[str, Tensor],
+        methods: Sequence[Method],
+        shard: UnitWriter,
+        on_part: OnStep,
+    ) -> list[Tuned]:
+        """Quantize a block's layers, let these methods learn from the whole of it, and add the layers to the shard.
+
+        Layers of other methods are by then as the artifact will have them. `weights` is emptied.
+        """
+        inputs, expected = self.state(block), self.states / f"{block:05d}-{_EXPECTED}.safetensors"
+        self._write(expected, self.runner.outputs(self._inputs(block)))
+        original = dict(weights)
+        quantized = {layer[0].module: layer for layer in self._quantized(block, unit, weights)}
+        lines = []
+        for method in methods:
+            own = {
+                name: (planned, original[planned.info.name])
+                for name, (planned, _, _) in quantized.items()
+                if planned.spec and planned.spec.method == method
+            }
+            view = TrainableBlock(
+                self.runner,
+                own,
+                lambda number: self._batch(inputs, number),
+                lambda number: self._batch(expected, number),
+                on_part,
+            )
+            learned, tuned = method.learn(view, {name: quantized[name][1] for name in own})
+            lines.append(tuned)
+            for name, (planned, weight) in own.items():
+                quantized[name] = planned, learned[name], diagnosed(planned, weight, learned[name], quantized[name][2])
+                self.runner.set_weight(planned, learned[name].dequantize(self.runner.dtype))
+        for planned, qtensor, diagnostics in quantized.values():
+            shard.add(planned, qtensor, diagnostics)
+        expected.unlink()
+        return lines
 
     def _quantized(
         self, block: int, unit: Unit, weights: dict[str, Tensor]
@@ -156,6 +225,13 @@ class CalibratedBlocks:
         Layers of a block that text alone does not go through are rounded to nearest.
         """
         layers = [planned for planned in unit.tensors if planned.spec]
+        if self.solved:
+            for planned in layers:
+                del weights[planned.info.name]
+                qtensor, diagnostics = self.solved(planned)
+                yield planned, qtensor, diagnostics
+                self.runner.set_weight(planned, qtensor.dequantize(self.runner.dtype))
+            return
         if not self.runner.reached(block):
             for planned in layers:
                 weight, why = weights.pop(planned.info.name), "text alone does not go through its block"
@@ -206,6 +282,47 @@ class CalibratedBlocks:
             inputs = static.tensors(seen, self.observer or static.observers[0])
             qtensor = replace(qtensor, extra={**qtensor.extra, **inputs})
         return qtensor, diagnostics
+
+    def solve_block(
+        self, unit: Unit, choices: Mapping[str, Sequence[LayerSpec]]
+    ) -> Iterator[tuple[PlannedTensor, QTensor, Diagnostics]]:
+        """Each layer of a block by each spec that it may get, all from the same statistics; the block stays as it is.
+
+        Afterwards the next block's inputs, which the unquantized block puts out, are on the disk.
+
+        Args:
+            choices: layer -> specs. Layers that are not named are kept.
+        Raises:
+            NumericsError: see quantize_block.
+        """
+        block = unit.block
+        assert block is not None
+        if not self._embedded:
+            self._start(block)
+        weights: dict[str, Tensor] = {}
+        for planned, tensor in read_ahead(self.checkpoint, unit, hashlib.sha256()):
+            check_finite(planned.info.name, tensor)
+            weights[planned.info.name] = tensor
+        self.runner.load_block(block, ((planned, weights[planned.info.name]) for planned in unit.tensors))
+        layers = [planned for planned in unit.tensors if planned.module in choices]
+        groups = self.runner.groups(layers, next(self._inputs(block))) if layers and self.runner.reached(block) else []
+        every = [[replace(each, spec=spec) for each in group for spec in choices[each.module]] for group in groups]
+        for part in group_by_bytes(every, _statistics_bytes, MOST_STATISTICS):
+            wanted = [(group[0], asked) for group in part if (asked := _statistics(group))]
+            collected = self.runner.collect(wanted, self._inputs(block))
+            for group in part:
+                statistics = collected.pop(0) if _statistics(group) else {}
+                for planned in group:
+                    yield planned, *self._quantize(planned, weights[planned.info.name], statistics)
+                del statistics
+        for planned in layers if not groups else ():
+            for spec in choices[planned.module]:
+                own = replace(planned, spec=spec)
+                why = "text alone does not go through its block"
+                yield own, *round_uncalibrated(own, weights[planned.info.name], self.plan, why)
+        if block != self.last:
+            self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
+        self.runner.unload_block()
 
     def _save_reference_logits(self, outputs: Tensor) -> None:
         """Save the logits of this very model, never written and reloaded: the reloaded artifact must give the same.

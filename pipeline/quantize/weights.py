@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
@@ -83,6 +84,19 @@ def quantize_weight(
             f"{planned.info.name}: {error}; use format compressed-tensors with a bfloat16 or float32 checkpoint, "
             "or keep it by a rule, as in layers: {'NAME': none}"
         ) from error
+
+
+def diagnosed(planned: PlannedTensor, weight: Tensor, qtensor: QTensor, before: Diagnostics) -> Diagnostics:
+    """The diagnostics of a layer whose codes and scales were changed after `before` was taken.
+
+    The error of its outputs is left out: it was that of the layer by itself, and is no longer known.
+
+    Args:
+        weight: as the files store it.
+    """
+    wide = (weight.t() if planned.kind == "conv1d" else weight).to(torch.float32)
+    lost, norm = (wide - qtensor.dequantize().to(wide.device)).norm(), wide.norm()
+    return replace(before, relative_error=(lost / norm).item() if norm else 0.0, output_error=None)
 
 
 def _note_on_scales(qtensor: QTensor) -> str | None:

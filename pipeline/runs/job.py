@@ -18,6 +18,7 @@ from ..evaluate.results import origin_of_run
 from ..evaluate.verify import verify_artifact
 from ..hub.download import Source
 from ..quantize.artifact import quantize
+from ..quantize.budget import FOLDER
 from ..quantize.recipe import Recipe
 from ..storage import files, journal
 from ..storage.checkpoint import Checkpoint
@@ -110,7 +111,7 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
     if recipe.calibration and recipe.calibration.name == job.conditions.text:
         say(f"{job.conditions.text} is also what is measured, so the figures will flatter: give eval.text another text")
     with progress("quantizing") as step:
-        notes = quantize(checkpoint, job.source.to_dict(), recipe, artifact, job.folder, step)
+        notes = quantize(checkpoint, job.source.to_dict(), recipe, artifact, job.folder, step, beside / FOLDER)
     for note in notes:
         say(note)
     seconds = {"quantize": time.perf_counter() - start}

@@ -17,6 +17,8 @@ from ..errors import CheckpointError, listing
 from .config import data_of
 from .dequantized import DequantizedTensors, coding_files, dequantized, without_coding
 from .files import SAFETENSORS_DTYPES, sha256_file
+from .gguf.file import GGUFFile, read_gguf
+from .gguf.view import GGUFTensors
 from .tensor_info import TensorInfo as TensorInfo
 
 INDEX = "model.safetensors.index.json"
@@ -200,7 +202,7 @@ def _implausible(config: Any, count: int, widest: int, path: str = "") -> Iterat
 
 
 class Checkpoint:
-    """A folder of safetensors, sharded or not. To open it reads headers only.
+    """A folder of safetensors, sharded or not, or of one GGUF file. To open it reads headers only.
 
     Weights of a model that is published in FP8 or MXFP4 (see the folder sources/) are shown, and read, as the plain
     tensors that they stand for: of all that follows, only `stored` and `dequantization` tell that they are coded.
@@ -212,6 +214,8 @@ class Checkpoint:
     Raises:
         CheckpointError: everything that is wrong with the index and the shards, at once.
     """
+
+    _gguf: GGUFFile | None = None
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -228,6 +232,9 @@ class Checkpoint:
         elif (folder / SINGLE).exists():
             self.files = [folder / SINGLE]
             self.stored = _header(self.files[0])
+        elif len(containers := sorted(folder.glob("*.gguf"))) == 1:
+            self._gguf = read_gguf(regular_file(containers[0]))
+            self.files, self.stored = containers, self._gguf.stored()
         else:
             self._refuse_without_safetensors()
         self._stats = self._stat()
@@ -276,9 +283,11 @@ class Checkpoint:
         return read_json(self.folder / "config.json", _CONFIG_LIMIT)
 
     @cached_property
-    def _dequantized(self) -> DequantizedTensors | None:
+    def _dequantized(self) -> DequantizedTensors | GGUFTensors | None:
         if not (self.folder / "config.json").exists():
             return None
+        if self._gguf is not None:
+            return GGUFTensors(self._gguf, self._config)
         return dequantized(self.folder, self._config, self.stored, lambda path: read_json(path, _CONFIG_LIMIT))
 
     @cached_property
@@ -330,7 +339,8 @@ class Checkpoint:
     def _data(self) -> tuple[dict[str, Any], list[str]]:
         path = self.folder / "config.json"
         widest = max((size for info in self.tensors.values() for size in info.shape), default=0)
-        read = without_coding(self._config, self._dequantized.dtype) if self._dequantized else self._config
+        dtype = self._dequantized.dtype if self._dequantized else None
+        read = without_coding(self._config, dtype) if dtype else self._config
         left_out: list[str] = []
         odd: list[str] = []
         try:
@@ -368,7 +378,7 @@ class Checkpoint:
     def stored_bytes(self, name: str) -> int:
         """What one of `tensors` takes in the files, with its scales where it is coded."""
         coded = self._dequantized and name in self._dequantized
-        return self._dequantized.stored_bytes(name) if coded else self.stored[name].nbytes  # type: ignore[union-attr]
+        return self._dequantized.stored_bytes(name) if coded else self.tensors[name].nbytes  # type: ignore[union-attr]
 
     def read(self, name: str, digest: "hashlib._Hash | None" = None) -> Tensor:
         """One tensor, copied into memory. `digest` is updated with its bytes."""
@@ -420,8 +430,9 @@ class Checkpoint:
             tensors_of.setdefault(info.file, []).append(info)
         for file in self.files:
             with file.open("rb") as handle:
-                head = handle.read(8)
-                digest = hashlib.sha256(head + handle.read(int.from_bytes(head, "little")))
+                head = handle.read(8 if self._gguf is None else self._gguf.data_start)
+                length = int.from_bytes(head, "little") if self._gguf is None else 0
+                digest = hashlib.sha256(head + handle.read(length))
                 digest.update(str(file.stat().st_size).encode())
                 for info in sorted(tensors_of.get(file, []), key=lambda i: i.offset):
                     for start in (0, max(0, info.nbytes - _SAMPLE)):

@@ -47,6 +47,7 @@ def start(command: Sequence[str], folder: Path, **options: Any) -> Iterator["sub
             yield process
         finally:
             _kill(process)
+            process.wait()
             _running.discard(process)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -68,11 +69,14 @@ def _kill(process: "subprocess.Popen[Any]") -> None:
         for child in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-    process.wait()
 
 
 def kill_all() -> None:
-    """End every process that is running; for the end of this one."""
+    """Kill every process that is running; for the end of this one.
+
+    A handler of signals may call it at any moment: it takes no lock, which the interrupted code may hold, so it does
+    not wait for their end.
+    """
     for process in list(_running):
         _kill(process)
 

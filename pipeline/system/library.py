@@ -1,6 +1,9 @@
 """The boundary around libraries that open a checkpoint's files: whatever they throw becomes one sentence."""
 
 import contextlib
+import os
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from .limits import OverBudget
 from .redact import redact
 
 _LONGEST = 400  # characters of what a library said
+_silencing = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -37,3 +41,24 @@ def said(error: BaseException, copies: Path | None = None) -> str:
         text = text.replace(f"{copies}/", "").replace(str(copies), "the folder")
     text = text.rstrip(" .;:") or type(error).__name__
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Drops what a library prints past Python: tokenizers prints a file's unknown keys as they are, to stdout.
+
+    Other threads print nothing meanwhile either.
+    """
+    with _silencing, contextlib.ExitStack() as stack:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()  # what waits there is ours
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        stack.callback(os.close, nothing)
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):  # a program may have been started without it
+                kept = os.dup(descriptor)
+                stack.callback(os.close, kept)
+                stack.callback(os.dup2, kept, descriptor)
+                os.dup2(nothing, descriptor)
+        yield

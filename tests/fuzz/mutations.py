@@ -75,9 +75,8 @@ class Mutation:
         """Damage the file in `folder`, if it is still there."""
         path = folder / self.file
         if path.is_file() and not path.is_symlink():
-            with contextlib.suppress(
-                ValueError, LookupError, TypeError, struct.error
-            ):  # damaged before: no JSON any more
+            # damaged before: no JSON any more, or too deep
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError, struct.error):
                 KINDS[self.kind](path, Random(self.seed))
 
 

@@ -6,9 +6,11 @@
 Each buffer ends, or begins, at a page that cannot be touched, so that one byte out of bounds ends the process; the rest
 of its own pages is filled with a pattern, which has to be there afterwards. The result is compared with float64. With
 --sanitized, the library is built with AddressSanitizer and UndefinedBehaviorSanitizer, and everything runs under them.
+Each tenth call is a step of a whole decoder layer.
 """
 
 import argparse
+import contextlib
 import ctypes
 import mmap
 import os
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,12 +29,16 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bitpress.kernels.activations.int8_token import quantize_rows
 from bitpress.kernels.cpu import library as native_library
 from bitpress.kernels.cpu import native
 from bitpress.kernels.cpu.library import Library, library
+from bitpress.kernels.decoder_layer import ACTIVATIONS, NativeLayer, Norm, Parts
+from bitpress.kernels.linear import QLinear
 from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.registry import Selection
 from bitpress.kernels.scheme import Scheme
 
 BATCH = 100  # calls of one process
@@ -42,6 +49,8 @@ BASES = ("int2", "int3", "int4", "int8", "int4-asym", "int8-asym", "int8-dynamic
 # the inputs' dtype, and scales to float16.
 BOUND = {torch.float32: 2.0**-10, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-7}
 CODEBOOK = 2.0**-6  # NF4's code book in int8
+LAYERS = 10  # one call of so many is a step of a decoder layer
+LAYER_SCHEMES = ("int3-g32", "int4-g32", "int4-g64-asym", "int8-channel", "int8-g128", "nf4")
 
 
 class Guarded:
@@ -127,6 +136,16 @@ def inputs(call: Call, generator: torch.Generator) -> Tensor:
     return x
 
 
+@contextlib.contextmanager
+def packs_between_guards(guarded: Guarded, at_end: bool) -> Iterator[None]:
+    original = native._in_huge_pages
+    native._in_huge_pages = lambda library, size: guarded.empty((size,), torch.uint8, at_end, 64).zero_()
+    try:
+        yield
+    finally:
+        native._in_huge_pages = original
+
+
 def perform(call: Call, loaded: Library) -> None:
     """Pack, multiply and dequantize between guard pages.
 
@@ -143,13 +162,9 @@ def perform(call: Call, loaded: Library) -> None:
     if call.transposed and codes.dim() == 2:
         codes = guarded.copy(qtensor.codes.t().contiguous(), call.at_end, 4).t()
     torch.set_num_threads(call.threads)
-    original = native._in_huge_pages
-    native._in_huge_pages = lambda library, size: guarded.empty((size,), torch.uint8, call.at_end, 64).zero_()
-    try:
+    with packs_between_guards(guarded, call.at_end):
         packed = native._pack(loaded, replace(qtensor, codes=codes))
-    finally:
-        native._in_huge_pages = original
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     before = packed.clone()
     x = guarded.copy(inputs(call, generator), call.at_end, call.dtype.itemsize)
     y = guarded.empty((call.rows, call.shape[0]), call.dtype, call.at_end, call.dtype.itemsize)
@@ -194,6 +209,149 @@ def _compare(call: Call, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tens
     assert error <= bound * terms.sqrt() + torch.finfo(call.dtype).tiny * y.numel(), f"error {error / terms.sqrt()}"
 
 
+@dataclass(frozen=True)
+class LayerCall:
+    """One step of a random decoder layer."""
+
+    number: int
+    seed: int
+    scheme: str
+    heads: int
+    key_heads: int
+    dim: int
+    hidden: int
+    inner: int
+    length: int
+    room: int
+    extras: bool
+    activation: str
+    dtype: torch.dtype
+    exact: bool
+    threads: int
+    instructions: str
+    values: str
+    at_end: bool
+
+
+def make_layer_call(number: int, seed: int, runnable: list[str]) -> LayerCall:
+    generator = random.Random(f"layer {seed} {number}")
+    step = {"int4-g64-asym": 64, "int8-g128": 128, "nf4": 64}.get(scheme := generator.choice(LAYER_SCHEMES), 32)
+    dim, key_heads = generator.choice((16, 32, 48, 64, 112, 128)), generator.choice((1, 2, 3))
+    heads = key_heads * generator.choice((1, 2, 3, 5))
+    while heads * dim % step:  # what o reads consists of whole groups
+        heads += key_heads
+    return LayerCall(
+        number, seed, scheme, heads, key_heads, dim, step * generator.randrange(1, 4), step * generator.randrange(1, 6),
+        generator.choice((0, 1, 2, 15, 16, 17, 63, 64, 100)), generator.choice((1, 2, 7)), generator.random() < 0.5,
+        generator.choice(ACTIVATIONS), generator.choice(DTYPES), generator.random() < 0.6,
+        generator.choice((1, 1, 2, 3)), generator.choice(runnable),
+        generator.choice(("normal", "normal", "zero", "huge", "nan")), generator.random() < 0.7,
+    )  # fmt: skip
+
+
+def perform_layer(call: LayerCall, loaded: Library) -> None:
+    """One step between guard pages; the room for further keys and values is NaN, before and after.
+
+    Raises:
+        AssertionError: a result that is wrong, or something was written beside a buffer.
+    """
+    generator, guarded = torch.Generator().manual_seed(call.number), Guarded()
+    kernel = (native.NativeExact if call.exact else native.NativeInt8)(call.instructions)
+
+    weights: list[Tensor] = []
+
+    def copied(tensor: Tensor) -> Tensor:
+        return guarded.copy(tensor, call.at_end, tensor.itemsize)
+
+    def linear(out_features: int, in_features: int) -> QLinear:
+        scheme = Scheme.parse(call.scheme)
+        shape = (out_features, in_features)
+        qtensor = QTensor.of(scheme, shape, scheme.weight.random(shape, generator))
+        qtensor = replace(qtensor, scales=qtensor.scales / in_features**0.5)
+        weights.append(qtensor.dequantize().double())
+        if call.extras and not call.scheme.startswith("nf4"):
+            qtensor = replace(qtensor, order=torch.randperm(in_features, generator=generator).to(torch.int32))
+        bias = copied(torch.randn(out_features, generator=generator)) if call.extras else None
+        layer = QLinear(qtensor, bias, torch.float32, "native-bf16")
+        layer.selection = Selection(kernel, {})
+        layer.packed.instructions = kernel.chosen()
+        return layer
+
+    def norm(features: int) -> Norm:
+        return Norm(copied(torch.randn(features, generator=generator)), 1e-3)
+
+    queries, keys = call.heads * call.dim, call.key_heads * call.dim
+    shapes = [(queries, call.hidden), (keys, call.hidden), (keys, call.hidden), (call.hidden, queries)]
+    shapes += [(call.inner, call.hidden), (call.inner, call.hidden), (call.hidden, call.inner)]
+    of_heads = (norm(call.dim), norm(call.dim)) if call.extras else (None, None)
+    with packs_between_guards(guarded, call.at_end):
+        linears = tuple(linear(*shape) for shape in shapes)
+    parts = Parts(linears, (norm(call.hidden), norm(call.hidden), *of_heads), call.dim, 0.3, call.activation)
+    assert parts.unsupported() is None, parts.unsupported()
+    x = torch.randn(1, 1, call.hidden, generator=generator)
+    x *= {"zero": 0.0, "huge": torch.finfo(torch.float16).max / 8}.get(call.values, 1.0)
+    if call.values == "nan":
+        x[..., call.number % call.hidden] = torch.nan
+    x = copied(x.to(call.dtype))
+    angles = 6 * torch.rand(1, 1, call.dim, generator=generator)
+    cos, sin = copied(angles.cos().to(call.dtype)), copied(angles.sin().to(call.dtype))
+    cache = torch.full((2, 1, call.key_heads, call.length + call.room, call.dim), torch.nan)
+    cache[:, :, :, : call.length] = torch.randn(2, 1, call.key_heads, call.length, call.dim, generator=generator)
+    key_cache, value_cache = (copied(each.to(call.dtype)) for each in cache)
+    filled = key_cache[:, :, : call.length], value_cache[:, :, : call.length]
+    expected = _layer(parts, weights, x, (cos, sin), *filled)
+    original = torch.empty_like
+    torch.empty_like = lambda like: guarded.empty(tuple(like.shape), like.dtype, call.at_end, like.itemsize)
+    torch.set_num_threads(call.threads)
+    try:
+        y = NativeLayer(parts).step(x, (cos, sin), key_cache, value_cache, call.length)
+    finally:
+        torch.empty_like = original
+        torch.set_num_threads(1)
+    guarded.check()
+    for cached in (key_cache, value_cache):
+        assert cached[:, :, call.length + 1 :].isnan().all(), "written into the room of other tokens"
+    if call.values == "nan":
+        assert not y.isfinite().any(), "NaN came out finite"
+    elif call.exact:
+        error = (y.double() - expected).norm()
+        assert error <= BOUND[call.dtype] * expected.norm(), f"error {error} of {expected.norm()}"
+
+
+def _layer(
+    parts: Parts, weights: list[Tensor], x: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor, values: Tensor
+) -> Tensor:
+    """The output in float64 [1, 1, hidden] of linear layers with these weights; new keys and values in x's dtype."""
+    dtype, (cos, sin) = x.dtype, (table.double() for table in rotation)
+
+    def linear(number: int, x: Tensor) -> Tensor:
+        layer = parts.linears[number]
+        x = x if layer.order is None else x.index_select(-1, layer.order)
+        return x @ weights[number].t() + (0 if layer.bias is None else layer.bias.double())
+
+    def normed(x: Tensor, norm: Norm | None) -> Tensor:
+        if norm is None:
+            return x
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+    def rotated(x: Tensor) -> Tensor:
+        low, high = x.chunk(2, -1)
+        return x * cos + torch.cat([-high, low], -1) * sin
+
+    x = x.double()
+    h = normed(x, parts.norms[0])
+    q, k, v = (linear(number, h).view(1, -1, 1, parts.dim) for number in range(3))
+    keys = torch.cat([keys, rotated(normed(k, parts.norms[3])).to(dtype)], 2).double()
+    values = torch.cat([values, v.to(dtype)], 2).double()
+    query = rotated(normed(q, parts.norms[2]))
+    mixed = F.scaled_dot_product_attention(query, keys, values, scale=parts.scale, enable_gqa=True)
+    x = x + linear(3, mixed.transpose(1, 2).reshape(1, 1, -1))
+    h = normed(x, parts.norms[1])
+    gate = linear(4, h)
+    act = F.gelu(gate, approximate="tanh") if parts.activation == "gelu_tanh" else F.silu(gate)
+    return x + linear(6, act * linear(5, h))
+
+
 def run_batch(first: int, count: int, seed: int, loaded: Library) -> list[str]:
     """Sentences on what went wrong in calls first .. first + count, made in processes of their own."""
     findings = []
@@ -206,7 +364,10 @@ def run_batch(first: int, count: int, seed: int, loaded: Library) -> list[str]:
             try:
                 for number in range(first, first + count):
                     counter[:8] = number.to_bytes(8, "little")
-                    perform(make_call(number, seed, loaded.runnable), loaded)
+                    if number % LAYERS == LAYERS - 1:
+                        perform_layer(make_layer_call(number, seed, loaded.runnable), loaded)
+                    else:
+                        perform(make_call(number, seed, loaded.runnable), loaded)
             except BaseException as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 code = 9
@@ -215,9 +376,10 @@ def run_batch(first: int, count: int, seed: int, loaded: Library) -> list[str]:
         if not code:
             break
         number = int.from_bytes(counter[:8], "little")
+        make = make_layer_call if number % LAYERS == LAYERS - 1 else make_call
         how = signal.Signals(-code).name if code < 0 else "see above"
         findings.append(
-            f"{how}: {make_call(number, seed, loaded.runnable)}\n"
+            f"{how}: {make(number, seed, loaded.runnable)}\n"
             f"    python tests/fuzz/native_kernels.py --seed {seed} --first {number} --count 1"
         )
         count -= number + 1 - first

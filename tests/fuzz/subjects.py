@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,17 @@ from typing import Any
 
 import torch
 import typer
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
     GPTNeoConfig,
+    GptOssConfig,
     LlamaConfig,
+    LlavaConfig,
     MixtralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
@@ -39,11 +45,13 @@ RECIPES = {
     "gptq-v2": {"scheme": "int4-g32-asym", "format": "gptq-v2"},
     "compressed": {"scheme": "int8-dynamic", "format": "compressed-tensors", "layers": {"*.down_proj": "int4-g32"}},
     "nf4": {"scheme": "nf4"},
+    "gguf": {"scheme": "int4-g32", "format": "gguf"},
 }
 
 
 CHEAP = 3  # steps of a subject that each case takes: the first ones; of the others it takes one
 Step = Callable[[Path, Path], None]
+Coder = Callable[[str, Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,12 @@ def _save(config: PreTrainedConfig, folder: Path, shard: str = "1GB") -> Path:
     """A seeded random model with a tokenizer of bytes, a chat template and a generation config."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+        has_images = getattr(config, "vision_config", None) is not None
+        model = (AutoModelForImageTextToText if has_images else AutoModelForCausalLM).from_config(config)
+    model.to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=shard)
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(_ALPHABET)}, merges=[]))
+    vocabulary = {letter: number for number, letter in enumerate([*_ALPHABET[:254], "Ġt", _ALPHABET[255]])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "t")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_ALPHABET[-1])
@@ -69,6 +80,46 @@ def _save(config: PreTrainedConfig, folder: Path, shard: str = "1GB") -> Path:
     fast.save_pretrained(folder)
     GenerationConfig(max_new_tokens=8, eos_token_id=255).save_pretrained(folder)
     return folder
+
+
+def _coded(config: PreTrainedConfig, folder: Path, section: dict[str, Any], code: Coder) -> Path:
+    """A model whose weights are coded: `code` makes some tensors of a weight, or keeps it by returning nothing."""
+    file = _save(config, folder) / "model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        tensors |= code(name, tensor) or {name: tensor}
+    save_file(tensors, file, {"format": "pt"})
+    config_file = folder / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"quantization_config": section}))
+    return folder
+
+
+def fp8(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """E4M3 with a scale for each 48 x 48, so that the last block is cut."""
+    if not name.endswith("_proj.weight"):
+        return {}
+    grid = torch.Size(-(-size // 48) for size in weight.shape)
+    return {name: weight.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.full(grid, 0.5)}
+
+
+def nvfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Two E2M1 codes to a byte, an E4M3 scale for 16 of them, a factor for all."""
+    if not name.endswith("_proj.weight"):
+        return {}
+    rows, columns = weight.shape
+    codes = (torch.arange(rows * columns // 2) * 37 % 256).to(torch.uint8).view(rows, -1)
+    scales = torch.ones(rows, columns // 16).to(torch.float8_e4m3fn)
+    return {name: codes, f"{name}_scale": scales, f"{name}_scale_2": torch.tensor(0.02)}
+
+
+def mxfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """The experts of gpt-oss: E2M1 codes and E8M0 scales, of `weight` [experts, in, out]."""
+    if not name.endswith(("up_proj", "down_proj")):
+        return {}
+    experts, inputs, outputs = weight.shape
+    codes = (torch.arange(weight.numel() // 2) * 37 % 256).to(torch.uint8).view(experts, outputs, inputs // 32, 16)
+    scales = torch.full((experts, outputs, inputs // 32), 121, dtype=torch.uint8)
+    return {f"{name}_blocks": codes, f"{name}_scales": scales}
 
 
 def subjects(base: Path) -> Iterator[Subject]:
@@ -84,6 +135,16 @@ def subjects(base: Path) -> Iterator[Subject]:
     yield Subject("sharded", _save(LlamaConfig(**size), base / "sharded", "40KB"), dense)
     yield Subject("experts", _save(MixtralConfig(**size, num_local_experts=2), base / "experts"), dense)
     yield Subject("gpt-neo", _save(GPTNeoConfig(**size, **neo), base / "gpt-neo"), dense)
+    section: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [48, 48]}
+    yield Subject("fp8", _coded(LlamaConfig(**size), base / "fp8", section, fp8), dense)
+    section = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    yield Subject("nvfp4", _coded(LlamaConfig(**size), base / "nvfp4", section, nvfp4), dense)
+    moe = GptOssConfig(**size, head_dim=16, num_local_experts=2, num_experts_per_tok=2)
+    yield Subject("mxfp4", _coded(moe, base / "mxfp4", {"quant_method": "mxfp4"}, mxfp4), dense)
+    tower: dict[str, Any] = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 32}
+    tower |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 32}
+    images = LlavaConfig(text_config=LlamaConfig(**size), vision_config=tower, image_token_index=90)
+    yield Subject("images", _save(images, base / "images"), dense)
     steps = {"inspect": inspected, "doctor": diagnosed, "load": loaded, "convert": converted, "eval": measured}
     for name, recipe in RECIPES.items():
         quantize(llama, recipe, base / name)

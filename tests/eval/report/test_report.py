@@ -339,6 +339,15 @@ def test_the_layers_that_are_furthest_off_are_named_or_why_not():
     assert "Where it hurts" not in report.markdown([metrics()])
 
 
+def test_how_the_error_of_a_tuned_block_fell():
+    run = measured()
+    run["coverage"]["tuned"] = [{"block": 1, "layers": [], "curve": [[0, 0.02], [5, 0.015], [10, 0.016]]}]
+    text = plain(report.markdown([metrics(), run]))
+    assert "| int4-g128 | 1 | 10 | 0.02 → 0.015 | 5 | 1.000 0.750 0.800 |" in text
+    assert "What was learned" in report.html([metrics(), run])
+    assert "What was learned" not in report.markdown([metrics()])
+
+
 def test_errors_of_outputs_are_a_map_and_by_depth_lines():
     page = report.html([metrics(), measured()])
     assert "QuadMesh" in page

@@ -341,7 +341,7 @@ def test_the_command(
     assert "14 layers from gptq to gptq-v2" in err
     code, _, err = run(source, "--to", "nf4", "-o", tmp_path / "other")
     assert code == 2
-    assert err == "error: nothing can be converted to 'nf4'; use compressed-tensors, gptq, gptq-v2\n"
+    assert err == "error: nothing can be converted to 'nf4'; use compressed-tensors, gguf, gptq, gptq-v2\n"
 
 
 class TestInterrupted:

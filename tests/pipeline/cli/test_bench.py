@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,39 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs(run: Callable[...,
     assert said in str(outcome.exception)
 
 
+SMALL = ("--scheme", "nf4", "--shape", "16x64", "--rows", "1,2", "--repeats", 1, "--kernel", "reference")
+
+
+def test_ctrl_c_keeps_what_is_measured(run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*given: Any) -> Iterator[Cell]:
+        yield next(measure(*given))
+        raise KeyboardInterrupt
+
+    measure = timing.measure
+    monkeypatch.setattr(timing, "measure", interrupted)
+    outcome = run(*SMALL)
+    assert outcome.exit_code != 0
+    assert [cell["rows"] for cell in kept(tmp_path)["cells"]] == [1]
+    assert "nf4, 16 x 64" in outcome.stdout
+    assert "every sample is in runs/bench" in outcome.stdout
+    assert "1 of 2; about 1 min left" in outcome.stderr
+
+
+def test_a_budget_of_time(run: Callable[..., Result], tmp_path: Path):
+    outcome = run(*SMALL, "--minutes", 0)
+    assert outcome.exit_code == 0, outcome.output
+    assert len(kept(tmp_path)["cells"]) == 1
+    assert "no time left for 1 of 2 (--minutes)" in outcome.stderr
+
+
+def test_quick_is_one_shape_and_few_rows(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch):
+    jobs: list[Any] = []
+    monkeypatch.setattr(timing, "measure", lambda everyone, job, news: iter(jobs.append(job) or []))
+    assert run("--quick", "--repeats", 7).exit_code == 0
+    (job,) = jobs
+    assert (job.shapes, job.rows, job.rounds) == (((4096, 4096),), (1, 32), 7)
+
+
 def test_an_absent_peer_is_named(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Program, "installed", lambda self: False)
     outcome = run("--scheme", "nf4", "--shape", "16x64", "--rows", "1", "--repeats", 1, "--peers")
@@ -150,8 +183,9 @@ def test_a_wrong_kernel_is_shown_as_wrong(capsys: pytest.CaptureFixture[str]):
     wrong = timing.Result("ours", 8, 8, 1, error=0.5, problem="wrong: relative RMS error 0.5")
     about = {"exceeds_cache": False, "cache_bytes": None, "by": "eye"}
     memory = timing.Result("memory", 8_000_000, 8_000_000, 1, about, samples=[1.0, 2.0])
-    bench._show_cells([Cell("int4-g128", (4, 128), 3, memory, [wrong], {})])
-    out = capsys.readouterr().out
+    cell = Cell("int4-g128", (4, 128), 3, memory, [wrong], {})
+    bench._show_cell(cell, first=True)
+    out = "\n".join([capsys.readouterr().out, *bench._notes([cell])])
     assert "wrong" in out
     assert "50.00%" in out
     assert "ours, int4-g128, 4 x 128, 3 rows: wrong: relative RMS error 0.5" in out

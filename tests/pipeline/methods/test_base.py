@@ -299,7 +299,7 @@ class TestNF4:
 
 class TestRegistry:
     def test_in_the_order_of_their_ranks(self) -> None:
-        assert list(registry()) == ["absmax", "nf4", "gptq"]
+        assert list(registry()) == ["absmax", "nf4", "gptq", "tune"]
 
     def test_defaults(self) -> None:
         for name, method in {"int4-g128": "absmax", "int8-dynamic": "absmax", "nf4": "nf4", "nf4-dq": "nf4"}.items():
@@ -310,7 +310,8 @@ class TestRegistry:
 
     def test_what_each_needs(self) -> None:
         needs = {name: (method.needs_calibration, method.packages) for name, method in registry().items()}
-        assert needs == {"absmax": (False, ()), "nf4": (False, ("bitsandbytes",)), "gptq": (True, ())}
+        calibrated = dict.fromkeys(("gptq", "tune"), (True, ()))
+        assert needs == {"absmax": (False, ()), "nf4": (False, ("bitsandbytes",))} | calibrated
 
     def test_a_transform_alone_needs_calibration_too(self) -> None:
         class Transforms(Absmax):

@@ -95,6 +95,8 @@ class TestConfig:
             ({"num_attention_heads": 3}, "transformers builds no language model from it (llama)"),
             ({"rope_parameters": 7}, "transformers builds no language model from it (llama)"),
             ({"vision_config": {"architecture": "hf-hub:evil/model"}}, "names a download"),
+            # the file says nothing of the experts for each token: mixtral's default is 2
+            ({"model_type": "mixtral", "num_local_experts": 1}, "num_experts_per_tok is 2, expected at most num_local"),
         ],
         ids=str,
     )
@@ -212,6 +214,15 @@ class TestTokenizer:
         ) as caught:
             load_tokenizer(source)
         assert isinstance(caught.value.__cause__, Panic)
+
+    def test_a_library_prints_nothing_itself(self, source: Path, edit_json: Any, capfd: pytest.CaptureFixture[str]):
+        """tokenizers prints an unknown key of a token to stdout, whatever it holds."""
+        tokens = {"255": {"content": "x", "special": True, "\x1b[2J": 1}}
+        edit_json(source / "tokenizer_config.json", added_tokens_decoder=tokens)
+        print("before", end="")
+        load_tokenizer(source)
+        print(" after", end="")
+        assert tuple(capfd.readouterr()) == ("before after", "")
 
     def test_an_interrupt_passes(self):
         with pytest.raises(KeyboardInterrupt), library_errors("a file", "do something"):

@@ -1,0 +1,530 @@
+"""Chooses a scheme for each layer so that the artifact meets a size and its KL divergence is the least.
+
+Three steps, each of which survives a crash and is done once for all budgets of one calibration:
+
+- Solve. The unquantized model goes through the calibration tokens once, block by block. Each layer is quantized by each
+  choice from the same statistics, and all solutions are kept.
+- Probe. What one unit costs is measured, not derived from its weights' errors: the KL divergence of the model in which
+  this unit alone is quantized, on a few calibration windows, in float32. A unit is what servers fuse and so must have
+  one scheme: q, k and v; gate and up; all experts of a block.
+- Choose. Divergences of small errors add up over layers (HIGGS, arXiv 2411.17525, theorem 1), so the least sum within a
+  size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes.
+"""
+
+import glob
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitpress.eval.measure import scores
+from bitpress.kernels.qtensor import QTensor
+
+from ..errors import ConfigError, listing
+from ..formats import misfits
+from ..formats import registry as formats
+from ..formats.base import Format
+from ..formats.names import fused_unit
+from ..methods.base import Diagnostics
+from ..storage import files, journal
+from ..storage.checkpoint import Checkpoint
+from ..storage.fingerprint import digest, open_work
+from ..system.progress import OnStep
+from .block_runner import BlockRunner
+from .plan import Plan, PlannedTensor, make_plan
+from .recipe import Recipe, fingerprint, order_of_sums
+from .sequential import CalibratedBlocks, clear_states
+from .spec import KEPT, LayerSpec, Rules
+
+FOLDER = ".budget"  # beside the recipes' folders of a run: what all its budgets share
+_PROBE_TOKENS = 2048  # that a probe reads: on llama-12m the sum of such probes was within a few percent of what it says
+_MOST_POINTS = 1 << 16  # of the curve that are held; beyond, sizes are told apart to 1/65536 of the largest
+_CURVE = 40  # points of the curve that are recorded
+_LINE = 1024  # bytes of config.json, index and manifest for a layer, at most
+_FEW = 1 << 16  # bytes of what else these files hold
+
+
+@dataclass(frozen=True)
+class BudgetUnit:
+    """Layers that get one choice together.
+
+    specs: the choices; None keeps the layers as they are. fixed: a rule of the recipe leaves no choice.
+    """
+
+    name: str
+    block: int
+    layers: tuple[PlannedTensor, ...]
+    specs: tuple[LayerSpec | None, ...]
+    fixed: bool = False
+
+    @property
+    def weights(self) -> int:
+        return sum(prod(planned.shape) for planned in self.layers)
+
+    @property
+    def patterns(self) -> list[str]:
+        """Patterns of names that fit these layers and no others."""
+        if any(planned.target.expert for planned in self.layers):
+            return [f"{glob.escape(self.name)}.*"]
+        return [glob.escape(planned.module) for planned in self.layers]
+
+
+@dataclass(frozen=True)
+class Front:
+    """Every size at which a larger one first pays: the Pareto front of all combinations of choices.
+
+    nbytes: int64 [points], rising. kl: float64 [points], falling. origins: for each unit int64 [points after it]: the
+    point before it, times the number of its choices, and its choice.
+    """
+
+    nbytes: np.ndarray
+    kl: np.ndarray
+    origins: tuple[np.ndarray, ...]
+    counts: tuple[int, ...]
+
+    @staticmethod
+    def of(nbytes: Sequence[Sequence[int]], kl: Sequence[Sequence[float]]) -> "Front":
+        """The front of units of which each has choices of such sizes and divergences, by dynamic programming.
+
+        After each unit only combinations are kept that no other beats in both. That is exact; where more than
+        _MOST_POINTS are left, combinations that hardly differ in size are told apart no longer.
+        """
+        sizes, losses, origins = np.zeros(1, np.int64), np.zeros(1), []
+        for own_sizes, own_losses in zip(nbytes, kl, strict=True):
+            every = (sizes[:, None] + np.asarray(own_sizes, np.int64)).ravel()
+            lost = (losses[:, None] + np.asarray(own_losses, np.float64)).ravel()
+            order = np.lexsort((lost, every))
+            best = np.minimum.accumulate(lost[order])
+            order = order[np.concatenate(([True], best[1:] < best[:-1]))]
+            if len(order) > _MOST_POINTS:  # the last of each cell, which loses least
+                cells = every[order] * _MOST_POINTS // (int(every[order[-1]]) + 1)
+                order = order[np.concatenate((cells[1:] != cells[:-1], [True]))]
+            sizes, losses = every[order], lost[order]
+            origins.append(order)
+        return Front(sizes, losses, tuple(origins), tuple(map(len, nbytes)))
+
+    def choice(self, point: int) -> list[int]:
+        """Each unit's choice at a point of the front."""
+        chosen = []
+        for origin, count in zip(reversed(self.origins), reversed(self.counts)):
+            point, own = divmod(int(origin[point]), count)
+            chosen.append(own)
+        return chosen[::-1]
+
+
+class Search:
+    """The solutions and probes of one model and one calibration, in a folder of their own.
+
+    A recipe's budget takes no part in them: all budgets that have the rest in common share them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe, folder: Path):
+        """Plan, and take up what is finished; no weight is read yet.
+
+        Args:
+            folder: FOLDER of a run; the search has a folder in it for each calibration.
+        Raises:
+            ConfigError: as of make_plan; or no format holds all choices.
+        """
+        assert recipe.calibration
+        self.checkpoint, self.recipe = checkpoint, replace(recipe, fit_groups=True, allow_split_fused=True)
+        plan = make_plan(checkpoint, self.recipe)
+        self.units = _units(plan, recipe)
+        self.plan = replace(plan, format=_format(recipe.format, self.units))
+        origin = fingerprint(checkpoint, source, recipe) | order_of_sums(recipe)
+        origin = {key: value for key, value in origin.items() if key != "quantize.budget"}
+        self.folder = folder / digest(origin)[:12]
+        files.make_folder(self.folder)
+        open_work(self.folder, origin)
+        self.journal = journal.Journal(self.folder / journal.NAME)
+        self._solved = {line["block"]: line for line in self.journal.entries if "solutions" in line}
+        self._probed = {line["unit"]: line["kl"] for line in self.journal.entries if "kl" in line}
+        self._measured = {line["choice"]: line["measured"] for line in self.journal.entries if "measured" in line}
+
+    def run(self, on_step: OnStep = lambda done, total: None) -> None:
+        """Solve and probe what is not there yet.
+
+        Args:
+            on_step: called with (blocks done, twice as many blocks).
+        """
+        blocks = [unit for unit in self.plan.units if unit.block is not None]
+        self._solve(on_step, 2 * len(blocks))
+        if any(unit.name not in self._probed for unit in self.units):
+            self._probe(on_step, 2 * len(blocks))
+        on_step(2 * len(blocks), 2 * len(blocks))
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"{block:05d}.safetensors"
+
+    def _finished(self, block: int) -> bool:
+        """Whether the block's solutions are there, as they were written."""
+        line, path = self._solved.get(block), self._file(block)
+        return line is not None and path.exists() and files.sha256_file(path) == line["sha256"]
+
+    def _solve(self, on_step: OnStep, total: int) -> None:
+        units = [unit for unit in self.plan.units if unit.block is not None]
+        first = next((n for n, unit in enumerate(units) if not self._finished(unit.block or 0)), len(units))
+        if first == len(units):
+            return
+        blocks = CalibratedBlocks(self.plan, self.recipe, self.folder)
+        if first and not blocks.state(units[first].block or 0).exists():
+            first = 0
+        files.preflight(self.folder, blocks.nbytes() + sum(sum(self._sizes(unit)) for unit in self.units))
+        choices = {
+            planned.module: [spec for spec in unit.specs if spec] for unit in self.units for planned in unit.layers
+        }
+        for number, unit in enumerate(units[first:], first):
+            assert unit.block is not None
+            on_step(number, total)
+            tensors: dict[str, Tensor] = {}
+            reports: dict[str, dict[str, Any]] = {}
+            for planned, qtensor, diagnostics in blocks.solve_block(unit, choices):
+                key = _key(planned)
+                tensors |= {f"{key}/{name}": tensor.cpu() for name, tensor in qtensor.tensors()}
+                reports[key] = asdict(diagnostics)
+            written = files.write_safetensors(self._file(unit.block), tensors)
+            line = {"block": unit.block, "solutions": reports, **written}
+            self.journal.append(line)
+            self._solved[unit.block] = line
+            blocks.committed(unit.block)
+        clear_states(self.folder)
+
+    def solution(self, planned: PlannedTensor) -> tuple[QTensor, Diagnostics]:
+        """A layer as it was solved by the spec that it has."""
+        assert planned.spec
+        assert planned.block is not None
+        key, stored = _key(planned), Checkpoint.single(self._file(planned.block))
+        layout = planned.spec.scheme.weight.layout((planned.shape[0], planned.shape[1]))
+        tensors = {name: stored.read(f"{key}/{name}") for name in layout}
+        qtensor = QTensor.of(planned.spec.scheme, (planned.shape[0], planned.shape[1]), tensors)
+        return qtensor, Diagnostics(**self._solved[planned.block]["solutions"][key])
+
+    def _windows(self) -> Tensor:
+        """The calibration windows that probes read, int64 [windows, context]."""
+        assert self.recipe.calibration
+        ids = self.recipe.calibration.ids
+        return ids[: max(1, _PROBE_TOKENS // ids.shape[1])]
+
+    def _model(self, stack: ExitStack) -> BlockRunner:
+        """The whole model in float32: the rounding of bfloat16 would hide what 8 bits cost."""
+        outside = [replace(planned, spec=None) for planned in self.plan.tensors if planned.block is None]
+        runner = BlockRunner(self.plan.checkpoint, outside, self._windows(), torch.float32, self.recipe.device)
+        read = self.plan.checkpoint.read
+        blocks = (
+            (unit.block, ((planned, read(planned.info.name)) for planned in unit.tensors))
+            for unit in self.plan.units
+            if unit.block is not None
+        )
+        stack.enter_context(runner.whole_model(blocks))
+        return runner
+
+    @torch.no_grad()
+    def _probe(self, on_step: OnStep, total: int) -> None:
+        """Measure each unit at each choice, in a model whose other layers are unquantized.
+
+        Blocks before the unit's are not run again: what they put out is the same for all its choices.
+        """
+        with ExitStack() as stack:
+            runner = self._model(stack)
+            blocks = sorted({unit.block for unit in self.plan.units if unit.block is not None})
+            batches = [batch.to(runner.device) for batch in runner.batches]
+            outputs: dict[int, list[Tensor]] = {block: [] for block in blocks}
+            handles = [
+                runner.block(block).register_forward_hook(
+                    lambda _, inputs, output, own=outputs[block]: own.append(
+                        output[0] if isinstance(output, tuple | list) else output
+                    )
+                )
+                for block in blocks
+            ]
+            baseline = [runner.model(input_ids=batch, use_cache=False).logits for batch in batches]
+            for handle in handles:
+                handle.remove()
+            called = [block for block in blocks if outputs[block]]  # text does not go through others
+            for number, block in enumerate(blocks):
+                on_step(len(blocks) + number, total)
+                before = max((other for other in called if other < block), default=None)
+                for unit in (unit for unit in self.units if unit.block == block and unit.name not in self._probed):
+                    lost = []
+                    for spec in unit.specs:
+                        if spec is None or block not in called:
+                            lost.append(0.0)
+                            continue
+                        for planned in unit.layers:
+                            own, _ = self.solution(replace(planned, spec=spec))
+                            runner.set_weight(planned, own.dequantize(torch.float32))
+                        logits = (
+                            runner.model(input_ids=ids, use_cache=False).logits
+                            if before is None
+                            else runner.logits_after(before, outputs[before][n], ids)
+                            for n, ids in enumerate(batches)
+                        )
+                        lost.append(_divergence(baseline, logits))
+                    for planned in unit.layers:
+                        runner.set_tensor(planned, self.plan.checkpoint.read(planned.info.name))
+                    self.journal.append({"unit": unit.name, "kl": lost})
+                    self._probed[unit.name] = lost
+                runner.drop_block(block)
+
+    @torch.no_grad()
+    def measure(self, chosen: Sequence[int]) -> float:
+        """The mean KL divergence of the model with all units quantized so, on the windows of the probes, in nats."""
+        key = digest({unit.name: own for unit, own in zip(self.units, chosen, strict=True)})[:16]
+        if key not in self._measured:
+            with ExitStack() as stack:
+                runner = self._model(stack)
+                batches = [batch.to(runner.device) for batch in runner.batches]
+                baseline = [runner.model(input_ids=batch, use_cache=False).logits for batch in batches]
+                for unit, own in zip(self.units, chosen, strict=True):
+                    for planned in unit.layers if unit.specs[own] else ():
+                        qtensor, _ = self.solution(replace(planned, spec=unit.specs[own]))
+                        runner.set_weight(planned, qtensor.dequantize(torch.float32))
+                logits = (runner.model(input_ids=batch, use_cache=False).logits for batch in batches)
+                self._measured[key] = _divergence(baseline, logits)
+            self.journal.append({"choice": key, "measured": self._measured[key]})
+        return self._measured[key]
+
+    def _sizes(self, unit: BudgetUnit) -> list[int]:
+        """The bytes of a unit in the artifact, for each choice."""
+        return [sum(self._nbytes(replace(planned, spec=spec)) for planned in unit.layers) for spec in unit.specs]
+
+    def _nbytes(self, planned: PlannedTensor) -> int:
+        """The bytes of a tensor in the artifact."""
+        if planned.spec is None:
+            return planned.info.nbytes
+        key = (planned.spec.scheme.name, planned.shape)
+        if key not in self._known_sizes:
+            scheme, shape = planned.spec.scheme, (planned.shape[0], planned.shape[1])
+            tensors = scheme.weight.random(shape, torch.Generator().manual_seed(0))
+            scale = self.plan.format.scale_dtype(scheme, self.plan.dtype)
+            tensors["scales"] = tensors["scales"].to(scale)
+            written = self.plan.format.write(QTensor.of(scheme, shape, tensors), self.plan.dtype)
+            self._known_sizes[key] = sum(tensor.nbytes for tensor in written.values())
+        return self._known_sizes[key]
+
+    @cached_property
+    def _known_sizes(self) -> dict[tuple[str, tuple[int, ...]], int]:
+        return {}
+
+    @cached_property
+    def front(self) -> Front:
+        """The curve of KL against the bytes of all units."""
+        return Front.of([self._sizes(unit) for unit in self.units], [self._probed[unit.name] for unit in self.units])
+
+    @property
+    def weights(self) -> int:
+        """How many weights the units have."""
+        return sum(unit.weights for unit in self.units)
+
+    @cached_property
+    def rest(self) -> int:
+        """Bytes of the artifact that no choice changes, rounded up: other tensors, headers, and companion files."""
+        own = {planned.info.name for unit in self.units for planned in unit.layers}
+        tensors = sum(self._nbytes(planned) for planned in self.plan.tensors if planned.info.name not in own)
+        companions = sum(path.stat().st_size for path in self.checkpoint.other_files())
+        return tensors + companions + _LINE * len(self.plan.tensors) + _FEW
+
+    def choose(self) -> "Choice":
+        """The best choice within the recipe's budget.
+
+        Raises:
+            ConfigError: the smallest choice of every unit is larger than the budget.
+        """
+        budget = self.recipe.budget
+        assert budget
+        limit = (budget.nbytes or 0) - self.rest if budget.bits is None else int(budget.bits * self.weights / 8)
+        least = int(self.front.nbytes[0])
+        if least > limit:
+            raise ConfigError(
+                f"budget {budget} cannot be met: the smallest choices take {8 * least / self.weights:.3f} bits per "
+                f"weight, and the whole artifact {(least + self.rest) / 1e6:,.1f} MB; raise the budget, or name "
+                "smaller choices, as in choices: [int2-g128, int4-g128]"
+            )
+        point = int(np.searchsorted(self.front.nbytes, limit, side="right")) - 1
+        return Choice(self, point)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A point of a search's curve: a spec for every unit."""
+
+    search: Search
+    point: int
+
+    @cached_property
+    def chosen(self) -> list[int]:
+        return self.search.front.choice(self.point)
+
+    def recipe(self) -> Recipe:
+        """The recipe with a rule for every layer in place of its budget."""
+        recipe = self.search.recipe
+        own = {
+            pattern: unit.specs[number]
+            for unit, number in zip(self.search.units, self.chosen, strict=True)
+            for pattern in unit.patterns
+            if not unit.fixed
+        }
+        rules = Rules(recipe.rules.default, own | dict(recipe.rules.layers))  # the recipe's own rules come last and win
+        return replace(recipe, rules=rules, budget=None, choices=(), format=self.search.plan.format)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The choice and the curve that it is of, in plain values; sizes in bytes, divergences in nats.
+
+        Bits are per weight of the units. The divergences are means over the tokens that the probes read: predicted
+        ones are sums of probes, the measured one is of the model with all its units quantized.
+        """
+        search, front = self.search, self.search.front
+        sizes = np.linspace(front.nbytes[0], front.nbytes[-1], _CURVE)
+        points = {int(np.searchsorted(front.nbytes, size, side="right")) - 1 for size in sizes} | {self.point}
+        units = list(zip(search.units, self.chosen, strict=True))
+        assert search.recipe.budget
+        return {
+            "budget": search.recipe.budget.name,
+            "tokens": search._windows().numel(),
+            **self._at(self.point),
+            "measured_kl": search.measure(self.chosen),
+            "curve": [self._at(point) for point in sorted(points)],
+            "uniform": list(self._uniform()),
+            "units": [
+                {
+                    "name": unit.name,
+                    "choice": _name(unit.specs[own]),
+                    "bits": 8 * search._sizes(unit)[own] / unit.weights,
+                    "kl": search._probed[unit.name][own],
+                    "probes": dict(zip(map(_name, unit.specs), search._probed[unit.name], strict=True)),
+                }
+                for unit, own in units
+            ],
+        }
+
+    def _at(self, point: int) -> dict[str, Any]:
+        """Bits, bytes and divergence at a point of the curve."""
+        nbytes = int(self.search.front.nbytes[point])
+        return {
+            "bits": 8 * nbytes / self.search.weights,
+            "nbytes": nbytes + self.search.rest,
+            "predicted_kl": float(self.search.front.kl[point]),
+        }
+
+    def _uniform(self) -> Iterator[dict[str, Any]]:
+        """The same figures for each choice that all units have, given to all of them."""
+        search = self.search
+        for name in dict.fromkeys(_name(spec) for unit in search.units for spec in unit.specs):
+            own = [[_name(spec) for spec in unit.specs] for unit in search.units]
+            if all(name in names for names in own):
+                places = [(unit, names.index(name)) for unit, names in zip(search.units, own, strict=True)]
+                nbytes = sum(search._sizes(unit)[place] for unit, place in places)
+                lost = sum(search._probed[unit.name][place] for unit, place in places)
+                yield {"choice": name, "bits": 8 * nbytes / search.weights, "predicted_kl": lost}
+
+
+def search(
+    checkpoint: Checkpoint,
+    source: dict[str, Any],
+    recipe: Recipe,
+    folder: Path,
+    on_step: OnStep = lambda done, total: None,
+) -> Choice:
+    """The best choice of schemes within a recipe's budget; what `folder` holds of earlier searches is used.
+
+    Args:
+        folder: see Search; a lock keeps other searches out as long as this one lasts.
+    Raises:
+        ConfigError: the budget cannot be met, or no format holds all choices. BitpressError: as of quantize.
+    """
+    files.make_folder(folder)
+    with journal.locked(folder):
+        own = Search(checkpoint, source, recipe, folder)
+        own.run(on_step)
+        choice = own.choose()
+        own.measure(choice.chosen)
+    return choice
+
+
+def clean(run: Path) -> list[Path]:
+    """Delete what budgets keep in a run's folder, or in those of its models; returns the folders that were deleted.
+
+    Raises:
+        ConfigError: there is no such folder. LockedError: a search is going on.
+    """
+    if not run.is_dir():
+        raise ConfigError(f"{run} is no folder; expected that of a run, such as runs/demo")
+    kept = [path for path in (run / FOLDER, *sorted(run.glob(f"*/{FOLDER}"))) if path.is_dir()]
+    for path in kept:
+        with journal.locked(path):
+            files.remove_folder(path)
+    return kept
+
+
+def _units(plan: Plan, recipe: Recipe) -> list[BudgetUnit]:
+    """The units of a plan, in the order of its tensors. Layers that a rule names have no other choice."""
+    layers: dict[tuple[str, LayerSpec | None], list[PlannedTensor]] = {}
+    for planned in plan.quantized:
+        if planned.block is not None:
+            named = recipe.rules.pattern(planned.info.name) is not None
+            layers.setdefault((fused_unit(planned.module), planned.spec if named else None), []).append(planned)
+    units = []
+    for (name, fixed), own in layers.items():
+        specs: list[LayerSpec | None] = [fixed]
+        if fixed is None:
+            specs = []
+            for spec in recipe.choices:
+                for planned in own if spec else ():
+                    spec = spec.fitted(planned.shape) if spec else None
+                if spec is None or not any(spec.scheme.problems(planned.shape) for planned in own):
+                    specs.append(spec)
+        if not specs:
+            raise ConfigError(f"none of the choices fits {name}; name others under choices, such as int4-channel")
+        shown = name if fixed is None else f"{name} ({fixed.name})"
+        block = own[0].block
+        assert block is not None
+        units.append(BudgetUnit(shown, block, tuple(own), tuple(dict.fromkeys(specs)), fixed is not None))
+    return units
+
+
+def _format(wanted: Format | None, units: Sequence[BudgetUnit]) -> Format:
+    """The format that is wanted or, for None, the first that holds every choice of every layer.
+
+    Raises:
+        ConfigError: none does.
+    """
+    layers: dict[str, Any] = {
+        f"{planned.module} as {spec.name}": (spec.scheme, planned.shape)
+        for unit in units
+        for planned in unit.layers
+        for spec in unit.specs
+        if spec
+    }
+    reasons = []
+    for format in [wanted] if wanted else formats().values():
+        if not (problems := misfits(format, layers)):
+            return format
+        reasons += problems
+    raise ConfigError(f"no format can hold all choices; name others under choices:\n{listing(reasons)}")
+
+
+def _key(planned: PlannedTensor) -> str:
+    assert planned.spec
+    return f"{planned.module}/{planned.spec.name}"
+
+
+def _name(spec: LayerSpec | None) -> str:
+    return spec.scheme.name if spec else KEPT
+
+
+def _divergence(baseline: Sequence[Tensor], others: Iterator[Tensor]) -> float:
+    """The mean KL divergence of logits [windows, context, vocabulary] from the baseline's, batch by batch, in nats."""
+    total, tokens = 0.0, 0
+    for one, other in zip(baseline, others, strict=True):
+        for p, q in scores.rows(one.flatten(0, 1), other.flatten(0, 1)):
+            probabilities, own, _ = scores.best(p)
+            total += scores.divergence(probabilities, p, q, own - torch.logsumexp(q, -1)).double().sum().item()
+            tokens += len(p)
+    return total / tokens

@@ -1,0 +1,72 @@
+"""The blocks of ggml's types that hold plain integers, one scale to a block: written and read exactly.
+
+Layouts: ggml-common.h and dequantize_row_* in ggml-quants.c of llama.cpp.
+"""
+
+import torch
+from torch import Tensor
+
+# of Q3_K: sixteen scales of 33, 6 bits each, which stand for 33 - 32 = 1
+_ONES_Q3_K = [0x11] * 8 + [0xAA] * 4
+_LARGEST = {"Q4_0": 7, "Q5_0": 15, "Q8_0": 127, "Q3_K": 3}  # value; the smallest is one further from 0
+
+
+def encode(kind: str, values: Tensor, scales: Tensor) -> Tensor:
+    """Blocks of a type, uint8 [rows, blocks, bytes]: each stands for its values times its scale.
+
+    Args:
+        values: int8 [rows, blocks, values of a block]. scales: float16 [rows, blocks].
+    """
+    least, most = (int(limit) for limit in values.aminmax())
+    assert -_LARGEST[kind] - 1 <= least <= most <= _LARGEST[kind]
+    scale = scales.unsqueeze(-1).contiguous().view(torch.uint8)
+    if kind == "Q8_0":
+        return torch.cat([scale, values.contiguous().view(torch.uint8)], -1)
+    codes = (values + (_LARGEST[kind] + 1)).view(torch.uint8)
+    if kind == "Q3_K":
+        runs = codes.unflatten(-1, (2, 4, 32))  # halves, shifts, bytes
+        low = _bits([(runs[..., shift, :] & 3) << 2 * shift for shift in range(4)]).flatten(-2)
+        high = _bits([(codes.unflatten(-1, (8, 32))[..., bit, :] >> 2) << bit for bit in range(8)])
+        ones = torch.tensor(_ONES_Q3_K, dtype=torch.uint8).expand(*scale.shape[:-1], -1)
+        return torch.cat([high, low, ones, scale], -1)
+    nibbles = _bits([codes[..., :16] & 15, (codes[..., 16:] & 15) << 4])
+    if kind == "Q4_0":
+        return torch.cat([scale, nibbles], -1)
+    fifth = _bits([(codes.unflatten(-1, (4, 8))[..., bit] >> 4) << bit for bit in range(8)])
+    return torch.cat([scale, fifth, nibbles], -1)
+
+
+def decode(kind: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of encode: (values, scales).
+
+    Raises:
+        ValueError: Q3_K whose scales are not all alike.
+    """
+    if kind == "Q3_K":
+        high, low, ones, scale = blocks.split([32, 64, 12, 2], -1)
+        if not torch.equal(ones, torch.tensor(_ONES_Q3_K, dtype=torch.uint8).expand_as(ones)):
+            raise ValueError("the scales of its Q3_K blocks differ within a block, as bitpress never writes them")
+        lows = torch.stack([low.unflatten(-1, (2, 32)) >> 2 * shift & 3 for shift in range(4)], -2).flatten(-3)
+        highs = torch.stack([high >> bit & 1 for bit in range(8)], -2).flatten(-2)
+        codes = lows | highs << 2
+    else:
+        scale, rest = blocks[..., :2], blocks[..., 2:]
+        if kind == "Q8_0":
+            return rest.contiguous().view(torch.int8), _float16(scale)
+        nibbles = rest[..., -16:]
+        codes = torch.cat([nibbles & 15, nibbles >> 4], -1)
+        if kind == "Q5_0":
+            codes = codes | torch.stack([rest[..., :4] >> bit & 1 for bit in range(8)], -1).flatten(-2) << 4
+    return codes.view(torch.int8) - (_LARGEST[kind] + 1), _float16(scale)
+
+
+def _bits(parts: list[Tensor]) -> Tensor:
+    """The parts' bits in one tensor of bytes."""
+    whole = parts[0].clone()
+    for part in parts[1:]:
+        whole |= part
+    return whole
+
+
+def _float16(scale: Tensor) -> Tensor:
+    return scale.contiguous().view(torch.float16).squeeze(-1)

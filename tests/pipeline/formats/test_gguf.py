@@ -1,0 +1,321 @@
+"""What bitpress writes as GGUF, against the gguf package's own dequantization and transformers' own reader of GGUF."""
+
+import contextlib
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+from bitpress.pipeline.api import convert, quantize
+from bitpress.pipeline.checkpoints.doctor import diagnose
+from bitpress.pipeline.errors import CheckpointError, ConfigError
+from bitpress.pipeline.evaluate import worker
+from bitpress.pipeline.evaluate.verify import verify_artifact, verify_task
+from bitpress.pipeline.formats import registry
+from bitpress.pipeline.formats.gguf import FILE, block_type
+from bitpress.pipeline.models.loading import load_model
+from bitpress.pipeline.quantize.recipe import Recipe
+from bitpress.pipeline.storage.checkpoint import Checkpoint
+from bitpress.pipeline.storage.gguf.architectures import generated_tensors, model_metadata, permute, permute_back
+from bitpress.pipeline.storage.gguf.file import TYPES, read_gguf
+from bitpress.pipeline.storage.gguf.tokenizer import tokenizer_metadata
+
+FORMAT = registry()["gguf"]
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 17, 60, 33, 2, 80, 9, 41]])
+
+
+def save_tokenizer(folder: Path, **changes: Any) -> Tokenizer:
+    """A byte-level tokenizer of a few merges, of at most 300 ids, as GPT-2 splits text."""
+    letters = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "w"), ("Ġw", "o")]
+    vocabulary = {token: number for number, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=changes.get("ignore_merges", False))
+    )
+    tokenizer.pre_tokenizer = changes.get("split", pre_tokenizers.ByteLevel(add_prefix_space=False))
+    if "normalizer" in changes:
+        tokenizer.normalizer = changes["normalizer"]
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    fast.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def source(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """source(architecture, key=value): a tiny model with a tokenizer that llama.cpp knows."""
+
+    def make(name: str, **changes: Any) -> Path:
+        folder = tmp_path_factory.mktemp(name) / name
+        shutil.copytree(tiny(name, vocab_size=300, **changes), folder)
+        save_tokenizer(folder)
+        return folder
+
+    return make
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    """bitpress's own logits of an artifact, by the reference kernel."""
+    with torch.no_grad():
+        return load_model(Checkpoint(folder), CPU, "float32", "reference")(IDS).logits
+
+
+def logits_by_transformers(folder: Path, alone: Path) -> torch.Tensor:
+    """Those of transformers, which is given the GGUF file, and a config where its own reader passes over keys."""
+    alone.mkdir()
+    shutil.copy(folder / FILE, alone)
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    options = {} if config.model_type == "mistral" else {"config": config}  # the file says llama, and so it is read
+    model = AutoModelForCausalLM.from_pretrained(alone, gguf_file=FILE, dtype=torch.float32, **options)
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("int4-g32", "Q4_0"), ("int4-g128", "Q4_0"), ("int4-channel", "Q4_0"), ("int4-g64-asym", "Q5_0"),
+        ("int8-g32", "Q8_0"), ("int8-channel", "Q8_0"), ("int3-g32", "Q4_0"), ("int3-channel", "Q3_K"),
+        ("int3-g256", "Q3_K"), ("int3-g128-asym", "Q4_0"), ("int2-g32", "Q4_0"), ("int2-channel-asym", "Q4_0"),
+    ],
+)  # fmt: skip
+def test_blocks_stand_for_the_weights_to_the_bit(name: str, kind: str) -> None:
+    scheme, shape = Scheme.parse(name), (5, 512)
+    tensors = scheme.weight.random(shape, torch.Generator().manual_seed(3))
+    qtensor = QTensor.of(scheme, shape, tensors)
+    assert block_type(scheme, shape[1]) == kind
+    blocks = FORMAT.write(qtensor, torch.bfloat16)["blocks"]
+    theirs = gguf.quants.dequantize(blocks.flatten(1).numpy(), gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(theirs, qtensor.dequantize().numpy())
+    again = FORMAT.read(scheme, {"blocks": blocks})
+    again.check()
+    assert torch.equal(again.dequantize(), qtensor.dequantize())
+    if scheme.symmetric:
+        assert torch.equal(again.codes, qtensor.codes)
+        assert torch.equal(again.scales, qtensor.scales)
+
+
+def test_types_have_the_sizes_of_the_gguf_package() -> None:
+    for number, kind in TYPES.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)] == (kind.values, kind.nbytes)
+        assert gguf.GGMLQuantizationType(number).name == kind.name
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("int8-g32-asym", (4, 64), "nine bits"), ("int4-g16", (4, 64), "blocks of 32"), ("nf4", (4, 64), "not nf4"),
+        ("int4-channel", (4, 48), "blocks of 32"), ("int8-dynamic", (4, 64), "not int8-dynamic"),
+    ],
+)  # fmt: skip
+def test_what_it_cannot_hold(name: str, shape: tuple[int, ...], reason: str) -> None:
+    assert reason in FORMAT.problems(Scheme.parse(name), shape)[0]
+
+
+def test_rows_of_heads_come_back() -> None:
+    rows = torch.arange(24).reshape(12, 2)
+    assert permute(rows, 2)[:, 0].tolist() == [0, 6, 2, 8, 4, 10, 12, 18, 14, 20, 16, 22]
+    assert torch.equal(permute_back(permute(rows, 2), 2), rows)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"])
+def test_transformers_computes_the_same(name: str, source: Callable[..., Path], tmp_path: Path) -> None:
+    artifact, gemma = tmp_path / "artifact", name.startswith("gemma")  # whose embeddings are scaled, and not quantized
+    layers = {"*down_proj": "int8-g32"} | ({} if gemma else {"*embed_tokens": "int8-g32"})
+    folder = source(name, **({"query_pre_attn_scalar": 16} if gemma else {}))
+    quantize(folder, {"scheme": "int4-g32", "format": "gguf", "layers": layers}, artifact)
+    assert sorted(path.name for path in artifact.iterdir() if path.suffix in (".gguf", ".safetensors")) == [FILE]
+    ours = logits_of(artifact)
+    theirs = logits_by_transformers(artifact, tmp_path / "alone")
+    # the order of sums is the same; Gemma's norms are stored plus 1, which rounds the last bit of float32
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_experts_lie_in_one_tensor(name: str, source: Callable[..., Path], tmp_path: Path) -> None:
+    changes = {"norm_topk_prob": True} if name == "qwen3_moe" else {}
+    folder, artifact, other = source(name, **changes), tmp_path / "artifact", tmp_path / "other"
+    quantize(folder, {"scheme": "int4-g32", "format": "gguf"}, artifact)
+    quantize(folder, {"scheme": "int4-g32", "format": "gptq"}, other)
+    file = read_gguf(artifact / FILE)
+    assert file.tensors["blk.0.ffn_gate_exps.weight"].shape == (4, 128 if name == "mixtral" else 64, 64)
+    assert file.metadata[f"{file.metadata['general.architecture']}.expert_count"] == 4
+    assert torch.equal(logits_of(artifact), logits_of(other))  # gptq has float16 scales, too, so the same codes
+    first = Checkpoint(artifact).read(
+        next(n for n in Checkpoint(artifact).tensors if "experts.3." in n and ".blocks" in n)
+    )
+    assert first.dim() == 3
+
+
+def test_an_artifact_is_sound_and_converts_back(source: Callable[..., Path], tmp_path: Path) -> None:
+    first, file, back = tmp_path / "gptq", tmp_path / "gguf", tmp_path / "back"
+    quantize(source("llama"), {"scheme": "int4-g32", "format": "gptq", "layers": {"*down_proj": "int8-g64"}}, first)
+    assert any("same to the bit" in note for note in convert(first, "gguf", file))
+    convert(file, "gptq", back)
+    one, two = Checkpoint(first), Checkpoint(back)
+    assert one.tensors.keys() == two.tensors.keys()
+    assert all(torch.equal(one.read(name), two.read(name)) for name in one.tensors)
+    diagnosis = diagnose(file)
+    assert diagnosis.faults == []
+    assert diagnosis.runtimes["llama.cpp"]["loads"] == "yes"
+
+
+def test_the_file_says_what_the_config_says(source: Callable[..., Path], tmp_path: Path) -> None:
+    artifact = tmp_path / "artifact"
+    quantize(source("llama"), {"scheme": "int4-g32", "format": "gguf"}, artifact)
+    fields = gguf.GGUFReader(artifact / FILE).fields
+    read = {name: field.contents() for name, field in fields.items()}
+    assert (read["llama.block_count"], read["llama.attention.head_count_kv"], read["general.file_type"]) == (2, 2, 2)
+    assert len(read["tokenizer.ggml.tokens"]) == 300
+    assert read["tokenizer.ggml.tokens"][299] == "[PAD299]"
+    assert read["tokenizer.ggml.merges"][2] == "he ll"
+    assert read["tokenizer.chat_template"].startswith("{% for")
+    tokenizer = AutoTokenizer.from_pretrained(artifact)
+    shutil.copy(artifact / FILE, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=FILE)
+    for text in ("hello world", "it's 2024:  well\n\nhello"):
+        assert theirs(text).input_ids == tokenizer(text).input_ids
+
+
+def test_llama3_scales_frequencies(source: Callable[..., Path], tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 32, "rope_theta": 500.0}
+    folder = source("llama", rope_parameters=scaling, head_dim=32)
+    config = json.loads((folder / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    plain = 1 / 500.0 ** (torch.arange(0, 32, 2) / 32)
+    factors = generated_tensors(config)["rope_freqs.weight"]
+    assert torch.allclose(plain / factors, model.model.rotary_emb.inv_freq, rtol=1e-6)
+    quantize(folder, {"scheme": "int4-g32", "format": "gguf"}, tmp_path / "artifact")
+    assert Checkpoint(tmp_path / "artifact").stored["rope_freqs.weight"].shape == (16,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"split": pre_tokenizers.Whitespace()}, "the pre-tokenizer Whitespace has no name in llama.cpp"),
+        ({"ignore_merges": True}, "with ignore_merges"),
+        ({"normalizer": normalizers.Lowercase()}, "normalizes text by Lowercase"),
+        ({"split": pre_tokenizers.ByteLevel(add_prefix_space=True)}, "add_prefix_space"),
+        (
+            {"split": pre_tokenizers.Sequence([
+                pre_tokenizers.Split(Regex("[a-z]+"), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ])},
+            "Split by {'Regex': '[a-z]+'}",
+        ),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_llamacpp_would_read_otherwise_is_refused(
+    changes: dict[str, Any], reason: str, source: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = source("llama")
+    save_tokenizer(folder, **changes)
+    with pytest.raises(ConfigError, match="cannot be saved as gguf") as refused:
+        quantize(folder, {"scheme": "int4-g32", "format": "gguf"}, tmp_path / "artifact")
+    assert reason in str(refused.value)
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_known_splits_have_their_names(tmp_path: Path) -> None:
+    config = {"vocab_size": 300}
+    llama3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    llama3 += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    both = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(llama3), "isolated"), plain])
+    digits = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    cases = [
+        ({"split": both, "ignore_merges": True}, "llama-bpe"),
+        ({"split": both}, "dbrx"),
+        ({"split": digits}, "smollm"),
+    ]
+    for changes, name in cases:
+        save_tokenizer(tmp_path, **changes)
+        files = {path.name: path for path in tmp_path.iterdir()}
+        assert tokenizer_metadata(files, config)["tokenizer.ggml.pre"] == name
+
+
+def test_an_unknown_architecture_is_refused(source: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the architecture 'opt' is not known here as GGUF"):
+        quantize(source("opt"), {"scheme": "int4-g32", "format": "gguf"}, tmp_path / "artifact")
+
+
+def test_a_config_that_means_another_model_is_refused(source: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="norm_topk_prob is false"):
+        quantize(source("qwen3_moe"), {"scheme": "int4-g32", "format": "gguf"}, tmp_path / "artifact")
+
+
+def test_metadata_needs_what_the_config_leaves_out() -> None:
+    config = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
+    metadata = model_metadata(config)
+    assert metadata["gemma3.attention.key_length"] == 256
+    assert (metadata["gemma3.rope.freq_base"], metadata["gemma3.rope.freq_base_swa"]) == (1e6, 1e4)
+
+
+class TestDamage:
+    """A file that nobody trusts: refused in one sentence, before its numbers are believed."""
+
+    @pytest.fixture(scope="class")
+    def artifact(self, source: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("damage") / "artifact"
+        quantize(source("llama"), {"scheme": "int4-g32", "format": "gguf"}, folder)
+        return folder
+
+    @pytest.mark.parametrize(
+        ("offset", "code", "value", "reason"),
+        [
+            (0, "4s", b"GGML", "it begins with b'GGML'"), (4, "I", 99, "version 99"),
+            (8, "Q", 1 << 60, "are too many"), (16, "Q", 1 << 62, "are too many"), (24, "Q", 1 << 50, "a text of"),
+        ],
+    )  # fmt: skip
+    def test_numbers_of_the_header(
+        self, artifact: Path, tmp_path: Path, offset: int, code: str, value: Any, reason: str
+    ) -> None:
+        data = bytearray((artifact / FILE).read_bytes())
+        struct.pack_into(f"<{code}", data, offset, value)
+        (tmp_path / FILE).write_bytes(data)
+        with pytest.raises(CheckpointError, match=reason):
+            read_gguf(tmp_path / FILE)
+
+    def test_any_length_of_it(self, artifact: Path, tmp_path: Path) -> None:
+        data = (artifact / FILE).read_bytes()
+        for length in (0, 3, 20, 200, 5000, len(data) // 2, len(data) - 1):
+            (tmp_path / FILE).write_bytes(data[:length])
+            with pytest.raises(CheckpointError, match="get the file again"):
+                read_gguf(tmp_path / FILE)
+
+    def test_every_tensor_info(self, artifact: Path, tmp_path: Path) -> None:
+        """Whatever one word of a tensor's entry is replaced by, the file is read, or refused in a sentence."""
+        data = (artifact / FILE).read_bytes()
+        place = data.index(b"blk.0.attn_q.weight")
+        for offset in range(place - 8, place + 60, 4):
+            for value in (0, 0xFFFFFFFF, 1 << 30):
+                changed = bytearray(data)
+                struct.pack_into("<I", changed, offset, value)
+                (tmp_path / FILE).write_bytes(changed)
+                with contextlib.suppress(CheckpointError):
+                    read_gguf(tmp_path / FILE)
+
+
+def test_a_run_verifies_it(source: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "call", lambda task, request: verify_task(request))  # here, not in a fresh process
+    folder, artifact, settings = source("llama"), tmp_path / "artifact", {"scheme": "int4-g32", "format": "gguf"}
+    quantize(folder, settings, artifact)
+    verified = verify_artifact(Checkpoint(folder), Recipe.make(settings), artifact, IDS[0], "cpu", "float32")
+    assert verified["max_difference"] <= verified["tolerance"]

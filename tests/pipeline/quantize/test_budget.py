@@ -1,0 +1,179 @@
+"""Schemes are chosen so that the artifact meets a size at the least divergence."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bitpress.eval.report.tables import budget_tables
+from bitpress.pipeline.api import load
+from bitpress.pipeline.config.budget import Budget
+from bitpress.pipeline.errors import ConfigError
+from bitpress.pipeline.quantize import budget
+from bitpress.pipeline.quantize.budget import Front, Search
+from bitpress.pipeline.quantize.recipe import Recipe
+from bitpress.pipeline.quantize.sequential import CalibratedBlocks
+from bitpress.pipeline.storage import files
+from bitpress.pipeline.storage.checkpoint import read_json
+from bitpress.pipeline.storage.fingerprint import MANIFEST
+
+CHOICES = ["int2-g32", "int4-g32", "int8-g32"]
+
+
+@pytest.fixture
+def budgeted(learn, tmp_path, tiny_llama) -> Any:
+    """budgeted("4 bits"): the folder of the artifact; all share what is kept beside it."""
+
+    def make(text: str, **changes: Any) -> Path:
+        out = tmp_path / Budget.parse(text).name
+        settings = {"method": "auto", "scheme": "auto", "budget": text, "choices": CHOICES, **changes}
+        learn(tiny_llama, out, shared=tmp_path / "kept", **settings)
+        return out
+
+    return make
+
+
+class TestFront:
+    def test_is_the_best_of_all_combinations(self):
+        rng = np.random.default_rng(0)
+        sizes, losses = rng.integers(1, 30, (5, 4)), rng.random((5, 4))
+        front = Front.of(sizes.tolist(), losses.tolist())
+        every = list(itertools.product(range(4), repeat=5))
+        for limit in range(int(sizes.min(1).sum()), int(sizes.max(1).sum()) + 1):
+            point = int(np.searchsorted(front.nbytes, limit, side="right")) - 1
+            fitting = [own for own in every if sum(sizes[n, c] for n, c in enumerate(own)) <= limit]
+            assert front.kl[point] == pytest.approx(min(sum(losses[n, c] for n, c in enumerate(o)) for o in fitting))
+            own = front.choice(point)
+            assert sum(sizes[n, c] for n, c in enumerate(own)) == front.nbytes[point] <= limit
+            assert sum(losses[n, c] for n, c in enumerate(own)) == pytest.approx(front.kl[point])
+
+    def test_too_many_points_are_thinned(self, monkeypatch):
+        rng = np.random.default_rng(1)
+        sizes, losses = rng.integers(1, 1 << 40, (8, 4)).tolist(), rng.random((8, 4)).tolist()
+        exact = Front.of(sizes, losses)
+        monkeypatch.setattr(budget, "_MOST_POINTS", 64)
+        front = Front.of(sizes, losses)
+        assert len(front.nbytes) <= 64
+        point = len(front.nbytes) // 2
+        own = front.choice(point)
+        assert sum(sizes[n][c] for n, c in enumerate(own)) == front.nbytes[point]
+        best = exact.kl[int(np.searchsorted(exact.nbytes, front.nbytes[point], side="right")) - 1]
+        assert best <= front.kl[point] < 1.3 * best
+
+
+def test_an_artifact_of_bits(budgeted):
+    out = budgeted("4 bits")
+    manifest = read_json(out / MANIFEST)
+    chosen, layers = manifest["budget"], manifest["coverage"]["layers"]
+    nbytes, weights = sum(each["bytes"] for each in layers), sum(np.prod(each["shape"]) for each in layers)
+    assert 8 * nbytes / weights == pytest.approx(chosen["bits"])
+    assert 3 < chosen["bits"] <= 4
+    assert len({layer["scheme"] for layer in layers}) > 1
+    schemes = {layer["name"]: layer["scheme"] for layer in layers}
+    for block in (0, 1):
+        for fused in (("q", "k", "v"), ("gate", "up")):
+            own = [f for f in schemes if f".{block}." in f and f.rpartition(".")[2].removesuffix("_proj") in fused]
+            assert len({schemes[name] for name in own}) == 1
+    assert chosen["predicted_kl"] == pytest.approx(sum(unit["kl"] for unit in chosen["units"]))
+    assert chosen["measured_kl"] == pytest.approx(chosen["predicted_kl"], rel=0.5)
+    curve = chosen["curve"]
+    assert [p["bits"] for p in curve] == sorted(p["bits"] for p in curve)
+    assert [p["predicted_kl"] for p in curve] == sorted((p["predicted_kl"] for p in curve), reverse=True)
+    assert [each["choice"] for each in chosen["uniform"]] == CHOICES
+    model, _ = load(out)
+    assert model(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
+
+
+def test_an_artifact_of_bytes(budgeted, tiny_llama):
+    whole = sum(path.stat().st_size for path in tiny_llama.iterdir() if path.is_file())
+    text = f"{(whole + 70_000) / 1000:.1f} kB"
+    out = budgeted(text)
+    assert sum(path.stat().st_size for path in out.iterdir()) <= Budget.parse(text).nbytes
+    with pytest.raises(ConfigError, match=r"cannot be met: the smallest choices take 3.*raise the budget"):
+        budgeted("10 kB")
+
+
+def test_another_budget_costs_its_packing_alone(budgeted, monkeypatch):
+    budgeted("4 bits")
+    for kind, name in ((CalibratedBlocks, "solve_block"), (Search, "_probe")):
+        monkeypatch.setattr(kind, name, lambda *a: pytest.fail("it was done before"))
+    out = budgeted("5 bits")
+    assert read_json(out / MANIFEST)["budget"]["bits"] <= 5
+
+
+def test_rules_leave_no_choice(budgeted):
+    out = budgeted("5 bits", layers={"*.down_proj": "int8-g32", "*.0.self_attn.o_proj": "none"})
+    schemes = {each["name"]: each["scheme"] for each in read_json(out / MANIFEST)["coverage"]["layers"]}
+    assert schemes["model.layers.1.mlp.down_proj"] == "int8-g32"
+    assert "model.layers.0.self_attn.o_proj" not in schemes
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"budget": "4.25"}, "expected bits per weight"),
+        ({"budget": "0 bits"}, "0 holds nothing"),
+        ({"budget": "4 bits", "scheme": "int4-g128"}, "take scheme out"),
+        ({"budget": "4 bits", "choices": ["none"]}, "nothing to choose"),
+        ({"budget": "4 bits", "choices": ["int5-g32"]}, "int5"),
+        ({"budget": "4 bits", "transform": "awq"}, "take transform out"),
+        ({"budget": "4 bits", "method": "tune"}, "tune learns from whole blocks"),
+        ({"budget": "4 bits", "method": "gptq", "options": {"true_sequential": True}}, "take true_sequential out"),
+        ({"scheme": "int4-g128", "choices": ["int4-g32"]}, "for a budget to choose from"),
+    ],
+)
+def test_refusals(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        Recipe.make(settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "nbytes"),
+    [("4.25 bits", "4.25bits", None), ("4.1 GB", "4.1GB", 4_100_000_000), ("3gib", "3GiB", 3 << 30)],
+)
+def test_texts(text, name, nbytes):
+    assert (Budget.parse(text).name, Budget.parse(text).nbytes) == (name, nbytes)
+    assert Recipe.make(f"gptq/{name}").budget == Budget.parse(text)
+
+
+def test_goes_on_where_it_was_killed(learn, tmp_path, tiny_llama, monkeypatch):
+    settings = {"method": "auto", "scheme": "auto", "budget": "4 bits", "choices": CHOICES}
+    learn(tiny_llama, tmp_path / "whole", **settings)
+    expected = (tmp_path / "whole" / MANIFEST).read_bytes()
+    original = files.replace
+
+    class Killed(BaseException):
+        pass
+
+    for kill in range(3, 12, 4):
+        writes = itertools.count()
+
+        def replace(source: Path, target: Path, kill: int = kill, writes: Iterator[int] = writes) -> None:
+            if next(writes) == kill:
+                raise Killed
+            original(source, target)
+
+        monkeypatch.setattr(files, "replace", replace)
+        with pytest.raises(Killed):
+            learn(tiny_llama, tmp_path / f"killed{kill}", **settings)
+        monkeypatch.setattr(files, "replace", original)
+        learn(tiny_llama, tmp_path / f"killed{kill}", **settings)
+        assert (tmp_path / f"killed{kill}" / MANIFEST).read_bytes() == expected
+
+
+def test_clean(budgeted, tmp_path):
+    (tmp_path / budget.FOLDER).mkdir()
+    assert budget.clean(tmp_path) == [tmp_path / budget.FOLDER]
+    assert budget.clean(tmp_path) == []
+
+
+def test_tables(budgeted):
+    chosen = read_json(budgeted("4 bits") / MANIFEST)["budget"]
+    (_, _, curve, note), (_, _, units, _) = budget_tables("", chosen, 0.5)
+    assert [row[1] for row in units] == [unit["choice"] for unit in chosen["units"]]
+    assert sum(row[-1] == "chosen within 4bits" for row in curve) == 1
+    assert "0.50000 on the text" in note
