@@ -19,10 +19,10 @@ IDS = torch.arange(3, 67).unsqueeze(0)
 
 
 @pytest.fixture
-def outliers(tiny: Callable[..., Path], tmp_path: Path) -> Path:
+def outliers(tiny: Callable[..., Path], copy_of: Callable[..., Path]) -> Path:
     """A Llama some of whose channels are 64 times larger between its layers, and which computes what the plain one
     does."""
-    folder = tiny("llama")
+    folder = copy_of(tiny("llama"))
     tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
     wide = torch.ones(128).index_fill_(0, torch.tensor([3, 77]), 64.0)
     for block in range(2):
