@@ -12,8 +12,8 @@ LARGEST = 448.0  # of E4M3
 GROUP = 128
 
 
-def round_to_fp8(x: Tensor) -> Tensor:
-    """E4M3 of each row, dequantized again: x [..., in] -> float32 of that shape.
+def round_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 codes of each row, and its scale: x [..., in] -> float8_e4m3fn [..., in], float32 [..., 1].
 
     scale = absmax / 448, so that the largest entry of a row is exact; a row of zeros gets scale 1. A row with NaN or
     infinity has such a scale too, so that it shows in the output.
@@ -21,7 +21,7 @@ def round_to_fp8(x: Tensor) -> Tensor:
     wide = x.to(torch.float32)
     scales = wide.abs().amax(-1, keepdim=True).div_(LARGEST)
     scales.masked_fill_(scales < torch.finfo(torch.float32).tiny, 1)
-    return (wide / scales).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn).to(torch.float32).mul_(scales)
+    return (wide / scales).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales
 
 
 class _Fp8:
@@ -29,6 +29,7 @@ class _Fp8:
 
     dynamic: ClassVar[bool] = True
     statistics: ClassVar[tuple[type, ...]] = ()
+    observers: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Any:
@@ -39,8 +40,12 @@ class _Fp8:
     def description(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
+    def codes(self, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, None]:
+        raise NotImplementedError
+
+    def apply(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        codes, scales, _ = self.codes(x, tensors)
+        return codes.to(torch.float32).mul_(scales)
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class Fp8Token(_Fp8):
     def description(self) -> dict[str, Any]:
         return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
 
-    def apply(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        return round_to_fp8(x)
+    def codes(self, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, None]:
+        return *round_to_fp8(x), None
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,11 @@ class Fp8Group(_Fp8):
         shared = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "group", "dynamic": True}
         return shared | {"group_size": GROUP}
 
-    def apply(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def codes(self, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, None]:
         padded = F.pad(x, (0, -x.shape[-1] % GROUP))
-        return round_to_fp8(padded.unflatten(-1, (-1, GROUP))).flatten(-2)[..., : x.shape[-1]]
+        codes, scales = round_to_fp8(padded.unflatten(-1, (-1, GROUP)))
+        each = scales.expand(codes.shape).flatten(-2)
+        return codes.flatten(-2)[..., : x.shape[-1]], each[..., : x.shape[-1]], None
 
 
 PLUGINS = (Fp8Token, Fp8Group)
