@@ -158,7 +158,8 @@ def _stored_bytes(format: Format, scheme: Scheme, shape: tuple[int, int], dtype:
     if rows > more:
         least, most = (_stored_bytes(format, scheme, (count, columns), dtype) for count in (few, more))
         return most + round((most - least) / (more - few) * (rows - more))
-    tensors = scheme.weight.random(shape, torch.Generator().manual_seed(0))
+    tensors = {name: torch.ones(size, dtype=kinds[0]) for name, (size, kinds) in scheme.layout(shape).items()}
+    tensors |= scheme.weight.random(shape, torch.Generator().manual_seed(0))
     if tensors["scales"].is_floating_point():  # else they are codes themselves, whatever the format's dtype
         tensors["scales"] = tensors["scales"].to(format.scale_dtype(scheme, dtype))
     written = format.write(QTensor.of(scheme, shape, tensors), dtype)
@@ -234,6 +235,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
                 tensor = replace(tensor, spec=spec)
         if tensor.spec:
             unfit.add(tensor.module, tensor.spec.scheme.problems(tensor.shape))
+            if tensor.spec.scheme.static and tensor.block is None:
+                name = tensor.spec.scheme.name
+                unfit.add(tensor.module, [f"{name} calibrates inputs, and only those of the decoder blocks are seen"])
         tensors.append(tensor)
     known = {*checkpoint.tensors, *aliases.values()}
     unused = [p for p in recipe.rules.layers if not any(Rules(None, {p: None}).pattern(name) for name in known)]
