@@ -12,7 +12,8 @@ from bitpress.eval.report.recommend import Budget
 
 from ..errors import ConfigError
 from ..storage import files
-from .external import is_checkpoint, measure_like
+from ..storage.artifacts import is_checkpoint
+from .external import measure_like
 from .metrics import METRICS, read_metrics
 from .process import Say
 

@@ -21,6 +21,7 @@ from ..quantize.artifact import quantize
 from ..quantize.budget import FOLDER
 from ..quantize.recipe import Recipe
 from ..storage import files, journal
+from ..storage.artifacts import ARTIFACT
 from ..storage.checkpoint import Checkpoint
 from ..storage.fingerprint import MANIFEST
 from ..system.progress import progress
@@ -105,7 +106,7 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
         )
         return process.evaluate(subject, job.conditions, job.folder, say)
     recipe = replace(Recipe.make(job.recipe, job.run.device), calibration=job.calibration)
-    artifact = job.folder / "artifact"
+    artifact = job.folder / ARTIFACT
     start = time.perf_counter()
     say(f"quantize by {recipe.method}{f', calibrated on {recipe.calibration}' if recipe.calibration else ''}")
     if recipe.calibration and recipe.calibration.name == job.conditions.text:

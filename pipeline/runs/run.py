@@ -11,7 +11,6 @@ from ..data.text import read_text
 from ..errors import BitpressError
 from ..evaluate import process
 from ..evaluate.conditions import Conditions
-from ..evaluate.external import is_checkpoint
 from ..evaluate.metrics import METRICS, read_metrics
 from ..evaluate.process import Say
 from ..evaluate.results import write_report
@@ -22,6 +21,7 @@ from ..models.pretrained import load_tokenizer
 from ..models.structure import skeleton
 from ..publish.upload import prepare, send
 from ..quantize.recipe import Recipe
+from ..storage.artifacts import is_checkpoint
 from ..storage.checkpoint import Checkpoint
 from ..system.unexpected import unexpected
 from .executors import executor
