@@ -71,14 +71,18 @@ def _reasons(line: str, reasons: list[str]) -> None:
 
 
 def list_(as_json: Json = False) -> None:
-    """Methods, formats, and kernels with the reason where one cannot run here."""
-    from ..checkpoints.describe import catalogue
+    """Schemes, methods, formats, executors, and kernels with the reason where one cannot run here."""
+    with collector_paused():
+        from ..checkpoints.describe import Entry, catalogue
+        from ..runs.executors import registry as executors
 
-    quiet_libraries()
     everything = catalogue()
+    everything["executors"] = {
+        name: Entry((type(executor).__doc__ or "").partition("\n")[0]) for name, executor in executors().items()
+    }
     if as_json:
-        print_json(everything)
+        print_json({kind: {name: entry.to_dict() for name, entry in own.items()} for kind, own in everything.items()})
         return
     for kind, rows in everything.items():
-        print_table([kind, ""], [[name, text] for name, text in rows.items()])
+        print_table([kind, ""], [[name, entry.text()] for name, entry in rows.items()])
         out.print()
