@@ -156,6 +156,9 @@ def quantize(
     option: Annotated[
         list[str] | None, typer.Option(help="key=value, an option of the method; may be repeated.")
     ] = None,
+    observer: Annotated[
+        str, typer.Option(help="Of the range of int8-static's inputs: mse (auto), percentile or minmax.")
+    ] = "auto",
     fit_groups: Annotated[
         bool, typer.Option("--fit-groups", help="Layers that the group size does not divide get a smaller one.")
     ] = False,
@@ -185,7 +188,7 @@ def quantize(
     settings = {**_recipe(recipe, budget, choice), "format": format}
     settings |= {"layers": load_layers(layer or []), "options": load_options(option or [])}
     settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
-    settings |= {"max_fallback_layers": max_fallback_layers}
+    settings |= {"max_fallback_layers": max_fallback_layers, "observer": observer}
     settings |= _calibration(calibration, windows, context, seed)
     name = budget or recipe or _DEFAULT
     with progress(f"quantizing to {name}") as step:

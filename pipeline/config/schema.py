@@ -91,6 +91,7 @@ class RecipeDefaults(_Strict):
     choices: list[str] = []  # of a budget: the schemes to choose from, none for unquantized; [] for 2 to 8 bits
     options: dict[str, Any] = {}  # of the method, such as {damping: 1e-3} of gptq
     layers: dict[str, str] = {}  # shell pattern on the names in the files -> [method/]scheme, or none; the last wins
+    observer: str = AUTO  # of the range of static inputs: mse, percentile or minmax; auto is the first
     calibration: Calibrate | None = None  # None: the defaults above, where a method needs any
     max_fallback_layers: int = Field(0, ge=0)  # where more layers fall back to rounding to nearest, the job fails
     fit_groups: bool = False  # a group size that does not divide a layer is made smaller, in powers of two

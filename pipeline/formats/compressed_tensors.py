@@ -37,6 +37,7 @@ from .names import NameRules, patterns_of
 
 _ORDER = "weight_g_idx"
 _ZEROS = "weight_zero_point"
+_INPUTS = ("input_scale", "input_zero_point")  # of static activations
 _CACHE = "kv_cache_scheme"
 _SCATTERED = ("group", "dynamic")  # values of actorder, one the other's alias, with which groups need weight_g_idx
 _IN_PLACE = (None, "weight", "static")  # with these, the members of a group lie side by side
@@ -65,7 +66,7 @@ class CompressedTensors(Format):
     tags: ClassVar[tuple[str, ...]] = (_PACKED, *_PLAIN, _MIXED)
     hf_methods = ("compressed-tensors",)
     marker = "weight_scale"
-    suffixes = ("weight_packed", "weight_scale", "weight_shape", _ZEROS, _ORDER, "weight")
+    suffixes = ("weight_packed", "weight_scale", "weight_shape", _ZEROS, _ORDER, "weight", *_INPUTS)
     holds_embeddings = True
     convertible = True
 
@@ -81,12 +82,14 @@ class CompressedTensors(Format):
 
     def write(self, qtensor: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
         assert qtensor.order is None, "holds_order says that this format has no place for it"
-        if not is_packed_integer(qtensor.scheme):
-            plain = qtensor.scheme.weight.elements(qtensor.shape, dict(qtensor.tensors()))
+        scheme = qtensor.scheme
+        if not is_packed_integer(scheme):
+            plain = scheme.weight.elements(qtensor.shape, dict(qtensor.tensors()))
             assert plain is not None, "problems() refuses weights that have no plain elements"
             elements, scales, zeros = plain
             tensors = {"weight": elements, "weight_scale": scales}
-            return tensors if zeros is None else tensors | {"weight_zero_point": zeros}
+            tensors |= {} if zeros is None else {"weight_zero_point": zeros}
+            return tensors | {name: qtensor.extra[name] for name in (scheme.static.layout() if scheme.static else ())}
         tensors = {
             "weight_packed": qtensor.codes.contiguous(),
             "weight_scale": qtensor.scales,
@@ -99,6 +102,8 @@ class CompressedTensors(Format):
     def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
         if "weight" not in tensors and is_packed_integer(scheme):
             return _read_packed(scheme, tensors)
+        stray = sorted(tensors.keys() & {*_INPUTS} - {*(scheme.static.layout() if scheme.static else ())})
+        require(not stray, f"{', '.join(stray)} does not belong to a layer of {scheme.name}")
         packed = sorted({"weight_packed", "weight_shape", _ORDER} & tensors.keys())
         require(not packed, f"{', '.join(packed)} does not belong to a layer of plain elements")
         return _read_plain(scheme, tensors)
@@ -445,7 +450,9 @@ def _read_plain(scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
     shape = (weight.shape[0], weight.shape[1])
     if problems := scheme.problems(shape):
         raise ValueError(problems[0])
-    return QTensor.of(scheme, shape, scheme.weight.from_elements(shape, weight, tensors["weight_scale"], zeros))
+    own = scheme.weight.from_elements(shape, weight, tensors["weight_scale"], zeros)
+    inputs = {name: tensors[name].reshape(-1) for name in (scheme.static.layout() if scheme.static else ())}
+    return QTensor.of(scheme, shape, own | inputs)
 
 
 PLUGINS = (CompressedTensors(),)
