@@ -15,11 +15,10 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import registry as kernels
 from bitpress.kernels.scheme import Scheme, examples
 
-from ..formats import count_schemes, quantization_section, scheme_name
+from ..formats import count_schemes, open_quantized, quantization_section, scheme_name
 from ..formats import registry as formats
 from ..formats.base import dtype_name
 from ..methods import registry as methods
-from ..storage.checkpoint import Checkpoint
 from ..transforms import registry as transforms
 
 _PROBE = (1024, 1024)
@@ -31,7 +30,7 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: what is wrong with the files.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_quantized(folder)
     config, infos = checkpoint.config, checkpoint.stored.values()
     description: dict[str, Any] = {
         "architecture": ", ".join(config.get("architectures") or ["?"]),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, listing
+from ..formats import open_quantized
 from ..formats.base import Shard, Writer
 from ..models.structure import TensorNames, with_module_paths
 from ..storage import files as store
@@ -87,7 +88,7 @@ def _compare_names(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
     Raises:
         CheckpointError: names the tensors that are missing or too many.
     """
-    written, layers, format = set(Checkpoint(folder).tensors), plan.schemes.keys(), plan.format
+    written, layers, format = set(open_quantized(folder).tensors), plan.schemes.keys(), plan.format
     kept = {tensor.info.name for tensor in plan.tensors if not tensor.spec}
     owned = {name for name in written for suffix in format.suffixes if name.removesuffix(f".{suffix}") in layers}
     missing = sorted(kept - written) + sorted({f"{layer}.{format.marker}" for layer in layers} - written)

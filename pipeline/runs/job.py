@@ -112,6 +112,7 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
             origin=origin_of_run(job.run, job.source, None, job.folder),
             artifact=baseline,
             predictions=predictions,
+            dequantize=True,
         )
         return process.evaluate(subject, job.conditions, job.folder, say)
     recipe = replace(Recipe.make(job.recipe, job.run.device), calibration=job.calibration)
