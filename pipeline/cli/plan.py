@@ -82,11 +82,14 @@ def plan(
         print_line(f"\n{note}")
 
 
-def show_plans(configs: Sequence[Path], overrides: list[str] | None, measured: bool, as_json: bool) -> None:
+def show_plans(
+    configs: Sequence[Path], overrides: list[str] | None, measured: bool, as_json: bool, quick: bool = False
+) -> None:
     """Print what the jobs of each config will take.
 
     Args:
         measured: times are those of this machine, which is measured for ten seconds.
+        quick: of the short form of each config.
     Raises:
         BitpressError: the first config with which `bitpress run` would not begin, once all are printed.
     """
@@ -99,6 +102,7 @@ def show_plans(configs: Sequence[Path], overrides: list[str] | None, measured: b
 
     quiet_libraries()
     runs = [load_config(path, overrides, problems) for path in configs]
+    runs = [run.quick() for run in runs] if quick else runs
     plans = [plan_run(run, jobs_of(run)) for run in runs]
     if measured:
         news("measuring this machine for about ten seconds")

@@ -33,22 +33,39 @@ from .plan import show_plans
 
 
 class Redo(str, Enum):
-    """Stages that a run can be told to do again."""
+    """Stages that a run can be told to do again, and with them what comes after."""
 
+    quantize = "quantize"
     evaluate = "evaluate"
+
+
+def _configs(typed: str) -> list[str]:
+    """Names of shipped configs, and config files, that begin with what was typed."""
+    from ..config.shipped import shipped
+
+    here = [str(path) for path in Path().glob("*.yaml")]
+    return [name for name in (*shipped(), *here) if name.startswith(typed)]
 
 
 def run(
     configs: Annotated[
-        list[Path] | None, typer.Argument(help="Config files, or names of shipped ones; demo if none.")
+        list[Path] | None,
+        typer.Argument(help="Config files, or names of shipped ones; demo if none.", autocompletion=_configs),
     ] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="Override a key: eval.windows=10")] = None,
     override: Annotated[
         bool, typer.Option("--override", help="Accept what misses a gate; the report records it.")
     ] = False,
     redo: Annotated[
-        Redo | None, typer.Option(help="evaluate: measure again what was measured before; artifacts are kept.")
+        Redo | None,
+        typer.Option(
+            help="evaluate: measure again, artifacts are kept; quantize: make the artifacts again too, as a changed "
+            "recipe needs."
+        ),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look: few windows, little speed; into runs/NAME-quick.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what the jobs will take, as `bitpress plan` does; do nothing.")
     ] = False,
@@ -56,7 +73,7 @@ def run(
 ) -> None:
     """Quantize, save, reload, measure and report, for every model and recipe of the configs."""
     if dry_run:
-        show_plans(configs or [Path("demo")], set, False, as_json)
+        show_plans(configs or [Path("demo")], set, False, as_json, quick)
         return
     from ..config.load import load_config
     from ..quantize.recipe import problems
@@ -65,12 +82,13 @@ def run(
 
     quiet_libraries()
     runs = [load_config(path, set, problems) for path in configs or [Path("demo")]]  # all are checked before any starts
+    runs = [config.quick() for config in runs] if quick else runs
     plans = [plan_run(config, jobs_of(config)) for config in runs]
     for each in plans:
         each.check()
     everything = []
     for config, each in zip(runs, plans):
-        outcomes = execute(config, command_line(), news, override, redo is Redo.evaluate, each)
+        outcomes = execute(config, command_line(), news, override, redo.value if redo else None, each)
         page = summarize(config, outcomes)
         everything += outcomes
         for outcome in outcomes:
@@ -91,6 +109,7 @@ def _outcome_json(outcome: Any) -> dict[str, Any]:
         "recipe": outcome.recipe,
         "folder": str(outcome.folder),
         **error,
+        "artifact": str(outcome.artifact) if outcome.artifact else None,
         "published": outcome.published,
         "metrics": outcome.metrics,
     }
@@ -105,13 +124,23 @@ def _show_outcomes(outcomes: list[Any], page: Path | None) -> None:
         print_table(*summary_rows(finished))
         for protocol in {protocol_sentence(metrics["protocol"]): None for metrics in finished}:
             print_line(f"\n{protocol}")
-        for metrics in finished:
-            for warning in metrics.get("warnings") or []:
-                print_line(f"\nwarning: {metrics['model']['id']}, {metrics['scheme']}: {warning}")
+    warnings: dict[str, list[str]] = {}
+    failures: dict[str, list[str]] = {}
     for outcome in outcomes:
+        job = f"{outcome.model} {outcome.recipe}"
+        for warning in (outcome.metrics or {}).get("warnings") or []:
+            warnings.setdefault(warning, []).append(job)
         if outcome.error:
-            line = escape(f"{outcome.model}  {outcome.recipe}: {outcome.error}")
-            out.print(f"\n[red]failed[/red]  {line}", highlight=False, soft_wrap=True)
+            failures.setdefault(str(outcome.error), []).append(job)
+    for warning, jobs in warnings.items():
+        print_line(f"\nwarning: {', '.join(jobs)}: {warning}")
+    for reason, jobs in failures.items():
+        sentence = escape(f"{', '.join(jobs)}: {reason}")
+        out.print(f"\n[red]failed[/red]  {sentence}", highlight=False, soft_wrap=True)
+    if artifacts := [outcome.artifact for outcome in outcomes if outcome.artifact]:
+        print_line("\nartifacts, for `bitpress generate`, `chat`, `doctor`, `convert` and other programs:")
+        for artifact in artifacts:
+            print_line(f"  {artifact}")
     if page:
         print_line(f"\nreport: {page}")
 

@@ -12,18 +12,13 @@ from ..errors import BitpressError, ConfigError
 from ..formats import open_quantized
 from ..hub.download import Source, resolve
 from ..storage import files, journal
-from ..storage.checkpoint import INDEX, SINGLE, Checkpoint
+from ..storage.checkpoint import Checkpoint
 from ..storage.fingerprint import Fingerprint, digest, stage
 from . import process
 from .conditions import Conditions
 from .metrics import METRICS
 from .process import PREDICTIONS, Say, Subject
 from .results import identity_of, origin_of_external
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a folder holds weights."""
-    return (path / SINGLE).exists() or (path / INDEX).exists() or any(path.glob("*.gguf"))
 
 
 def evaluate_external(

@@ -23,6 +23,8 @@ from .recipe import Recipe, fingerprint, order_of_sums
 from .sequential import CalibratedBlocks, clear_states
 from .weights import quantize_unit
 
+UNFINISHED = "artifact.tmp"  # in the folder of the work, until it is an artifact
+
 
 class _Progress:
     """What the journal says is committed, checked against the disk."""
@@ -130,7 +132,7 @@ def quantize(
     if chosen:
         recipe = chosen.recipe()
     plan = make_plan(checkpoint, recipe)
-    folder = work / "artifact.tmp"
+    folder = work / UNFINISHED
     open_work(work, origin | order_of_sums(recipe))
     blocks = None
     if recipe.calibration:
