@@ -70,8 +70,8 @@ def local(model: str, revision: str | None = None) -> Source | None:
         return None
     except HUB_ERRORS as error:
         raise download_error(error, model, revision) from error
-    there = all((folder / name).exists() for name in ("config.json", *_weight_files(folder)))
-    return Source(model, folder.name, folder) if there else None
+    complete = all((folder / name).exists() for name in ("config.json", *_weight_files(folder)))
+    return Source(model, folder.name, folder) if complete else None
 
 
 def _from_hub(model: str, revision: str | None) -> Source:

@@ -38,7 +38,7 @@ from ..system.device import pick_device
 from ..system.unexpected import unexpected
 from .rates import Rates, Shape, measure
 
-TODO, HALF_DONE, FINISHED = "to do", "half done", "finished"
+NOT_BEGUN, HALF_DONE, FINISHED = "to do", "half done", "finished"
 # Bytes of a process that has imported torch and transformers: 400 to 450 MB on Linux with the CPU build of torch 2.13.
 _PROCESS = 450 << 20
 _PROBE_TOKENS = 2048  # that each probe of a budget reads
@@ -93,7 +93,7 @@ ASSUMPTIONS = (
 class JobPlan:
     """What one job will take.
 
-    recipe: its name, BASELINE for the unquantized model. folder: of its own. state: TODO, HALF_DONE or FINISHED.
+    recipe: its name, BASELINE for the unquantized model. folder: of its own. state: NOT_BEGUN, HALF_DONE or FINISHED.
     problem: why it cannot be done; None if it can. Then the rest is empty.
     files: file of the artifact -> about how many bytes. format: of the artifact. weights: how many are quantized.
     memory: stage -> bytes at the peak, on the device that does the work. least: bytes without which it cannot run.
@@ -106,7 +106,7 @@ class JobPlan:
     model: str
     recipe: str
     folder: Path
-    state: str = TODO
+    state: str = NOT_BEGUN
     problem: str | None = None
     format: str | None = None
     files: dict[str, int] = field(default_factory=dict)
@@ -157,7 +157,7 @@ class RunPlan:
 
     @property
     def folder(self) -> Path:
-        """Of the run, with its report."""
+        """The folder of the run, with its report."""
         return Path(self.run.output).expanduser() / self.run.name
 
     def to_dict(self, rates: Rates) -> dict[str, Any]:
@@ -223,9 +223,9 @@ def plan_run(run: Run, names: Sequence[tuple[Model, str, Path]]) -> RunPlan:
     if run.eval.tasks:
         wanted.setdefault("lm-eval", []).append("eval.tasks")
     recipes = {settings.label: settings for settings in run.recipes if not settings.baseline}
-    made: dict[str, Recipe] = {}
+    resolved: dict[str, Recipe] = {}
     for label, settings in recipes.items():
-        made[label] = recipe = Recipe.make(settings, run.device)
+        resolved[label] = recipe = Recipe.make(settings, run.device)
         needs = [package for spec in recipe.specs() for package in spec.method.packages]
         needs += recipe.format.packages if recipe.format else ()
         for package in dict.fromkeys(needs):
@@ -247,7 +247,7 @@ def plan_run(run: Run, names: Sequence[tuple[Model, str, Path]]) -> RunPlan:
             elif lacking := [reason for package, reason in missing.items() if name in wanted[package]]:
                 jobs.append(replace(job, problem="; ".join(lacking)))
             else:
-                jobs.append(_quantized(job, run, checkpoints[model], made[name], recipes[name]))
+                jobs.append(_quantized(job, run, checkpoints[model], resolved[name], recipes[name]))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # the job itself will say so; others are not to blame
@@ -272,9 +272,9 @@ def _calibration_texts(run: Run) -> Iterator[tuple[Any, str]]:
 def _state(folder: Path, baseline: bool) -> str:
     """How far a job was taken by earlier calls, as far as its folder tells without reading a weight."""
     if not folder.is_dir():
-        return TODO
+        return NOT_BEGUN
     finished = (folder / "metrics.json").exists() and (baseline or (folder / "artifact" / MANIFEST).exists())
-    return FINISHED if finished else HALF_DONE if any(folder.iterdir()) else TODO
+    return FINISHED if finished else HALF_DONE if any(folder.iterdir()) else NOT_BEGUN
 
 
 def _memory(device: torch.device) -> int:

@@ -132,8 +132,8 @@ def _product(matrix: torch.Tensor) -> None:
 
 def _disk(folder: Path) -> tuple[float, float]:
     """Bytes per second written and synced, and read and hashed, in the first folder above that there is."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    with files.disk_errors(there), tempfile.TemporaryDirectory(dir=there, prefix=".bitpress-") as temporary:
+    disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    with files.disk_errors(disk), tempfile.TemporaryDirectory(dir=disk, prefix=".bitpress-") as temporary:
         path = Path(temporary) / "sample"
         start = time.perf_counter()
         files.write_file(path, [os.urandom(_BYTES)])

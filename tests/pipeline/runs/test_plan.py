@@ -17,7 +17,7 @@ from bitpress.pipeline.errors import ConfigError, DiskError
 from bitpress.pipeline.formats import registry as formats
 from bitpress.pipeline.quantize.plan import _stored_bytes
 from bitpress.pipeline.runs import plan as planning
-from bitpress.pipeline.runs.plan import FINISHED, HALF_DONE, TODO, Work, plan_run
+from bitpress.pipeline.runs.plan import FINISHED, HALF_DONE, NOT_BEGUN, Work, plan_run
 from bitpress.pipeline.runs.rates import STATED
 from bitpress.pipeline.runs.run import execute, jobs_of
 from bitpress.pipeline.storage.checkpoint import Checkpoint
@@ -134,7 +134,7 @@ def test_a_job_that_is_done_takes_nothing_more(make_run: Callable[..., Run]) -> 
     (before.folder / "artifact" / "bitpress.json").write_text("{}")
     (before.folder / "metrics.json").write_text("{}")
     after = plan_run(run, jobs_of(run)).jobs[1]
-    assert (before.state, after.state) == (TODO, FINISHED)
+    assert (before.state, after.state) == (NOT_BEGUN, FINISHED)
     assert before.disk >= before.nbytes > after.disk == 0
     assert after.seconds(STATED) == 0 < (before.seconds(STATED) or 0)
 
