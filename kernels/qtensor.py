@@ -18,7 +18,8 @@ class QTensor:
     The scheme's weight type (kernels/weights/) says which tensors there are, and their shapes and dtypes.
 
     codes, scales: what every type has. zeros: zero points, None where the type stores none.
-    extra: what else the type stores, by name, such as "nested.absmax" of nf4-dq.
+    extra: what else the type stores, by name, such as "nested.absmax" of nf4-dq; and what belongs to the inputs, such
+        as "input_scale" of int8-static.
     order: int32 [in], a permutation, where the inputs were quantized in another order ("act-order"): column k of codes
         and its group's scales and zeros are of column order[k] of the weight, so that groups lie together whatever the
         order. None where it is theirs.
@@ -47,7 +48,7 @@ class QTensor:
     def without_content(scheme: Scheme, shape: tuple[int, int]) -> "QTensor":
         """A weight on the device "meta", each tensor of the first dtype that the weight type allows: to ask kernels and
         formats what they think of it."""
-        layout = scheme.weight.layout(shape)
+        layout = scheme.layout(shape)
         tensors = {name: torch.empty(size, dtype=kinds[0], device="meta") for name, (size, kinds) in layout.items()}
         return QTensor.of(scheme, shape, tensors)
 
@@ -93,7 +94,7 @@ class QTensor:
         weight = self.scheme.weight
         if problems := self.scheme.problems(self.shape):
             raise ValueError(problems[0])
-        expected, tensors = weight.layout(self.shape), dict(self.tensors())
+        expected, tensors = dict(self.scheme.layout(self.shape)), dict(self.tensors())
         if weight.holds_order and self.order is not None:
             expected["order"] = ((self.shape[1],), (torch.int32,))
         if missing := sorted(expected.keys() - tensors.keys()):
@@ -107,11 +108,22 @@ class QTensor:
                 raise ValueError(f"{name} has shape {actual}, expected {list(shape)} for {whole}")
             if tensor.dtype not in dtypes:
                 raise ValueError(f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} has {(~torch.isfinite(tensor)).sum().item()} NaN or infinite values")
+            if tensor.is_floating_point() and (bad := _count_not_finite(tensor)):
+                raise ValueError(f"{name} has {bad} NaN or infinite values")
         weight.check(self.shape, tensors)
+        if self.scheme.static:
+            self.scheme.static.check(tensors)
         if self.order is not None:
             _check_permutation(self.order)
+
+
+def _count_not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite; torch cannot tell of float8 ones, which are widened a piece at a time."""
+    pieces = tensor.flatten().split(1 << 20) if tensor.element_size() == 1 else (tensor,)
+    return sum(
+        int((~torch.isfinite(piece.to(torch.float32) if tensor.element_size() == 1 else piece)).sum())
+        for piece in pieces
+    )
 
 
 def _check_permutation(order: Tensor) -> None:

@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+
 from .activations.base import Activations
 from .discovery import discover
-from .weights.base import WeightDescription, WeightType
+from .weights.base import Layout, WeightDescription, WeightType
 
 
 def weight_types() -> tuple[type[WeightType], ...]:
@@ -90,6 +93,19 @@ class Scheme:
             if (inputs := kind.from_description(activations)) is not None:
                 return Scheme(weight, inputs)
         raise ValueError(f"input activations of {dict(activations)} are not supported")
+
+    @property
+    def static(self) -> Activations | None:
+        """The activations where they are static, so that something of them is calibrated and stored; else None."""
+        return None if self.activations is None or self.activations.dynamic else self.activations
+
+    def layout(self, shape: tuple[int, int]) -> Layout:
+        """The tensors of a weight of this shape, and of its inputs."""
+        return {**self.weight.layout(shape), **(self.static.layout() if self.static else {})}
+
+    def random(self, shape: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
+        """Random tensors, on the CPU, of a layer whose weights and inputs are of the order of 1."""
+        return self.weight.random(shape, generator) | (self.static.random(generator) if self.static else {})
 
     def problems(self, shape: tuple[int, ...]) -> list[str]:
         """Why a weight of this shape [out_features, in_features] cannot be coded; [] if it can."""

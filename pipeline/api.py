@@ -10,6 +10,7 @@ from .checkpoints.convert import convert as convert_checkpoint
 from .config.load import load_calibration, load_eval, load_recipe
 from .errors import BitpressError, ConfigError
 from .evaluate import process
+from .formats import open_quantized
 from .hub.download import resolve
 from .models.loading import calibrate_on, load
 from .models.pretrained import require_tokenizer
@@ -137,7 +138,7 @@ def convert(model: str | Path, to: str, output: str | Path, on_step: OnStep = la
     source = resolve(str(model))
     out = Path(output).expanduser()
     source.check_output(out)
-    return convert_checkpoint(Checkpoint(source.folder), source.to_dict(), to, out, on_step)
+    return convert_checkpoint(open_quantized(source.folder), source.to_dict(), to, out, on_step)
 
 
 def publish(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -12,9 +13,11 @@ if TYPE_CHECKING:
 class Activations(Protocol):
     """How a layer's inputs are quantized before the product.
 
-    rank: the place among the types, lower first. name: as messages call it. dynamic: scales are computed from each
-    input, not stored. schemes: the schemes that it is part of, {scheme's name: name of the weight type}. statistics:
-    what has to be gathered from a calibration text before (as a method's `statistics`).
+    rank: the place among the types, lower first. name: as messages call it. schemes: the schemes that it is part of,
+    {scheme's name: name of the weight type}.
+    dynamic: scales are computed from each input, nothing is stored, and nothing below `apply` is ever asked for.
+    statistics: what has to be gathered of a calibration text (as a method's `statistics`); () for dynamic ones.
+    observers: ways to choose what is stored from the statistics, the default first.
     """
 
     rank: ClassVar[int]
@@ -22,6 +25,7 @@ class Activations(Protocol):
     dynamic: ClassVar[bool]
     schemes: ClassVar[dict[str, str]]
     statistics: ClassVar[tuple[type, ...]]
+    observers: ClassVar[tuple[str, ...]]
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> "Self | None":
@@ -30,12 +34,42 @@ class Activations(Protocol):
     def description(self) -> dict[str, Any]:
         """As compressed-tensors' `input_activations` describe it, without what has a default there."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are stored with the layer, by name; {} for dynamic ones."""
+    def codes(self, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [..., in] as codes, their scales, and their zero point or None: x is about scales * (codes - zero point).
+
+        Scales are float32: [..., 1], [1] where all inputs share one, or [..., in] where features of a row have their
+        own. The zero point is [1].
+
+        Args:
+            tensors: those of `layout`, as the layer stores them.
+        """
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """x [..., in] quantized and dequantized again, float32.
 
         Args:
-            tensors: those of `tensors`, as the layer stores them.
+            tensors: those of `layout`, as the layer stores them.
         """
+
+    def layout(self) -> Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        """The tensors that are stored with the layer: name -> shape, and the dtypes that it may have.
+
+        The names are those that compressed-tensors gives them in the files.
+        """
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse values that are out of range; shapes and dtypes are right already.
+
+        Raises:
+            ValueError: says which value, and its range.
+        """
+
+    def tensors(self, statistics: Mapping[type, Any], observer: str) -> dict[str, Tensor]:
+        """What is stored with a layer of these inputs.
+
+        Args:
+            statistics: one of each class in `self.statistics`, of one input at least.
+        """
+
+    def random(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random tensors, for inputs that are of the order of 1."""

@@ -29,6 +29,7 @@ class Int8Token:
     dynamic: ClassVar[bool] = True
     schemes: ClassVar[dict[str, str]] = {"int8-dynamic": "int8-channel"}
     statistics: ClassVar[tuple[type, ...]] = ()
+    observers: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> "Int8Token | None":
@@ -40,12 +41,24 @@ class Int8Token:
     def description(self) -> dict[str, Any]:
         return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
+    def codes(self, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        return *quantize_rows(x), None
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         codes, scales = quantize_rows(x)
         return codes.to(torch.float32) * scales
+
+    def layout(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        return {}
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        return
+
+    def tensors(self, statistics: Mapping[type, Any], observer: str) -> dict[str, Tensor]:
+        return {}
+
+    def random(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {}
 
 
 PLUGINS = (Int8Token,)

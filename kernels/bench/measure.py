@@ -224,7 +224,7 @@ def _in_huge_pages(nbytes: int) -> Tensor:
 
 def random_weight(scheme: Scheme, shape: tuple[int, int], device: torch.device) -> QTensor:
     """Random codes, scales and zero points, always the same: for speed, all weights are alike."""
-    tensors = scheme.weight.random(shape, torch.Generator().manual_seed(0))
+    tensors = scheme.random(shape, torch.Generator().manual_seed(0))
     return QTensor.of(scheme, shape, tensors).to(device)
 
 

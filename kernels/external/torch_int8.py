@@ -5,7 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..activations.int8_token import Int8Token, quantize_rows
+from ..activations.int8_tensor import Int8Tensor, Int8TensorAsymmetric
+from ..activations.int8_token import Int8Token
 from ..base import Kernel, PackedWeight, Serves
 from ..packing import unpack
 from ..qtensor import QTensor
@@ -16,7 +17,11 @@ _CUDA_MIN_ROWS = 17  # torch._int_mm on CUDA wants more than 16 rows, and multip
 
 
 class Int8Weight(PackedWeight):
-    """`weight`: int8 [out, in], oneDNN's own layout on CPU; `scales`: float32 [out]; `zeros`: int64 [out], CPU only."""
+    """`weight`: int8 [out, in], oneDNN's own layout on CPU; `scales`: float32 [out]; `zeros`: int64 [out], CPU only.
+
+    `input_scale`, `input_zero_point`: of static activations, as the layer stores them; `shift`: float32 [out], what the
+    zero point adds to each output. Other layers do not have them.
+    """
 
     weight: Tensor
     scales: Tensor
@@ -24,11 +29,15 @@ class Int8Weight(PackedWeight):
 
 
 class TorchInt8(Kernel):
-    """int8-dynamic: oneDNN's prepacked product on CPUs with VNNI, `torch._int_mm` on CUDA."""
+    """int8-dynamic and int8-static: oneDNN's prepacked product on CPUs with VNNI, `torch._int_mm` on CUDA."""
 
     rank: ClassVar[int] = 31
     name: ClassVar[str] = "torch-int8"
-    serves: ClassVar[tuple[Serves, ...]] = (Serves("int8-dynamic", Integer, (8,), Int8Token),)
+    serves: ClassVar[tuple[Serves, ...]] = (
+        Serves("int8-dynamic", Integer, (8,), Int8Token),
+        Serves("int8-static", Integer, (8,), Int8Tensor),
+        Serves("int8-static-asym", Integer, (8,), Int8TensorAsymmetric),
+    )
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         if reason := self.unserved(qtensor.scheme):
@@ -50,10 +59,16 @@ class TorchInt8(Kernel):
         codes = unpack(qtensor.codes, 8, qtensor.shape[1])
         weight = (codes ^ 128).view(torch.int8)  # code - 128 in two's complement
         scales = qtensor.scales.flatten().to(torch.float32)
+        inputs = {
+            name: qtensor.extra[name] for name in (qtensor.scheme.static.layout() if qtensor.scheme.static else ())
+        }
+        if (zero := inputs.get("input_zero_point")) is not None:
+            inputs["shift"] = weight.sum(1, dtype=torch.int64).to(torch.float32) * zero * scales
         if weight.is_cuda:
-            return Int8Weight(qtensor, weight=weight, scales=scales)
+            return Int8Weight(qtensor, weight=weight, scales=scales, **inputs)
         packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
-        return Int8Weight(qtensor, weight=packed, scales=scales, zeros=torch.zeros_like(scales, dtype=torch.int64))
+        zeros = torch.zeros_like(scales, dtype=torch.int64)
+        return Int8Weight(qtensor, weight=packed, scales=scales, zeros=zeros, **inputs)
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         assert isinstance(packed, Int8Weight)
@@ -61,8 +76,11 @@ class TorchInt8(Kernel):
         rows = x.reshape(-1, in_features)
         if len(rows) == 0:
             return x.new_empty(*x.shape[:-1], out_features)
-        codes, row_scales = quantize_rows(rows)
+        assert packed.scheme.activations is not None
+        codes, row_scales, zero = packed.scheme.activations.codes(rows, dict(packed.named_buffers()))
         y = _product_cuda(codes, packed) if codes.is_cuda else _product_cpu(codes, packed)
+        if zero is not None:
+            y -= packed.get_buffer("shift")
         y *= row_scales
         if bias is not None:
             y += bias

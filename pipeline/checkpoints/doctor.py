@@ -9,7 +9,7 @@ from typing import Any
 from bitpress.eval.report.words import printable
 
 from ..errors import CheckpointError, listing
-from ..formats import quantization_section, read_config, registry
+from ..formats import open_quantized, quantization_section, read_config, registry
 from ..formats.base import Examination, Facts, LayerExamination, some
 from ..models.pretrained import require_tokenizer
 from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
@@ -85,7 +85,7 @@ def diagnose(folder: Path, on_step: OnStep = lambda done, total: None) -> Diagno
 def _examine(folder: Path, on_step: OnStep) -> Diagnosis:
     diagnosis = Diagnosis(str(folder))
     try:
-        checkpoint = Checkpoint(folder)
+        checkpoint = open_quantized(folder)
         section = quantization_section(checkpoint)
     except CheckpointError as error:
         diagnosis.faults.append(_short(error, folder))

@@ -34,22 +34,39 @@ Keep = Annotated[
 
 
 class Redo(str, Enum):
-    """Stages that a run can be told to do again."""
+    """Stages that a run can be told to do again, and with them what comes after."""
 
+    quantize = "quantize"
     evaluate = "evaluate"
+
+
+def _configs(typed: str) -> list[str]:
+    """Names of shipped configs, and config files, that begin with what was typed."""
+    from ..config.shipped import shipped
+
+    here = [str(path) for path in Path().glob("*.yaml")]
+    return [name for name in (*shipped(), *here) if name.startswith(typed)]
 
 
 def run(
     configs: Annotated[
-        list[Path] | None, typer.Argument(help="Config files, or names of shipped ones; demo if none.")
+        list[Path] | None,
+        typer.Argument(help="Config files, or names of shipped ones; demo if none.", autocompletion=_configs),
     ] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="Override a key: eval.windows=10")] = None,
     override: Annotated[
         bool, typer.Option("--override", help="Accept what misses a gate; the report records it.")
     ] = False,
     redo: Annotated[
-        Redo | None, typer.Option(help="evaluate: measure again what was measured before; artifacts are kept.")
+        Redo | None,
+        typer.Option(
+            help="evaluate: measure again, artifacts are kept; quantize: make the artifacts again too, as a changed "
+            "recipe needs."
+        ),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look: few windows, little speed; into runs/NAME-quick.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Quantize, save, reload, measure and report, for every model and recipe of the configs."""
@@ -59,9 +76,10 @@ def run(
 
     quiet_libraries()
     runs = [load_config(path, set, problems) for path in configs or [Path("demo")]]  # all are checked before any starts
+    runs = [config.quick() for config in runs] if quick else runs
     everything = []
     for config in runs:
-        outcomes = execute(config, command_line(), news, override, redo is Redo.evaluate)
+        outcomes = execute(config, command_line(), news, override, redo.value if redo else None)
         page = summarize(config, outcomes)
         everything += outcomes
         for outcome in outcomes:
@@ -82,6 +100,7 @@ def _outcome_json(outcome: Any) -> dict[str, Any]:
         "recipe": outcome.recipe,
         "folder": str(outcome.folder),
         **error,
+        "artifact": str(outcome.artifact) if outcome.artifact else None,
         "published": outcome.published,
         "metrics": outcome.metrics,
     }
@@ -96,13 +115,23 @@ def _show_outcomes(outcomes: list[Any], page: Path | None) -> None:
         print_table(*summary_rows(finished))
         for protocol in {protocol_sentence(metrics["protocol"]): None for metrics in finished}:
             print_line(f"\n{protocol}")
-        for metrics in finished:
-            for warning in metrics.get("warnings") or []:
-                print_line(f"\nwarning: {metrics['model']['id']}, {metrics['scheme']}: {warning}")
+    warnings: dict[str, list[str]] = {}
+    failures: dict[str, list[str]] = {}
     for outcome in outcomes:
+        job = f"{outcome.model} {outcome.recipe}"
+        for warning in (outcome.metrics or {}).get("warnings") or []:
+            warnings.setdefault(warning, []).append(job)
         if outcome.error:
-            line = escape(f"{outcome.model}  {outcome.recipe}: {outcome.error}")
-            out.print(f"\n[red]failed[/red]  {line}", highlight=False, soft_wrap=True)
+            failures.setdefault(str(outcome.error), []).append(job)
+    for warning, jobs in warnings.items():
+        print_line(f"\nwarning: {', '.join(jobs)}: {warning}")
+    for reason, jobs in failures.items():
+        sentence = escape(f"{', '.join(jobs)}: {reason}")
+        out.print(f"\n[red]failed[/red]  {sentence}", highlight=False, soft_wrap=True)
+    if artifacts := [outcome.artifact for outcome in outcomes if outcome.artifact]:
+        print_line("\nartifacts, for `bitpress generate`, `chat`, `doctor`, `convert` and other programs:")
+        for artifact in artifacts:
+            print_line(f"  {artifact}")
     if page:
         print_line(f"\nreport: {page}")
 
@@ -127,6 +156,9 @@ def quantize(
     option: Annotated[
         list[str] | None, typer.Option(help="key=value, an option of the method; may be repeated.")
     ] = None,
+    observer: Annotated[
+        str, typer.Option(help="Of the range of int8-static's inputs: mse (auto), percentile or minmax.")
+    ] = "auto",
     fit_groups: Annotated[
         bool, typer.Option("--fit-groups", help="Layers that the group size does not divide get a smaller one.")
     ] = False,
@@ -156,7 +188,7 @@ def quantize(
     settings = {**_recipe(recipe, budget, choice), "format": format}
     settings |= {"layers": load_layers(layer or []), "options": load_options(option or [])}
     settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
-    settings |= {"max_fallback_layers": max_fallback_layers}
+    settings |= {"max_fallback_layers": max_fallback_layers, "observer": observer}
     settings |= _calibration(calibration, windows, context, seed)
     name = budget or recipe or _DEFAULT
     with progress(f"quantizing to {name}") as step:

@@ -28,6 +28,8 @@ AUTO = "auto"
 BASELINE = "none"  # the unquantized model: the name of its run, and the scheme of a layer that is kept
 _SECRETS = ("token", "hf_token", "api_key", "password")
 _LONGEST_TITLE = 59  # characters; the Hub takes no longer ones
+_QUICK = 4  # windows, and documents of a task, of a quick evaluation; 30 seconds of the demo on two cores
+_QUICK_CALIBRATION = 16  # windows
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -89,6 +91,7 @@ class RecipeDefaults(_Strict):
     choices: list[str] = []  # of a budget: the schemes to choose from, none for unquantized; [] for 2 to 8 bits
     options: dict[str, Any] = {}  # of the method, such as {damping: 1e-3} of gptq
     layers: dict[str, str] = {}  # shell pattern on the names in the files -> [method/]scheme, or none; the last wins
+    observer: str = AUTO  # of the range of static inputs: mse, percentile or minmax; auto is the first
     calibration: Calibrate | None = None  # None: the defaults above, where a method needs any
     max_fallback_layers: int = Field(0, ge=0)  # where more layers fall back to rounding to nearest, the job fails
     fit_groups: bool = False  # a group size that does not divide a layer is made smaller, in powers of two
@@ -222,6 +225,14 @@ class Eval(_Strict):
     task_limit: int | None = Field(None, ge=1)  # documents of each task; None: all
     prompt: str = "The"  # what the sample in the report continues
 
+    def quick(self) -> "Eval":
+        """These settings with as little measured as shows that all works; the figures are rough."""
+        speed = self.speed and self.speed.model_copy(
+            update={"batch": self.speed.batch[:1], "repeats": 1, "generate": 16}
+        )
+        few = {"windows": min(self.windows or _QUICK, _QUICK), "task_limit": min(self.task_limit or _QUICK, _QUICK)}
+        return self.model_copy(update={**few, "speed": speed, "output_errors": 0})
+
 
 class Cpu(_Strict):
     activations: Literal["int16", "int8", "bf16"] = "int16"  # what weight-only kernels round inputs to; bf16: nothing
@@ -330,3 +341,18 @@ class Run(_Strict):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"several recipes are called {', '.join(twice)}; give each a name of its own")
         return recipes
+
+    def quick(self) -> "Run":
+        """A run of the same jobs by another name, with little calibrated on and little measured; nothing is published.
+
+        It has a folder of its own: an artifact of a quick run is not taken for one of the whole.
+        """
+        recipes = []
+        for recipe in self.recipes:
+            calibration = recipe.calibration or Calibrate()  # type: ignore[call-arg]
+            windows = min(calibration.windows, _QUICK_CALIBRATION)
+            fewer = recipe.model_copy(update={"calibration": calibration.model_copy(update={"windows": windows})})
+            fewer._inherited = recipe._inherited | {"calibration"}
+            recipes.append(recipe if recipe.baseline else fewer)
+        changes = {"name": f"{self.name}-quick", "eval": self.eval.quick(), "recipes": recipes, "publish": None}
+        return self.model_copy(update=changes)

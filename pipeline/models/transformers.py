@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigError
-from ..formats import quantization_section
+from ..formats import open_quantized, quantization_section
 from ..storage.checkpoint import Checkpoint
 from .modules import experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
@@ -84,7 +84,7 @@ class BitpressQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         with torch.device("cpu"):  # instead of the meta device
-            self.checkpoint = Checkpoint(Path(options["checkpoint_files"][0]).parent)
+            self.checkpoint = open_quantized(Path(options["checkpoint_files"][0]).parent)
             self.checkpoint.fetch()
             self.contents = read_quantized(self.checkpoint, model=model)
         sizes: dict[str, int] = {}

@@ -267,7 +267,7 @@ def _sample(width: int, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _qtensor(scheme: Scheme, shape: tuple[int, int]) -> QTensor:
-    return QTensor.of(scheme, shape, scheme.weight.random(shape, torch.Generator().manual_seed(0)))
+    return QTensor.of(scheme, shape, scheme.random(shape, torch.Generator().manual_seed(0)))
 
 
 def _fill(model: nn.Module) -> None:

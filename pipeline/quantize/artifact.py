@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, listing
+from ..formats import open_quantized
 from ..formats.base import Shard, Writer
 from ..models.structure import TensorNames, with_module_paths
 from ..storage import files as store
@@ -21,6 +22,8 @@ from .plan import Plan, PlannedTensor, Unit, make_plan
 from .recipe import Recipe, fingerprint, order_of_sums
 from .sequential import CalibratedBlocks, clear_states
 from .weights import quantize_unit
+
+UNFINISHED = "artifact.tmp"  # in the folder of the work, until it is an artifact
 
 
 class _Progress:
@@ -85,7 +88,7 @@ def _compare_names(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
     Raises:
         CheckpointError: names the tensors that are missing or too many.
     """
-    written, layers, format = set(Checkpoint(folder).tensors), plan.schemes.keys(), plan.format
+    written, layers, format = set(open_quantized(folder).tensors), plan.schemes.keys(), plan.format
     kept = {tensor.info.name for tensor in plan.tensors if not tensor.spec}
     owned = {name for name in written for suffix in format.suffixes if name.removesuffix(f".{suffix}") in layers}
     missing = sorted(kept - written) + sorted({f"{layer}.{format.marker}" for layer in layers} - written)
@@ -129,7 +132,7 @@ def quantize(
     if chosen:
         recipe = chosen.recipe()
     plan = make_plan(checkpoint, recipe)
-    folder = work / "artifact.tmp"
+    folder = work / UNFINISHED
     open_work(work, origin | order_of_sums(recipe))
     blocks = None
     if recipe.calibration:

@@ -210,6 +210,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
                 tensor = replace(tensor, spec=spec)
         if tensor.spec:
             unfit.add(tensor.module, tensor.spec.scheme.problems(tensor.shape))
+            if tensor.spec.scheme.static and tensor.block is None:
+                name = tensor.spec.scheme.name
+                unfit.add(tensor.module, [f"{name} calibrates inputs, and only those of the decoder blocks are seen"])
         tensors.append(tensor)
     known = {*checkpoint.tensors, *aliases.values()}
     unused = [p for p in recipe.rules.layers if not any(Rules(None, {p: None}).pattern(name) for name in known)]

@@ -43,6 +43,7 @@ class Recipe:
     allow_split_fused: the parts of a unit that servers fuse, such as q, k and v, may differ.
     device: where calibrated methods do their work.
     transform: what is done to each block before the methods; None for nothing.
+    observer: how the range of static inputs is chosen; None for the first way that their type has.
     budget: a size to meet; each layer that `rules.layers` does not name gets one of `choices`, None to keep it.
     """
 
@@ -55,6 +56,7 @@ class Recipe:
     allow_split_fused: bool = False
     device: str = "cpu"
     transform: Transform | None = None
+    observer: str | None = None
     budget: Budget | None = None
     choices: tuple[LayerSpec | None, ...] = ()
 
@@ -88,14 +90,15 @@ class Recipe:
             allow_split_fused=settings.allow_split_fused,
             device=str(pick_device(device)),
             transform=transforms()[settings.transform] if settings.transform else None,
+            observer=None if settings.observer == AUTO else settings.observer,
             budget=Budget.parse(settings.budget) if settings.budget else None,
             choices=choices,
         )
 
     @property
     def calibrated(self) -> bool:
-        """Whether the transform, the budget or some layer's method needs calibration."""
-        return bool(self.transform or self.budget) or any(spec.method.needs_calibration for spec in self.rules.specs())
+        """Whether the transform, the budget, or some layer's method or inputs need calibration."""
+        return bool(self.transform or self.budget) or any(spec.needs_calibration for spec in self.rules.specs())
 
     def specs(self) -> list[LayerSpec]:
         """Every spec that some layer may get."""
@@ -130,6 +133,8 @@ class Recipe:
             described |= {f"{method.name}.{name}": value for name, value in options_of(method).items()}
         if self.transform:
             described |= {"transform": self.transform.name, "transform.version": self.transform.version}
+        if self.observer:
+            described |= {"observer": self.observer}
         if self.calibration:
             described |= {f"calibration.{name}": value for name, value in self.calibration.to_dict().items()}
         return described
@@ -166,6 +171,16 @@ def problems(settings: RecipeSettings) -> list[Problem]:
             specs += [spec] if (spec := LayerSpec.parse(text)) else []
         except ValueError as error:
             faults.append((path or ("scheme" if settings.method == AUTO else "method",), str(error)))
+    if settings.observer != AUTO and specs and not faults:
+        known = dict.fromkeys(name for spec in specs if spec.scheme.static for name in spec.scheme.static.observers)
+        if not known and not settings.inherits("observer"):
+            faults.append(
+                (("observer",), "no scheme of the recipe has static inputs, such as int8-static: leave it out")
+            )
+        for spec in specs:
+            if spec.scheme.static and settings.observer not in spec.scheme.static.observers:
+                hint = nearest(settings.observer, known) or f"; use one of {', '.join(known)}"
+                faults.append((("observer",), f"observer {settings.observer!r} is unknown to {spec.scheme.name}{hint}"))
     if settings.options and not faults:
         faults += _option_problems(settings)
     if settings.budget:
@@ -175,7 +190,7 @@ def problems(settings: RecipeSettings) -> list[Problem]:
     unused = (
         settings.calibration
         and not (settings.transform or settings.budget)
-        and not any(spec.method.needs_calibration for spec in specs)
+        and not any(spec.needs_calibration for spec in specs)
     )
     if unused and specs and not faults and not settings.inherits("calibration"):
         faults.append((("calibration",), NO_CALIBRATION))

@@ -30,7 +30,15 @@ from .block_runner import BlockRunner, BlockView, TrainableBlock
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
 from .spec import LayerSpec
-from .weights import UnitWriter, diagnosed, quantize_outside, quantize_weight, read_ahead, round_uncalibrated
+from .weights import (
+    UnitWriter,
+    diagnosed,
+    quantize_outside,
+    quantize_weight,
+    read_ahead,
+    round_uncalibrated,
+    with_common_scales,
+)
 
 REFERENCE_LOGITS = "reference_logits.safetensors"
 REFERENCE_TOKENS = 64
@@ -58,7 +66,8 @@ class CalibratedBlocks:
             solved: gives each layer as it was quantized before; None to quantize it here.
         """
         assert recipe.calibration is not None
-        self.checkpoint, self.plan, self.transform = plan.checkpoint, plan, recipe.transform
+        self.checkpoint, self.plan = plan.checkpoint, plan
+        self.transform, self.observer = recipe.transform, recipe.observer
         self.states, self.reference_logits, self.solved = work / _STATES, work / REFERENCE_LOGITS, solved
         # float16 activations overflow in many models that were trained in bfloat16
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
@@ -149,6 +158,7 @@ class CalibratedBlocks:
             transformed = self.transform.transform(view)
         for method in methods:
             method.transform(BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block), method))
+        unit = with_common_scales(unit, lambda planned: weights[planned.info.name])
         shard = UnitWriter(unit, writer)
         for planned in unit.tensors:
             if planned.spec is None:
@@ -234,6 +244,8 @@ class CalibratedBlocks:
         if not self.runner.reached(block):
             for planned in layers:
                 weight, why = weights.pop(planned.info.name), "text alone does not go through its block"
+                if planned.spec and planned.spec.scheme.static:
+                    raise _unseen(planned, why)
                 qtensor, diagnostics = round_uncalibrated(planned, weight, self.plan, why)
                 yield planned, qtensor, replace(diagnostics, tokens=0)
             return
@@ -267,9 +279,18 @@ class CalibratedBlocks:
         needed = _FEW * planned.shape[1]
         few = min((each.tokens for each in own), default=needed)
         if not planned.target.expert or few >= needed or uncalibrated_method(planned.spec.scheme) is None:
-            return quantize_weight(planned, weight.to(self.runner.device) if own else weight, self.plan, method, own)
-        qtensor, diagnostics = round_uncalibrated(planned, weight, self.plan, f"it saw fewer than {needed} tokens")
-        return qtensor, replace(diagnostics, tokens=few)
+            weight = weight.to(self.runner.device) if own else weight
+            qtensor, diagnostics = quantize_weight(planned, weight, self.plan, method, own)
+        else:
+            qtensor, diagnostics = round_uncalibrated(planned, weight, self.plan, f"it saw fewer than {needed} tokens")
+            diagnostics = replace(diagnostics, tokens=few)
+        if static := planned.spec.scheme.static:
+            seen = {kind: statistics[kind] for kind in static.statistics}
+            if not all(each.tokens for each in seen.values()):
+                raise _unseen(planned, "no calibration token reaches it; give more or other calibration text")
+            inputs = static.tensors(seen, self.observer or static.observers[0])
+            qtensor = replace(qtensor, extra={**qtensor.extra, **inputs})
+        return qtensor, diagnostics
 
     def solve_block(
         self, unit: Unit, choices: Mapping[str, Sequence[LayerSpec]]
@@ -328,9 +349,19 @@ class CalibratedBlocks:
         self.state(block).unlink(missing_ok=True)
 
 
+def _unseen(planned: PlannedTensor, why: str) -> ConfigError:
+    """The refusal of a layer whose inputs are to be calibrated, and never seen."""
+    assert planned.spec
+    return ConfigError(
+        f"{planned.module}: {planned.spec.scheme.name} calibrates its inputs, and {why}; or give the layer another "
+        f"scheme by a rule, as in layers: {{'{planned.module}': int8-channel}} "
+        f"(--layer '{planned.module}=int8-channel')"
+    )
+
+
 def _statistics(group: Iterable[PlannedTensor]) -> tuple[type[Statistic], ...]:
-    """What the methods of a group's layers want to know of its input."""
-    return tuple(dict.fromkeys(kind for each in group if each.spec for kind in each.spec.method.statistics))
+    """What has to be known of the input of a group's layers."""
+    return tuple(dict.fromkeys(kind for each in group if each.spec for kind in each.spec.statistics))
 
 
 def _statistics_bytes(group: Sequence[PlannedTensor]) -> int:

@@ -9,7 +9,7 @@ from bitpress.kernels.scheme import Scheme, examples
 from ..errors import nearest
 from ..methods import default_method
 from ..methods import registry as methods
-from ..methods.base import Method
+from ..methods.base import Method, Statistic
 
 KEPT = "none"  # in place of a spec: the layer stays as it is
 
@@ -28,6 +28,16 @@ class LayerSpec:
     def name(self) -> str:
         """The text that `parse` reads, such as "gptq/int4-g128"."""
         return f"{self.method.name}/{self.scheme.name}"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method, or the scheme for its inputs, must see what the model does with calibration text."""
+        return self.method.needs_calibration or self.scheme.static is not None
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """What has to be gathered of the layer's inputs: for the method, and for what is stored of the inputs."""
+        return *self.method.statistics, *(self.scheme.static.statistics if self.scheme.static else ())
 
     @staticmethod
     def parse(text: str, preferred: Method | None = None) -> "LayerSpec | None":

@@ -11,7 +11,6 @@ from ..data.text import read_text
 from ..errors import BitpressError
 from ..evaluate import process
 from ..evaluate.conditions import Conditions
-from ..evaluate.external import is_checkpoint
 from ..evaluate.metrics import METRICS, read_metrics
 from ..evaluate.process import Say
 from ..evaluate.results import write_report
@@ -22,6 +21,7 @@ from ..models.pretrained import load_tokenizer
 from ..models.structure import skeleton
 from ..publish.upload import prepare, send
 from ..quantize.recipe import Recipe
+from ..storage.artifacts import is_checkpoint
 from ..storage.checkpoint import Checkpoint
 from ..system.unexpected import unexpected
 from .executors import executor
@@ -30,14 +30,14 @@ from .job import Job, Outcome
 __all__ = ["Outcome", "execute", "plan_jobs", "summarize"]
 
 
-def execute(run: Run, command: str, say: Say, override: bool = False, redo: bool = False) -> list[Outcome]:
+def execute(run: Run, command: str, say: Say, override: bool = False, redo: str | None = None) -> list[Outcome]:
     """The outcome of every job of a config, in the config's order; one that fails does not stop the others.
 
     Args:
         command: what the user typed, for the report.
         say: takes a line of news.
         override: missed gates are recorded as overridden, and are no error.
-        redo: measure again what was measured before; finished artifacts are kept.
+        redo: the stage to do again, with what comes after: "quantize", or "evaluate", which keeps artifacts.
     Raises:
         ConfigError: there is no such executor.
     """
@@ -69,7 +69,7 @@ def execute(run: Run, command: str, say: Say, override: bool = False, redo: bool
     return [_publish(run.publish, outcome, override, say) for outcome in ordered] if run.publish else ordered
 
 
-def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False, redo: bool = False) -> list[Job]:
+def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False, redo: str | None = None) -> list[Job]:
     """The jobs of one model, the baseline's first.
 
     Raises:
@@ -85,7 +85,7 @@ def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False,
     tokenizer = load_tokenizer(source.folder)
     config = skeleton(checkpoint).config
     first = windows(text, tokenizer, run.eval, config).windows[0]
-    conditions = Conditions.make(run.eval, run.device, text, command, redo)
+    conditions = Conditions.make(run.eval, run.device, text, command, redo is not None)
     baseline = Job(
         run=run,
         model=model.id,
@@ -97,6 +97,7 @@ def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False,
         probe=tuple(first.ids[:PROBE_TOKENS].tolist()),
         folder=parent / BASELINE,
         override=override,
+        redo=redo == "quantize",
     )
     jobs, calibrations = [baseline], dict[str, Calibration]()
     for settings in run.recipes:

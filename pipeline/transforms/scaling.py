@@ -130,6 +130,17 @@ def _error(layers: list[tuple[Tensor, Scheme, Tensor]], inputs: Tensor, scale: T
         scaled, x = (weight, inputs) if scale is None else (weight * scale, inputs / scale)
         tensors = scheme.weight.nearest(scaled, torch.float32)
         rounded = scheme.weight.dequantize((weight.shape[0], weight.shape[1]), tensors, torch.float32)
-        x = x if scheme.activations is None else scheme.activations.apply(x, {})
+        if scheme.activations is not None:
+            x = scheme.activations.apply(x, _input_tensors(scheme, x))
         total += ((x @ rounded.t() - expected).square().sum() / expected.square().sum().clamp(min=1e-30)).item()
     return total
+
+
+def _input_tensors(scheme: Scheme, inputs: Tensor) -> dict[str, Tensor]:
+    """What static activations would store for these inputs; {} for dynamic ones."""
+    if scheme.static is None:
+        return {}
+    statistics = {kind: kind(inputs.shape[1], inputs.device) for kind in scheme.static.statistics}
+    for statistic in statistics.values():
+        statistic.add(inputs)
+    return scheme.static.tensors(statistics, scheme.static.observers[0])

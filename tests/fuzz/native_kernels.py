@@ -156,7 +156,7 @@ def perform(call: Call, loaded: Library) -> None:
     """
     generator, guarded = torch.Generator().manual_seed(call.number), Guarded()
     scheme = Scheme.parse(call.scheme)
-    qtensor = QTensor.of(scheme, call.shape, scheme.weight.random(call.shape, generator))
+    qtensor = QTensor.of(scheme, call.shape, scheme.random(call.shape, generator))
     kernel = named(call.kernel)(call.instructions)
     if kernel.unsupported(qtensor, call.dtype, torch.device("cpu")):
         return

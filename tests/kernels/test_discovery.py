@@ -112,7 +112,7 @@ def six_bits(drop: Drop) -> Scheme:
 
 
 def weight(scheme: Scheme, shape: tuple[int, int] = (64, 128)) -> QTensor:
-    return QTensor.of(scheme, shape, scheme.weight.random(shape, torch.Generator().manual_seed(0)))
+    return QTensor.of(scheme, shape, scheme.random(shape, torch.Generator().manual_seed(0)))
 
 
 def test_sorted_by_rank_and_helpers_have_none() -> None:

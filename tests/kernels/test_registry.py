@@ -187,7 +187,7 @@ def test_int8_rows_are_independent(make_qtensor: Make, generator: torch.Generato
         ("torch-int4", "int4-g48", (64, 96), torch.bfloat16, "cpu", "group_size 48 is not a multiple of 32"),
         ("torch-int4", "int4-channel", (64, 31), torch.bfloat16, "cpu", "in_features 31 is not divisible by 32"),
         ("torch-int4", "int4-g32", (64, 64), torch.bfloat16, "meta", "x86 CPUs and NVIDIA GPUs"),
-        ("torch-int8", "int8-channel", (64, 64), torch.float32, "cpu", "int8-dynamic only"),
+        ("torch-int8", "int8-channel", (64, 64), torch.float32, "cpu", "serves int8-dynamic, int8-static"),
         ("torch-int8", "int8-dynamic", (64, 64), torch.int32, "cpu", "inputs are torch.int32"),
         ("torch-int8", "int8-dynamic", (64, 64), torch.float32, "meta", "not on meta"),
         ("torch-int8", "int8-dynamic", (63, 64), torch.float32, "cuda", "not divisible by 8"),

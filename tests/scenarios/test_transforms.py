@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.errors import ConfigError
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.quantize.recipe import Recipe
@@ -18,10 +19,10 @@ IDS = torch.arange(3, 67).unsqueeze(0)
 
 
 @pytest.fixture
-def outliers(tiny: Callable[..., Path], tmp_path: Path) -> Path:
+def outliers(tiny: Callable[..., Path], copy_of: Callable[..., Path]) -> Path:
     """A Llama some of whose channels are 64 times larger between its layers, and which computes what the plain one
     does."""
-    folder = tiny("llama")
+    folder = copy_of(tiny("llama"))
     tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
     wide = torch.ones(128).index_fill_(0, torch.tensor([3, 77]), 64.0)
     for block in range(2):
@@ -84,3 +85,29 @@ def test_a_recipe_names_its_transform() -> None:
     assert Recipe.make("smooth+int8-dynamic").method == "absmax"
     with pytest.raises(ConfigError, match="transform 'smoth' is unknown; did you mean smooth"):
         Recipe.make("smoth+int8-dynamic")
+
+
+@pytest.mark.parametrize("scheme", ["int8-static", "int8-static-asym"])
+def test_static_inputs_are_calibrated_and_stored(scheme: str, outliers: Path, tmp_path: Path, learn: Learn) -> None:
+    out = tmp_path / "static"
+    learn(outliers, out, scheme=scheme, transform="smooth", method="absmax")
+    assert error(out, outliers) < 0.2  # one scale for all inputs of a random model
+    diagnosis = diagnose(out)
+    assert diagnosis.faults == []
+    stored = {
+        name: info.shape
+        for name, info in Checkpoint(out).tensors.items()
+        if name.endswith(("input_scale", "zero_point"))
+    }
+    assert len(stored) == (14 if scheme == "int8-static" else 28)
+    assert set(stored.values()) == {(1,)}
+    learn(outliers, tmp_path / "clipped", scheme=scheme, observer="percentile", method="absmax")
+    with pytest.raises(ConfigError, match="calibrates inputs, and only those of the decoder blocks are seen"):
+        learn(outliers, tmp_path / "head", scheme=scheme, layers={"lm_head": scheme})
+
+
+def test_an_observer_needs_static_inputs() -> None:
+    with pytest.raises(ConfigError, match="observer 'mode' is unknown to int8-static"):
+        Recipe.make({"scheme": "int8-static", "observer": "mode"})
+    with pytest.raises(ConfigError, match="no scheme of the recipe has static inputs"):
+        Recipe.make({"scheme": "int8-dynamic", "observer": "mse"})

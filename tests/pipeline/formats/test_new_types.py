@@ -77,7 +77,7 @@ def test_stored_and_read(name: str) -> None:
     format, reasons = first_fitting(layers)
     assert format.name == "compressed-tensors"
     assert reasons == [f"gptq holds weight-only integers, not {name} (a.0.b)"]
-    q = QTensor.of(scheme, SHAPE, scheme.weight.random(SHAPE, torch.Generator().manual_seed(0)))
+    q = QTensor.of(scheme, SHAPE, scheme.random(SHAPE, torch.Generator().manual_seed(0)))
     schemes = {layer: own for layer, (own, _) in layers.items()}
     config = json.loads(json.dumps(format.quantization_config(schemes, ["lm_head"], torch.bfloat16)))
     assert config["format"] == "mixed-precision"

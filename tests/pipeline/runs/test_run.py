@@ -185,7 +185,7 @@ def test_redo_measures_again_and_keeps_the_artifact(
     monkeypatch.setattr(worker, "call", lambda task, *rest: calls.append(task) or original(task, *rest))
     execute(make_run(output), "", lambda line: None)
     assert calls == []
-    execute(make_run(output), "", lambda line: None, redo=True)
+    execute(make_run(output), "", lambda line: None, redo="evaluate")
     assert calls == ["measure", "verify", "measure", "verify", "measure"]
     assert artifacts(output) == made
 
