@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cpu.library import Library, library
-from .cpu.native import DTYPES, NativeInt8, NativeWeight
+from .cpu.native import DTYPES, NativeWeight, inputs_of
 from .linear import QLinear
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -140,8 +140,7 @@ class NativeLayer:
             to.bias = None if linear.bias is None else self._pointer(linear.bias.detach().to(torch.float32))
             to.order = None if linear.order is None else self._pointer(linear.order)
             to.in_features, to.out_features = linear.in_features, linear.out_features
-            assert isinstance(linear.selection.kernel, NativeInt8)
-            to.inputs = linear.selection.kernel.inputs
+            to.inputs = inputs_of(linear.selection.kernel)
         for place, norm in enumerate(parts.norms):
             if norm is not None:
                 layer.norms[place], layer.eps[place] = self._pointer(norm.weight), norm.eps

@@ -133,6 +133,11 @@ class NativeExact(NativeInt16):
         return None
 
 
+def inputs_of(kernel: Kernel) -> int | None:
+    """What a native kernel rounds inputs to, as csrc/ numbers it; None of another kernel."""
+    return kernel.inputs if isinstance(kernel, NativeInt8) else None
+
+
 def _misfit(scheme: Scheme, in_features: int) -> str | None:
     """Why csrc/ cannot multiply by a weight of so many input features; None if it can."""
     if _is_table(scheme) and in_features % NF4_BLOCK:
