@@ -51,7 +51,7 @@ def execute(
         ConfigError: there is no such executor, or something that a job needs is not here: a package, memory. DiskError:
             there is no room for all of them. No job has started then.
     """
-    carries_out = executor(run.executor)
+    carries_out = executor(run.executor, run.executor_options)
     plan = plan or plan_run(run, jobs_of(run))
     plan.check()
     planned_jobs = {job.folder: job for job in plan.jobs}
