@@ -346,6 +346,8 @@ def run_on_worker(job: "Job", task: _Task, board: Any) -> "Outcome":
             if task.storage == "shared" or (task.storage == "auto" and Path(task.token).exists()):
                 return run_job(replace(job, patience=_PATIENCE), say)
             parent = Path(tempfile.gettempdir()) / f"bitpress-{os.getuid()}-{digest({'folder': str(job.folder)})[:16]}"
+            files.make_folder(parent)
+            parent.chmod(0o700)  # which fails where it is another user's
             return _away(job, replace(job, folder=parent / job.folder.name, patience=_PATIENCE), board, say)
     except BitpressError as error:
         say(f"  failed: {error}")
