@@ -192,8 +192,8 @@ def quantize(
     settings |= _calibration(calibration, windows, context, seed)
     name = budget or recipe or _DEFAULT
     with progress(f"quantizing to {name}") as step:
-        notes = quantize_api(model, settings, output, revision, device, step, keep)
-    for note in notes:
+        artifact = quantize_api(model, settings, output, revision, device, step, keep)
+    for note in artifact.notes:
         news(note)
     print_line(f"{output}: {name}; try `bitpress eval {output}`")
 
@@ -285,8 +285,8 @@ def convert(
 
     quiet_libraries()
     with progress(f"converting to {to}") as step:
-        notes = convert_api(model, to, output, step)
-    for note in notes:
+        artifact = convert_api(model, to, output, step)
+    for note in artifact.notes:
         news(note)
     print_line(f"{output}: {to}; try `bitpress doctor {output}`")
 
