@@ -40,9 +40,13 @@ class _Function(property):
 
     def __init__(self, name: str):
         def get(package: ModuleType) -> Any:
-            from . import api, hf, objects
+            if name == "BitpressConfig":  # registers bitpress with transformers, which nobody else has asked for
+                from .hf import BitpressConfig
 
-            return getattr({"BitpressConfig": hf, "Recipe": objects}.get(name, api), name)
+                return BitpressConfig
+            from . import api, objects
+
+            return getattr(objects if name == "Recipe" else api, name)
 
         # the import system sets an attribute for each folder that it loads, and finds folders without it
         super().__init__(get, lambda package, folder: None)

@@ -32,6 +32,8 @@ def test_import_bitpress(installed: Path):
         assert not {"torch", "transformers"} & set(sys.modules)
         assert set(bitpress.__all__) <= set(dir(bitpress))
         assert bitpress.__version__[0].isdigit()
+        assert bitpress.quantize.__doc__
+        assert "bitpress.pipeline.hf" not in sys.modules  # which changes what transformers does
         for name in bitpress.__all__:
             assert getattr(bitpress, name) is not None
         import bitpress.pipeline
