@@ -235,7 +235,7 @@ class Eval(_Strict):
 
 
 class Cpu(_Strict):
-    activations: Literal["int8", "bf16"] = "int8"  # what weight-only kernels make of a layer's inputs; bf16: nothing
+    activations: Literal["int16", "int8", "bf16"] = "int16"  # what weight-only kernels round inputs to; bf16: nothing
 
 
 def _share(value: Any) -> Any:
@@ -326,8 +326,8 @@ class Run(_Strict):
 
     @model_validator(mode="after")
     def _kernel_for_activations(self) -> "Run":
-        if self.cpu.activations == "bf16" and self.eval.kernel == "auto":
-            self.eval = self.eval.model_copy(update={"kernel": "auto-bf16"})
+        if self.cpu.activations != "int16" and self.eval.kernel == AUTO:
+            self.eval = self.eval.model_copy(update={"kernel": f"auto-{self.cpu.activations}"})
         return self
 
     @field_validator("recipes")

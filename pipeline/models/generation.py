@@ -9,9 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NumericsError
 from ..system.printable import printable
 
 Write = Callable[[str], None]
@@ -101,6 +109,24 @@ class Printer(TextStreamer):
         return f"{count}, {(self.tokens - 1) / (self.last - self.first):.1f} per second, {first}"
 
 
+class FiniteLogits(LogitsProcessor):
+    """Stops a model that no longer computes: the token that follows would be nobody's choice."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores [batch, vocabulary] as they are. Minus infinity is no fault: it rules a token out.
+
+        Raises:
+            NumericsError: NaN, plus infinity, or nothing but minus infinity.
+        """
+        if not bool(scores.amax(-1).isfinite().all()):  # the maximum of a row with NaN is NaN
+            raise NumericsError(
+                f"after {input_ids.shape[1]} tokens the model gives {scores.amax(-1).max().item()} as its largest "
+                "logit, expected a finite number: its weights or its dtype do not hold this text; `bitpress doctor` "
+                "looks at the weights"
+            )
+        return scores
+
+
 class Repetition(StoppingCriteria):
     """Stops a text whose end is one phrase again and again. Greedy decoding hardly ever leaves such a loop.
 
@@ -147,12 +173,15 @@ def generate(
     Args:
         tokens: at most so many. printer: gets them as they come. more: see Sampling.random.
         options: further ones of transformers' generate.
+    Raises:
+        NumericsError: logits that are not finite.
     """
     loop = Repetition(ids.shape[1])
     drawn = sampling.draws(model)
     with sampling.random(ids.device, more) as seed:
         output = model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, streamer=printer,
+            logits_processor=LogitsProcessorList([FiniteLogits()]),
             stopping_criteria=StoppingCriteriaList([] if drawn else [loop]), **sampling.options(), **options,
         )  # fmt: skip
     said = [printer.speed(), *([f"seed {seed}"] if drawn else []), *([loop.reason] if loop.reason else [])]

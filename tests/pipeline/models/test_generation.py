@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bitpress.pipeline.api import load
-from bitpress.pipeline.errors import ConfigError
-from bitpress.pipeline.models.generation import Printer, Repetition, Sampling, generate, repetition
+from bitpress.pipeline.errors import ConfigError, NumericsError
+from bitpress.pipeline.models.generation import FiniteLogits, Printer, Repetition, Sampling, generate, repetition
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,18 @@ def test_draws_are_those_of_the_seed_and_torchs_own_are_left_alone():
 def test_nothing_is_drawn_at_temperature_0():
     with pytest.raises(ConfigError, match="--seed 3: at temperature 0 nothing is drawn"):
         Sampling(0, seed=3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_choose_no_token(value: float):
+    model, tokenizer = load("builtin:demo", device="cpu")
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, torch.tensor([9]), value))
+    with pytest.raises(NumericsError, match=f"after 3 tokens the model gives {value} as its largest logit"):
+        generate(model, torch.tensor([[5, 6, 7]]), 8, Sampling(0), Printer(tokenizer, lambda words: None))
+
+
+def test_a_token_may_be_ruled_out():
+    scores = torch.tensor([[1.0, -torch.inf], [2.0, 3.0]])
+    assert FiniteLogits()(torch.zeros(2, 1), scores) is scores
+    with pytest.raises(NumericsError, match="-inf"):
+        FiniteLogits()(torch.zeros(1, 1), torch.full((1, 2), -torch.inf))
