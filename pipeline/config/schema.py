@@ -363,11 +363,5 @@ class Run(_Strict):
             fewer = recipe.model_copy(update={"calibration": calibration.model_copy(update={"windows": windows})})
             fewer._inherited = recipe._inherited | {"calibration"}
             recipes.append(recipe if recipe.baseline else fewer)
-        changes = {
-            "name": f"{self.name}-quick",
-            "eval": self.eval.quick(),
-            "recipes": recipes,
-            "publish": None,
-            "track": [],
-        }
-        return self.model_copy(update=changes)
+        changes = {"name": f"{self.name}-quick", "eval": self.eval.quick(), "recipes": recipes}
+        return self.model_copy(update={**changes, "publish": None, "track": []})
