@@ -18,13 +18,11 @@ def test_a_job_is_written_offline(name: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     report = tmp_path / "report.html"
     report.write_text("<p>report</p>")
-    where = tracker.send(
-        TrackedJob(
-            "demo", "org/m:x int4", {"scheme": "int4-g128"}, {"kl_mean": 0.25, "task/acc": 0.5}, [report], tmp_path
-        )
-    )
+    figures = {"kl_mean": 0.25, "task/acc": 0.5}
+    where = tracker.send(TrackedJob("demo", "org/m:x int4", {"scheme": "int4-g128"}, figures, [report], tmp_path))
     assert str(tmp_path) in where
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    written = b"".join(bytes(path) + path.read_bytes() for path in files)  # MLflow's files have the names of figures
     for text in (b"kl_mean", b"int4-g128"):
         assert text in written
 
