@@ -20,7 +20,9 @@ from .plan import Plan, PlannedTensor, patterns
 from .recipe import Recipe
 from .spec import Rules
 
-_TOKENS = 2048  # calibration tokens that blocks are judged on
+# Calibration tokens that blocks are judged on. On SmolLM2-135M the errors on 512 told what each layer's inputs cost in
+# KL within a factor of two, from 0.00002 to 0.004.
+_TOKENS = 1024
 
 
 @dataclass(frozen=True)
