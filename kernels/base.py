@@ -65,17 +65,19 @@ class Kernel(Protocol):
     """One way to compute x @ dequantized_weight.T + bias. Kernels derive from this class.
 
     rank: the place among the kernels, lower (faster) first. serves: the schemes that it can multiply by; what is not
-    listed it refuses. rounds_weight_only_inputs: whether it quantizes the inputs of schemes that leave them alone:
-    that is faster, and a little less exact. only_calls_library: it is another library's operator, and little else.
-    last_resort: it serves everything, slowly, and no benchmark times it unless asked to.
+    listed it refuses. input_bits: to how many bits it rounds the inputs of schemes that leave them alone; None: it
+    leaves them alone too. only_calls_library: it is another library's operator, and little else.
+    last_resort: it serves everything, slowly, and no benchmark times it unless asked to. package: what must be
+    installed for it, and is imported when a weight needs it; "" for nothing.
     """
 
     rank: ClassVar[int]
     name: ClassVar[str]
     serves: ClassVar[tuple[Serves, ...]]
-    rounds_weight_only_inputs: ClassVar[bool] = False
+    input_bits: ClassVar[int | None] = None
     only_calls_library: ClassVar[bool] = False
     last_resort: ClassVar[bool] = False
+    package: ClassVar[str] = ""
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this kernel cannot serve inputs of this dtype on this device, in a few words; None if it can."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cpu.library import Library, library
-from .cpu.native import DTYPES, NativeWeight
+from .cpu.native import DTYPES, NativeWeight, inputs_of
 from .linear import QLinear
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -69,13 +69,16 @@ class Parts:
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = (("packed", _POINTER), ("bias", _POINTER), ("order", _POINTER), ("inputs", _INT64), ("outputs", _INT64))
+    _fields_ = (
+        ("packed", _POINTER), ("bias", _POINTER), ("order", _POINTER), ("in_features", _INT64),
+        ("out_features", _INT64), ("inputs", _INT64),
+    )  # fmt: skip
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("linears", _Linear * 7), ("norms", _POINTER * 4), ("heads", _INT64), ("key_heads", _INT64), ("dim", _INT64),
-        ("activation", _INT64), ("exact", _INT64), ("kernel", _INT64), ("eps", _FLOAT * 4), ("scale", _FLOAT),
+        ("activation", _INT64), ("kernel", _INT64), ("eps", _FLOAT * 4), ("scale", _FLOAT),
     )  # fmt: skip
 
 
@@ -136,13 +139,13 @@ class NativeLayer:
             to.packed = self._pointer(linear.packed.get_buffer("data"))
             to.bias = None if linear.bias is None else self._pointer(linear.bias.detach().to(torch.float32))
             to.order = None if linear.order is None else self._pointer(linear.order)
-            to.inputs, to.outputs = linear.in_features, linear.out_features
+            to.in_features, to.out_features = linear.in_features, linear.out_features
+            to.inputs = inputs_of(linear.selection.kernel)
         for place, norm in enumerate(parts.norms):
             if norm is not None:
                 layer.norms[place], layer.eps[place] = self._pointer(norm.weight), norm.eps
         layer.heads, layer.key_heads = parts.linears[0].out_features // parts.dim, self.key_heads
         layer.dim, layer.activation, layer.scale = parts.dim, ACTIVATIONS.index(parts.activation), parts.scale
-        layer.exact = not first.selection.kernel.rounds_weight_only_inputs
         layer.kernel = first.packed.instructions
         return layer
 

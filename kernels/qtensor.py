@@ -108,13 +108,22 @@ class QTensor:
                 raise ValueError(f"{name} has shape {actual}, expected {list(shape)} for {whole}")
             if tensor.dtype not in dtypes:
                 raise ValueError(f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} has {(~torch.isfinite(tensor)).sum().item()} NaN or infinite values")
+            if tensor.is_floating_point() and (bad := _count_not_finite(tensor)):
+                raise ValueError(f"{name} has {bad} NaN or infinite values")
         weight.check(self.shape, tensors)
         if self.scheme.static:
             self.scheme.static.check(tensors)
         if self.order is not None:
             _check_permutation(self.order)
+
+
+def _count_not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite; torch cannot tell of float8 ones, which are widened a piece at a time."""
+    pieces = tensor.flatten().split(1 << 20) if tensor.element_size() == 1 else (tensor,)
+    return sum(
+        int((~torch.isfinite(piece.to(torch.float32) if tensor.element_size() == 1 else piece)).sum())
+        for piece in pieces
+    )
 
 
 def _check_permutation(order: Tensor) -> None:

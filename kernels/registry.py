@@ -9,7 +9,8 @@ from .base import Kernel
 from .discovery import discover
 from .qtensor import QTensor
 
-AUTOMATIC = ("auto", "auto-bf16")
+# Of each choice that is no kernel's name: to how few bits a kernel may round the inputs of weight-only schemes.
+AUTOMATIC = {"auto": 16, "auto-int8": 8, "auto-bf16": None}
 _PACKAGES = ("bitpress.kernels.cpu", "bitpress.kernels.triton", "bitpress.kernels.external")
 
 
@@ -31,7 +32,9 @@ def select(qtensor: QTensor, dtype: torch.dtype, device: torch.device, wanted: s
     """The first kernel that can serve this weight, or the one that is asked for by name.
 
     Args:
-        wanted: a kernel's name; "auto"; or "auto-bf16" for kernels that leave the inputs of weight-only schemes alone.
+        wanted: a kernel's name; or one of AUTOMATIC: "auto" for kernels that round the inputs of weight-only schemes to
+            16 bits at least, which adds next to nothing to what the weights lose; "auto-int8" for faster ones that may
+            round them to 8 bits; "auto-bf16" for those that leave them alone.
 
     Raises:
         ValueError: `wanted` is unknown, or cannot serve this weight; the message says why.
@@ -41,15 +44,19 @@ def select(qtensor: QTensor, dtype: torch.dtype, device: torch.device, wanted: s
         named = [kernel for kernel in kernels if kernel.name == wanted]
         if not named:
             known = ", ".join(kernel.name for kernel in kernels)
-            raise ValueError(f"kernel {wanted!r} is unknown; use {' or '.join(AUTOMATIC)}, or one of {known}")
+            raise ValueError(f"kernel {wanted!r} is unknown; use {', '.join(AUTOMATIC)}, or one of {known}")
         if reason := named[0].unsupported(qtensor, dtype, device):
             raise ValueError(f"kernel {wanted} cannot run {qtensor.scheme.name} here: {reason}; use auto")
         return Selection(named[0], {})
     rejected: dict[str, str] = {}
+    least = AUTOMATIC[wanted]
     for kernel in kernels:
         reason = kernel.unsupported(qtensor, dtype, device)
-        if wanted == "auto-bf16" and kernel.rounds_weight_only_inputs and qtensor.scheme.activations is None:
-            reason = "quantizes its inputs, which are to stay as they are"
+        bits = kernel.input_bits
+        weight_only = reason is None and qtensor.scheme.activations is None
+        if weight_only and bits is not None and (least is None or bits < least):
+            expected = "that stay as they are" if least is None else f"of at least {least} bits"
+            reason = f"rounds inputs to {bits} bits; {wanted} asks for inputs {expected}"
         if reason is None:
             return Selection(kernel, rejected)
         rejected[kernel.name] = reason

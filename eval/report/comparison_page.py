@@ -55,7 +55,7 @@ def _view(sections: Sequence[Section]) -> dict[str, Any]:
     return {
         "title": sections[0].model if len(sections) == 1 else f"{len(sections)} models",
         "quantized": f"{quantized} quantized run{'' if quantized == 1 else 's'}",
-        "sections": [(section, *_table(section), _significance(section)) for section in sections],
+        "sections": [(section, *table(section), _significance(section)) for section in sections],
         "external": [run.title for run in reported if run.get("checkpoint")],
         "kernel_kl": say.KERNEL_KL if rounded else "",
         "recipes": recipe_table(reported),
@@ -63,7 +63,7 @@ def _view(sections: Sequence[Section]) -> dict[str, Any]:
     }
 
 
-def _table(section: Section) -> tuple[list[str], list[tuple[list[str], bool]]]:
+def table(section: Section) -> tuple[list[str], list[tuple[list[str], bool]]]:
     """Header, and rows with whether each is a baseline."""
     gates = any(run.missed_gates for run in section.runs)
     kernel = any(run.kernel_kl_mean is not None for run in section.runs)

@@ -37,7 +37,8 @@ class Activations(Protocol):
     def codes(self, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [..., in] as codes, their scales, and their zero point or None: x is about scales * (codes - zero point).
 
-        Scales are float32 [..., 1], or [1] where all inputs share one; the zero point is [1].
+        Scales are float32: [..., 1], [1] where all inputs share one, or [..., in] where features of a row have their
+        own. The zero point is [1].
 
         Args:
             tensors: those of `layout`, as the layer stores them.

@@ -1,7 +1,8 @@
 """Weights of 2 to 8 bits and NF4 on the CPU, by csrc/: VNNI and AMX where the machine has them.
 
-Inputs are quantized to INT8 as they come, one scale per row and group of weights (at most 128 features; the whole row
-for int8-dynamic, as that scheme has it), products summed in int32 and scaled in float32. Or they stay as they are.
+Inputs are quantized as they come, one scale per row and group of weights (at most 128 features; the whole row for
+int8-dynamic, as that scheme has it), products summed in int32 and scaled in float32. 16 bits are the default; 8 bits
+are faster, and may lose more than the weights of an int4 file did. Or inputs stay as they are.
 """
 
 import functools
@@ -21,6 +22,7 @@ from ..weights.integer import INT_BITS, Integer
 from ..weights.nf4 import NF4, NF4_BLOCK, block_scales
 from .library import Library, library
 
+INT8, INT16, FLOAT32 = range(3)  # what inputs are rounded to, as csrc/ numbers it
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/ numbers them
 _INT4, _NF4, _INT8 = range(3)
 
@@ -55,7 +57,8 @@ class NativeInt8(Kernel):
         Serves("nf4, nf4-dq", NF4),
         Serves("int8-dynamic", Integer, (8,), Int8Token),
     )
-    rounds_weight_only_inputs: ClassVar[bool] = True
+    input_bits: ClassVar[int | None] = 8
+    inputs: ClassVar[int] = INT8
 
     def __init__(self, instructions: str | None = None):
         """`instructions`: the name of one set of csrc/, for tests; by default the machine's best."""
@@ -92,8 +95,7 @@ class NativeInt8(Kernel):
         if x.shape[-1] != packed.shape[1] or x.dtype not in DTYPES:  # the library trusts them
             expected = f"[..., {packed.shape[1]}] of float16, bfloat16 or float32"
             raise ValueError(f"inputs are {list(x.shape)} of {x.dtype}, expected {expected}")
-        exact = not self.rounds_weight_only_inputs
-        return torch.ops.bitpress.linear_cpu(x, packed.data, bias, packed.shape[0], exact, packed.instructions)
+        return torch.ops.bitpress.linear_cpu(x, packed.data, bias, packed.shape[0], self.inputs, packed.instructions)
 
     def chosen(self) -> int:
         """Which set of instructions serves, as the library counts them."""
@@ -102,19 +104,38 @@ class NativeInt8(Kernel):
         return native.instructions.index(self.instructions) if self.instructions else native.best
 
 
-class NativeExact(NativeInt8):
-    """Inputs stay as they are: weights are dequantized in registers, and multiplied in float32."""
+class NativeInt16(NativeInt8):
+    """Inputs quantized to INT16: each changes by at most 1/65278 of the largest in its group.
+
+    The weights are read once, as for INT8, and take twice the products: where memory decides, that costs nothing. NF4's
+    code book and scales are rounded as NativeInt8 does it.
+    """
 
     rank: ClassVar[int] = 11
-    name: ClassVar[str] = "native-bf16"
+    name: ClassVar[str] = "native-int16"
     serves: ClassVar[tuple[Serves, ...]] = NativeInt8.serves[:2]
-    rounds_weight_only_inputs: ClassVar[bool] = False
+    input_bits: ClassVar[int | None] = 16
+    inputs: ClassVar[int] = INT16
 
     def unserved(self, scheme: Scheme) -> str | None:
         return super().unserved(scheme) if scheme.activations is None else f"{scheme.name} quantizes its inputs"
 
+
+class NativeExact(NativeInt16):
+    """Inputs stay as they are: weights are dequantized in registers, and multiplied in float32."""
+
+    rank: ClassVar[int] = 12
+    name: ClassVar[str] = "native-bf16"
+    input_bits: ClassVar[int | None] = None
+    inputs: ClassVar[int] = FLOAT32
+
     def exact(self) -> Kernel | None:
         return None
+
+
+def inputs_of(kernel: Kernel) -> int | None:
+    """What a native kernel rounds inputs to, as csrc/ numbers it; None of another kernel."""
+    return kernel.inputs if isinstance(kernel, NativeInt8) else None
 
 
 def _misfit(scheme: Scheme, in_features: int) -> str | None:
@@ -221,9 +242,9 @@ def _shared() -> Library:
 
 
 def _linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, exact: bool, instructions: int
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, inputs: int, instructions: int
 ) -> Tensor:
-    if exact and x.numel() >= _EXACT_ROWS * x.shape[-1]:
+    if inputs == FLOAT32 and x.numel() >= _EXACT_ROWS * x.shape[-1]:
         return _multiply_dequantized(x, packed, bias, out_features, instructions)
     rows = x.numel() // x.shape[-1]
     x = x.contiguous()
@@ -232,7 +253,7 @@ def _linear(
         bias = bias.to(torch.float32)
     status = _shared().lib.bitpress_linear(
         packed.data_ptr(), x.data_ptr(), rows, DTYPES[x.dtype], None if bias is None else bias.data_ptr(),
-        y.data_ptr(), exact, instructions, torch.get_num_threads(),
+        y.data_ptr(), inputs, instructions, torch.get_num_threads(),
     )  # fmt: skip
     if status:
         raise MemoryError(f"no memory to multiply {rows} rows by a weight [{out_features}, {x.shape[-1]}]")
@@ -267,13 +288,13 @@ def dequantize(
 
 _ops = torch.library.Library("bitpress", "FRAGMENT")
 _ops.define(
-    "linear_cpu(Tensor x, Tensor packed, Tensor? bias, int out_features, bool exact, int instructions) -> Tensor"
+    "linear_cpu(Tensor x, Tensor packed, Tensor? bias, int out_features, int inputs, int instructions) -> Tensor"
 )
 _ops.impl("linear_cpu", _linear, "CPU")
 
 
 @torch.library.register_fake("bitpress::linear_cpu", lib=_ops)
-def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, exact: bool, instructions: int) -> Tensor:
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, inputs: int, instructions: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -293,4 +314,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("bitpress::linear_cpu", _backward, setup_context=_remember, lib=_ops)
 
 
-PLUGINS = (NativeInt8(), NativeExact())
+PLUGINS = (NativeInt8(), NativeInt16(), NativeExact())

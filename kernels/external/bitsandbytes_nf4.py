@@ -47,6 +47,7 @@ class BitsAndBytesNF4(Kernel):
     name: ClassVar[str] = "bnb-nf4"
     serves: ClassVar[tuple[Serves, ...]] = (Serves("nf4 and nf4-dq", NF4),)
     only_calls_library: ClassVar[bool] = True
+    package: ClassVar[str] = "bitsandbytes"
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         if reason := self.unserved(qtensor.scheme):

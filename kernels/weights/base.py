@@ -26,8 +26,9 @@ class WeightDescription:
         type: "int", "float", or "codebook" (codes are places in a table of values).
         num_bits: bits of a code.
         strategy: what shares a scale: a "channel" (all inputs of an output), a "group" of inputs of an output, a
-            "block" of the flattened matrix, or the whole "tensor".
-        group_size: inputs of a group, or elements of a block; None for "channel" and "tensor".
+            "tensor_group" (the same, with one more number for the whole tensor), a "block", or the whole "tensor".
+        group_size: inputs of a group. A codebook's block has so many elements of the flattened matrix, any other block
+            is a square of so many inputs and outputs. None for "channel" and "tensor".
         symmetric: no zero points are stored.
     """
 
@@ -43,6 +44,10 @@ class WeightType(Protocol):
 
     rank: the place among the types, lower first. forms: how the names look, for messages. examples: common names.
     holds_order: the columns may lie in another order (see QTensor.order).
+
+    A type may have two methods more. grid(weight, scale_dtype) is the CodeGrid of a layer (see grid.py), for methods
+    that set codes one column after the other; integers have one without it. fused(weights) is the type with what layers
+    must have in common that servers multiply by as by one.
     """
 
     rank: ClassVar[int]

@@ -3,7 +3,7 @@
 import gc
 import io
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -11,15 +11,37 @@ from rich.markup import escape
 from ..system import children, interrupts, program
 from ..system.redact import redact
 from ..system.unexpected import unexpected
-from . import bench, chat, console, evaluate, inspect, run
+from ..system.versions import versions
+from . import bench, chat, console, evaluate, inspect, plan, run
+
+_USAGE = 2  # exit code of a command line that cannot be read
 
 app = typer.Typer(
-    help="Press Transformer checkpoints into fewer bits, and know what that cost.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-)  # fmt: skip
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        known = versions()
+        others = ", ".join(f"{name} {known.get(name, 'missing')}" for name in ("torch", "transformers", "python"))
+        console.print_line(f"bitpress {known.get('bitpress', 'not installed')} ({others})")
+        raise typer.Exit
+
+
+@app.callback()
+def bitpress(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="With an error, show where it comes from.")] = False,
+) -> None:
+    """Press Transformer checkpoints into fewer bits, and know what that cost."""
+
+
 app.command()(run.run)
 app.command()(run.quantize)
-app.command()(run.plan)
+app.command()(plan.plan)
 app.command()(run.clean)
 app.command("eval")(evaluate.evaluate)
 app.command()(evaluate.compare)
@@ -30,6 +52,10 @@ app.command()(run.publish)
 app.command("list")(inspect.list_)
 app.add_typer(bench.app, name="bench")
 app.add_typer(chat.app)
+
+
+def _tell(sentence: str) -> None:
+    console.err.print(f"[red]error:[/red] {escape(redact(sentence))}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -62,17 +88,26 @@ def main() -> None:
     console.debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        app()
+        code = app(prog_name="bitpress", standalone_mode=False)
+        if code == interrupts.INTERRUPTED:  # typer makes an exit of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code or 0)
     except BaseException as error:
         leaving = error if isinstance(error, SystemExit) else None
-        # typer makes an exit of Ctrl-C, and a library that it hits while it is imported another error
+        # a library that Ctrl-C hits while it is imported makes another error of it
         if interrupted or isinstance(error, KeyboardInterrupt) or (leaving and leaving.code == interrupts.INTERRUPTED):
             interrupts.end()
         if leaving:
             raise
+        if describe := getattr(error, "format_message", None):  # typer's: the command line cannot be read
+            console.show_traceback(error)
+            if message := describe():  # none where it has shown the help, as for a command without a word after it
+                command = error.ctx.command_path if getattr(error, "ctx", None) else "bitpress"
+                _tell(f"{message.rstrip('.')}; see `{command} --help`")
+            sys.exit(_USAGE)
         known = unexpected(error)
         console.show_traceback(known)
-        console.err.print(f"[red]error:[/red] {escape(redact(str(known)))}", highlight=False, soft_wrap=True)
+        _tell(str(known))
         sys.exit(known.exit_code)
     finally:
         interrupts.handle(interrupts.end_now)

@@ -29,6 +29,8 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A folder for metrics.json and report.html, to be compared.")
     ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look: few windows, little speed.")] = False,
+    redo: Annotated[bool, typer.Option("--redo", help="With -o: measure again what was measured before.")] = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity, memory and speed of one checkpoint, and how far it is from its baseline."""
@@ -44,13 +46,14 @@ def evaluate(
     quiet_libraries()
     settings: dict[str, Any] = {"text": text, "protocol": protocol, "context": context, "stride": stride}
     settings |= {"windows": windows, "bos": bos, "tasks": tasks or [], "dtype": dtype, "kernel": kernel}
+    chosen = load_eval(settings)
+    chosen = chosen.quick() if quick else chosen
     if output:
         original = resolve(baseline) if baseline else None
-        chosen = load_eval(settings)
-        conditions = Conditions.make(chosen, device, read_text(chosen.text), command_line())
+        conditions = Conditions.make(chosen, device, read_text(chosen.text), command_line(), redo)
         metrics = evaluate_external(resolve(model, revision), original, conditions, output.expanduser(), news)
     else:
-        metrics = evaluate_api(model, revision, device, settings, baseline)
+        metrics = evaluate_api(model, revision, device, chosen.model_dump(), baseline)
     if as_json:
         print_json(metrics)
         return
@@ -75,6 +78,10 @@ def compare(
     from ..evaluate.compare import compare as compare_runs
 
     quiet_libraries()
-    page, choices = compare_runs(runs, output.expanduser(), budget or [], context, command_line(), news)
-    print_table(["memory", "choose"], choices)
-    print_line(f"\ncomparison: {page}")
+    comparison = compare_runs(runs, output.expanduser(), budget or [], context, command_line(), news)
+    for model, header, rows in comparison.tables:
+        print_line(model)
+        print_table(header, rows)
+        print_line("")
+    print_table(["memory", "choose"], comparison.choices)
+    print_line(f"\ncomparison: {comparison.page}")

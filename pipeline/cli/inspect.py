@@ -11,12 +11,16 @@ from ..system.progress import progress, quiet_libraries
 from .console import out, print_json, print_line, print_table
 from .options import Json
 
+Folder = Annotated[Path, typer.Argument(help="A checkpoint's folder, or that of the run that made it.")]
 
-def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")], as_json: Json = False) -> None:
+
+def inspect(folder: Folder, as_json: Json = False) -> None:
     """What a checkpoint is, from its headers alone."""
     with collector_paused():
         from ..checkpoints.describe import describe
+        from ..storage.artifacts import local_checkpoint
 
+    folder = local_checkpoint(folder.expanduser())
     description = describe(folder)
     if as_json:
         print_json(description)
@@ -26,14 +30,15 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")]
     print_table([str(folder), ""], rows)
 
 
-def doctor(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")], as_json: Json = False) -> None:
+def doctor(folder: Folder, as_json: Json = False) -> None:
     """Whether a checkpoint is sound, and which runtimes load it; exit code 3 where it is not."""
     with collector_paused():
         from ..checkpoints.doctor import diagnose
+        from ..storage.artifacts import local_checkpoint
 
         quiet_libraries()
     with progress("reading every tensor") as step:
-        diagnosis = diagnose(folder, step)
+        diagnosis = diagnose(local_checkpoint(folder.expanduser()), step)
     if as_json:
         print_json(diagnosis.to_dict())
     else:
@@ -66,14 +71,18 @@ def _reasons(line: str, reasons: list[str]) -> None:
 
 
 def list_(as_json: Json = False) -> None:
-    """Methods, formats, and kernels with the reason where one cannot run here."""
-    from ..checkpoints.describe import catalogue
+    """Schemes, methods, formats, executors, and kernels with the reason where one cannot run here."""
+    with collector_paused():
+        from ..checkpoints.describe import Entry, catalogue
+        from ..runs.executors import registry as executors
 
-    quiet_libraries()
     everything = catalogue()
+    everything["executors"] = {
+        name: Entry((type(executor).__doc__ or "").partition("\n")[0]) for name, executor in executors().items()
+    }
     if as_json:
-        print_json(everything)
+        print_json({kind: {name: entry.to_dict() for name, entry in own.items()} for kind, own in everything.items()})
         return
     for kind, rows in everything.items():
-        print_table([kind, ""], [[name, text] for name, text in rows.items()])
+        print_table([kind, ""], [[name, entry.text()] for name, entry in rows.items()])
         out.print()

@@ -1,7 +1,6 @@
 """YAML and --set -> a checked Run."""
 
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,16 +14,10 @@ from ruamel.yaml.error import YAMLError
 from ..errors import ConfigError, listing
 from .messages import Problem, explained
 from .schema import Calibrate, Eval, RecipeDefaults, RecipeSettings, Run
+from .shipped import shipped
 
 Section = TypeVar("Section", bound=BaseModel)
 CheckRecipe = Callable[[RecipeSettings], list[Problem]]
-
-
-def shipped() -> dict[str, Path]:
-    """The configs that come with bitpress, by name."""
-    spec = find_spec("bitpress.configs")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    return {path.stem: path for folder in folders for path in sorted(Path(folder).glob("*.yaml"))}
 
 
 def load_config(path: Path, overrides: list[str] | None = None, check_recipe: CheckRecipe | None = None) -> Run:
@@ -118,7 +111,7 @@ def _section(kind: type[Section], settings: Any, path: tuple[str, ...]) -> Secti
         raise ConfigError(f"these settings cannot be used:\n{listing(problems)}") from error
 
 
-def load_recipe(settings: str | Mapping[str, Any]) -> RecipeSettings:
+def load_recipe(settings: str | Mapping[str, Any] | RecipeSettings) -> RecipeSettings:
     """A recipe given as text, such as "gptq/int4-g128", or as plain values.
 
     Raises:

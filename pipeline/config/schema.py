@@ -28,6 +28,8 @@ AUTO = "auto"
 BASELINE = "none"  # the unquantized model: the name of its run, and the scheme of a layer that is kept
 _SECRETS = ("token", "hf_token", "api_key", "password")
 _LONGEST_TITLE = 59  # characters; the Hub takes no longer ones
+_QUICK = 4  # windows, and documents of a task, of a quick evaluation; 30 seconds of the demo on two cores
+_QUICK_CALIBRATION = 16  # windows
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -244,9 +246,17 @@ class Eval(_Strict):
     task_limit: int | None = Field(None, ge=1)  # documents of each task; None: all
     prompt: str = "The"  # what the sample in the report continues
 
+    def quick(self) -> "Eval":
+        """These settings with as little measured as shows that all works; the figures are rough."""
+        speed = self.speed and self.speed.model_copy(
+            update={"batch": self.speed.batch[:1], "repeats": 1, "generate": 16}
+        )
+        few = {"windows": min(self.windows or _QUICK, _QUICK), "task_limit": min(self.task_limit or _QUICK, _QUICK)}
+        return self.model_copy(update={**few, "speed": speed, "output_errors": 0})
+
 
 class Cpu(_Strict):
-    activations: Literal["int8", "bf16"] = "int8"  # what weight-only kernels make of a layer's inputs; bf16: nothing
+    activations: Literal["int16", "int8", "bf16"] = "int16"  # what weight-only kernels round inputs to; bf16: nothing
 
 
 class Gates(_Strict):
@@ -330,8 +340,8 @@ class Run(_Strict):
 
     @model_validator(mode="after")
     def _kernel_for_activations(self) -> "Run":
-        if self.cpu.activations == "bf16" and self.eval.kernel == "auto":
-            self.eval = self.eval.model_copy(update={"kernel": "auto-bf16"})
+        if self.cpu.activations != "int16" and self.eval.kernel == AUTO:
+            self.eval = self.eval.model_copy(update={"kernel": f"auto-{self.cpu.activations}"})
         return self
 
     @field_validator("recipes")
@@ -345,3 +355,18 @@ class Run(_Strict):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"several recipes are called {', '.join(twice)}; give each a name of its own")
         return recipes
+
+    def quick(self) -> "Run":
+        """A run of the same jobs by another name, with little calibrated on and little measured; nothing is published.
+
+        It has a folder of its own: an artifact of a quick run is not taken for one of the whole.
+        """
+        recipes = []
+        for recipe in self.recipes:
+            calibration = recipe.calibration or Calibrate()  # type: ignore[call-arg]
+            windows = min(calibration.windows, _QUICK_CALIBRATION)
+            fewer = recipe.model_copy(update={"calibration": calibration.model_copy(update={"windows": windows})})
+            fewer._inherited = recipe._inherited | {"calibration"}
+            recipes.append(recipe if recipe.baseline else fewer)
+        changes = {"name": f"{self.name}-quick", "eval": self.eval.quick(), "recipes": recipes, "publish": None}
+        return self.model_copy(update=changes)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,28 @@ from bitpress.eval.report.recommend import Budget
 
 from ..errors import ConfigError
 from ..storage import files
-from .external import is_checkpoint, measure_like
+from ..storage.artifacts import is_checkpoint
+from .external import measure_like
 from .metrics import METRICS, read_metrics
 from .process import Say
 
 MEASURED = "measured"  # of the output: checkpoints that no run made
 _DEEP = 4  # folders: output, name, model, recipe
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The page, and what of it a terminal shows.
+
+    Attributes:
+        tables: (model, header, rows) of each model's runs.
+        choices: rows of an amount of memory, and which run to choose for it and why.
+    """
+
+    page: Path
+    tables: list[tuple[str, list[str], list[list[str]]]]
+    choices: list[list[str]]
 
 
 def compare(
@@ -28,15 +44,13 @@ def compare(
     context: int = CONTEXT,
     command: str = "",
     say: Say = lambda line: None,
-) -> tuple[Path, list[list[str]]]:
+) -> Comparison:
     """Write the comparison of these runs; checkpoints among them are measured first, as the runs were, whatever figures
     they bring.
 
     Args:
         budgets: amounts of memory such as "6GB". context: tokens of cache that memory is counted with.
         command: what the user typed, for the reports. say: takes a line of news.
-    Returns:
-        The page, and rows of a budget and what to choose for it, for a terminal.
     Raises:
         ConfigError: no runs, runs that do not compare, or a budget that is no amount of memory.
         CheckpointError: a metrics.json or a checkpoint that cannot be used.
@@ -66,7 +80,8 @@ def compare(
     for section in sections:
         named = f"{section.model}: " if len(sections) > 1 else ""
         rows += [[named + choice.budget, f"{choice.run or 'nothing'}: {choice.why}"] for choice in section.choices]
-    return output / "compare.html", rows
+    tables = [(section.model, *comparison_page.table(section)) for section in sections]
+    return Comparison(output / "compare.html", [(m, head, [row for row, _ in own]) for m, head, own in tables], rows)
 
 
 def _once(paths: Sequence[Path]) -> list[Path]:

@@ -9,20 +9,16 @@ from ..config.load import load_eval
 from ..config.schema import Eval
 from ..data.text import read_text
 from ..errors import BitpressError, ConfigError
+from ..formats import open_quantized
 from ..hub.download import Source, resolve
 from ..storage import files, journal
-from ..storage.checkpoint import INDEX, SINGLE, Checkpoint
+from ..storage.checkpoint import Checkpoint
 from ..storage.fingerprint import Fingerprint, digest, stage
 from . import process
 from .conditions import Conditions
 from .metrics import METRICS
 from .process import PREDICTIONS, Say, Subject
 from .results import identity_of, origin_of_external
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a folder holds weights."""
-    return (path / SINGLE).exists() or (path / INDEX).exists() or any(path.glob("*.gguf"))
 
 
 def evaluate_external(
@@ -58,8 +54,9 @@ def evaluate_external(
         artifact=_artifact(source, baseline),
         predictions=(folder / PREDICTIONS, _artifact(model, None)),
     )
-    for each in (source, baseline):
-        if each and (sentence := Checkpoint(each.folder).dequantization):
+    seen = {source: open_quantized(source.folder)} | ({baseline: Checkpoint(baseline.folder)} if baseline else {})
+    for each, checkpoint in seen.items():
+        if sentence := checkpoint.dequantization:
             say(f"{each.id}: {sentence}")
     for remark in Checkpoint(source.folder).remarks:
         say(remark)

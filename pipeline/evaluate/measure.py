@@ -36,7 +36,7 @@ from ..config.schema import Eval, Speed
 from ..data.text import Text, read_text
 from ..data.tokens import BoundedTokenizer, encode, longest
 from ..errors import CheckpointError, ConfigError, NumericsError
-from ..formats import quantization_section
+from ..formats import open_quantized, quantization_section
 from ..models.loading import kernels_used, load_model
 from ..models.modules import names_of_experts, part_experts
 from ..models.pretrained import load_tokenizer
@@ -87,7 +87,7 @@ class _Measurement:
         return _Measurement(
             Eval.model_validate(request["eval"]),
             pick_device(request["device"]),
-            Checkpoint(Path(request["artifact"])),
+            (Checkpoint if request.get("dequantize") else open_quantized)(Path(request["artifact"])),
             Checkpoint(Path(baseline)) if baseline else None,
             Path(request["folder"]),
             Resume(**resume) if resume else None,

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import CheckpointError, ConfigError, listing
+from ..storage.artifacts import ARTIFACT
+from ..storage.artifacts import METRICS as METRICS
 from ..storage.checkpoint import read_json, regular_file
 from ..storage.files import sha256_file
 from ..storage.fingerprint import MANIFEST, digest
 
-METRICS = "metrics.json"
 FORMAT_VERSION = 2
 
 Number = Annotated[float, Field(allow_inf_nan=False)] | None
@@ -255,7 +256,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not the metrics of a run:\n{listing(problems)}") from error
     if metrics.get("seal") != sealed(metrics)["seal"]:
         raise CheckpointError(f"{path}: not as bitpress wrote it, so its figures do not count; move it and run again")
-    manifest = path.parent / "artifact" / MANIFEST
+    manifest = path.parent / ARTIFACT / MANIFEST
     artifact = (metrics.get("fingerprint") or {}).get("artifact.sha256")
     if manifest.exists() and artifact != sha256_file(regular_file(manifest)):
         raise ConfigError(f"{path} is of another artifact than the one beside it; run its config again")

@@ -37,6 +37,7 @@ class Subject:
         artifact: what tells the files that are measured from others; see Conditions.fingerprint.
         predictions: where the baseline's predictions are kept, and what tells its files from others.
         verify: proves that the files are what was quantized, and returns the proof's figures; None where nothing was.
+        dequantize: see `measure`.
     """
 
     model: Source
@@ -46,6 +47,7 @@ class Subject:
     artifact: Fingerprint
     predictions: tuple[Path, Fingerprint]
     verify: Callable[[], dict[str, Any]] | None = None
+    dequantize: bool = False
 
 
 def require_lm_eval(settings: Eval) -> None:
@@ -99,8 +101,9 @@ def evaluate(
             return metrics
     if stages == ["speed"]:
         costs = measure(
-            subject.checkpoint, subject.baseline, conditions.settings, conditions.device, folder, None, True
-        )
+            subject.checkpoint, subject.baseline, conditions.settings, conditions.device, folder,
+            speed_only=True, dequantize=subject.dequantize,
+        )  # fmt: skip
         metrics["seconds"] |= {"speed": costs.pop("seconds")}
         kernels = costs.pop("kernels")
         metrics |= costs | {"kernels": kernels if metrics["kernels"] else {}}
@@ -114,7 +117,10 @@ def evaluate(
         windows = {**subject.artifact, **stage(now, "quality")}
         predictions, baseline = subject.predictions[0], {**subject.predictions[1], **stage(now, "quality")}
         resume = Resume(_key(folder / UNFINISHED, windows), windows, _key(predictions, baseline), baseline)
-        measured = measure(subject.checkpoint, subject.baseline, conditions.settings, conditions.device, folder, resume)
+        measured = measure(
+            subject.checkpoint, subject.baseline, conditions.settings, conditions.device, folder, resume,
+            dequantize=subject.dequantize,
+        )  # fmt: skip
         measured["seconds"] = {**(seconds or {}), "evaluate": measured["seconds"]}
         metrics = assemble(subject.model, subject.origin, conditions, measured | {"reload": reload, "fingerprint": now})
     write_metrics(folder, metrics, beside)
@@ -142,6 +148,7 @@ def measure(
     folder: Path,
     resume: Resume | None = None,
     speed_only: bool = False,
+    dequantize: bool = False,
 ) -> dict[str, Any]:
     """Everything that is measured of one model, in a fresh process; `seconds` is what it took in all.
 
@@ -150,6 +157,7 @@ def measure(
         folder: where the process keeps the baseline's predictions, unless `resume` says where.
         resume: where it keeps what is finished; None: nowhere.
         speed_only: only what is the machine's: speed, memory, kernels.
+        dequantize: FP8 and FP4 weights are measured as what they stand for, inputs left alone, as a source is read.
     """
     start = time.perf_counter()
     chosen = settings.model_dump()
@@ -163,5 +171,6 @@ def measure(
         "folder": str(folder.resolve()),
         "resume": asdict(resume) if resume else None,
         "speed_only": speed_only,
+        "dequantize": dequantize,
     }
     return {**worker.call("measure", request), "seconds": time.perf_counter() - start}

@@ -10,7 +10,7 @@ from bitpress.eval.report import report
 
 from ..checkpoints.coverage import coverage_of
 from ..config.schema import BASELINE, Run
-from ..formats import count_schemes, quantization_section, scheme_name
+from ..formats import count_schemes, open_quantized, quantization_section, scheme_name
 from ..hub.download import Source
 from ..methods import options_of
 from ..models.structure import computing_dtype
@@ -93,7 +93,7 @@ def origin_of_run(run: Run, source: Source, recipe: Recipe | None, folder: Path)
     if recipe is None:
         size = sizes(original, coverage_of(original), parameters)
         return Origin(run.name, BASELINE, None, None, parameters, NO_COVERAGE, size, config)
-    artifact = Checkpoint(folder / "artifact")
+    artifact = open_quantized(folder / "artifact")
     manifest = read_json(artifact.folder / MANIFEST)
     layers = manifest["coverage"]["layers"]
     schemes, methods = ({layer[key] for layer in layers} for key in ("scheme", "method"))
@@ -120,7 +120,7 @@ def origin_of_run(run: Run, source: Source, recipe: Recipe | None, folder: Path)
 
 def origin_of_external(source: Source, baseline: Source | None, config: dict[str, Any]) -> Origin:
     """The origin of a checkpoint that no run of bitpress made, as far as its files say."""
-    checkpoint = Checkpoint(source.folder)
+    checkpoint = open_quantized(source.folder)
     coverage = coverage_of(checkpoint)
     tensors = [*coverage["layers"], *coverage["kept"]]
     parameters = _parameters(Checkpoint(baseline.folder)) if baseline else sum(prod(x["shape"]) for x in tensors)

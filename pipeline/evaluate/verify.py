@@ -9,6 +9,7 @@ from torch import Tensor
 from bitpress.kernels.linear import QEmbedding, QLinear
 
 from ..errors import ConfigError, NumericsError
+from ..formats import open_quantized
 from ..models.loading import load_model
 from ..models.modules import dense_layer, replace_layers
 from ..models.structure import ParameterPath, TensorNames, tied
@@ -63,7 +64,7 @@ def verify_task(request: dict[str, Any]) -> dict[str, Any]:
     Raises:
         NumericsError: they differ by more than the order of sums explains.
     """
-    artifact = Checkpoint(Path(request["artifact"]))
+    artifact = open_quantized(Path(request["artifact"]))
     with progress("loading") as step:
         model = load_model(artifact, pick_device(request["device"]), request["dtype"], "reference", step)
     reference = Checkpoint.single(Path(request["reference"]))

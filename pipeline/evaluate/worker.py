@@ -19,8 +19,8 @@ from bitpress.eval.report.words import size
 
 from .. import errors
 from ..errors import BitpressError
+from ..formats import open_quantized
 from ..storage import files, journal
-from ..storage.checkpoint import Checkpoint
 from ..system import children
 
 REQUEST, ANSWER = "request.json", "answer.json"
@@ -59,7 +59,7 @@ def _ending(code: int, peak: int, request: dict[str, Any]) -> str:
     if code != -signal.SIGKILL:
         return f"{children.ending(code)}; run the same command again"
     folders = [Path(request[key]) for key in ("artifact", "baseline") if request.get(key)]
-    weights = sum(info.nbytes for folder in folders for info in Checkpoint(folder).tensors.values())
+    weights = sum(info.nbytes for folder in folders for info in open_quantized(folder).tensors.values())
     return (
         f"{children.ending(code)}: it had taken {size(peak * _RSS_UNIT)}, the weights that it loads have "
         f"{size(weights)}, this machine has {size(psutil.virtual_memory().total)}; free some memory, or use a machine "

@@ -1,6 +1,7 @@
 """On-disk formats of quantized checkpoints: one file each, which registers itself by PLUGINS."""
 
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from bitpress.kernels.discovery import discover
@@ -66,6 +67,21 @@ def detect(config: dict[str, Any], names: Iterable[str]) -> Format:
         raise ValueError(f"says {method}, but no tensor name ends in {' or '.join(f'.{f.marker}' for f in candidates)}")
     known = sorted({format.quant_method for format in registry().values()})
     raise ValueError(f"quant_method is {method!r}; bitpress reads {', '.join(known)}")
+
+
+def open_quantized(folder: Path) -> Checkpoint:
+    """A checkpoint as whoever runs, examines or converts it sees it.
+
+    FP8 and FP4 are both: formats of quantized checkpoints, and codings that models are published in. Here the weights
+    are quantized if a format reads them. To quantize them again, `Checkpoint(folder)` dequantizes them.
+
+    Raises:
+        CheckpointError: see Checkpoint.
+    """
+    checkpoint = Checkpoint(folder)
+    stored = checkpoint.as_stored()
+    section = quantization_section(stored)
+    return stored if isinstance(section, dict) and readable(section) else checkpoint
 
 
 def quantization_section(checkpoint: Checkpoint) -> Any:

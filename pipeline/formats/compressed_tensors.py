@@ -1,8 +1,9 @@
 """compressed-tensors: layers of several kinds side by side, each described by a config group.
 
-Integers whose inputs are left alone lie packed ("pack-quantized"); other weights, such as INT8 ones whose inputs are
-quantized too, as plain elements ("int-quantized", "float-quantized", "naive-quantized"). Written from the format's
-description; vLLM, SGLang and transformers (with the compressed-tensors package) load it.
+Integers whose inputs are left alone lie packed ("pack-quantized"), and so do floats of 4 bits ("nvfp4-pack-quantized",
+"mxfp4-pack-quantized"); other weights, such as INT8 ones whose inputs are quantized too, as plain elements
+("int-quantized", "float-quantized", "naive-quantized"). Written from the format's description; vLLM, SGLang and
+transformers (with the compressed-tensors package) load it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,17 @@ _VERSION = "0.15.0"  # of the layout: the oldest release whose readers take what
 _PACKED = "pack-quantized"
 _PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
 _MIXED = "mixed-precision"
+_GLOBAL = "weight_global_scale"
+# What floats of 4 bits are called, by their strategy and group size, with the tensors of a layer: its name here -> the
+# suffix in the files.
+_FLOAT4: Mapping[tuple[str, int | None], tuple[str, Mapping[str, str]]] = {
+    ("group", 32): ("mxfp4-pack-quantized", {"codes": "weight_packed", "scales": "weight_scale"}),
+    ("tensor_group", 16): (
+        "nvfp4-pack-quantized",
+        {"codes": "weight_packed", "scales": "weight_scale", "global_scale": _GLOBAL},
+    ),
+}
+_FLOATS = ("bfloat16", "float16", "float32")  # dtypes of scales that readers may round
 _MARLIN_BITS = (4, 8)
 _PER_WORD = 32
 
@@ -55,7 +67,10 @@ class CompressedTensors(Format):
     weight_zero_point int32 [ceil(out * bits / 32), groups] where asymmetric. weight_g_idx int32 [in], where actorder
     was "group", is read and never written: newer readers know it no more.
 
-    Plain: weight [out, in] of int8 or another dtype, weight_scale, weight_zero_point where there are any.
+    Floats of 4 bits: weight_packed uint8 [out, in / 2], the even input in the low half; weight_scale, uint8 (E8M0)
+    [out, in / 32] or float8_e4m3fn [out, in / 16], the latter with weight_global_scale float32 [1], which divides them.
+
+    Plain: weight [out, in] of int8, float8 or another dtype, weight_scale, weight_zero_point where there are any.
 
     Early versions stored zero points beside symmetric weights, too, all of them 0 (until May 2024), and zero points of
     packed weights as int8 [out, groups] (until April 2025). Both are read."""
@@ -63,26 +78,29 @@ class CompressedTensors(Format):
     name = "compressed-tensors"
     rank = 20
     quant_method = "compressed-tensors"
-    tags: ClassVar[tuple[str, ...]] = (_PACKED, *_PLAIN, _MIXED)
+    tags: ClassVar[tuple[str, ...]] = (_PACKED, *_PLAIN, *(name for name, _ in _FLOAT4.values()), _MIXED)
     hf_methods = ("compressed-tensors",)
     marker = "weight_scale"
-    suffixes = ("weight_packed", "weight_scale", "weight_shape", _ZEROS, _ORDER, "weight", *_INPUTS)
+    suffixes = ("weight_packed", "weight_scale", "weight_shape", _ZEROS, _ORDER, _GLOBAL, "weight", *_INPUTS)
     holds_embeddings = True
     convertible = True
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
-        if is_packed_integer(scheme) or _has_elements(scheme):
+        if is_packed_integer(scheme) or _float4(scheme) or _has_elements(scheme):
             return []
         return [
             f"{self.name} holds weight-only integers, and weights whose elements are plain numbers, not {scheme.name}"
         ]
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
-        return dtype
+        kinds = scheme.weight.layout((32, scheme.weight.description().group_size or 32))["scales"][1]
+        return dtype if dtype in kinds else kinds[0]
 
     def write(self, qtensor: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
         assert qtensor.order is None, "holds_order says that this format has no place for it"
         scheme = qtensor.scheme
+        if packed_float := _float4(scheme):
+            return {packed_float[1][name]: tensor.contiguous() for name, tensor in qtensor.tensors()}
         if not is_packed_integer(scheme):
             plain = scheme.weight.elements(qtensor.shape, dict(qtensor.tensors()))
             assert plain is not None, "problems() refuses weights that have no plain elements"
@@ -102,9 +120,11 @@ class CompressedTensors(Format):
     def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
         if "weight" not in tensors and is_packed_integer(scheme):
             return _read_packed(scheme, tensors)
+        if packed_float := _float4(scheme):
+            return _read_float4(scheme, tensors, packed_float[1])
         stray = sorted(tensors.keys() & {*_INPUTS} - {*(scheme.static.layout() if scheme.static else ())})
         require(not stray, f"{', '.join(stray)} does not belong to a layer of {scheme.name}")
-        packed = sorted({"weight_packed", "weight_shape", _ORDER} & tensors.keys())
+        packed = sorted({"weight_packed", "weight_shape", _ORDER, _GLOBAL} & tensors.keys())
         require(not packed, f"{', '.join(packed)} does not belong to a layer of plain elements")
         return _read_plain(scheme, tensors)
 
@@ -122,7 +142,7 @@ class CompressedTensors(Format):
             others = [layer for layer in (*schemes, *kept) if schemes.get(layer) != scheme]
             group = {
                 "targets": ["Linear"] if by_class else [f"re:{pattern}" for pattern in patterns_of(layers, others)],
-                "weights": _weights(scheme.weight.description()),
+                "weights": _weights(scheme),
                 "input_activations": _inputs(scheme),
                 "output_activations": None,
             }
@@ -173,8 +193,8 @@ class CompressedTensors(Format):
     def diagnose(self, seen: Examination) -> tuple[list[str], list[str]]:
         faults: list[str] = []
         notes: list[str] = []
-        if seen.scale_dtypes not in ([], [seen.dtype]):
-            dtypes = " and ".join(seen.scale_dtypes)
+        if (scales := [name for name in seen.scale_dtypes if name in _FLOATS]) not in ([], [seen.dtype]):
+            dtypes = " and ".join(scales)
             notes.append(f"scales are {dtypes}: a runtime that computes in {seen.dtype} rounds them to it")
         if seen.config.get(_CACHE):
             notes.append(f"{_CACHE}: vLLM quantizes the key-value cache as it says; bitpress leaves the cache alone")
@@ -226,7 +246,13 @@ class CompressedTensors(Format):
 
 
 def _transformers(scheme: Scheme, ordered: bool, experts: bool) -> Iterator[Reason]:
-    if not is_packed_integer(scheme):
+    if _float4(scheme):
+        yield "limited", "in bfloat16 only; its weights become floats at the first forward, so memory is not saved"
+        if experts:
+            yield "unknown", "experts of 4-bit floats were not tried"
+    elif _is_float(scheme) and scheme.activations is None and not experts:
+        yield "yes", "its weights become floats at the first forward, so memory is not saved"
+    elif not is_packed_integer(scheme):
         if experts:
             yield "no", "it stops at experts whose elements are plain: it joins their weights, and not their scales"
         elif scheme.activations is None:
@@ -243,7 +269,23 @@ def _transformers(scheme: Scheme, ordered: bool, experts: bool) -> Iterator[Reas
         )
 
 
+def _is_float(scheme: Scheme) -> bool:
+    """Whether a layer is stored as plain floats of 8 bits."""
+    return _kind(scheme) == "float-quantized"
+
+
 def _vllm(scheme: Scheme, experts: bool, ordered: bool) -> Iterator[Reason]:
+    if _float4(scheme):
+        if experts:
+            yield "unknown", "experts of 4-bit floats with inputs left alone were not tried"
+        yield "limited", "on GPUs: by Marlin, inputs left alone (NVFP4 from compute capability 7.5, MXFP4 from 8.0)"
+        return
+    if _is_float(scheme):
+        if scheme.activations is None:
+            yield "limited", "on GPUs, by Marlin: inputs are left alone, and the units for FP8 are not used"
+        else:
+            yield "yes", "from compute capability 8.9 in FP8; on 7.5 to 8.8 by Marlin, inputs left alone"
+        return
     if not is_packed_integer(scheme):
         if scheme.activations is None:
             yield "unknown", "plain elements with inputs left alone are not documented"
@@ -257,6 +299,12 @@ def _vllm(scheme: Scheme, experts: bool, ordered: bool) -> Iterator[Reason]:
 
 
 def _llamacpp(scheme: Scheme, ordered: bool) -> Iterator[Reason]:
+    if named := _float4(scheme):
+        if len(named[1]) == 2:
+            yield "unknown", "its converter moves gpt-oss's MXFP4 as it is; whether it reads this layout was not tried"
+        else:
+            yield "yes", "its converter moves the codes as they are"
+        return
     if is_packed_integer(scheme):
         if scheme.group_size is None:
             yield "no", "its converter reads packed weights in groups, not per channel"
@@ -268,6 +316,9 @@ def _llamacpp(scheme: Scheme, ordered: bool) -> Iterator[Reason]:
 
 
 def _sglang(scheme: Scheme, ordered: bool) -> Iterator[Reason]:
+    if _float4(scheme) or (_is_float(scheme) and scheme.activations is None):
+        yield "unknown", "floats with inputs left alone are not documented"
+        return
     if not is_packed_integer(scheme):
         if scheme.activations is None:
             yield "unknown", "plain elements with inputs left alone are not documented"
@@ -295,6 +346,17 @@ def _has_elements(scheme: Scheme) -> bool:
     )
 
 
+def _float4(scheme: Scheme) -> tuple[str, Mapping[str, str]] | None:
+    """What _FLOAT4 says of weights that are floats of 4 bits, inputs left alone; None for others."""
+    described = scheme.weight.description()
+    if scheme.activations is not None or (described.type, described.num_bits) != ("float", 4):
+        return None
+    named = _FLOAT4.get((described.strategy, described.group_size))
+    layout = scheme.weight.layout((1, 32))
+    fits = named and set(layout) == set(named[1]) and layout["codes"] == ((1, 16), (torch.uint8,))
+    return named if fits else None
+
+
 def _inputs(scheme: Scheme) -> dict[str, Any] | None:
     return scheme.activations.description() if scheme.activations else None
 
@@ -313,24 +375,32 @@ def _kind(scheme: Scheme) -> str:
     described = scheme.weight.description()
     if is_packed_integer(scheme):
         return _PACKED
+    if packed_float := _float4(scheme):
+        return packed_float[0]
     if described.num_bits == 8 and described.type in ("int", "float"):
         return f"{described.type}-quantized"
     return "int-quantized" if described.type == "int" else "naive-quantized"
 
 
-def _weights(described: WeightDescription) -> dict[str, Any]:
-    return {
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    described = scheme.weight.description()
+    square = described.strategy == "block"
+    weights = {
         "num_bits": described.num_bits,
         "type": described.type,
         "symmetric": described.symmetric,
         "strategy": described.strategy,
-        "group_size": described.group_size,
+        "group_size": None if square else described.group_size,
         "dynamic": False,
         "actorder": None,
-        "block_structure": None,
+        "block_structure": [described.group_size, described.group_size] if square else None,
         "observer": "minmax",
         "observer_kwargs": {},
     }
+    if not _float4(scheme):
+        return weights
+    (dtype,) = scheme.weight.layout((1, 32))["scales"][1]  # vLLM tells MX formats by it
+    return weights | {"scale_dtype": str(dtype)}
 
 
 def _groups(config: dict[str, Any], alone: bool = True) -> NameRules[dict[str, Any]]:
@@ -371,12 +441,18 @@ def _scheme(group: dict[str, Any], kind: str) -> Scheme:
     actorder = weights.get("actorder")
     require(actorder in (*_SCATTERED, *_IN_PLACE), f"actorder {actorder!r} is not supported")
     bits, symmetric, strategy = weights["num_bits"], weights.get("symmetric", True), weights.get("strategy")
-    size = weights.get("group_size") if strategy in ("group", "block") else None
+    size = weights.get("group_size") if strategy in ("group", "tensor_group", "block") else None
+    if strategy == "block" and (block := weights.get("block_structure")) is not None:
+        require(
+            isinstance(block, list) and len(block) == 2 and block[0] == block[1],
+            f"block_structure is {block!r}; squares such as [128, 128] are read",
+        )
+        size = block[0]
     require(type(bits) is int, f"bits is {bits!r}, expected a whole number")
     require(size is None or type(size) is int, f"group_size is {size!r}, expected a whole number")
     require(isinstance(symmetric, bool), f"symmetric is {symmetric!r}, expected true or false")
     require(inputs is None or isinstance(inputs, dict), f"input_activations is {inputs!r}, expected an object")
-    require(inputs is None or kind != _PACKED, "quantized activations with packed weights are not supported")
+    require(inputs is None or not kind.endswith(_PACKED), "quantized activations with packed weights are not supported")
     require(not weights.get("dynamic"), f"weights that are dynamic ({weights.get('dynamic')!r}) are not supported")
     require(not group.get("output_activations"), "quantized outputs (output_activations) are not supported")
     described = WeightDescription(str(weights.get("type", "int")), bits, str(strategy), size, symmetric)
@@ -414,6 +490,15 @@ def _read_packed(scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
         order = read_order(_ORDER, g_idx, scheme)
         codes = gather_codes(codes, order, scheme.bits)
     return QTensor(scheme, (shape[0], shape[1]), codes, tensors["weight_scale"], zeros, order=order)
+
+
+def _read_float4(scheme: Scheme, tensors: dict[str, Tensor], names: Mapping[str, str]) -> QTensor:
+    extra = sorted(tensors.keys() - set(names.values()))
+    require(not extra, f"{', '.join(extra)} does not belong to a layer of {scheme.name}")
+    codes = tensors["weight_packed"]
+    require(codes.dim() == 2, f"weight_packed has shape {list(codes.shape)}, expected two dimensions")
+    shape = (codes.shape[0], 2 * codes.shape[1])
+    return QTensor.of(scheme, shape, {name: tensors[suffix] for name, suffix in names.items()})
 
 
 def _zero_codes(scheme: Scheme, stored: Tensor, size: tuple[int, int]) -> Tensor:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..errors import CheckpointError, ConfigError
+from ..storage.artifacts import DEMO, local_checkpoint
 from ..storage.checkpoint import INDEX, SINGLE, read_json
 from .errors import HUB_ERRORS, download_error
 
-DEMO = "builtin:demo"
 _COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
 
 
@@ -37,22 +38,40 @@ class Source:
 
 
 def resolve(model: str, revision: str | None = None) -> Source:
-    """Find a model, downloading it from the Hub where it is not a local folder.
+    """Find a model, downloading it from the Hub where it is not a local folder. A run's folder means its artifact.
 
     Raises:
         ConfigError: it is neither a folder nor a Hub id. HubError: the Hub refused or could not be reached.
         CheckpointError: it holds no safetensors. DiskError: the Hub's cache cannot be written.
     """
     if model == DEMO:
-        return Source(DEMO, None, (Path(__file__).parents[1] / "demo_model" / "config.json").resolve().parent)
+        return Source(DEMO, None, local_checkpoint(DEMO))
     path = Path(os.path.expanduser(model))  # unlike Path.expanduser, it lets an unknown ~user be
     if model and os.path.isdir(path):
         if revision:
             raise ConfigError(f"{model} is a local folder, which has no revision {revision}; leave revision out")
-        return Source(path.resolve().name, None, path)
+        return Source(path.resolve().name, None, local_checkpoint(path))
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ConfigError(f"{model!r} is neither a folder nor a Hub id such as org/name")
     return _from_hub(model, revision)
+
+
+def local(model: str, revision: str | None = None) -> Source | None:
+    """A model whose files are on this machine; None where `resolve` would have to download some.
+
+    Raises:
+        ConfigError: it is neither a folder nor a Hub id.
+    """
+    if model == DEMO or os.path.isdir(os.path.expanduser(model)) or model.count("/") != 1 or model[0] in "./~":
+        return resolve(model, revision)
+    try:
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HUB_ERRORS as error:
+        raise download_error(error, model, revision) from error
+    complete = all((folder / name).exists() for name in ("config.json", *_weight_files(folder)))
+    return Source(model, folder.name, folder) if complete else None
 
 
 def _from_hub(model: str, revision: str | None) -> Source:

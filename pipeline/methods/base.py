@@ -204,7 +204,8 @@ class Method(Protocol):
 
     rank: methods with a lower one come first; the first that can produce a scheme is the scheme's default.
     version: goes up whenever the same input would give other bytes.
-    packages: names of the packages, beside bitpress's own requirements, whose versions its bytes depend on.
+    packages: names of the packages, beside bitpress's own requirements, that it takes and whose versions its bytes
+        depend on.
     statistics: what it wants to know about each layer's inputs. () for a method that needs only the weight.
     true_sequential: within a block, the statistics of a layer are gathered after the layers before it were quantized.
     """
@@ -238,6 +239,14 @@ class Method(Protocol):
     def learns(self) -> bool:
         """True if the method learns from a whole block after its layers are quantized."""
         return type(self).learn is not Method.learn
+
+    def learning_passes(self, batches: int) -> float:
+        """What `learn` takes, as so many forward passes over all calibration tokens; for plans of time.
+
+        Args:
+            batches: into which the tokens are divided.
+        """
+        return 0.0
 
     def learn(self, block: TrainableBlock, layers: Mapping[str, QTensor]) -> tuple[dict[str, QTensor], Tuned]:
         """Layers of a block that this method quantized, improved by what the block as a whole puts out.

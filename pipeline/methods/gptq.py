@@ -23,7 +23,7 @@ from torch import Tensor
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.triton import gptq_columns
-from bitpress.kernels.weights.integer import affine_parameters
+from bitpress.kernels.weights.grid import CodeGrid, grid_of
 
 from ..system.threads import map_threads
 from .absmax import Absmax
@@ -33,7 +33,6 @@ from .hessian import Factor, Hessian
 _BLOCK = 128  # columns whose compensations reach all later ones by one matrix product
 _ROWS = (1024, 2048)  # that a thread works on: fewer would wait for the interpreter, more for the memory
 _CUDA_WEIGHTS = 1 << 26  # worked on at a time: with all that is kept beside them, 2 to 3 GB
-_RATIOS = tuple(1.0 - 0.04 * step for step in range(16))  # of a group's full range: 1 down to 0.4
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
@@ -59,11 +58,9 @@ class GPTQ(Method):
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Hessian,)
 
     def problems(self, scheme: Scheme) -> list[str]:
-        weight = scheme.weight.description()
-        fits = weight.type == "int" and weight.strategy in ("channel", "group")
-        return (
-            [] if fits else [f"{self.name} produces integer weights, a scale per channel or group, not {scheme.name}"]
-        )
+        fits = grid_of(scheme.weight) is not None
+        what = f"{self.name} produces weights that have a scale per channel or group"
+        return [] if fits else [f"{what}, not {scheme.name}"]
 
     def quantize(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()
@@ -74,17 +71,17 @@ class GPTQ(Method):
             qtensor, diagnostics = Absmax().quantize(weight, scheme, scale_dtype)
             reason = "its inputs were always 0" if hessian.dead().all() else "its Hessian is not positive definite"
             return qtensor, Diagnostics(diagnostics.relative_error, tokens=hessian.tokens, fallback=reason)
-        solver = _Solver(scheme, scale_dtype, hessian, factor, self)
+        make = grid_of(scheme.weight)
+        assert make is not None, "problems() refuses types without a grid"
+        solver = _Solver(make(weight, scale_dtype), scheme.weight.description().group_size, hessian, factor, self)
         if weight.is_cuda:
             chunks = [solver.solve(rows) for rows in weight.split(max(1, _CUDA_WEIGHTS // weight.shape[1]))]
         else:
             share = -(-weight.shape[0] // torch.get_num_threads())
             chunks = map_threads(solver.solve, weight.split(min(max(share, _ROWS[0]), _ROWS[1])))
-        elements, scales, zeros, sums = zip(*chunks)
-        zero_points = None if solver.codes.symmetric else torch.cat(zeros)
-        shape = (weight.shape[0], weight.shape[1])
-        tensors = scheme.weight.from_elements(shape, torch.cat(elements), torch.cat(scales), zero_points)
-        qtensor = QTensor.of(scheme, shape, tensors)
+        parts, sums = zip(*chunks)
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        qtensor = QTensor.of(scheme, (weight.shape[0], weight.shape[1]), {**tensors, **solver.kind.common})
         lost, norm, output_lost, output_norm = (math.fsum(column) for column in zip(*sums))
         return qtensor, Diagnostics(
             math.sqrt(lost / norm) if norm else 0.0,
@@ -95,34 +92,24 @@ class GPTQ(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Codes:
-    """The codes 0..max_code of an integer type; the middle one is 0 where the type is symmetric."""
-
-    symmetric: bool
-    middle: int
-    max_code: int
-
-
-@dataclasses.dataclass(frozen=True)
 class _Grid:
     """The values that weights may take, for G groups of R rows.
 
-    scales: [G, R] as stored. zeros: uint8 [G, R] or None. wide: the scales in float32.
-    low, high: the least and the largest centred code (code - zero point), float32 [G, R].
+    scales: float32 [G, R], as they can be stored. zeros: uint8 [G, R] or None.
+    low, high: the least and the largest centred code, float32 [G, R].
     """
 
     scales: Tensor
     zeros: Tensor | None
-    wide: Tensor
     low: Tensor
     high: Tensor
 
     def where(self, chosen: Tensor, other: "_Grid") -> "_Grid":
         """The other grid in the rows that are chosen, bool [R]; this one in the others."""
         zeros = None if self.zeros is None or other.zeros is None else torch.where(chosen, other.zeros, self.zeros)
-        pairs = ((self.scales, other.scales), (self.wide, other.wide), (self.low, other.low), (self.high, other.high))
-        scales, wide, low, high = (torch.where(chosen, new, old) for old, new in pairs)
-        return _Grid(scales, zeros, wide, low, high)
+        pairs = ((self.scales, other.scales), (self.low, other.low), (self.high, other.high))
+        scales, low, high = (torch.where(chosen, new, old) for old, new in pairs)
+        return _Grid(scales, zeros, low, high)
 
 
 class _Solver:
@@ -131,12 +118,10 @@ class _Solver:
     Shapes below: K inputs, R rows of the weight at a time, G groups of g inputs. Codes are centred and float32.
     """
 
-    def __init__(self, scheme: Scheme, scale_dtype: torch.dtype, hessian: Hessian, factor: Factor, options: GPTQ):
-        weight = scheme.weight.description()
-        self.codes = _Codes(weight.symmetric, 1 << (weight.num_bits - 1), (1 << weight.num_bits) - 1)
-        self.scale_dtype, self.options = scale_dtype, options
+    def __init__(self, kind: CodeGrid, group_size: int | None, hessian: Hessian, factor: Factor, options: GPTQ):
+        self.kind, self.options = kind, options
         self.matrix, self.dead, self.factor = hessian.matrix(), hessian.dead(), factor
-        self.groups = len(self.matrix) // (weight.group_size or len(self.matrix))
+        self.groups = len(self.matrix) // (group_size or len(self.matrix))
         self.group_size = len(self.matrix) // self.groups
         self.group_of = (factor.order // self.group_size).to(torch.int32)
         self.inverse = factor.order.argsort()
@@ -144,18 +129,18 @@ class _Solver:
         self.importance = (importance / importance.mean()).view(self.groups, self.group_size, 1)
         self.added = factor.damping * self.matrix.diagonal().mean().item()
 
-    def solve(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, float, float, float]]:
+    def solve(self, rows: Tensor) -> tuple[dict[str, Tensor], tuple[float, float, float, float]]:
         """Quantize rows [R, K] of the weight.
 
-        Returns int8 elements [R, K] (codes less the middle code), scales [R, G], int8 zeros [R, G] or None, and the
-        sums of squares of the weight's error, the weight, the output's error and the output.
+        Returns the tensors of these rows, and the sums of squares of the weight's error, the weight, the output's error
+        and the output.
         """
         weight = rows.to(torch.float32).t().contiguous()
         pinned = (self.grouped(weight) == 0).all(1)  # groups of zeros stay zeros
-        grid = self.search(weight, pinned, _RATIOS[:1])
+        grid = self.search(weight, pinned, self.kind.ratios[:1])
         codes, target, loss = self.round(weight, grid)
         for _ in range(self.options.rounds - 1):
-            other = self.search(target, pinned, _RATIOS)
+            other = self.search(target, pinned, self.kind.ratios)
             others, target, its_loss = self.round(weight, other)
             better = its_loss < loss
             codes, loss = torch.where(better, others, codes), torch.where(better, its_loss, loss)
@@ -167,13 +152,9 @@ class _Solver:
         for part in (error, weight):
             part = part.masked_fill(self.dead.unsqueeze(1), 0)
             sums.append((self.matrix @ part).mul_(part).sum().item())
-        stored = (self.grouped(codes) - grid.low.unsqueeze(1)).view_as(codes)
-        if pinned.any():  # their lowest code is not 0, and this is the code of 0
-            zero_code = float(self.codes.middle if self.codes.symmetric else 0)
-            stored = torch.where(pinned.repeat_interleave(self.group_size, 0), zero_code, stored)
-        elements = stored.sub_(self.codes.middle).t().to(torch.int8)
-        zeros = None if grid.zeros is None else (grid.zeros.t().to(torch.int16) - self.codes.middle).to(torch.int8)
-        return elements, grid.scales.t().contiguous(), zeros, (sums[0], sums[1], sums[2], sums[3])
+        zeros = None if grid.zeros is None else grid.zeros.t()
+        tensors = self.kind.pack(codes.t(), grid.scales.t().contiguous(), zeros)
+        return tensors, (sums[0], sums[1], sums[2], sums[3])
 
     def grouped(self, columns: Tensor) -> Tensor:
         """[K, R] as [G, g, R]."""
@@ -181,13 +162,11 @@ class _Solver:
 
     def values(self, codes: Tensor, grid: _Grid) -> Tensor:
         """What codes [K, R] stand for."""
-        return (self.grouped(codes) * grid.wide.unsqueeze(1)).view_as(codes)
+        return (self.grouped(codes) * grid.scales.unsqueeze(1)).view_as(codes)
 
     def grid(self, scales: Tensor, zeros: Tensor | None) -> _Grid:
         """The grid of scales [..., R] and zero points of that shape."""
-        wide = scales.to(torch.float32)
-        offset = torch.full_like(wide, self.codes.middle) if zeros is None else zeros.to(torch.float32)
-        return _Grid(scales, zeros, wide, -offset, self.codes.max_code - offset)
+        return _Grid(scales, zeros, *self.kind.limits(scales, zeros))
 
     def search(self, target: Tensor, pinned: Tensor, ratios: tuple[float, ...]) -> _Grid:
         """The grid, among those of these ratios of each group's range, with the least squared error, by importance, of
@@ -196,13 +175,13 @@ class _Solver:
         zeros: list[Tensor] = []
         for group, importance in zip(self.grouped(target), self.importance):  # [g, R], [g, 1]
             reach = torch.stack([group.amin(0), group.amax(0)], -1)
-            best_scale, best_zero = affine_parameters(reach, self.codes, self.scale_dtype)
+            best_scale, best_zero = self.kind.parameters(reach)
             least = torch.full_like(reach[:, 0], math.inf)
             for ratio in ratios:
-                scale, zero = affine_parameters(reach * ratio, self.codes, self.scale_dtype)
+                scale, zero = self.kind.parameters(reach * ratio)
                 grid = self.grid(scale, zero)
-                codes = torch.div(group, grid.wide).round_().clamp_(grid.low, grid.high)
-                error = codes.mul_(grid.wide).sub_(group).square_().mul_(importance).sum(0)
+                codes = self.kind.nearest(torch.div(group, grid.scales)).clamp_(grid.low, grid.high)
+                error = codes.mul_(grid.scales).sub_(group).square_().mul_(importance).sum(0)
                 better = error < least
                 least = torch.where(better, error, least)
                 best_scale = torch.where(better, scale, best_scale)
@@ -236,17 +215,23 @@ class _Solver:
         """Round these columns of left [K, R], one after the other, each with the compensations of those before it:
         the inner loop of Algorithm 1. Sets codes [K, R], and errors [columns, R] to each error over its U_jj."""
         upper, start, end = self.factor.upper, part.start, part.stop
-        if gptq_columns.problem(left.device) is None:
-            steps = (grid.wide, grid.low, grid.high)
+        if self.kind.whole and gptq_columns.problem(left.device) is None:
+            steps = (grid.scales, grid.low, grid.high)
             block, groups = upper[part, part], self.group_of[part]
             gptq_columns.round_columns(left[part], block, steps, groups, codes[part], errors[: end - start])
             return
         pivots = upper[part, part].diagonal().unsqueeze(1)
         unit, errors, groups = upper[part, part] / pivots, errors[: end - start], self.group_of[part]
-        operands = (left[part], codes[part], errors, unit, *(each[groups] for each in (grid.wide, grid.low, grid.high)))
+        operands = (
+            left[part],
+            codes[part],
+            errors,
+            unit,
+            *(each[groups] for each in (grid.scales, grid.low, grid.high)),
+        )
         columns = zip(*(each.unbind(0) for each in operands))  # one call each: views cost as much as the arithmetic
         for j, (column, code, error, row, scale, low, high) in enumerate(columns, 1):
-            torch.div(column, scale, out=code).round_().clamp_(low, high)
+            self.kind.nearest(torch.div(column, scale, out=code)).clamp_(low, high)
             torch.addcmul(column, code, scale, value=-1, out=error)
             left[start + j : end].addr_(row[j:], error, alpha=-1)
         errors.div_(pivots)
@@ -263,29 +248,31 @@ class _Solver:
             part = slice(start, start + self.group_size)
             inner = self.matrix[part, part].clone()
             inner.diagonal().add_(self.added)
-            before = codes[part] * grid.wide[group]
-            scale = self.refit(codes[part], slope[part], inner, grid.wide[group])
-            moved = (scale - grid.wide[group]) * codes[part]
+            before = codes[part] * grid.scales[group]
+            scale = self.refit(codes[part], slope[part], inner, grid.scales[group])
+            moved = (scale - grid.scales[group]) * codes[part]
             local = torch.addmm(slope[part], inner, moved, alpha=-1)
-            _settle(codes[part], local, inner, scale, (grid.low[group], grid.high[group]))
+            limits = (grid.low[group], grid.high[group])
+            _settle(self.kind, codes[part], local, inner, scale, limits)
             change = codes[part] * scale - before
             slope.addmm_(self.matrix[:, part], change, alpha=-1)
             slope[part].sub_(change, alpha=self.added)
             fitted.append(scale)
-        wide = torch.stack(fitted)
-        return codes, replace(grid, scales=wide.to(self.scale_dtype), wide=wide)
+        return codes, replace(grid, scales=torch.stack(fitted))
 
     def refit(self, codes: Tensor, slope: Tensor, inner: Tensor, scale: Tensor) -> Tensor:
         """The best scale [R] of a group for its codes [g, R], rounded to what is stored; the old one if no better."""
         rise = (codes * slope).sum(0)
         bend = (codes * (inner @ codes)).sum(0)
-        fitted = (scale + rise / bend).to(self.scale_dtype).to(torch.float32)
+        fitted = self.kind.representable(scale + rise / bend)
         step = fitted - scale
         better = (fitted > 0) & torch.isfinite(fitted) & (step * (2 * rise - step * bend) > 0)
         return torch.where(better, fitted, scale)
 
 
-def _settle(codes: Tensor, slope: Tensor, inner: Tensor, scale: Tensor, limits: tuple[Tensor, Tensor]) -> None:
+def _settle(
+    kind: CodeGrid, codes: Tensor, slope: Tensor, inner: Tensor, scale: Tensor, limits: tuple[Tensor, Tensor]
+) -> None:
     """Set the codes [g, R] of a group in place, one after the other, each to the best one for its slope [g, R].
 
     slope: minus half the gradient of the loss. inner: the group's part of the damped Hessian [g, g]. scale: [R].
@@ -294,16 +281,22 @@ def _settle(codes: Tensor, slope: Tensor, inner: Tensor, scale: Tensor, limits: 
     for start in range(0, len(codes), _BLOCK):
         end = min(start + _BLOCK, len(codes))
         changes = torch.empty_like(codes[start:end])
-        _settle_block(slice(start, end), codes, slope, inner, (scale, *limits), changes)
+        _settle_block(kind, slice(start, end), codes, slope, inner, (scale, *limits), changes)
         slope[end:].addmm_(inner[end:, start:end], changes, alpha=-1)
 
 
 def _settle_block(
-    part: slice, codes: Tensor, slope: Tensor, inner: Tensor, grid: tuple[Tensor, Tensor, Tensor], changes: Tensor
+    kind: CodeGrid,
+    part: slice,
+    codes: Tensor,
+    slope: Tensor,
+    inner: Tensor,
+    grid: tuple[Tensor, Tensor, Tensor],
+    changes: Tensor,
 ) -> None:
     """Do the same for these columns alone; changes [columns, R] is set to how their values change."""
     start, end = part.start, part.stop
-    if gptq_columns.problem(codes.device) is None:
+    if kind.whole and gptq_columns.problem(codes.device) is None:
         scale, low, high = (each.unsqueeze(0) for each in grid)
         groups = torch.zeros(end - start, dtype=torch.int32, device=codes.device)
         gptq_columns.settle_columns(slope[part], inner[part, part], (scale, low, high), groups, codes[part], changes)
@@ -312,7 +305,7 @@ def _settle_block(
     pivots = inner[part, part].diagonal().tolist()
     columns = zip(pivots, *(each.unbind(0) for each in (codes[part], slope[part], inner[part, part], changes)))
     for j, (pivot, code, rise, row, change) in enumerate(columns, 1):
-        better = torch.addcdiv(code, rise, scale, value=1 / pivot).round_().clamp_(*limits)
+        better = kind.nearest(torch.addcdiv(code, rise, scale, value=1 / pivot)).clamp_(*limits)
         torch.sub(better, code, out=change).mul_(scale)
         code.copy_(better)
         slope[start + j : end].addr_(row[j:], change, alpha=-1)

@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
 
 from .base import TrainableBlock, Tuned
 from .gptq import GPTQ
@@ -50,6 +51,14 @@ class Tune(GPTQ):
     name: ClassVar[str] = "tune"
     rank: ClassVar[int] = 40
     version: ClassVar[int] = 1 + GPTQ.version  # it goes up with either
+
+    def learning_passes(self, batches: int) -> float:
+        """A step's forward and backward are three passes of one batch; a check reads the batches that are held out."""
+        return 3 * self.steps / batches + _CHECKS * math.ceil(batches / 8) / batches
+
+    def problems(self, scheme: Scheme) -> list[str]:
+        learns = scheme.weight.description().type == "int"  # codes that lie a step of 1 apart
+        return super().problems(scheme) if learns else [f"{self.name} learns integer weights, not {scheme.name}"]
 
     def learn(self, block: TrainableBlock, layers: Mapping[str, QTensor]) -> tuple[dict[str, QTensor], Tuned]:
         learned = {name: _Layer(block.weight(name), qtensor) for name, qtensor in layers.items()}

@@ -1,30 +1,18 @@
 """A conversation with a model through its chat template. What the model has read already is not read again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokens import bounded, check_ids
 from ..errors import BitpressError, CheckpointError, ConfigError
 from ..system.printable import printable
+from .generation import Printer, Sampling, Write, generate
 
 HELP = "/clear begins anew, /exit ends; Ctrl-C stops an answer"
-Write = Callable[[str], None]
-
-
-class Printer(TextStreamer):
-    """Hands over words as they are generated, without characters that could steer a terminal."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write, skip_prompt: bool = True):
-        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
-        self.write, self.words = write, ""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.words += text
-        self.write(printable(text, visible=False))
 
 
 class Conversation:
@@ -33,7 +21,7 @@ class Conversation:
     Args:
         system: instructions for the model, before the first turn; None for none.
         tokens: the longest answer.
-        temperature: 0 always takes the most probable token; None leaves it to the checkpoint's generation config.
+        sampling: which token follows; by default as the checkpoint's generation config says.
     Raises:
         ConfigError: the tokenizer has no chat template. CheckpointError: the template refuses the instructions.
     """
@@ -48,16 +36,14 @@ class Conversation:
         tokenizer: PreTrainedTokenizerBase,
         system: str | None = None,
         tokens: int = 1024,
-        temperature: float | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 (it is frozen)
     ):
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
                 "this model's tokenizer has no chat template; use `bitpress generate`, or its chat version"
             )
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
-        self.sampling: dict[str, Any] = {}
-        if temperature is not None:
-            self.sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        self.sampling = sampling
         self.system = [{"role": "system", "content": system}] if system else []
         self.clear()
         if system:  # some templates take none, and no turn could be answered then
@@ -73,11 +59,13 @@ class Conversation:
         self.turns = []
         self._forget_cache()
 
-    def answer(self, text: str, write: Write) -> None:
+    def answer(self, text: str, write: Write) -> str:
         """Answer one turn of the user, handing over the words as they are generated.
 
         Ctrl-C ends the answer; the words until then stay part of the conversation.
 
+        Returns:
+            A sentence on how it went: how many tokens came, how fast, and what else ended them than the model.
         Raises:
             ConfigError: the context is full. CheckpointError: the checkpoint's chat template fails.
         """
@@ -90,15 +78,17 @@ class Conversation:
             )
         printer = Printer(self.tokenizer, write)
         try:
-            output = self.model.generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), past_key_values=self._usable_cache(ids),
-                max_new_tokens=min(self.tokens, room), streamer=printer, num_beams=1, return_dict_in_generate=True,
-                pad_token_id=self.tokenizer.eos_token_id, **self.sampling,
+            output, said = generate(
+                self.model, ids, min(self.tokens, room), self.sampling, printer, len(self.turns),
+                past_key_values=self._usable_cache(ids), num_beams=1, return_dict_in_generate=True,
+                pad_token_id=self.tokenizer.eos_token_id,
             )  # fmt: skip
             self.cache, self.read = output.past_key_values, output.sequences[0, :-1].tolist()  # the last was not read
         except KeyboardInterrupt:
             self._forget_cache()  # some layers may have read a token more than others
+            said = f"{printer.speed()}; interrupted"
         self.turns = [*turns, {"role": "assistant", "content": printer.words}]
+        return said
 
     def _encode(self, turns: list[dict[str, str]]) -> torch.Tensor:
         """The conversation as the model reads it, int64 [1, n].
@@ -134,8 +124,14 @@ class Conversation:
         self.cache, self.read = None, []
 
 
-def converse(conversation: Conversation, lines: Iterator[str], write: Write) -> None:
-    """Answer line after line, until /exit or the last one. A line that cannot be answered is followed by the reason."""
+def converse(
+    conversation: Conversation, lines: Iterator[str], write: Write, say: Write = lambda sentence: None
+) -> None:
+    """Answer line after line, until /exit or the last one. A line that cannot be answered is followed by the reason.
+
+    Args:
+        write: takes the words of answers. say: takes a sentence on how each answer went.
+    """
     for line in map(str.strip, lines):
         if line == "/exit":
             return
@@ -144,8 +140,11 @@ def converse(conversation: Conversation, lines: Iterator[str], write: Write) -> 
         elif line.startswith("/"):
             write(f"{HELP}\n")
         elif line:
+            said = ""
             try:
-                conversation.answer(line, write)
+                said = conversation.answer(line, write)
             except BitpressError as error:  # the template refuses this line, say: the next may be answered
                 write(printable(str(error)))
             write("\n")
+            if said:
+                say(said)

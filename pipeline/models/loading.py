@@ -15,7 +15,7 @@ from bitpress.kernels.linear import QLinear
 from ..config.schema import Calibrate
 from ..data.calibration import Calibration, calibrate
 from ..errors import ConfigError
-from ..formats import quantization_section
+from ..formats import open_quantized, quantization_section
 from ..hub.download import resolve
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite, check_range
@@ -54,7 +54,7 @@ def load(
         BitpressError: says what is wrong with the files, the options or the Hub.
     """
     folder = resolve(str(model), revision).folder
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_quantized(folder)
     require_tokenizer(folder)
     for remark in checkpoint.remarks:
         _log.warning(remark)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, DiskError, NumericsError, listing
+from ..formats import open_quantized
 from ..formats.base import Shard, Writer
 from ..models.structure import TensorNames, with_module_paths
 from ..storage import files as store
@@ -24,6 +25,7 @@ from .sequential import CalibratedBlocks, clear_states
 from .weights import quantize_unit
 
 _INPUTS = "inputs.json"  # in the work folder: what rounding the inputs of each layer costs
+UNFINISHED = "artifact.tmp"  # in the folder of the work, until it is an artifact
 
 
 class _Progress:
@@ -88,7 +90,7 @@ def _compare_names(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
     Raises:
         CheckpointError: names the tensors that are missing or too many.
     """
-    written, layers, format = set(Checkpoint(folder).tensors), plan.schemes.keys(), plan.format
+    written, layers, format = set(open_quantized(folder).tensors), plan.schemes.keys(), plan.format
     kept = {tensor.info.name for tensor in plan.tensors if not tensor.spec}
     owned = {name for name in written for suffix in format.suffixes if name.removesuffix(f".{suffix}") in layers}
     missing = sorted(kept - written) + sorted({f"{layer}.{format.marker}" for layer in layers} - written)
@@ -132,7 +134,7 @@ def quantize(
     if chosen:
         recipe = chosen.recipe()
     plan = make_plan(checkpoint, recipe)
-    folder = work / "artifact.tmp"
+    folder = work / UNFINISHED
     open_work(work, origin | order_of_sums(recipe))
     errors = _input_errors(plan, recipe, work, on_step) if recipe.keep_inputs else []
     if errors:

@@ -30,7 +30,15 @@ from .block_runner import BlockRunner, BlockView, TrainableBlock
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
 from .spec import LayerSpec
-from .weights import UnitWriter, diagnosed, quantize_outside, quantize_weight, read_ahead, round_uncalibrated
+from .weights import (
+    UnitWriter,
+    diagnosed,
+    quantize_outside,
+    quantize_weight,
+    read_ahead,
+    round_uncalibrated,
+    with_common_scales,
+)
 
 REFERENCE_LOGITS = "reference_logits.safetensors"
 REFERENCE_TOKENS = 64
@@ -150,6 +158,7 @@ class CalibratedBlocks:
             transformed = self.transform.transform(view)
         for method in methods:
             method.transform(BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block), method))
+        unit = with_common_scales(unit, lambda planned: weights[planned.info.name])
         shard = UnitWriter(unit, writer)
         for planned in unit.tensors:
             if planned.spec is None:

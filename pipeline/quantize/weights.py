@@ -1,7 +1,7 @@
 """Quantizes the weights of one shard, each by itself; all other tensors stay as they are."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,16 +9,32 @@ import torch
 from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.weights.integer import smallest_scale
 
 from ..errors import ConfigError, NumericsError
 from ..formats.base import Writer
 from ..methods import uncalibrated_method
 from ..methods.base import Diagnostics, Method
+from ..models.structure import fused_unit
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
 from ..system.threads import one_ahead
 from .plan import Plan, PlannedTensor, Unit
+from .spec import LayerSpec
+
+
+def with_common_scales(unit: Unit, read: Callable[[PlannedTensor], Tensor]) -> Unit:
+    """The unit, its schemes knowing what layers must have in common that servers fuse (see WeightType)."""
+    parts: dict[tuple[str, Scheme], list[PlannedTensor]] = {}
+    for planned in unit.tensors:
+        if planned.spec and hasattr(planned.spec.scheme.weight, "fused"):
+            parts.setdefault((fused_unit(planned.module), planned.spec.scheme), []).append(planned)
+    specs: dict[str, LayerSpec] = {}
+    for (_, scheme), layers in parts.items():
+        common = replace(scheme, weight=scheme.weight.fused(map(read, layers)))  # type: ignore[attr-defined]
+        specs |= {each.info.name: replace(each.spec, scheme=common) for each in layers if each.spec}
+    return replace(unit, tensors=[replace(each, spec=specs.get(each.info.name, each.spec)) for each in unit.tensors])
 
 
 class UnitWriter:
@@ -164,6 +180,7 @@ def quantize_unit(plan: Plan, unit: Unit, writer: Writer) -> dict[str, Any]:
     Raises:
         NumericsError: NaN or infinite values, or values that the format's scales cannot express.
     """
+    unit = with_common_scales(unit, lambda planned: plan.checkpoint.read(planned.info.name))
     shard, digest = UnitWriter(unit, writer), hashlib.sha256()
     for planned, tensor in read_ahead(plan.checkpoint, unit, digest):
         if planned.spec is None:

@@ -17,12 +17,14 @@ from ..evaluate.process import Say
 from ..evaluate.results import origin_of_run
 from ..evaluate.verify import verify_artifact
 from ..hub.download import Source
-from ..quantize.artifact import quantize
+from ..quantize.artifact import UNFINISHED, quantize
 from ..quantize.budget import FOLDER
 from ..quantize.recipe import Recipe
+from ..quantize.sequential import clear_states
 from ..storage import files, journal
+from ..storage.artifacts import ARTIFACT
 from ..storage.checkpoint import Checkpoint
-from ..storage.fingerprint import MANIFEST
+from ..storage.fingerprint import MANIFEST, RECORD
 from ..system.progress import progress
 from ..system.unexpected import unexpected
 
@@ -38,6 +40,9 @@ class Job:
         conditions: how it is evaluated. probe: tokens that the reloaded model and the one in memory both read.
         folder: its own, beside those of the model's other jobs.
         override: gates that are missed are recorded as overridden, and are no error.
+        redo: make the artifact again, whatever the one that is there was made from.
+        memory: bytes at its peak, by the plan; 0 where nobody knows. searches: whether it takes part in the search that
+            the budgets on one model share.
     """
 
     run: Run
@@ -50,6 +55,9 @@ class Job:
     probe: tuple[int, ...]
     folder: Path
     override: bool = False
+    redo: bool = False
+    memory: int = 0
+    searches: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,12 @@ class Outcome:
     metrics: dict[str, Any] | None = None
     error: BitpressError | None = None
     published: str | None = None  # where on the Hub
+
+    @property
+    def artifact(self) -> Path | None:
+        """The quantized checkpoint's folder; None for the baseline, and where there is none yet."""
+        folder = self.folder / ARTIFACT
+        return folder if self.recipe != BASELINE and (folder / MANIFEST).exists() else None
 
 
 def run_job(job: Job, say: Say) -> Outcome:
@@ -102,10 +116,13 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
             origin=origin_of_run(job.run, job.source, None, job.folder),
             artifact=baseline,
             predictions=predictions,
+            dequantize=True,
         )
         return process.evaluate(subject, job.conditions, job.folder, say)
     recipe = replace(Recipe.make(job.recipe, job.run.device), calibration=job.calibration)
-    artifact = job.folder / "artifact"
+    artifact = job.folder / ARTIFACT
+    if job.redo:
+        _remove_work(job.folder)
     start = time.perf_counter()
     say(f"quantize by {recipe.method}{f', calibrated on {recipe.calibration}' if recipe.calibration else ''}")
     if recipe.calibration and recipe.calibration.name == job.conditions.text:
@@ -127,6 +144,16 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
         ),
     )
     return process.evaluate(subject, job.conditions, job.folder, say, seconds, beside / BASELINE / METRICS)
+
+
+def _remove_work(folder: Path) -> None:
+    """Delete what a job made of its model, finished or not; the log of errors and a receipt of publishing stay."""
+    for name in (ARTIFACT, UNFINISHED):
+        if (folder / name).is_dir():
+            files.remove_folder(folder / name)
+    clear_states(folder)
+    for name in (METRICS, journal.NAME, RECORD):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _judge(job: Job, metrics: dict[str, Any], say: Say) -> GateError | None:

@@ -11,7 +11,6 @@ from ..data.text import read_text
 from ..errors import BitpressError
 from ..evaluate import process
 from ..evaluate.conditions import Conditions
-from ..evaluate.external import is_checkpoint
 from ..evaluate.metrics import METRICS, read_metrics
 from ..evaluate.process import Say
 from ..evaluate.results import write_report
@@ -22,25 +21,40 @@ from ..models.pretrained import load_tokenizer
 from ..models.structure import skeleton
 from ..publish.upload import prepare, send
 from ..quantize.recipe import Recipe
+from ..storage.artifacts import is_checkpoint
 from ..storage.checkpoint import Checkpoint
 from ..system.unexpected import unexpected
 from .executors import executor
 from .job import Job, Outcome
+from .plan import RunPlan, plan_run
 
 __all__ = ["Outcome", "execute", "plan_jobs", "summarize"]
 
 
-def execute(run: Run, command: str, say: Say, override: bool = False, redo: bool = False) -> list[Outcome]:
+def execute(
+    run: Run,
+    command: str,
+    say: Say,
+    override: bool = False,
+    redo: str | None = None,
+    plan: RunPlan | None = None,
+) -> list[Outcome]:
     """The outcome of every job of a config, in the config's order; one that fails does not stop the others.
 
     Args:
         command: what the user typed, for the report.
         say: takes a line of news.
         override: missed gates are recorded as overridden, and are no error.
-        redo: measure again what was measured before; finished artifacts are kept.
+        redo: the stage to do again, with what comes after: "quantize", or "evaluate", which keeps artifacts.
+        plan: of this config; by default it is made here.
     Raises:
-        ConfigError: there is no such executor.
+        ConfigError: there is no such executor, or something that a job needs is not here: a package, memory. DiskError:
+            there is no room for all of them. No job has started then.
     """
+    carries_out = executor(run.executor)
+    plan = plan or plan_run(run, jobs_of(run))
+    plan.check()
+    planned_jobs = {job.folder: job for job in plan.jobs}
     outcomes: dict[Path, Outcome] = {}
 
     def jobs() -> Iterator[Job]:
@@ -57,9 +71,11 @@ def execute(run: Run, command: str, say: Say, override: bool = False, redo: bool
                 for name in _names(run):
                     folder = model_folder(run, model) / name
                     outcomes[folder] = Outcome(model.id, name, folder, error=reason)
-            yield from planned
+            for job in planned:
+                own = planned_jobs.get(job.folder)
+                yield replace(job, memory=max(own.memory.values(), default=0), searches=own.search) if own else job
 
-    for outcome in executor(run.executor).map(jobs(), say):
+    for outcome in carries_out.map(jobs(), say):
         outcomes[outcome.folder] = outcome
     for model in run.models:
         folder = model_folder(run, model)
@@ -69,7 +85,7 @@ def execute(run: Run, command: str, say: Say, override: bool = False, redo: bool
     return [_publish(run.publish, outcome, override, say) for outcome in ordered] if run.publish else ordered
 
 
-def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False, redo: bool = False) -> list[Job]:
+def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False, redo: str | None = None) -> list[Job]:
     """The jobs of one model, the baseline's first.
 
     Raises:
@@ -85,7 +101,7 @@ def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False,
     tokenizer = load_tokenizer(source.folder)
     config = skeleton(checkpoint).config
     first = windows(text, tokenizer, run.eval, config).windows[0]
-    conditions = Conditions.make(run.eval, run.device, text, command, redo)
+    conditions = Conditions.make(run.eval, run.device, text, command, redo is not None)
     baseline = Job(
         run=run,
         model=model.id,
@@ -97,6 +113,7 @@ def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False,
         probe=tuple(first.ids[:PROBE_TOKENS].tolist()),
         folder=parent / BASELINE,
         override=override,
+        redo=redo == "quantize",
     )
     jobs, calibrations = [baseline], dict[str, Calibration]()
     for settings in run.recipes:
@@ -111,6 +128,11 @@ def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False,
         folder = parent / settings.label
         jobs.append(replace(baseline, name=settings.label, recipe=settings, calibration=calibration, folder=folder))
     return jobs
+
+
+def jobs_of(run: Run) -> list[tuple[Model, str, Path]]:
+    """The model, the recipe's name and the folder of every job of a config, in its order."""
+    return [(model, name, model_folder(run, model) / name) for model in run.models for name in _names(run)]
 
 
 def _names(run: Run) -> list[str]:

@@ -405,6 +405,15 @@ class Checkpoint:
             return self._dequantized.rows(info.name, start, stop, _stored_rows)
         return _stored_rows(info, start, stop)
 
+    def as_stored(self) -> "Checkpoint":
+        """The same checkpoint with its coded weights seen as they lie in the files, for a format that reads them."""
+        if self._gguf is not None:  # whose blocks are seen as they lie there already
+            return self
+        view = type(self).__new__(type(self))
+        vars(view).update({key: value for key, value in vars(self).items() if key not in ("tensors", "_data")})
+        view._dequantized = None
+        return view
+
     def fetch(self) -> None:
         """Ask the system to read the weight files into its cache in the background, where it can do so."""
         left = _FETCHED if hasattr(os, "posix_fadvise") else 0

@@ -1,17 +1,18 @@
 """Which parts of long work are finished, and the lock on a folder."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import lock_descriptor
 
 from ..errors import ConfigError, DiskError, LockedError
 from . import files
@@ -73,45 +74,45 @@ _PATIENCE = 30.0  # seconds that the processes of a dead one have to notice its 
 
 def held() -> tuple[int, ...]:
     """Descriptors of all locks that this process holds. A process that inherits them holds the locks too, until both
-    have ended."""
-    return tuple(_held)
+    have ended. On Windows no process inherits a lock: there the one that it started ends with it, and that is all."""
+    return () if sys.platform == "win32" else tuple(_held)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder against a second run. The lock lives as long as this process, and as any that inherited it.
 
-    flock(2) itself rather than the package filelock, which keeps its descriptor to itself: no process could inherit it,
-    and one that outlives its parent would write beside the next run.
+    The lock is on a descriptor of our own (flock(2); on Windows LockFileEx of the first byte), so that a process can
+    inherit it: one that outlives its parent would else write beside the next run.
 
     Raises:
         LockedError: names the process and host that hold it.
     """
     path = folder / files.LOCK
     with files.disk_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(path, flags, 0o666)
         file = open(descriptor, "a+")  # noqa: SIM115 (closed by the block below)
     with file:
         start = time.monotonic()
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip()
-                if not _is_dead(holder) or time.monotonic() - start > _PATIENCE:
-                    raise LockedError(
-                        f"{folder} is in use by {holder or 'another process'}; wait for it, or choose another output"
-                    ) from None
-                time.sleep(0.1)
+                if lock_descriptor(descriptor, blocking=False):
+                    break
             except OSError as error:
                 raise DiskError(
                     f"{path}: cannot be locked: {error.strerror}; choose an output on another disk"
                 ) from error
+            file.seek(1)
+            holder = file.read().strip()
+            if not _is_dead(holder) or time.monotonic() - start > _PATIENCE:
+                raise LockedError(
+                    f"{folder} is in use by {holder or 'another process'}; wait for it, or choose another output"
+                )
+            time.sleep(0.1)
         with files.disk_errors(path):
             file.truncate(0)
-            file.write(_this_process())
+            file.write(f" {_this_process()}")  # on Windows nobody else can read the first byte, which is locked
             file.flush()
         _held.append(file.fileno())
         try:

@@ -59,7 +59,7 @@ def check(options: argparse.Namespace) -> int:
                 continue
             q = random_weight(scheme, shape, torch.device(options.device))
             for kernel in registry():
-                if kernel.name != "reference" and (scheme.activations or not kernel.rounds_weight_only_inputs):
+                if kernel.name != "reference" and (scheme.activations or kernel.input_bits is None):
                     wrong += sum(check_kernel(kernel, q, dtype) for dtype in TOLERANCE)
     print(f"check: {wrong} products are wrong" if wrong else "check: all products are right", flush=True)
     return wrong

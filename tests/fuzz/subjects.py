@@ -36,6 +36,7 @@ from bitpress.pipeline.evaluate.conditions import Conditions
 from bitpress.pipeline.evaluate.external import evaluate_external
 from bitpress.pipeline.evaluate.measure import measure_task
 from bitpress.pipeline.hub.download import resolve
+from bitpress.pipeline.models.generation import Printer, Sampling, generate
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 4
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -189,13 +190,14 @@ def diagnosed(folder: Path, free: Path) -> None:
 
 
 def loaded(folder: Path, free: Path) -> None:
-    """Load, and predict once. Numbers that are not finite are no fault where evaluating them is refused."""
-    model, _ = load(folder, device="cpu")
+    """Load, and predict once. Numbers that are not finite are no fault where writing on from them is refused."""
+    model, tokenizer = load(folder, device="cpu")
+    ids = _IDS % model.config.get_text_config().vocab_size
     with torch.inference_mode():
-        logits = model(input_ids=_IDS % model.config.get_text_config().vocab_size).logits
-    if not logits.isfinite().all():
-        measured(folder, free)
-        raise AssertionError("logits that are not finite, and evaluating them is not refused")
+        logits = model(input_ids=ids).logits
+    if not logits[:, -1].isfinite().all():
+        generate(model, ids, 1, Sampling(temperature=0), Printer(tokenizer, lambda words: None))
+        raise AssertionError("logits that are not finite, and a token follows from them")
 
 
 def quantized(folder: Path, free: Path) -> None:

@@ -29,9 +29,10 @@ from bitpress.pipeline import evaluate, load, quantize
 from bitpress.pipeline.bench.programs import Program, other_programs, request, run
 from bitpress.pipeline.data.text import PYDOC_TOPICS, read_text
 from bitpress.pipeline.data.tokens import encode
-from bitpress.pipeline.hub.download import DEMO, resolve
+from bitpress.pipeline.hub.download import resolve
 from bitpress.pipeline.methods.gptq import GPTQ
 from bitpress.pipeline.models.pretrained import load_tokenizer
+from bitpress.pipeline.storage.artifacts import DEMO
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

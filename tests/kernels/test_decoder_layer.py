@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitpress.kernels.cpu.library import library
-from bitpress.kernels.cpu.native import NativeExact, NativeInt8
+from bitpress.kernels.cpu.native import NativeExact, NativeInt8, NativeInt16
 from bitpress.kernels.decoder_layer import NativeLayer, Norm, Parts
 from bitpress.kernels.linear import QLinear
 from bitpress.kernels.qtensor import QTensor
@@ -159,6 +159,22 @@ def test_widths(hidden: int, inner: int, make_parts: MakeParts):
 def test_with_quantized_inputs(make_parts: MakeParts):
     """A difference in the last bit may round an input's code to its neighbour: 1/127 of the largest in its group."""
     check(make_parts(kernel=NativeInt8()), 20, torch.float32, 1e-2)
+    check(make_parts(kernel=NativeInt16()), 20, torch.float32, 1e-4)
+
+
+def test_each_linear_layer_has_its_own_inputs(make_parts: MakeParts):
+    """A layer whose scheme quantizes its inputs, among others whose inputs stay as they are."""
+    parts = make_parts()
+    mixed = NativeInt8(), *[NativeExact()] * 6
+    for layer, kernel in zip(parts.linears, mixed):
+        layer.selection = Selection(kernel, {})
+    check(parts, 20, torch.float32, 1e-2)
+    x, rotation, keys, values = inputs(parts, 20, torch.float32)
+    NativeLayer(parts).step(x, (rotation[0], rotation[1]), keys, values, 20)
+    added = keys[:, :, 20].clone()
+    parts.linears[1].selection = Selection(NativeInt8(), {})
+    NativeLayer(parts).step(x, (rotation[0], rotation[1]), keys, values, 20)
+    assert not torch.equal(keys[:, :, 20], added)
 
 
 @pytest.mark.parametrize("value", [1e4, -1e4])

@@ -51,7 +51,7 @@ def kernel_named(name: str) -> Kernel:
 
 def read_inputs(name: str, q: QTensor, x: Tensor) -> Tensor:
     """float64 [rows, in]: what a kernel makes of its inputs before it multiplies."""
-    if q.scheme.activations is None and name != "native-int8":
+    if q.scheme.activations is None and name != "native-int8":  # of 16 bits the tolerance takes no notice
         return x.double()
     step = x.shape[-1]
     if q.scheme.activations is None:
@@ -81,13 +81,13 @@ def tolerance(q: QTensor, dtype: torch.dtype, count: int = 64, name: str = "") -
     An output is rounded by at most 2^-8 (bfloat16) or 2^-11 (float16) of its value, 0.41 of that in RMS. So are the
     weights, or their scales and zeros: below 2^-8 (2^-11) in RMS together, and twice as much where elements are few.
     INT8 products are exact, so that the output's rounding is all. float32: sums of up to 512 terms, in any order.
-    The native kernels round scales to float16, and with int8 inputs NF4's code book by 0.0020 in RMS: 0.4% of values
+    The native kernels round scales to float16, and with integer inputs NF4's code book by 0.0020 in RMS: 0.4% of values
     that are 0.55 in RMS.
     """
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[dtype]
     if name.startswith("native") and not q.scheme.activations:
         rounding += 2.0**-11
-        if name == "native-int8" and q.scheme.weight.description().type == "codebook":
+        if name != "native-bf16" and q.scheme.weight.description().type == "codebook":
             rounding += 2.0**-7
     return rounding * (1 if q.scheme.activations or count >= 64 else 2) + 2.0**-20
 
@@ -144,6 +144,8 @@ def test_forms_of_input(make_qtensor: Make, generator: torch.Generator, name: st
         ("int4-g32", "native-int8"),
         ("int8-dynamic", "native-int8"),
         ("nf4", "native-int8"),
+        ("int4-g32", "native-int16"),
+        ("nf4", "native-int16"),
         ("int4-g64", "native-bf16"),
         ("nf4", "native-bf16"),
     ],
@@ -216,18 +218,32 @@ def test_select_falls_back_and_says_why(make_qtensor: Make) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int4-g32", "nf4", "int8-dynamic"])
-def test_inputs_that_are_to_stay_as_they_are(make_qtensor: Make, scheme: str) -> None:
-    """Of weight-only schemes: int8-dynamic is served by the same kernel, for it says itself what becomes of them."""
-    q, best = make_qtensor(scheme, 64, 64), kernel_named("native-int8")
-    if reason := best.unsupported(q, torch.float32, CPU):
+@pytest.mark.parametrize(
+    ("wanted", "kernel", "rejected"),
+    [
+        ("auto", "native-int16", {"native-int8": "rounds inputs to 8 bits; auto asks for inputs of at least 16 bits"}),
+        ("auto-int8", "native-int8", {}),
+        (
+            "auto-bf16",
+            "native-bf16",
+            {
+                f"native-int{n}": f"rounds inputs to {n} bits; auto-bf16 asks for inputs that stay as they are"
+                for n in (8, 16)
+            },
+        ),
+    ],
+)
+def test_how_far_inputs_may_be_rounded(
+    make_qtensor: Make, scheme: str, wanted: str, kernel: str, rejected: dict[str, str]
+) -> None:
+    """Those of weight-only schemes: int8-dynamic says itself what becomes of them, so one kernel serves it always."""
+    q, fastest = make_qtensor(scheme, 64, 64), kernel_named("native-int8")
+    if reason := fastest.unsupported(q, torch.float32, CPU):
         pytest.skip(reason)
-    assert select(q, torch.float32, CPU).kernel.name == "native-int8"
-    selection = select(q, torch.float32, CPU, "auto-bf16")
+    selection = select(q, torch.float32, CPU, wanted)
     if scheme == "int8-dynamic":
-        assert selection.kernel.name == "native-int8"
-    else:
-        assert selection.kernel.name == "native-bf16"
-        assert selection.rejected == {"native-int8": "quantizes its inputs, which are to stay as they are"}
+        kernel, rejected = "native-int8", {}
+    assert (selection.kernel.name, selection.rejected) == (kernel, rejected)
 
 
 def test_select_by_name(make_qtensor: Make) -> None:
@@ -235,7 +251,8 @@ def test_select_by_name(make_qtensor: Make) -> None:
     assert select(q, torch.bfloat16, CPU, "reference").kernel.name == "reference"
     assert select(q, torch.bfloat16, CPU, "reference").rejected == {}
     with pytest.raises(
-        ValueError, match=r"kernel 'torch-int5' is unknown; use auto or auto-bf16, or one of native-int8, .*ref"
+        ValueError,
+        match=r"kernel 'torch-int5' is unknown; use auto, auto-int8, auto-bf16, or one of native-int8, .*ref",
     ):
         select(q, torch.bfloat16, CPU, "torch-int5")
     with pytest.raises(

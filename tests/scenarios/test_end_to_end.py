@@ -200,10 +200,11 @@ def int8_rows(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tens
     return ((inputs[0] / scale).round() * scale, *inputs[1:])
 
 
-def int8_groups(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same for each 128 features of a row, as the native kernel does by default."""
-    rounded = int8_rows(module, (inputs[0].unflatten(-1, (-1, 128)),))[0]
-    return (rounded.flatten(-2), *inputs[1:])
+def int16_groups(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Each 128 features of a row in 16 bits, as the native kernel has them by default."""
+    groups = inputs[0].unflatten(-1, (-1, 128))
+    scales = groups.abs().amax(-1, keepdim=True) / 32639
+    return ((groups / scales).round().mul(scales).flatten(-2), *inputs[1:])
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +267,7 @@ def test_what_the_kernels_lose_agrees_with_a_plain_computation(
 ) -> None:
     """The file's figures do not hold what the kernels' rounding of inputs adds; that is a figure of its own."""
     loss = metrics["int4-g128"]["kernels"]["rounded_inputs"]
-    if "native-int8" not in metrics["int4-g128"]["kernels"]["selected"]:
+    if "native-int16" not in metrics["int4-g128"]["kernels"]["selected"]:
         assert loss is None
         return
     model = plain_model()
@@ -275,10 +276,10 @@ def test_what_the_kernels_lose_agrees_with_a_plain_computation(
         model.get_submodule(name).weight.data = weight
     before = log_probabilities(model, tokens[:1])
     for name in weights:
-        model.get_submodule(name).register_forward_pre_hook(int8_groups)
+        model.get_submodule(name).register_forward_pre_hook(int16_groups)
     divergence = (before.exp() * (before - log_probabilities(model, tokens[:1]))).sum(-1)
     assert (loss["layers"], loss["windows"]) == (len(weights), 1)
-    assert loss["kl_mean"] == pytest.approx(divergence.mean().item(), rel=0.05)  # INT8 inputs at the edge of two codes
+    assert loss["kl_mean"] == pytest.approx(divergence.mean().item(), abs=1e-7)  # of sums in another order in float32
 
 
 class TestAgain:

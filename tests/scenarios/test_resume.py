@@ -250,7 +250,7 @@ class TestDamagedWork:
     def test_missing_shard_is_made_again(self, source: Path, out: Path):
         work = broken_after(source, out, 2)
         (work / "artifact.tmp" / "model-00001-of-00003.safetensors").unlink()
-        assert "made again" in quantize(source, SCHEME, out)[0]
+        assert "made again" in quantize(source, SCHEME, out).notes[0]
 
     @pytest.mark.parametrize("change", [lambda path: path.write_text(""), Path.unlink], ids=["emptied", "removed"])
     def test_lost_journal_is_refused(

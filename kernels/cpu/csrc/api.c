@@ -188,16 +188,17 @@ typedef struct {
     const float *bias;
     char *y;
     int64_t dtype, item, stride, blocks_per_task, rows_per_task;
-    int exact;
+    Inputs inputs;
     atomic_llong next;
     atomic_int failed;
 } Product;
 
-static void prepare_row(const Product *p, int64_t row, float *wide) {
+/* `floats` and `codes` have space for a row. */
+static void prepare_row(const Product *p, int64_t row, float *floats, int16_t *codes) {
     const Input *in = &p->in;
     const Weight *w = &p->w;
     const char *x = (const char *)p->x + row * w->in_features * p->item;
-    if (p->exact) {
+    if (p->inputs == INPUTS_FLOAT32) {
         float *values = in->values + row * in->padded;
         p->k->widen(x, (DType)p->dtype, w->in_features, values);
         memset(values + w->in_features, 0, (size_t)(in->padded - w->in_features) * 4);
@@ -210,26 +211,37 @@ static void prepare_row(const Product *p, int64_t row, float *wide) {
     }
     const float *values = (const float *)x;
     if (p->dtype != FLOAT32) {
-        p->k->widen(x, (DType)p->dtype, w->in_features, wide);
-        values = wide;
+        p->k->widen(x, (DType)p->dtype, w->in_features, floats);
+        values = floats;
     }
-    const int64_t tile_bytes = PAIR * CHUNK;
-    int8_t *codes = p->tiles ? in->codes + row / PAIR * tile_bytes * chunks(in->padded) + row % PAIR * CHUNK
-                             : in->codes + row * in->padded;
+    const int64_t tile_bytes = PAIR * CHUNK, tiled = row / PAIR * tile_bytes * chunks(in->padded) + row % PAIR * CHUNK;
     const int64_t at = p->tiles ? row / PAIR * in->steps * PAIR + row % PAIR : row * in->steps;
-    p->k->quantize(values, w->in_features, in->padded, w->step, codes, p->tiles ? tile_bytes : CHUNK, in->scales + at,
-                   in->sums + at, p->tiles ? PAIR : 1);
+    const int64_t apart = p->tiles ? PAIR : 1;
+    if (p->inputs == INPUTS_INT8) {
+        p->k->quantize(values, w->in_features, in->padded, w->step, in->codes + (p->tiles ? tiled : row * in->padded),
+                       p->tiles ? tile_bytes : CHUNK, in->scales + at, in->sums + at, apart);
+        return;
+    }
+    p->k->quantize_wide(values, w->in_features, in->padded, w->step, p->tiles ? codes : in->wide + row * in->padded,
+                        in->scales + at, in->sums + at, apart);
+    for (int64_t i = 0; p->tiles && i < in->padded; i++) {
+        const int64_t to = tiled + i / CHUNK * tile_bytes + i % CHUNK;
+        const int16_t code = codes[wide_place(i)];
+        in->low[to] = (int8_t)(((code + 128) & 255) - 128);
+        in->codes[to] = (int8_t)((code - in->low[to]) / 256);
+    }
 }
 
 static void prepare_rows(void *context) {
     Product *p = context;
-    float *wide = malloc((size_t)p->w.padded * 4);
-    if (!wide) {
+    float *floats = malloc((size_t)p->w.padded * (4 + 2));
+    if (!floats) {
         p->failed = 1;
         return;
     }
-    for (int64_t row; (row = atomic_fetch_add(&p->next, 1)) < p->in.rows;) prepare_row(p, row, wide);
-    free(wide);
+    int16_t *codes = (int16_t *)(floats + p->w.padded);
+    for (int64_t row; (row = atomic_fetch_add(&p->next, 1)) < p->in.rows;) prepare_row(p, row, floats, codes);
+    free(floats);
 }
 
 static void finish_rows(const Product *p, int64_t block, int64_t row, int64_t count, const float *out) {
@@ -242,10 +254,12 @@ static void finish_rows(const Product *p, int64_t block, int64_t row, int64_t co
 
 static void multiply_rows(const Product *p, int64_t block, int64_t blocks, int64_t row, int64_t rows) {
     float out[MAX_ROWS * PAIR];
+    void (*const some)(const Weight *, const Input *, int64_t, int64_t, int64_t, float *) =
+        p->inputs == INPUTS_FLOAT32 ? p->k->exact : p->inputs == INPUTS_INT16 ? p->k->wide_rows : p->k->rows;
     for (int64_t b = block; b < block + blocks; b += 2)
         for (int64_t m = row; m < row + rows; m += MAX_ROWS) {
             const int64_t count = minimum(MAX_ROWS, row + rows - m);
-            (p->exact ? p->k->exact : p->k->rows)(&p->w, &p->in, b, m, count, out);
+            some(&p->w, &p->in, b, m, count, out);
             finish_rows(p, b, m, count, out);
         }
 }
@@ -313,30 +327,36 @@ static void split(Product *p, int threads) {
 
 static int carve(Product *p, char **memory) {
     Input *in = &p->in;
+    const int exact = p->inputs == INPUTS_FLOAT32;
     const int64_t padded_rows = (in->rows + PAIR - 1) / PAIR * PAIR;
-    const int64_t code = aligned(p->exact ? 0 : padded_rows * chunks(in->padded) * CHUNK);
-    const int64_t numbers = aligned(padded_rows * (p->exact ? in->groups : in->steps) * 4);
-    const int64_t value = aligned(p->exact ? in->rows * in->padded * 4 : 0);
-    const int64_t total = code + 2 * numbers + value;
+    const int64_t code = aligned(exact ? 0 : padded_rows * chunks(in->padded) * CHUNK);
+    const int64_t numbers = aligned(padded_rows * (exact ? in->groups : in->steps) * 4);
+    const int64_t value = aligned(exact ? in->rows * in->padded * 4 : 0);
+    const int64_t total = code * (p->inputs == INPUTS_INT16 ? 2 : 1) + 2 * numbers + value;
     if (!(*memory = aligned_alloc(64, (size_t)total + 64))) return 1;
-    in->codes = (int8_t *)*memory;
-    in->scales = (float *)(*memory + code);
-    in->sums = (int32_t *)(*memory + code + numbers);
-    in->value_sums = (float *)(*memory + code);
-    in->values = (float *)(*memory + code + 2 * numbers);
+    in->scales = (float *)*memory;
+    in->sums = (int32_t *)(*memory + numbers);
+    in->value_sums = (float *)*memory;
+    in->values = (float *)(*memory + 2 * numbers);
+    in->codes = (int8_t *)(*memory + 2 * numbers);
+    in->wide = (int16_t *)in->codes;
+    in->low = p->inputs == INPUTS_INT16 ? in->codes + code : NULL;
     return 0;
 }
 
 /* y [rows][out_features] = x [rows][in_features] times the weight + bias (float32 [out_features], or NULL).
  *
- * x and y have the dtype. exact: inputs are not quantized. Returns 0; 1: out of memory; 2: no such weight or kernel.
+ * x and y have the dtype. inputs: one of Inputs; int16 needs steps of at most 128. Returns 0; 1: out of memory; 2: no such
+ * weight, inputs or kernel.
  */
 EXPORT int bitpress_linear(const void *packed, const void *x, int64_t rows, int64_t dtype, const float *bias, void *y,
-                           int exact, int kernel, int threads) {
+                           int inputs, int kernel, int threads) {
     if (((const Header *)packed)->magic != MAGIC || kernel < 0 || kernel >= bitpress_kernel_count()) return 2;
     const Instructions *set = &sets[kernel];
-    Product p = {.k = set->kernels, .tiles = exact || rows <= MAX_ROWS ? NULL : set->tiles, .w = weight_of(packed),
-                 .x = x, .bias = bias, .y = y, .dtype = dtype, .item = dtype == FLOAT32 ? 4 : 2, .exact = exact};
+    Product p = {.k = set->kernels, .tiles = inputs == INPUTS_FLOAT32 || rows <= MAX_ROWS ? NULL : set->tiles,
+                 .w = weight_of(packed), .x = x, .bias = bias, .y = y, .dtype = dtype,
+                 .item = dtype == FLOAT32 ? 4 : 2, .inputs = (Inputs)inputs};
+    if (inputs < INPUTS_INT8 || inputs > INPUTS_FLOAT32 || (inputs == INPUTS_INT16 && p.w.step > 128)) return 2;
     p.in = (Input){.rows = rows, .padded = p.w.padded, .steps = p.w.padded / p.w.step,
                    .groups = p.w.padded / p.w.group};
     if (!rows) return 0;

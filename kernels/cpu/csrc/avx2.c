@@ -19,6 +19,12 @@ AVX2_INLINE __m256i four_inputs(const int8_t *x) {
     return _mm256_set1_epi32(four);
 }
 
+AVX2_INLINE __m256i two_inputs(const int16_t *x) {
+    int32_t two;
+    memcpy(&two, x, 4);
+    return _mm256_set1_epi32(two);
+}
+
 AVX2_INLINE __m256 group_scales(const Weight *w, int64_t index, int half) {
     if (!w->scales) return _mm256_set1_ps(1);
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(w->scales + index * BLOCK + half * 8)));
@@ -93,6 +99,62 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
     }
 }
 
+/* Four inputs' codes, as two of int16 in each 32-bit lane: inputs 0 and 2, then 1 and 3. Two inputs' products in int16
+ * are summed at once. The integer zero point is taken off in the sums. */
+AVX2_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block, int64_t row, const int count,
+                              const Code kind, float *out) {
+    const int64_t groups = w->padded / w->group, steps = w->group / w->step;
+    const __m256i nibble = _mm256_set1_epi8(15), even = _mm256_set1_epi16(255);
+    const __m256i codebook = _mm256_xor_si256(
+        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)nf4_codes)), _mm256_set1_epi8((char)0x80));
+    const int64_t per_load = kind == INT8 ? 4 : 8;
+    for (int half = 0; half < 4; half++) { /* of a block; two blocks */
+        const uint8_t *codes = w->codes + (block + half / 2) * BLOCK * (w->padded / code_bytes(w)) + half % 2 * 32;
+        const int16_t *x = in->wide + row * in->padded;
+        __m256 totals[AT_ONCE];
+        for (int m = 0; m < count; m++) totals[m] = _mm256_setzero_ps();
+        for (int64_t g = 0, s = 0; g < groups; g++) {
+            const int64_t at = (block + half / 2) * groups + g;
+            const __m256 group_scale = group_scales(w, at, half % 2);
+            const __m256i zero = w->zeros ? _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(w->zeros + at * BLOCK + half % 2 * 8)))
+                                          : _mm256_set1_epi32((int32_t)w->zero);
+            for (int64_t last = s + steps; s < last; s++, x += w->step) {
+                __m256i sums[AT_ONCE];
+                for (int m = 0; m < count; m++) {
+                    const __m256i inputs = _mm256_set1_epi32(in->sums[(row + m) * in->steps + s]);
+                    sums[m] = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_mullo_epi32(zero, inputs));
+                }
+                for (int64_t k = 0; k < w->step; k += per_load, codes += 64) {
+                    const __m256i both = _mm256_loadu_si256((const __m256i *)codes);
+                    _mm_prefetch((const char *)codes + 2048, _MM_HINT_T0);
+                    __m256i fours[2] = {both, _mm256_setzero_si256()};
+                    if (kind != INT8) {
+                        fours[0] = _mm256_and_si256(both, nibble);
+                        fours[1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+                    }
+                    for (int j = 0; j < (kind == INT8 ? 1 : 2); j++) {
+                        if (kind == NF4) fours[j] = _mm256_shuffle_epi8(codebook, fours[j]);
+                        const __m256i first = _mm256_and_si256(fours[j], even), second = _mm256_srli_epi16(fours[j], 8);
+                        for (int m = 0; m < count; m++) {
+                            const int16_t *here = x + m * in->padded + k + 4 * j;
+                            sums[m] = _mm256_add_epi32(sums[m], _mm256_madd_epi16(first, two_inputs(here)));
+                            sums[m] = _mm256_add_epi32(sums[m], _mm256_madd_epi16(second, two_inputs(here + 2)));
+                        }
+                    }
+                }
+                for (int m = 0; m < count; m++) {
+                    const __m256 scale = _mm256_mul_ps(group_scale, _mm256_set1_ps(in->scales[(row + m) * in->steps + s]));
+                    totals[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[m]), scale, totals[m]);
+                }
+            }
+        }
+        for (int m = 0; m < count; m++) {
+            if (kind == NF4) totals[m] = _mm256_mul_ps(totals[m], _mm256_set1_ps(1 / NF4_STEPS));
+            _mm256_storeu_ps(out + m * PAIR + half * 8, totals[m]);
+        }
+    }
+}
+
 AVX2_INLINE __m256 code_values(__m256i next, const Code kind, float zero) {
     if (kind == INT8)
         return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(next, _mm256_set1_epi32(255))), _mm256_set1_ps(zero));
@@ -148,6 +210,12 @@ AVX2 static void some_rows(const Weight *w, const Input *in, int64_t block, int6
     else EACH_COUNT(rows_of, INT8)
 }
 
+AVX2 static void some_wide(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
+    if (w->code == INT4) EACH_COUNT(wide_rows_of, INT4)
+    else if (w->code == NF4) EACH_COUNT(wide_rows_of, NF4)
+    else EACH_COUNT(wide_rows_of, INT8)
+}
+
 AVX2 static void some_exact(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
     if (w->code == INT4) EACH_COUNT(exact_of, INT4)
     else if (w->code == NF4) EACH_COUNT(exact_of, NF4)
@@ -159,6 +227,11 @@ static void rows(const Weight *w, const Input *in, int64_t block, int64_t row, i
         some_rows(w, in, block, row + m, count - m < AT_ONCE ? count - m : AT_ONCE, out + m * PAIR);
 }
 
+static void wide_rows(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
+    for (int64_t m = 0; m < count; m += AT_ONCE)
+        some_wide(w, in, block, row + m, count - m < AT_ONCE ? count - m : AT_ONCE, out + m * PAIR);
+}
+
 static void exact(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
     for (int64_t m = 0; m < count; m += AT_ONCE)
         some_exact(w, in, block, row + m, count - m < AT_ONCE ? count - m : AT_ONCE, out + m * PAIR);
@@ -167,6 +240,11 @@ static void exact(const Weight *w, const Input *in, int64_t block, int64_t row, 
 AVX2 static void quantize(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes,
                           int64_t stride, float *scales, int32_t *sums, int64_t apart) {
     generic_quantize(x, in_features, padded, step, codes, stride, scales, sums, apart);
+}
+
+AVX2 static void quantize_wide(const float *x, int64_t in_features, int64_t padded, int64_t step, int16_t *codes,
+                               float *scales, int32_t *sums, int64_t apart) {
+    generic_quantize_wide(x, in_features, padded, step, codes, scales, sums, apart);
 }
 
 AVX2 static void widen(const void *x, DType dtype, int64_t count, float *out) { generic_widen(x, dtype, count, out); }
@@ -182,6 +260,6 @@ AVX2 static void dequantize(const Weight *w, int64_t block, int64_t from, int64_
 
 AVX2 static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
 
-const Kernels avx2_kernels = {.rows = rows, .exact = exact, .quantize = quantize, .widen = widen,
-    .finish = finish, .read = read_words, .dequantize = dequantize};
+const Kernels avx2_kernels = {.rows = rows, .wide_rows = wide_rows, .exact = exact, .quantize = quantize,
+    .quantize_wide = quantize_wide, .widen = widen, .finish = finish, .read = read_words, .dequantize = dequantize};
 #endif

@@ -21,6 +21,12 @@ AVX512_INLINE __m512i four_inputs(const int8_t *x) {
     return _mm512_set1_epi32(four);
 }
 
+AVX512_INLINE __m512i two_inputs(const int16_t *x) {
+    int32_t two;
+    memcpy(&two, x, 4);
+    return _mm512_set1_epi32(two);
+}
+
 AVX512_INLINE __m512 group_scales(const Weight *w, int64_t index) {
     if (!w->scales) return _mm512_set1_ps(1);
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w->scales + index * BLOCK)));
@@ -108,6 +114,86 @@ AVX512_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int6
         }
 }
 
+/* As rows_of, of inputs in int16: two of them, and two weights in int16, for each lane. Masks and shifts of 16 bits take
+ * inputs 0 and 2 of four weights in bytes, then 1 and 3. Weights are loaded and taken apart once for all rows. */
+AVX512_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block, int64_t row, const int count,
+                                const int wide, const Code kind, float *out) {
+    const int64_t groups = w->padded / w->group, steps = w->group / w->step;
+    const int64_t apart = BLOCK * (w->padded / code_bytes(w)); /* bytes from one block's codes to the next one's */
+    const __m512i nibble = _mm512_set1_epi16(15), even_bytes = _mm512_set1_epi16(255);
+    const __m512i codebook = _mm512_xor_si512(
+        _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)nf4_codes)), _mm512_set1_epi8((char)0x80));
+    const uint8_t *codes = w->codes + block * apart;
+    const int16_t *x = in->wide + row * in->padded;
+    const float *scales = in->scales + row * in->steps;
+    const int32_t *sums = in->sums + row * in->steps;
+    __m512 totals[WIDEST * MAX_ROWS];
+    for (int i = 0; i < wide * count; i++) totals[i] = _mm512_setzero_ps();
+
+    for (int64_t s = 0; s < groups * steps; s++) {
+        __m512i even[WIDEST * MAX_ROWS], odd[WIDEST * MAX_ROWS];
+        for (int j = 0; j < wide; j++) {
+            const uint8_t *at = w->zeros ? w->zeros + ((block + j) * groups + s / steps) * BLOCK : NULL;
+            const __m512i zero = at ? _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at))
+                                    : _mm512_set1_epi32((int32_t)w->zero);
+            for (int m = 0; m < count; m++) {
+                even[m * wide + j] = _mm512_mullo_epi32(zero, _mm512_set1_epi32(-sums[m * in->steps]));
+                odd[m * wide + j] = _mm512_setzero_si512();
+            }
+        }
+        for (int64_t k = 0; k < w->step; k += kind == INT8 ? 4 : 8) {
+            __m512i pairs[4][WIDEST];
+            for (int j = 0; j < wide; j++) {
+                const uint8_t *at = codes + j * apart;
+                const __m512i both = _mm512_loadu_si512(at);
+                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+                if (kind == INT4) {
+                    pairs[0][j] = _mm512_and_si512(both, nibble);
+                    pairs[1][j] = _mm512_and_si512(_mm512_srli_epi16(both, 8), nibble);
+                    pairs[2][j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+                    pairs[3][j] = _mm512_srli_epi16(both, 12);
+                    continue;
+                }
+                const __m512i low = kind == INT8 ? both : _mm512_shuffle_epi8(codebook, _mm512_and_si512(both, _mm512_set1_epi8(15)));
+                pairs[0][j] = _mm512_and_si512(low, even_bytes);
+                pairs[1][j] = _mm512_srli_epi16(low, 8);
+                if (kind == NF4) {
+                    const __m512i high = _mm512_shuffle_epi8(codebook, _mm512_and_si512(_mm512_srli_epi16(both, 4), _mm512_set1_epi8(15)));
+                    pairs[2][j] = _mm512_and_si512(high, even_bytes);
+                    pairs[3][j] = _mm512_srli_epi16(high, 8);
+                }
+            }
+            codes += 64;
+            for (int p = 0; p < (kind == INT8 ? 2 : 4); p += 2)
+                for (int m = 0; m < count; m++) {
+                    const __m512i x_first = two_inputs(x + m * in->padded + k + 2 * p);
+                    const __m512i x_second = two_inputs(x + m * in->padded + k + 2 * p + 2);
+                    for (int j = 0; j < wide; j++) {
+                        even[m * wide + j] = _mm512_dpwssd_epi32(even[m * wide + j], pairs[p][j], x_first);
+                        odd[m * wide + j] = _mm512_dpwssd_epi32(odd[m * wide + j], pairs[p + 1][j], x_second);
+                    }
+                }
+        }
+        for (int j = 0; j < wide; j++) {
+            const __m512 group_scale = group_scales(w, (block + j) * groups + s / steps);
+            for (int m = 0; m < count; m++) {
+                const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(even[m * wide + j], odd[m * wide + j]));
+                const __m512 scale = _mm512_mul_ps(group_scale, _mm512_set1_ps(scales[m * in->steps]));
+                totals[m * wide + j] = _mm512_fmadd_ps(sum, scale, totals[m * wide + j]);
+            }
+        }
+        x += w->step;
+        scales++;
+        sums++;
+    }
+    for (int m = 0; m < count; m++)
+        for (int j = 0; j < wide; j++) {
+            __m512 total = totals[m * wide + j];
+            if (kind == NF4) total = _mm512_mul_ps(total, _mm512_set1_ps(1 / NF4_STEPS));
+            _mm512_storeu_ps(out + m * PAIR + j * BLOCK, total);
+        }
+}
+
 /* Looks codes up, or converts them, and multiplies in float32: nothing about the inputs is rounded. */
 AVX512_INLINE void exact_of(const Weight *w, const Input *in, int64_t block, int64_t row, const int count,
                             const Code kind, float *out) {
@@ -154,22 +240,22 @@ AVX512_INLINE void exact_of(const Weight *w, const Input *in, int64_t block, int
 }
 
 /* `wide` blocks at once while their sums fit the registers. */
-#define ROWS(count, wide, kind)                                                                          \
-    for (int64_t j = 0; j < 2; j += wide) rows_of(w, in, block + j, row, count, wide, kind, out + j * BLOCK); \
+#define ROWS(function, count, wide, kind)                                                                 \
+    for (int64_t j = 0; j < 2; j += wide) function(w, in, block + j, row, count, wide, kind, out + j * BLOCK); \
     break
 #define EXACT(count, kind)                                                                       \
     for (int64_t j = 0; j < 2; j++) exact_of(w, in, block + j, row, count, kind, out + j * BLOCK); \
     break
-#define EACH_ROWS(kind)                \
-    switch (count) {                   \
-    case 1: ROWS(1, 2, kind);          \
-    case 2: ROWS(2, 2, kind);          \
-    case 3: ROWS(3, 2, kind);          \
-    case 4: ROWS(4, 2, kind);          \
-    case 5: ROWS(5, 1, kind);          \
-    case 6: ROWS(6, 1, kind);          \
-    case 7: ROWS(7, 1, kind);          \
-    default: ROWS(8, 1, kind);         \
+#define EACH_ROWS(function, kind)        \
+    switch (count) {                     \
+    case 1: ROWS(function, 1, 2, kind);  \
+    case 2: ROWS(function, 2, 2, kind);  \
+    case 3: ROWS(function, 3, 2, kind);  \
+    case 4: ROWS(function, 4, 2, kind);  \
+    case 5: ROWS(function, 5, 1, kind);  \
+    case 6: ROWS(function, 6, 1, kind);  \
+    case 7: ROWS(function, 7, 1, kind);  \
+    default: ROWS(function, 8, 1, kind); \
     }
 #define EACH_EXACT(kind)         \
     switch (count) {             \
@@ -184,9 +270,15 @@ AVX512_INLINE void exact_of(const Weight *w, const Input *in, int64_t block, int
     }
 
 AVX512 static void rows(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
-    if (w->code == INT4) EACH_ROWS(INT4)
-    else if (w->code == NF4) EACH_ROWS(NF4)
-    else EACH_ROWS(INT8)
+    if (w->code == INT4) EACH_ROWS(rows_of, INT4)
+    else if (w->code == NF4) EACH_ROWS(rows_of, NF4)
+    else EACH_ROWS(rows_of, INT8)
+}
+
+AVX512 static void wide_rows(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
+    if (w->code == INT4) EACH_ROWS(wide_rows_of, INT4)
+    else if (w->code == NF4) EACH_ROWS(wide_rows_of, NF4)
+    else EACH_ROWS(wide_rows_of, INT8)
 }
 
 AVX512 static void exact(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
@@ -224,6 +316,35 @@ AVX512 static void quantize(const float *x, int64_t in_features, int64_t padded,
             const __m512i code = _mm512_cvtps_epi32(scaled);
             sum = _mm512_add_epi32(sum, code);
             _mm_storeu_si128((__m128i *)(codes + i / CHUNK * stride + i % CHUNK), _mm512_cvtepi32_epi8(code));
+        }
+        scales[s * apart] = scale;
+        sums[s * apart] = _mm512_reduce_add_epi32(sum);
+    }
+}
+
+/* See generic_quantize_wide. Sixteen at a time. */
+AVX512 static void quantize_wide(const float *x, int64_t in_features, int64_t padded, int64_t step, int16_t *codes,
+                                 float *scales, int32_t *sums, int64_t apart) {
+    const __m512i sign_off = _mm512_set1_epi32(0x7fffffff);
+    for (int64_t start = 0, s = 0; start < padded; start += step, s++) {
+        const int64_t end = start + step < in_features ? start + step : in_features;
+        __m512i most = _mm512_setzero_si512();
+        for (int64_t i = start; i < end; i += 16) {
+            const __mmask16 here = end - i < 16 ? (__mmask16)((1 << (end - i)) - 1) : 0xffff;
+            most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_maskz_loadu_epi32(here, x + i), sign_off));
+        }
+        const uint32_t top = _mm512_reduce_max_epu32(most);
+        float scale = bits_to_float(top) / WIDE_MOST;
+        if (scale < 0x1p-126f) scale = 1;
+        const int finite = top < 0x7f800000;
+        const __m512 inverse = _mm512_set1_ps(1 / scale);
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t i = start; i < start + step; i += 16) {
+            const int64_t left = finite ? end - i : 0;
+            const __mmask16 here = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1 << left) - 1);
+            const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(here, x + i), inverse));
+            sum = _mm512_add_epi32(sum, code);
+            _mm256_storeu_si256((__m256i *)(codes + i), _mm512_cvtepi32_epi16(_mm512_shuffle_epi32(code, _MM_PERM_DBCA)));
         }
         scales[s * apart] = scale;
         sums[s * apart] = _mm512_reduce_add_epi32(sum);
@@ -297,6 +418,6 @@ AVX512 static void dequantize(const Weight *w, int64_t block, int64_t from, int6
 
 AVX512 static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
 
-const Kernels avx512_kernels = {.rows = rows, .exact = exact, .quantize = quantize, .widen = widen,
-    .finish = finish, .read = read_words, .dequantize = dequantize};
+const Kernels avx512_kernels = {.rows = rows, .wide_rows = wide_rows, .exact = exact, .quantize = quantize,
+    .quantize_wide = quantize_wide, .widen = widen, .finish = finish, .read = read_words, .dequantize = dequantize};
 #endif

@@ -16,6 +16,7 @@
 
 typedef enum { INT4, NF4, INT8 } Code;
 typedef enum { FLOAT32, FLOAT16, BFLOAT16 } DType;
+typedef enum { INPUTS_INT8, INPUTS_INT16, INPUTS_FLOAT32 } Inputs; /* what inputs are rounded to before they are multiplied */
 
 /* A weight [out_features, in_features], as bitpress_pack lays it out.
  *
@@ -38,13 +39,15 @@ typedef struct {
 
 /* Rows of inputs as kernels read them, filled with zeros up to `padded` features.
  *
- * Either int8: x = codes * scales, with sums[step] of the codes; codes int8 [rows][padded], or if tiled
- * [rows / 32][ceil(padded / 64)][32][64]; scales float32 and sums int32 [rows][steps], or [rows / 32][steps][32].
+ * Either int8 or int16: x = code * scale, with sums[step] of the codes; scales float32 and sums int32 [rows][steps], or if
+ * tiled [rows / 32][steps][32]. int8: codes [rows][padded], or if tiled [rows / 32][ceil(padded / 64)][32][64]. int16:
+ * wide [rows][padded], of each four in the order 0, 2, 1, 3; or if tiled 256 * codes + low, both as int8's are.
  * Or float32: values [rows][padded], with sums of each group, [rows][padded / group].
  */
 typedef struct {
     int64_t rows, padded, steps, groups;
-    int8_t *codes;
+    int8_t *codes, *low; /* low: NULL where inputs are int8 */
+    int16_t *wide;
     float *scales;
     int32_t *sums;
     float *values, *value_sums;
@@ -53,13 +56,17 @@ typedef struct {
 /* What every set of instructions has. */
 typedef struct {
     /* Rows row .. row + count (at most MAX_ROWS) times a pair of blocks: out float32 [count][PAIR], without the
-     * multiplier. `rows` takes int8 inputs, `exact` float32 ones. */
+     * multiplier. `rows` takes int8 inputs, `wide_rows` int16 ones, `exact` float32 ones. */
     void (*rows)(const Weight *, const Input *, int64_t block, int64_t row, int64_t count, float *out);
+    void (*wide_rows)(const Weight *, const Input *, int64_t block, int64_t row, int64_t count, float *out);
     void (*exact)(const Weight *, const Input *, int64_t block, int64_t row, int64_t count, float *out);
     /* One row to int8: 64 codes, then the next 64 `stride` bytes on; scales and sums of each step, `apart` numbers
      * from those of the next. */
     void (*quantize)(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes, int64_t stride,
                      float *scales, int32_t *sums, int64_t apart);
+    /* One row to int16 as Input.wide has it, likewise. */
+    void (*quantize_wide)(const float *x, int64_t in_features, int64_t padded, int64_t step, int16_t *codes,
+                          float *scales, int32_t *sums, int64_t apart);
     void (*widen)(const void *x, DType dtype, int64_t count, float *out);
     /* y = values * multiplier (NULL: 1) + bias (NULL: 0), in dtype. */
     void (*finish)(const float *values, const float *multiplier, const float *bias, int64_t count, DType dtype, void *y);
@@ -69,7 +76,7 @@ typedef struct {
     void (*dequantize)(const Weight *, int64_t block, int64_t from, int64_t to, float *out);
 } Kernels;
 
-/* What multiplies many rows of int8 inputs faster than `rows` does. */
+/* What multiplies many rows of integer inputs faster than `rows` and `wide_rows` do. */
 typedef struct {
     /* Features from .. to of a pair of blocks as a panel, int8 [ceil((to - from) / 64)][2][16][BLOCK][4]. What comes
      * next lies `ahead` bytes after these codes. 8-bit weights need no panel. */
@@ -87,7 +94,7 @@ void parallel(void (*body)(void *), void *context, int threads);
 int bitpress_kernel_count(void);
 const char *bitpress_kernel_name(int index);
 int bitpress_linear(const void *packed, const void *x, int64_t rows, int64_t dtype, const float *bias, void *y,
-                    int exact, int kernel, int threads);
+                    int inputs, int kernel, int threads);
 
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
@@ -107,6 +114,14 @@ static const float nf4_codebook[16] = {
     0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 static const int8_t nf4_codes[16] = {-123, -86, -65, -49, -35, -23, -11, 0, 10, 20, 30, 42, 54, 69, 89, 123};
+
+/* The largest int16 code that is 256 * a + b with a and b in int8. At most 128 products with codes of at most 255 fit
+ * their sum in int32. */
+#define WIDE_MOST 32639
+
+/* Where input i is in Input.wide: of each four in the order 0, 2, 1, 3, so that masks and shifts of 16 bits bring the
+ * bytes of four weights to the two inputs that each 32-bit lane multiplies. */
+static inline int64_t wide_place(int64_t i) { return (i & ~(int64_t)3) | (i & 1) << 1 | (i >> 1 & 1); }
 
 static inline int64_t chunks(int64_t padded) { return (padded + CHUNK - 1) / CHUNK; }
 static inline int64_t code_bytes(const Weight *w) { return w->code == INT8 ? 1 : 2; } /* codes per byte */

@@ -14,19 +14,20 @@
 
 typedef enum { SILU, GELU_TANH } Activation;
 
-/* packed: as bitpress_pack made it. bias: [out], or NULL. order: [in], the input that comes in each place, or NULL. */
+/* packed: as bitpress_pack made it. bias: [out], or NULL. order: [in], the input that comes in each place, or NULL.
+ * inputs: one of Inputs. */
 typedef struct {
     const void *packed;
     const float *bias;
     const int32_t *order;
-    int64_t in, out;
+    int64_t in, out, inputs;
 } Linear;
 
 /* Weights of norms: input_norm and post_norm [hidden], q_norm and k_norm [dim] or NULL. eps: of each of these four. */
 typedef struct {
     Linear q, k, v, o, gate, up, down;
     const float *input_norm, *post_norm, *q_norm, *k_norm;
-    int64_t heads, key_heads, dim, activation, exact, kernel;
+    int64_t heads, key_heads, dim, activation, kernel;
     float eps[4], scale;
 } Layer;
 
@@ -101,7 +102,8 @@ static int multiply(const Layer *l, const Linear *linear, const float *x, float 
         for (int64_t i = 0; i < linear->in; i++) room[i] = x[linear->order[i]];
         x = room;
     }
-    return bitpress_linear(linear->packed, x, 1, FLOAT32, linear->bias, y, (int)l->exact, (int)l->kernel, threads);
+    return bitpress_linear(linear->packed, x, 1, FLOAT32, linear->bias, y, (int)linear->inputs, (int)l->kernel,
+                           threads);
 }
 
 #if defined(__x86_64__)

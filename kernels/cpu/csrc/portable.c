@@ -22,6 +22,22 @@ static void rows(const Weight *w, const Input *in, int64_t block, int64_t row, i
     }
 }
 
+static void wide_rows(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
+    for (int64_t m = 0; m < count; m++) {
+        const int16_t *x = in->wide + (row + m) * in->padded;
+        for (int64_t n = 0; n < PAIR; n++) {
+            float total = 0;
+            for (int64_t s = 0; s < in->steps; s++) {
+                int32_t sum = 0;
+                for (int64_t k = s * w->step; k < (s + 1) * w->step; k++)
+                    sum += x[wide_place(k)] * signed_code(w, block, n, k);
+                total += (float)sum * (scale_at(w, block, n, s * w->step) * in->scales[(row + m) * in->steps + s]);
+            }
+            out[m * PAIR + n] = w->code == NF4 ? total / NF4_STEPS : total;
+        }
+    }
+}
+
 static void exact(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
     for (int64_t m = 0; m < count; m++) {
         const float *x = in->values + (row + m) * in->padded;
@@ -45,6 +61,11 @@ static void quantize(const float *x, int64_t in_features, int64_t padded, int64_
     generic_quantize(x, in_features, padded, step, codes, stride, scales, sums, apart);
 }
 
+static void quantize_wide(const float *x, int64_t in_features, int64_t padded, int64_t step, int16_t *codes,
+                          float *scales, int32_t *sums, int64_t apart) {
+    generic_quantize_wide(x, in_features, padded, step, codes, scales, sums, apart);
+}
+
 static void widen(const void *x, DType dtype, int64_t count, float *out) { generic_widen(x, dtype, count, out); }
 
 static void finish(const float *values, const float *multiplier, const float *bias, int64_t count, DType dtype,
@@ -58,5 +79,5 @@ static void dequantize(const Weight *w, int64_t block, int64_t from, int64_t to,
 
 static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
 
-const Kernels portable_kernels = {.rows = rows, .exact = exact, .quantize = quantize, .widen = widen,
-    .finish = finish, .read = read_words, .dequantize = dequantize};
+const Kernels portable_kernels = {.rows = rows, .wide_rows = wide_rows, .exact = exact, .quantize = quantize,
+    .quantize_wide = quantize_wide, .widen = widen, .finish = finish, .read = read_words, .dequantize = dequantize};

@@ -1,13 +1,17 @@
 """What an executor is."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from ..job import Job, Outcome
+if TYPE_CHECKING:
+    from ..job import Job, Outcome
 
 
 class Executor(Protocol):
     """Carries out jobs by `run_job`, here or elsewhere: a job is plain values and can be sent to another process.
+
+    The first line of an executor's docstring is what `bitpress list` says of it. Its file imports jobs when it carries
+    them out, because they bring torch and transformers.
 
     Jobs share nothing but the disk, where each holds the lock of its own folder. Their files must be within reach under
     the same paths wherever they run.
@@ -16,7 +20,7 @@ class Executor(Protocol):
     name: ClassVar[str]
     rank: ClassVar[int]
 
-    def map(self, jobs: Iterable[Job], say: Callable[[str], None]) -> Iterator[Outcome]:
+    def map(self, jobs: "Iterable[Job]", say: Callable[[str], None]) -> "Iterator[Outcome]":
         """The outcome of each job as it ends, in any order; the next job is taken from `jobs` when there is room.
 
         Args:

@@ -1,9 +1,10 @@
 """One job after the other, in this process."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from ..job import Job, Outcome, run_job
+if TYPE_CHECKING:
+    from ..job import Job, Outcome
 
 
 class Serial:
@@ -12,8 +13,10 @@ class Serial:
     name: ClassVar[str] = "serial"
     rank: ClassVar[int] = 0
 
-    def map(self, jobs: Iterable[Job], say: Callable[[str], None]) -> Iterator[Outcome]:
+    def map(self, jobs: "Iterable[Job]", say: Callable[[str], None]) -> "Iterator[Outcome]":
         """The outcomes, in the order of the jobs."""
+        from ..job import run_job
+
         return (run_job(job, say) for job in jobs)
 
 

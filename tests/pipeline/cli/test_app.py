@@ -26,6 +26,7 @@ from bitpress.pipeline.errors import (
     NumericsError,
 )
 from bitpress.pipeline.evaluate import process
+from bitpress.pipeline.objects import Artifact
 from bitpress.pipeline.runs import job
 from bitpress.pipeline.storage import files, journal
 from bitpress.pipeline.system import interrupts
@@ -179,6 +180,11 @@ class TestExitCodes:
         assert found.code == 2
         assert "Traceback" not in found.err
 
+    def test_usage_is_one_line(self, bitpress: Bitpress):
+        assert bitpress("run", "--bogus").err == "error: No such option: --bogus; see `bitpress run --help`\n"
+        assert bitpress("generate", "-h").code == 0
+        assert bitpress("--version").out.startswith("bitpress ")
+
     def test_no_traceback_in_a_real_process(self, tmp_path: Path):
         command = [sys.executable, "-c", "from bitpress.pipeline.cli.app import main; main()", "inspect", str(tmp_path)]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -306,7 +312,9 @@ class TestOptions:
         self, bitpress: Bitpress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         given: list[Any] = []
-        monkeypatch.setattr("bitpress.pipeline.api.quantize", lambda *arguments: given.extend(arguments) or [])
+        monkeypatch.setattr(
+            "bitpress.pipeline.api.quantize", lambda *arguments: given.extend(arguments) or Artifact(tmp_path, "")
+        )
         options = ["--calibration", "a.txt", "--windows", 3, "--context", 64, "--seed", "null"]
         options += ["--option", "damping=1e-3", "--option", "order=plain", "--max-fallback-layers", 2]
         options += ["--layer", "*.down_proj=int8-g128", "--layer", "model.layers.0.*=none", "--fit-groups"]
@@ -372,17 +380,41 @@ class TestInspect:
 class TestList:
     def test_json(self, bitpress: Bitpress):
         found = json.loads(bitpress("list", "--json").out)
-        assert {"methods", "formats"} < found.keys()
+        assert {"schemes", "methods", "formats", "executors"} < found.keys()
         assert {"absmax", "nf4"} <= found["methods"].keys()
         assert "gptq" in found["formats"]
+        assert found["schemes"]["int4-g128"]["about"].startswith("4.12 bits per weight")
         kernels = next(value for key, value in found.items() if key.startswith("kernels on "))
-        assert "nf4" in kernels["reference"]
+        assert kernels["reference"]["schemes"] == list(found["schemes"])
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels serve here")
+    def test_the_reason_is_the_one_that_keeps_a_kernel_away(self, bitpress: Bitpress):
+        kernels = json.loads(bitpress("list", "--json").out)["kernels on cpu"]
+        assert {kernels[name]["about"] for name in kernels if name.startswith("triton")} == {
+            "not here: runs on NVIDIA GPUs, not on cpu"
+        }
 
     def test_table(self, bitpress: Bitpress):
         found = bitpress("list")
         assert found.code == 0
-        assert "reference" in found.out
+        assert "int{2,3,4}-{g32,g64,g128,channel,g128-asym}" in found.out
         assert not found.err
+
+
+def test_what_answers_at_once_imports_little():
+    """torch takes a second, transformers and bitsandbytes two more."""
+    program = """if True:
+        import sys
+        from bitpress.pipeline.cli import app
+        assert "torch" not in sys.modules
+        sys.argv = ["bitpress", "list"]
+        try:
+            app.main()
+        except SystemExit as stop:
+            assert not stop.code
+        assert not {"transformers", "bitsandbytes", "accelerate"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
 class TestRun:
@@ -397,6 +429,9 @@ class TestRun:
         monkeypatch.setattr(job, "verify_artifact", refuse)
         monkeypatch.setattr(process, "measure", refuse)
         path = config(tmp_path, tiny_llama, recipes=["int4-g128", "int4-g32"])
+        together = bitpress("run", path)
+        assert f"failed  {tiny_llama} none, {tiny_llama} int4-g32: stopped here" in together.out
+        assert f"  {tmp_path}/runs/trial/int4-g32/artifact\n" in together.out
         found = bitpress("run", path, "--json")
         assert found.code == 1
         jobs = {outcome["recipe"]: outcome for outcome in json.loads(found.out)}

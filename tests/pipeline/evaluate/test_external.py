@@ -80,7 +80,7 @@ def test_is_measured_once(made: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     compare(given, tmp_path / "page")
     before = (tmp_path / "page" / "compare.json").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(process, "measure", lambda *arguments: pytest.fail("measured again"))
+        patch.setattr(process, "measure", lambda *arguments, **named: pytest.fail("measured again"))
         compare(given, tmp_path / "page")
         (kept,) = (tmp_path / "page" / "measured").iterdir()
         compare([made / "runs", kept], tmp_path / "other")
@@ -88,7 +88,12 @@ def test_is_measured_once(made: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         assert len(figures(tmp_path / "other")["runs"]) == 4
     calls: list[Any] = []
     original = process.measure
-    monkeypatch.setattr(process, "measure", lambda *arguments: calls.append(0) or original(*arguments))
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(0)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(process, "measure", counted)
     shutil.copytree(made / "theirs", tmp_path / "theirs")
     (tmp_path / "theirs" / "NOTES.md").write_text("another checkpoint of the same name")
     compare([made / "runs", tmp_path / "theirs"], tmp_path / "page")

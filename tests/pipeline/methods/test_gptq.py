@@ -351,4 +351,4 @@ class TestOptions:
     @pytest.mark.parametrize("name", ["nf4", "nf4-dq"])
     def test_what_it_does_not_produce(self, name: str) -> None:
         (problem,) = GPTQ().problems(Scheme.parse(name))
-        assert problem == f"gptq produces integer weights, a scale per channel or group, not {name}"
+        assert problem == f"gptq produces weights that have a scale per channel or group, not {name}"

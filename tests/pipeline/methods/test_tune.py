@@ -115,6 +115,11 @@ class TestTune:
         assert made[0][1] == made[1][1]
         assert all(torch.equal(made[0][0][name].codes, made[1][0][name].codes) for name in "ab")
 
+    def test_codes_that_are_no_integers_are_refused(self) -> None:
+        assert Tune().problems(Scheme.parse("nvfp4")) == ["tune learns integer weights, not nvfp4"]
+        assert not GPTQ().problems(Scheme.parse("nvfp4"))
+        assert not Tune().problems(Scheme.parse("int2-g32"))
+
     def test_the_global_seed_is_left_alone(self) -> None:
         before = torch.random.get_rng_state()
         Tune(steps=2).learn(TwoLayers(), TwoLayers().quantized())

@@ -14,13 +14,15 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from bitpress.pipeline.api import load, quantize
 from bitpress.pipeline.cli import app
 from bitpress.pipeline.errors import CheckpointError, ConfigError
-from bitpress.pipeline.models.conversation import HELP, Conversation, Printer, converse
+from bitpress.pipeline.models.conversation import HELP, Conversation, converse
+from bitpress.pipeline.models.generation import Printer, Sampling
 
 TEMPLATE = (
     "{%- for turn in messages %}{{ turn.role[0] }}:{{ turn.content }};{%- endfor %}"
     "{%- if add_generation_prompt %}a:{%- endif %}"
 )
 LAST_TURN_ONLY = "{{ messages[-1].content }};"
+GREEDY = Sampling(temperature=0)
 SAY = ["what is it", "and then", "why"]
 
 
@@ -68,7 +70,7 @@ def test_answers_are_those_of_reading_all_anew(artifact: Path, template: str) ->
     model, tokenizer = load(artifact, dtype="float32")
     tokenizer.chat_template = template
     expected = from_scratch(model, tokenizer, 6, *SAY)
-    conversation = Conversation(model, tokenizer, tokens=6, temperature=0)
+    conversation = Conversation(model, tokenizer, tokens=6, sampling=GREEDY)
     assert talk(conversation, *SAY) == [printable(answer) for answer in expected]
     assert conversation.cache.get_seq_length() == len(conversation.read)
 
@@ -81,7 +83,7 @@ def printable(text: str) -> str:
 
 def test_only_new_tokens_are_read(artifact: Path) -> None:
     model, tokenizer = load(artifact)
-    conversation = Conversation(model, tokenizer, tokens=4, temperature=0)
+    conversation = Conversation(model, tokenizer, tokens=4, sampling=GREEDY)
     talk(conversation, "a" * 100)
     before = len(conversation.read)
     read = count_read(model)
@@ -98,12 +100,12 @@ def test_a_cache_that_cannot_go_back_is_left(tiny: Callable[..., Path], tmp_path
     model, tokenizer = load(tmp_path / "out")
     tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
     expected = from_scratch(model, tokenizer, 6, *SAY)
-    assert talk(Conversation(model, tokenizer, tokens=6, temperature=0), *SAY) == list(map(printable, expected))
+    assert talk(Conversation(model, tokenizer, tokens=6, sampling=GREEDY), *SAY) == list(map(printable, expected))
 
 
 def test_system_and_clear(artifact: Path) -> None:
     model, tokenizer = load(artifact)
-    conversation = Conversation(model, tokenizer, system="be brief", tokens=4, temperature=0)
+    conversation = Conversation(model, tokenizer, system="be brief", tokens=4, sampling=GREEDY)
     first = talk(conversation, "hello")
     assert tokenizer.decode(conversation.read).startswith("s:be brief;u:hello;a:")
     talk(conversation, "more")
@@ -114,7 +116,7 @@ def test_system_and_clear(artifact: Path) -> None:
 
 def test_an_interrupted_answer_keeps_its_words(artifact: Path) -> None:
     model, tokenizer = load(artifact)
-    conversation = Conversation(model, tokenizer, tokens=50, temperature=0)
+    conversation = Conversation(model, tokenizer, tokens=50, sampling=GREEDY)
     heard: list[str] = []
 
     def write(words: str) -> None:
@@ -177,7 +179,7 @@ def test_a_line_that_the_template_refuses_is_no_end(artifact: Path) -> None:
     model, tokenizer = load(artifact)
     no = "{{ raise_exception('not \x1b[2Jthat') }}"
     tokenizer.chat_template = f"{{% if 'no' in messages[-1].content %}}{no}{{% endif %}}{TEMPLATE}"
-    conversation = Conversation(model, tokenizer, tokens=3, temperature=0)
+    conversation = Conversation(model, tokenizer, tokens=3, sampling=GREEDY)
     heard: list[str] = []
     converse(conversation, iter(["first", "no", "third"]), heard.append)
     assert r"not \u001b[2Jthat" in "".join(heard)
@@ -208,7 +210,7 @@ def test_generate_writes_nothing_that_steers_a_terminal(
 
 def test_lines(artifact: Path) -> None:
     model, tokenizer = load(artifact)
-    conversation = Conversation(model, tokenizer, tokens=4, temperature=0)
+    conversation = Conversation(model, tokenizer, tokens=4, sampling=GREEDY)
     heard: list[str] = []
     lines = ["hello", "", "x" * 300, "/what", "/clear", "hello", "/exit", "never"]
     converse(conversation, iter(lines), heard.append)
@@ -229,5 +231,5 @@ def test_chat_answers_standard_input(
     with pytest.raises(SystemExit) as stop:
         app.app()
     assert not stop.value.code
-    expected = talk(Conversation(*load(artifact), tokens=4, temperature=0), "hello", "more")
+    expected = talk(Conversation(*load(artifact), tokens=4, sampling=GREEDY), "hello", "more")
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in expected)

@@ -144,7 +144,7 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(was)
 
 
-@pytest.mark.parametrize("kernel", [EXACT, "native-int8"])
+@pytest.mark.parametrize("kernel", [EXACT, "native-int16", "native-int8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounds_no_more_than_the_layers_own_forward(kernel: str, dtype: str, pressed: Callable[[Any], Path]):
     """Both round to the dtype between layers and in the cache, transformers after every operation besides."""

@@ -1,0 +1,156 @@
+"""FP8 weights: E4M3 values (Micikevicius et al., FP8 Formats for Deep Learning, 2022), and a scale for each output
+channel or each square of 128 outputs and 128 inputs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import Layout, Shape, WeightDescription
+from .grid import MakeGrid
+from .integer import smallest_scale
+
+LARGEST = 448.0  # of E4M3
+SQUARE = 128
+
+_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _scales(peaks: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """The scales of these largest magnitudes as they are stored; zeros get 1.
+
+    Raises:
+        ValueError: a scale beyond the dtype's range, or weights that are not finite.
+    """
+    scales = (peaks / LARGEST).to(scale_dtype)
+    if not torch.isfinite(scales).all():
+        raise ValueError(f"a scale of {peaks.max().item() / LARGEST:.4g} does not fit {scale_dtype}")
+    return torch.where(peaks == 0, torch.ones_like(scales), scales.clamp(min=smallest_scale(scale_dtype)))
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """See CodeGrid: the values of FP8 weights with a scale for each channel."""
+
+    scale_dtype: torch.dtype
+
+    # Steps grow with the value, so a scale of half the size has the same steps: one octave is all that there is to try.
+    ratios: ClassVar[tuple[float, ...]] = tuple(2.0 ** (-step / 8) for step in range(8))
+    whole: ClassVar[bool] = False
+    common: ClassVar[dict[str, Tensor]] = {}
+
+    def parameters(self, reach: Tensor) -> tuple[Tensor, None]:
+        return _scales(reach.abs().amax(-1), self.scale_dtype).to(torch.float32), None
+
+    def limits(self, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.full_like(scales, -LARGEST), torch.full_like(scales, LARGEST)
+
+    def nearest(self, exact: Tensor) -> Tensor:
+        return exact.copy_(exact.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn))
+
+    def representable(self, scales: Tensor) -> Tensor:
+        return scales.to(self.scale_dtype).to(torch.float32)
+
+    def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> dict[str, Tensor]:
+        return {"codes": codes.to(torch.float8_e4m3fn).contiguous(), "scales": scales.to(self.scale_dtype)}
+
+
+@dataclass(frozen=True)
+class Float8:
+    """A weight is a scale times an E4M3 value.
+
+    codes: float8_e4m3fn [out, in]. scales: float16, bfloat16 or float32 [out, 1]; where `squares`, [ceil(out / 128),
+    ceil(in / 128)], the last squares being cut where 128 does not divide the weight's sizes.
+    """
+
+    squares: bool = False
+
+    rank: ClassVar[int] = 30
+    forms: ClassVar[str] = "fp8 or fp8-b128"
+    examples: ClassVar[tuple[str, ...]] = ("fp8", "fp8-b128")
+    holds_order: ClassVar[bool] = False
+    bits: ClassVar[int] = 8
+
+    @classmethod
+    def parse(cls, name: str) -> "Float8 | None":
+        return cls(name == "fp8-b128") if name in cls.examples else None
+
+    @classmethod
+    def from_description(cls, description: WeightDescription) -> "Float8 | None":
+        return next((kind for kind in (cls(), cls(True)) if kind.description() == description), None)
+
+    @property
+    def name(self) -> str:
+        return "fp8-b128" if self.squares else "fp8"
+
+    @property
+    def grid(self) -> MakeGrid | None:
+        return None if self.squares else lambda _, scale_dtype: _Grid(scale_dtype)
+
+    def description(self) -> WeightDescription:
+        if self.squares:
+            return WeightDescription("float", self.bits, "block", SQUARE)
+        return WeightDescription("float", self.bits, "channel")
+
+    def problems(self, shape: Shape) -> list[str]:
+        return []
+
+    def fitted(self, shape: Shape) -> "Float8":
+        return self
+
+    def layout(self, shape: Shape) -> Layout:
+        grid = (-(-shape[0] // SQUARE), -(-shape[1] // SQUARE)) if self.squares else (shape[0], 1)
+        return {"codes": (shape, (torch.float8_e4m3fn,)), "scales": (grid, _SCALE_DTYPES)}
+
+    def check(self, shape: Shape, tensors: Mapping[str, Tensor]) -> None:
+        """Every code is a value, NaN aside."""
+
+    def dequantize(self, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return (tensors["codes"].to(torch.float32) * self._spread(tensors["scales"], shape)).to(dtype)
+
+    def nearest(self, weight: Tensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        """Each scale is set by the largest magnitude that it serves, which becomes 448.
+
+        Raises:
+            ValueError: a scale beyond the dtype's range, or weights that are not finite.
+        """
+        wide, shape = weight.to(torch.float32), (weight.shape[0], weight.shape[1])
+        if self.squares:
+            whole = F.pad(wide.abs(), (0, -shape[1] % SQUARE, 0, -shape[0] % SQUARE))
+            peaks = whole.unflatten(1, (-1, SQUARE)).unflatten(0, (-1, SQUARE)).amax((1, 3))
+        else:
+            peaks = wide.abs().amax(1, keepdim=True)
+        scales = _scales(peaks, scale_dtype)
+        codes = (wide / self._spread(scales, shape)).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return {"codes": codes, "scales": scales}
+
+    def _spread(self, scales: Tensor, shape: Shape) -> Tensor:
+        """float32 scales that a weight of this shape can be multiplied by."""
+        wide = scales.to(torch.float32)
+        if not self.squares:
+            return wide
+        return wide.repeat_interleave(SQUARE, 0)[: shape[0]].repeat_interleave(SQUARE, 1)[:, : shape[1]]
+
+    def random(self, shape: Shape, generator: torch.Generator) -> dict[str, Tensor]:
+        return self.nearest(torch.randn(shape, generator=generator), torch.float32)
+
+    def rows(self, shape: Shape, tensors: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+        if self.squares:
+            raise ValueError(f"{SQUARE} rows share their scales")
+        return {"codes": tensors["codes"][ids], "scales": tensors["scales"][ids]}
+
+    def elements(self, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, None]:
+        return tensors["codes"], tensors["scales"], None
+
+    def from_elements(self, shape: Shape, elements: Tensor, scales: Tensor, zeros: Tensor | None) -> dict[str, Tensor]:
+        if elements.dtype != torch.float8_e4m3fn:
+            raise ValueError(f"elements have dtype {elements.dtype}, expected torch.float8_e4m3fn")
+        if zeros is not None:
+            raise ValueError(f"{self.name} has no zero points")
+        return {"codes": elements, "scales": scales}
+
+
+PLUGINS = (Float8,)

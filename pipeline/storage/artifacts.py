@@ -1,0 +1,43 @@
+"""The checkpoint that a folder means: the folder itself, or the artifact of the run whose folder it is."""
+
+from pathlib import Path
+
+from ..errors import ConfigError, listing
+from .checkpoint import INDEX, SINGLE
+
+DEMO = "builtin:demo"
+ARTIFACT = "artifact"  # in the folder of a recipe's run
+METRICS = "metrics.json"  # likewise
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds weights."""
+    return (folder / SINGLE).exists() or (folder / INDEX).exists() or any(folder.glob("*.gguf"))
+
+
+def local_checkpoint(model: str | Path) -> Path:
+    """The checkpoint's folder that a path means, or `builtin:demo`.
+
+    The folder of a recipe's run (runs/NAME/RECIPE) means the artifact in it, and that of a whole run (runs/NAME) the
+    artifact of its only recipe. A path that is neither, or does not exist, means itself.
+
+    Raises:
+        ConfigError: a run of several recipes; a run of the baseline alone, which has no weights of its own.
+    """
+    if str(model) == DEMO:
+        return (Path(__file__).parents[1] / "demo_model" / "config.json").resolve().parent
+    folder = Path(model)
+    if is_checkpoint(folder) or not folder.is_dir():
+        return folder
+    if (folder / ARTIFACT).is_dir():
+        return folder / ARTIFACT
+    if (folder / METRICS).exists():
+        raise ConfigError(
+            f"{folder} is a run of an unquantized model, so it holds figures and no weights; name the model itself"
+        )
+    below = (path for deep in ("*", "*/*") for path in folder.glob(f"{deep}/{ARTIFACT}") if path.is_dir())
+    artifacts = sorted(path for path in below if is_checkpoint(path))
+    if len(artifacts) > 1:
+        runs = listing([str(path.parent) for path in artifacts])
+        raise ConfigError(f"{folder} is a run of {len(artifacts)} recipes; name one of them:\n{runs}")
+    return artifacts[0] if artifacts else folder
