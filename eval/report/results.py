@@ -61,9 +61,9 @@ def rows(runs: Sequence[Metrics]) -> list[Row]:
 
     Speeds are those at the smallest batch and prompt; each further load has columns of its own, and so has each task.
     """
-    made = [_row(run) for run in reported_runs(runs)]
-    columns = list(dict.fromkeys(column for row in made for column in row))
-    return [{column: row.get(column) for column in columns} for row in made]
+    uneven = [_row(run) for run in reported_runs(runs)]
+    columns = list(dict.fromkeys(column for row in uneven for column in row))
+    return [{column: row.get(column) for column in columns} for row in uneven]
 
 
 def _row(run: ReportedRun) -> Row:
