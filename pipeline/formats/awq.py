@@ -168,7 +168,7 @@ class AWQ(Format):
         odd = [layer for layer, shape in facts.shapes.items() if any(size % 64 for size in shape)]
         served = [*own, *([("unknown", counted("features are no multiples of 64", odd))] if odd else [])]
         return {
-            "transformers": Loading([*own, ("unknown", "by GPTQModel's kernels")], needs="gptqmodel"),
+            "transformers": Loading(own, needs="gptqmodel"),
             "GPTQModel": Loading(own),
             "vLLM": Loading(served),
             "SGLang": Loading(served),

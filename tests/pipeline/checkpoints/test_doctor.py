@@ -305,7 +305,7 @@ VERDICTS = [
     ("compressed-tensors", "int4-g128", {"ordered": True}, "no unknown no unknown", "unknown no limited unknown"),
     ("int-quantized", "int8-dynamic", {}, "yes unknown yes yes", "limited no limited unknown"),
     ("bitsandbytes", "nf4", {}, "yes unknown yes yes", "no no no unknown"),
-    ("awq", "int4-g128-asym", {}, "unknown yes yes yes", "no yes limited unknown"),
+    ("awq", "int4-g128-asym", {}, "yes yes yes yes", "no yes limited unknown"),
     (
         "gptq",
         "int4-g128",
