@@ -82,6 +82,16 @@ class Calibrate(_Strict):
     seed: int | None = Field(0, ge=0)  # None: the first windows of the text, in order
 
 
+def _share(value: Any) -> Any:
+    """3% as 0.03."""
+    if isinstance(value, str) and value.endswith("%"):
+        return float(value[:-1]) / 100
+    return value
+
+
+Share = Annotated[float, BeforeValidator(_share)]
+
+
 class RecipeDefaults(_Strict):
     """What all recipes of a config have in common, where they do not say otherwise."""
 
@@ -91,6 +101,9 @@ class RecipeDefaults(_Strict):
     choices: list[str] = []  # of a budget: the schemes to choose from, none for unquantized; [] for 2 to 8 bits
     options: dict[str, Any] = {}  # of the method, such as {damping: 1e-3} of gptq
     layers: dict[str, str] = {}  # shell pattern on the names in the files -> [method/]scheme, or none; the last wins
+    keep_inputs: Share = Field(
+        0.0, ge=0, le=1
+    )  # of the layers that quantize inputs, 5% at most leave them alone: the worst
     observer: str = AUTO  # of the range of static inputs: mse, percentile or minmax; auto is the first
     calibration: Calibrate | None = None  # None: the defaults above, where a method needs any
     max_fallback_layers: int = Field(0, ge=0)  # where more layers fall back to rounding to nearest, the job fails
@@ -119,11 +132,19 @@ def _budget(value: Any) -> str:
 BudgetName = Annotated[str, BeforeValidator(_budget)]
 
 
-def recipe_parts(text: str) -> dict[str, str]:
+# Recipes that are known by one word. The figures behind int8 are in README.md, under INT8.
+NAMED_RECIPES: dict[str, dict[str, Any]] = {
+    "int8": {"transform": "smooth", "method": "gptq", "scheme": "int8-dynamic", "keep_inputs": 0.05},
+}
+
+
+def recipe_parts(text: str) -> dict[str, Any]:
     """What a recipe's text, [transform+][method/]scheme, names of "scheme", "method" and "transform".
 
-    An amount, such as 4.25bits, is a "budget" in place of a scheme.
+    An amount, such as 4.25bits, is a "budget" in place of a scheme; a word of NAMED_RECIPES stands for its keys.
     """
+    if text in NAMED_RECIPES:
+        return {"name": text, **NAMED_RECIPES[text]}
     transform, plus, rest = text.rpartition("+")
     method, slash, scheme = rest.rpartition("/")
     try:
@@ -236,13 +257,6 @@ class Eval(_Strict):
 
 class Cpu(_Strict):
     activations: Literal["int16", "int8", "bf16"] = "int16"  # what weight-only kernels round inputs to; bf16: nothing
-
-
-def _share(value: Any) -> Any:
-    """3% as 0.03."""
-    if isinstance(value, str) and value.endswith("%"):
-        return float(value[:-1]) / 100
-    return value
 
 
 class Gates(_Strict):

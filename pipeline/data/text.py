@@ -62,6 +62,13 @@ class Rows:
     values: list[Any]
 
 
+def needed_packages(source: str | Dataset) -> list[str]:
+    """The packages, beside bitpress's own requirements, that it takes to read a source."""
+    if isinstance(source, Dataset):
+        return ["datasets"]
+    return ["pyarrow"] if source.lower().endswith(".parquet") else []
+
+
 def read_text(source: str | Dataset) -> Text:
     """Text from a file, a data set of the Hub, or Python itself.
 

@@ -70,6 +70,7 @@ class GGUF(Format):
     holds_embeddings = True
     exact_scales = True
     convertible = True
+    packages = (_PACKAGE,)
     uncuttable = "servers that read GGUF do it by plug-ins, and how these cut layers is not documented"
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
@@ -196,6 +197,9 @@ class GGUF(Format):
             "ORT GenAI": Loading([("unknown", "its builder reads GGUF, and files like these were not tried")]),
             "TensorRT-LLM": Loading([("no", "its documents do not name GGUF")]),
         }
+
+    def weight_files(self, shards: int) -> list[str]:
+        return [FILE]
 
     def writer(self, folder: Path, dtype: torch.dtype, shards: int) -> "GGUFWriter":
         return GGUFWriter(self, folder, dtype, shards)

@@ -41,6 +41,8 @@ class Job:
         folder: its own, beside those of the model's other jobs.
         override: gates that are missed are recorded as overridden, and are no error.
         redo: make the artifact again, whatever the one that is there was made from.
+        memory: bytes at its peak, by the plan; 0 where nobody knows. searches: whether it takes part in the search that
+            the budgets on one model share.
     """
 
     run: Run
@@ -54,6 +56,8 @@ class Job:
     folder: Path
     override: bool = False
     redo: bool = False
+    memory: int = 0
+    searches: bool = False
 
 
 @dataclass(frozen=True)

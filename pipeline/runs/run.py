@@ -26,11 +26,19 @@ from ..storage.checkpoint import Checkpoint
 from ..system.unexpected import unexpected
 from .executors import executor
 from .job import Job, Outcome
+from .plan import RunPlan, plan_run
 
 __all__ = ["Outcome", "execute", "plan_jobs", "summarize"]
 
 
-def execute(run: Run, command: str, say: Say, override: bool = False, redo: str | None = None) -> list[Outcome]:
+def execute(
+    run: Run,
+    command: str,
+    say: Say,
+    override: bool = False,
+    redo: str | None = None,
+    plan: RunPlan | None = None,
+) -> list[Outcome]:
     """The outcome of every job of a config, in the config's order; one that fails does not stop the others.
 
     Args:
@@ -38,9 +46,15 @@ def execute(run: Run, command: str, say: Say, override: bool = False, redo: str 
         say: takes a line of news.
         override: missed gates are recorded as overridden, and are no error.
         redo: the stage to do again, with what comes after: "quantize", or "evaluate", which keeps artifacts.
+        plan: of this config; by default it is made here.
     Raises:
-        ConfigError: there is no such executor.
+        ConfigError: there is no such executor, or something that a job needs is not here: a package, memory. DiskError:
+            there is no room for all of them. No job has started then.
     """
+    carries_out = executor(run.executor)
+    plan = plan or plan_run(run, jobs_of(run))
+    plan.check()
+    planned_jobs = {job.folder: job for job in plan.jobs}
     outcomes: dict[Path, Outcome] = {}
 
     def jobs() -> Iterator[Job]:
@@ -57,9 +71,11 @@ def execute(run: Run, command: str, say: Say, override: bool = False, redo: str 
                 for name in _names(run):
                     folder = model_folder(run, model) / name
                     outcomes[folder] = Outcome(model.id, name, folder, error=reason)
-            yield from planned
+            for job in planned:
+                own = planned_jobs.get(job.folder)
+                yield replace(job, memory=max(own.memory.values(), default=0), searches=own.search) if own else job
 
-    for outcome in executor(run.executor).map(jobs(), say):
+    for outcome in carries_out.map(jobs(), say):
         outcomes[outcome.folder] = outcome
     for model in run.models:
         folder = model_folder(run, model)
@@ -112,6 +128,11 @@ def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False,
         folder = parent / settings.label
         jobs.append(replace(baseline, name=settings.label, recipe=settings, calibration=calibration, folder=folder))
     return jobs
+
+
+def jobs_of(run: Run) -> list[tuple[Model, str, Path]]:
+    """The model, the recipe's name and the folder of every job of a config, in its order."""
+    return [(model, name, model_folder(run, model) / name) for model in run.models for name in _names(run)]
 
 
 def _names(run: Run) -> list[str]:

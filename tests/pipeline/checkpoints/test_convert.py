@@ -79,7 +79,7 @@ def test_lossless_or_refused(made: Callable[..., Path], tmp_path: Path, scheme: 
             convert(source, to, out)
         assert not list(tmp_path.iterdir())
         return
-    notes = convert(source, to, out)
+    notes = convert(source, to, out).notes
     assert "14 layers" in notes[0]
     assert "read back" in notes[0]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -198,7 +198,7 @@ class TestActOrder:
         return ordered(copy_of(made("int4-g32", "gptq"), "source"), edit_json)
 
     def test_stays_in_gptq(self, source: Path, tmp_path: Path) -> None:
-        notes = convert(source, "gptq-v2", tmp_path / "out")
+        notes = convert(source, "gptq-v2", tmp_path / "out").notes
         assert "14 of them have act-order" in notes[1]
         assert_same_weights(tmp_path / "out", source)
         config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
@@ -246,7 +246,7 @@ class TestScales:
         assert_same_weights(tmp_path / "out", folder)
 
     def test_float16_stays_where_the_model_s_dtype_would_round(self, made: Callable[..., Path], tmp_path: Path) -> None:
-        notes = convert(made("int4-g32", "gptq"), "compressed-tensors", tmp_path / "out")
+        notes = convert(made("int4-g32", "gptq"), "compressed-tensors", tmp_path / "out").notes
         assert "14 of them keep the dtype of their scales, which bfloat16 would round" in notes[1]
         assert Checkpoint(tmp_path / "out").tensors[f"{LAYER}.weight_scale"].dtype == torch.float16
 

@@ -71,7 +71,7 @@ class TestConfig:
 
     def test_auto_map_of_an_architecture_that_transformers_has(self, source: Path, tmp_path: Path, edit_json: Any):
         edit_json(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
-        notes = quantize(source, "int4-g32", tmp_path / "out")
+        notes = quantize(source, "int4-g32", tmp_path / "out").notes
         assert "auto_map left out" in str(notes)
         assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
         assert type(load(tmp_path / "out")[0]).__module__ == "transformers.models.llama.modeling_llama"
@@ -310,7 +310,7 @@ def test_what_an_earlier_run_left_is_not_copied(source: Path, tmp_path: Path):
         (source / name).write_text("{}")
     for name in ("Licence.TXT", "COPYING"):
         (source / name).write_text("Do what you like.")
-    notes = quantize(source, "int4-g32", tmp_path / "out")
+    notes = quantize(source, "int4-g32", tmp_path / "out").notes
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert not written & (set(names) - {"bitpress.json"})
     assert {"Licence.TXT", "COPYING", "LICENSE"} <= written
