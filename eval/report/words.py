@@ -2,10 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 DASH = "–"
 KERNEL_KL = (
@@ -113,6 +113,16 @@ def printable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {printable(key): printable(item) for key, item in value.items()}
     return [printable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def terms_html(title: str, rows: Iterable[Sequence[Any]]) -> str:
+    """A table of names and values for a notebook; everything in it may come from a checkpoint, and is escaped."""
+    left = "style='text-align:left'"
+    cells = (
+        f"<tr><th {left}>{escape(printable(str(name)))}</th><td {left}>{escape(printable(str(value)))}</td></tr>"
+        for name, value in rows
+    )
+    return f"<table><caption>{escape(printable(title))}</caption>{''.join(cells)}</table>"
 
 
 def plus_minus(value: float | None, error: float | None, words: Callable[[float | None], str]) -> str:

@@ -168,6 +168,10 @@ def quantize(
     observer: Annotated[
         str, typer.Option(help="Of the range of int8-static's inputs: mse (auto), percentile or minmax.")
     ] = "auto",
+    keep_inputs: Annotated[
+        str | None,
+        typer.Option(help="5%: at most so many layers leave their inputs alone, those where rounding them costs most."),
+    ] = None,
     fit_groups: Annotated[
         bool, typer.Option("--fit-groups", help="Layers that the group size does not divide get a smaller one.")
     ] = False,
@@ -198,11 +202,12 @@ def quantize(
     settings |= {"layers": load_layers(layer or []), "options": load_options(option or [])}
     settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
     settings |= {"max_fallback_layers": max_fallback_layers, "observer": observer}
+    settings |= load_options([f"keep_inputs={keep_inputs}"] if keep_inputs else [])
     settings |= calibration_keys(calibration, windows, context, seed)
     name = budget or recipe or DEFAULT_RECIPE
     with progress(f"quantizing to {name}") as step:
-        notes = quantize_api(model, settings, output, revision, device, step, keep)
-    for note in notes:
+        artifact = quantize_api(model, settings, output, revision, device, step, keep)
+    for note in artifact.notes:
         news(note)
     print_line(f"{output}: {name}; try `bitpress eval {output}`")
 
@@ -228,8 +233,8 @@ def convert(
 
     quiet_libraries()
     with progress(f"converting to {to}") as step:
-        notes = convert_api(model, to, output, step)
-    for note in notes:
+        artifact = convert_api(model, to, output, step)
+    for note in artifact.notes:
         news(note)
     print_line(f"{output}: {to}; try `bitpress doctor {output}`")
 

@@ -20,7 +20,7 @@ The shortest method, in a file of its own in this folder:
     PLUGINS = (Truncate(),)
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -138,6 +138,17 @@ class BlockView(Protocol):
 
     def fold(self, folding: Folding, scale: Tensor) -> None:
         """Divide a group's inputs by `scale` [in], powers of two, and multiply the columns of its weights by it."""
+
+    def error(self, products: Mapping[str, Callable[[Tensor], Tensor]]) -> float:
+        """How far the block's outputs would be off, on one batch of calibration tokens, if layers computed otherwise.
+
+        The squared error of each token's outputs as a fraction of their squared norm, the mean over tokens; and the
+        same fraction of all tokens together. The first counts every token. The second counts those with massive
+        activations, which are few and which all other tokens attend to.
+
+        Args:
+            products: layer -> what it makes of its inputs, float32 [..., in], before its bias is added: [..., out].
+        """
 
     def inputs(self) -> Iterator[Tensor]:
         """The block's inputs for the calibration tokens, [windows, context, hidden] batch by batch."""

@@ -11,7 +11,6 @@ Three steps, each of which survives a crash and is done once for all budgets of 
   size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes.
 """
 
-import glob
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -39,7 +38,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.fingerprint import digest, open_work
 from ..system.progress import OnStep
 from .block_runner import BlockRunner
-from .plan import Plan, PlannedTensor, make_plan
+from .plan import Plan, PlannedTensor, make_plan, patterns
 from .recipe import Recipe, fingerprint, order_of_sums
 from .sequential import CalibratedBlocks, clear_states
 from .spec import KEPT, LayerSpec, Rules
@@ -76,9 +75,7 @@ class BudgetUnit:
     @property
     def patterns(self) -> list[str]:
         """Patterns of names that fit these layers and no others."""
-        if any(planned.target.expert for planned in self.layers):
-            return [f"{glob.escape(self.name)}.*"]
-        return [glob.escape(planned.module) for planned in self.layers]
+        return patterns(self.name, self.layers)
 
 
 @dataclass(frozen=True)

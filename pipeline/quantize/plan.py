@@ -1,8 +1,9 @@
 """What will be done to each tensor, decided from headers alone, before any weight is read."""
 
 import functools
+import glob
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -64,6 +65,17 @@ class PlannedTensor:
     def shape(self) -> tuple[int, ...]:
         """[out_features, in_features]."""
         return self.info.shape[::-1] if self.kind == "conv1d" else self.info.shape
+
+
+def patterns(name: str, layers: Sequence[PlannedTensor]) -> list[str]:
+    """Patterns of names that fit the layers of what servers fuse, and no others.
+
+    Args:
+        name: of the unit, see fused_unit.
+    """
+    if any(planned.target.expert for planned in layers):
+        return [f"{glob.escape(name)}.*"]
+    return [glob.escape(planned.module) for planned in layers]
 
 
 @dataclass(frozen=True)

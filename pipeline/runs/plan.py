@@ -36,6 +36,7 @@ from ..storage.fingerprint import MANIFEST
 from ..system import packages
 from ..system.device import pick_device
 from ..system.unexpected import unexpected
+from ..trackers import trackers
 from .executors import executor
 from .rates import Rates, Shape, measure
 
@@ -257,6 +258,10 @@ def plan_run(run: Run, names: Sequence[tuple[Model, str, Path]]) -> RunPlan:
         except BaseException as error:  # the job itself will say so; others are not to blame
             jobs.append(replace(job, problem=str(unexpected(error))))
     sentences = [f"{', '.join(dict.fromkeys(wanted[package]))}: {reason}" for package, reason in missing.items()]
+    try:
+        trackers(run.track)
+    except ConfigError as error:
+        sentences.append(str(error))
     return RunPlan(run, jobs, sentences, list(absent))
 
 

@@ -1,4 +1,4 @@
-"""Progress with the time left, on a terminal; silence elsewhere."""
+"""Progress with the time left, on a terminal and in a notebook; silence elsewhere."""
 
 import contextlib
 import logging
@@ -69,7 +69,7 @@ def progress(label: str) -> Iterator[OnStep]:
     if _listeners:
         yield partial(_listeners[-1], label)
         return
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() and not _in_notebook():
         yield lambda done, total: None
         return
     start = time.monotonic()
@@ -91,3 +91,14 @@ def progress(label: str) -> Iterator[OnStep]:
         yield step
     finally:
         bar.stop()
+
+
+def shown(on_step: OnStep | None, label: str) -> contextlib.AbstractContextManager[OnStep]:
+    """The caller's own function of (done, total), or a bar where there is none."""
+    return contextlib.nullcontext(on_step) if on_step else progress(label)
+
+
+def _in_notebook() -> bool:
+    """Whether a kernel of Jupyter runs this program."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
