@@ -22,7 +22,7 @@ EVERY = sorted([*SHIPPED, *(ROOT / "tests").rglob("*.py")])
 # Who may import whom: a folder, or a file that lies beside folders, may import what stands to the right of it.
 ORDER = {
     "": "tests -> pipeline -> eval -> kernels",
-    "pipeline": "package -> pipeline -> cli -> runs, bench, hf, api, objects -> publish -> evaluate"
+    "pipeline": "package -> pipeline -> cli -> runs, bench, hf, api, objects -> publish, trackers -> evaluate"
     " -> quantize, checkpoints -> transforms -> methods, models -> formats, data -> hub"
     " -> system, config, storage -> errors",
     "kernels": "bench -> decoder_layer -> linear -> registry -> cpu, triton, external, reference -> base -> qtensor"
@@ -46,6 +46,8 @@ LATE_IMPORTS = {
     "pipeline/formats/gguf.py": "gguf is optional",
     "pipeline/methods/nf4.py": "bitsandbytes is optional",
     "pipeline/bench/scripts/*_job.py": "another program's Python runs them, and tests import them without that program",
+    "pipeline/runs/executors/ray.py": "ray is optional, and a job brings torch and transformers",
+    "pipeline/trackers/*.py": "trackers are optional",
     "pipeline/runs/executors/serial.py": "`bitpress list` shows executors, and a job brings torch and transformers",
     "kernels/external/bitsandbytes_nf4.py": "bitsandbytes is optional",
     "eval/report/report.py": "matplotlib takes a second, and only pages with figures need it",

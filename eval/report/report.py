@@ -89,7 +89,35 @@ def card(runs: Sequence[Metrics], page: Mapping[str, Any]) -> str:
         runs: the run that the card is about, and its baseline where there is one.
         page: what else the card says; see pipeline/publish/card.py.
     """
-    return render.markdown("card", {**_view(runs), **say.printable(page)})
+    quantized = [run for run in reported_runs(runs) if not run.is_baseline]
+    return render.markdown("card", {**_view(runs), "apart": _apart(quantized[-1]), **say.printable(page)})
+
+
+def _apart(run: ReportedRun) -> list[tuple[str, str]]:
+    """(whose, sentence): the quality of the file, and what the kernel adds that measured it."""
+    quality, cost = run.get("quality") or {}, run.get("kernels", "rounded_inputs")
+    after, before = run.perplexities()
+    figures = []
+    if after is not None:
+        figures.append(f"perplexity {say.followed(say.number(after), say.increase(after, before))}")
+    if quality.get("kl_mean") is not None:
+        figures.append(f"mean KL {say.divergence(quality['kl_mean'], quality.get('kl_mean_se'))}")
+    if quality.get("top1_agreement") is not None:
+        figures.append(f"the same next token {say.percent(quality['top1_agreement'])} of the time")
+    known = ", ".join(figures) or "not measured"
+    names = ", ".join(run.get("kernels", "selected") or {}) or "bitpress's kernel"
+    if cost:
+        divergence = say.divergence(cost.get("kl_mean"), cost.get("kl_mean_se"))
+        added = f"{names} also rounds the inputs of {cost.get('layers')} layers, which adds a mean KL of {divergence}"
+    else:
+        added = f"{names} computes with inputs as the scheme has them and adds nothing that was measured"
+    return [
+        (
+            "Quality of the file",
+            f"{known}. Weights and inputs are those of the scheme, whatever runtime loads the file.",
+        ),
+        ("Of the kernel", f"{added}. It is bitpress's on the machine below; another runtime's kernel has its own."),
+    ]
 
 
 def pictures(runs: Sequence[Metrics]) -> list[tuple[str, bytes]]:

@@ -313,6 +313,14 @@ def check_repo(name: str) -> str:
     return name
 
 
+def _one_or_more(value: Any) -> Any:
+    """One name alone as a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_one_or_more)]
+
+
 class Run(_Strict):
     """A whole config: every model is quantized by every recipe; the unquantized baseline is always measured."""
 
@@ -324,8 +332,10 @@ class Run(_Strict):
     cpu: Cpu = Cpu()
     gates: Gates = Gates()  # type: ignore[call-arg]
     publish: Publish | None = None
+    track: Names = []  # experiment trackers that figures are sent to, see trackers/: mlflow, wandb, tensorboard
     device: Literal["auto", "cpu", "cuda"] = "auto"
     executor: str = "serial"  # how the jobs are carried out, see runs/executors
+    executor_options: dict[str, Any] = {}  # of the executor, such as {address: auto} of ray
     output: str = "runs"
 
     @field_validator("publish")
@@ -357,7 +367,7 @@ class Run(_Strict):
         return recipes
 
     def quick(self) -> "Run":
-        """A run of the same jobs by another name, with little calibrated on and little measured; nothing is published.
+        """A run of the same jobs by another name, with little calibrated on and little measured; nothing leaves it.
 
         It has a folder of its own: an artifact of a quick run is not taken for one of the whole.
         """
@@ -368,5 +378,5 @@ class Run(_Strict):
             fewer = recipe.model_copy(update={"calibration": calibration.model_copy(update={"windows": windows})})
             fewer._inherited = recipe._inherited | {"calibration"}
             recipes.append(recipe if recipe.baseline else fewer)
-        changes = {"name": f"{self.name}-quick", "eval": self.eval.quick(), "recipes": recipes, "publish": None}
-        return self.model_copy(update=changes)
+        changes = {"name": f"{self.name}-quick", "eval": self.eval.quick(), "recipes": recipes}
+        return self.model_copy(update={**changes, "publish": None, "track": []})

@@ -33,6 +33,7 @@ from ..storage.gguf.file import BY_NAME
 from ..storage.gguf.tokenizer import tokenizer_metadata
 from ..storage.gguf.view import BLOCKS
 from ..storage.tensor_info import TensorInfo
+from ..system.packages import install
 from .base import (
     Facts,
     Format,
@@ -102,7 +103,7 @@ class GGUF(Format):
     def checkpoint_problems(self, checkpoint: Checkpoint, layers: Iterable[str]) -> list[str]:
         config, layers = checkpoint.config, set(layers)
         if importlib.util.find_spec(_PACKAGE) is None:
-            return [f"{self.name} is written by the package {_PACKAGE}: pip install 'bitpress[gguf]'"]
+            return [f"{self.name} is written by the package {_PACKAGE}: {install(_PACKAGE)}"]
         if problems := architectures.problems(config):
             return problems
         architecture = architectures.architecture_of(config)

@@ -36,6 +36,8 @@ from ..storage.fingerprint import MANIFEST
 from ..system import packages
 from ..system.device import pick_device
 from ..system.unexpected import unexpected
+from ..trackers import trackers
+from .executors import executor
 from .rates import Rates, Shape, measure
 
 NOT_BEGUN, HALF_DONE, FINISHED = "to do", "half done", "finished"
@@ -177,7 +179,8 @@ class RunPlan:
         """Everything that is wanting before the first job can start: packages, memory, disk."""
         faults: list[BitpressError] = [ConfigError(sentence) for sentence in self.missing]
         total = _memory(self.device)
-        for job in self.jobs:
+        elsewhere = executor(self.run.executor, self.run.executor_options).elsewhere
+        for job in () if elsewhere else self.jobs:
             if job.least > total:
                 faults.append(
                     ConfigError(
@@ -220,6 +223,8 @@ def plan_run(run: Run, names: Sequence[tuple[Model, str, Path]]) -> RunPlan:
     for source, key in [(run.eval.text, "eval.text"), *_calibration_texts(run)]:
         for package in needed_packages(source):
             wanted.setdefault(package, []).append(key)
+    for package in executor(run.executor, run.executor_options).packages:
+        wanted.setdefault(package, []).append(f"executor: {run.executor}")
     if run.eval.tasks:
         wanted.setdefault("lm-eval", []).append("eval.tasks")
     recipes = {settings.label: settings for settings in run.recipes if not settings.baseline}
@@ -253,6 +258,10 @@ def plan_run(run: Run, names: Sequence[tuple[Model, str, Path]]) -> RunPlan:
         except BaseException as error:  # the job itself will say so; others are not to blame
             jobs.append(replace(job, problem=str(unexpected(error))))
     sentences = [f"{', '.join(dict.fromkeys(wanted[package]))}: {reason}" for package, reason in missing.items()]
+    try:
+        trackers(run.track)
+    except ConfigError as error:
+        sentences.append(str(error))
     return RunPlan(run, jobs, sentences, list(absent))
 
 

@@ -1,8 +1,10 @@
 """Optional packages: whether they are there, and how to get them."""
 
 import re
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
+
+REPOSITORY = "https://github.com/bitpress/bitpress"
 
 
 def unsupported(package: str) -> str | None:
@@ -13,17 +15,22 @@ def unsupported(package: str) -> str | None:
     """
     if find_spec(package.replace("-", "_")) is not None:
         return None
-    return f"the {package} package is not installed; pip install {_wanted(package)}"
+    return f"the {package} package is not installed; {install(package)}"
 
 
-def _wanted(package: str) -> str:
-    """What pip is to install: the extra of bitpress that holds the package alone, or else the package itself."""
+def install(package: str) -> str:
+    """What to type to install a package, in the versions that bitpress is tested with."""
     try:
         lines = requires("bitpress") or []
     except PackageNotFoundError:  # bitpress itself runs from its sources
-        return package
-    extras: dict[str, list[str]] = {}
+        lines = []
     for line in lines:
-        if match := re.fullmatch(r"([\w.-]+).*;.*extra == [\"']([\w-]+)[\"'].*", line):
-            extras.setdefault(match[2], []).append(match[1])
-    return next((f"'bitpress[{extra}]'" for extra, names in extras.items() if names == [package]), package)
+        requirement = line.partition(";")[0].strip()
+        if re.fullmatch(rf"{re.escape(package)}[^\w.-].*", requirement):
+            return f"pip install '{requirement}'"
+    return f"pip install {package}"
+
+
+def install_bitpress() -> str:
+    """What to type to install this version of bitpress, from its repository: the name on the index is not ours."""
+    return f"pip install git+{REPOSITORY}@v{version('bitpress')}"

@@ -23,9 +23,22 @@ from bitpress.pipeline.storage import files as store
 from bitpress.pipeline.storage.checkpoint import INDEX, Checkpoint, read_json
 
 LAYER = "model.layers.0.mlp.down_proj"
-TARGETS = ("compressed-tensors", "gptq", "gptq-v2")
+TARGETS = ("compressed-tensors", "gptq", "gptq-v2", "awq")
 INTEGER = ("int4-g32", "int8-channel", "int3-g64", "int2-g32", "int4-g32-asym", "int8-channel-asym")
-SOURCES = [(scheme, form) for scheme in INTEGER for form in TARGETS if not (form == "gptq" and "asym" in scheme)]
+
+
+def refusal(scheme: str, to: str) -> str | None:
+    """The table: what a scheme cannot become, and why."""
+    if scheme == "int8-dynamic" and to == "compressed-tensors":
+        return None
+    if not scheme.startswith("int") or scheme == "int8-dynamic":
+        return "holds weight-only integers"
+    if to == "awq" and not scheme.startswith("int4"):
+        return "holds weight-only integers of 4 bits"
+    return "cannot hold a zero point of 0" if to == "gptq" and "asym" in scheme else None
+
+
+SOURCES = [(scheme, form) for scheme in INTEGER for form in TARGETS if not refusal(scheme, form)]
 SOURCES += [("int8-dynamic", "compressed-tensors"), ("nf4", "bitsandbytes"), ("nf4-dq", "bitsandbytes")]
 
 
@@ -55,15 +68,6 @@ def assert_same_weights(found: Path, expected: Path) -> None:
     for layer, qtensor in one.items():
         assert qtensor.scheme == other[layer].scheme
         assert torch.equal(qtensor.dequantize(), other[layer].dequantize()), layer
-
-
-def refusal(scheme: str, to: str) -> str | None:
-    """The table: what a scheme cannot become, and why."""
-    if scheme == "int8-dynamic" and to == "compressed-tensors":
-        return None
-    if not scheme.startswith("int") or scheme == "int8-dynamic":
-        return "holds weight-only integers"
-    return "cannot hold a zero point of 0" if to == "gptq" and "asym" in scheme else None
 
 
 @pytest.mark.parametrize("to", TARGETS)
@@ -341,7 +345,7 @@ def test_the_command(
     assert "14 layers from gptq to gptq-v2" in err
     code, _, err = run(source, "--to", "nf4", "-o", tmp_path / "other")
     assert code == 2
-    assert err == "error: nothing can be converted to 'nf4'; use compressed-tensors, gguf, gptq, gptq-v2\n"
+    assert err == "error: nothing can be converted to 'nf4'; use awq, compressed-tensors, gguf, gptq, gptq-v2\n"
 
 
 class TestInterrupted:

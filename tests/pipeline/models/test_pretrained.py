@@ -97,6 +97,7 @@ class TestConfig:
             ({"vision_config": {"architecture": "hf-hub:evil/model"}}, "names a download"),
             # the file says nothing of the experts for each token: mixtral's default is 2
             ({"model_type": "mixtral", "num_local_experts": 1}, "num_experts_per_tok is 2, expected at most num_local"),
+            ({"model_type": "mixtral", "sliding_window": 0}, "sliding_window is 0, expected at least 1 token, or null"),
         ],
         ids=str,
     )
