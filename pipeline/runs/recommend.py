@@ -43,8 +43,8 @@ class Option:
 
     recipe: as `--recipe` takes it; "none" for the unquantized model. kl: mean KL where it was measured, in nats.
     nbytes: of the artifact's weights. memory: bytes with the cache. loads: one of LEVELS, of the best runtime that is
-    wanted, which is `runtime`; "" for bitpress itself. notes: its reasons. format: of the artifact. fitted: whether some
-    layer gets smaller groups. unsupported: why it is no choice.
+    wanted, which is `runtime`; "" for bitpress itself. notes: its reasons. format: of the artifact. fitted: whether
+    some layer gets smaller groups. unsupported: why it is no choice.
     """
 
     recipe: str

@@ -11,7 +11,7 @@ from bitpress.pipeline.runs.recommend import recommend
 
 
 def test_the_recipe_of_least_loss_that_fits(tiny_llama: Path) -> None:
-    """Of growing memory, by what each option says that it needs; a cache of 32 tokens."""
+    """The memory is what each option says that it needs; a cache of 32 tokens."""
     every = {option.recipe: option for option in recommend(str(tiny_llama), "1GB", context=32).options}
     assert list(every) == ["none", *(measured.recipe for measured in MEASURED)]
     needs = {name: option.memory for name, option in every.items()}
