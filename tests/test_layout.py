@@ -46,6 +46,7 @@ LATE_IMPORTS = {
     "pipeline/formats/gguf.py": "gguf is optional",
     "pipeline/methods/nf4.py": "bitsandbytes is optional",
     "pipeline/bench/scripts/*_job.py": "another program's Python runs them, and tests import them without that program",
+    "pipeline/runs/executors/ray.py": "ray is optional, and a job brings torch and transformers",
     "pipeline/trackers/*.py": "trackers are optional",
     "pipeline/runs/executors/serial.py": "`bitpress list` shows executors, and a job brings torch and transformers",
     "kernels/external/bitsandbytes_nf4.py": "bitsandbytes is optional",

@@ -335,6 +335,7 @@ class Run(_Strict):
     track: Names = []  # experiment trackers that figures are sent to, see trackers/: mlflow, wandb, tensorboard
     device: Literal["auto", "cpu", "cuda"] = "auto"
     executor: str = "serial"  # how the jobs are carried out, see runs/executors
+    executor_options: dict[str, Any] = {}  # of the executor, such as {address: auto} of ray
     output: str = "runs"
 
     @field_validator("publish")

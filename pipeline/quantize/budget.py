@@ -11,6 +11,7 @@ Three steps, each of which survives a crash and is done once for all budgets of 
   size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -413,12 +414,12 @@ def search(
     """The best choice of schemes within a recipe's budget; what `folder` holds of earlier searches is used.
 
     Args:
-        folder: see Search; a lock keeps other searches out as long as this one lasts.
+        folder: see Search; others that share it wait as long as this search lasts.
     Raises:
         ConfigError: the budget cannot be met, or no format holds all choices. BitpressError: as of quantize.
     """
     files.make_folder(folder)
-    with journal.locked(folder):
+    with journal.locked(folder, math.inf):  # whoever holds it computes what this search needs, too
         own = Search(checkpoint, source, recipe, folder)
         own.run(on_step)
         choice = own.choose()

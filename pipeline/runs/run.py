@@ -58,7 +58,7 @@ def execute(
         ConfigError: there is no such executor, or something that a job needs is not here: a package, memory. DiskError:
             there is no room for all of them. No job has started then.
     """
-    carries_out, keepers = executor(run.executor), trackers(run.track)
+    carries_out, keepers = executor(run.executor, run.executor_options), trackers(run.track)
     plan = plan or plan_run(run, jobs_of(run))
     plan.check()
     planned_jobs = {job.folder: job for job in plan.jobs}

@@ -88,7 +88,7 @@ def test_measured_figures_are_those_of_this_machine(
     ("options", "said"),
     [
         (["--windows", "4", "--choice", "int4-g32"], "--choice, --windows: of a budget"),
-        (["--budget", "4bits", "--measure"], "--set and --measure are for a config"),
+        (["--budget", "4bits", "--measure"], "--set, --measure and --nodes are for a config"),
     ],
 )
 def test_options_of_the_other_subject_are_refused(bitpress: Bitpress, config: Path, options: Any, said: str) -> None:

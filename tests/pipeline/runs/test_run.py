@@ -300,7 +300,7 @@ def test_a_model_is_told_by_what_it_is(
     assert first == copy != second
 
 
-class Backwards:
+class Backwards(executors.Executor):
     """Plans everything, then runs the last job first."""
 
     name, rank = "backwards", 9
