@@ -13,6 +13,12 @@ KERNEL_KL = (
     "figure is the mean KL of the model with this rounding from the same model without it, on some of the windows. "
     "Mean KL and perplexity are measured without it: they belong to the file, and this figure belongs to the kernel."
 )
+TERMS = (
+    "Perplexity: how much the text surprises the model; less is better. KL: how far its predictions of the next token "
+    "moved from the unquantized model's, in nats; 0 is not at all. Top-1: how often the most probable next token is "
+    "the same. Resident: the loaded weights in memory. Peak RSS: the most memory that the process took. Prefill reads "
+    "a prompt, decode writes token by token."
+)
 # Control characters, characters that XML forbids, and those that reverse the direction of the text around them.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 

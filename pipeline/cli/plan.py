@@ -29,6 +29,9 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Of a config: measure this machine for ten seconds, for the times.")
     ] = False,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="Of a config: what the jobs take on so many machines, by Ray.")
+    ] = None,
     budget: BudgetText = None,
     method: Annotated[str | None, typer.Option(help="That solves each layer; gptq by default.")] = None,
     choice: Choices = None,
@@ -59,10 +62,10 @@ def plan(
                 f"{', '.join(named)}: of a budget, and {subject} is planned as a config; give --budget, as in "
                 "--budget 4.25bits, or change the config by --set"
             )
-        show_plans([Path(subject)], set, measure, as_json)
+        show_plans([Path(subject)], set, measure, as_json, nodes=nodes)
         return
-    if set or measure:
-        raise ConfigError("--set and --measure are for a config, and --budget is for a model; give one of the two")
+    if set or measure or nodes:
+        raise ConfigError("--set, --measure and --nodes are for a config, --budget is for a model; give one of the two")
     from bitpress.eval.report.tables import budget_tables
 
     from ..api import plan as plan_api
@@ -82,14 +85,61 @@ def plan(
         print_line(f"\n{note}")
 
 
+def recommend(
+    model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
+    memory: Annotated[str, typer.Option(help="For weights, cache and the rest: 6GB, 8GiB.")],
+    target: Annotated[str | None, typer.Option("--for", help="vllm, llama.cpp, mac or cpu; any by default.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 4096,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Which recipe to start with for so much memory, and why; and what is not known."""
+    with collector_paused():
+        from ..runs.recommend import recommend as choose
+
+    quiet_libraries()
+    recommendation = choose(model, memory, target, context, revision)
+    if as_json:
+        print_json(recommendation.to_dict())
+        return
+    from bitpress.eval.report.words import size, small
+
+    chosen = recommendation.chosen
+    print_line(f"{model}, {memory}: {chosen.recipe if chosen else 'no recipe'}")
+    for sentence in recommendation.why:
+        print_line(f"    {sentence}")
+    if recommendation.command:
+        print_line(f"\n    {recommendation.command}\n")
+    rows = [
+        [
+            option.recipe,
+            small(option.kl),
+            size(option.nbytes),
+            size(option.memory),
+            option.format,
+            option.unsupported or "",
+        ]
+        for option in recommendation.options
+    ]
+    print_table(["recipe", "mean KL where measured", "weights", "memory", "format", "why not"], rows)
+    print_line("\nnot known:")
+    for sentence in recommendation.unknown:
+        print_line(f"    {sentence}")
+
+
 def show_plans(
-    configs: Sequence[Path], overrides: list[str] | None, measured: bool, as_json: bool, quick: bool = False
+    configs: Sequence[Path],
+    overrides: list[str] | None,
+    measured: bool,
+    as_json: bool,
+    quick: bool = False,
+    nodes: int | None = None,
 ) -> None:
     """Print what the jobs of each config will take.
 
     Args:
         measured: times are those of this machine, which is measured for ten seconds.
-        quick: of the short form of each config.
+        quick: of the short form of each config. nodes: how many machines to simulate; None for none.
     Raises:
         BitpressError: the first config with which `bitpress run` would not begin, once all are printed.
     """
@@ -108,15 +158,33 @@ def show_plans(
         news("measuring this machine for about ten seconds")
     rates = measure_rates(plans) if measured else STATED
     if as_json:
-        print_json([plan.to_dict(rates) for plan in plans])
+        print_json([plan.to_dict(rates, nodes) for plan in plans])
     else:
         for plan in plans:
             _show(plan, rates)
+            if nodes:
+                _show_nodes(plan, rates, nodes)
         print_line(f"\ntimes are estimates: {rates.machine}; {'; '.join(ASSUMPTIONS)}")
         if not measured:
             print_line("--measure takes ten seconds and uses this machine's own figures")
     for plan in plans:
         plan.check()
+
+
+def _show_nodes(plan: Any, rates: Any, nodes: int) -> None:
+    from bitpress.eval.report.words import percent, seconds
+
+    from ..runs.plan import NODE_ASSUMPTIONS, simulate
+
+    schedule = simulate(plan.jobs, rates, nodes)
+    if schedule is None:
+        print_line("\non several machines: not known, as the time of some job is not")
+        return
+    print_line(
+        f"\non {nodes} machines: {seconds(schedule.seconds)}, in place of {seconds(schedule.serial)} on one; they work "
+        f"{percent(schedule.busy, 0)} of the time; {schedule.last} ends last"
+    )
+    print_line(f"a simulation: {'; '.join(NODE_ASSUMPTIONS)}")
 
 
 def _show(plan: Any, rates: Any) -> None:

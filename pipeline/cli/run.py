@@ -150,7 +150,7 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
     recipe: Annotated[
         str | None,
-        typer.Option(help="[transform+][method/]scheme: int4-g128 (by default), gptq/int3-channel, nf4, 4.25bits, …"),
+        typer.Option(help="[transform+][method/]scheme: int4-g128 (by default), gptq/int3-channel, int8, 4.25bits, …"),
     ] = None,
     budget: BudgetText = None,
     choice: Choices = None,

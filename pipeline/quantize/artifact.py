@@ -136,8 +136,9 @@ def quantize(
     plan = make_plan(checkpoint, recipe)
     folder = work / UNFINISHED
     open_work(work, origin | order_of_sums(recipe))
-    errors = _input_errors(plan, recipe, work, on_step) if recipe.keep_inputs else []
-    if errors:
+    share = recipe.keep_inputs
+    errors = _input_errors(plan, recipe, work, on_step) if share else []
+    if share:
         recipe = with_inputs_kept(plan, recipe, errors)
         plan = make_plan(checkpoint, recipe)
     blocks = None
@@ -175,7 +176,7 @@ def quantize(
     checkpoint.check_unchanged()
     store.publish_folder(folder, out)
     clear_states(work)
-    return [*plan.notes, *_kept_inputs(errors), *progress.notes, *_remarks(lines)]
+    return [*plan.notes, *_kept_inputs(share, errors), *progress.notes, *_remarks(lines)]
 
 
 def _input_errors(plan: Plan, recipe: Recipe, work: Path, on_step: OnStep) -> list[InputError]:
@@ -187,11 +188,15 @@ def _input_errors(plan: Plan, recipe: Recipe, work: Path, on_step: OnStep) -> li
     return [InputError(**{**each, "layers": tuple(each["layers"])}) for each in read_json(path)["units"]]
 
 
-def _kept_inputs(errors: list[InputError]) -> list[str]:
-    """A sentence on the layers whose inputs are left alone; none where there are none."""
+def _kept_inputs(share: float, errors: list[InputError]) -> list[str]:
+    """A sentence on the layers whose inputs are left alone, or on why there are none, where a recipe asks for some."""
+    if not share:
+        return []
     kept, total = [name for each in errors if each.kept for name in each.layers], sum(len(e.layers) for e in errors)
+    if not kept:
+        return [f"all inputs are rounded: {100 * share:g}% of the layers that no rule names is less than a whole unit"]
     where = f"inputs left alone in {len(kept)} of {total} layers, where rounding them costs most"
-    return [f"{where}:\n{listing(kept)}"] if kept else []
+    return [f"{where}:\n{listing(kept)}"]
 
 
 def _ratio(tensor: PlannedTensor) -> float:

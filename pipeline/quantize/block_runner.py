@@ -591,7 +591,7 @@ class BlockView:
         seen: list[Tensor] = []
 
         def read(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            seen.append(arguments[0].flatten(0, -2))
+            seen.append(arguments[0].flatten(0, -2).cpu())
             raise _Done
 
         handle = layer.register_forward_pre_hook(read)

@@ -6,11 +6,13 @@ either, such a layer keeps its weights' codes and gets its inputs as they are. I
 scheme, which every format and runtime knows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from bitpress.kernels.activations.base import Activations
 
 from ..formats.names import fused_unit
 from ..storage.finite import check_finite
@@ -109,11 +111,18 @@ def _products(block: BlockView, observer: str | None) -> dict[str, Callable[[Ten
                 if not all(each.tokens for each in seen.values()):
                     continue  # an expert that no token reaches
                 own = activations.tensors(seen, observer or activations.observers[0])
-            weight = block.tensor(f"{layer}.weight").to(torch.float32)
-            products[layer] = lambda x, activations=activations, own=own, weight=weight: (
-                activations.apply(x, own) @ weight.t()
-            )
+            products[layer] = _product(activations, own, block.tensor(f"{layer}.weight").to(torch.float32))
     return products
+
+
+def _product(activations: Activations, own: Mapping[str, Tensor], weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """What a layer makes of its inputs when these alone are rounded."""
+
+    def product(x: Tensor) -> Tensor:
+        stored = {name: tensor.to(x.device) for name, tensor in own.items()}
+        return activations.apply(x, stored) @ weight.to(x.device).t()
+
+    return product
 
 
 def with_inputs_kept(plan: Plan, recipe: Recipe, errors: Sequence[InputError]) -> Recipe:

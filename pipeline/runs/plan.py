@@ -3,7 +3,7 @@
 Figures of memory and time are estimates. Each is a sum of parts that are written down here, with what was left out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -140,6 +140,57 @@ class JobPlan:
         return plain | {"folder": str(self.folder), "bytes": self.nbytes, "seconds": stages}
 
 
+NODE_ASSUMPTIONS = (
+    "all nodes are alike, and each runs one job at a time",
+    "a model's baseline ends before its recipes begin, and budgets that share a search run one after the other",
+    "what is sent or downloaded takes no time",
+)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the jobs of a config take on several machines, as `executor: ray` hands them out.
+
+    seconds: until the last one ends. serial: one after the other, on one machine. busy: of all machines' time, the
+    share in which they work. last: model and recipe of the job that ends last.
+    """
+
+    nodes: int
+    seconds: float
+    serial: float
+    busy: float
+    last: str
+
+
+def simulate(jobs: Sequence[JobPlan], rates: Rates, nodes: int) -> Schedule | None:
+    """When the jobs would end on so many machines; None where the time of some job is not known.
+
+    The first job that waits for no other goes to a machine as soon as one is free.
+    """
+    possible = [job for job in jobs if not job.problem]
+    known = [job.seconds(rates) for job in possible]
+    seconds = [each for each in known if each is not None]
+    if not seconds or len(seconds) < len(known):
+        return None
+    waiting, running, now = list(range(len(possible))), list[tuple[float, int]](), 0.0
+    last = waiting[0]
+
+    def blocked(number: int) -> bool:
+        job, unfinished = possible[number], [*waiting, *(other for _, other in running)]
+        earlier = [possible[n] for n in unfinished if n < number and possible[n].folder.parent == job.folder.parent]
+        return any(other.recipe == BASELINE or (other.search and job.search) for other in earlier)
+
+    while waiting or running:
+        while len(running) < nodes and (ready := [number for number in waiting if not blocked(number)]):
+            waiting.remove(ready[0])
+            running.append((now + seconds[ready[0]], ready[0]))
+        now, last = min(running)
+        running.remove((now, last))
+    serial = sum(seconds)
+    busy = serial / (nodes * now) if now else 0.0
+    return Schedule(nodes, now, serial, busy, f"{possible[last].model}  {possible[last].recipe}")
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """The plan of a config: jobs in its order, and what it takes that is not here.
@@ -162,9 +213,11 @@ class RunPlan:
         """The folder of the run, with its report."""
         return Path(self.run.output).expanduser() / self.run.name
 
-    def to_dict(self, rates: Rates) -> dict[str, Any]:
-        """The plan in plain values, its times by these rates."""
+    def to_dict(self, rates: Rates, nodes: int | None = None) -> dict[str, Any]:
+        """The plan in plain values, its times by these rates; with `nodes`, also on so many machines."""
+        schedule = simulate(self.jobs, rates, nodes) if nodes else None
         return {
+            **({"nodes": vars(schedule), "node_assumptions": list(NODE_ASSUMPTIONS)} if schedule else {}),
             "run": self.run.name,
             "folder": str(self.folder),
             "jobs": [job.to_dict(rates) for job in self.jobs],
@@ -257,12 +310,28 @@ def plan_run(run: Run, names: Sequence[tuple[Model, str, Path]]) -> RunPlan:
             raise
         except BaseException as error:  # the job itself will say so; others are not to blame
             jobs.append(replace(job, problem=str(unexpected(error))))
+    jobs = _shared_searches(jobs, recipes)
     sentences = [f"{', '.join(dict.fromkeys(wanted[package]))}: {reason}" for package, reason in missing.items()]
     try:
         trackers(run.track)
     except ConfigError as error:
         sentences.append(str(error))
     return RunPlan(run, jobs, sentences, list(absent))
+
+
+def _shared_searches(jobs: list[JobPlan], recipes: Mapping[str, RecipeSettings]) -> list[JobPlan]:
+    """The jobs, of which budgets that differ in their size alone solve and probe once, in the first one."""
+    seen: set[tuple[Path, str]] = set()
+    result = []
+    for job in jobs:
+        if job.search and "quantize" in job.work:
+            settings = recipes[job.recipe].model_copy(update={"budget": None, "name": None})
+            if (key := (job.folder.parent, settings.model_dump_json())) in seen:
+                own = job.work["quantize"]
+                job = replace(job, work=job.work | {"quantize": Work(read=own.read, written=own.written)})
+            seen.add(key)
+        result.append(job)
+    return result
 
 
 def measure_rates(plans: Sequence[RunPlan]) -> Rates:

@@ -100,9 +100,10 @@ class Scaling(ABC):
         for group, folding, inputs in zip(block.groups, block.foldings, block.collect(InputRange)):
             if folding is None or not inputs.tokens:
                 continue
-            named = {layer: block.tensor(f"{layer}.weight").to(torch.float32) for layer in group.layers}
-            largest = torch.stack([weight.abs().amax(0) for weight in named.values()]).amax(0)
             sample, layers = inputs.sample(), []
+            rows = folding.rows.to(sample.device)
+            named = {layer: block.tensor(f"{layer}.weight").to(sample) for layer in group.layers}
+            largest = torch.stack([weight.abs().amax(0) for weight in named.values()]).amax(0)
             schemes = {layer: scheme for layer in named if (scheme := block.scheme(layer)) and scheme.weight.nearest}
             for layer, scheme in schemes.items():
                 part = named[layer][:: len(named[layer]) // _OUTPUTS or 1]
@@ -111,9 +112,8 @@ class Scaling(ABC):
             own: dict[str, tuple[float, float]] = {}
             for words, proposed in self.propose(inputs, largest):
                 level = proposed.clamp(min=torch.finfo(torch.float32).tiny).log2()
-                level = torch.full((int(folding.rows.max()) + 1,), -torch.inf).scatter_reduce(
-                    0, folding.rows, level, "amax"
-                )[folding.rows]  # inputs that one row makes share the largest of their scales
+                shared = level.new_full((int(rows.max()) + 1,), -torch.inf).scatter_reduce(0, rows, level, "amax")
+                level = shared[rows]  # inputs that one row makes share the largest of their scales
                 scales[words] = (level - level.median()).round().clamp(-24, 24).exp2()
                 own[words] = _errors(layers, sample, scales[words])
             errors = {}
@@ -126,7 +126,7 @@ class Scaling(ABC):
                     errors[words] = block.error(products)
             chosen = min(errors, key=lambda each: errors[each])
             if chosen != _NONE:
-                block.fold(folding, scales[chosen])
+                block.fold(folding, scales[chosen].cpu())
             lines.append(Transformed(group.layers, errors[_NONE], errors[chosen], chosen))
         return lines
 
@@ -177,4 +177,5 @@ def _input_tensors(scheme: Scheme, inputs: Tensor) -> dict[str, Tensor]:
     statistics = {kind: kind(inputs.shape[1], inputs.device) for kind in scheme.static.statistics}
     for statistic in statistics.values():
         statistic.add(inputs)
-    return scheme.static.tensors(statistics, scheme.static.observers[0])
+    own = scheme.static.tensors(statistics, scheme.static.observers[0])
+    return {name: tensor.to(inputs.device) for name, tensor in own.items()}

@@ -17,7 +17,7 @@ from bitpress.pipeline.errors import ConfigError, DiskError
 from bitpress.pipeline.formats import registry as formats
 from bitpress.pipeline.quantize.plan import _stored_bytes
 from bitpress.pipeline.runs import plan as planning
-from bitpress.pipeline.runs.plan import FINISHED, HALF_DONE, NOT_BEGUN, Work, plan_run
+from bitpress.pipeline.runs.plan import FINISHED, HALF_DONE, NOT_BEGUN, JobPlan, Work, plan_run, simulate
 from bitpress.pipeline.runs.rates import STATED
 from bitpress.pipeline.runs.run import execute, jobs_of
 from bitpress.pipeline.storage.checkpoint import Checkpoint
@@ -149,3 +149,33 @@ def test_an_unknown_length_is_said(make_run: Callable[..., Run], monkeypatch: py
     for job in plan_run(run, jobs_of(run)).jobs:
         assert job.seconds(STATED) is None
         assert "org/name is not read here" in job.unknown[0]
+
+
+def test_several_machines_share_the_jobs_by_the_executors_rules() -> None:
+    """Seconds by hand: two models, both baselines side by side, and two budgets one after the other."""
+
+    def job(model: str, recipe: str, seconds: float, search: bool = False) -> JobPlan:
+        work = {"evaluate": Work(products=seconds * STATED.products)}
+        return JobPlan(model, recipe, Path(model) / recipe, work=work, search=search)
+
+    first = [job("a", "none", 10), job("a", "x", 30), job("a", "y", 20), job("a", "z", 20)]
+    schedule = simulate(first, STATED, 2)  # the baseline to 10; then x to 40, y to 30, z to 50
+    assert schedule is not None
+    assert (schedule.seconds, schedule.serial, schedule.last) == (pytest.approx(50), pytest.approx(80), "a  z")
+    assert schedule.busy == pytest.approx(0.8)
+    budgets = [job("b", "none", 5), job("b", "4bits", 30, True), job("b", "5bits", 5, True)]
+    assert getattr(simulate(budgets, STATED, 2), "seconds", 0) == pytest.approx(40)
+    assert getattr(simulate([*first, *budgets], STATED, 3), "seconds", 0) == pytest.approx(50)
+    assert getattr(simulate([*first, *budgets], STATED, 1), "seconds", 0) == pytest.approx(120)
+    assert simulate([JobPlan("c", "none", Path("c"), unknown=["how long"])], STATED, 2) is None
+
+
+def test_budgets_that_share_a_search_pay_for_it_once(make_run: Callable[..., Run]) -> None:
+    choices = ["int3-g32", "int4-g32"]
+    run = make_run(
+        {"budget": "4 bits", "choices": choices},
+        {"budget": "5 bits", "choices": choices},
+        {"budget": "5 bits", "name": "other"},
+    )
+    products = [job.work["quantize"].products for job in plan_run(run, jobs_of(run)).jobs[1:]]
+    assert [value > 0 for value in products] == [True, False, True]
