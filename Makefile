@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # a process for each of the first four cores, each with one thread; a file's tests share what its fixtures make
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 # The other programs want versions of torch and transformers that exclude each other: an environment for each.
-PEERS := gptqmodel llmcompressor transformers llamacpp
+PEERS := gptqmodel llmcompressor transformers llamacpp mlx
 
 .PHONY: demo test check fuzz interop clean
 

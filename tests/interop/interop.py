@@ -37,7 +37,8 @@ from bitpress.pipeline.storage.artifacts import DEMO
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TABLE = ROOT / "runs" / "interop.md"
-PEER, LLAMACPP = HERE / "peer.py", HERE / "llamacpp.py"
+PEER = HERE / "peer.py"
+SCRIPTS = {"llama.cpp": HERE / "llamacpp.py", "mlx": HERE / "mlxlm.py"}  # of the programs that peer.py does not load
 answer: Callable[[Any, dict[str, Any]], dict[str, torch.Tensor]] = runpy.run_path(str(PEER))["answer"]
 
 TOKENS, SIMILAR = 32, 0.9999
@@ -46,12 +47,16 @@ GPTQMODEL = ("gptqmodel", "gptqmodel", "float16")  # environment, what loads in 
 GPTQ_TRANSFORMERS = ("gptqmodel", "transformers", "float32")
 TRANSFORMERS = ("transformers", "transformers", "float32")
 LLMCOMPRESSOR = ("llmcompressor", "transformers", "float32")
+MLX_LM = ("mlx", "mlx", "float32")
+
+READERS = {"gptqmodel": "GPTQModel", "mlx": "mlx-lm"}
 
 BLOCK_KEPT = {"*.down_proj": "int8-g128", "model.layers.0.*": "none"}
 # what the table calls it -> the recipe of a model whose layers differ
 MIXED: dict[str, dict[str, Any]] = {
     "mixed": {"scheme": "int4-g128", "layers": BLOCK_KEPT},
     "mixed, 8-bit head": {"scheme": "int4-g128", "layers": {**BLOCK_KEPT, "lm_head": "int8-channel"}},
+    "mixed, 8-bit embeddings": {"scheme": "int4-g64", "layers": {**BLOCK_KEPT, "*embed_tokens": "int8-g64"}},
     "mixed, 8-bit inputs": {"scheme": "int4-g128", "layers": {"*.o_proj": "int8-dynamic", **BLOCK_KEPT}},
 }
 # model, scheme or name of a mixed recipe, format, who loads it
@@ -79,6 +84,10 @@ OURS = [
     ("demo", "mixed", "compressed-tensors", TRANSFORMERS),
     ("demo", "mixed, 8-bit inputs", "compressed-tensors", TRANSFORMERS),
     ("qwen2", "mixed, 8-bit head", "compressed-tensors", TRANSFORMERS),
+    ("demo", "int4-g64", "mlx", MLX_LM),
+    ("demo", "int3-g64-asym", "mlx", MLX_LM),
+    ("demo", "mixed, 8-bit embeddings", "mlx", MLX_LM),
+    ("demo", "int4-g64-asym", "awq", MLX_LM),
     ("demo", "nf4", "bitsandbytes", TRANSFORMERS),
     ("demo", "nf4-dq", "bitsandbytes", TRANSFORMERS),
     ("qwen2", "nf4", "bitsandbytes", TRANSFORMERS),
@@ -121,11 +130,10 @@ def python_of(environment: str) -> str:
 
 
 def call(environment: str, program: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The answer of peer.py or llamacpp.py, run by the environment's Python."""
+    """The answer of a program's script, run by the environment's Python."""
     path, answer_file = folder / "request.json", folder / "answer.json"
     path.write_text(json.dumps({**request, "answer": str(answer_file)}))
-    script = LLAMACPP if program == "llama.cpp" else PEER
-    command = [python_of(environment), str(script), program, str(path)]
+    command = [python_of(environment), str(SCRIPTS.get(program, PEER)), program, str(path)]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if outcome.returncode:
         raise RuntimeError(f"{program} in {environment} failed:\n{(outcome.stdout + outcome.stderr)[-4000:]}")
@@ -198,7 +206,7 @@ def described(reader: tuple[str, str, str]) -> list[str]:
     """Reader and dtype, as the table has them."""
     environment, program, dtype = reader
     within = {"gptqmodel": " with optimum, GPTQModel", "llmcompressor": " of llm-compressor", "transformers": ""}
-    return ["GPTQModel" if program == "gptqmodel" else f"transformers{within[environment]}", dtype]
+    return [READERS.get(program) or f"transformers{within[environment]}", dtype]
 
 
 @pytest.mark.parametrize(("model", "scheme", "format", "reader"), OURS)
