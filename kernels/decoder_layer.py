@@ -114,6 +114,10 @@ class NativeLayer:
         """Copies point to the tensors of the copied parts."""
         return NativeLayer, (self.parts,)
 
+    def inputs(self) -> list[int | None]:
+        """What each linear layer's kernel rounds inputs to now, as csrc/ numbers it; None for other kernels."""
+        return [inputs_of(linear.selection.kernel) for linear in self.parts.linears]
+
     def step(
         self,
         x: Tensor,
@@ -123,7 +127,7 @@ class NativeLayer:
         length: int,
         first: Tensor | None = None,
     ) -> Tensor:
-        """The layer's output [batch, count, hidden] for the next tokens of each sequence; appends their keys and values.
+        """The layer's output [batch, count, hidden] for each sequence's next tokens; appends their keys and values.
 
         A token sees those before it in its own sequence, and itself. Inputs are rounded as each linear layer's kernel
         does it now.
@@ -138,8 +142,8 @@ class NativeLayer:
         """
         y = torch.empty_like(x)
         cos, sin = rotation
-        for to, linear in zip(self._layer.linears, self.parts.linears):
-            to.inputs = inputs_of(linear.selection.kernel)
+        for to, inputs in zip(self._layer.linears, self.inputs()):
+            to.inputs = inputs
         arguments = _Step(
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), y.data_ptr(),
             None if first is None else first.data_ptr(), x.shape[0], x.shape[1], length, keys.shape[2],

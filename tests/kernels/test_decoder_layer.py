@@ -79,8 +79,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def expected(
     parts: Parts, x: Tensor, rotation: list[Tensor], keys: Tensor, values: Tensor, first: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In float32 the output [batch, count, hidden], and keys and values [batch, key_heads, length, dim] with the tokens'
-    own."""
+    """In float32 the output [batch, count, hidden], and keys and values [batch, key_heads, length + count, dim]."""
     q, k, v, o, gate, up, down = parts.linears
     cos, sin = (table.float().unsqueeze(1) for table in rotation)
     (batch, count), dtype, x = x.shape[:2], x.dtype, x.float()
