@@ -4,6 +4,9 @@
  */
 #include <stdatomic.h>
 #include <stdlib.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "generic.h"
 
@@ -133,12 +136,14 @@ static void run(void (*body)(void *), Rows *r, int worthwhile) {
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
 #define NAME(name) name##_avx512
 #define LANES 16
+#define MULTIPLY_ADD(x, y, z) (V)_mm512_fmadd_ps((__m512)(x), _mm512_set1_ps(y), (__m512)(z))
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #include "layer_step.h"
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define NAME(name) name##_avx2
 #define LANES 8
+#define MULTIPLY_ADD(x, y, z) (V)_mm256_fmadd_ps((__m256)(x), _mm256_set1_ps(y), (__m256)(z))
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15
 #include "layer_step.h"
@@ -146,6 +151,7 @@ static void run(void (*body)(void *), Rows *r, int worthwhile) {
 #define TARGET
 #define NAME(name) name##_plain
 #define LANES 4
+#define MULTIPLY_ADD(x, y, z) ((x) * (y) + (z))
 #define EVEN 0, 2, 4, 6
 #define ODD 1, 3, 5, 7
 #include "layer_step.h"

@@ -1,5 +1,6 @@
 /* The layer of layer.c, which includes this once for each instruction set: TARGET is its attribute, LANES the floats of
- * its registers, EVEN and ODD the places of every other lane of two of them, NAME(x) a name of its own. */
+ * its registers, EVEN and ODD the places of every other lane of two of them, NAME(x) a name of its own.
+ * MULTIPLY_ADD(x, y, z) is x * y + z, of registers x and z and a number y. */
 
 #define LOCAL TARGET static inline __attribute__((always_inline))
 #define V NAME(Floats)
@@ -162,7 +163,7 @@ LOCAL void NAME(block)(const float *a, int64_t a_stride, const float *b, int64_t
     for (int64_t k = 0; k < inner; k++)
         for (int j = 0; j < wide; j++) {
             const V right = NAME(load)(b + k * b_stride, j * LANES, FLOAT32);
-            for (int i = 0; i < rows; i++) sums[i][j] += right * a[i * a_stride + k];
+            for (int i = 0; i < rows; i++) sums[i][j] = MULTIPLY_ADD(right, a[i * a_stride + k], sums[i][j]);
         }
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < wide; j++) NAME(store)(c + i * c_stride + j * LANES, sums[i][j]);
@@ -224,12 +225,22 @@ LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, 
         for (int64_t i = 0; i < count; i++) {
             const int64_t own = filled + (from + i) / group + 1 - first - start; /* keys that this query may see */
             const int64_t seen = own < 0 ? 0 : own < width ? own : width;
-            float *weights = t->weights + i * TILE, most = t->most[i], sum = 0;
+            float *weights = t->weights + i * TILE, most = t->most[i], sum = 0, lanes[LANES];
+            if (!seen) {
+                memset(weights, 0, TILE * sizeof *weights);
+                continue;
+            }
+            for (int64_t k = seen; k < TILE; k++) weights[k] = -INFINITY;
+            for (int n = 0; n < LANES; n++) lanes[n] = most;
+            for (int64_t k = 0; k < TILE; k += LANES)
+                for (int n = 0; n < LANES; n++) lanes[n] = weights[k + n] > lanes[n] ? weights[k + n] : lanes[n];
+            for (int n = 0; n < LANES; n++) most = lanes[n] > most ? lanes[n] : most;
+            for (int64_t k = 0; k < TILE; k++) weights[k] = exponential(weights[k] - most);
             for (int64_t k = seen; k < TILE; k++) weights[k] = 0;
-            if (!seen) continue;
-            for (int64_t k = 0; k < seen; k++) most = weights[k] > most ? weights[k] : most;
-            for (int64_t k = 0; k < seen; k++) weights[k] = exponential(weights[k] - most);
-            for (int64_t k = 0; k < seen; k++) sum += weights[k];
+            for (int n = 0; n < LANES; n++) lanes[n] = 0;
+            for (int64_t k = 0; k < TILE; k += LANES)
+                for (int n = 0; n < LANES; n++) lanes[n] += weights[k + n];
+            for (int n = 0; n < LANES; n++) sum += lanes[n];
             const float factor = start ? exponential(t->most[i] - most) : 0;
             t->most[i] = most;
             t->sum[i] = t->sum[i] * factor + sum;
@@ -379,6 +390,7 @@ TARGET static int NAME(layer)(const Layer *l, const Step *s) {
 #undef TARGET
 #undef NAME
 #undef LANES
+#undef MULTIPLY_ADD
 #undef EVEN
 #undef ODD
 #undef LOCAL
