@@ -1,9 +1,11 @@
 """bitpress: quantize Transformer checkpoints to fewer bits, and know what that costs.
 
-from bitpress.pipeline import quantize, load
+import bitpress
 
-quantize("org/model", "int4-g128", "model-int4")
-model, tokenizer = load("model-int4")
+bitpress.quantize("org/model", "int4-g128", "model-int4")
+model, tokenizer = bitpress.load("model-int4")
+
+What the package `bitpress` offers (see package/__init__.py) is defined from here.
 """
 
 import sys
@@ -23,22 +25,28 @@ from typing import TYPE_CHECKING, Any
 from .errors import BitpressError
 
 if TYPE_CHECKING:
-    from .api import convert, evaluate, load, publish, quantize
+    from .api import convert, evaluate, load, plan, publish, quantize
+    from .hf import BitpressConfig
+    from .objects import Recipe
 
-__all__ = ["BitpressError", "convert", "evaluate", "load", "publish", "quantize"]
+__all__ = ["BitpressConfig", "BitpressError", "Recipe", "convert", "evaluate", "load", "plan", "publish", "quantize"]
 
 
 class _Function(property):
-    """A function of the API. Three of them are called like folders of this package, and the functions win.
+    """A function of the API, or a class. Three of them are called like folders of this package, and the functions win.
 
     They bring torch and transformers, which take seconds to import: only when they are used.
     """
 
     def __init__(self, name: str):
         def get(package: ModuleType) -> Any:
-            from . import api
+            if name == "BitpressConfig":  # registers bitpress with transformers, which nobody else has asked for
+                from .hf import BitpressConfig
 
-            return getattr(api, name)
+                return BitpressConfig
+            from . import api, objects
+
+            return getattr(objects if name == "Recipe" else api, name)
 
         # the import system sets an attribute for each folder that it loads, and finds folders without it
         super().__init__(get, lambda package, folder: None)

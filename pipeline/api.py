@@ -8,48 +8,52 @@ from typing import Any
 
 from .checkpoints.convert import convert as convert_checkpoint
 from .config.load import load_calibration, load_eval, load_recipe
+from .config.schema import RecipeSettings
 from .errors import BitpressError, ConfigError
 from .evaluate import process
 from .formats import open_quantized
 from .hub.download import resolve
-from .models.loading import calibrate_on, load
+from .models.loading import calibrate_on
+from .models.loading import load as load_checkpoint
 from .models.pretrained import require_tokenizer
+from .objects import Artifact, Loaded, Measurements
 from .publish.upload import Publication, prepare, send
 from .quantize.artifact import quantize as quantize_checkpoint
 from .quantize.budget import clean, search
 from .quantize.recipe import Recipe
 from .storage import files, journal
 from .storage.checkpoint import Checkpoint
-from .system.progress import OnStep
+from .system.progress import OnStep, shown
 
 __all__ = ["clean", "convert", "evaluate", "load", "plan", "publish", "quantize"]
 
 
 def quantize(
     model: str | Path,
-    recipe: str | Mapping[str, Any],
+    recipe: str | Mapping[str, Any] | RecipeSettings,
     output: str | Path,
     revision: str | None = None,
     device: str = "auto",
-    on_step: OnStep = lambda done, total: None,
+    on_step: OnStep | None = None,
     keep: str | Path | None = None,
-) -> list[str]:
+) -> Artifact:
     """Quantize a model into a folder that bitpress and other runtimes load; call again to go on after a crash.
 
     Args:
         model: a Hub id or a local folder.
-        recipe: such as "int4-g128", "gptq/int3-channel", "int8-dynamic", "nf4", "4.25bits"; or the keys that a recipe
-            has in a config: "scheme", or "budget" and "choices"; "method", "layers" ({"*.down_proj": "int8-g128",
-            "model.layers.0.*": "none"}), "format", "options" (of the method), "calibration" ({"text": "wiki.txt",
-            "windows": 64}), "max_fallback_layers", "fit_groups", "allow_split_fused".
+        recipe: such as "int4-g128", "gptq/int3-channel", "int8-dynamic", "nf4", "4.25bits"; a Recipe; or the keys that
+            a recipe has in a config: "scheme", or "budget" and "choices"; "method", "layers" ({"*.down_proj":
+            "int8-g128", "model.layers.0.*": "none"}), "format", "options" (of the method), "calibration" ({"text":
+            "wiki.txt", "windows": 64}), "max_fallback_layers", "fit_groups", "allow_split_fused".
         device: "cpu", "cuda" or "auto", for calibrated methods.
-        on_step: called with (units done, units in all).
+        on_step: called with (units done, units in all); by default a bar on a terminal and in a notebook.
         keep: a folder that keeps a budget's statistics and solutions, for other budgets; by default they are deleted.
     Returns:
-        Sentences on what happened on the way.
+        The artifact, with sentences on what happened on the way.
     Raises:
         BitpressError: what, got, expected, and what to do; nothing finished is lost.
     """
+    _require_name(model)
     settings = load_recipe(recipe)
     chosen = Recipe.make(settings, device)
     source = resolve(str(model), revision)
@@ -66,17 +70,53 @@ def quantize(
                 tokens = calibrate_on(checkpoint, text)
                 chosen, notes = replace(chosen, calibration=tokens), [f"calibrated on {tokens}"]
             shared = Path(keep).expanduser() if keep else None
-            notes += quantize_checkpoint(checkpoint, source.to_dict(), chosen, out, work, on_step, shared)
+            with shown(on_step, f"quantizing to {chosen.name}") as step:
+                notes += quantize_checkpoint(checkpoint, source.to_dict(), chosen, out, work, step, shared)
         except BitpressError:
             files.remove_unused(work)
             raise
         files.remove_folder(work)
-    return notes
+    return Artifact(out, chosen.name, notes)
+
+
+def _require_name(model: Any) -> None:
+    """Raises ConfigError for a model in memory, in place of the name of its files."""
+    if isinstance(model, str | Path):
+        return
+    origin = getattr(model, "name_or_path", "")
+    known = f"give {origin!r}, where it came from, or if it was changed since, " if origin else ""
+    raise ConfigError(
+        f"model is a {type(model).__name__}, expected a Hub id or a folder: weights are read from files, block by "
+        f"block; {known}save it by model.save_pretrained(FOLDER) and tokenizer.save_pretrained(FOLDER), and give FOLDER"
+    )
+
+
+def load(
+    model: str | Path,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    kernel: str = "auto",
+    on_step: OnStep | None = None,
+) -> Loaded:
+    """A model of transformers and its tokenizer, from an artifact, a run's folder, any checkpoint or a Hub id.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        dtype: of activations and unquantized weights: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
+        kernel: "auto", or the name of one kernel (see `bitpress list`), which then serves or raises.
+        on_step: called with (quantized layers done, layers in all); by default a bar on a terminal and in a notebook.
+    Raises:
+        BitpressError: says what is wrong with the files, the options or the Hub.
+    """
+    _require_name(model)
+    with shown(on_step, "loading") as step:
+        return Loaded(*load_checkpoint(model, revision, device, dtype, kernel, step))
 
 
 def plan(
     model: str | Path,
-    recipe: str | Mapping[str, Any],
+    recipe: str | Mapping[str, Any] | RecipeSettings,
     revision: str | None = None,
     device: str = "auto",
     on_step: OnStep = lambda done, total: None,
@@ -111,34 +151,37 @@ def evaluate(
     device: str = "auto",
     settings: dict[str, Any] | None = None,
     baseline: str | Path | None = None,
-) -> dict[str, Any]:
+) -> Measurements:
     """Measure any checkpoint, quantized or not: perplexity, memory and speed, in a fresh process.
 
     Args:
         settings: the keys of a config's eval section, such as {"text": "wiki.txt", "context": 2048, "windows": 20}.
         baseline: the model that it was made from, a Hub id or a folder: how far it is from that is measured too.
     """
+    _require_name(model)
     source = resolve(str(model), revision)
     original = resolve(str(baseline)).folder if baseline else None
     with tempfile.TemporaryDirectory(prefix="bitpress-") as folder:
-        return process.measure(source.folder, original, load_eval(settings or {}), device, Path(folder))
+        chosen = load_eval(settings or {})
+        return Measurements(process.measure(source.folder, original, chosen, device, Path(folder)))
 
 
-def convert(model: str | Path, to: str, output: str | Path, on_step: OnStep = lambda done, total: None) -> list[str]:
+def convert(model: str | Path, to: str, output: str | Path, on_step: OnStep | None = None) -> Artifact:
     """A quantized checkpoint in another format, its weights the same to the bit.
 
     Args:
         model: a folder, or a Hub id.
         to: a format, such as "compressed-tensors", "gptq" or "gptq-v2".
     Returns:
-        Sentences on what was done.
+        The artifact, with sentences on what was done.
     Raises:
         BitpressError: why that format cannot hold it; nothing was written.
     """
     source = resolve(str(model))
     out = Path(output).expanduser()
     source.check_output(out)
-    return convert_checkpoint(open_quantized(source.folder), source.to_dict(), to, out, on_step)
+    with shown(on_step, f"converting to {to}") as step:
+        return Artifact(out, to, convert_checkpoint(open_quantized(source.folder), source.to_dict(), to, out, step))
 
 
 def publish(

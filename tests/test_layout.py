@@ -22,8 +22,9 @@ EVERY = sorted([*SHIPPED, *(ROOT / "tests").rglob("*.py")])
 # Who may import whom: a folder, or a file that lies beside folders, may import what stands to the right of it.
 ORDER = {
     "": "tests -> pipeline -> eval -> kernels",
-    "pipeline": "pipeline -> cli -> runs, bench, api, hf -> publish -> evaluate -> quantize, checkpoints"
-    " -> transforms -> methods, models -> formats, data -> hub -> system, config, storage -> errors",
+    "pipeline": "package -> pipeline -> cli -> runs, bench, hf, api, objects -> publish, trackers -> evaluate"
+    " -> quantize, checkpoints -> transforms -> methods, models -> formats, data -> hub"
+    " -> system, config, storage -> errors",
     "kernels": "bench -> decoder_layer -> linear -> registry -> cpu, triton, external, reference -> base -> qtensor"
     " -> scheme -> weights, activations -> packing -> discovery",
     "eval": "report -> measure",
@@ -35,6 +36,7 @@ KERNELS_PACKAGES = {"torch", "triton", "bitsandbytes"}
 
 # Files that import within a function, and why. All others import at their beginning.
 LATE_IMPORTS = {
+    "pipeline/package/__init__.py": "torch and transformers take seconds, and what is used is imported",
     "pipeline/__init__.py": "torch and transformers take seconds, and a caller may want the errors alone",
     "pipeline/cli/*.py": "a command imports what it needs when it is called, so that the others answer at once",
     "pipeline/evaluate/__main__.py": "an error of an import is one of the process, and told like the others",
@@ -44,6 +46,8 @@ LATE_IMPORTS = {
     "pipeline/formats/gguf.py": "gguf is optional",
     "pipeline/methods/nf4.py": "bitsandbytes is optional",
     "pipeline/bench/scripts/*_job.py": "another program's Python runs them, and tests import them without that program",
+    "pipeline/runs/executors/ray.py": "ray is optional, and a job brings torch and transformers",
+    "pipeline/trackers/*.py": "trackers are optional",
     "pipeline/runs/executors/serial.py": "`bitpress list` shows executors, and a job brings torch and transformers",
     "kernels/external/bitsandbytes_nf4.py": "bitsandbytes is optional",
     "eval/report/report.py": "matplotlib takes a second, and only pages with figures need it",
@@ -593,7 +597,7 @@ def test_the_way_of_a_run_is_short():
 def test_the_table_of_imports_is_the_one_that_holds(top: str):
     row = re.search(rf"^\| `{top}` \| (.+) \|$", section("Who may import whom"), re.MULTILINE)
     assert row is not None
-    assert row[1].replace("→", "->") == ORDER[top].removeprefix("pipeline -> ")
+    assert row[1].replace("→", "->") == ORDER[top].removeprefix("package -> pipeline -> ")
 
 
 def excerpts() -> list[tuple[str, list[str]]]:

@@ -17,7 +17,7 @@ from .energy import Meter
 from .memory import resident_bytes
 
 OnStep = Callable[[int, int], None]
-_BANDWIDTH_BYTES = 1 << 28
+BANDWIDTH_BYTES = 1 << 28
 _BANDWIDTH_REPEATS = 4
 
 
@@ -168,7 +168,7 @@ def bandwidth(device: torch.device) -> float:
     A copy counts bytes read and bytes written, like the benchmark STREAM. The tensor has a quarter of a GiB: hardly any
     cache holds it.
     """
-    source = torch.ones(_BANDWIDTH_BYTES // 4, device=device)
+    source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
     target = torch.empty_like(source)
     best = 0.0
     for work, moved in ((lambda: target.copy_(source), 2 * source.nbytes), (source.sum, source.nbytes)):

@@ -106,8 +106,8 @@ def _significance(section: Section) -> list[str]:
     return [*alike, f"The other {rest} pairs differ by more."] if rest else alike
 
 
-def _figures(section: Section, ident: str) -> list[tuple[str, Markup]]:
-    """(caption, SVG): KL against size and against speed."""
+def _figures(section: Section, ident: str) -> list[tuple[str, Markup, bool]]:
+    """(caption, SVG, whether it is large): KL against size and against speed."""
     runs = [run for run in section.runs if run.kl_mean is not None]
     sizes = [Point(run.run, run.file_bytes, run.kl_mean or 0, run.baseline) for run in runs if run.file_bytes]
     speeds = [Point(run.run, run.decode[0], run.kl_mean or 0, run.baseline) for run in runs if run.decode]
@@ -125,5 +125,6 @@ def _figures(section: Section, ident: str) -> list[tuple[str, Markup]]:
             f"KL against {quantity[0]}; best is the {corner} corner. Filled and joined: the Pareto front, those runs "
             "that no other beats in both. The dashed line is the baseline, whose KL is 0."
         )
-        drawn.append((caption, Markup(front_plot(points, members, quantity).svg(f"{ident}-{kind}"))))
+        drawing = front_plot(points, members, quantity)
+        drawn.append((caption, Markup(drawing.svg(f"{ident}-{kind}")), kind == "size"))
     return drawn

@@ -13,11 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..measure.statistics import finite
+from .comparison import front
 from .runs import ReportedRun, SpeedPoint
 from .svg import COLOURS, FONT, INK, STYLE, WIDTH, Drawing, Point, clean, grid, label_points, log_if_wide, unit_of
 
 MARKERS = "osD^vPX<>h"
 SHALLOW = 12  # blocks that lines can show
+LARGE = 4.8  # inches; a phone's letters are then 9 px high
+Series = Mapping[str, Mapping[int, float]]  # kind of a layer, or of an error -> block -> relative error
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,21 @@ def model_figures(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str])
         points: the loads at which speed was measured, with their names.
     """
     drawn = []
+    quantized = [run for run in runs if not run.is_baseline]
+    losses = [
+        Point(run.label, bits, kl)
+        for run in quantized
+        if finite(bits := run.get("size", "bits_per_weight", "decoder")) and finite(kl := run.get("quality", "kl_mean"))
+    ]
+    if losses:
+        caption = (
+            "KL against bits per weight; best is the lower left corner. KL: how far the predictions of the next token "
+            "moved from the unquantized model's, in nats; 0 is not at all. Bits: of the decoder blocks, with scales "
+            "and zero points. Filled and joined: no other run is better in both."
+        )
+        members = front({point.label: (point.x, point.y) for point in losses})
+        bits = ("bits per weight", "bits per weight in the decoder blocks, fewer is better", 1.0)
+        drawn.append((caption, replace(front_plot(losses, members, bits, LARGE), large=True)))
     sizes = [
         Point(run.label, size, perplexity, run.is_baseline)
         for run in runs
@@ -57,7 +75,7 @@ def model_figures(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str])
                 "have one scheme everywhere; the open circle is the chosen model, measured on the same tokens."
             )
             drawn.append((caption, budget_plot(every)))
-        drawn += _error_figures(run)
+    drawn += _error_figures(quantized)
     if points:
         caption = (
             "Speed, with the ratio to the baseline: blue is faster, orange slower, grey the same within the "
@@ -68,31 +86,45 @@ def model_figures(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str])
     return drawn
 
 
-def _error_figures(run: ReportedRun) -> list[tuple[str, Drawing]]:
-    """Errors by depth: of the layers' outputs where they were measured, else of their weights."""
-    outputs = [
-        {**layer, "relative_error": layer["output_error"]}
-        for layer in run.get("output_errors", "layers") or []
-        if finite(layer["output_error"]) and layer["block"] is not None
+def _error_figures(runs: Sequence[ReportedRun]) -> list[tuple[str, Drawing]]:
+    """Errors by depth, a panel for each run and one scale for all of them: of the layers' outputs where they were
+    measured, else of their weights."""
+    maps, depths, weights, calibrated = (dict[str, Series]() for _ in range(4))
+    for run in runs:
+        outputs = [
+            {**layer, "relative_error": layer["output_error"]}
+            for layer in run.get("output_errors", "layers") or []
+            if finite(layer["output_error"]) and layer["block"] is not None
+        ]
+        layers = [
+            layer
+            for layer in run.get("coverage", "layers") or []
+            if finite(layer.get("relative_error")) and layer.get("block") is not None  # lm_head has no depth
+        ]
+        if outputs:
+            maps[run.label] = _errors_by_kind(outputs)
+            blocks = [block for block in run.get("output_errors", "blocks") if finite(block["output_error"])]
+            if len(blocks) > 1:
+                depths[run.label] = {
+                    name: {block["block"]: block[key] for block in blocks if finite(block[key])}
+                    for name, key in (("by itself", "output_error"), ("with what it inherits", "cumulative_error"))
+                }
+        elif layers and all(finite(layer.get("output_error")) for layer in layers):
+            # a calibrated method keeps this error small, not that of the weights
+            calibrated[run.label] = _errors_by_kind([{**x, "relative_error": x["output_error"]} for x in layers])
+        elif layers:
+            weights[run.label] = _errors_by_kind(layers)
+    panels = [
+        ("Relative error of each layer's outputs, on the unquantized model's inputs", maps, True),
+        ("Relative error of each block's output: by itself, and with what it inherits", depths, False),
+        ("Relative error of the quantized layers", weights, None),
+        ("Relative error of the quantized layers' outputs on the calibration tokens", calibrated, None),
     ]
-    if outputs:
-        caption = f"{run.label}: relative error of each layer's outputs, on the unquantized model's inputs."
-        drawn = [(caption, error_plot(outputs, as_map=True))]
-        blocks = [block for block in run.get("output_errors", "blocks") if finite(block["output_error"])]
-        caption = f"{run.label}: relative error of each block's output: by itself, and with what it inherits."
-        return [*drawn, (caption, depth_plot(blocks))] if len(blocks) > 1 else drawn
-    layers = [
-        layer
-        for layer in run.get("coverage", "layers") or []
-        if finite(layer.get("relative_error")) and layer.get("block") is not None  # lm_head has no depth
+    return [
+        (f"{words}, by depth{'; one scale for all runs' if len(own) > 1 else ''}.", error_plot(own, as_map))
+        for words, own, as_map in panels
+        if own
     ]
-    if not layers:
-        return []
-    measured = "relative error of the quantized layers"
-    if all(finite(layer.get("output_error")) for layer in layers):  # a calibrated method keeps this error small
-        layers = [{**layer, "relative_error": layer["output_error"]} for layer in layers]
-        measured = "relative error of the quantized layers' outputs"
-    return [(f"{run.label}: {measured}, by depth.", error_plot(layers))]
 
 
 def size_plot(points: Sequence[Point]) -> Drawing:
@@ -138,20 +170,25 @@ def budget_plot(points: Sequence[Point]) -> Drawing:
         return Drawing(figure, "mean KL against bits per weight")
 
 
-def front_plot(points: Sequence[Point], members: Collection[str], quantity: tuple[str, str, float]) -> Drawing:
+def front_plot(
+    points: Sequence[Point], members: Collection[str], quantity: tuple[str, str, float], width: float = WIDTH
+) -> Drawing:
     """Divergence from the unquantized model against size or speed; the Pareto front is filled and joined.
 
     Args:
         points: y is a mean KL, in nats. A baseline's is 0, so a dashed line at its x stands for it.
         members: labels of the points on the front.
         quantity: what x is: its name for a screen reader, the axis' label, and the number that x is divided by.
+        width: inches.
     """
     name, words, divisor = quantity
     points = [replace(point, x=point.x / divisor) for point in points]
     runs = [point for point in points if not point.baseline]
     best = sorted((point for point in runs if point.label in members), key=lambda point: (point.x, point.y))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.9 + 0.1 * max(0, len(runs) - 8)), layout="constrained")
+        figure = Figure(
+            figsize=(width, 2.9 + 0.3 * (width > WIDTH) + 0.1 * max(0, len(runs) - 8)), layout="constrained"
+        )
         axes = figure.add_subplot()
         axes.plot([p.x for p in best], [p.y for p in best], color=COLOURS[0], lw=1.2, alpha=0.6)
         for point in runs:
@@ -200,39 +237,46 @@ def programs_plot(series: Mapping[str, Sequence[tuple[str, float, float, bool]]]
         return Drawing(figure, "mean KL against bits per weight, by program")
 
 
-def depth_plot(blocks: Sequence[Mapping[str, Any]]) -> Drawing:
-    """Relative error of each decoder block's output: its own, and together with the errors of the blocks before it."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
-        axes = figure.add_subplot()
-        series = {
-            name: {x["block"]: x[key] for x in blocks if finite(x[key])}
-            for name, key in (("by itself", "output_error"), ("with what it inherits", "cumulative_error"))
-        }
-        _error_lines(figure, axes, series)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-        axes.set_xlabel("decoder block, first to last")
-        return Drawing(figure, "relative error of each block's output by depth")
+def error_plot(runs: Mapping[str, Series], as_map: bool | None = None) -> Drawing:
+    """Relative error by depth, a panel for each run, all on one scale: a line, or a row of colours, for each kind of
+    projection.
 
-
-def error_plot(layers: Sequence[Mapping[str, Any]], as_map: bool = False) -> Drawing:
-    """Relative error by depth for each kind of projection, from a run's `coverage.layers`.
-
-    Lines for a shallow model, a heat map for a deep one or where `as_map` asks for it. Where a block has several layers
-    of one kind (experts), the worst is drawn.
+    Args:
+        as_map: colours; None for colours where a model is too deep for lines.
     """
-    series = _errors_by_kind(layers)
-    draw = _error_map if as_map or max(map(len, series.values())) > SHALLOW else _error_lines
+    if as_map is None:
+        as_map = any(len(by_block) > SHALLOW for series in runs.values() for by_block in series.values())
+    worst = 100 * max(error for series in runs.values() for by_block in series.values() for error in by_block.values())
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
-        axes = figure.add_subplot()
-        draw(figure, axes, series)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-        axes.set_xlabel("decoder block, first to last")
-        return Drawing(figure, "relative error of each quantized layer by depth")
+        if as_map:
+            heights = [0.45 + 0.24 * len(series) for series in runs.values()]
+            figure.set_figheight(0.85 + sum(heights))
+        else:
+            kinds = max(map(len, runs.values()))
+            heights = [2.0 if len(runs) == 1 else 1.6] * len(runs)
+            figure.set_figheight(0.5 + sum(heights) + 0.19 * math.ceil(kinds / 3))
+        panels = figure.subplots(len(runs), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        mesh = None
+        for axes, (label, series) in zip(panels, runs.items(), strict=True):
+            if len(runs) > 1:
+                axes.set_title(clean(label, 40), loc="left")
+            if as_map:
+                mesh = _error_map(axes, series, worst)
+            else:
+                _error_lines(axes, series, worst)
+        panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        panels[-1].set_xlabel("decoder block, first to last")
+        if mesh is not None:
+            figure.colorbar(mesh, ax=list(panels), location="bottom", label="relative error (%)", aspect=32, pad=0.02)
+        else:
+            legend = {"frameon": False, "fontsize": FONT - 1, "columnspacing": 1.0, "handlelength": 1.6}
+            most = max(panels, key=lambda axes: len(axes.get_lines()))
+            figure.legend(handles=most.get_lines(), loc="outside lower center", ncols=3, **legend)
+        return Drawing(figure, "relative error by depth")
 
 
-def _error_lines(figure: Figure, axes: Axes, series: Mapping[str, Mapping[int, float]]) -> None:
+def _error_lines(axes: Axes, series: Series, worst: float) -> None:
     for index, (kind, by_block) in enumerate(series.items()):
         blocks = sorted(by_block)
         axes.plot(
@@ -245,25 +289,24 @@ def _error_lines(figure: Figure, axes: Axes, series: Mapping[str, Mapping[int, f
             ls="-" if index < len(COLOURS) else "--",
             label=clean(kind, 22),
         )
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.05)  # the highest marker stays whole
+    axes.set_ylim(0, 1.1 * worst or 1.0)  # the highest marker stays whole
     axes.set_ylabel("relative error (%)")
     grid(axes)
-    figure.set_figheight(2.5 + 0.19 * math.ceil(len(series) / 3))
-    legend = {"frameon": False, "fontsize": FONT - 1, "columnspacing": 1.0, "handlelength": 1.6}
-    figure.legend(loc="outside lower center", ncols=3, **legend)
 
 
-def _error_map(figure: Figure, axes: Axes, series: Mapping[str, Mapping[int, float]]) -> None:
+def _error_map(axes: Axes, series: Series, worst: float) -> Any:
     blocks = range(max(max(by_block) for by_block in series.values()) + 1)
     cells = [[100 * by_block.get(block, math.nan) for block in blocks] for by_block in series.values()]
     # Few colours: they can be told apart, and matplotlib would draw a finer scale as a bitmap.
     colours = mpl.colormaps["viridis"].resampled(10)
-    mesh = axes.pcolormesh(blocks, range(len(series)), cells, cmap=colours, edgecolor="face", linewidth=0.2)
-    axes.set_yticks(range(len(series)), [clean(kind, 16) for kind in series])
+    rows = range(len(series))
+    mesh = axes.pcolormesh(
+        blocks, rows, cells, cmap=colours, vmin=0, vmax=worst or 1.0, edgecolor="face", linewidth=0.2
+    )
+    axes.set_yticks(rows, [clean(kind, 16) for kind in series])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    figure.set_figheight(1.3 + 0.24 * len(series))
-    figure.colorbar(mesh, ax=axes, location="bottom", label="relative error (%)", aspect=32, pad=0.04)
+    return mesh
 
 
 def _errors_by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:

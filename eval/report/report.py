@@ -13,6 +13,8 @@ from markupsafe import Markup
 from ..measure.statistics import finite
 from . import render
 from . import words as say
+from .comparison import Incomparable, compare
+from .recommend import Choice
 from .runs import Metrics, ReportedRun, circumstances, dig, distinct, points_of, reported_runs, terms_of
 from .tables import recipe_table, tables
 from .words import DASH
@@ -89,7 +91,35 @@ def card(runs: Sequence[Metrics], page: Mapping[str, Any]) -> str:
         runs: the run that the card is about, and its baseline where there is one.
         page: what else the card says; see pipeline/publish/card.py.
     """
-    return render.markdown("card", {**_view(runs), **say.printable(page)})
+    quantized = [run for run in reported_runs(runs) if not run.is_baseline]
+    return render.markdown("card", {**_view(runs), "apart": _apart(quantized[-1]), **say.printable(page)})
+
+
+def _apart(run: ReportedRun) -> list[tuple[str, str]]:
+    """(whose, sentence): the quality of the file, and what the kernel adds that measured it."""
+    quality, cost = run.get("quality") or {}, run.get("kernels", "rounded_inputs")
+    after, before = run.perplexities()
+    figures = []
+    if after is not None:
+        figures.append(f"perplexity {say.followed(say.number(after), say.increase(after, before))}")
+    if quality.get("kl_mean") is not None:
+        figures.append(f"mean KL {say.divergence(quality['kl_mean'], quality.get('kl_mean_se'))}")
+    if quality.get("top1_agreement") is not None:
+        figures.append(f"the same next token {say.percent(quality['top1_agreement'])} of the time")
+    known = ", ".join(figures) or "not measured"
+    names = ", ".join(run.get("kernels", "selected") or {}) or "bitpress's kernel"
+    if cost:
+        divergence = say.divergence(cost.get("kl_mean"), cost.get("kl_mean_se"))
+        added = f"{names} also rounds the inputs of {cost.get('layers')} layers, which adds a mean KL of {divergence}"
+    else:
+        added = f"{names} computes with inputs as the scheme has them and adds nothing that was measured"
+    return [
+        (
+            "Quality of the file",
+            f"{known}. Weights and inputs are those of the scheme, whatever runtime loads the file.",
+        ),
+        ("Of the kernel", f"{added}. It is bitpress's on the machine below; another runtime's kernel has its own."),
+    ]
 
 
 def pictures(runs: Sequence[Metrics]) -> list[tuple[str, bytes]]:
@@ -118,6 +148,8 @@ def _view(runs: Sequence[Metrics], refused: Refused = ()) -> dict[str, Any]:
             for model, own in by_model.items()
         ],
         "verdicts": _verdicts(reported),
+        "choices": _choices(runs),
+        "terms": say.TERMS,
         "warnings": [(run.title, warning) for run in reported for warning in run.get("warnings") or []],
         "refused": say.printable([tuple(map(str, job)) for job in refused]),
         "tables": tables(reported, points_of(reported)),
@@ -141,6 +173,8 @@ def _verdict(run: ReportedRun) -> str:
     parts = []
     if missed := [gate["gate"] for gate in run.get("gates", "judged") or [] if not gate["passed"]]:
         parts.append(f"misses {'its gate' if len(missed) == 1 else 'its gates'} {', '.join(missed)}")
+    if (kl := run.get("quality", "kl_mean")) is not None:
+        parts.append(f"mean KL {say.divergence(kl, run.get('quality', 'kl_mean_se'))}")
     if (ratio := run.size_ratio()) is not None:
         parts.append(f"{say.ratio(ratio)} the size")
     after, before = run.perplexities()
@@ -164,6 +198,15 @@ def _verdict(run: ReportedRun) -> str:
         more = f" and {len(slower) - 3} more" if len(slower) > 3 else ""
         parts.append(f"{others}: {', '.join(slower[:3])}{more}")
     return ", ".join(parts) or "nothing was measured"
+
+
+def _choices(runs: Sequence[Metrics]) -> list[tuple[str, list[Choice]]]:
+    """(model, which run to choose by memory) where there is a choice: several quantized runs that compare."""
+    try:
+        sections = compare(runs) if runs else []
+    except Incomparable:  # of several protocols, which the page says
+        return []
+    return [(x.model, x.choices) for x in sections if x.choices and sum(not run.baseline for run in x.runs) > 1]
 
 
 def _checks(run: ReportedRun) -> dict[str, Any]:
@@ -223,8 +266,8 @@ def _kept(run: Metrics) -> list[tuple[str, str, str, str]]:
     return [(name, f"{count:,}", say.size(-total), reason) for total, name, count, reason in sorted(rows)]
 
 
-def _figures(runs: Sequence[ReportedRun], ident: str) -> list[tuple[str, Markup]]:
+def _figures(runs: Sequence[ReportedRun], ident: str) -> list[tuple[str, Markup, bool]]:
     from .figures import model_figures
 
     drawn = enumerate(model_figures(runs, points_of(runs)))
-    return [(caption, Markup(drawing.svg(f"{ident}-{number}"))) for number, (caption, drawing) in drawn]
+    return [(caption, Markup(drawing.svg(f"{ident}-{number}")), drawing.large) for number, (caption, drawing) in drawn]

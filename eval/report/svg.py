@@ -143,10 +143,11 @@ def clean(text: str, longest: int) -> str:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure. title: for a screen reader."""
+    """A figure. title: for a screen reader. large: the page gives it all of its width."""
 
     figure: Figure
     title: str
+    large: bool = False
 
     def svg(self, ident: str) -> str:
         """One `<svg>` element for an HTML page; `ident` makes its ids differ from those of other figures."""

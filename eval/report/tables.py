@@ -3,7 +3,7 @@
 Each is (title, header, rows, note). A table of something that no run measured is left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -14,6 +14,14 @@ from .why_slower import why_slower
 
 Table = tuple[str, list[str], list[list[str]], str]
 _WORST = 3  # layers of each run
+
+
+_GATES: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "kl_mean": ("mean KL", say.small),
+    "ppl_increase": ("increase of perplexity", say.percent),
+    "top1": ("same next token", say.percent),
+    "fallback_layers": ("layers that fell back", say.count),
+}
 
 
 def tables(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str]) -> list[Table]:
@@ -179,12 +187,12 @@ def _gates(runs: Sequence[ReportedRun]) -> Table:
     rows = []
     for run in runs:
         verdict = run.get("gates") or {}
-        judged = sorted(verdict.get("judged") or [], key=lambda gate: gate["passed"])  # missed gates come first
-        if judged:
+        for gate in sorted(verdict.get("judged") or [], key=lambda gate: gate["passed"]):  # missed gates come first
+            name, words = _GATES.get(gate["gate"], (str(gate["gate"]), say.small))
             missed = "missed, overridden" if verdict.get("overridden") else "MISSED"
-            sentences = "; ".join(str(gate["said"]) for gate in judged)
-            rows.append([run.title, "passed" if judged[0]["passed"] else missed, sentences])
-    return "Gates", ["run", "verdict", "measured"], rows, ""
+            asked = f"at {'least' if 'at least' in gate['said'] else 'most'} {words(gate['limit'])}"
+            rows.append([run.title, name, words(gate["found"]), asked, "passed" if gate["passed"] else missed])
+    return "Gates", ["run", "gate", "measured", "asked for", "verdict"], rows, ""
 
 
 def _tasks(runs: Sequence[ReportedRun]) -> Table:

@@ -2,16 +2,22 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 DASH = "–"
 KERNEL_KL = (
     "KL added by the kernel: the kernel also rounds the inputs of layers whose scheme quantizes only the weights. The "
     "figure is the mean KL of the model with this rounding from the same model without it, on some of the windows. "
     "Mean KL and perplexity are measured without it: they belong to the file, and this figure belongs to the kernel."
+)
+TERMS = (
+    "Perplexity: how much the text surprises the model; less is better. KL: how far its predictions of the next token "
+    "moved from the unquantized model's, in nats; 0 is not at all. Top-1: how often the most probable next token is "
+    "the same. Resident: the loaded weights in memory. Peak RSS: the most memory that the process took. Prefill reads "
+    "a prompt, decode writes token by token."
 )
 # Control characters, characters that XML forbids, and those that reverse the direction of the text around them.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
@@ -113,6 +119,16 @@ def printable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {printable(key): printable(item) for key, item in value.items()}
     return [printable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def terms_html(title: str, rows: Iterable[Sequence[Any]]) -> str:
+    """A table of names and values for a notebook; everything in it may come from a checkpoint, and is escaped."""
+    left = "style='text-align:left'"
+    cells = (
+        f"<tr><th {left}>{escape(printable(str(name)))}</th><td {left}>{escape(printable(str(value)))}</td></tr>"
+        for name, value in rows
+    )
+    return f"<table><caption>{escape(printable(title))}</caption>{''.join(cells)}</table>"
 
 
 def plus_minus(value: float | None, error: float | None, words: Callable[[float | None], str]) -> str:

@@ -1,4 +1,4 @@
-"""NF4 weights through bitsandbytes (pip install 'bitpress[bnb]'): its CUDA kernels, and its CPU ones."""
+"""NF4 weights through bitsandbytes (pip install bitsandbytes): its CUDA kernels, and its CPU ones."""
 
 from types import ModuleType
 from typing import Any, ClassVar
@@ -104,7 +104,7 @@ def _library() -> ModuleType | str:
     try:
         import bitsandbytes
     except ImportError:
-        return "bitsandbytes is not installed; pip install 'bitpress[bnb]'"
+        return "bitsandbytes is not installed; pip install bitsandbytes"
     if isinstance(bitsandbytes.cextension.lib, bitsandbytes.cextension.ErrorHandlerMockBNBNativeLibrary):
         return "bitsandbytes could not load its native library; `python -m bitsandbytes` says why"
     return bitsandbytes

@@ -15,6 +15,7 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import registry as kernels
 from bitpress.kernels.scheme import Scheme, examples
 
+from ..config.schema import NAMED_RECIPES
 from ..formats import count_schemes, open_quantized, quantization_section, scheme_name
 from ..formats import registry as formats
 from ..formats.base import dtype_name
@@ -74,10 +75,12 @@ class Entry:
 
 
 def catalogue() -> dict[str, dict[str, Entry]]:
-    """Kind ("schemes", "methods", "kernels on cpu", …) -> name -> what it serves, or why it cannot run here."""
+    """Kind ("recipes", "schemes", "kernels on cpu", …) -> name -> what it serves, or why it cannot run here."""
     schemes = [Scheme.parse(name) for name in examples()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    named = {name: [f"{key}: {value}" for key, value in keys.items()] for name, keys in NAMED_RECIPES.items()}
     return {
+        "recipes": {name: Entry(", ".join(keys)) for name, keys in named.items()},
         "schemes": {scheme.name: Entry(_described(scheme)) for scheme in schemes},
         "transforms": {name: Entry(transform.about) for name, transform in transforms().items()},
         "methods": {

@@ -16,9 +16,7 @@ from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, rea
 from ..models.structure import (
     ParameterPath,
     TensorNames,
-    auto_class,
     computing_dtype,
-    decoder,
     kept_names,
     skeleton,
     tied_copies,
@@ -29,6 +27,7 @@ from ..storage.fingerprint import MANIFEST
 from ..storage.finite import count_not_finite
 from ..system.progress import OnStep
 from .describe import describe
+from .facts import facts_of
 from .runtimes import tensor_parallel, verdicts
 
 _JSON = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -223,7 +222,15 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
     names, targets = (contents.names, contents.plain) if contents else (None, {})
     _check_plain(checkpoint, rest, names, targets, diagnosis, steps)
     if contents:
-        facts = _facts(contents, seen)
+        facts = facts_of(
+            contents.format,
+            contents.model,
+            contents.names,
+            contents.quantized,
+            {name: (layer.scheme, layer.shape) for name, layer in seen.layers.items()},
+            frozenset(seen.kept),
+            bool(seen.ordered),
+        )
         diagnosis.runtimes, diagnosis.tensor_parallel = verdicts(facts), tensor_parallel(facts)
         if facts.auto_class != Facts.auto_class:
             diagnosis.notes.append(f"transformers loads it by {facts.auto_class}, the class of its architecture")
@@ -272,42 +279,3 @@ def _check_plain(
             diagnosis.faults.append(f"{name}: {bad} values are NaN or infinite")
     if unknown:
         diagnosis.notes.append(f"not of the model as transformers builds it: {some(unknown)}")
-
-
-def _facts(contents: QuantizedCheckpoint, seen: Examination) -> Facts:
-    config = contents.model.config.get_text_config(decoder=True)
-    counts = [getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
-    heads = counts[0] if isinstance(counts[0], int) else 1
-    return Facts(
-        format=contents.format,
-        schemes={name: layer.scheme for name, layer in seen.layers.items()},
-        ordered=bool(seen.ordered),
-        shapes={name: layer.shape for name, layer in seen.layers.items()},
-        split=_split(contents),
-        experts=frozenset(layer for layer, target in contents.quantized.items() if target.expert),
-        joined_experts=any(
-            target.expert and target.parameter not in contents.names.merged for target in contents.quantized.values()
-        ),
-        model_type=str(config.model_type),
-        heads=(heads, counts[1] if isinstance(counts[1], int) and counts[1] > 0 else heads),
-        kept=frozenset(seen.kept),
-        auto_class=auto_class(contents.model.config).__name__,
-        blocks=decoder(contents.model),
-    )
-
-
-def _split(contents: QuantizedCheckpoint) -> dict[str, str | None] | None:
-    """How tensor parallelism cuts each layer, by the plan that transformers has for the architecture."""
-    config = contents.model.config.get_text_config(decoder=True)
-    plan = getattr(type(config), "base_model_tp_plan", None)  # transformers' own, not the checkpoint's
-    if not plan:
-        return None
-    kinds = {re.compile(re.escape(key).replace(r"\*", r"\d+")): str(kind) for key, kind in plan.items()}
-    blocks = decoder(contents.model)  # the plan names parts of the decoder: layers.*.mlp.up_proj
-    prefix = f"{blocks.rpartition('.')[0]}."
-    split: dict[str, str | None] = {}
-    for layer, target in contents.quantized.items():
-        path = target.parameter.removesuffix(".weight").removeprefix(prefix)
-        kind = next((kind for pattern, kind in kinds.items() if pattern.fullmatch(path)), "")
-        split[layer] = "column" if "colwise" in kind else "row" if "rowwise" in kind else None
-    return split

@@ -12,7 +12,7 @@ from ..system import children, interrupts, program
 from ..system.redact import redact
 from ..system.unexpected import unexpected
 from ..system.versions import versions
-from . import bench, chat, console, evaluate, inspect, run
+from . import bench, chat, console, evaluate, inspect, plan, run
 
 _USAGE = 2  # exit code of a command line that cannot be read
 
@@ -41,10 +41,12 @@ def bitpress(
 
 app.command()(run.run)
 app.command()(run.quantize)
-app.command()(run.plan)
+app.command()(plan.plan)
+app.command()(plan.recommend)
 app.command()(run.clean)
 app.command("eval")(evaluate.evaluate)
 app.command()(evaluate.compare)
+app.command()(evaluate.results)
 app.command()(inspect.inspect)
 app.command()(inspect.doctor)
 app.command()(run.convert)

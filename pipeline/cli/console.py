@@ -4,6 +4,7 @@ No other module prints: what is printed here is made printable first, whoever wr
 """
 
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -55,8 +56,12 @@ def show_traceback(error: BaseException) -> None:
 
 
 def command_line() -> str:
-    """What the user typed, for reports."""
-    return shlex.join(["bitpress", *sys.argv[1:]])
+    """What the user typed, and in which folder, for reports: relative paths mean nothing without it."""
+    typed = shlex.join(["bitpress", *sys.argv[1:]])
+    try:
+        return f"cd {shlex.quote(os.getcwd())} && {typed}"
+    except FileNotFoundError:  # it was deleted
+        return typed
 
 
 def print_json(value: Any) -> None:

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import ConfigError
 from ..system.progress import quiet_libraries
-from .console import command_line, news, print_json, print_line, print_table, protocol_sentence
+from .console import command_line, news, print_json, print_line, print_table, protocol_sentence, write
 from .options import Device, Dtype, Json, KernelName, Revision
 
 
@@ -85,3 +86,25 @@ def compare(
         print_line("")
     print_table(["memory", "choose"], comparison.choices)
     print_line(f"\ncomparison: {comparison.page}")
+
+
+def results(
+    runs: Annotated[list[Path], typer.Argument(help="Runs, folders of runs, or metrics.json files.")],
+    as_csv: Annotated[bool, typer.Option("--csv", help="Every figure, as comma-separated values.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Every figure, as a list of objects.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--md", help="A table of Markdown.")] = False,
+) -> None:
+    """The figures of finished runs, one row each."""
+    from bitpress.eval.report import results as tables
+
+    from ..evaluate.compare import metrics_below
+    from ..evaluate.metrics import read_metrics
+
+    if as_csv + as_json + as_markdown > 1:
+        raise ConfigError("--csv, --json and --md: give one of them")
+    paths = dict.fromkeys(file.resolve() for run in runs for file in metrics_below(run.expanduser()))
+    rows = tables.rows([read_metrics(file) for file in paths])
+    if as_csv or as_json or as_markdown:
+        write((tables.as_csv if as_csv else tables.as_json if as_json else tables.as_markdown)(rows))
+    else:
+        print_table(*tables.short(rows))

@@ -71,14 +71,19 @@ def _reasons(line: str, reasons: list[str]) -> None:
 
 
 def list_(as_json: Json = False) -> None:
-    """Schemes, methods, formats, executors, and kernels with the reason where one cannot run here."""
+    """Schemes, methods, formats, executors, trackers, and kernels with the reason where one cannot run here."""
     with collector_paused():
         from ..checkpoints.describe import Entry, catalogue
         from ..runs.executors import registry as executors
+        from ..trackers import registry as trackers
 
     everything = catalogue()
     everything["executors"] = {
         name: Entry((type(executor).__doc__ or "").partition("\n")[0]) for name, executor in executors().items()
+    }
+    everything["trackers"] = {
+        name: Entry(f"not here: {why}" if (why := own.unsupported()) else (type(own).__doc__ or "").partition("\n")[0])
+        for name, own in trackers().items()
     }
     if as_json:
         print_json({kind: {name: entry.to_dict() for name, entry in own.items()} for kind, own in everything.items()})

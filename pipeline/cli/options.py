@@ -1,6 +1,7 @@
-"""Options that several commands have."""
+"""Options that several commands have, and what they make of a recipe."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -9,3 +10,42 @@ Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of t
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 KernelName = Annotated[str, typer.Option("--kernel", help="auto, or one of `bitpress list`.")]
+BudgetText = Annotated[
+    str | None,
+    typer.Option("--budget", help="In place of a recipe: 4.25bits per weight, or 4.1GB of the whole artifact."),
+]
+Choices = Annotated[
+    list[str] | None, typer.Option("--choice", help="A scheme for a budget to choose from, or none; may be repeated.")
+]
+Keep = Annotated[
+    Path | None, typer.Option("--keep", help="A folder that keeps a budget's statistics and solutions, for others.")
+]
+DEFAULT_RECIPE = "int4-g128"
+
+
+def recipe_keys(recipe: str | None, budget: str | None, choices: list[str] | None) -> dict[str, Any]:
+    """The keys of a recipe of which its text, a budget and choices are given.
+
+    Raises:
+        ConfigError: the text and the budget both say what becomes of a layer.
+    """
+    from ..config.schema import recipe_parts
+    from ..errors import ConfigError
+
+    if budget is None:
+        parts: dict[str, Any] = dict(recipe_parts(recipe or DEFAULT_RECIPE))
+    elif recipe:
+        raise ConfigError(f"--recipe {recipe} and --budget {budget}: a budget chooses the schemes; give one of the two")
+    else:
+        parts = {"budget": budget}
+    return parts | ({"choices": choices} if choices else {})
+
+
+def calibration_keys(text: str | None, windows: int | None, context: int | None, seed: str | None) -> dict[str, Any]:
+    """The key of a recipe for its calibration, as far as it is given."""
+    from ..config.load import load_options
+
+    keys = {"text": text, "windows": windows, "context": context}
+    named = {key: value for key, value in keys.items() if value is not None}
+    named |= load_options([f"seed={seed}"] if seed else [])
+    return {"calibration": named} if named else {}

@@ -18,19 +18,18 @@ from .console import (
     protocol_sentence,
     show_traceback,
 )
-from .options import Device, Json, Revision
-
-_DEFAULT = "int4-g128"
-BudgetText = Annotated[
-    str | None,
-    typer.Option("--budget", help="In place of a recipe: 4.25bits per weight, or 4.1GB of the whole artifact."),
-]
-Choices = Annotated[
-    list[str] | None, typer.Option("--choice", help="A scheme for a budget to choose from, or none; may be repeated.")
-]
-Keep = Annotated[
-    Path | None, typer.Option("--keep", help="A folder that keeps a budget's statistics and solutions, for others.")
-]
+from .options import (
+    DEFAULT_RECIPE,
+    BudgetText,
+    Choices,
+    Device,
+    Json,
+    Keep,
+    Revision,
+    calibration_keys,
+    recipe_keys,
+)
+from .plan import show_plans
 
 
 class Redo(str, Enum):
@@ -67,19 +66,29 @@ def run(
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look: few windows, little speed; into runs/NAME-quick.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what the jobs will take, as `bitpress plan` does; do nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Quantize, save, reload, measure and report, for every model and recipe of the configs."""
+    if dry_run:
+        show_plans(configs or [Path("demo")], set, False, as_json, quick)
+        return
     from ..config.load import load_config
     from ..quantize.recipe import problems
-    from ..runs.run import execute, summarize
+    from ..runs.plan import plan_run
+    from ..runs.run import execute, jobs_of, summarize
 
     quiet_libraries()
     runs = [load_config(path, set, problems) for path in configs or [Path("demo")]]  # all are checked before any starts
     runs = [config.quick() for config in runs] if quick else runs
+    plans = [plan_run(config, jobs_of(config)) for config in runs]
+    for each in plans:
+        each.check()
     everything = []
-    for config in runs:
-        outcomes = execute(config, command_line(), news, override, redo.value if redo else None)
+    for config, each in zip(runs, plans):
+        outcomes = execute(config, command_line(), news, override, redo.value if redo else None, each)
         page = summarize(config, outcomes)
         everything += outcomes
         for outcome in outcomes:
@@ -141,7 +150,7 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
     recipe: Annotated[
         str | None,
-        typer.Option(help="[transform+][method/]scheme: int4-g128 (by default), gptq/int3-channel, nf4, 4.25bits, …"),
+        typer.Option(help="[transform+][method/]scheme: int4-g128 (by default), gptq/int3-channel, int8, 4.25bits, …"),
     ] = None,
     budget: BudgetText = None,
     choice: Choices = None,
@@ -159,6 +168,10 @@ def quantize(
     observer: Annotated[
         str, typer.Option(help="Of the range of int8-static's inputs: mse (auto), percentile or minmax.")
     ] = "auto",
+    keep_inputs: Annotated[
+        str | None,
+        typer.Option(help="5%: at most so many layers leave their inputs alone, those where rounding them costs most."),
+    ] = None,
     fit_groups: Annotated[
         bool, typer.Option("--fit-groups", help="Layers that the group size does not divide get a smaller one.")
     ] = False,
@@ -185,83 +198,18 @@ def quantize(
     from ..config.load import load_layers, load_options
 
     quiet_libraries()
-    settings = {**_recipe(recipe, budget, choice), "format": format}
+    settings = {**recipe_keys(recipe, budget, choice), "format": format}
     settings |= {"layers": load_layers(layer or []), "options": load_options(option or [])}
     settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
     settings |= {"max_fallback_layers": max_fallback_layers, "observer": observer}
-    settings |= _calibration(calibration, windows, context, seed)
-    name = budget or recipe or _DEFAULT
+    settings |= load_options([f"keep_inputs={keep_inputs}"] if keep_inputs else [])
+    settings |= calibration_keys(calibration, windows, context, seed)
+    name = budget or recipe or DEFAULT_RECIPE
     with progress(f"quantizing to {name}") as step:
-        notes = quantize_api(model, settings, output, revision, device, step, keep)
-    for note in notes:
+        artifact = quantize_api(model, settings, output, revision, device, step, keep)
+    for note in artifact.notes:
         news(note)
     print_line(f"{output}: {name}; try `bitpress eval {output}`")
-
-
-def _recipe(recipe: str | None, budget: str | None, choices: list[str] | None) -> dict[str, Any]:
-    """The keys of a recipe of which its text, a budget and choices are given.
-
-    Raises:
-        ConfigError: the text and the budget both say what becomes of a layer.
-    """
-    from ..config.schema import recipe_parts
-    from ..errors import ConfigError
-
-    if budget is None:
-        parts: dict[str, Any] = dict(recipe_parts(recipe or _DEFAULT))
-    elif recipe:
-        raise ConfigError(f"--recipe {recipe} and --budget {budget}: a budget chooses the schemes; give one of the two")
-    else:
-        parts = {"budget": budget}
-    return parts | ({"choices": choices} if choices else {})
-
-
-def _calibration(text: str | None, windows: int | None, context: int | None, seed: str | None) -> dict[str, Any]:
-    """The key of a recipe for its calibration, as far as it is given."""
-    from ..config.load import load_options
-
-    keys = {"text": text, "windows": windows, "context": context}
-    named = {key: value for key, value in keys.items() if value is not None}
-    named |= load_options([f"seed={seed}"] if seed else [])
-    return {"calibration": named} if named else {}
-
-
-def plan(
-    model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
-    budget: Annotated[str, typer.Option(help="4.25bits per weight, or 4.1GB of the whole artifact.")],
-    method: Annotated[str | None, typer.Option(help="That solves each layer; gptq by default.")] = None,
-    choice: Choices = None,
-    layer: Annotated[
-        list[str] | None, typer.Option(help="'*.down_proj=int8-g128': what has no choice; may be repeated.")
-    ] = None,
-    format: Annotated[str, typer.Option(help="auto, or one of `bitpress list`.")] = "auto",
-    calibration: Annotated[str | None, typer.Option(help="The text: a file, or org/name:config:split.")] = None,
-    windows: Annotated[int | None, typer.Option(help="How many windows of it; 128 by default.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens per window; 2048 by default.")] = None,
-    seed: Annotated[str | None, typer.Option(help="Draws the windows; 0 by default.")] = None,
-    keep: Keep = None,
-    device: Device = "auto",
-    revision: Revision = None,
-    as_json: Json = False,
-) -> None:
-    """What a budget would choose for each layer, and the curve of KL against size; no model is written."""
-    from bitpress.eval.report.tables import budget_tables
-
-    from ..api import plan as plan_api
-    from ..config.load import load_layers
-
-    quiet_libraries()
-    settings = {**_recipe(None, budget, choice), "format": format, "layers": load_layers(layer or [])}
-    settings |= ({"method": method} if method else {}) | _calibration(calibration, windows, context, seed)
-    with progress("solving and probing layers") as step:
-        chosen = plan_api(model, settings, revision, device, step, keep)
-    if as_json:
-        print_json(chosen)
-        return
-    for title, header, rows, note in budget_tables("", chosen):
-        print_line(f"\n{title}")
-        print_table(header, rows)
-        print_line(f"\n{note}")
 
 
 def clean(run: Annotated[Path, typer.Argument(help="The folder of a run: runs/NAME.")]) -> None:
@@ -285,8 +233,8 @@ def convert(
 
     quiet_libraries()
     with progress(f"converting to {to}") as step:
-        notes = convert_api(model, to, output, step)
-    for note in notes:
+        artifact = convert_api(model, to, output, step)
+    for note in artifact.notes:
         news(note)
     print_line(f"{output}: {to}; try `bitpress doctor {output}`")
 

@@ -111,7 +111,7 @@ def _section(kind: type[Section], settings: Any, path: tuple[str, ...]) -> Secti
         raise ConfigError(f"these settings cannot be used:\n{listing(problems)}") from error
 
 
-def load_recipe(settings: str | Mapping[str, Any]) -> RecipeSettings:
+def load_recipe(settings: str | Mapping[str, Any] | RecipeSettings) -> RecipeSettings:
     """A recipe given as text, such as "gptq/int4-g128", or as plain values.
 
     Raises:

@@ -82,6 +82,16 @@ class Calibrate(_Strict):
     seed: int | None = Field(0, ge=0)  # None: the first windows of the text, in order
 
 
+def _share(value: Any) -> Any:
+    """3% as 0.03."""
+    if isinstance(value, str) and value.endswith("%"):
+        return float(value[:-1]) / 100
+    return value
+
+
+Share = Annotated[float, BeforeValidator(_share)]
+
+
 class RecipeDefaults(_Strict):
     """What all recipes of a config have in common, where they do not say otherwise."""
 
@@ -91,6 +101,9 @@ class RecipeDefaults(_Strict):
     choices: list[str] = []  # of a budget: the schemes to choose from, none for unquantized; [] for 2 to 8 bits
     options: dict[str, Any] = {}  # of the method, such as {damping: 1e-3} of gptq
     layers: dict[str, str] = {}  # shell pattern on the names in the files -> [method/]scheme, or none; the last wins
+    keep_inputs: Share = Field(
+        0.0, ge=0, le=1
+    )  # of the layers that quantize inputs, 5% at most leave them alone: the worst
     observer: str = AUTO  # of the range of static inputs: mse, percentile or minmax; auto is the first
     calibration: Calibrate | None = None  # None: the defaults above, where a method needs any
     max_fallback_layers: int = Field(0, ge=0)  # where more layers fall back to rounding to nearest, the job fails
@@ -119,11 +132,19 @@ def _budget(value: Any) -> str:
 BudgetName = Annotated[str, BeforeValidator(_budget)]
 
 
-def recipe_parts(text: str) -> dict[str, str]:
+# Recipes that are known by one word. The figures behind int8 are in README.md, under INT8.
+NAMED_RECIPES: dict[str, dict[str, Any]] = {
+    "int8": {"transform": "smooth", "method": "gptq", "scheme": "int8-dynamic", "keep_inputs": 0.05},
+}
+
+
+def recipe_parts(text: str) -> dict[str, Any]:
     """What a recipe's text, [transform+][method/]scheme, names of "scheme", "method" and "transform".
 
-    An amount, such as 4.25bits, is a "budget" in place of a scheme.
+    An amount, such as 4.25bits, is a "budget" in place of a scheme; a word of NAMED_RECIPES stands for its keys.
     """
+    if text in NAMED_RECIPES:
+        return {"name": text, **NAMED_RECIPES[text]}
     transform, plus, rest = text.rpartition("+")
     method, slash, scheme = rest.rpartition("/")
     try:
@@ -238,13 +259,6 @@ class Cpu(_Strict):
     activations: Literal["int16", "int8", "bf16"] = "int16"  # what weight-only kernels round inputs to; bf16: nothing
 
 
-def _share(value: Any) -> Any:
-    """3% as 0.03."""
-    if isinstance(value, str) and value.endswith("%"):
-        return float(value[:-1]) / 100
-    return value
-
-
 class Gates(_Strict):
     """What a quantized model must reach; a run that misses one fails, once everything is written."""
 
@@ -299,6 +313,14 @@ def check_repo(name: str) -> str:
     return name
 
 
+def _one_or_more(value: Any) -> Any:
+    """One name alone as a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_one_or_more)]
+
+
 class Run(_Strict):
     """A whole config: every model is quantized by every recipe; the unquantized baseline is always measured."""
 
@@ -310,8 +332,10 @@ class Run(_Strict):
     cpu: Cpu = Cpu()
     gates: Gates = Gates()  # type: ignore[call-arg]
     publish: Publish | None = None
+    track: Names = []  # experiment trackers that figures are sent to, see trackers/: mlflow, wandb, tensorboard
     device: Literal["auto", "cpu", "cuda"] = "auto"
     executor: str = "serial"  # how the jobs are carried out, see runs/executors
+    executor_options: dict[str, Any] = {}  # of the executor, such as {address: auto} of ray
     output: str = "runs"
 
     @field_validator("publish")
@@ -343,7 +367,7 @@ class Run(_Strict):
         return recipes
 
     def quick(self) -> "Run":
-        """A run of the same jobs by another name, with little calibrated on and little measured; nothing is published.
+        """A run of the same jobs by another name, with little calibrated on and little measured; nothing leaves it.
 
         It has a folder of its own: an artifact of a quick run is not taken for one of the whole.
         """
@@ -354,5 +378,5 @@ class Run(_Strict):
             fewer = recipe.model_copy(update={"calibration": calibration.model_copy(update={"windows": windows})})
             fewer._inherited = recipe._inherited | {"calibration"}
             recipes.append(recipe if recipe.baseline else fewer)
-        changes = {"name": f"{self.name}-quick", "eval": self.eval.quick(), "recipes": recipes, "publish": None}
-        return self.model_copy(update=changes)
+        changes = {"name": f"{self.name}-quick", "eval": self.eval.quick(), "recipes": recipes}
+        return self.model_copy(update={**changes, "publish": None, "track": []})

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HTTPError
 
 from ..config.schema import Dataset
 from ..errors import ConfigError, HubError, NumericsError
+from ..system.packages import install
 
 PYDOC_TOPICS = "builtin:pydoc-topics"
 _PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".raw", ".tokens")  # wikitext's end in the last two
@@ -60,6 +61,13 @@ class Rows:
     name: str
     column: str
     values: list[Any]
+
+
+def needed_packages(source: str | Dataset) -> list[str]:
+    """The packages, beside bitpress's own requirements, that it takes to read a source."""
+    if isinstance(source, Dataset):
+        return ["datasets"]
+    return ["pyarrow"] if source.lower().endswith(".parquet") else []
 
 
 def read_text(source: str | Dataset) -> Text:
@@ -184,7 +192,7 @@ def _parquet(path: Path, columns: tuple[str, ...]) -> tuple[str, list[Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ConfigError(f"{path}: parquet needs the pyarrow package; pip install 'bitpress[hub]'") from error
+        raise ConfigError(f"{path}: parquet needs the pyarrow package; {install('pyarrow')}") from error
     try:
         column = _first(columns, pyarrow.parquet.read_schema(path).names)
         return column, pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist()
@@ -272,7 +280,7 @@ def _dataset(source: Dataset, columns: tuple[str, ...]) -> tuple[str, list[Any]]
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise ConfigError("a Hub data set needs the datasets package; pip install 'bitpress[hub]'") from error
+        raise ConfigError(f"a Hub data set needs the datasets package; {install('datasets')}") from error
     try:
         rows = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
         column = _first(columns, rows.column_names) if len(columns) > 1 else columns[0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitpress.eval.report import comparison_page
+from bitpress.eval.report import comparison_page, results
 from bitpress.eval.report.comparison import CONTEXT, Incomparable, Section
 from bitpress.eval.report.comparison import compare as compare_runs
 from bitpress.eval.report.recommend import Budget
@@ -17,6 +17,7 @@ from ..storage.artifacts import is_checkpoint
 from .external import measure_like
 from .metrics import METRICS, read_metrics
 from .process import Say
+from .results import RESULTS
 
 MEASURED = "measured"  # of the output: checkpoints that no run made
 _DEEP = 4  # folders: output, name, model, recipe
@@ -61,7 +62,7 @@ def compare(
     for path in checkpoints:
         if (path / METRICS).exists():
             say(f"{path} holds weights, so it is measured: the {METRICS} that it brings counts for nothing")
-    runs = [file for path in paths if path not in checkpoints for file in _metrics(path)]
+    runs = [file for path in paths if path not in checkpoints for file in metrics_below(path)]
     if checkpoints:
         if not runs:
             raise ConfigError(
@@ -71,11 +72,13 @@ def compare(
         measured = [read_metrics(file) for file in _once(runs)]
         _compared(measured, (), 0)  # before anything is measured that would stand beside what does not compare
         runs += measure_like(measured, checkpoints, output / MEASURED, command, say)
-    sections = _compared([read_metrics(file) for file in _once(runs)], room, context)
+    metrics = [read_metrics(file) for file in _once(runs)]
+    sections = _compared(metrics, room, context)
     files.make_folder(output)
     files.write_json(output / "compare.json", comparison_page.plain(sections))
     files.write_text(output / "compare.md", comparison_page.markdown(sections))
     files.write_text(output / "compare.html", comparison_page.html(sections))
+    files.write_text(output / RESULTS, results.as_csv(results.rows(metrics)))
     rows = []
     for section in sections:
         named = f"{section.model}: " if len(sections) > 1 else ""
@@ -95,8 +98,12 @@ def _compared(runs: Sequence[dict[str, Any]], room: Sequence[Budget], context: i
         raise ConfigError(str(error)) from error
 
 
-def _metrics(path: Path) -> list[Path]:
-    """The metrics.json that a path means: itself, that of a run, or those of all runs below a folder."""
+def metrics_below(path: Path) -> list[Path]:
+    """The metrics.json that a path means: itself, that of a run, or those of all runs below a folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if not path.is_dir():
         if not path.exists():
             raise ConfigError(f"{path} does not exist; expected a folder of runs, a checkpoint, or a {METRICS}")

@@ -8,6 +8,7 @@ of inputs costs is measured by itself.
 import contextlib
 import gc
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -179,7 +180,8 @@ class _Measurement:
         folder = Path(self.resume.predictions) if self.resume else self.folder / "predictions"
         files.make_folder(folder)
         fingerprint = self.resume.predictions_fingerprint if self.resume else {}
-        with journal.locked(folder), WindowStore(folder, fingerprint) as stored:
+        # whoever holds it computes what this job needs, too
+        with journal.locked(folder, math.inf), WindowStore(folder, fingerprint) as stored:
             yield stored
 
 

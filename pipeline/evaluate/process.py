@@ -14,6 +14,7 @@ from ..errors import ConfigError, listing
 from ..hub.download import Source
 from ..storage import files
 from ..storage.fingerprint import Fingerprint, differences, digest, refuse, stage
+from ..system.packages import install
 from ..system.versions import versions
 from . import worker
 from .conditions import Conditions
@@ -53,7 +54,7 @@ class Subject:
 def require_lm_eval(settings: Eval) -> None:
     """Raises ConfigError where tasks are asked for and lm-eval is not there."""
     if settings.tasks and not tasks.available():
-        raise ConfigError("eval.tasks needs the lm-eval package; pip install 'bitpress[tasks]'")
+        raise ConfigError(f"eval.tasks needs the lm-eval package; {install('lm-eval')}")
 
 
 def remove_partial(folder: Path) -> None:

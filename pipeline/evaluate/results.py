@@ -1,4 +1,4 @@
-"""Measurements -> metrics.json, report.md and report.html."""
+"""Measurements -> metrics.json, results.csv, report.md and report.html."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bitpress.eval.report import report
+from bitpress.eval.report import report, results
 
 from ..checkpoints.coverage import coverage_of
 from ..config.schema import BASELINE, Run
@@ -22,6 +22,7 @@ from ..system.versions import versions
 from .conditions import Conditions
 from .metrics import FORMAT_VERSION
 
+RESULTS = "results.csv"
 MIXED = "mixed"  # in place of a scheme, where layers have several
 NO_COVERAGE: dict[str, Any] = {"decoder_bytes": 0, "quantized_bytes": 0, "share": 0.0, "layers": [], "kept": []}
 Refused = tuple[str, str, str]
@@ -192,11 +193,12 @@ def assemble(source: Source, origin: Origin, conditions: Conditions, measured: d
 
 
 def write_report(folder: Path, runs: Sequence[dict[str, Any]], refused: Sequence[Refused] = ()) -> Path:
-    """report.md and report.html for these metrics; returns the HTML's path.
+    """report.md, report.html and results.csv for these metrics; returns the HTML's path.
 
     Args:
         refused: model, recipe and the reason of jobs that did not finish.
     """
     files.write_text(folder / "report.md", report.markdown(runs, refused))
     files.write_text(folder / "report.html", report.html(runs, refused))
+    files.write_text(folder / RESULTS, results.as_csv(results.rows(runs)))
     return folder / "report.html"

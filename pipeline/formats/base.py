@@ -134,6 +134,7 @@ class Format(ABC):
     holds_order: whether it can say in what order the inputs were quantized (see QTensor.order).
     exact_scales: whether its readers take scales in `scale_dtype` only.
     convertible: whether `bitpress convert` writes it.
+    packages: names of the packages, beside bitpress's own requirements, that it takes to write it.
     config_copies: other files that repeat the config, and the keys on which both must agree.
     output_multiple: what the number of output features must be a multiple of for servers' kernels.
     uncuttable: why it is not known how servers cut its layers for several GPUs; None where it is.
@@ -150,6 +151,7 @@ class Format(ABC):
     holds_order: ClassVar[bool] = False
     exact_scales: ClassVar[bool] = False
     convertible: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ()
     config_copies: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     output_multiple: ClassVar[int] = 1
     uncuttable: ClassVar[str | None] = None
@@ -256,6 +258,10 @@ class Format(ABC):
     def side_files(self, section: dict[str, Any]) -> dict[str, Any]:
         """File name -> JSON: what readers want beside config.json, whose quantization_config is `section`."""
         return {}
+
+    def weight_files(self, shards: int) -> list[str]:
+        """The names of the files that hold the weights, of a checkpoint that is written as so many shards."""
+        return [files.shard_name(number, shards) for number in range(shards)]
 
     def writer(self, folder: Path, dtype: torch.dtype, shards: int) -> Writer:
         """Writes a checkpoint of this format into a folder."""

@@ -322,6 +322,8 @@ def _sglang(scheme: Scheme, ordered: bool) -> Iterator[Reason]:
     if not is_packed_integer(scheme):
         if scheme.activations is None:
             yield "unknown", "plain elements with inputs left alone are not documented"
+        elif scheme.static:
+            yield "yes", "it rounds each token's inputs by a scale of their own, and leaves the stored one unused"
         return
     if scheme.bits not in _MARLIN_BITS:
         yield "unknown", f"{scheme.bits} bits are not documented"

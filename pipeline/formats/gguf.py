@@ -33,6 +33,7 @@ from ..storage.gguf.file import BY_NAME
 from ..storage.gguf.tokenizer import tokenizer_metadata
 from ..storage.gguf.view import BLOCKS
 from ..storage.tensor_info import TensorInfo
+from ..system.packages import install
 from .base import (
     Facts,
     Format,
@@ -70,6 +71,7 @@ class GGUF(Format):
     holds_embeddings = True
     exact_scales = True
     convertible = True
+    packages = (_PACKAGE,)
     uncuttable = "servers that read GGUF do it by plug-ins, and how these cut layers is not documented"
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
@@ -101,7 +103,7 @@ class GGUF(Format):
     def checkpoint_problems(self, checkpoint: Checkpoint, layers: Iterable[str]) -> list[str]:
         config, layers = checkpoint.config, set(layers)
         if importlib.util.find_spec(_PACKAGE) is None:
-            return [f"{self.name} is written by the package {_PACKAGE}: pip install 'bitpress[gguf]'"]
+            return [f"{self.name} is written by the package {_PACKAGE}: {install(_PACKAGE)}"]
         if problems := architectures.problems(config):
             return problems
         architecture = architectures.architecture_of(config)
@@ -196,6 +198,9 @@ class GGUF(Format):
             "ORT GenAI": Loading([("unknown", "its builder reads GGUF, and files like these were not tried")]),
             "TensorRT-LLM": Loading([("no", "its documents do not name GGUF")]),
         }
+
+    def weight_files(self, shards: int) -> list[str]:
+        return [FILE]
 
     def writer(self, folder: Path, dtype: torch.dtype, shards: int) -> "GGUFWriter":
         return GGUFWriter(self, folder, dtype, shards)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..errors import CheckpointError, ConfigError
 from ..storage.artifacts import DEMO, local_checkpoint
@@ -53,6 +54,24 @@ def resolve(model: str, revision: str | None = None) -> Source:
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ConfigError(f"{model!r} is neither a folder nor a Hub id such as org/name")
     return _from_hub(model, revision)
+
+
+def local(model: str, revision: str | None = None) -> Source | None:
+    """A model whose files are on this machine; None where `resolve` would have to download some.
+
+    Raises:
+        ConfigError: it is neither a folder nor a Hub id.
+    """
+    if model == DEMO or os.path.isdir(os.path.expanduser(model)) or model.count("/") != 1 or model[0] in "./~":
+        return resolve(model, revision)
+    try:
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HUB_ERRORS as error:
+        raise download_error(error, model, revision) from error
+    complete = all((folder / name).exists() for name in ("config.json", *_weight_files(folder)))
+    return Source(model, folder.name, folder) if complete else None
 
 
 def _from_hub(model: str, revision: str | None) -> Source:

@@ -20,7 +20,7 @@ The shortest method, in a file of its own in this folder:
     PLUGINS = (Truncate(),)
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -139,6 +139,17 @@ class BlockView(Protocol):
     def fold(self, folding: Folding, scale: Tensor) -> None:
         """Divide a group's inputs by `scale` [in], powers of two, and multiply the columns of its weights by it."""
 
+    def error(self, products: Mapping[str, Callable[[Tensor], Tensor]]) -> float:
+        """How far the block's outputs would be off, on one batch of calibration tokens, if layers computed otherwise.
+
+        The squared error of each token's outputs as a fraction of their squared norm, the mean over tokens; and the
+        same fraction of all tokens together. The first counts every token. The second counts those with massive
+        activations, which are few and which all other tokens attend to.
+
+        Args:
+            products: layer -> what it makes of its inputs, float32 [..., in], before its bias is added: [..., out].
+        """
+
     def inputs(self) -> Iterator[Tensor]:
         """The block's inputs for the calibration tokens, [windows, context, hidden] batch by batch."""
 
@@ -193,7 +204,8 @@ class Method(Protocol):
 
     rank: methods with a lower one come first; the first that can produce a scheme is the scheme's default.
     version: goes up whenever the same input would give other bytes.
-    packages: names of the packages, beside bitpress's own requirements, whose versions its bytes depend on.
+    packages: names of the packages, beside bitpress's own requirements, that it takes and whose versions its bytes
+        depend on.
     statistics: what it wants to know about each layer's inputs. () for a method that needs only the weight.
     true_sequential: within a block, the statistics of a layer are gathered after the layers before it were quantized.
     """
@@ -227,6 +239,14 @@ class Method(Protocol):
     def learns(self) -> bool:
         """True if the method learns from a whole block after its layers are quantized."""
         return type(self).learn is not Method.learn
+
+    def learning_passes(self, batches: int) -> float:
+        """What `learn` takes, as so many forward passes over all calibration tokens; for plans of time.
+
+        Args:
+            batches: into which the tokens are divided.
+        """
+        return 0.0
 
     def learn(self, block: TrainableBlock, layers: Mapping[str, QTensor]) -> tuple[dict[str, QTensor], Tuned]:
         """Layers of a block that this method quantized, improved by what the block as a whole puts out.

@@ -10,6 +10,7 @@ from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.weights.nf4 import NF4_BLOCK, NestedScales
 
 from ..errors import ConfigError
+from ..system.packages import install
 from .base import Diagnostics, Method
 
 _ZERO_PAIR = 0x77  # two codes of 0.0
@@ -32,7 +33,7 @@ class NF4(Method):
         try:
             from bitsandbytes.functional import quantize_4bit
         except ImportError as error:
-            raise ConfigError(f"nf4 needs the bitsandbytes package ({error}); pip install 'bitpress[bnb]'") from error
+            raise ConfigError(f"nf4 needs the bitsandbytes package ({error}); {install('bitsandbytes')}") from error
         shape = (weight.shape[0], weight.shape[1])
         double = "nested.absmax" in scheme.weight.layout(shape)
         wide = weight.to(torch.float32)

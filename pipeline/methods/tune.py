@@ -52,6 +52,10 @@ class Tune(GPTQ):
     rank: ClassVar[int] = 40
     version: ClassVar[int] = 1 + GPTQ.version  # it goes up with either
 
+    def learning_passes(self, batches: int) -> float:
+        """A step's forward and backward are three passes of one batch; a check reads the batches that are held out."""
+        return 3 * self.steps / batches + _CHECKS * math.ceil(batches / 8) / batches
+
     def problems(self, scheme: Scheme) -> list[str]:
         learns = scheme.weight.description().type == "int"  # codes that lie a step of 1 apart
         return super().problems(scheme) if learns else [f"{self.name} learns integer weights, not {scheme.name}"]

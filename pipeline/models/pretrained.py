@@ -76,6 +76,11 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             raise CheckpointError(
                 f"{path}: num_experts_per_tok is {chosen}, expected at most {key}, which is {experts}"
             )
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention", "chunked_attention"]
+    for key, kind in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention")):
+        size = getattr(text, key, None)
+        if isinstance(size, int | float) and size < 1 and kind in kinds:
+            raise CheckpointError(f"{path}: {key} is {size}, expected at least 1 token, or null for all of them")
     return config
 
 

@@ -3,7 +3,7 @@
 hf.py registers it; models that bitpress itself loads have one too, so that they can be saved.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..config.load import load_recipe
+from ..config.schema import RecipeSettings
 from ..errors import CheckpointError, ConfigError
 from ..formats import open_quantized, quantization_section
 from ..storage.checkpoint import Checkpoint
@@ -28,14 +30,33 @@ METHOD = "bitpress"
 
 
 class BitpressConfig(QuantizationConfigMixin):
-    """A checkpoint's quantization_config as it stands in its config.json, and is saved again."""
+    """How from_pretrained is to quantize a checkpoint; then, what its config.json says of that, and is saved again.
+
+    Args:
+        recipe: as of `bitpress.quantize`; None for a checkpoint that is quantized already.
+        folder: for the artifact, which stays; None for a temporary one, which is kept as long as the model.
+        device: "cpu", "cuda" or "auto", for calibrated methods.
+        stored: the quantization_config of a quantized checkpoint's config.json.
+    """
 
     quant_method = METHOD  # type: ignore[assignment]
 
-    def __init__(self, stored: dict[str, Any]):
-        self.stored = stored
+    def __init__(
+        self,
+        recipe: str | Mapping[str, Any] | RecipeSettings | None = None,
+        folder: str | Path | None = None,
+        device: str = "auto",
+        *,
+        stored: dict[str, Any] | None = None,
+        **others: Any,
+    ):
+        if recipe is not None:
+            load_recipe(recipe)  # says what is wrong with it before anything is downloaded
+        self.recipe, self.folder, self.device, self.stored = recipe, folder, device, stored
 
     def to_dict(self) -> dict[str, Any]:
+        if self.stored is None:
+            return {"quant_method": METHOD, "recipe": str(self.recipe)}
         return deepcopy(self.stored)
 
 
@@ -164,7 +185,7 @@ def _is_parameter(model: nn.Module, path: str) -> bool:
 
 def attach(model: PreTrainedModel, checkpoint: Checkpoint, contents: QuantizedCheckpoint) -> None:
     """Let a model that bitpress loaded be saved by save_pretrained."""
-    quantizer = BitpressQuantizer(BitpressConfig(quantization_section(checkpoint)), pre_quantized=True)
+    quantizer = BitpressQuantizer(BitpressConfig(stored=quantization_section(checkpoint)), pre_quantized=True)
     quantizer.checkpoint, quantizer.contents = checkpoint, contents
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.config.quantization_config = quantizer.quantization_config

@@ -106,11 +106,17 @@ def add_manifest(bundle: Bundle, run: Path) -> None:
     bundle.items.sort(key=lambda item: item.name)
 
 
+# as console.command_line writes it, and as it stands in HTML and in JSON
+_TYPED_IN = re.compile(r"\bcd [^\n]{1,4096}? (?:&&|&amp;&amp;) bitpress ")
+
+
 def without_paths(text: str, config: Mapping[str, Any]) -> str:
     """The text without this machine's folders, which a published command or config need not tell.
 
-    An absolute path of the config is cut to its last part, and the user's own folder is written as ~.
+    The folder that a command was typed in is left out, an absolute path of the config is cut to its last part, and the
+    user's own folder is written as ~.
     """
+    text = _TYPED_IN.sub("bitpress ", text)
     calibrations = [part["calibration"] for part in (config["defaults"], *config["recipes"]) if part["calibration"]]
     named = [config["output"], config["eval"]["text"], *(each["text"] for each in calibrations)]
     named += [model["id"] for model in config["models"]]

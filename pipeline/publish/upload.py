@@ -14,7 +14,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import get_session
 
 from bitpress.eval.report.report import pictures
-from bitpress.eval.report.words import printable
+from bitpress.eval.report.words import printable, size, terms_html
 
 from ..checkpoints.doctor import diagnose
 from ..config.schema import BASELINE, Gates, check_repo
@@ -55,6 +55,11 @@ class Publication:
     card: Path
     url: str | None = None
     revision: str | None = None
+
+    def _repr_html_(self) -> str:
+        rows = [("state", self.state), ("repository", self.url or self.repo), ("card", self.card)]
+        rows += [(name, size(nbytes)) for name, nbytes in self.files.items()]
+        return terms_html("Publication", [*rows, *(("gate missed", sentence) for sentence in self.missed)])
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..system.packages import install_bitpress
+
 _PROMPT = "Once upon a time"
 _GENERATE = f"""\
 inputs = tokenizer("{_PROMPT}", return_tensors="pt", return_token_type_ids=False).to(model.device)
@@ -30,7 +32,7 @@ _PACKAGES = {"transformers": "transformers", "GPTQModel": "gptqmodel", "vLLM": "
 class UsageSnippet:
     """Code that loads a checkpoint in one runtime.
 
-    name: the runtime's. needs: what to install, as pip takes it. notes: what to know about it.
+    name: the runtime's. needs: what to type to install it. notes: what to know about it.
     """
 
     name: str
@@ -54,9 +56,9 @@ def usage_snippets(repo: str, runtimes: Mapping[str, Mapping[str, Any]], chat: b
     loading = _TRANSFORMERS.format(auto=auto, repo=repo, imported="", more="")
     hooked = f"import bitpress.pipeline.hf\n{loading}{_GENERATE}"
     snippets = [
-        UsageSnippet("bitpress", "bitpress", ours),
-        UsageSnippet("bitpress, on the command line", "bitpress", command, "sh"),
-        UsageSnippet("transformers, on bitpress's kernels", "bitpress", hooked),
+        UsageSnippet("bitpress", install_bitpress(), ours),
+        UsageSnippet("bitpress, on the command line", install_bitpress(), command, "sh"),
+        UsageSnippet("transformers, on bitpress's kernels", install_bitpress(), hooked),
     ]
     for name, verdict in runtimes.items():
         if verdict["loads"] not in ("yes", "limited") or name not in _PACKAGES:
@@ -67,7 +69,7 @@ def usage_snippets(repo: str, runtimes: Mapping[str, Mapping[str, Any]], chat: b
             imported = f", {verdict['imports']}" if verdict["imports"] else ""
             more = f", {verdict['arguments']}" if verdict["arguments"] else ""
             code = _TRANSFORMERS.format(auto=auto, repo=repo, imported=imported, more=more) + _GENERATE
-        needs = " ".join([_PACKAGES[name], *verdict["needs"].replace(",", " ").split()])
+        needs = " ".join(["pip install", _PACKAGES[name], *verdict["needs"].replace(",", " ").split()])
         language = "python" if "import" in code else "sh"
         snippets.append(UsageSnippet(name, needs, code, language, list(verdict["why"])))
     return snippets

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from ..storage.fingerprint import MANIFEST, check_fingerprint, open_work
 from ..system.progress import OnStep
 from ..system.versions import versions
 from .budget import FOLDER, search
+from .inputs import InputError, input_errors, with_inputs_kept
 from .plan import Plan, PlannedTensor, Unit, make_plan
 from .recipe import Recipe, fingerprint, order_of_sums
 from .sequential import CalibratedBlocks, clear_states
 from .weights import quantize_unit
 
+_INPUTS = "inputs.json"  # in the work folder: what rounding the inputs of each layer costs
 UNFINISHED = "artifact.tmp"  # in the folder of the work, until it is an artifact
 
 
@@ -134,6 +136,11 @@ def quantize(
     plan = make_plan(checkpoint, recipe)
     folder = work / UNFINISHED
     open_work(work, origin | order_of_sums(recipe))
+    share = recipe.keep_inputs
+    errors = _input_errors(plan, recipe, work, on_step) if share else []
+    if share:
+        recipe = with_inputs_kept(plan, recipe, errors)
+        plan = make_plan(checkpoint, recipe)
     blocks = None
     if recipe.calibration:
         # of what is solved already, one window makes the reference logits
@@ -162,13 +169,34 @@ def quantize(
         **({"budget": chosen.to_dict()} if chosen else {}),
         "coverage": plan.coverage() | {"layers": layers} | ({"tuned": tuned} if tuned else {}),
         **({"transform": [each for line in lines for each in line.get("transform", [])]} if recipe.transform else {}),
+        **({"inputs": [asdict(error) for error in errors]} if errors else {}),
         "files": files,
     }
     store.write_json(folder / MANIFEST, manifest)
     checkpoint.check_unchanged()
     store.publish_folder(folder, out)
     clear_states(work)
-    return [*plan.notes, *progress.notes, *_remarks(lines)]
+    return [*plan.notes, *_kept_inputs(share, errors), *progress.notes, *_remarks(lines)]
+
+
+def _input_errors(plan: Plan, recipe: Recipe, work: Path, on_step: OnStep) -> list[InputError]:
+    """See input_errors; once measured they stay in the work folder, so that a broken run goes on with the same ones."""
+    path = work / _INPUTS
+    if not path.exists():
+        measured = input_errors(plan, recipe, on_step)
+        store.write_json(path, {"units": [asdict(each) for each in measured]})
+    return [InputError(**{**each, "layers": tuple(each["layers"])}) for each in read_json(path)["units"]]
+
+
+def _kept_inputs(share: float, errors: list[InputError]) -> list[str]:
+    """A sentence on the layers whose inputs are left alone, or on why there are none, where a recipe asks for some."""
+    if not share:
+        return []
+    kept, total = [name for each in errors if each.kept for name in each.layers], sum(len(e.layers) for e in errors)
+    if not kept:
+        return [f"all inputs are rounded: {100 * share:g}% of the layers that no rule names is less than a whole unit"]
+    where = f"inputs left alone in {len(kept)} of {total} layers, where rounding them costs most"
+    return [f"{where}:\n{listing(kept)}"]
 
 
 def _ratio(tensor: PlannedTensor) -> float:

@@ -591,7 +591,7 @@ class BlockView:
         seen: list[Tensor] = []
 
         def read(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            seen.append(arguments[0].flatten(0, -2))
+            seen.append(arguments[0].flatten(0, -2).cpu())
             raise _Done
 
         handle = layer.register_forward_pre_hook(read)
@@ -638,6 +638,33 @@ class BlockView:
 
     def outputs(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
         return self._runner.outputs(inputs)
+
+    @cached_property
+    def _first(self) -> tuple[Tensor, Tensor]:
+        """The first batch of the block's inputs, and what it puts out: the same bits after each folding."""
+        inputs = next(iter(self.inputs()))
+        return inputs, self._runner.forward(0, inputs)
+
+    def error(self, products: Mapping[str, Callable[[Tensor], Tensor]]) -> float:
+        inputs, expected = self._first
+        handles = []
+        try:
+            for layer, product in products.items():
+
+                def put_out(module: nn.Module, arguments: Any, output: Tensor, product: Any = product) -> Tensor:
+                    bias = getattr(module, "bias", None)
+                    y = product(arguments[0].to(torch.float32))
+                    return (y if bias is None else y + bias).to(output.dtype)
+
+                module = self._runner.layer(self._tensors[f"{layer}.weight"])
+                handles.append(module.register_forward_hook(put_out))
+            outputs = self._runner.forward(0, inputs).to(torch.float32)
+        finally:
+            for handle in handles:
+                handle.remove()
+        wide = expected.to(torch.float32)
+        whole = (outputs - wide).square().sum() / wide.square().sum().clamp(min=1e-30)
+        return (relative_errors(outputs, wide).mean() + whole).item()
 
     def collect(self, statistic: type[Statistic]) -> list[Any]:
         quantized = [next(planned for planned in group if planned.spec) for group, _ in self._groups]
@@ -687,12 +714,17 @@ class TrainableBlock:
 
     def _error(self, number: int, weights: Mapping[str, Tensor]) -> Tensor:
         """The error of one batch of all; each token counts the same, however large its outputs are."""
-        runner, inputs, expected = self._runner, self._inputs(number), self._expected(number)
+        runner, inputs = self._runner, self._inputs(number)
         own = [(self._layers[name][0], weight.to(runner.dtype)) for name, weight in weights.items()]
         with runner.with_weights(own):
-            outputs = runner.differentiable(number, inputs).to(torch.float32)
-        wide = expected.to(runner.device, torch.float32)
-        return ((outputs - wide).square().sum(-1) / wide.square().sum(-1).clamp(min=1e-30)).mean()
+            outputs = runner.differentiable(number, inputs)
+        return relative_errors(outputs, self._expected(number).to(runner.device)).mean()
+
+
+def relative_errors(outputs: Tensor, expected: Tensor) -> Tensor:
+    """The squared error of each token's outputs [..., hidden], as a fraction of what is expected; float32 [...]."""
+    wide = expected.to(torch.float32)
+    return (outputs.to(torch.float32) - wide).square().sum(-1) / wide.square().sum(-1).clamp(min=1e-30)
 
 
 def _shared(call: _Call, earlier: _Call | None) -> _Call:

@@ -11,7 +11,7 @@ Three steps, each of which survives a crash and is done once for all budgets of 
   size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes.
 """
 
-import glob
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +38,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.fingerprint import digest, open_work
 from ..system.progress import OnStep
 from .block_runner import BlockRunner
-from .plan import Plan, PlannedTensor, make_plan
+from .plan import Plan, PlannedTensor, make_plan, patterns
 from .recipe import Recipe, fingerprint, order_of_sums
 from .sequential import CalibratedBlocks, clear_states
 from .spec import KEPT, LayerSpec, Rules
@@ -68,12 +68,14 @@ class BudgetUnit:
     def weights(self) -> int:
         return sum(prod(planned.shape) for planned in self.layers)
 
+    def sizes(self, plan: Plan) -> list[int]:
+        """The bytes of the unit in the artifact, for each choice."""
+        return [sum(plan.stored_bytes(replace(planned, spec=spec)) for planned in self.layers) for spec in self.specs]
+
     @property
     def patterns(self) -> list[str]:
         """Patterns of names that fit these layers and no others."""
-        if any(planned.target.expert for planned in self.layers):
-            return [f"{glob.escape(self.name)}.*"]
-        return [glob.escape(planned.module) for planned in self.layers]
+        return patterns(self.name, self.layers)
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,7 @@ class Search:
         """
         assert recipe.calibration
         self.checkpoint, self.recipe = checkpoint, replace(recipe, fit_groups=True, allow_split_fused=True)
-        plan = make_plan(checkpoint, self.recipe)
-        self.units = _units(plan, recipe)
-        self.plan = replace(plan, format=_format(recipe.format, self.units))
+        self.plan, self.units = plan_search(checkpoint, recipe)
         origin = fingerprint(checkpoint, source, recipe) | order_of_sums(recipe)
         origin = {key: value for key, value in origin.items() if key != "quantize.budget"}
         self.folder = folder / digest(origin)[:12]
@@ -176,7 +176,7 @@ class Search:
         blocks = CalibratedBlocks(self.plan, self.recipe, self.folder)
         if first and not blocks.state(units[first].block or 0).exists():
             first = 0
-        files.preflight(self.folder, blocks.nbytes() + sum(sum(self._sizes(unit)) for unit in self.units))
+        files.preflight(self.folder, blocks.nbytes() + sum(sum(unit.sizes(self.plan)) for unit in self.units))
         choices = {
             planned.module: [spec for spec in unit.specs if spec] for unit in self.units for planned in unit.layers
         }
@@ -291,32 +291,11 @@ class Search:
             self.journal.append({"choice": key, "measured": self._measured[key]})
         return self._measured[key]
 
-    def _sizes(self, unit: BudgetUnit) -> list[int]:
-        """The bytes of a unit in the artifact, for each choice."""
-        return [sum(self._nbytes(replace(planned, spec=spec)) for planned in unit.layers) for spec in unit.specs]
-
-    def _nbytes(self, planned: PlannedTensor) -> int:
-        """The bytes of a tensor in the artifact."""
-        if planned.spec is None:
-            return planned.info.nbytes
-        key = (planned.spec.scheme.name, planned.shape)
-        if key not in self._known_sizes:
-            scheme, shape = planned.spec.scheme, (planned.shape[0], planned.shape[1])
-            tensors = scheme.weight.random(shape, torch.Generator().manual_seed(0))
-            scale = self.plan.format.scale_dtype(scheme, self.plan.dtype)
-            tensors["scales"] = tensors["scales"].to(scale)
-            written = self.plan.format.write(QTensor.of(scheme, shape, tensors), self.plan.dtype)
-            self._known_sizes[key] = sum(tensor.nbytes for tensor in written.values())
-        return self._known_sizes[key]
-
-    @cached_property
-    def _known_sizes(self) -> dict[tuple[str, tuple[int, ...]], int]:
-        return {}
-
     @cached_property
     def front(self) -> Front:
         """The curve of KL against the bytes of all units."""
-        return Front.of([self._sizes(unit) for unit in self.units], [self._probed[unit.name] for unit in self.units])
+        sizes = [unit.sizes(self.plan) for unit in self.units]
+        return Front.of(sizes, [self._probed[unit.name] for unit in self.units])
 
     @property
     def weights(self) -> int:
@@ -327,7 +306,7 @@ class Search:
     def rest(self) -> int:
         """Bytes of the artifact that no choice changes, rounded up: other tensors, headers, and companion files."""
         own = {planned.info.name for unit in self.units for planned in unit.layers}
-        tensors = sum(self._nbytes(planned) for planned in self.plan.tensors if planned.info.name not in own)
+        tensors = sum(self.plan.stored_bytes(planned) for planned in self.plan.tensors if planned.info.name not in own)
         companions = sum(path.stat().st_size for path in self.checkpoint.other_files())
         return tensors + companions + _LINE * len(self.plan.tensors) + _FEW
 
@@ -396,7 +375,7 @@ class Choice:
                 {
                     "name": unit.name,
                     "choice": _name(unit.specs[own]),
-                    "bits": 8 * search._sizes(unit)[own] / unit.weights,
+                    "bits": 8 * unit.sizes(search.plan)[own] / unit.weights,
                     "kl": search._probed[unit.name][own],
                     "probes": dict(zip(map(_name, unit.specs), search._probed[unit.name], strict=True)),
                 }
@@ -420,7 +399,7 @@ class Choice:
             own = [[_name(spec) for spec in unit.specs] for unit in search.units]
             if all(name in names for names in own):
                 places = [(unit, names.index(name)) for unit, names in zip(search.units, own, strict=True)]
-                nbytes = sum(search._sizes(unit)[place] for unit, place in places)
+                nbytes = sum(unit.sizes(search.plan)[place] for unit, place in places)
                 lost = sum(search._probed[unit.name][place] for unit, place in places)
                 yield {"choice": name, "bits": 8 * nbytes / search.weights, "predicted_kl": lost}
 
@@ -435,12 +414,12 @@ def search(
     """The best choice of schemes within a recipe's budget; what `folder` holds of earlier searches is used.
 
     Args:
-        folder: see Search; a lock keeps other searches out as long as this one lasts.
+        folder: see Search; others that share it wait as long as this search lasts.
     Raises:
         ConfigError: the budget cannot be met, or no format holds all choices. BitpressError: as of quantize.
     """
     files.make_folder(folder)
-    with journal.locked(folder):
+    with journal.locked(folder, math.inf):  # whoever holds it computes what this search needs, too
         own = Search(checkpoint, source, recipe, folder)
         own.run(on_step)
         choice = own.choose()
@@ -461,6 +440,17 @@ def clean(run: Path) -> list[Path]:
         with journal.locked(path):
             files.remove_folder(path)
     return kept
+
+
+def plan_search(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Plan, list[BudgetUnit]]:
+    """What a budget chooses among, from headers: the plan with each layer at one of its choices, and the units.
+
+    Raises:
+        ConfigError: as of make_plan; or no format holds all choices.
+    """
+    plan = make_plan(checkpoint, replace(recipe, fit_groups=True, allow_split_fused=True))
+    units = _units(plan, recipe)
+    return replace(plan, format=_format(recipe.format, units)), units
 
 
 def _units(plan: Plan, recipe: Recipe) -> list[BudgetUnit]:

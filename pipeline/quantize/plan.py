@@ -1,12 +1,15 @@
 """What will be done to each tensor, decided from headers alone, before any weight is read."""
 
+import functools
+import glob
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
 
+from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, ConfigError, listing
@@ -33,6 +36,7 @@ from .recipe import Recipe
 from .spec import KEPT, LayerSpec, Rules
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_SAMPLE_ROWS = (64, 128)  # of a layer, from whose sizes that of all rows follows: every format's tensors grow by rows
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,17 @@ class PlannedTensor:
     def shape(self) -> tuple[int, ...]:
         """[out_features, in_features]."""
         return self.info.shape[::-1] if self.kind == "conv1d" else self.info.shape
+
+
+def patterns(name: str, layers: Sequence[PlannedTensor]) -> list[str]:
+    """Patterns of names that fit the layers of what servers fuse, and no others.
+
+    Args:
+        name: of the unit, see fused_unit.
+    """
+    if any(planned.target.expert for planned in layers):
+        return [f"{glob.escape(name)}.*"]
+    return [glob.escape(planned.module) for planned in layers]
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,12 @@ class Plan:
         ]
         return list(dict.fromkeys([*kept, *routers]))
 
+    def stored_bytes(self, planned: PlannedTensor) -> int:
+        """The bytes of a tensor in the artifact."""
+        if planned.spec is None:
+            return planned.info.nbytes
+        return _stored_bytes(self.format, planned.spec.scheme, (planned.shape[0], planned.shape[1]), self.dtype)
+
     def coverage(self) -> dict[str, object]:
         """Which share of the decoder's weight bytes is quantized, and what is kept and why."""
         inside = [tensor for tensor in self.tensors if tensor.block is not None]
@@ -139,6 +160,22 @@ class Plan:
         copy = {"block": None, "shape": [0], "bytes": 0, "reason": "left out: a copy of the weight it is tied to"}
         kept += [{"name": name, **copy} for name in self.dropped]
         return {"decoder_bytes": total, "quantized_bytes": done, "share": done / total if total else 0.0, "kept": kept}
+
+
+@functools.cache
+def _stored_bytes(format: Format, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """The bytes of a layer [out, in] as a format writes it, from a few rows of random codes."""
+    rows, columns = shape
+    few, more = _SAMPLE_ROWS
+    if rows > more:
+        least, most = (_stored_bytes(format, scheme, (count, columns), dtype) for count in (few, more))
+        return most + round((most - least) / (more - few) * (rows - more))
+    tensors = {name: torch.ones(size, dtype=kinds[0]) for name, (size, kinds) in scheme.layout(shape).items()}
+    tensors |= scheme.weight.random(shape, torch.Generator().manual_seed(0))
+    if tensors["scales"].is_floating_point():  # else they are codes themselves, whatever the format's dtype
+        tensors["scales"] = tensors["scales"].to(format.scale_dtype(scheme, dtype))
+    written = format.write(QTensor.of(scheme, shape, tensors), dtype)
+    return sum(tensor.nbytes for tensor in written.values())
 
 
 class _Problems:

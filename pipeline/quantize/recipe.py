@@ -25,6 +25,7 @@ from ..transforms.base import Transform
 from .spec import KEPT, LayerSpec, Rules
 
 FORMAT_VERSION = 2
+KEEP_INPUTS_VERSION = 1  # goes up whenever the same errors would be measured or judged otherwise
 # What a budget chooses from: 2.1 to 8 bits. Finer groups than 32 cost what the next width does.
 CHOICES = (
     "int2-g128", "int2-g64", "int2-g32", "int3-g128", "int3-g32", "int4-g128", "int4-g32", "int8-channel",
@@ -44,6 +45,7 @@ class Recipe:
     device: where calibrated methods do their work.
     transform: what is done to each block before the methods; None for nothing.
     observer: how the range of static inputs is chosen; None for the first way that their type has.
+    keep_inputs: at most this share of the layers that quantize their inputs leave them alone; see quantize/inputs.py.
     budget: a size to meet; each layer that `rules.layers` does not name gets one of `choices`, None to keep it.
     """
 
@@ -57,6 +59,7 @@ class Recipe:
     device: str = "cpu"
     transform: Transform | None = None
     observer: str | None = None
+    keep_inputs: float = 0.0
     budget: Budget | None = None
     choices: tuple[LayerSpec | None, ...] = ()
 
@@ -91,14 +94,16 @@ class Recipe:
             device=str(pick_device(device)),
             transform=transforms()[settings.transform] if settings.transform else None,
             observer=None if settings.observer == AUTO else settings.observer,
+            keep_inputs=settings.keep_inputs,
             budget=Budget.parse(settings.budget) if settings.budget else None,
             choices=choices,
         )
 
     @property
     def calibrated(self) -> bool:
-        """Whether the transform, the budget, or some layer's method or inputs need calibration."""
-        return bool(self.transform or self.budget) or any(spec.needs_calibration for spec in self.rules.specs())
+        """Whether the transform, the budget, inputs to keep, or some layer's method or inputs need calibration."""
+        whole = self.transform or self.budget or self.keep_inputs
+        return bool(whole) or any(spec.needs_calibration for spec in self.rules.specs())
 
     def specs(self) -> list[LayerSpec]:
         """Every spec that some layer may get."""
@@ -135,6 +140,8 @@ class Recipe:
             described |= {"transform": self.transform.name, "transform.version": self.transform.version}
         if self.observer:
             described |= {"observer": self.observer}
+        if self.keep_inputs:
+            described |= {"keep_inputs": self.keep_inputs, "keep_inputs.version": KEEP_INPUTS_VERSION}
         if self.calibration:
             described |= {f"calibration.{name}": value for name, value in self.calibration.to_dict().items()}
         return described
@@ -181,6 +188,14 @@ def problems(settings: RecipeSettings) -> list[Problem]:
             if spec.scheme.static and settings.observer not in spec.scheme.static.observers:
                 hint = nearest(settings.observer, known) or f"; use one of {', '.join(known)}"
                 faults.append((("observer",), f"observer {settings.observer!r} is unknown to {spec.scheme.name}{hint}"))
+    if settings.keep_inputs and specs and not faults:
+        rounding = [spec for spec in specs if spec.scheme.activations]
+        alone = [spec.with_inputs_alone() for spec in rounding]
+        if not rounding and not settings.inherits("keep_inputs"):
+            said = "no scheme of the recipe quantizes inputs, such as int8-dynamic: leave it out"
+            faults.append((("keep_inputs",), said))
+        faults += [(("keep_inputs",), said) for spec in alone for said in spec.method.problems(spec.scheme)]
+        specs += alone
     if settings.options and not faults:
         faults += _option_problems(settings)
     if settings.budget:
@@ -189,7 +204,7 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         faults.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
     unused = (
         settings.calibration
-        and not (settings.transform or settings.budget)
+        and not (settings.transform or settings.budget or settings.keep_inputs)
         and not any(spec.needs_calibration for spec in specs)
     )
     if unused and specs and not faults and not settings.inherits("calibration"):
@@ -207,6 +222,9 @@ def _budget_problems(settings: RecipeSettings, specs: Sequence[LayerSpec]) -> li
     faults: list[Problem] = []
     if settings.transform:
         faults.append((("transform",), "a budget solves layers of unchanged blocks; take transform out, or the budget"))
+    if settings.keep_inputs and not settings.inherits("keep_inputs"):
+        said = "a budget chooses the scheme of each layer; take keep_inputs out, or the budget"
+        faults.append((("keep_inputs",), said))
     if settings.choices and not any(text != KEPT for text in settings.choices):
         faults.append((("choices",), "all are none, so there is nothing to choose; name schemes, such as int4-g128"))
     if settings.allow_split_fused:

@@ -67,6 +67,10 @@ class LayerSpec:
             raise ValueError("; ".join(problems))
         return LayerSpec(scheme, method)
 
+    def with_inputs_alone(self) -> "LayerSpec":
+        """The same weights, and inputs that are left as they are."""
+        return replace(self, scheme=replace(self.scheme, activations=None))
+
     def fitted(self, shape: tuple[int, ...]) -> "LayerSpec":
         """The same spec, its group size made to divide the weight's inputs (see Scheme.fitted)."""
         return replace(self, scheme=self.scheme.fitted((shape[0], shape[1])))

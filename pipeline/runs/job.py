@@ -41,6 +41,9 @@ class Job:
         folder: its own, beside those of the model's other jobs.
         override: gates that are missed are recorded as overridden, and are no error.
         redo: make the artifact again, whatever the one that is there was made from.
+        patience: seconds that it waits for the lock of its folder; a worker that is lost may hold it for a while.
+        memory: bytes at its peak, by the plan; 0 where nobody knows. searches: whether it takes part in the search that
+            the budgets on one model share.
     """
 
     run: Run
@@ -54,6 +57,9 @@ class Job:
     folder: Path
     override: bool = False
     redo: bool = False
+    patience: float = 0.0
+    memory: int = 0
+    searches: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def run_job(job: Job, say: Say) -> Outcome:
     say(f"{job.model}  {job.name}")
     try:
         files.make_folder(job.folder)
-        with journal.locked(job.folder):
+        with journal.locked(job.folder, job.patience):
             metrics = _metrics(job, lambda line: say(f"  {line}"))
             missed = _judge(job, metrics, lambda line: say(f"  {line}"))
         return replace(outcome, metrics=metrics, error=missed)

@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from bitpress.eval.report import results
 
 from ..config.load import load_calibration
 from ..config.schema import BASELINE, Model, Publish, Run
@@ -13,7 +16,7 @@ from ..evaluate import process
 from ..evaluate.conditions import Conditions
 from ..evaluate.metrics import METRICS, read_metrics
 from ..evaluate.process import Say
-from ..evaluate.results import write_report
+from ..evaluate.results import RESULTS, write_report
 from ..evaluate.verify import PROBE_TOKENS
 from ..evaluate.windows import windows
 from ..hub.download import resolve
@@ -21,16 +24,28 @@ from ..models.pretrained import load_tokenizer
 from ..models.structure import skeleton
 from ..publish.upload import prepare, send
 from ..quantize.recipe import Recipe
+from ..storage import files
 from ..storage.artifacts import is_checkpoint
-from ..storage.checkpoint import Checkpoint
+from ..storage.checkpoint import Checkpoint, read_json
 from ..system.unexpected import unexpected
+from ..trackers import trackers
+from ..trackers.base import TrackedJob, Tracker
 from .executors import executor
 from .job import Job, Outcome
+from .plan import RunPlan, plan_run
 
 __all__ = ["Outcome", "execute", "plan_jobs", "summarize"]
+TRACKED = "tracked.json"  # tracker -> seal of the metrics that it has
 
 
-def execute(run: Run, command: str, say: Say, override: bool = False, redo: str | None = None) -> list[Outcome]:
+def execute(
+    run: Run,
+    command: str,
+    say: Say,
+    override: bool = False,
+    redo: str | None = None,
+    plan: RunPlan | None = None,
+) -> list[Outcome]:
     """The outcome of every job of a config, in the config's order; one that fails does not stop the others.
 
     Args:
@@ -38,9 +53,15 @@ def execute(run: Run, command: str, say: Say, override: bool = False, redo: str 
         say: takes a line of news.
         override: missed gates are recorded as overridden, and are no error.
         redo: the stage to do again, with what comes after: "quantize", or "evaluate", which keeps artifacts.
+        plan: of this config; by default it is made here.
     Raises:
-        ConfigError: there is no such executor.
+        ConfigError: there is no such executor, or something that a job needs is not here: a package, memory. DiskError:
+            there is no room for all of them. No job has started then.
     """
+    carries_out, keepers = executor(run.executor, run.executor_options), trackers(run.track)
+    plan = plan or plan_run(run, jobs_of(run))
+    plan.check()
+    planned_jobs = {job.folder: job for job in plan.jobs}
     outcomes: dict[Path, Outcome] = {}
 
     def jobs() -> Iterator[Job]:
@@ -57,15 +78,18 @@ def execute(run: Run, command: str, say: Say, override: bool = False, redo: str 
                 for name in _names(run):
                     folder = model_folder(run, model) / name
                     outcomes[folder] = Outcome(model.id, name, folder, error=reason)
-            yield from planned
+            for job in planned:
+                own = planned_jobs.get(job.folder)
+                yield replace(job, memory=max(own.memory.values(), default=0), searches=own.search) if own else job
 
-    for outcome in executor(run.executor).map(jobs(), say):
+    for outcome in carries_out.map(jobs(), say):
         outcomes[outcome.folder] = outcome
     for model in run.models:
         folder = model_folder(run, model)
         if all(outcomes[folder / name].metrics for name in _names(run)):
             process.remove_partial(folder / process.PREDICTIONS)
     ordered = [outcomes[model_folder(run, model) / name] for model in run.models for name in _names(run)]
+    ordered = [_track(run, keepers, outcome, say) for outcome in ordered] if keepers else ordered
     return [_publish(run.publish, outcome, override, say) for outcome in ordered] if run.publish else ordered
 
 
@@ -114,6 +138,11 @@ def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False,
     return jobs
 
 
+def jobs_of(run: Run) -> list[tuple[Model, str, Path]]:
+    """The model, the recipe's name and the folder of every job of a config, in its order."""
+    return [(model, name, model_folder(run, model) / name) for model in run.models for name in _names(run)]
+
+
 def _names(run: Run) -> list[str]:
     return [BASELINE, *(settings.label for settings in run.recipes if not settings.baseline)]
 
@@ -152,6 +181,34 @@ def summarize(run: Run, outcomes: Sequence[Outcome]) -> Path | None:
             if metrics.get("checkpoint") is None:  # an external one, which happens to lie there, is not the run's
                 finished.append(metrics)
     return write_report(run_folder(run), finished, refused) if finished else None
+
+
+def _track(run: Run, keepers: Sequence[Tracker], outcome: Outcome, say: Say) -> Outcome:
+    """The outcome, sent to each tracker that does not have these figures yet; a receipt in the job's folder says which
+    has."""
+    if outcome.metrics is None:
+        return outcome
+    receipt, seal = outcome.folder / TRACKED, outcome.metrics.get("seal")
+    sent: dict[str, Any] = read_json(receipt) if receipt.exists() else {}
+    for keeper in keepers:
+        if sent.get(keeper.name) == seal:
+            continue
+        numbers, texts = results.figures(results.rows([outcome.metrics])[0])
+        reports = [outcome.folder / name for name in (METRICS, RESULTS, "report.html")]
+        job = TrackedJob(run.name, f"{outcome.model} {outcome.recipe}", texts, numbers, reports, run_folder(run))
+        try:
+            where = keeper.send(job)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a tracker or its server does, the run is finished
+            reason = unexpected(error, outcome.folder)
+            say(f"{outcome.model}  {outcome.recipe}  not sent to {keeper.name}: {reason}")
+            outcome = replace(outcome, error=outcome.error or reason)
+            continue
+        say(f"{outcome.model}  {outcome.recipe}  sent to {keeper.name}: {where}")
+        sent[keeper.name] = seal
+        files.write_json(receipt, sent)
+    return outcome
 
 
 def _publish(where: Publish, outcome: Outcome, override: bool, say: Say) -> Outcome:

@@ -79,12 +79,14 @@ def held() -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold a folder against a second run. The lock lives as long as this process, and as any that inherited it.
 
     The lock is on a descriptor of our own (flock(2); on Windows LockFileEx of the first byte), so that a process can
     inherit it: one that outlives its parent would else write beside the next run.
 
+    Args:
+        patience: seconds to wait for a process that holds it.
     Raises:
         LockedError: names the process and host that hold it.
     """
@@ -105,7 +107,8 @@ def locked(folder: Path) -> Iterator[None]:
                 ) from error
             file.seek(1)
             holder = file.read().strip()
-            if not _is_dead(holder) or time.monotonic() - start > _PATIENCE:
+            waited = time.monotonic() - start
+            if waited >= (max(patience, _PATIENCE) if _is_dead(holder) else patience):
                 raise LockedError(
                     f"{folder} is in use by {holder or 'another process'}; wait for it, or choose another output"
                 )

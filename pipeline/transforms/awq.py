@@ -15,7 +15,7 @@ class Awq(Scaling):
 
     name = "awq"
     rank = 20
-    version = 1
+    version = 2
     about = "scales weights that meet large inputs up before they are rounded; for schemes that leave inputs alone"
 
     def propose(self, inputs: InputRange, weights: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -10,8 +10,8 @@ from ..methods.base import BlockView
 class Transformed:
     """What a transform did for one group of layers that read the same input.
 
-    layers: their names in the files. before, after: the relative squared error of their outputs that quantizing would
-    make without and with the transform, on a sample of the calibration tokens. note: how it was done, or why not.
+    layers: their names in the files. before, after: how far quantizing these layers alone moves the block's outputs,
+    without and with the transform (see BlockView.error). note: how it was done, or why not.
     """
 
     layers: tuple[str, ...]

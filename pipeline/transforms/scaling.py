@@ -6,7 +6,7 @@ whatever dtype it lies, and the transformed block computes the same bits as befo
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from .base import Transformed
 # Rows of a group's inputs, and of its weights, on which scales are judged: a bound on time and memory, not tuned.
 _SAMPLE = 1024
 _OUTPUTS = 1024
+_NONE = "its inputs stay as they are"
 
 
 class InputRange:
@@ -69,7 +70,7 @@ class InputRange:
 
 
 class Scaling(ABC):
-    """Gives each group of a block's layers the scale, among those proposed, that makes its quantized outputs best.
+    """Gives each group of a block's layers the scale, among those proposed, that makes the block's outputs best.
 
     A group keeps its inputs as they are where nothing makes them that a scale can move into, and where no proposed
     scale is better.
@@ -89,51 +90,84 @@ class Scaling(ABC):
         """
 
     def transform(self, block: BlockView) -> list[Transformed]:
+        """Fold the best scale of each group.
+
+        Two figures of the layers' own outputs, on a sample of their inputs, choose a scale each: the relative squared
+        error of the whole, and its mean over tokens. They differ where a few tokens have massive activations. The
+        block's outputs decide between the two, and between these and none.
+        """
         lines = []
         for group, folding, inputs in zip(block.groups, block.foldings, block.collect(InputRange)):
             if folding is None or not inputs.tokens:
                 continue
-            named = {layer: block.tensor(f"{layer}.weight").to(torch.float32) for layer in group.layers}
-            largest = torch.stack([weight.abs().amax(0) for weight in named.values()]).amax(0)
             sample, layers = inputs.sample(), []
-            for layer, weight in named.items():
-                scheme = block.scheme(layer)
-                if scheme is not None and scheme.weight.nearest is not None:
-                    part = weight[:: len(weight) // _OUTPUTS or 1]
-                    layers.append((part, scheme, sample @ part.t()))
-            before = best = _error(layers, sample)
-            chosen, note = None, "its inputs stay as they are"
+            rows = folding.rows.to(sample.device)
+            named = {layer: block.tensor(f"{layer}.weight").to(sample) for layer in group.layers}
+            largest = torch.stack([weight.abs().amax(0) for weight in named.values()]).amax(0)
+            schemes = {layer: scheme for layer in named if (scheme := block.scheme(layer)) and scheme.weight.nearest}
+            for layer, scheme in schemes.items():
+                part = named[layer][:: len(named[layer]) // _OUTPUTS or 1]
+                layers.append((part, scheme, sample @ part.t()))
+            scales = {_NONE: torch.ones_like(largest)}
+            own: dict[str, tuple[float, float]] = {}
             for words, proposed in self.propose(inputs, largest):
                 level = proposed.clamp(min=torch.finfo(torch.float32).tiny).log2()
-                level = torch.full((int(folding.rows.max()) + 1,), -torch.inf).scatter_reduce(
-                    0, folding.rows, level, "amax"
-                )[folding.rows]  # inputs that one row makes share the largest of their scales
-                scale = (level - level.median()).round().clamp(-24, 24).exp2()
-                if (after := _error(layers, sample, scale)) < best:
-                    best, chosen, note = after, scale, words
-            if chosen is not None:
-                block.fold(folding, chosen)
-            lines.append(Transformed(group.layers, before, best, note))
+                shared = level.new_full((int(rows.max()) + 1,), -torch.inf).scatter_reduce(0, rows, level, "amax")
+                level = shared[rows]  # inputs that one row makes share the largest of their scales
+                scales[words] = (level - level.median()).round().clamp(-24, 24).exp2()
+                own[words] = _errors(layers, sample, scales[words])
+            errors = {}
+            for words in (_NONE, *(min(own, key=lambda each: own[each][figure]) for figure in (0, 1))):
+                if words not in errors:
+                    products = {
+                        layer: _product(named[layer], scheme, scales[words], sample)
+                        for layer, scheme in schemes.items()
+                    }
+                    errors[words] = block.error(products)
+            chosen = min(errors, key=lambda each: errors[each])
+            if chosen != _NONE:
+                block.fold(folding, scales[chosen].cpu())
+            lines.append(Transformed(group.layers, errors[_NONE], errors[chosen], chosen))
         return lines
 
 
-def _error(layers: list[tuple[Tensor, Scheme, Tensor]], inputs: Tensor, scale: Tensor | None = None) -> float:
-    """The relative squared error of layers' outputs when they are rounded to nearest, summed over the layers.
+def _rounded(weight: Tensor, scheme: Scheme) -> Tensor:
+    """A weight [out, in] as rounding to nearest leaves it, float32."""
+    assert scheme.weight.nearest is not None
+    tensors = scheme.weight.nearest(weight, torch.float32)
+    return scheme.weight.dequantize((weight.shape[0], weight.shape[1]), tensors, torch.float32)
+
+
+def _errors(layers: list[tuple[Tensor, Scheme, Tensor]], inputs: Tensor, scale: Tensor) -> tuple[float, float]:
+    """The relative squared error of layers' outputs when they are rounded to nearest, and its mean over tokens.
+
+    Both are summed over the layers.
 
     Args:
         layers: weight [out, in], its scheme, and the outputs [tokens, out] that are expected. inputs: [tokens, in].
         scale: [in], by which inputs are divided, and columns of weights multiplied.
     """
-    total = 0.0
+    whole = tokens = 0.0
     for weight, scheme, expected in layers:
-        assert scheme.weight.nearest is not None
-        scaled, x = (weight, inputs) if scale is None else (weight * scale, inputs / scale)
-        tensors = scheme.weight.nearest(scaled, torch.float32)
-        rounded = scheme.weight.dequantize((weight.shape[0], weight.shape[1]), tensors, torch.float32)
-        if scheme.activations is not None:
-            x = scheme.activations.apply(x, _input_tensors(scheme, x))
-        total += ((x @ rounded.t() - expected).square().sum() / expected.square().sum().clamp(min=1e-30)).item()
-    return total
+        lost = (_product(weight, scheme, scale, inputs)(inputs) - expected).square().sum(1)
+        size = expected.square().sum(1)
+        whole += (lost.sum() / size.sum().clamp(min=1e-30)).item()
+        tokens += (lost / size.clamp(min=1e-30)).mean().item()
+    return whole, tokens
+
+
+def _product(weight: Tensor, scheme: Scheme, scale: Tensor, sample: Tensor) -> Callable[[Tensor], Tensor]:
+    """What a layer, its columns multiplied by a scale and rounded, makes of inputs that are divided by it.
+
+    Args:
+        sample: inputs [tokens, in] that static activations are calibrated on.
+    """
+    rounded = _rounded(weight * scale, scheme)
+    activations = scheme.activations
+    if activations is None:
+        return lambda x: (x / scale) @ rounded.t()
+    own = _input_tensors(scheme, sample / scale)
+    return lambda x: activations.apply(x / scale, own) @ rounded.t()
 
 
 def _input_tensors(scheme: Scheme, inputs: Tensor) -> dict[str, Tensor]:
@@ -143,4 +177,5 @@ def _input_tensors(scheme: Scheme, inputs: Tensor) -> dict[str, Tensor]:
     statistics = {kind: kind(inputs.shape[1], inputs.device) for kind in scheme.static.statistics}
     for statistic in statistics.values():
         statistic.add(inputs)
-    return scheme.static.tensors(statistics, scheme.static.observers[0])
+    own = scheme.static.tensors(statistics, scheme.static.observers[0])
+    return {name: tensor.to(inputs.device) for name, tensor in own.items()}

@@ -67,6 +67,8 @@ OURS = [
     ("demo", "int4-g128", "gptq-v2", GPTQMODEL),
     ("demo", "int4-g128-asym", "gptq-v2", GPTQMODEL),
     ("demo", "int4-g128-asym", "gptq-v2", GPTQ_TRANSFORMERS),
+    ("demo", "int4-g128", "awq", GPTQMODEL),
+    ("demo", "int4-g128-asym", "awq", GPTQ_TRANSFORMERS),
     ("demo", "int4-g128", "compressed-tensors", TRANSFORMERS),
     ("demo", "int3-g128", "compressed-tensors", TRANSFORMERS),
     ("demo", "int8-channel", "compressed-tensors", TRANSFORMERS),

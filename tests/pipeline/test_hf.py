@@ -26,6 +26,7 @@ from bitpress.pipeline.errors import CheckpointError, ConfigError
 from bitpress.pipeline.formats import readable
 from bitpress.pipeline.models import transformers
 from bitpress.pipeline.models.loading import kernels_used
+from bitpress.pipeline.objects import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 
 SCHEMES = {
@@ -239,3 +240,26 @@ def test_others_get_the_config_that_they_would_have_got() -> None:
     assert isinstance(auto.AutoQuantizationConfig.from_dict(stored), transformers.BitpressConfig)
     mixed = stored | {"dynamic": {"+:.*down.*": {"bits": 5}}}
     assert type(auto.AutoQuantizationConfig.from_dict(mixed)) is GPTQConfig
+
+
+@pytest.mark.parametrize("recipe", ["int4-g32", "smooth+int8-dynamic"])
+def test_quantized_on_the_way(tiny_llama: Path, tmp_path: Path, recipe: str) -> None:
+    """By the same code: the weights that a transform changes come from the artifact, too."""
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
+    calibration = {"text": str(tmp_path / "text.txt"), "windows": 4, "context": 32}
+    settings = Recipe(recipe, **({"calibration": calibration} if "smooth" in recipe else {}))
+    config = transformers.BitpressConfig(settings)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+    quantize(tiny_llama, settings, tmp_path / "own")
+    own = load(tmp_path / "own").model
+    assert torch.equal(logits(model), logits(own))
+    assert torch.get_default_dtype() is torch.float32
+    model.save_pretrained(tmp_path / "saved")
+    assert bits(tmp_path / "saved") == bits(tmp_path / "own")
+
+
+def test_a_recipe_that_is_wrong_is_said_at_once(tiny_llama: Path) -> None:
+    with pytest.raises(ConfigError, match="sheme: unknown key"):
+        transformers.BitpressConfig({"sheme": "int4-g32"})
+    with pytest.raises(ConfigError, match="is not quantized; give a recipe"):
+        AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=transformers.BitpressConfig())

@@ -124,7 +124,7 @@ def test_conversion_keeps_every_scheme(llama: Callable[[bool], Path], tmp_path: 
     expected = logits(tmp_path / "gptq", ids)
     for start, to in (("gptq", "gptq-v2"), ("gptq", "compressed-tensors"), ("compressed-tensors", "gptq")):
         out = tmp_path / to if not (tmp_path / to).exists() else tmp_path / "back"
-        assert "the same to the bit" in convert(tmp_path / start, to, out)[0]
+        assert "the same to the bit" in convert(tmp_path / start, to, out).notes[0]
         assert torch.equal(logits(out, ids), expected), (start, to)
     sections = [read_json(tmp_path / name / "config.json")["quantization_config"] for name in ("gptq", "back")]
     assert sections[0]["bits"] == sections[1]["bits"]

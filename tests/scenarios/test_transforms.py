@@ -5,39 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bitpress.pipeline.checkpoints.doctor import diagnose
+from bitpress.pipeline.config.schema import recipe_parts
 from bitpress.pipeline.errors import ConfigError
+from bitpress.pipeline.evaluate.verify import verify_task
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json
 
 Learn = Callable[..., list[str]]
 IDS = torch.arange(3, 67).unsqueeze(0)
-
-
-@pytest.fixture
-def outliers(tiny: Callable[..., Path], copy_of: Callable[..., Path]) -> Path:
-    """A Llama some of whose channels are 64 times larger between its layers, and which computes what the plain one
-    does."""
-    folder = copy_of(tiny("llama"))
-    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
-    wide = torch.ones(128).index_fill_(0, torch.tensor([3, 77]), 64.0)
-    for block in range(2):
-        names = {
-            name: f"model.layers.{block}.{name}.weight" for name in ("input_layernorm", "mlp.up_proj", "mlp.down_proj")
-        }
-        tensors[names["input_layernorm"]] *= wide[:64]
-        for name in "qkv":
-            tensors[f"model.layers.{block}.self_attn.{name}_proj.weight"] /= wide[:64]
-        tensors[names["mlp.up_proj"]] *= wide[:, None]
-        tensors[names["mlp.down_proj"]] /= wide
-    save_file(
-        {name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
-    return folder
 
 
 @torch.inference_mode()
@@ -58,23 +37,20 @@ def test_smoothing_takes_the_outliers_out_of_the_inputs(outliers: Path, tmp_path
     assert all(line["after"] <= line["before"] for line in lines)
 
 
-@pytest.mark.parametrize("recipe", [("awq", "gptq", "int4-g32"), ("smooth", "gptq", "int8-dynamic")], ids="+".join)
-def test_a_broken_run_ends_in_the_same_bytes(
-    recipe: tuple[str, str, str], outliers: Path, tmp_path: Path, learn: Learn
+@pytest.mark.parametrize(
+    ("text", "keep_inputs"),
+    [("awq+gptq/int4-g32", 0.0), ("smooth+gptq/int8-dynamic", 0.2), ("smooth+int8-static", 0.2)],
+)
+def test_reloaded_it_is_the_model_that_was_in_memory(
+    text: str, keep_inputs: float, outliers: Path, tmp_path: Path, learn: Learn
 ) -> None:
-    transform, method, scheme = recipe
-    settings = {"transform": transform, "method": method, "scheme": scheme}
-    learn(outliers, tmp_path / "whole", **settings)
-
-    def stop(done: int, total: int) -> None:
-        if done == total - 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        learn(outliers, tmp_path / "broken", stop, **settings)
-    learn(outliers, tmp_path / "broken", **settings)
-    whole, broken = (read_json(tmp_path / name / "bitpress.json") for name in ("whole", "broken"))
-    assert whole == broken
+    learn(outliers, tmp_path / "out", **recipe_parts(text), keep_inputs=keep_inputs)
+    reference = tmp_path / "out.partial" / "reference_logits.safetensors"
+    request = {"artifact": tmp_path / "out", "reference": reference, "device": "cpu", "dtype": "bfloat16"}
+    assert verify_task(request)["tokens"] == 16
+    schemes = {layer["scheme"] for layer in read_json(tmp_path / "out" / "bitpress.json")["coverage"]["layers"]}
+    assert schemes == {text.rpartition("/")[2].removeprefix("smooth+"), *(["int8-channel"] if keep_inputs else [])}
+    assert diagnose(tmp_path / "out").faults == []
 
 
 def test_a_recipe_names_its_transform() -> None:

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
+from .base import Executor
+
 if TYPE_CHECKING:
     from ..job import Job, Outcome
 
 
-class Serial:
+class Serial(Executor):
     """Runs each job when the one before it has ended."""
 
     name: ClassVar[str] = "serial"

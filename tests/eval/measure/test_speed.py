@@ -162,7 +162,7 @@ def test_what_a_step_reads(save_model, llama_config, tmp_path, tied):
 
 
 def test_bandwidth_is_that_of_memory(monkeypatch):
-    monkeypatch.setattr(speed, "_BANDWIDTH_BYTES", 1 << 22)
+    monkeypatch.setattr(speed, "BANDWIDTH_BYTES", 1 << 22)
     assert 1e8 < speed.bandwidth(torch.device("cpu")) < 1e13
 
 

@@ -130,7 +130,7 @@ def test_verdict_says_what_was_gained_and_lost():
     ((run, sentence),) = report.verdicts([metrics(), metrics("int4-g128")])
     assert run == "int4-g128"
     assert sentence == (
-        "0.33x the size, perplexity 40.00 → 41.00 (+2.5%), same next token 95.7% of the time, "
+        "mean KL 0.0052, 0.33x the size, perplexity 40.00 → 41.00 (+2.5%), same next token 95.7% of the time, "
         "decode 1.50x faster, slower than the baseline: prefill batch 1 (0.80x)"
     )
     slow = metrics("nf4", speed=[speed(1, 1000.0, 160.0)])
@@ -172,7 +172,7 @@ def test_several_models_each_against_its_own_baseline(parse):
         ["z/big", "nf4", "2.00 MB (0.25x)"],
     ]
     page = report.html(runs)
-    assert "Plots: z/big" in page
+    assert "what else was measured: z/big" in page
     ids = parse(page).ids
     assert ids
     assert len(ids) == len(set(ids))
@@ -246,7 +246,8 @@ def test_html_needs_nothing_from_outside(parse):
     assert "http://" not in page
     assert "https://" not in page
     assert "@import" not in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
+    assert page.index('class="large"') < page.index("Summary")  # KL against bits per weight
 
 
 def test_svg_follows_the_page_in_dark_mode():
@@ -299,7 +300,7 @@ def test_what_was_measured_beside_the_summary_is_told():
         page = plain(render([metrics(), measured()])).replace("\u00a0", " ")
         for words in (
             "41.00 (± 0.50)", "1.0250 (± 0.0021)", "0.0052 (± 0.0003)", "1.43% (± 0.04%)", "within 2e-05",
-            "misses its gate kl_mean", "MISSED", "mean KL is 0.0052, but", "arc_easy", "0.5 (± 0.05)", "9.00 MB",
+            "misses its gate kl_mean", "MISSED", "at most 0.001", "arc_easy", "0.5 (± 0.05)", "9.00 MB",
             "3.07 kB", "4,096", "64 ms", "3.00 GB/s", "20%", "prefill: a prompt is limited by arithmetic",
         ):  # fmt: skip
             assert words in page, words
@@ -352,8 +353,11 @@ def test_errors_of_outputs_are_a_map_and_by_depth_lines():
     page = report.html([metrics(), measured()])
     assert "QuadMesh" in page
     assert "with what it inherits" in page
-    assert page.count("<svg") == 4
-    assert report.html([metrics(), measured(1)]).count("<svg") == 3  # one block has no depth
+    assert page.count("<svg") == 5
+    assert report.html([metrics(), measured(1)]).count("<svg") == 4  # one block has no depth
+    several = report.html([metrics(), measured(), {**measured(), "scheme": "int2-g64"}])
+    assert several.count("<svg") == 5  # a panel for each run, on one scale
+    assert several.count("one scale for all runs") == 2
     assert "data:image" not in page
 
 
@@ -429,7 +433,7 @@ def test_what_the_kernel_adds_to_the_kl_is_a_figure_of_its_own():
         assert "0.000220 (± 0.000005)" in page
         assert "inputs rounded in 8 layers" in page
         assert "added by the kernel" not in render([metrics(), metrics("nf4")])
-    assert "they belong to the file" in report.card(runs, CARD)
+    assert "**Of the kernel**: " in report.card(runs, CARD)
 
 
 CARD = dict.fromkeys(("missed", "snippets", "unsupported", "figures", "provenance", "files"), ()) | dict.fromkeys(

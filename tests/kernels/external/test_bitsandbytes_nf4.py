@@ -23,7 +23,7 @@ def test_bitsandbytes_absent(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch
     q = make_qtensor("nf4", 64, 64)
     assert (
         BitsAndBytesNF4().unsupported(q, torch.bfloat16, CPU)
-        == "bitsandbytes is not installed; pip install 'bitpress[bnb]'"
+        == "bitsandbytes is not installed; pip install bitsandbytes"
     )
     with pytest.raises(ValueError, match=r"kernel bnb-nf4 cannot run nf4 here: .*pip install"):
         select(q, torch.bfloat16, CPU, "bnb-nf4")

@@ -23,9 +23,22 @@ from bitpress.pipeline.storage import files as store
 from bitpress.pipeline.storage.checkpoint import INDEX, Checkpoint, read_json
 
 LAYER = "model.layers.0.mlp.down_proj"
-TARGETS = ("compressed-tensors", "gptq", "gptq-v2")
+TARGETS = ("compressed-tensors", "gptq", "gptq-v2", "awq")
 INTEGER = ("int4-g32", "int8-channel", "int3-g64", "int2-g32", "int4-g32-asym", "int8-channel-asym")
-SOURCES = [(scheme, form) for scheme in INTEGER for form in TARGETS if not (form == "gptq" and "asym" in scheme)]
+
+
+def refusal(scheme: str, to: str) -> str | None:
+    """The table: what a scheme cannot become, and why."""
+    if scheme == "int8-dynamic" and to == "compressed-tensors":
+        return None
+    if not scheme.startswith("int") or scheme == "int8-dynamic":
+        return "holds weight-only integers"
+    if to == "awq" and not scheme.startswith("int4"):
+        return "holds weight-only integers of 4 bits"
+    return "cannot hold a zero point of 0" if to == "gptq" and "asym" in scheme else None
+
+
+SOURCES = [(scheme, form) for scheme in INTEGER for form in TARGETS if not refusal(scheme, form)]
 SOURCES += [("int8-dynamic", "compressed-tensors"), ("nf4", "bitsandbytes"), ("nf4-dq", "bitsandbytes")]
 
 
@@ -57,15 +70,6 @@ def assert_same_weights(found: Path, expected: Path) -> None:
         assert torch.equal(qtensor.dequantize(), other[layer].dequantize()), layer
 
 
-def refusal(scheme: str, to: str) -> str | None:
-    """The table: what a scheme cannot become, and why."""
-    if scheme == "int8-dynamic" and to == "compressed-tensors":
-        return None
-    if not scheme.startswith("int") or scheme == "int8-dynamic":
-        return "holds weight-only integers"
-    return "cannot hold a zero point of 0" if to == "gptq" and "asym" in scheme else None
-
-
 @pytest.mark.parametrize("to", TARGETS)
 @pytest.mark.parametrize(("scheme", "form"), SOURCES)
 def test_lossless_or_refused(made: Callable[..., Path], tmp_path: Path, scheme: str, form: str, to: str) -> None:
@@ -75,7 +79,7 @@ def test_lossless_or_refused(made: Callable[..., Path], tmp_path: Path, scheme: 
             convert(source, to, out)
         assert not list(tmp_path.iterdir())
         return
-    notes = convert(source, to, out)
+    notes = convert(source, to, out).notes
     assert "14 layers" in notes[0]
     assert "read back" in notes[0]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -194,7 +198,7 @@ class TestActOrder:
         return ordered(copy_of(made("int4-g32", "gptq"), "source"), edit_json)
 
     def test_stays_in_gptq(self, source: Path, tmp_path: Path) -> None:
-        notes = convert(source, "gptq-v2", tmp_path / "out")
+        notes = convert(source, "gptq-v2", tmp_path / "out").notes
         assert "14 of them have act-order" in notes[1]
         assert_same_weights(tmp_path / "out", source)
         config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
@@ -242,7 +246,7 @@ class TestScales:
         assert_same_weights(tmp_path / "out", folder)
 
     def test_float16_stays_where_the_model_s_dtype_would_round(self, made: Callable[..., Path], tmp_path: Path) -> None:
-        notes = convert(made("int4-g32", "gptq"), "compressed-tensors", tmp_path / "out")
+        notes = convert(made("int4-g32", "gptq"), "compressed-tensors", tmp_path / "out").notes
         assert "14 of them keep the dtype of their scales, which bfloat16 would round" in notes[1]
         assert Checkpoint(tmp_path / "out").tensors[f"{LAYER}.weight_scale"].dtype == torch.float16
 
@@ -341,7 +345,7 @@ def test_the_command(
     assert "14 layers from gptq to gptq-v2" in err
     code, _, err = run(source, "--to", "nf4", "-o", tmp_path / "other")
     assert code == 2
-    assert err == "error: nothing can be converted to 'nf4'; use compressed-tensors, gguf, gptq, gptq-v2\n"
+    assert err == "error: nothing can be converted to 'nf4'; use awq, compressed-tensors, gguf, gptq, gptq-v2\n"
 
 
 class TestInterrupted:

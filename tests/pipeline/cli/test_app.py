@@ -26,6 +26,7 @@ from bitpress.pipeline.errors import (
     NumericsError,
 )
 from bitpress.pipeline.evaluate import process
+from bitpress.pipeline.objects import Artifact
 from bitpress.pipeline.runs import job
 from bitpress.pipeline.storage import files, journal
 from bitpress.pipeline.system import interrupts
@@ -311,7 +312,9 @@ class TestOptions:
         self, bitpress: Bitpress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         given: list[Any] = []
-        monkeypatch.setattr("bitpress.pipeline.api.quantize", lambda *arguments: given.extend(arguments) or [])
+        monkeypatch.setattr(
+            "bitpress.pipeline.api.quantize", lambda *arguments: given.extend(arguments) or Artifact(tmp_path, "")
+        )
         options = ["--calibration", "a.txt", "--windows", 3, "--context", 64, "--seed", "null"]
         options += ["--option", "damping=1e-3", "--option", "order=plain", "--max-fallback-layers", 2]
         options += ["--layer", "*.down_proj=int8-g128", "--layer", "model.layers.0.*=none", "--fit-groups"]
@@ -379,6 +382,7 @@ class TestList:
         found = json.loads(bitpress("list", "--json").out)
         assert {"schemes", "methods", "formats", "executors"} < found.keys()
         assert {"absmax", "nf4"} <= found["methods"].keys()
+        assert "int8-dynamic" in found["recipes"]["int8"]["about"]
         assert "gptq" in found["formats"]
         assert found["schemes"]["int4-g128"]["about"].startswith("4.12 bits per weight")
         kernels = next(value for key, value in found.items() if key.startswith("kernels on "))

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 import numpy as np
@@ -91,6 +91,17 @@ def read_gptq_v2(stored: Stored, scheme: Scheme) -> np.ndarray:
     return read_gptq(stored, scheme, 0)
 
 
+def read_awq(stored: Stored, scheme: Scheme) -> np.ndarray:
+    scales = stored["scales"].float().numpy()
+    codes, zeros = ([stream(row, 4) for row in stored[name].tolist()] for name in ("qweight", "qzeros"))
+    size = len(codes) // len(scales)
+    weight = np.zeros((scales.shape[1], len(codes)), np.float32)
+    for n, k in np.ndindex(*weight.shape):
+        place, group = n // 8 * 8 + [0, 2, 4, 6, 1, 3, 5, 7].index(n % 8), k // size
+        weight[n, k] = scales[group, n] * np.float32(codes[k][place] - zeros[group][place])
+    return weight
+
+
 def read_packed(stored: Stored, scheme: Scheme) -> np.ndarray:
     rows, columns = stored["weight_shape"].tolist()
     scales, offset = stored["weight_scale"].float().numpy(), 2 ** (scheme.bits - 1)
@@ -148,6 +159,7 @@ READERS: dict[str, Callable[[Stored, Scheme], np.ndarray]] = {
     "compressed-tensors": read_compressed,
     "bitsandbytes": read_nf4,
     "gguf": read_blocks,
+    "awq": read_awq,
 }
 
 
@@ -196,8 +208,10 @@ class TestEveryFormat:
         assert detect(config, [f"model.layers.0.q_proj.{suffix}" for suffix in stored]).name == format.name
         if format.name == "gguf":  # others read the types in the file, and not this section
             return
-        every = [*KEPT, "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate"]
-        always = {"lm_head"} if format.quant_method == "gptq" else set()  # its readers leave the head alone unasked
+        every = [*KEPT, "model.layers.10.mlp.gate"]
+        if format.quant_method != "awq":  # whose readers look for entries anywhere in a name
+            every.append("model.layers.1.mlp.gate_proj")
+        always = {"lm_head"} if format.quant_method in ("gptq", "awq") else set()  # readers leave it alone unasked
         assert told_to_keep(config, every) == set(kept) | always
 
 
@@ -210,7 +224,67 @@ def told_to_keep(config: dict[str, Any], names: list[str]) -> set[str]:
         return {name for name in names if name == "lm_head" or any(re.match(pattern, name) for pattern in patterns)}
     if config["quant_method"] == "compressed-tensors":
         return set(names) & set(config["ignore"])
+    if config["quant_method"] == "awq":
+        return {name for name in names if any(entry in name for entry in config["modules_to_not_convert"])}
     return set(names) & set(config["llm_int8_skip_modules"] or [])
+
+
+class TestAWQ:
+    CONFIG: ClassVar[dict[str, Any]] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+
+    @pytest.mark.parametrize(
+        ("changes", "scheme"),
+        [
+            ({}, "int4-g32-asym"),
+            ({"symmetric": True}, "int4-g32"),
+            ({"group_size": -1, "version": "GEMM"}, "int4-channel-asym"),
+            ({"bits": None, "w_bit": 4, "group_size": None, "q_group_size": 64}, "int4-g64-asym"),
+        ],
+    )
+    def test_configs_of_other_writers(self, changes: dict[str, Any], scheme: str) -> None:
+        config = {key: value for key, value in (self.CONFIG | changes).items() if value is not None}
+        assert registry()["awq"].scheme_rules(config).get(QUANTIZED) == Scheme.parse(scheme)
+
+    @pytest.mark.parametrize(
+        ("changes", "why"),
+        [
+            ({"version": "gemv"}, "version 'gemv' is not supported"),
+            ({"version": 1}, "version 1 is not supported"),
+            ({"backend": "llm-awq"}, "a layout of its own"),
+            ({"bits": 8}, "bits is 8, expected 4"),
+            ({"zero_point": False}, "zero_point is False"),
+            ({"group_size": "x"}, "group_size is 'x', expected a whole number"),
+            ({"symmetric": 1}, "symmetric is 1, expected true or false"),
+        ],
+    )
+    def test_what_is_not_read(self, changes: dict[str, Any], why: str) -> None:
+        with pytest.raises(ValueError, match=why):
+            registry()["awq"].scheme_rules(self.CONFIG | changes)
+
+    @pytest.mark.parametrize(
+        ("changes", "why"),
+        [
+            ({"qweight": torch.zeros(64, 16)}, "qweight has dtype torch.float32"),
+            ({"qweight": torch.zeros(64, 9, dtype=torch.int32)}, r"qweight has shape \[64, 9\], expected \[64, 8\]"),
+            ({"qzeros": torch.zeros(8, dtype=torch.int32)}, "qzeros has 1 dimensions"),
+            ({"qzeros": torch.zeros(4, 8, dtype=torch.int32)}, "hold other numbers than 8"),
+            ({"scales": torch.ones(4, 63)}, "63 outputs, no multiple of 8"),
+        ],
+    )
+    def test_tensors_that_do_not_fit(self, changes: Stored, why: str) -> None:
+        scheme = Scheme.parse("int4-g32")
+        _, stored = written(registry()["awq"], scheme, SHAPE, torch.float16)
+        with pytest.raises(ValueError, match=why):
+            registry()["awq"].read(scheme, stored | changes)
+
+    def test_an_entry_that_a_quantized_name_holds_is_left_out(self) -> None:
+        schemes = {"model.layers.1.mlp.gate_proj": Scheme.parse("int4-g32")}
+        config = registry()["awq"].quantization_config(schemes, KEPT, torch.bfloat16)
+        assert config["modules_to_not_convert"] == ["lm_head", "model.layers.0.self_attn.k_proj"]
+
+    def test_all_layers_have_one_scheme(self) -> None:
+        schemes = {"a": Scheme.parse("int4-g32"), "b": Scheme.parse("int4-g64")}
+        assert "int4-g32 and int4-g64" in registry()["awq"].mixture_problems(schemes)[0]
 
 
 class TestGPTQ:

@@ -71,7 +71,7 @@ class TestConfig:
 
     def test_auto_map_of_an_architecture_that_transformers_has(self, source: Path, tmp_path: Path, edit_json: Any):
         edit_json(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
-        notes = quantize(source, "int4-g32", tmp_path / "out")
+        notes = quantize(source, "int4-g32", tmp_path / "out").notes
         assert "auto_map left out" in str(notes)
         assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
         assert type(load(tmp_path / "out")[0]).__module__ == "transformers.models.llama.modeling_llama"
@@ -97,6 +97,7 @@ class TestConfig:
             ({"vision_config": {"architecture": "hf-hub:evil/model"}}, "names a download"),
             # the file says nothing of the experts for each token: mixtral's default is 2
             ({"model_type": "mixtral", "num_local_experts": 1}, "num_experts_per_tok is 2, expected at most num_local"),
+            ({"model_type": "mixtral", "sliding_window": 0}, "sliding_window is 0, expected at least 1 token, or null"),
         ],
         ids=str,
     )
@@ -309,7 +310,7 @@ def test_what_an_earlier_run_left_is_not_copied(source: Path, tmp_path: Path):
         (source / name).write_text("{}")
     for name in ("Licence.TXT", "COPYING"):
         (source / name).write_text("Do what you like.")
-    notes = quantize(source, "int4-g32", tmp_path / "out")
+    notes = quantize(source, "int4-g32", tmp_path / "out").notes
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert not written & (set(names) - {"bitpress.json"})
     assert {"Licence.TXT", "COPYING", "LICENSE"} <= written

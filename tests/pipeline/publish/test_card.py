@@ -1,6 +1,7 @@
 """The model card: what the Hub reads of it, what a reader does, and that no name breaks either."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,16 @@ class TestBody:
         assert "**transformers** (`pip install transformers bitsandbytes`)" in nf4
         assert f"vllm serve {REPO}" in gptq
         assert "GPTQModel: is not known to load it" in nf4
+
+    def test_the_file_and_the_kernel_are_told_apart(self, write: Write, metrics: Callable[..., dict[str, Any]]) -> None:
+        text, quality = body(write()), metrics("int4-g32")["quality"]
+        assert f"- **Quality of the file**: perplexity {quality['perplexity']:,.1f} (" in text
+        assert "- **Of the kernel**: " in text
+
+    def test_bitpress_is_installed_from_its_repository(self, write: Write) -> None:
+        """Nobody knows whose a name on the index is."""
+        assert "`pip install git+https://github.com/bitpress/bitpress@v" in body(write())
+        assert not re.search(r"pip install '?bitpress", body(write()))
 
     def test_zero_points_are_unpacked_by_transformers(self, write: Write) -> None:
         unpacked = '("user/tiny-int4", quantization_config=CompressedTensorsConfig(dequantize=True))'

@@ -348,3 +348,18 @@ class TestBatch:
         outcomes = execute(config, "bitpress run", lambda line: None)
         assert [type(outcome.error) for outcome in outcomes] == [type(None), HubError]
         assert outcomes[1].metrics
+
+
+@pytest.mark.parametrize("folder", ["/srv/mine", "'/srv/my own'", "'a'\"'\"'b'", "&#39;/srv/my own&#39;"])
+def test_the_folder_of_a_command_stays_here(folder: str) -> None:
+    config = {
+        "output": "runs",
+        "eval": {"text": "a.txt"},
+        "models": [],
+        "defaults": {"calibration": None},
+        "recipes": [],
+    }
+    for joint in ("&&", "&amp;&amp;"):
+        assert (
+            bundle.without_paths(f"<pre>cd {folder} {joint} bitpress run x.yaml", config) == "<pre>bitpress run x.yaml"
+        )

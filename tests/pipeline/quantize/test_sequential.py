@@ -423,7 +423,7 @@ class TestJobs:
         settings = {"text": text, "windows": 3, "context": 32}
         for name in ("one", "two"):
             recipe = {"method": "gptq", "scheme": "int4-g32", "calibration": settings}
-            notes = api.quantize(tiny_llama, recipe, tmp_path / name)
+            notes = api.quantize(tiny_llama, recipe, tmp_path / name).notes
             assert notes == ["calibrated on a.txt: 3 windows of 32 tokens"]
         shards = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
         assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in shards)

@@ -17,6 +17,7 @@ from bitpress.pipeline.runs import executors
 from bitpress.pipeline.runs.job import Job, Outcome, run_job
 from bitpress.pipeline.runs.run import execute, plan_jobs, run_folder, summarize
 from bitpress.pipeline.system import versions
+from bitpress.pipeline.trackers.base import TrackedJob, Tracker
 
 TEXT = "".join(f"{number} green bottles hanging on the wall\n" for number in range(20))
 RECIPES = ["int4-g32", "int8-channel"]
@@ -99,7 +100,11 @@ def test_another_machine_keeps_artifact_and_quality_and_measures_speed(
     before, made = {name: metrics_of(output, name) for name in ("none", *RECIPES)}, artifacts(output)
     calls: list[bool] = []
     original = process.measure
-    monkeypatch.setattr(process, "measure", lambda *arguments: calls.append(arguments[-1]) or original(*arguments))
+    monkeypatch.setattr(
+        process,
+        "measure",
+        lambda *arguments, **options: calls.append(options.get("speed_only", False)) or original(*arguments, **options),
+    )
     change(monkeypatch)
     news: list[str] = []
     outcomes = execute(make_run(output), "", news.append)
@@ -190,6 +195,31 @@ def test_redo_measures_again_and_keeps_the_artifact(
     assert artifacts(output) == made
 
 
+def test_figures_are_sent_to_a_tracker_once(
+    output: Path, make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[TrackedJob] = []
+
+    class Toy(Tracker):
+        name, rank, package = "toy", 0, "json"
+
+        def send(self, job: TrackedJob) -> str:
+            sent.append(job)
+            return "here"
+
+    monkeypatch.setattr("bitpress.pipeline.trackers.discover", lambda package: (Toy(),))
+    run = make_run(output).model_copy(update={"track": ["toy"]})
+    said: list[str] = []
+    execute(run, "", said.append)
+    again = len(sent)
+    execute(run, "", lambda line: None)
+    assert len(sent) == again == 3
+    assert sent[0].run == run.name
+    assert sent[1].figures["kl_mean"] > 0
+    assert all(file.is_file() for job in sent for file in job.files)
+    assert any(line.endswith("sent to toy: here") for line in said)
+
+
 def test_a_report_is_not_replaced_by_one_with_fewer_jobs(output: Path, make_run: Callable[..., Run]) -> None:
     page = output / "again" / "report.md"
     run = make_run(output, ["int8-channel"])
@@ -270,7 +300,7 @@ def test_a_model_is_told_by_what_it_is(
     assert first == copy != second
 
 
-class Backwards:
+class Backwards(executors.Executor):
     """Plans everything, then runs the last job first."""
 
     name, rank = "backwards", 9
