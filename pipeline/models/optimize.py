@@ -25,8 +25,8 @@ from bitpress.kernels.linear import QLinear, join_projections
 from .structure import decoder
 
 _ROOM = 256  # tokens that a cache grows by, at least; an eighth of what it holds where that is more
-# From so many rows on, torch's product with a dequantized weight of 16 bits is faster than the kernel that leaves them
-# as they are: 36 against 49 ms for 512 rows of a layer of SmolLM2 on Zen 4, but 8.2 against 5.7 ms for 64.
+# Inputs of 16 bits that are to stay as they are: from so many rows on, torch's product with a dequantized weight is the
+# faster one. A layer of SmolLM2 on Zen 4 takes 36 ms by it and 49 in one call for 512 rows, 8.2 and 5.7 for 64.
 _LONG = 192
 _PASSED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"}
 _CAPTURING = "transformers.utils.output_capturing"  # whose hooks stay, but do nothing unless outputs are asked for
