@@ -42,6 +42,7 @@ def bitpress(
 app.command()(run.run)
 app.command()(run.quantize)
 app.command()(plan.plan)
+app.command()(plan.recommend)
 app.command()(run.clean)
 app.command("eval")(evaluate.evaluate)
 app.command()(evaluate.compare)

@@ -85,6 +85,48 @@ def plan(
         print_line(f"\n{note}")
 
 
+def recommend(
+    model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
+    memory: Annotated[str, typer.Option(help="For weights, cache and the rest: 6GB, 8GiB.")],
+    target: Annotated[str | None, typer.Option("--for", help="vllm, llama.cpp, mac or cpu; any by default.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 4096,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Which recipe to start with for so much memory, and why; and what is not known."""
+    with collector_paused():
+        from ..runs.recommend import recommend as choose
+
+    quiet_libraries()
+    recommendation = choose(model, memory, target, context, revision)
+    if as_json:
+        print_json(recommendation.to_dict())
+        return
+    from bitpress.eval.report.words import size, small
+
+    chosen = recommendation.chosen
+    print_line(f"{model}, {memory}: {chosen.recipe if chosen else 'no recipe'}")
+    for sentence in recommendation.why:
+        print_line(f"    {sentence}")
+    if recommendation.command:
+        print_line(f"\n    {recommendation.command}\n")
+    rows = [
+        [
+            option.recipe,
+            small(option.kl),
+            size(option.nbytes),
+            size(option.memory),
+            option.format,
+            option.unsupported or "",
+        ]
+        for option in recommendation.options
+    ]
+    print_table(["recipe", "mean KL where measured", "weights", "memory", "format", "why not"], rows)
+    print_line("\nnot known:")
+    for sentence in recommendation.unknown:
+        print_line(f"    {sentence}")
+
+
 def show_plans(
     configs: Sequence[Path],
     overrides: list[str] | None,

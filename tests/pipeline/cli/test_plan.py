@@ -95,3 +95,12 @@ def test_options_of_the_other_subject_are_refused(bitpress: Bitpress, config: Pa
     code, _, err = bitpress("plan", config, *options)
     assert code == 2
     assert said in err
+
+
+def test_recommend(bitpress: Bitpress, tiny_llama: Path) -> None:
+    code, out, _ = bitpress("recommend", tiny_llama, "--memory", "200kB", "--context", 32, "--for", "vllm")
+    assert code == 0
+    for said in ("bitpress quantize", "--format", "vLLM loads it as", "not known:", "mean KL where measured"):
+        assert said in out
+    code, out, _ = bitpress("recommend", tiny_llama, "--memory", "1GB", "--json")
+    assert (code, json.loads(out)["chosen"]["recipe"]) == (0, "none")
