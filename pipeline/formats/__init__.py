@@ -90,6 +90,9 @@ def quantization_section(checkpoint: Checkpoint) -> Any:
     That is the quantization_config of config.json, which may hold anything. Some programs once wrote it to a file of
     its own alone, which counts where the files hold quantized layers.
     """
+    for format in registry().values():
+        if (section := format.section_of(checkpoint.config)) is not None:
+            return section
     if "quantization_config" in checkpoint.config:
         return checkpoint.config["quantization_config"]
     for format in registry().values():

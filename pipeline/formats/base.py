@@ -20,6 +20,7 @@ from ..storage.checkpoint import INDEX, Checkpoint
 from ..storage.fingerprint import MANIFEST
 from .names import NameRules
 
+SECTIONS = ("quantization_config", "quantization")  # keys of config.json that say how a model is quantized
 LEVELS = ("yes", "limited", "unknown", "no")  # how a runtime loads a checkpoint; the worst of all reasons counts
 Reason = tuple[str, str]  # one of LEVELS, and a sentence
 SchemeRules = NameRules[Scheme]  # .get(layer's name in the files) -> its scheme; None where the config gives it none
@@ -263,6 +264,14 @@ class Format(ABC):
         """The names of the files that hold the weights, of a checkpoint that is written as so many shards."""
         return [files.shard_name(number, shards) for number in range(shards)]
 
+    def config_keys(self, section: Mapping[str, Any]) -> dict[str, Any]:
+        """Further keys of config.json that readers want, whose quantization_config is `section`."""
+        return {}
+
+    def section_of(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What a config.json says of this format under another key, as a quantization_config; None: nothing."""
+        return None
+
     def writer(self, folder: Path, dtype: torch.dtype, shards: int) -> Writer:
         """Writes a checkpoint of this format into a folder."""
         return SafetensorsWriter(self, folder, dtype, shards)
@@ -366,10 +375,11 @@ class SafetensorsWriter:
         self, config: Mapping[str, Any], section: dict[str, Any], companions: Iterable[Path]
     ) -> dict[str, dict[str, Any]]:
         """Write what lies beside the weights: config.json, the format's side files, and copies of the companions."""
-        model = {key: value for key, value in config.items() if key not in ("_name_or_path", "quantization_config")}
+        model = {key: value for key, value in config.items() if key not in ("_name_or_path", *SECTIONS)}
         if not model.get("dtype") and not model.get("torch_dtype"):  # null, too: readers guess then, each its own way
             model["dtype"] = dtype_name(self.dtype)
-        contents = {"config.json": model | {"quantization_config": section}, **self.format.side_files(section)}
+        keys = {"quantization_config": section, **self.format.config_keys(section)}
+        contents = {"config.json": model | keys, **self.format.side_files(section)}
         written = {name: files.write_json(self.folder / name, content) for name, content in contents.items()}
         for path in companions:
             if path.name != MANIFEST:

@@ -47,6 +47,7 @@ RECIPES = {
     "compressed": {"scheme": "int8-dynamic", "format": "compressed-tensors", "layers": {"*.down_proj": "int4-g32"}},
     "nf4": {"scheme": "nf4"},
     "gguf": {"scheme": "int4-g32", "format": "gguf"},
+    "mlx": {"scheme": "int4-g32-asym", "format": "mlx"},
     "awq": {"scheme": "int4-g32-asym", "format": "awq"},
 }
 

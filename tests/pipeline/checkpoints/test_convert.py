@@ -23,7 +23,7 @@ from bitpress.pipeline.storage import files as store
 from bitpress.pipeline.storage.checkpoint import INDEX, Checkpoint, read_json
 
 LAYER = "model.layers.0.mlp.down_proj"
-TARGETS = ("compressed-tensors", "gptq", "gptq-v2", "awq")
+TARGETS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "mlx")
 INTEGER = ("int4-g32", "int8-channel", "int3-g64", "int2-g32", "int4-g32-asym", "int8-channel-asym")
 
 
@@ -35,6 +35,8 @@ def refusal(scheme: str, to: str) -> str | None:
         return "holds weight-only integers"
     if to == "awq" and not scheme.startswith("int4"):
         return "holds weight-only integers of 4 bits"
+    if to == "mlx" and "channel" in scheme:
+        return "holds weight-only integers in groups of 32, 64, 128"
     return "cannot hold a zero point of 0" if to == "gptq" and "asym" in scheme else None
 
 
@@ -345,7 +347,7 @@ def test_the_command(
     assert "14 layers from gptq to gptq-v2" in err
     code, _, err = run(source, "--to", "nf4", "-o", tmp_path / "other")
     assert code == 2
-    assert err == "error: nothing can be converted to 'nf4'; use awq, compressed-tensors, gguf, gptq, gptq-v2\n"
+    assert err == "error: nothing can be converted to 'nf4'; use awq, compressed-tensors, gguf, gptq, gptq-v2, mlx\n"
 
 
 class TestInterrupted:

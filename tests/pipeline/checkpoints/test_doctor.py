@@ -305,6 +305,8 @@ VERDICTS = [
     ("compressed-tensors", "int4-g128", {"ordered": True}, "no unknown no unknown", "unknown no limited unknown"),
     ("int-quantized", "int8-dynamic", {}, "yes unknown yes yes", "limited no limited unknown"),
     ("bitsandbytes", "nf4", {}, "yes unknown yes yes", "no no no unknown"),
+    ("mlx", "int4-g128", {}, "no no no no", "no yes no no"),
+    ("mlx", "int4-g128-asym", {}, "no no no no", "no limited no no"),
     ("awq", "int4-g128-asym", {}, "yes yes yes yes", "no yes limited unknown"),
     (
         "gptq",
@@ -323,7 +325,7 @@ def test_verdicts(form: str, scheme: str, changes: dict[str, Any], first: str, o
     assert {name: verdict["version"] for name, verdict in found.items()} == RUNTIMES
     assert all(verdict["why"] for verdict in found.values() if verdict["loads"] != "yes")
     needed = {"gptq": "optimum, gptqmodel", "gptq-v2": "optimum, gptqmodel", "bitsandbytes": "bitsandbytes"}
-    needed["awq"] = "gptqmodel"
+    needed |= {"awq": "gptqmodel", "mlx": ""}
     assert found["transformers"]["needs"] == needed.get(form, "compressed-tensors")
 
 

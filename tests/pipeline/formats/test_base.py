@@ -16,6 +16,7 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.weights.integer import Integer
 from bitpress.kernels.weights.nf4 import NF4_CODEBOOK
+from bitpress.pipeline.errors import NumericsError
 from bitpress.pipeline.formats import detect, first_fitting, registry
 from bitpress.pipeline.formats.base import Format
 from bitpress.pipeline.methods import default_method
@@ -102,6 +103,16 @@ def read_awq(stored: Stored, scheme: Scheme) -> np.ndarray:
     return weight
 
 
+def read_mlx(stored: Stored, scheme: Scheme) -> np.ndarray:
+    scales, biases = (stored[name].float().numpy() for name in ("scales", "biases"))
+    codes = [stream(row, scheme.bits) for row in stored["weight"].view(torch.int32).tolist()]
+    weight = np.zeros((len(codes), scales.shape[1] * scheme.group_size), np.float32)
+    for n, k in np.ndindex(*weight.shape):
+        group = k // scheme.group_size
+        weight[n, k] = scales[n, group] * np.float32(codes[n][k]) + biases[n, group]
+    return weight
+
+
 def read_packed(stored: Stored, scheme: Scheme) -> np.ndarray:
     rows, columns = stored["weight_shape"].tolist()
     scales, offset = stored["weight_scale"].float().numpy(), 2 ** (scheme.bits - 1)
@@ -160,6 +171,7 @@ READERS: dict[str, Callable[[Stored, Scheme], np.ndarray]] = {
     "bitsandbytes": read_nf4,
     "gguf": read_blocks,
     "awq": read_awq,
+    "mlx": read_mlx,
 }
 
 
@@ -206,7 +218,7 @@ class TestEveryFormat:
         assert format.scheme_rules(config).get(QUANTIZED) == scheme
         _, stored = written(format, scheme, SHAPE, torch.bfloat16)
         assert detect(config, [f"model.layers.0.q_proj.{suffix}" for suffix in stored]).name == format.name
-        if format.name == "gguf":  # others read the types in the file, and not this section
+        if format.name in ("gguf", "mlx"):  # others read what the files hold, and not this section
             return
         every = [*KEPT, "model.layers.10.mlp.gate"]
         if format.quant_method != "awq":  # whose readers look for entries anywhere in a name
@@ -285,6 +297,47 @@ class TestAWQ:
     def test_all_layers_have_one_scheme(self) -> None:
         schemes = {"a": Scheme.parse("int4-g32"), "b": Scheme.parse("int4-g64")}
         assert "int4-g32 and int4-g64" in registry()["awq"].mixture_problems(schemes)[0]
+
+
+class TestMLX:
+    def test_what_mlx_reads_in_config_json(self) -> None:
+        schemes = {"a": Scheme.parse("int4-g64"), "b": Scheme.parse("int4-g64"), "c": Scheme.parse("int8-g32-asym")}
+        section = registry()["mlx"].quantization_config(schemes, [], torch.bfloat16)
+        expected = {"group_size": 64, "bits": 4, "mode": "affine"}
+        other = {"group_size": 32, "bits": 8, "mode": "affine"}
+        assert registry()["mlx"].config_keys(section) == {"quantization": expected | {"c": other}}
+
+    def test_a_section_of_mlxs_own_writers(self) -> None:
+        own = {"group_size": 64, "bits": 4, "mode": "affine", "b": {"group_size": 32, "bits": 8}, "c": False}
+        for other in ({}, {"quantization_config": own}):  # mlx-lm writes it twice
+            section = registry()["mlx"].section_of({"quantization": own, **other})
+            assert section is not None
+            rules = registry()["mlx"].scheme_rules(section)
+            assert (rules.get("a"), rules.get("b")) == tuple(map(Scheme.parse, ("int4-g64-asym", "int8-g32-asym")))
+        assert registry()["mlx"].section_of({"quantization": own, "quantization_config": {"quant_method": "x"}}) is None
+
+    @pytest.mark.parametrize(
+        ("changes", "why"),
+        [
+            ({"weight": torch.zeros(64, 16, dtype=torch.int32)}, "weight has dtype torch.int32, expected torch.uint32"),
+            ({"biases": torch.zeros(64, 4, dtype=torch.float16)}, "biases are not whole zero points times their"),
+            ({"biases": torch.zeros(64, 3)}, "biases are torch.float32"),
+            ({"scales": torch.zeros(64, dtype=torch.float16)}, "scales has 1 dimensions"),
+        ],
+    )
+    def test_tensors_that_do_not_fit(self, changes: Stored, why: str) -> None:
+        scheme = Scheme.parse("int4-g32-asym")
+        _, stored = written(registry()["mlx"], scheme, SHAPE, torch.float16)
+        if changes.keys() == {"biases"} and changes["biases"].shape == stored["biases"].shape:
+            changes = {"biases": stored["biases"] * 1.01}
+        with pytest.raises(ValueError, match=why):
+            registry()["mlx"].read(scheme, stored | changes)
+
+    def test_products_that_float32_rounds_are_refused(self) -> None:
+        scheme = Scheme.parse("int4-g32-asym")
+        q = random_qtensor(scheme, SHAPE, torch.float32)
+        with pytest.raises(NumericsError, match="which rounds some of these"):
+            registry()["mlx"].write(q, torch.float32)
 
 
 class TestGPTQ:
