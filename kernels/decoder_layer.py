@@ -1,4 +1,4 @@
-"""What a Llama-like decoder layer does for each new token, in one call of csrc/layer.c.
+"""What a Llama-like decoder layer does for the next tokens of some sequences, in one call of csrc/layer.c.
 
 Python and transformers take about as long for the hundred small operations of a layer as its quantized weights take to
 be read. Here they are one: from the layer's input to its output everything is float32, where a model rounds to its own
@@ -85,7 +85,8 @@ class _Layer(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = (
         ("x", _POINTER), ("cos", _POINTER), ("sin", _POINTER), ("keys", _POINTER), ("values", _POINTER),
-        ("y", _POINTER), ("length", _INT64), ("capacity", _INT64), ("dtype", _INT64), ("threads", ctypes.c_int),
+        ("y", _POINTER), ("first", _POINTER), ("batch", _INT64), ("count", _INT64), ("length", _INT64),
+        ("capacity", _INT64), ("rotations", _INT64), ("dtype", _INT64), ("threads", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -113,22 +114,44 @@ class NativeLayer:
         """Copies point to the tensors of the copied parts."""
         return NativeLayer, (self.parts,)
 
-    def step(self, x: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, length: int) -> Tensor:
-        """The layer's output [1, 1, hidden] for one token; appends its key and value.
+    def inputs(self) -> list[int | None]:
+        """What each linear layer's kernel rounds inputs to now, as csrc/ numbers it; None for other kernels."""
+        return [inputs_of(linear.selection.kernel) for linear in self.parts.linears]
+
+    def step(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        keys: Tensor,
+        values: Tensor,
+        length: int,
+        first: Tensor | None = None,
+    ) -> Tensor:
+        """The layer's output [batch, count, hidden] for each sequence's next tokens; appends their keys and values.
+
+        A token sees those before it in its own sequence, and itself. Inputs are rounded as each linear layer's kernel
+        does it now.
 
         Args:
-            x: contiguous [1, 1, hidden], float32, float16 or bfloat16; so are all others.
-            rotation: cos and sin [1, 1, dim], contiguous.
-            keys, values: contiguous [1, key_heads, capacity, dim]; `length` < capacity of them are filled.
+            x: contiguous [batch, count, hidden], float32, float16 or bfloat16; so are all others.
+            rotation: cos and sin [batch or 1, count, dim], contiguous.
+            keys, values: contiguous [batch, key_heads, capacity, dim]; `length` of them are filled, and there is room
+                for `count` more.
+            first: contiguous int64 [batch], the first place of each sequence that counts; those before it are padding,
+                which nothing sees and whose outputs mean nothing. None: 0 for all.
         """
         y = torch.empty_like(x)
         cos, sin = rotation
+        for to, inputs in zip(self._layer.linears, self.inputs()):
+            to.inputs = inputs
         arguments = _Step(
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), y.data_ptr(),
-            length, keys.shape[2], DTYPES[x.dtype], torch.get_num_threads(),
+            None if first is None else first.data_ptr(), x.shape[0], x.shape[1], length, keys.shape[2],
+            0 if cos.shape[0] == 1 else x.shape[1] * cos.shape[2], DTYPES[x.dtype], torch.get_num_threads(),
         )  # fmt: skip
         if self._function(self._address, ctypes.addressof(arguments)):
-            raise MemoryError(f"no memory for a decoder layer of {self.hidden} features and {length} keys")
+            tokens = f"{x.shape[0] * x.shape[1]} tokens"
+            raise MemoryError(f"no memory for {tokens} in a decoder layer of {self.hidden} features and {length} keys")
         return y
 
     def _structure(self) -> _Layer:
@@ -138,9 +161,8 @@ class NativeLayer:
         for to, linear in zip(layer.linears, parts.linears):
             to.packed = self._pointer(linear.packed.get_buffer("data"))
             to.bias = None if linear.bias is None else self._pointer(linear.bias.detach().to(torch.float32))
-            to.order = None if linear.order is None else self._pointer(linear.order)
+            to.order = None if linear.order is None else self._order(linear.order)
             to.in_features, to.out_features = linear.in_features, linear.out_features
-            to.inputs = inputs_of(linear.selection.kernel)
         for place, norm in enumerate(parts.norms):
             if norm is not None:
                 layer.norms[place], layer.eps[place] = self._pointer(norm.weight), norm.eps
@@ -148,6 +170,11 @@ class NativeLayer:
         layer.dim, layer.activation, layer.scale = parts.dim, ACTIVATIONS.index(parts.activation), parts.scale
         layer.kernel = first.packed.instructions
         return layer
+
+    def _order(self, order: Tensor) -> int:
+        """Layers that read the same inputs in the same order have the same pointer: these are then quantized once."""
+        same = (each for each in self._tensors if each.dtype == order.dtype and torch.equal(each, order))
+        return self._pointer(next(same, order))
 
     def _pointer(self, tensor: Tensor) -> int:
         self._tensors.append(tensor.contiguous())

@@ -53,7 +53,13 @@ def plan(
     For a config, only headers are read. For a budget, layers are solved and probed: that gives the curve of KL against
     size. No model is written.
     """
-    settings = {"--method": method, "--choice": choice, "--layer": layer, "--format": format, "--keep": keep}
+    settings: dict[str, Any] = {
+        "--method": method,
+        "--choice": choice,
+        "--layer": layer,
+        "--format": format,
+        "--keep": keep,
+    }
     settings |= {"--calibration": calibration, "--windows": windows, "--context": context, "--seed": seed}
     settings |= {"--revision": revision, "--device": None if device == "auto" else device}
     if budget is None:

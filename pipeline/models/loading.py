@@ -151,7 +151,7 @@ def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device
 
 def kernels_used(model: nn.Module) -> dict[str, Any]:
     """{"selected": kernel -> layers, "rejected": kernel -> reason} over a model's quantized layers, "quantized_inputs":
-    how many of them have a scheme that quantizes inputs, and "fused": how many decoder layers decode in one call, and
+    how many of them have a scheme that quantizes inputs, and "fused": how many decoder layers run in one call, and
     why others do not (None where it was not tried)."""
     layers = [module for module in model.modules() if isinstance(module, QLinear)]
     rejected: dict[str, str] = {}

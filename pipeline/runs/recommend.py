@@ -4,7 +4,6 @@ Whether a runtime loads the result is asked of the formats. What a recipe loses 
 """
 
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any
 
 from bitpress.eval.report.words import size, small
@@ -140,9 +139,9 @@ def _cache_per_token(config: Any) -> int | None:
     keys = getattr(text, "num_key_value_heads", None) or heads
     width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
     layers = getattr(text, "num_hidden_layers", None)
-    if not all(isinstance(number, int) for number in (keys, width, layers)):
+    if not (isinstance(keys, int) and isinstance(width, int) and isinstance(layers, int)):
         return None
-    return 2 * _CACHE_BYTES * prod((keys, width, layers))
+    return 2 * _CACHE_BYTES * keys * width * layers
 
 
 def _option(first: Plan, measured: Measured, runtimes: tuple[str, ...], beside: int) -> Option:

@@ -38,7 +38,8 @@ def refuse(folder: Path, before: Fingerprint, now: Fingerprint) -> None:
     """Raises ConfigError, with the fields that differ, where what lies in `folder` was made from something else."""
     if differing := differences(before, now):
         raise ConfigError(
-            f"{folder} was made from something else; choose another output, or move it away:\n{listing(differing)}"
+            f"{folder} was made from something else; choose another output, move it away, or run its config again with "
+            f"--redo quantize:\n{listing(differing)}"
         )
 
 

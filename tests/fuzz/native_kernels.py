@@ -7,7 +7,7 @@ Each buffer ends, or begins, at a page that cannot be touched, so that one byte 
 of its own pages is filled with a pattern, which has to be there afterwards. The result is compared with float64. With
 --sanitized, the library is built with AddressSanitizer and UndefinedBehaviorSanitizer, and everything runs under them,
 AMX emulated.
-Each tenth call is a step of a whole decoder layer.
+Each tenth call is a step of a whole decoder layer, on one token or many, of one sequence or several.
 """
 
 import argparse
@@ -224,11 +224,13 @@ def named(kernel: str) -> type[native.NativeInt8]:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One step of a random decoder layer."""
+    """One step of a random decoder layer. first: each sequence's first place that counts."""
 
     number: int
     seed: int
     scheme: str
+    first: tuple[int, ...]
+    count: int
     heads: int
     key_heads: int
     dim: int
@@ -253,9 +255,12 @@ def make_layer_call(number: int, seed: int, runnable: list[str]) -> LayerCall:
     heads = key_heads * generator.choice((1, 2, 3, 5))
     while heads * dim % step:  # what o reads consists of whole groups
         heads += key_heads
+    length, count = generator.choice((0, 1, 2, 15, 16, 17, 63, 64, 100)), generator.choice((1, 1, 1, 2, 9, 65))
+    batch = generator.choice((1, 1, 2, 3))
+    first = tuple(generator.choice((0, 0, generator.randrange(length + count))) for _ in range(batch))
     return LayerCall(
-        number, seed, scheme, heads, key_heads, dim, step * generator.randrange(1, 4), step * generator.randrange(1, 6),
-        generator.choice((0, 1, 2, 15, 16, 17, 63, 64, 100)), generator.choice((1, 2, 7)), generator.random() < 0.5,
+        number, seed, scheme, first, count, heads, key_heads, dim, step * generator.randrange(1, 4),
+        step * generator.randrange(1, 6), length, generator.choice((1, 2, 7)), generator.random() < 0.5,
         generator.choice(ACTIVATIONS), generator.choice(DTYPES), generator.choice(KINDS).name,
         generator.choice((1, 1, 2, 3)), generator.choice(runnable),
         generator.choice(("normal", "normal", "zero", "huge", "nan")), generator.random() < 0.7,
@@ -263,7 +268,7 @@ def make_layer_call(number: int, seed: int, runnable: list[str]) -> LayerCall:
 
 
 def perform_layer(call: LayerCall, loaded: Library) -> None:
-    """One step between guard pages; the room for further keys and values is NaN, before and after.
+    """One step between guard pages; padding's keys and values are NaN, and the room for further ones before and after.
 
     Raises:
         AssertionError: a result that is wrong, or something was written beside a buffer.
@@ -301,42 +306,55 @@ def perform_layer(call: LayerCall, loaded: Library) -> None:
         linears = tuple(linear(*shape) for shape in shapes)
     parts = Parts(linears, (norm(call.hidden), norm(call.hidden), *of_heads), call.dim, 0.3, call.activation)
     assert parts.unsupported() is None, parts.unsupported()
-    x = torch.randn(1, 1, call.hidden, generator=generator)
+    batch = len(call.first)
+    x = torch.randn(batch, call.count, call.hidden, generator=generator)
     x *= {"zero": 0.0, "huge": torch.finfo(torch.float16).max / 8}.get(call.values, 1.0)
     if call.values == "nan":
-        x[..., call.number % call.hidden] = torch.nan
+        x[0, 0, call.number % call.hidden] = torch.nan
     x = copied(x.to(call.dtype))
-    angles = 6 * torch.rand(1, 1, call.dim, generator=generator)
+    angles = 6 * torch.rand(batch if call.number % 4 > 1 else 1, call.count, call.dim, generator=generator)
     cos, sin = copied(angles.cos().to(call.dtype)), copied(angles.sin().to(call.dtype))
-    cache = torch.full((2, 1, call.key_heads, call.length + call.room, call.dim), torch.nan)
-    cache[:, :, :, : call.length] = torch.randn(2, 1, call.key_heads, call.length, call.dim, generator=generator)
+    cache = torch.full((2, batch, call.key_heads, call.length + call.count + call.room - 1, call.dim), torch.nan)
+    for sequence, start in enumerate(call.first):
+        filled = cache[:, sequence, :, start : call.length]
+        filled.copy_(torch.randn(filled.shape, generator=generator))
     key_cache, value_cache = (copied(each.to(call.dtype)) for each in cache)
-    filled = key_cache[:, :, : call.length], value_cache[:, :, : call.length]
-    expected = _layer(parts, weights, x, (cos, sin), *filled)
+    expected = _layer(call, parts, weights, x, (cos, sin), key_cache.clone(), value_cache.clone())
+    first = copied(torch.tensor(call.first)) if any(call.first) else None
     original = torch.empty_like
     torch.empty_like = lambda like: guarded.empty(tuple(like.shape), like.dtype, call.at_end, like.itemsize)
     torch.set_num_threads(call.threads)
     try:
-        y = NativeLayer(parts).step(x, (cos, sin), key_cache, value_cache, call.length)
+        y = NativeLayer(parts).step(x, (cos, sin), key_cache, value_cache, call.length, first)
     finally:
         torch.empty_like = original
         torch.set_num_threads(1)
     guarded.check()
     for cached in (key_cache, value_cache):
-        assert cached[:, :, call.length + 1 :].isnan().all(), "written into the room of other tokens"
+        assert cached[:, :, call.length + call.count :].isnan().all(), "written into the room of other tokens"
     if call.values == "nan":
-        assert not y.isfinite().any(), "NaN came out finite"
+        assert not y[0, 0].isfinite().any(), "NaN came out finite"
+        assert y[1:].isfinite().all(), "NaN came out of another sequence"
     elif kernel.input_bits != 8:  # a code of 8 bits may jump at a difference in the last bit
-        error = (y.double() - expected).norm()
+        places = call.length + torch.arange(call.count)
+        real = places >= torch.tensor(call.first).unsqueeze(1)
+        error = (y.double() - expected)[real].norm()
         bound = BOUND[call.dtype] if kernel.input_bits is None or call.scheme != "nf4" else CODEBOOK
-        assert error <= bound * expected.norm(), f"error {error} of {expected.norm()}"
+        assert error <= bound * expected[real].norm(), f"error {error} of {expected[real].norm()}"
 
 
 def _layer(
-    parts: Parts, weights: list[Tensor], x: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor, values: Tensor
+    call: LayerCall,
+    parts: Parts,
+    weights: list[Tensor],
+    x: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
 ) -> Tensor:
-    """The output in float64 [1, 1, hidden] of linear layers with these weights; new keys and values in x's dtype."""
-    dtype, (cos, sin) = x.dtype, (table.double() for table in rotation)
+    """In float64 the output [batch, count, hidden] of linear layers with these weights; fills keys and values."""
+    dtype, (cos, sin) = x.dtype, (table.double().unsqueeze(1) for table in rotation)
+    batch, end = len(x), call.length + call.count
 
     def linear(number: int, x: Tensor) -> Tensor:
         layer = parts.linears[number]
@@ -352,14 +370,23 @@ def _layer(
         low, high = x.chunk(2, -1)
         return x * cos + torch.cat([-high, low], -1) * sin
 
+    def heads(x: Tensor) -> Tensor:
+        return x.view(batch, call.count, -1, parts.dim).transpose(1, 2)
+
     x = x.double()
     h = normed(x, parts.norms[0])
-    q, k, v = (linear(number, h).view(1, -1, 1, parts.dim) for number in range(3))
-    keys = torch.cat([keys, rotated(normed(k, parts.norms[3])).to(dtype)], 2).double()
-    values = torch.cat([values, v.to(dtype)], 2).double()
-    query = rotated(normed(q, parts.norms[2]))
-    mixed = F.scaled_dot_product_attention(query, keys, values, scale=parts.scale, enable_gqa=True)
-    x = x + linear(3, mixed.transpose(1, 2).reshape(1, 1, -1))
+    q, k, v = (heads(linear(number, h)) for number in range(3))
+    keys[:, :, call.length : end] = rotated(normed(k, parts.norms[3])).to(dtype)
+    values[:, :, call.length : end] = v.to(dtype)
+    query, mixed = rotated(normed(q, parts.norms[2])), torch.zeros_like(q)
+    for sequence, start in enumerate(call.first):
+        for token in range(max(0, start - call.length), call.count):
+            seen = (slice(sequence, sequence + 1), slice(None), slice(start, call.length + token + 1))
+            mixed[sequence, :, token] = F.scaled_dot_product_attention(
+                query[sequence : sequence + 1, :, token : token + 1], keys[seen].double(), values[seen].double(),
+                scale=parts.scale, enable_gqa=True,
+            )[0, :, 0]  # fmt: skip
+    x = x + linear(3, mixed.transpose(1, 2).reshape(batch, call.count, -1))
     h = normed(x, parts.norms[1])
     gate = linear(4, h)
     act = F.gelu(gate, approximate="tanh") if parts.activation == "gelu_tanh" else F.silu(gate)
@@ -435,7 +462,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.sanitized:
         sys.exit(run_sanitized())
-    loaded = native_library._load(options.library, "sanitized") if options.library else library()
+    if options.library:  # for decoder layers, too, which ask for the library themselves
+        native_library._HERE, native_library._build = Path(os.devnull), lambda: options.library
+    loaded = library()
     if isinstance(loaded, str):
         sys.exit(f"there is nothing to call: {loaded}")
     start, number, end = time.monotonic(), options.first, options.first + options.count

@@ -77,49 +77,74 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def expected(
-    parts: Parts, x: Tensor, rotation: list[Tensor], keys: Tensor, values: Tensor
+    parts: Parts, x: Tensor, rotation: list[Tensor], keys: Tensor, values: Tensor, first: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In float32 the output [1, 1, hidden], and keys and values [1, key_heads, length, dim] with the token's own."""
+    """In float32 the output [batch, count, hidden], and keys and values [batch, key_heads, length + count, dim]."""
     q, k, v, o, gate, up, down = parts.linears
-    cos, sin = (table.float() for table in rotation)
-    dtype, x = x.dtype, x.float()
+    cos, sin = (table.float().unsqueeze(1) for table in rotation)
+    (batch, count), dtype, x = x.shape[:2], x.dtype, x.float()
+
+    def heads(projected: Tensor) -> Tensor:
+        return projected.view(batch, count, -1, parts.dim).transpose(1, 2)
+
     h = normed(x, parts.norms[0])
-    query = rotated(normed(q(h).view(1, -1, 1, parts.dim), parts.norms[2]), cos, sin)
-    key = rotated(normed(k(h).view(1, -1, 1, parts.dim), parts.norms[3]), cos, sin)
+    query = rotated(normed(heads(q(h)), parts.norms[2]), cos, sin)
+    key = rotated(normed(heads(k(h)), parts.norms[3]), cos, sin)
+    length = keys.shape[2]
     keys = torch.cat([keys, key.to(dtype)], 2).float()
-    values = torch.cat([values, v(h).view(1, -1, 1, parts.dim).to(dtype)], 2).float()
-    mixed = F.scaled_dot_product_attention(query, keys, values, scale=parts.scale, enable_gqa=True)
-    x = x + o(mixed.transpose(1, 2).reshape(1, 1, -1))
+    values = torch.cat([values, heads(v(h)).to(dtype)], 2).float()
+    places = torch.arange(length + count)
+    seen = (places <= places[length:].unsqueeze(1)).expand(batch, 1, -1, -1)
+    if first is not None:
+        seen = seen & (places >= first.view(-1, 1, 1, 1))
+    mixed = F.scaled_dot_product_attention(query, keys, values, seen, scale=parts.scale, enable_gqa=True)
+    x = x + o(mixed.transpose(1, 2).reshape(batch, count, -1))
     h = normed(x, parts.norms[1])
     act = F.gelu(gate(h), approximate="tanh") if parts.activation == "gelu_tanh" else F.silu(gate(h))
     return x + down(act * up(h)), keys, values
 
 
-def inputs(parts: Parts, length: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+def inputs(
+    parts: Parts, length: int, dtype: torch.dtype, batch: int = 1, count: int = 1
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """x, [cos, sin], and keys and values with room, which is NaN."""
     generator = torch.Generator().manual_seed(length)
     hidden, key_heads = parts.linears[0].in_features, parts.linears[1].out_features // parts.dim
-    x = torch.randn(1, 1, hidden, generator=generator).to(dtype)
-    angles = torch.rand(1, 1, parts.dim, generator=generator) * 6
-    keys = torch.full((2, 1, key_heads, length + ROOM, parts.dim), torch.nan).to(dtype)
-    keys[:, :, :, :length] = torch.randn(2, 1, key_heads, length, parts.dim, generator=generator).to(dtype)
+    x = torch.randn(batch, count, hidden, generator=generator).to(dtype)
+    angles = torch.rand(batch, count, parts.dim, generator=generator) * 6
+    keys = torch.full((2, batch, key_heads, length + count + ROOM - 1, parts.dim), torch.nan).to(dtype)
+    keys[:, :, :, :length] = torch.randn(2, batch, key_heads, length, parts.dim, generator=generator).to(dtype)
     return x, [angles.cos().to(dtype), angles.sin().to(dtype)], keys[0], keys[1]
 
 
-def check(parts: Parts, length: int, dtype: torch.dtype, tolerance: float) -> None:
-    x, rotation, keys, values = inputs(parts, length, dtype)
-    want, all_keys, all_values = expected(parts, x, rotation, keys[:, :, :length], values[:, :, :length])
-    got = NativeLayer(parts).step(x, (rotation[0], rotation[1]), keys, values, length)
+def check(
+    parts: Parts,
+    length: int,
+    dtype: torch.dtype,
+    tolerance: float,
+    batch: int = 1,
+    count: int = 1,
+    first: list[int] | None = None,
+) -> None:
+    """What NativeLayer computes is what torch does, and it touches no other place of the cache."""
+    x, rotation, keys, values = inputs(parts, length, dtype, batch, count)
+    starts = None if first is None else torch.tensor(first)
+    want, all_keys, all_values = expected(parts, x, rotation, keys[:, :, :length], values[:, :, :length], starts)
+    got = NativeLayer(parts).step(x, (rotation[0], rotation[1]), keys, values, length, starts)
     assert got.dtype == dtype
-    for name, a, b in (
-        ("output", got, want),
-        ("keys", keys[:, :, : length + 1], all_keys),
-        ("values", values[:, :, : length + 1], all_values),
-    ):
-        error = ((a.float() - b).abs().max() / b.abs().max()).item()
-        assert error <= tolerance + torch.finfo(dtype).eps, f"{name}: {error}"
-    assert keys[:, :, length + 1 :].isnan().all()
-    assert values[:, :, length + 1 :].isnan().all()
+    end = length + count
+    for sequence in range(batch):
+        real = 0 if first is None else max(0, first[sequence] - length)  # tokens before are padding
+        for name, a, b in (
+            ("output", got[sequence, real:], want[sequence, real:]),
+            ("keys", keys[sequence, :, :end], all_keys[sequence]),
+            ("values", values[sequence, :, :end], all_values[sequence]),
+        ):
+            error = ((a.float() - b).abs().max() / b.abs().max()).item()
+            assert error <= tolerance + torch.finfo(dtype).eps, f"{name} of sequence {sequence}: {error}"
+    assert got.isfinite().all()
+    assert keys[:, :, end:].isnan().all()
+    assert values[:, :, end:].isnan().all()
 
 
 # Sums of a few hundred float32 products in another order; what is stored is rounded to the dtype besides.
@@ -156,6 +181,53 @@ def test_widths(hidden: int, inner: int, make_parts: MakeParts):
     check(make_parts(hidden=hidden, inner=inner), 7, torch.bfloat16, EXACT)
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize(
+    ("batch", "count", "length", "first"),
+    [
+        (1, 2, 0, None), (1, 7, 3, None), (1, 64, 0, None), (1, 65, 63, None), (1, 131, 64, None), (3, 1, 17, None),
+        (2, 5, 0, [0, 3]), (3, 1, 33, [0, 5, 33]), (2, 70, 10, [9, 40]), (2, 37, 0, [36, 1]), (300, 2, 1, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_many_tokens_and_sequences(
+    batch: int,
+    count: int,
+    length: int,
+    first: list[int] | None,
+    instructions: str,
+    make_parts: MakeParts,
+    poisoned_empty: None,
+):
+    """Chunks of a prompt from any place on, and sequences that begin at their own places."""
+    for kernel, tolerance in ((NativeExact(instructions), EXACT), (NativeInt16(instructions), 1e-4)):
+        check(make_parts(kernel=kernel), length, torch.float32, tolerance, batch, count, first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(10, 2, 16), (6, 2, 32), (2, 1, 48), (14, 2, 64), (2, 1, 256)], ids=str)
+def test_heads_of_many_tokens(shape: tuple[int, int, int], dtype: torch.dtype, make_parts: MakeParts):
+    parts = make_parts(*shape, extras=True)
+    check(parts, 5, dtype, EXACT, batch=2, count=40, first=[0, 7])
+
+
+def test_more_tokens_than_are_taken_at_once(make_parts: MakeParts):
+    """A chunk of 512, then one of 512, then a single token, whose attention is another program."""
+    check(make_parts(), 3, torch.float32, 1e-4, count=1025)  # rotated by angles that float32 knows to 1e-5
+
+
+def test_sequences_do_not_depend_on_their_company(make_parts: MakeParts):
+    """The same bits alone and beside others, wherever padding puts them."""
+    native = NativeLayer(make_parts(kernel=NativeInt16()))
+    x, rotation, keys, values = inputs(native.parts, 0, torch.float32, count=70)
+    alone = native.step(x, (rotation[0], rotation[1]), keys, values, 0)
+    wide, tables, more_keys, more_values = inputs(native.parts, 0, torch.float32, batch=3, count=90)
+    wide[1, 20:], tables[0][1, 20:], tables[1][1, 20:] = x[0], rotation[0][0], rotation[1][0]
+    first = torch.tensor([3, 20, 50])
+    beside = native.step(wide, (tables[0], tables[1]), more_keys, more_values, 0, first)
+    assert torch.equal(beside[1, 20:], alone[0])
+
+
 def test_with_quantized_inputs(make_parts: MakeParts):
     """A difference in the last bit may round an input's code to its neighbour: 1/127 of the largest in its group."""
     check(make_parts(kernel=NativeInt8()), 20, torch.float32, 1e-2)
@@ -186,14 +258,15 @@ def test_large_scores_and_activations_stay_finite(value: float, make_parts: Make
 
 
 @pytest.mark.parametrize("length", [40, 600])
-def test_threads_change_nothing(length: int, make_parts: MakeParts):
+@pytest.mark.parametrize("count", [1, 30])
+def test_threads_change_nothing(length: int, count: int, make_parts: MakeParts):
     parts = make_parts(heads=8, key_heads=4, dim=64, hidden=256, inner=512)
     outputs = []
     was = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            x, rotation, keys, values = inputs(parts, length, torch.bfloat16)
+            x, rotation, keys, values = inputs(parts, length, torch.bfloat16, count=count)
             outputs.append(NativeLayer(parts).step(x, (rotation[0], rotation[1]), keys, values, length))
     finally:
         torch.set_num_threads(was)

@@ -349,7 +349,7 @@ class TestChanged:
         with pytest.raises(ConfigError) as caught:
             quantize(source, {"scheme": SCHEME, **options}, out)
         assert message in str(caught.value)
-        assert "choose another output, or move it away" in str(caught.value)
+        assert "choose another output, move it away, or run its config again with --redo quantize" in str(caught.value)
 
     @pytest.mark.parametrize("package", ["torch", "bitpress", "transformers"])
     def test_versions(self, source: Path, out: Path, package: str, monkeypatch: pytest.MonkeyPatch):

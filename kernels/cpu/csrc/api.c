@@ -179,15 +179,24 @@ EXPORT void bitpress_pack(void *packed, const uint32_t *codes, int64_t words, in
 
 /* ---- linear ---- */
 
+enum { MOST_FACTORS = 3 }; /* of one x */
+
+typedef struct {
+    Weight w;
+    const float *bias;
+    char *y;
+    int64_t blocks_per_task, rows_per_task, across, tasks;
+} Output;
+
 typedef struct {
     const Kernels *k;
     const Tiles *tiles; /* NULL where rows are few */
-    Weight w;
+    Output outputs[MOST_FACTORS];
+    int count, needs_sums; /* needs_sums: of float32 inputs, for zero points */
     Input in;
     const void *x;
-    const float *bias;
-    char *y;
-    int64_t dtype, item, stride, blocks_per_task, rows_per_task;
+    const int32_t *order;
+    int64_t in_features, step, group, dtype, item;
     Inputs inputs;
     atomic_llong next;
     atomic_int failed;
@@ -196,33 +205,34 @@ typedef struct {
 /* `floats` and `codes` have space for a row. */
 static void prepare_row(const Product *p, int64_t row, float *floats, int16_t *codes) {
     const Input *in = &p->in;
-    const Weight *w = &p->w;
-    const char *x = (const char *)p->x + row * w->in_features * p->item;
+    const char *x = (const char *)p->x + row * p->in_features * p->item;
+    const float *values = (const float *)x;
+    if (p->inputs == INPUTS_FLOAT32) floats = in->values + row * in->padded;
+    if (p->order) {
+        for (int64_t i = 0; i < p->in_features; i++) floats[i] = ((const float *)x)[p->order[i]];
+        values = floats;
+    } else if (p->dtype != FLOAT32 || p->inputs == INPUTS_FLOAT32) {
+        p->k->widen(x, (DType)p->dtype, p->in_features, floats);
+        values = floats;
+    }
     if (p->inputs == INPUTS_FLOAT32) {
-        float *values = in->values + row * in->padded;
-        p->k->widen(x, (DType)p->dtype, w->in_features, values);
-        memset(values + w->in_features, 0, (size_t)(in->padded - w->in_features) * 4);
-        for (int64_t g = 0; w->zeros && g < in->groups; g++) {
+        memset(floats + p->in_features, 0, (size_t)(in->padded - p->in_features) * 4);
+        for (int64_t g = 0; p->needs_sums && g < in->groups; g++) {
             float sum = 0;
-            for (int64_t i = g * w->group; i < (g + 1) * w->group; i++) sum += values[i];
+            for (int64_t i = g * p->group; i < (g + 1) * p->group; i++) sum += floats[i];
             in->value_sums[row * in->groups + g] = sum;
         }
         return;
-    }
-    const float *values = (const float *)x;
-    if (p->dtype != FLOAT32) {
-        p->k->widen(x, (DType)p->dtype, w->in_features, floats);
-        values = floats;
     }
     const int64_t tile_bytes = PAIR * CHUNK, tiled = row / PAIR * tile_bytes * chunks(in->padded) + row % PAIR * CHUNK;
     const int64_t at = p->tiles ? row / PAIR * in->steps * PAIR + row % PAIR : row * in->steps;
     const int64_t apart = p->tiles ? PAIR : 1;
     if (p->inputs == INPUTS_INT8) {
-        p->k->quantize(values, w->in_features, in->padded, w->step, in->codes + (p->tiles ? tiled : row * in->padded),
+        p->k->quantize(values, p->in_features, in->padded, p->step, in->codes + (p->tiles ? tiled : row * in->padded),
                        p->tiles ? tile_bytes : CHUNK, in->scales + at, in->sums + at, apart);
         return;
     }
-    p->k->quantize_wide(values, w->in_features, in->padded, w->step, p->tiles ? codes : in->wide + row * in->padded,
+    p->k->quantize_wide(values, p->in_features, in->padded, p->step, p->tiles ? codes : in->wide + row * in->padded,
                         in->scales + at, in->sums + at, apart);
     for (int64_t i = 0; p->tiles && i < in->padded; i++) {
         const int64_t to = tiled + i / CHUNK * tile_bytes + i % CHUNK;
@@ -234,40 +244,41 @@ static void prepare_row(const Product *p, int64_t row, float *floats, int16_t *c
 
 static void prepare_rows(void *context) {
     Product *p = context;
-    float *floats = malloc((size_t)p->w.padded * (4 + 2));
+    float *floats = malloc((size_t)p->in.padded * (4 + 2));
     if (!floats) {
         p->failed = 1;
         return;
     }
-    int16_t *codes = (int16_t *)(floats + p->w.padded);
+    int16_t *codes = (int16_t *)(floats + p->in.padded);
     for (int64_t row; (row = atomic_fetch_add(&p->next, 1)) < p->in.rows;) prepare_row(p, row, floats, codes);
     free(floats);
 }
 
-static void finish_rows(const Product *p, int64_t block, int64_t row, int64_t count, const float *out) {
-    const int64_t o = block * BLOCK, outputs = minimum(PAIR, p->w.out_features - o);
+static void finish_rows(const Product *p, const Output *o, int64_t block, int64_t row, int64_t count, const float *out) {
+    const int64_t first = block * BLOCK, outputs = minimum(PAIR, o->w.out_features - first);
     if (outputs <= 0) return;
     for (int64_t m = 0; m < count; m++)
-        p->k->finish(out + m * PAIR, p->w.multiplier + o, p->bias ? p->bias + o : NULL, outputs, (DType)p->dtype,
-                     p->y + ((row + m) * p->w.out_features + o) * p->item);
+        p->k->finish(out + m * PAIR, o->w.multiplier + first, o->bias ? o->bias + first : NULL, outputs, (DType)p->dtype,
+                     o->y + ((row + m) * o->w.out_features + first) * p->item);
 }
 
-static void multiply_rows(const Product *p, int64_t block, int64_t blocks, int64_t row, int64_t rows) {
+static void multiply_rows(const Product *p, const Output *o, int64_t block, int64_t blocks, int64_t row, int64_t rows) {
     float out[MAX_ROWS * PAIR];
     void (*const some)(const Weight *, const Input *, int64_t, int64_t, int64_t, float *) =
         p->inputs == INPUTS_FLOAT32 ? p->k->exact : p->inputs == INPUTS_INT16 ? p->k->wide_rows : p->k->rows;
     for (int64_t b = block; b < block + blocks; b += 2)
         for (int64_t m = row; m < row + rows; m += MAX_ROWS) {
             const int64_t count = minimum(MAX_ROWS, row + rows - m);
-            some(&p->w, &p->in, b, m, count, out);
-            finish_rows(p, b, m, count, out);
+            some(&o->w, &p->in, b, m, count, out);
+            finish_rows(p, o, b, m, count, out);
         }
 }
 
 /* A stretch of features at a time: its weights, unpacked, stay in the first cache while all rows pass by, its inputs in
  * the second while the blocks do. Where rows are few, codes are read in the order in which they lie. */
-static void multiply_tiles(const Product *p, int64_t block, int64_t blocks, int64_t row, int64_t rows, char *scratch) {
-    const Weight *w = &p->w;
+static void multiply_tiles(const Product *p, const Output *o, int64_t block, int64_t blocks, int64_t row, int64_t rows,
+                           char *scratch) {
+    const Weight *w = &o->w;
     const int64_t stretch = w->step == 96 ? 384 : STRETCH, at_once = rows > FEW_ROWS ? blocks : 2;
     const int64_t ahead = at_once == 2 ? stretch * BLOCK / code_bytes(w) : PAIR * w->padded / code_bytes(w);
     int8_t *panel = (int8_t *)scratch;
@@ -289,40 +300,47 @@ static void multiply_tiles(const Product *p, int64_t block, int64_t blocks, int6
     p->tiles->end();
     for (int64_t m = 0; m < rows; m++)
         for (int64_t b = 0; b < blocks; b += 2)
-            finish_rows(p, block + b, row + m, 1, sums + (b * BLOCK * rows + m * PAIR));
+            finish_rows(p, o, block + b, row + m, 1, sums + (b * BLOCK * rows + m * PAIR));
 }
 
 static void multiply(void *context) {
     Product *p = context;
-    const int64_t blocks = blocks_of(&p->w), across = (blocks + p->blocks_per_task - 1) / p->blocks_per_task;
-    const int64_t down = (p->in.rows + p->rows_per_task - 1) / p->rows_per_task;
     char *scratch = NULL;
-    const int64_t bytes = PAIR * STRETCH + p->blocks_per_task * BLOCK * p->rows_per_task * 4;
+    int64_t bytes = 0, tasks = 0;
+    for (int i = 0; i < p->count; i++) {
+        const Output *o = &p->outputs[i];
+        bytes = maximum(bytes, PAIR * STRETCH + o->blocks_per_task * BLOCK * o->rows_per_task * 4);
+        tasks += o->tasks;
+    }
     if (p->tiles && !(scratch = aligned_alloc(64, (size_t)bytes))) {
         p->failed = 1;
         return;
     }
-    for (int64_t task; (task = atomic_fetch_add(&p->next, 1)) < across * down;) {
-        const int64_t block = task % across * p->blocks_per_task, row = task / across * p->rows_per_task;
-        const int64_t width = minimum(p->blocks_per_task, blocks - block);
-        const int64_t rows = minimum(p->rows_per_task, p->in.rows - row);
-        if (p->tiles) multiply_tiles(p, block, width, row, rows, scratch);
-        else multiply_rows(p, block, width, row, rows);
+    for (int64_t task; (task = atomic_fetch_add(&p->next, 1)) < tasks;) {
+        const Output *o = p->outputs;
+        while (task >= o->tasks) task -= o++->tasks;
+        const int64_t block = task % o->across * o->blocks_per_task, row = task / o->across * o->rows_per_task;
+        const int64_t width = minimum(o->blocks_per_task, blocks_of(&o->w) - block);
+        const int64_t rows = minimum(o->rows_per_task, p->in.rows - row);
+        if (p->tiles) multiply_tiles(p, o, block, width, row, rows, scratch);
+        else multiply_rows(p, o, block, width, row, rows);
     }
     free(scratch);
 }
 
 /* Tasks large enough to be worth claiming and to use what is in cache, small enough that threads end together. */
-static void split(Product *p, int threads) {
-    const int64_t pairs = blocks_of(&p->w) / 2, rows = p->in.rows;
-    p->rows_per_task = p->tiles ? minimum(rows, MOST_ROWS) : rows;
-    const int64_t down = (rows + p->rows_per_task - 1) / p->rows_per_task;
-    int64_t per_task = p->tiles ? SUM_BYTES / (PAIR * p->rows_per_task * 4)
-                                : TASK_BYTES / (PAIR * p->w.padded / code_bytes(&p->w));
+static void split(const Product *p, Output *o, int threads) {
+    const int64_t pairs = blocks_of(&o->w) / 2, rows = p->in.rows;
+    o->rows_per_task = p->tiles ? minimum(rows, MOST_ROWS) : rows;
+    const int64_t down = (rows + o->rows_per_task - 1) / o->rows_per_task;
+    int64_t per_task = p->tiles ? SUM_BYTES / (PAIR * o->rows_per_task * 4)
+                                : TASK_BYTES / (PAIR * o->w.padded / code_bytes(&o->w));
     per_task = maximum(1, minimum(per_task, pairs * down / (threads * 4)));
-    p->blocks_per_task = 2 * minimum(per_task, pairs);
+    o->blocks_per_task = 2 * minimum(per_task, pairs);
     if (pairs < threads * 4 && rows > 2 * PAIR * threads) /* a narrow weight: rows are split too */
-        p->rows_per_task = minimum(p->rows_per_task, (rows / (4 * threads) + PAIR) / PAIR * PAIR);
+        o->rows_per_task = minimum(o->rows_per_task, (rows / (4 * threads) + PAIR) / PAIR * PAIR);
+    o->across = (2 * pairs + o->blocks_per_task - 1) / o->blocks_per_task;
+    o->tasks = o->across * ((rows + o->rows_per_task - 1) / o->rows_per_task);
 }
 
 static int carve(Product *p, char **memory) {
@@ -344,6 +362,53 @@ static int carve(Product *p, char **memory) {
     return 0;
 }
 
+/* Products of weights that one prepared input serves. */
+static int multiply_alike(Product *p, int threads) {
+    const Weight *w = &p->outputs[0].w;
+    p->in_features = w->in_features, p->step = w->step, p->group = w->group;
+    p->in.padded = w->padded, p->in.steps = w->padded / w->step, p->in.groups = w->padded / w->group;
+    int64_t size = 0;
+    for (int i = 0; i < p->count; i++) {
+        size += p->outputs[i].w.out_features * w->in_features * p->in.rows;
+        p->needs_sums |= p->outputs[i].w.zeros != NULL;
+    }
+    char *memory;
+    if (carve(p, &memory)) return 1;
+    if (size < MIN_PARALLEL) threads = 1;
+    atomic_init(&p->next, 0);
+    parallel(prepare_rows, p, p->in.rows > 1 && p->in.rows * w->in_features >= MIN_PARALLEL ? threads : 1);
+    for (int i = 0; i < p->count; i++) split(p, &p->outputs[i], threads);
+    atomic_init(&p->next, 0);
+    if (!p->failed) parallel(multiply, p, threads);
+    free(memory);
+    return p->failed;
+}
+
+static int alike(const Weight *a, const Weight *b) {
+    return a->in_features == b->in_features && a->padded == b->padded && a->group == b->group && a->step == b->step;
+}
+
+int bitpress_products(const Factor *factors, int count, const void *x, const int32_t *order, int64_t rows, int64_t dtype,
+             int inputs, int kernel, int threads) {
+    if (kernel < 0 || kernel >= bitpress_kernel_count() || inputs < INPUTS_INT8 || inputs > INPUTS_FLOAT32) return 2;
+    const Instructions *set = &sets[kernel];
+    int status = 0;
+    for (int from = 0, to = 0; rows && from < count && !status; from = to) {
+        Product p = {.k = set->kernels, .tiles = inputs == INPUTS_FLOAT32 || rows <= MAX_ROWS ? NULL : set->tiles,
+                     .in = {.rows = rows}, .x = x, .order = order, .dtype = dtype, .item = dtype == FLOAT32 ? 4 : 2,
+                     .inputs = (Inputs)inputs};
+        for (; to < count && p.count < MOST_FACTORS; to++) {
+            if (((const Header *)factors[to].packed)->magic != MAGIC) return 2;
+            const Weight w = weight_of(factors[to].packed);
+            if (inputs == INPUTS_INT16 && w.step > 128) return 2;
+            if (p.count && !alike(&w, &p.outputs[0].w)) break;
+            p.outputs[p.count++] = (Output){.w = w, .bias = factors[to].bias, .y = factors[to].y};
+        }
+        status = multiply_alike(&p, threads);
+    }
+    return status;
+}
+
 /* y [rows][out_features] = x [rows][in_features] times the weight + bias (float32 [out_features], or NULL).
  *
  * x and y have the dtype. inputs: one of Inputs; int16 needs steps of at most 128. Returns 0; 1: out of memory; 2: no such
@@ -351,25 +416,7 @@ static int carve(Product *p, char **memory) {
  */
 EXPORT int bitpress_linear(const void *packed, const void *x, int64_t rows, int64_t dtype, const float *bias, void *y,
                            int inputs, int kernel, int threads) {
-    if (((const Header *)packed)->magic != MAGIC || kernel < 0 || kernel >= bitpress_kernel_count()) return 2;
-    const Instructions *set = &sets[kernel];
-    Product p = {.k = set->kernels, .tiles = inputs == INPUTS_FLOAT32 || rows <= MAX_ROWS ? NULL : set->tiles,
-                 .w = weight_of(packed), .x = x, .bias = bias, .y = y, .dtype = dtype,
-                 .item = dtype == FLOAT32 ? 4 : 2, .inputs = (Inputs)inputs};
-    if (inputs < INPUTS_INT8 || inputs > INPUTS_FLOAT32 || (inputs == INPUTS_INT16 && p.w.step > 128)) return 2;
-    p.in = (Input){.rows = rows, .padded = p.w.padded, .steps = p.w.padded / p.w.step,
-                   .groups = p.w.padded / p.w.group};
-    if (!rows) return 0;
-    char *memory;
-    if (carve(&p, &memory)) return 1;
-    if (p.w.out_features * p.w.in_features * rows < MIN_PARALLEL) threads = 1;
-    atomic_init(&p.next, 0);
-    parallel(prepare_rows, &p, rows > 1 && rows * p.w.in_features >= MIN_PARALLEL ? threads : 1);
-    split(&p, threads);
-    atomic_init(&p.next, 0);
-    if (!p.failed) parallel(multiply, &p, threads);
-    free(memory);
-    return p.failed;
+    return bitpress_products(&(Factor){packed, bias, y}, 1, x, NULL, rows, dtype, inputs, kernel, threads);
 }
 
 /* ---- the weight itself ---- */

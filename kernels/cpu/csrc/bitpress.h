@@ -89,12 +89,21 @@ typedef struct {
     void (*end)(void);
 } Tiles;
 
+/* y [rows][out_features] = x times the weight + bias (float32 [out_features], or NULL). */
+typedef struct {
+    const void *packed;
+    const float *bias;
+    void *y;
+} Factor;
+
 /* api.c: `body` on each of so many threads at once, which share its tasks among them; and what else Python calls. */
 void parallel(void (*body)(void *), void *context, int threads);
 int bitpress_kernel_count(void);
 const char *bitpress_kernel_name(int index);
-int bitpress_linear(const void *packed, const void *x, int64_t rows, int64_t dtype, const float *bias, void *y,
-                    int inputs, int kernel, int threads);
+/* Products of the same x [rows][in_features], in dtype like each y; where the weights' steps agree, x is quantized once for
+ * all. order: [in_features], the input that comes in each place, of float32, or NULL. See bitpress_linear. */
+int bitpress_products(const Factor *factors, int count, const void *x, const int32_t *order, int64_t rows, int64_t dtype,
+             int inputs, int kernel, int threads);
 
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)

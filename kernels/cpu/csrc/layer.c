@@ -1,9 +1,12 @@
-/* One decoder layer on one row: what a Llama-like layer does for each new token, from its input to its output.
+/* One decoder layer on the next tokens of some sequences: what a Llama-like layer does, from its input to its output.
  *
  * Between those two everything is float32, where a model rounds to its own dtype after every operation.
  */
 #include <stdatomic.h>
 #include <stdlib.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "generic.h"
 
@@ -11,8 +14,12 @@
 #define TOGETHER 4 /* query heads of one key head that read its keys and values together */
 #define POSITIONS 64 /* whose values stay in the first cache while all features of a head pass by */
 #define MIN_ATTENTION (256 << 10) /* products that are worth waking threads for */
+#define MIN_ROWS (32 << 10) /* features of rows that are worth waking threads for */
+#define MOST_ROWS 512 /* at a time, so that what lies between two products stays in the third cache */
+#define TILE 64 /* queries, and keys, that a tile of attention takes at once */
 
 typedef enum { SILU, GELU_TANH } Activation;
+typedef enum { QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN } Part;
 
 /* packed: as bitpress_pack made it. bias: [out], or NULL. order: [in], the input that comes in each place, or NULL.
  * inputs: one of Inputs. */
@@ -25,31 +32,35 @@ typedef struct {
 
 /* Weights of norms: input_norm and post_norm [hidden], q_norm and k_norm [dim] or NULL. eps: of each of these four. */
 typedef struct {
-    Linear q, k, v, o, gate, up, down;
+    Linear linears[7]; /* by Part */
     const float *input_norm, *post_norm, *q_norm, *k_norm;
     int64_t heads, key_heads, dim, activation, kernel;
     float eps[4], scale;
 } Layer;
 
-/* keys and values [key_heads][capacity][dim], `length` of them filled; this token's are appended. cos and sin [dim];
- * these, x and y [hidden] have the dtype too. */
+/* `count` tokens of each of `batch` sequences. x and y [batch][count][hidden]. cos and sin [dim] of token t of sequence b lie
+ * b * rotations + t * dim numbers on. keys and values [batch][key_heads][capacity][dim], `length` of them filled; these
+ * tokens' are appended. first [batch]: the first key of each sequence that counts, those before are padding; NULL: 0. All
+ * have the dtype. */
 typedef struct {
     const void *x, *cos, *sin;
     void *keys, *values, *y;
-    int64_t length, capacity, dtype;
+    const int64_t *first;
+    int64_t batch, count, length, capacity, rotations, dtype;
     int threads;
 } Step;
 
-/* q and out [heads][dim]; scores [heads + TOGETHER][stride]. */
+/* The rows of some tokens of all sequences, sequence by sequence: x, normed [rows][hidden], q, mixed [rows][heads][dim],
+ * k, v [rows][key_heads][dim], gate, up [rows][inner], rotation [rows][2][dim]. Their first token is number `from` of the
+ * step's; there are `count` of each sequence. scores [batch * heads + TOGETHER][stride], where count is 1. */
 typedef struct {
-    const float *q;
-    const void *keys, *values;
-    float *scores, *out;
-    int64_t heads, key_heads, dim, length, capacity, stride;
-    DType dtype;
-    float scale;
+    const Layer *l;
+    const Step *s;
+    float *x, *normed, *q, *k, *v, *mixed, *gate, *up, *rotation, *scores;
+    int64_t from, count, rows, stride;
     atomic_llong next;
-} Attention;
+    atomic_int failed;
+} Rows;
 
 /* Cephes' expf: a polynomial on [-ln 2 / 2, ln 2 / 2], relative error 2e-7. No branches, so that loops become vectors. */
 INLINE float exponential(float x) {
@@ -90,32 +101,49 @@ INLINE void rotate(float *x, int64_t heads, int64_t dim, const float *cosine, co
     }
 }
 
-INLINE void append(const float *from, const Layer *l, const Step *s, void *to) {
-    const int64_t item = s->dtype == FLOAT32 ? 4 : 2;
-    for (int64_t h = 0; h < l->key_heads; h++)
-        narrow(from + h * l->dim, l->dim, (DType)s->dtype, (char *)to + (h * s->capacity + s->length) * l->dim * item);
+/* One row's keys or values to their place in the cache. */
+INLINE void append(const float *from, const Rows *r, int64_t row, void *to) {
+    const Layer *l = r->l;
+    const Step *s = r->s;
+    const int64_t item = s->dtype == FLOAT32 ? 4 : 2, place = s->length + r->from + row % r->count;
+    for (int64_t h = 0; h < l->key_heads; h++) {
+        const int64_t head = row / r->count * l->key_heads + h;
+        narrow(from + h * l->dim, l->dim, (DType)s->dtype, (char *)to + (head * s->capacity + place) * l->dim * item);
+    }
 }
 
-/* y = x times the weight + bias; `room` has space for x. */
-static int multiply(const Layer *l, const Linear *linear, const float *x, float *y, float *room, int threads) {
-    if (linear->order) {
-        for (int64_t i = 0; i < linear->in; i++) room[i] = x[linear->order[i]];
-        x = room;
+/* The outputs of `count` linear layers that read the same x; those whose order and inputs agree, at once. */
+static int multiply(const Rows *r, Part part, int count, const float *x, float *const *y) {
+    const Linear *linears = r->l->linears + part;
+    int status = 0;
+    for (int from = 0, to = 0; from < count && !status; from = to) {
+        Factor factors[3];
+        for (; to < count && linears[to].order == linears[from].order && linears[to].inputs == linears[from].inputs; to++)
+            factors[to - from] = (Factor){linears[to].packed, linears[to].bias, y[to]};
+        status = bitpress_products(factors, to - from, x, linears[from].order, r->rows, FLOAT32, (int)linears[from].inputs,
+                          (int)r->l->kernel, r->s->threads);
     }
-    return bitpress_linear(linear->packed, x, 1, FLOAT32, linear->bias, y, (int)linear->inputs, (int)l->kernel,
-                           threads);
+    return status;
+}
+
+/* `body` on all rows, or tasks, of r: by several threads where these do so much. */
+static void run(void (*body)(void *), Rows *r, int worthwhile) {
+    atomic_init(&r->next, 0);
+    parallel(body, r, worthwhile ? r->s->threads : 1);
 }
 
 #if defined(__x86_64__)
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
 #define NAME(name) name##_avx512
 #define LANES 16
+#define MULTIPLY_ADD(x, y, z) (V)_mm512_fmadd_ps((__m512)(x), _mm512_set1_ps(y), (__m512)(z))
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #include "layer_step.h"
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define NAME(name) name##_avx2
 #define LANES 8
+#define MULTIPLY_ADD(x, y, z) (V)_mm256_fmadd_ps((__m256)(x), _mm256_set1_ps(y), (__m256)(z))
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15
 #include "layer_step.h"
@@ -123,6 +151,7 @@ static int multiply(const Layer *l, const Linear *linear, const float *x, float 
 #define TARGET
 #define NAME(name) name##_plain
 #define LANES 4
+#define MULTIPLY_ADD(x, y, z) ((x) * (y) + (z))
 #define EVEN 0, 2, 4, 6
 #define ODD 1, 3, 5, 7
 #include "layer_step.h"

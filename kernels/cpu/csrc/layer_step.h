@@ -1,5 +1,6 @@
-/* The step of layer.c, which includes this once for each instruction set: TARGET is its attribute, LANES the floats of
- * its registers, EVEN and ODD the places of every other lane of two of them, NAME(x) a name of its own. */
+/* The layer of layer.c, which includes this once for each instruction set: TARGET is its attribute, LANES the floats of
+ * its registers, EVEN and ODD the places of every other lane of two of them, NAME(x) a name of its own.
+ * MULTIPLY_ADD(x, y, z) is x * y + z, of registers x and z and a number y. */
 
 #define LOCAL TARGET static inline __attribute__((always_inline))
 #define V NAME(Floats)
@@ -57,24 +58,30 @@ LOCAL void NAME(norm_heads)(float *x, int64_t heads, int64_t dim, const float *w
     for (int64_t h = 0; weight && h < heads; h++) NAME(norm)(x + h * dim, dim, weight, eps, x + h * dim);
 }
 
-/* Scores of TOGETHER queries; those beyond the last key are -infinity. `count`: of the queries, a constant. */
-LOCAL void NAME(score)(const Attention *a, const float *q, const void *keys, int64_t first, const int count,
-                       const DType dtype, float *scores) {
-    for (int64_t s = 0; s < a->stride; s += LANES) {
+/* Keys or values of one sequence and head: `length` of them, [length][dim], from number `first` on. */
+typedef struct {
+    const void *data;
+    int64_t first, length, dim;
+} NAME(States);
+
+/* Scores of `count` queries, a constant, over all keys: [count][stride]; those beyond the last are -infinity. */
+LOCAL void NAME(score)(const NAME(States) keys, const float *q, float scale, const int count, const DType dtype,
+                       int64_t stride, float *scores) {
+    for (int64_t s = 0; s < stride; s += LANES) {
         V sums[TOGETHER][LANES];
         for (int i = 0; i < LANES; i++) {
-            const int64_t row = first + (s + i < a->length ? s + i : a->length - 1) * a->dim;
+            const int64_t row = keys.first + (s + i < keys.length ? s + i : keys.length - 1) * keys.dim;
             V sum[TOGETHER] = {0};
-            for (int64_t j = 0; j < a->dim; j += LANES) {
-                const V key = NAME(load)(keys, row + j, dtype);
-                for (int g = 0; g < count; g++) sum[g] += key * NAME(load)(q + g * a->dim, j, FLOAT32);
+            for (int64_t j = 0; j < keys.dim; j += LANES) {
+                const V key = NAME(load)(keys.data, row + j, dtype);
+                for (int g = 0; g < count; g++) sum[g] += key * NAME(load)(q + g * keys.dim, j, FLOAT32);
             }
             for (int g = 0; g < count; g++) sums[g][i] = sum[g];
         }
-        for (int g = 0; g < count; g++) NAME(store)(scores + g * a->stride + s, NAME(fold)(sums[g]) * a->scale);
+        for (int g = 0; g < count; g++) NAME(store)(scores + g * stride + s, NAME(fold)(sums[g]) * scale);
     }
     for (int g = 0; g < count; g++)
-        for (int64_t s = a->length; s < a->stride; s++) scores[g * a->stride + s] = -INFINITY;
+        for (int64_t s = keys.length; s < stride; s++) scores[g * stride + s] = -INFINITY;
 }
 
 /* Scores to probabilities: exp(score - the largest), divided by their sum. */
@@ -91,99 +98,299 @@ LOCAL void NAME(softmax)(float *scores, int64_t count) {
     for (int64_t s = 0; s < count; s++) scores[s] /= sum;
 }
 
-LOCAL void NAME(mix)(const Attention *a, const float *weights, const void *values, int64_t first, const int count,
-                     const DType dtype, float *out) {
-    memset(out, 0, (size_t)(count * a->dim) * 4);
-    for (int64_t start = 0; start < a->length; start += POSITIONS) {
-        const int64_t end = start + POSITIONS < a->length ? start + POSITIONS : a->length;
-        for (int64_t j = 0; j < a->dim; j += LANES) {
+LOCAL void NAME(mix)(const NAME(States) values, const float *weights, int64_t stride, const int count, const DType dtype,
+                     float *out) {
+    memset(out, 0, (size_t)(count * values.dim) * 4);
+    for (int64_t start = 0; start < values.length; start += POSITIONS) {
+        const int64_t end = start + POSITIONS < values.length ? start + POSITIONS : values.length;
+        for (int64_t j = 0; j < values.dim; j += LANES) {
             V sums[TOGETHER];
-            for (int g = 0; g < count; g++) sums[g] = NAME(load)(out + g * a->dim, j, FLOAT32);
+            for (int g = 0; g < count; g++) sums[g] = NAME(load)(out + g * values.dim, j, FLOAT32);
             for (int64_t s = start; s < end; s++) {
-                const V value = NAME(load)(values, first + s * a->dim + j, dtype);
-                for (int g = 0; g < count; g++) sums[g] += value * weights[g * a->stride + s];
+                const V value = NAME(load)(values.data, values.first + s * values.dim + j, dtype);
+                for (int g = 0; g < count; g++) sums[g] += value * weights[g * stride + s];
             }
-            for (int g = 0; g < count; g++) NAME(store)(out + g * a->dim + j, sums[g]);
+            for (int g = 0; g < count; g++) NAME(store)(out + g * values.dim + j, sums[g]);
         }
     }
 }
 
-LOCAL void NAME(attend_heads)(const Attention *a, int64_t head, int64_t key_head, const int count, const DType dtype) {
-    const int64_t first = key_head * a->capacity * a->dim;
-    float *scores = a->scores + head * a->stride;
-    NAME(score)(a, a->q + head * a->dim, a->keys, first, count, dtype, scores);
-    for (int g = 0; g < count; g++) NAME(softmax)(scores + g * a->stride, a->stride);
-    NAME(mix)(a, scores, a->values, first, count, dtype, a->out + head * a->dim);
+/* The states of a sequence's key head, `length` of them from the first that counts. */
+LOCAL NAME(States) NAME(states)(const Rows *r, const void *data, int64_t sequence, int64_t key_head, int64_t length) {
+    const int64_t first = r->s->first ? r->s->first[sequence] : 0, dim = r->l->dim;
+    const int64_t head = sequence * r->l->key_heads + key_head;
+    return (NAME(States)){data, (head * r->s->capacity + first) * dim, length - first, dim};
 }
 
-LOCAL void NAME(attend_some)(Attention *a, const DType dtype) {
-    const int64_t group = a->heads / a->key_heads, tasks = (group + TOGETHER - 1) / TOGETHER;
-    for (int64_t task; (task = atomic_fetch_add(&a->next, 1)) < tasks * a->key_heads;) {
-        const int64_t key_head = task / tasks, from = task % tasks * TOGETHER, head = key_head * group + from;
-        if (group - from >= TOGETHER) NAME(attend_heads)(a, head, key_head, TOGETHER, dtype);
-        else for (int64_t g = from; g < group; g++) NAME(attend_heads)(a, head + g - from, key_head, 1, dtype);
+LOCAL void NAME(attend_heads)(const Rows *r, int64_t sequence, int64_t head, int64_t key_head, const int count,
+                              const DType dtype) {
+    const int64_t length = r->s->length + r->from + 1, at = sequence * r->l->heads + head;
+    float *scores = r->scores + at * r->stride;
+    const NAME(States) keys = NAME(states)(r, r->s->keys, sequence, key_head, length);
+    if (keys.length <= 0) { /* a padding token sees no key */
+        memset(r->mixed + at * r->l->dim, 0, (size_t)(count * r->l->dim) * 4);
+        return;
+    }
+    NAME(score)(keys, r->q + at * r->l->dim, r->l->scale, count, dtype, r->stride, scores);
+    for (int g = 0; g < count; g++) NAME(softmax)(scores + g * r->stride, r->stride);
+    NAME(mix)(NAME(states)(r, r->s->values, sequence, key_head, length), scores, r->stride, count, dtype,
+              r->mixed + at * r->l->dim);
+}
+
+/* One token of each sequence: up to TOGETHER heads of it are a task. */
+LOCAL void NAME(attend_tokens)(Rows *r, const DType dtype) {
+    const Layer *l = r->l;
+    const int64_t group = l->heads / l->key_heads, tasks = (group + TOGETHER - 1) / TOGETHER;
+    for (int64_t task; (task = atomic_fetch_add(&r->next, 1)) < r->rows * l->key_heads * tasks;) {
+        const int64_t sequence = task / tasks / l->key_heads, key_head = task / tasks % l->key_heads;
+        const int64_t from = task % tasks * TOGETHER, head = key_head * group + from;
+        if (group - from >= TOGETHER) NAME(attend_heads)(r, sequence, head, key_head, TOGETHER, dtype);
+        else
+            for (int64_t g = from; g < group; g++)
+                NAME(attend_heads)(r, sequence, head + g - from, key_head, 1, dtype);
+    }
+}
+
+#define WIDE (LANES == 16 ? 4 : 2) /* registers of a row of products: with four rows they are half of all */
+
+/* c [rows][columns] (+)= a [rows][inner] times b [inner][columns], rows and columns of a few registers: constants. */
+LOCAL void NAME(block)(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, const int rows,
+                       const int wide, const int more, float *c, int64_t c_stride) {
+    V sums[4][WIDE];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < wide; j++)
+            sums[i][j] = more ? NAME(load)(c + i * c_stride, j * LANES, FLOAT32) : (V){0};
+    for (int64_t k = 0; k < inner; k++)
+        for (int j = 0; j < wide; j++) {
+            const V right = NAME(load)(b + k * b_stride, j * LANES, FLOAT32);
+            for (int i = 0; i < rows; i++) sums[i][j] = MULTIPLY_ADD(right, a[i * a_stride + k], sums[i][j]);
+        }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < wide; j++) NAME(store)(c + i * c_stride + j * LANES, sums[i][j]);
+}
+
+/* As block, of any number of rows, and of columns that LANES divides. */
+LOCAL void NAME(product)(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, int64_t rows,
+                         int64_t columns, const int more, float *c, int64_t c_stride) {
+    for (int64_t j = 0; j < columns;) {
+        const int wide = columns - j >= WIDE * LANES;
+        for (int64_t i = 0; i < rows;) {
+            const float *left = a + i * a_stride, *right = b + j;
+            float *to = c + i * c_stride + j;
+            const int four = rows - i >= 4;
+            if (four && wide) NAME(block)(left, a_stride, right, b_stride, inner, 4, WIDE, more, to, c_stride);
+            else if (four) NAME(block)(left, a_stride, right, b_stride, inner, 4, 1, more, to, c_stride);
+            else if (wide) NAME(block)(left, a_stride, right, b_stride, inner, 1, WIDE, more, to, c_stride);
+            else NAME(block)(left, a_stride, right, b_stride, inner, 1, 1, more, to, c_stride);
+            i += four ? 4 : 1;
+        }
+        j += wide ? WIDE * LANES : LANES;
+    }
+}
+
+/* Room of one thread for a tile of attention. keys are transposed [dim][TILE]. */
+typedef struct {
+    float *q, *keys, *values, *weights, *out, most[TILE], sum[TILE];
+} NAME(Tile);
+
+/* Up to TILE queries (token by token, the heads of one key head) of a sequence, over all keys up to their own: a tile of
+ * keys at a time, with the largest score and the sum so far (FlashAttention, arXiv 2205.14135, algorithm 1). Tiles begin
+ * at the sequence's first key, so that other sequences change nothing. */
+LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, int64_t from, int64_t count,
+                             const DType dtype, NAME(Tile) *t) {
+    const Layer *l = r->l;
+    const int64_t group = l->heads / l->key_heads, dim = l->dim, filled = r->s->length + r->from;
+    const int64_t first = r->s->first ? r->s->first[sequence] : 0;
+    const int64_t end = filled + (from + count - 1) / group + 1; /* beyond the last key of the last query */
+    const NAME(States) keys = NAME(states)(r, r->s->keys, sequence, key_head, end);
+    const NAME(States) values = NAME(states)(r, r->s->values, sequence, key_head, end);
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t row = sequence * r->count + (from + i) / group, head = key_head * group + (from + i) % group;
+        for (int64_t j = 0; j < dim; j++) t->q[i * dim + j] = r->q[(row * l->heads + head) * dim + j] * l->scale;
+        t->most[i] = -INFINITY;
+        t->sum[i] = 0;
+    }
+    memset(t->out, 0, (size_t)(count * dim) * 4);
+    for (int64_t start = 0; start < keys.length; start += TILE) {
+        const int64_t width = keys.length - start < TILE ? keys.length - start : TILE;
+        for (int64_t j = 0; j < dim; j += LANES)
+            for (int64_t k = 0; k < TILE; k++) {
+                const int64_t at = (start + (k < width ? k : width - 1)) * dim + j;
+                float lanes[LANES];
+                NAME(store)(lanes, NAME(load)(keys.data, keys.first + at, dtype));
+                for (int n = 0; n < LANES; n++) t->keys[(j + n) * TILE + k] = lanes[n];
+                if (k < width) NAME(store)(t->values + k * dim + j, NAME(load)(values.data, values.first + at, dtype));
+            }
+        NAME(product)(t->q, dim, t->keys, TILE, dim, count, TILE, 0, t->weights, TILE);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t own = filled + (from + i) / group + 1 - first - start; /* keys that this query may see */
+            const int64_t seen = own < 0 ? 0 : own < width ? own : width;
+            float *weights = t->weights + i * TILE, most = t->most[i], sum = 0, lanes[LANES];
+            if (!seen) {
+                memset(weights, 0, TILE * sizeof *weights);
+                continue;
+            }
+            for (int64_t k = seen; k < TILE; k++) weights[k] = -INFINITY;
+            for (int n = 0; n < LANES; n++) lanes[n] = most;
+            for (int64_t k = 0; k < TILE; k += LANES)
+                for (int n = 0; n < LANES; n++) lanes[n] = weights[k + n] > lanes[n] ? weights[k + n] : lanes[n];
+            for (int n = 0; n < LANES; n++) most = lanes[n] > most ? lanes[n] : most;
+            for (int64_t k = 0; k < TILE; k++) weights[k] = exponential(weights[k] - most);
+            for (int64_t k = seen; k < TILE; k++) weights[k] = 0;
+            for (int n = 0; n < LANES; n++) lanes[n] = 0;
+            for (int64_t k = 0; k < TILE; k += LANES)
+                for (int n = 0; n < LANES; n++) lanes[n] += weights[k + n];
+            for (int n = 0; n < LANES; n++) sum += lanes[n];
+            const float factor = start ? exponential(t->most[i] - most) : 0;
+            t->most[i] = most;
+            t->sum[i] = t->sum[i] * factor + sum;
+            for (int64_t j = 0; j < dim; j++) t->out[i * dim + j] *= factor;
+        }
+        NAME(product)(t->weights, TILE, t->values, dim, width, count, dim, 1, t->out, dim);
+    }
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t row = sequence * r->count + (from + i) / group, head = key_head * group + (from + i) % group;
+        const float factor = t->sum[i] == 0 ? 0 : 1 / t->sum[i]; /* a padding token's is 0 */
+        for (int64_t j = 0; j < dim; j++) r->mixed[(row * l->heads + head) * dim + j] = t->out[i * dim + j] * factor;
+    }
+}
+
+LOCAL void NAME(attend_tiles)(Rows *r, const DType dtype, NAME(Tile) *t) {
+    const Layer *l = r->l;
+    const int64_t queries = r->count * (l->heads / l->key_heads), tiles = (queries + TILE - 1) / TILE;
+    for (int64_t task; (task = atomic_fetch_add(&r->next, 1)) < r->s->batch * l->key_heads * tiles;) {
+        const int64_t from = (tiles - 1 - task % tiles) * TILE, count = queries - from < TILE ? queries - from : TILE;
+        NAME(attend_tile)(r, task / tiles / l->key_heads, task / tiles % l->key_heads, from, count, dtype, t);
     }
 }
 
 TARGET static void NAME(attend)(void *context) {
-    Attention *a = context;
-    if (a->dtype == FLOAT32) NAME(attend_some)(a, FLOAT32);
-    else if (a->dtype == FLOAT16) NAME(attend_some)(a, FLOAT16);
-    else NAME(attend_some)(a, BFLOAT16);
+    Rows *r = context;
+    const DType dtype = (DType)r->s->dtype;
+    if (r->count == 1) {
+        if (dtype == FLOAT32) NAME(attend_tokens)(r, FLOAT32);
+        else if (dtype == FLOAT16) NAME(attend_tokens)(r, FLOAT16);
+        else NAME(attend_tokens)(r, BFLOAT16);
+        return;
+    }
+    const int64_t tile = TILE * r->l->dim;
+    float *memory = malloc((size_t)(4 * tile + TILE * TILE) * 4);
+    if (!memory) {
+        r->failed = 1;
+        return;
+    }
+    NAME(Tile) t = {.q = memory, .keys = memory + tile, .values = memory + 2 * tile, .out = memory + 3 * tile,
+                    .weights = memory + 4 * tile};
+    if (dtype == FLOAT32) NAME(attend_tiles)(r, FLOAT32, &t);
+    else if (dtype == FLOAT16) NAME(attend_tiles)(r, FLOAT16, &t);
+    else NAME(attend_tiles)(r, BFLOAT16, &t);
+    free(memory);
 }
 
-TARGET static void NAME(activate)(float *gate, const float *up, int64_t count, Activation activation) {
+LOCAL void NAME(activate)(float *gate, const float *up, int64_t count, Activation activation) {
     if (activation == SILU) for (int64_t i = 0; i < count; i++) gate[i] = activated(gate[i], SILU) * up[i];
     else for (int64_t i = 0; i < count; i++) gate[i] = activated(gate[i], GELU_TANH) * up[i];
 }
 
+/* What a row needs before, between and after the products. */
+TARGET static void NAME(begin_rows)(void *context) {
+    Rows *r = context;
+    const int64_t hidden = r->l->linears[QUERY].in, item = r->s->dtype == FLOAT32 ? 4 : 2;
+    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
+        const int64_t token = row / r->count * r->s->count + r->from + row % r->count;
+        float *x = r->x + row * hidden;
+        generic_widen((const char *)r->s->x + token * hidden * item, (DType)r->s->dtype, hidden, x);
+        NAME(norm)(x, hidden, r->l->input_norm, r->l->eps[0], r->normed + row * hidden);
+    }
+}
+
+TARGET static void NAME(rotate_rows)(void *context) {
+    Rows *r = context;
+    const Layer *l = r->l;
+    const int64_t dim = l->dim, item = r->s->dtype == FLOAT32 ? 4 : 2;
+    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
+        const int64_t at = (row / r->count * r->s->rotations + (r->from + row % r->count) * dim) * item;
+        float *cosine = r->rotation + row * 2 * dim, *sine = cosine + dim;
+        float *q = r->q + row * l->heads * dim, *k = r->k + row * l->key_heads * dim;
+        generic_widen((const char *)r->s->cos + at, (DType)r->s->dtype, dim, cosine);
+        generic_widen((const char *)r->s->sin + at, (DType)r->s->dtype, dim, sine);
+        NAME(norm_heads)(q, l->heads, dim, l->q_norm, l->eps[2]);
+        NAME(norm_heads)(k, l->key_heads, dim, l->k_norm, l->eps[3]);
+        rotate(q, l->heads, dim, cosine, sine);
+        rotate(k, l->key_heads, dim, cosine, sine);
+        append(k, r, row, r->s->keys);
+        append(r->v + row * l->key_heads * dim, r, row, r->s->values);
+    }
+}
+
+TARGET static void NAME(continue_rows)(void *context) {
+    Rows *r = context;
+    const int64_t hidden = r->l->linears[QUERY].in;
+    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
+        float *x = r->x + row * hidden, *normed = r->normed + row * hidden;
+        for (int64_t i = 0; i < hidden; i++) x[i] += normed[i];
+        NAME(norm)(x, hidden, r->l->post_norm, r->l->eps[1], normed);
+    }
+}
+
+TARGET static void NAME(activate_rows)(void *context) {
+    Rows *r = context;
+    const int64_t inner = r->l->linears[GATE].out;
+    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;)
+        NAME(activate)(r->gate + row * inner, r->up + row * inner, inner, (Activation)r->l->activation);
+}
+
+TARGET static void NAME(end_rows)(void *context) {
+    Rows *r = context;
+    const int64_t hidden = r->l->linears[QUERY].in, item = r->s->dtype == FLOAT32 ? 4 : 2;
+    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
+        const int64_t token = row / r->count * r->s->count + r->from + row % r->count;
+        float *x = r->x + row * hidden;
+        for (int64_t i = 0; i < hidden; i++) x[i] += r->normed[row * hidden + i];
+        narrow(x, hidden, (DType)r->s->dtype, (char *)r->s->y + token * hidden * item);
+    }
+}
+
+/* Some tokens at a time: later ones read the keys and values of earlier ones from the cache. */
 TARGET static int NAME(layer)(const Layer *l, const Step *s) {
-    const int64_t hidden = l->q.in, inner = l->gate.out, dim = l->dim, length = s->length + 1;
-    const int64_t all = l->heads * dim, some = l->key_heads * dim, stride = (length + LANES - 1) / LANES * LANES;
-    const int64_t widest = hidden + inner + all;
-    float *memory = malloc((size_t)(2 * hidden + 2 * all + 2 * some + 2 * inner + 2 * dim + widest + l->heads * stride) * 4);
+    const int64_t hidden = l->linears[QUERY].in, inner = l->linears[GATE].out, dim = l->dim, all = l->heads * dim, some = l->key_heads * dim;
+    int64_t most = MOST_ROWS / s->batch;
+    most = most < 1 ? 1 : most > s->count ? s->count : most;
+    const int64_t rows = s->batch * most, ends = s->length + s->count, stride = (ends + LANES - 1) / LANES * LANES;
+    const int64_t scores = most == 1 || s->count % most == 1 ? (s->batch * l->heads + TOGETHER) * stride : 0;
+    float *memory = malloc((size_t)(rows * (2 * hidden + 2 * all + 2 * some + 2 * inner + 2 * dim) + scores) * 4);
     if (!memory) return 1;
-    float *x = memory, *normed = x + hidden, *q = normed + hidden, *k = q + all, *v = k + some, *mixed = v + some;
-    float *gate = mixed + all, *up = gate + inner, *cosine = up + inner, *sine = cosine + dim, *room = sine + dim;
-    const DType dtype = (DType)s->dtype;
+    Rows r = {.l = l, .s = s, .x = memory};
+    r.normed = r.x + rows * hidden, r.q = r.normed + rows * hidden, r.mixed = r.q + rows * all;
+    r.k = r.mixed + rows * all, r.v = r.k + rows * some, r.gate = r.v + rows * some, r.up = r.gate + rows * inner;
+    r.rotation = r.up + rows * inner, r.scores = r.rotation + rows * 2 * dim;
+    atomic_init(&r.failed, 0);
     int failed = 0;
-
-    generic_widen(s->x, dtype, hidden, x);
-    generic_widen(s->cos, dtype, dim, cosine);
-    generic_widen(s->sin, dtype, dim, sine);
-    NAME(norm)(x, hidden, l->input_norm, l->eps[0], normed);
-    failed |= multiply(l, &l->q, normed, q, room, s->threads);
-    failed |= multiply(l, &l->k, normed, k, room, s->threads);
-    failed |= multiply(l, &l->v, normed, v, room, s->threads);
-    NAME(norm_heads)(q, l->heads, dim, l->q_norm, l->eps[2]);
-    NAME(norm_heads)(k, l->key_heads, dim, l->k_norm, l->eps[3]);
-    rotate(q, l->heads, dim, cosine, sine);
-    rotate(k, l->key_heads, dim, cosine, sine);
-    append(k, l, s, s->keys);
-    append(v, l, s, s->values);
-
-    Attention a = {.q = q, .keys = s->keys, .values = s->values, .scores = room + widest, .out = mixed,
-                   .heads = l->heads, .key_heads = l->key_heads, .dim = dim, .length = length,
-                   .capacity = s->capacity, .stride = stride, .dtype = dtype, .scale = l->scale};
-    atomic_init(&a.next, 0);
-    parallel(NAME(attend), &a, all * length >= MIN_ATTENTION ? s->threads : 1);
-
-    failed |= multiply(l, &l->o, mixed, normed, room, s->threads);
-    for (int64_t i = 0; i < hidden; i++) x[i] += normed[i];
-    NAME(norm)(x, hidden, l->post_norm, l->eps[1], normed);
-    failed |= multiply(l, &l->gate, normed, gate, room, s->threads);
-    failed |= multiply(l, &l->up, normed, up, room, s->threads);
-    NAME(activate)(gate, up, inner, (Activation)l->activation);
-    failed |= multiply(l, &l->down, gate, normed, room, s->threads);
-    for (int64_t i = 0; i < hidden; i++) x[i] += normed[i];
-    narrow(x, hidden, dtype, s->y);
+    for (r.from = 0; r.from < s->count && !failed; r.from += r.count) {
+        r.count = s->count - r.from < most ? s->count - r.from : most;
+        r.rows = s->batch * r.count;
+        r.stride = (s->length + r.from + 1 + LANES - 1) / LANES * LANES;
+        const int many = r.rows > 1 && r.rows * hidden >= MIN_ROWS;
+        run(NAME(begin_rows), &r, many);
+        failed |= multiply(&r, QUERY, 3, r.normed, (float *[]){r.q, r.k, r.v});
+        run(NAME(rotate_rows), &r, many);
+        run(NAME(attend), &r, r.rows * all * (s->length + r.from + r.count) >= MIN_ATTENTION);
+        failed |= r.failed | multiply(&r, OUTPUT, 1, r.mixed, &r.normed);
+        run(NAME(continue_rows), &r, many);
+        failed |= multiply(&r, GATE, 2, r.normed, (float *[]){r.gate, r.up});
+        run(NAME(activate_rows), &r, many);
+        failed |= multiply(&r, DOWN, 1, r.gate, &r.normed);
+        run(NAME(end_rows), &r, many);
+    }
     free(memory);
     return failed;
 }
 
+#undef WIDE
 #undef TARGET
 #undef NAME
 #undef LANES
+#undef MULTIPLY_ADD
 #undef EVEN
 #undef ODD
 #undef LOCAL

@@ -30,7 +30,7 @@ def executor(name: str, options: Mapping[str, Any] | None = None) -> Executor:
     chosen = executors[name]
     if not options:
         return chosen
-    known = [field.name for field in fields(chosen)] if is_dataclass(chosen) else []
+    known: list[str] = [field.name for field in fields(chosen)] if is_dataclass(chosen) else []
     problems = [
         f"executor_options.{key}: {name} has no such option"
         + (nearest(key, known) or (f"; it has {', '.join(known)}" if known else "; it has none"))

@@ -129,8 +129,8 @@ class Ray(Executor):
             for number in [number for number in waiting if not blocked(number)]:
                 job = waiting.pop(number)
                 needs = {"CPU": threads, "GPU": self._gpus(job, nodes), "memory": job.memory}
-                if reason := _unplaceable(needs, nodes):
-                    yield Outcome(job.model, job.name, job.folder, error=ConfigError(reason))
+                if why := _unplaceable(needs, nodes):
+                    yield Outcome(job.model, job.name, job.folder, error=ConfigError(why))
                     continue
                 task = _Task(number, threads, self.storage, token_of(job.folder.parent), releases())
                 resources = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "memory": needs["memory"]}

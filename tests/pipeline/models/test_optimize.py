@@ -1,8 +1,9 @@
-"""Fused decoding: the same model, and everything that it does not serve goes the way it went."""
+"""Fused layers: the same model, and everything that they do not serve goes the way it went."""
 
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import (
 
 from bitpress.kernels.cpu.library import library
 from bitpress.kernels.decoder_layer import NativeLayer
+from bitpress.kernels.linear import inputs_left_alone
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.models import optimize
 from bitpress.pipeline.models.loading import load_model
@@ -79,7 +81,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     step = NativeLayer.step
 
     def counted(self: NativeLayer, *given: Any) -> Tensor:
-        lengths.append(given[-1])
+        lengths.append(given[4])
         return step(self, *given)
 
     monkeypatch.setattr(NativeLayer, "step", counted)
@@ -125,7 +127,7 @@ def test_logits_and_cache_are_those_of_the_layers_own_forward(
     assert model.fusing == optimize.Fusing(2, 2, {})
     steps.clear()
     got, cache = roll(model, pieces)
-    assert len(steps) == 2 * sum(piece == 1 for piece in pieces[1:])
+    assert len(steps) == 2 * len(pieces)
     want, expected = roll(plain(model), pieces)
     assert distance(got, want) < TOLERANCE
     for ours, theirs in zip(cache.layers, expected.layers):
@@ -182,7 +184,7 @@ def test_the_cache_grows_as_often_as_it_must(model: PreTrainedModel, monkeypatch
     monkeypatch.setattr(optimize, "_ROOM", 3)
     got, cache = roll(model, [5] + [1] * 20)
     assert torch.equal(got, want)
-    assert cache.layers[0].room[0].shape[2] == 5 + 3 * 7
+    assert cache.layers[0].room[0].shape[2] == 5 + 3 + 5 * (1 + 3)
 
 
 CHANGES: dict[str, Callable[[DynamicCache], Any]] = {
@@ -230,13 +232,84 @@ def test_a_cache_leaves_inference_mode(model: PreTrainedModel):
     assert torch.equal(got, want)
 
 
-def test_two_sequences_and_padding_go_the_old_way(model: PreTrainedModel, steps: list[int]):
-    mask = torch.ones(1, 9, dtype=torch.long)
-    mask[0, :3] = 0
-    for given in ({"inputs": ids(7, batch=2)}, {"inputs": ids(9), "attention_mask": mask}):
-        want = plain(model).generate(**given, max_new_tokens=8, do_sample=False)
-        assert torch.equal(model.generate(**given, max_new_tokens=8, do_sample=False), want)
+def padded(starts: list[int], count: int) -> Tensor:
+    """The attention mask of sequences that begin at these places."""
+    return (torch.arange(count) >= torch.tensor(starts).unsqueeze(1)).long()
+
+
+@pytest.mark.parametrize("starts", [[0, 0], [3], [0, 4, 8]], ids=str)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}], ids=str)
+def test_generates_the_same_for_batches_and_padding(
+    how: dict[str, Any], starts: list[int], model: PreTrainedModel, steps: list[int]
+):
+    given = {"inputs": ids(9, batch=len(starts)), "attention_mask": padded(starts, 9)}
+    want = plain(model).generate(**given, max_new_tokens=8, do_sample=False, **how)
+    steps.clear()
+    assert torch.equal(model.generate(**given, max_new_tokens=8, do_sample=False, **how), want)
+    assert len(steps) == 2 * 8
+
+
+def test_logits_without_a_cache(model: PreTrainedModel, steps: list[int]):
+    """As an evaluation asks for them, with inputs left alone or rounded as the kernel does it."""
+    with torch.inference_mode():
+        want = plain(model)(input_ids=ids(70), use_cache=False).logits
+        steps.clear()
+        assert distance(model(input_ids=ids(70), use_cache=False).logits, want) < TOLERANCE
+    assert steps == [0, 0]
+
+
+def test_inputs_are_rounded_as_the_kernel_says_at_the_time(pressed: Callable[[Any], Path], steps: list[int]):
+    folder = pressed(CONFIGS["llama"])
+    exact, model = (load(folder, kernel=kernel) for kernel in (EXACT, "native-int8"))
+    with torch.inference_mode():
+        want = exact(input_ids=ids(20)).logits
+        rounded = model(input_ids=ids(20)).logits
+        with inputs_left_alone(model):
+            assert torch.equal(model(input_ids=ids(20)).logits, want)
+        assert torch.equal(model(input_ids=ids(20)).logits, rounded)
+    assert not torch.equal(rounded, want)
+
+
+OTHER_MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a hole": lambda mask: mask & (torch.arange(mask.shape[-1]) != 2),
+    "a window": lambda mask: mask & mask.flip(-2, -1).roll(3, -1),
+    "nothing for the last": lambda mask: mask & (torch.arange(mask.shape[-2]) < mask.shape[-2] - 1).unsqueeze(1),
+    "both ways": torch.ones_like,
+    "numbers that are added": lambda mask: torch.zeros(mask.shape).masked_fill(~mask, -1e4),
+    "each head its own": lambda mask: mask.repeat(1, 4, 1, 1),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_MASKS.values(), ids=OTHER_MASKS)
+def test_other_masks_go_the_old_way(change: Callable[[Tensor], Tensor], model: PreTrainedModel, steps: list[int]):
+    mask = change(torch.ones(1, 1, 9, 9, dtype=torch.bool).tril())
+    if (mask == 0).all(-1).any():
+        mask[..., 0] = True
+    layer = model.model.layers[0]
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0))
+    rotation = model.model.rotary_emb(x, torch.arange(9).unsqueeze(0))
+    steps.clear()
+    with torch.no_grad():
+        got, want = (
+            forward(x, attention_mask=mask, position_embeddings=rotation)
+            for forward in (layer, MethodType(type(layer).forward, layer))
+        )
+    assert torch.equal(got, want)
     assert not steps
+
+
+def test_a_mask_that_changed_is_read_again(model: PreTrainedModel):
+    layer = model.model.layers[0]
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0))
+    rotation = model.model.rotary_emb(x, torch.arange(9).unsqueeze(0))
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    with torch.no_grad():
+        before = layer(x, attention_mask=mask, position_embeddings=rotation)
+        mask[..., :3] = False
+        after = layer(x, attention_mask=mask, position_embeddings=rotation)
+        own = type(layer).forward(layer, x, attention_mask=mask, position_embeddings=rotation)
+    assert distance(after[:, 3:], own[:, 3:]) < TOLERANCE
+    assert not torch.equal(before[:, 3:], after[:, 3:])
 
 
 def attach_hook(model: PreTrainedModel) -> None:
@@ -255,7 +328,7 @@ def test_steps_aside_for_changed_modules(
     steps.clear()
     change(model)
     assert distance(roll(model, [9, 1, 1])[0], roll(plain(model), [9, 1, 1])[0]) < TOLERANCE
-    assert len(steps) == 2  # of the other layer
+    assert len(steps) == 3  # of the other layer
 
 
 @pytest.mark.parametrize("given", [{"output_attentions": True}, {"output_hidden_states": True}], ids=str)
@@ -290,7 +363,7 @@ def test_a_copy_of_the_model_is_its_own(model: PreTrainedModel, steps: list[int]
     steps.clear()
     model.model.layers[0].mlp.down_proj.packed.data[128:] = 0
     assert torch.equal(roll(copied, [9, 1, 1])[0], want)
-    assert len(steps) == 4
+    assert len(steps) == 6
     assert not torch.equal(roll(model, [9, 1, 1])[0], want)
 
 
