@@ -46,6 +46,7 @@ class OnTheFlyQuantizer(BitpressQuantizer):
 
     requires_calibration = False  # by transformers: the recipe says how, and calibration is a part of it
     folder: tempfile.TemporaryDirectory[str]
+    quantization_config: BitpressConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         if not self.pre_quantized:
@@ -54,7 +55,7 @@ class OnTheFlyQuantizer(BitpressQuantizer):
 
     def _quantize(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
         """Make the artifact of a model, and let `checkpoint_files`, transformers' own list, name its files."""
-        config, name = self.quantization_config, model.config.name_or_path
+        config, name = self.quantization_config, str(model.config.name_or_path)
         if config.recipe is None:
             raise ConfigError(f"{name} is not quantized; give a recipe, as in BitpressConfig('gptq/int4-g128')")
         if config.folder is None:  # kept as long as the model, which is saved from its files

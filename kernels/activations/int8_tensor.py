@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _LOW, _HIGH = -128, 127
 _SCALE, _ZERO = "input_scale", "input_zero_point"
@@ -72,7 +76,7 @@ class Int8Tensor:
     symmetric: ClassVar[bool] = True
 
     @classmethod
-    def from_description(cls, description: Mapping[str, Any]) -> "Int8Tensor | None":
+    def from_description(cls, description: Mapping[str, Any]) -> "Self | None":
         # Readers leave out what is so by default: `symmetric` true, `type` "int", `dynamic` false.
         facts = {"type": "int", "symmetric": True, "dynamic": False, **description}
         own = cls().description()
@@ -134,13 +138,17 @@ class Int8TensorAsymmetric(Int8Tensor):
         counts = statistics[InputCounts]
         low, high = min(counts.low, 0.0), max(counts.high, 0.0)
         values, times = counts.values()
+
+        def off(low: float, high: float) -> float:
+            return _error(values, times, *_grid(low, high))
+
         if observer == "percentile":
             beyond = (1 - _PERCENTILE) / 2
             low, high = min(_quantile(values, times, beyond), 0.0), max(_quantile(values, times, 1 - beyond), 0.0)
         elif observer == "mse":
             for _ in range(_ROUNDS):
-                high = _best(high, lambda limit, low=low: _error(values, times, *_grid(low, limit)))
-                low = -_best(-low, lambda limit, high=high: _error(values, times, *_grid(-limit, high)))
+                high = _best(high, partial(off, low))
+                low = -_best(-low, partial(lambda high, limit: off(-limit, high), high))
         scale, zero = _grid(low, high)
         return {_SCALE: torch.tensor([scale]), _ZERO: torch.tensor([zero], dtype=torch.int8)}
 

@@ -104,7 +104,7 @@ def main() -> None:
         if describe := getattr(error, "format_message", None):  # typer's: the command line cannot be read
             console.show_traceback(error)
             if message := describe():  # none where it has shown the help, as for a command without a word after it
-                command = error.ctx.command_path if getattr(error, "ctx", None) else "bitpress"
+                command = context.command_path if (context := getattr(error, "ctx", None)) else "bitpress"
                 _tell(f"{message.rstrip('.')}; see `{command} --help`")
             sys.exit(_USAGE)
         known = unexpected(error)

@@ -90,15 +90,12 @@ class AWQ(Format):
             require(tensor.dtype == torch.int32, f"{name} has dtype {tensor.dtype}, expected torch.int32")
             size = [rows, out_features // _PER_WORD]
             require(list(tensor.shape) == size, f"{name} has shape {list(tensor.shape)}, expected {size}")
-        zeros: Tensor | None = _unpack_outputs(qzeros)
+        zeros, middle = _unpack_outputs(qzeros), middle_code(scheme)
         if scheme.symmetric:
-            require(
-                bool((zeros == middle_code(scheme)).all()),
-                f"qzeros hold other numbers than {middle_code(scheme)}, and the config says {_SYMMETRIC!r}",
-            )
-            zeros = None
-        codes = pack(_unpack_outputs(qweight), _BITS)
-        return QTensor(scheme, (out_features, qweight.shape[0]), codes, scales.t().contiguous(), zeros)
+            same = torch.equal(zeros, torch.full_like(zeros, middle))
+            require(same, f"qzeros hold other numbers than {middle}, and the config says {_SYMMETRIC!r}")
+        shape, codes = (out_features, qweight.shape[0]), pack(_unpack_outputs(qweight), _BITS)
+        return QTensor(scheme, shape, codes, scales.t().contiguous(), None if scheme.symmetric else zeros)
 
     def quantization_config(
         self, schemes: Mapping[str, Scheme], kept: Sequence[str], dtype: torch.dtype, ordered: bool = False

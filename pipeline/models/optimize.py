@@ -383,9 +383,9 @@ def _try(layer: nn.Module, step: _Decoding, rotary: nn.Module | None, config: Pr
     except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         raise _Unfit(f"it cannot be tried by itself: {error}") from error
     got, own = ((cache.layers[step.index].keys, cache.layers[step.index].values) for cache in (ours, theirs))
-    for states, expected in zip(got, own):
+    for states, right in zip(got, own):
         real = (places >= first.unsqueeze(1)).unsqueeze(1).expand(states.shape[:3])
-        _compare(states[real], expected[real])
+        _compare(states[real], right[real])
 
 
 def _compare(got: Tensor, expected: Tensor) -> None:

@@ -77,7 +77,7 @@ def input_errors(plan: Plan, recipe: Recipe, on_step: OnStep = lambda done, tota
             check_finite(name, tensor)
         runner.load_block(block.block, ((planned, weights[planned.info.name]) for planned in block.tensors))
         if runner.reached(block.block):
-            view = BlockView(runner, block.tensors, weights, lambda inputs=inputs: iter(inputs))
+            view = BlockView(runner, block.tensors, weights, partial(iter, inputs))
             if recipe.transform:
                 recipe.transform.transform(view)
             products = _products(view, recipe.observer)
@@ -132,7 +132,7 @@ def with_inputs_kept(plan: Plan, recipe: Recipe, errors: Sequence[InputError]) -
     for planned in plan.quantized:
         if planned.module in kept:
             units.setdefault(fused_unit(planned.module), []).append(planned)
-    own = {}
+    own: dict[str, LayerSpec] = {}
     for name, layers in units.items():
         spec = layers[0].spec
         assert spec
