@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self  # Python 3.11
 
 _LOW, _HIGH = -128, 127
 _SCALE, _ZERO = "input_scale", "input_zero_point"

@@ -140,8 +140,8 @@ def _joined(names: Sequence[str]) -> list[str]:
         return f"{{{','.join(parts)}}}" if len(parts) > 1 else "".join(parts)
 
     joined = []
-    for (word, own), numbers in groups.items():
-        plain, longer = [end for end in own if not end], [end for end in own if end]
+    for (word, every), numbers in groups.items():
+        plain, longer = [end for end in every if not end], [end for end in every if end]
         joined += [word + braces(numbers)] * bool(plain)
         joined += [f"{word}{braces(numbers)}-{braces(longer)}"] * bool(longer)
     return joined

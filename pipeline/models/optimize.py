@@ -382,8 +382,8 @@ def _try(layer: nn.Module, step: _Decoding, rotary: nn.Module | None, config: Pr
             start = end
     except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         raise _Unfit(f"it cannot be tried by itself: {error}") from error
-    got, own = ((cache.layers[step.index].keys, cache.layers[step.index].values) for cache in (ours, theirs))
-    for states, right in zip(got, own):
+    for name in ("keys", "values"):
+        states, right = (getattr(cache.layers[step.index], name) for cache in (ours, theirs))
         real = (places >= first.unsqueeze(1)).unsqueeze(1).expand(states.shape[:3])
         _compare(states[real], right[real])
 

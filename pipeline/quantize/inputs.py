@@ -8,6 +8,7 @@ scheme, which every format and runtime knows.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..system.progress import OnStep
 from .block_runner import BlockRunner, BlockView
 from .plan import Plan, PlannedTensor, patterns
 from .recipe import Recipe
-from .spec import Rules
+from .spec import LayerSpec, Rules
 
 # Calibration tokens that blocks are judged on. On SmolLM2-135M the errors on 512 told what each layer's inputs cost in
 # KL within a factor of two, from 0.00002 to 0.004.

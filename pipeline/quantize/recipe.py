@@ -179,14 +179,14 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         except ValueError as error:
             faults.append((path or ("scheme" if settings.method == AUTO else "method",), str(error)))
     if settings.observer != AUTO and specs and not faults:
-        known = dict.fromkeys(name for spec in specs if spec.scheme.static for name in spec.scheme.static.observers)
-        if not known and not settings.inherits("observer"):
+        observers = dict.fromkeys(name for spec in specs if spec.scheme.static for name in spec.scheme.static.observers)
+        if not observers and not settings.inherits("observer"):
             faults.append(
                 (("observer",), "no scheme of the recipe has static inputs, such as int8-static: leave it out")
             )
         for spec in specs:
             if spec.scheme.static and settings.observer not in spec.scheme.static.observers:
-                hint = nearest(settings.observer, known) or f"; use one of {', '.join(known)}"
+                hint = nearest(settings.observer, observers) or f"; use one of {', '.join(observers)}"
                 faults.append((("observer",), f"observer {settings.observer!r} is unknown to {spec.scheme.name}{hint}"))
     if settings.keep_inputs and specs and not faults:
         rounding = [spec for spec in specs if spec.scheme.activations]

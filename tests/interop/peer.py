@@ -22,7 +22,9 @@ def load_gptqmodel(request: Request) -> Any:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with a single one it refuses to start
     from gptqmodel import BACKEND, GPTQModel
 
-    return GPTQModel.load(request["folder"], device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=request["dtype"]).model
+    section = json.loads((Path(request["folder"]) / "config.json").read_text())["quantization_config"]
+    backend = getattr(BACKEND, f"{section['quant_method'].upper()}_TORCH")
+    return GPTQModel.load(request["folder"], device="cpu", backend=backend, dtype=request["dtype"]).model
 
 
 def load_transformers(request: Request) -> Any:
