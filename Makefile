@@ -1,5 +1,6 @@
 # make demo: see what it does.  make test: the test suite.  make check: what CI holds a change to.
 # make fuzz: damaged checkpoints, and kernels between guard pages, for a minute.
+# make docs: the pages of docs/ as a site, in build/docs.
 # make interop: the files of bitpress in other programs, and theirs in bitpress.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxproc
 # The other programs want versions of torch and transformers that exclude each other: an environment for each.
 PEERS := gptqmodel llmcompressor transformers llamacpp mlx
 
-.PHONY: demo test check fuzz interop clean
+.PHONY: demo test check docs fuzz interop clean
 
 demo: $(INSTALLED)
 	$(BIN)/bitpress run configs/demo.yaml
@@ -23,8 +24,13 @@ test: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mkdocs build --strict --quiet
 	$(TESTS)
 	$(EDITABLE) --config-settings editable_mode=strict && $(BIN)/mypy; status=$$?; $(EDITABLE) && exit $$status
+
+# a link that leads nowhere fails
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
 
 # as long as wanted: make fuzz FUZZ="--minutes 60 --seed 7"
 FUZZ ?= --minutes 0.5 --seed 0

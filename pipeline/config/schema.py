@@ -132,7 +132,7 @@ def _budget(value: Any) -> str:
 BudgetName = Annotated[str, BeforeValidator(_budget)]
 
 
-# Recipes that are known by one word. The figures behind int8 are in README.md, under INT8.
+# Recipes that are known by one word. The figures behind int8 are in docs/transforms.md, under INT8.
 NAMED_RECIPES: dict[str, dict[str, Any]] = {
     "int8": {"transform": "smooth", "method": "gptq", "scheme": "int8-dynamic", "keep_inputs": 0.05},
 }

@@ -1,0 +1,157 @@
+"""README and docs/: the reference is what the program says, and the examples can be read."""
+
+import ast
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from typer.main import get_command
+
+from bitpress.pipeline.cli.app import app
+from bitpress.pipeline.config import schema
+from bitpress.pipeline.config.load import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+SECTIONS = {
+    "The file": schema.Run,
+    "models": schema.Model,
+    "recipes, and defaults of all of them": schema.RecipeSettings,
+    "calibration": schema.Calibrate,
+    "a data set": schema.Dataset,
+    "eval": schema.Eval,
+    "eval.speed": schema.Speed,
+    "cpu": schema.Cpu,
+    "gates": schema.Gates,
+    "publish": schema.Publish,
+}
+
+
+def commands() -> dict[str, set[str]]:
+    """Command -> its options, as `--help` shows them."""
+    found: dict[str, set[str]] = {}
+    left = [("bitpress", get_command(app))]
+    while left:
+        name, command = left.pop()
+        if children := getattr(command, "commands", None):
+            left += [(f"{name} {child}", children[child]) for child in children]
+        else:
+            found[name] = {option for param in command.params for option in param.opts if option.startswith("-")}
+    return found
+
+
+COMMANDS = commands()
+
+
+def section(page: str, title: str) -> str:
+    """The text under a heading ### of a page of docs/."""
+    text = (DOCS / page).read_text(encoding="utf-8").partition(f"### {title}\n")[2]
+    return re.split(r"^##", text, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def examples() -> Iterator[tuple[str, str]]:
+    """Page and text of each indented block of README and docs/."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"(?:^|\n)\n((?: {4}.*\n(?:\n(?= {4}))?)+)", text):
+            yield page.relative_to(ROOT).as_posix(), textwrap.dedent(block)
+
+
+EXAMPLES = list(examples())
+
+
+def test_readme_is_two_screens():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
+
+
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert sorted(re.findall(r": (\S+\.md)$", menu, re.MULTILINE)) == [
+        page.relative_to(DOCS).as_posix() for page in PAGES[1:]
+    ]
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_keys_and_defaults_are_those_of_the_schema(title: str):
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section("reference/config.md", title), re.MULTILINE))
+    fields = SECTIONS[title].model_fields
+    assert list(rows) == list(fields)
+    for name, field in fields.items():
+        default = field.default
+        if field.is_required():
+            assert rows[name] == "required", name
+        elif isinstance(default, str | int | float):
+            shown = str(default).lower() if isinstance(default, bool) else str(default)
+            assert rows[name] == f"`{shown}`", name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_are_those_of_the_command_line(command: str):
+    shown = re.findall(r"^\| ((?:`-[^`]+`(?:, )?)+) \|", section("reference/cli.md", command), re.MULTILINE)
+    assert {option for cell in shown for option in re.findall(r"`(-[^`]+)`", cell)} == COMMANDS[command]
+
+
+def test_examples_are_found():
+    assert len(EXAMPLES) > 20
+
+
+@pytest.mark.parametrize(("page", "text"), [example for example in EXAMPLES if "bitpress " in example[1]])
+def test_commands_exist(page: str, text: str):
+    for line in text.splitlines():
+        typed = line.partition(" #")[0]
+        if not typed.startswith("bitpress "):
+            continue
+        name = next((name for name in COMMANDS if f"{typed} ".startswith(f"{name} ")), None)
+        if name is None:
+            assert re.match(r"bitpress --(version|install-completion)", typed), f"{page}: {line}"
+            continue
+        for option in re.findall(r"(?<![\w'])--[a-z][\w-]*", typed):
+            assert option in COMMANDS[name], f"{page}: {line}"
+
+
+@pytest.mark.parametrize(("page", "text"), [example for example in EXAMPLES if "import " in example[1]])
+def test_python_is_python(page: str, text: str):
+    ast.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("page", "text"), [example for example in EXAMPLES if re.search("^recipes:", example[1], re.MULTILINE)]
+)
+def test_configs_are_configs(page: str, text: str):
+    config = YAML(typ="safe").load(text)
+    models = config.pop("models", [{"id": "builtin:demo"}])
+    assert schema.Run(**{"name": "example", "models": models, **config}).recipes, page
+
+
+def test_the_worked_example_of_affine_quantization():
+    """What docs/concepts.md shows follows from its formulas."""
+    page = (DOCS / "concepts.md").read_text(encoding="utf-8")
+    rows = [
+        [float(cell) for cell in row.strip("| ").split("|")]
+        for row in re.findall(r"^\| +-?\d+\.\d+ \|.*$", page, re.MULTILINE)
+    ]
+    first, second = [row for row in rows if len(row) == 6], [row for row in rows if len(row) == 4]
+    assert (len(first), len(second)) == (6, 4)
+    for group, weight, code in ((first, 0, 3), (second, 0, 2)):
+        weights = [row[weight] for row in group]
+        low, high = min(*weights, 0.0), max(*weights, 0.0)
+        scale = (high - low) / 15
+        zero = round(-low / scale)
+        for row in group:
+            q = min(max(round(row[weight] / scale) + zero, 0), 15)
+            assert row[code] == q
+            assert row[code + 1] == pytest.approx(scale * (q - zero), abs=5e-5)
+
+
+RECOMMENDED = r"`((?:\w+\+)?(?:gptq/)?(?:int\d-g\d+|nvfp4|mxfp4|fp8-dynamic|nf4|nf4-dq|int8|int8-dynamic))`"
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted(set(re.findall(RECOMMENDED, (DOCS / "recipes.md").read_text(encoding="utf-8"))))
+)
+def test_recipes_that_are_recommended_exist(recipe: str):
+    assert load_recipe(recipe).spec
