@@ -17,14 +17,6 @@ REQUIRED = {*FOLDERS, "configs", "tests", "pyproject.toml", "README.md", "LICENS
 ALLOWED = REQUIRED | {
     "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile", "constraints.txt", "docs", "mkdocs.yml",
 }  # fmt: skip
-    "CHANGELOG.md",
-    "CONTRIBUTING.md",
-    "SECURITY.md",
-    "Makefile",
-    "constraints.txt",
-    "docs",
-    "mkdocs.yml",
-}
 
 SHIPPED = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 EVERY = sorted([*SHIPPED, *(ROOT / "tests").rglob("*.py")])
