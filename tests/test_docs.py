@@ -155,3 +155,24 @@ RECOMMENDED = r"`((?:\w+\+)?(?:gptq/)?(?:int\d-g\d+|nvfp4|mxfp4|fp8-dynamic|nf4|
 )
 def test_recipes_that_are_recommended_exist(recipe: str):
     assert load_recipe(recipe).spec
+
+
+def test_the_library_page_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In order, on a tiny model and without calibration text; but for what measures and publishes."""
+    monkeypatch.chdir(tmp_path)
+    replaced = {
+        "Qwen/Qwen2.5-0.5B": str(tiny_llama),
+        "gptq/int4-g128": "int4-g32",
+        "int8-g128": "int8-g32",
+        "import bitpress\n": "import bitpress.pipeline as bitpress\n",
+        "from bitpress import": "from bitpress.pipeline import",
+        'device_map="auto"': 'device_map="cpu"',
+    }
+    names: dict[str, object] = {}
+    for page, text in EXAMPLES:
+        if page == "docs/reference/api.md":
+            for old, new in replaced.items():
+                text = text.replace(old, new)
+            kept = [line for line in text.splitlines() if not re.match(r"bitpress\.(evaluate|publish)\(", line)]
+            exec(compile("\n".join(kept), page, "exec"), names)
+    assert type(names["model"]).__name__ == "LlamaForCausalLM"
