@@ -101,9 +101,11 @@ def ended(pid: int) -> bool:
 
 
 def pid_in(path: Path) -> int:
-    while not path.exists() or not path.read_text().strip():
+    for _ in range(12_000):
+        if path.exists() and path.read_text().strip():
+            return int(path.read_text())
         time.sleep(0.01)
-    return int(path.read_text())
+    raise TimeoutError(f"nobody wrote {path} in two minutes")
 
 
 ORPHAN = """
@@ -152,7 +154,7 @@ def test_ctrl_c_while_it_runs(
     """A terminal sends it to all processes; one of them says so, in one line."""
     ready = tmp_path / "ready"
     script(f"echo $$ > {ready}\nexec sleep 60")
-    monkeypatch.setattr(app, "app", lambda: worker.call("measure", {}))
+    monkeypatch.setattr(app, "app", lambda **options: worker.call("measure", {}))
     if (command := os.fork()) == 0:
         os.setsid()
         code = 99
