@@ -13,11 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from .api import quantize
 from .errors import ConfigError
@@ -78,8 +74,8 @@ class OnTheFlyQuantizer(BitpressQuantizer):
         checkpoint_files[:] = written
 
 
-register_quantization_config(METHOD)(BitpressConfig)
-register_quantizer(METHOD)(OnTheFlyQuantizer)
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BitpressConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = OnTheFlyQuantizer
 for _method in dict.fromkeys(method for format in registry().values() for method in format.hf_methods):
     AUTO_QUANTIZATION_CONFIG_MAPPING[_method] = _Choice(  # type: ignore[assignment]
         AUTO_QUANTIZATION_CONFIG_MAPPING.get(_method)

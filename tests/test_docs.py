@@ -157,6 +157,7 @@ def test_recipes_that_are_recommended_exist(recipe: str):
     assert load_recipe(recipe).spec
 
 
+@pytest.mark.usefixtures("registered")
 def test_the_library_page_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In order, on a tiny model and without calibration text; but for what measures and publishes."""
     monkeypatch.chdir(tmp_path)

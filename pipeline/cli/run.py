@@ -225,7 +225,9 @@ def clean(run: Annotated[Path, typer.Argument(help="The folder of a run: runs/NA
 
 def convert(
     model: Annotated[str, typer.Argument(help="A quantized folder, or a Hub id.")],
-    to: Annotated[str, typer.Option(help="A format: awq, compressed-tensors, gguf, gptq, gptq-v2, mlx; see `bitpress list`.")],
+    to: Annotated[
+        str, typer.Option(help="A format: awq, compressed-tensors, gguf, gptq, gptq-v2, mlx; see `bitpress list`.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
 ) -> None:
     """A quantized checkpoint in another format, its weights the same to the bit, or a refusal that says why."""

@@ -131,7 +131,7 @@ def test_a_type_is_parsed_described_and_suggested(six_bits: Scheme) -> None:
     assert six_bits.name == "int6-channel"
     assert Scheme.from_description(WeightDescription("int", 6, "channel")) == six_bits
     assert "int6-channel" in examples()
-    with pytest.raises(ValueError, match="or nf4-dq, int6-channel, int8-dynamic"):
+    with pytest.raises(ValueError, match="nvfp4, int6-channel, int8-dynamic"):
         Scheme.parse("sixbits")
 
 

@@ -165,7 +165,8 @@ class TestFinished:
     def test_nothing_is_left_behind(self, finished: tuple[Path, dict[str, Outcome], list[str]]) -> None:
         for scheme in SCHEMES:
             names = {path.name for path in (finished[0] / "demo" / scheme).iterdir() if "lock" not in path.name}
-            assert names == {"artifact", "run.json", "journal.jsonl", "metrics.json", "report.md", "report.html"}
+            reports = {"metrics.json", "report.md", "report.html", "results.csv"}
+            assert names == {"artifact", "run.json", "journal.jsonl", *reports}
 
 
 # The same figures by plain means: weights decoded by hand from the files, put into transformers' own model.

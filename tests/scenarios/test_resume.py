@@ -132,7 +132,7 @@ class TestKilled:
 
         assert in_child(job) == -signal.SIGKILL
         assert digests(out) == digests(tmp_path / "unbroken")
-        assert quantize(tiny_llama, SCHEME, out) == ["finished before, verified"]
+        assert quantize(tiny_llama, SCHEME, out).notes == ["finished before, verified"]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "unbroken"]
 
     def test_threads_do_not_change_the_bytes(self, tiny_llama: Path, tmp_path: Path, digests: Any):
@@ -243,7 +243,7 @@ class TestDamagedWork:
         data = bytearray(shard.read_bytes())
         data[where] ^= 1
         shard.write_bytes(data)
-        assert quantize(source, SCHEME, out) == [f"{shard.name} is not as it was written; made again"]
+        assert quantize(source, SCHEME, out).notes == [f"{shard.name} is not as it was written; made again"]
         quantize(source, SCHEME, tmp_path / "unbroken")
         assert digests(out) == digests(tmp_path / "unbroken")
 

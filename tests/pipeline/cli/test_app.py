@@ -424,7 +424,7 @@ class TestRun:
     ):
         """The jobs end where a fresh process would begin, which has its own tests."""
 
-        def refuse(*arguments: Any) -> None:
+        def refuse(*arguments: Any, **named: Any) -> None:
             raise NumericsError("stopped here")
 
         monkeypatch.setattr(job, "verify_artifact", refuse)

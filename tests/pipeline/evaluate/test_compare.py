@@ -51,7 +51,7 @@ def test_the_command(runs: Path, tmp_path: Path):
     assert "6GB" in outcome.output
     assert "nf4: it has the least KL of what fits" in outcome.output
     assert sorted(file.name for file in (tmp_path / "page").iterdir()) == [
-        "compare.html", "compare.json", "compare.md",
+        "compare.html", "compare.json", "compare.md", "results.csv",
     ]  # fmt: skip
     assert compared(tmp_path / "page") == ["baseline", "int8-dynamic", "nf4"]
 

@@ -72,7 +72,9 @@ def test_stands_beside_the_runs_by_the_same_figures(made: Path, tmp_path: Path) 
     assert metrics["size"] == mine["size"]
     for key in ("decoder_bytes", "quantized_bytes", "share"):
         assert metrics["coverage"][key] == mine["coverage"][key], key
-    assert sorted(path.name for path in kept.iterdir() if path.suffix) == ["metrics.json", "report.html", "report.md"]
+    assert sorted(path.name for path in kept.iterdir() if path.suffix) == [
+        "metrics.json", "report.html", "report.md", "results.csv",
+    ]  # fmt: skip
 
 
 def test_is_measured_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

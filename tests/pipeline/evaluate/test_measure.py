@@ -226,7 +226,7 @@ def test_tasks_without_lm_eval_are_refused_before_any_work(
     from bitpress.pipeline.config.schema import Run
     from bitpress.pipeline.runs.run import execute
 
-    monkeypatch.setattr("bitpress.eval.measure.tasks.find_spec", lambda name: None)
+    monkeypatch.setattr("bitpress.pipeline.system.packages.find_spec", lambda name: None)
     run = Run.model_validate(
         {
             "name": "t",
@@ -236,9 +236,8 @@ def test_tasks_without_lm_eval_are_refused_before_any_work(
             "eval": {"tasks": ["arc_easy"]},
         }
     )
-    for outcome in execute(run, "", lambda line: None):
-        assert isinstance(outcome.error, ConfigError)
-        assert "needs the lm-eval package; pip install " in str(outcome.error)
+    with pytest.raises(ConfigError, match="eval.tasks: the lm-eval package is not installed; pip install "):
+        list(execute(run, "", lambda line: None))
     assert not (tmp_path / "runs").exists()
 
 

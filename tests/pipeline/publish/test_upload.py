@@ -27,7 +27,7 @@ UP = {
     "LICENSE", "README.md", "bitpress.json", "chat_template.jinja", "config.json", "generation_config.json",
     "metrics.json", "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors",
     "model-00003-of-00003.safetensors", "model.safetensors.index.json", "quantize_config.json", "report.html",
-    "report.md", "tokenizer.json", "tokenizer_config.json", *(f"figures/{number}.png" for number in (1, 2)),
+    "report.md", "tokenizer.json", "tokenizer_config.json", *(f"figures/{number}.png" for number in (1, 2, 3)),
 }  # fmt: skip
 MADE = {"README.md", "bitpress.json", "metrics.json", "report.md", "report.html"}  # for the Hub, of what is here
 
