@@ -126,6 +126,7 @@ class AWQ(Format):
         require(config.get("backend") != "llm-awq", "backend 'llm-awq' is not supported: it has a layout of its own")
         bits, size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
         require(bits == _BITS, f"bits is {bits!r}, expected {_BITS}")
+        require(size is not None, "group_size is missing")
         zeros = config.get("zero_point", True)
         require(zeros is True, f"zero_point is {zeros!r}; version {version!r} has zero points")
         symmetric = config.get(_SYMMETRIC, False)

@@ -236,7 +236,7 @@ def test_tasks_without_lm_eval_are_refused_before_any_work(
             "eval": {"tasks": ["arc_easy"]},
         }
     )
-    with pytest.raises(ConfigError, match="eval.tasks: the lm-eval package is not installed; pip install "):
+    with pytest.raises(ConfigError, match=r"eval\.tasks: the lm-eval package is not installed; pip install "):
         list(execute(run, "", lambda line: None))
     assert not (tmp_path / "runs").exists()
 
