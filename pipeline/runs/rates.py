@@ -51,7 +51,7 @@ class Rates:
         return self.rounding.get(spec.name, self.calibrated if spec.method.statistics else self.plain)
 
 
-# Measured by measure() on an idle machine; round figures.
+# Round figures by estimate, within a factor of two or three of such a machine; `--measure` takes this one's own.
 STATED = Rates(
     "stated figures of 2 cores of an Intel Xeon with AMX, bfloat16",
     products=8e11,
