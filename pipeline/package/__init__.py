@@ -9,7 +9,11 @@ This is the package `bitpress` itself, whose other folders lie beside this one (
 imported when it is used: torch and transformers take seconds.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if Path(__file__).parent.name == "package":  # an editable install does not find folders without an __init__.py
+    __path__.append(str(Path(__file__).parents[2]))
 
 if TYPE_CHECKING:
     from bitpress.pipeline.api import convert, evaluate, load, plan, publish, quantize
