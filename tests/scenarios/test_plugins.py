@@ -254,12 +254,12 @@ def test_the_doctor_asks_the_format(answer: dict[str, Any]) -> None:
 def test_list_shows_them(answer: dict[str, Any]) -> None:
     everything = json.loads(answer["results"]["list"][1])
     new = {"toy6", "toy6-dynamic"}
-    assert new <= set(everything["methods"]["toy-smooth"].split(", "))
-    assert new <= set(everything["formats"]["toy"].split(", "))
-    assert new <= set(everything["formats"]["compressed-tensors"].split(", "))
-    assert not new & set(everything["formats"]["gptq"].split(", "))
+    assert new <= set(everything["methods"]["toy-smooth"]["schemes"])
+    assert new <= set(everything["formats"]["toy"]["schemes"])
+    assert new <= set(everything["formats"]["compressed-tensors"]["schemes"])
+    assert not new & set(everything["formats"]["gptq"]["schemes"])
     (kernels,) = (rows for kind, rows in everything.items() if kind.startswith("kernels"))
-    assert kernels["toy-kernel"] == "toy6 (bfloat16)"
+    assert kernels["toy-kernel"] == {"schemes": ["toy6"], "about": "bfloat16"}
 
 
 def test_models_run_on_the_right_kernels(answer: dict[str, Any]) -> None:
