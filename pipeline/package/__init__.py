@@ -9,13 +9,16 @@ This is the package `bitpress` itself, whose other folders lie beside this one (
 imported when it is used: torch and transformers take seconds.
 """
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os
 
-if Path(__file__).parent.name == "package":  # an editable install does not find folders without an __init__.py
-    __path__.append(str(Path(__file__).parents[2]))
+# Nothing that Python has not loaded at its start may be imported here: the current folder may still be searched.
+TYPE_CHECKING = False
+if os.path.basename(os.path.dirname(__file__)) == "package":  # an editable install: kernels/ has no __init__.py
+    __path__.append(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from bitpress.pipeline.api import convert, evaluate, load, plan, publish, quantize
     from bitpress.pipeline.errors import BitpressError
     from bitpress.pipeline.hf import BitpressConfig
@@ -29,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name == "__version__":
         from importlib.metadata import version
 
