@@ -1,6 +1,6 @@
 """The canonical form of a quantized weight. Formats convert to and from it at the disk, kernels repack it at load."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -119,11 +119,10 @@ class QTensor:
 
 def _count_not_finite(tensor: Tensor) -> int:
     """How many values are NaN or infinite; torch cannot tell of float8 ones, which are widened a piece at a time."""
-    pieces = tensor.flatten().split(1 << 20) if tensor.element_size() == 1 else (tensor,)
-    return sum(
-        int((~torch.isfinite(piece.to(torch.float32) if tensor.element_size() == 1 else piece)).sum())
-        for piece in pieces
-    )
+    pieces: Iterable[Tensor] = (tensor,)
+    if tensor.element_size() == 1:
+        pieces = (piece.to(torch.float32) for piece in tensor.flatten().split(1 << 20))
+    return sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
 
 
 def _check_permutation(order: Tensor) -> None:

@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from typing import Self  # Python 3.11
 
 
+def finite_rows(inputs: Tensor) -> tuple[Tensor, int]:
+    """The rows of inputs [..., in] that are finite, [n, in], and how many are not: statistics leave these out."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    if torch.isfinite(rows.sum(dtype=torch.float32)):  # far cheaper than to look at each
+        return rows, 0
+    finite = torch.isfinite(rows).all(1)
+    return rows[finite], int((~finite).sum())
+
+
 class Activations(Protocol):
     """How a layer's inputs are quantized before the product.
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from .base import finite_rows
+
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
 
@@ -38,11 +40,8 @@ class InputCounts:
         return 8 << 16
 
     def add(self, inputs: Tensor) -> None:
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        finite = torch.isfinite(rows).all(1)
-        if not finite.all():
-            self.dropped += int((~finite).sum())
-            rows = rows[finite]
+        rows, dropped = finite_rows(inputs)
+        self.dropped += dropped
         if not len(rows):
             return
         self.tokens += len(rows)

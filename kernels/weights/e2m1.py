@@ -4,8 +4,16 @@ The codes 0 to 7 stand for these values in this order; 8 is added for the negati
 first of them in its low half.
 """
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
 import torch
 from torch import Tensor
+
+from .base import Shape, WeightDescription
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
 
 LARGEST = 6.0
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -42,3 +50,48 @@ def unpack_e2m1(codes: Tensor) -> Tensor:
     """The inverse of pack_e2m1: uint8 [.., in / 2] -> float32 [.., in]."""
     pairs = torch.index_select(_PAIRS.to(codes.device), 0, codes.flatten().to(torch.int32))
     return pairs.view(*codes.shape[:-1], -1)
+
+
+class E2M1Grid:
+    """See CodeGrid: the codes of weights that are E2M1 values, whatever their scales are."""
+
+    whole: ClassVar[bool] = False
+
+    def limits(self, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.full_like(scales, -LARGEST), torch.full_like(scales, LARGEST)
+
+    def nearest(self, exact: Tensor) -> Tensor:
+        return round_to_e2m1(exact)
+
+
+class E2M1Weight:
+    """See WeightType: what types of E2M1 values with a scale for each `group` of inputs have in common."""
+
+    name: ClassVar[str]
+    group: ClassVar[int]
+    holds_order: ClassVar[bool] = False
+    bits: ClassVar[int] = 4
+
+    @classmethod
+    def parse(cls, name: str) -> "Self | None":
+        return cls() if name == cls.name else None
+
+    @classmethod
+    def from_description(cls, description: WeightDescription) -> "Self | None":
+        return cls() if description == cls().description() else None
+
+    def description(self) -> WeightDescription:
+        raise NotImplementedError
+
+    def problems(self, shape: Shape) -> list[str]:
+        fits = shape[1] % self.group == 0
+        return [] if fits else [f"in_features {shape[1]} is not divisible by {self.group}, as {self.name} needs it"]
+
+    def fitted(self, shape: Shape) -> "Self":
+        return self
+
+    def elements(self, shape: Shape, tensors: Mapping[str, Tensor]) -> None:
+        """None: two codes lie in a byte."""
+
+    def from_elements(self, shape: Shape, elements: Tensor, scales: Tensor, zeros: Tensor | None) -> dict[str, Tensor]:
+        raise ValueError(f"{self.name} has no plain elements")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Layout, Shape, WeightDescription
-from .e2m1 import LARGEST, pack_e2m1, round_to_e2m1, unpack_e2m1
+from .e2m1 import LARGEST, E2M1Grid, E2M1Weight, pack_e2m1, round_to_e2m1, unpack_e2m1
 
 GROUP = 32
 _BIAS = 127  # a scale v stands for 2^(v - 127): E8M0; 255 is NaN
@@ -33,21 +33,14 @@ def _exponents(peaks: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class _Grid(E2M1Grid):
     """See CodeGrid: the values of MXFP4 weights."""
 
     ratios: ClassVar[tuple[float, ...]] = (1.0, 2.0, 0.5)
-    whole: ClassVar[bool] = False
     common: ClassVar[dict[str, Tensor]] = {}
 
     def parameters(self, reach: Tensor) -> tuple[Tensor, None]:
         return _power(_exponents(reach.abs().amax(-1))), None
-
-    def limits(self, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
-        return torch.full_like(scales, -LARGEST), torch.full_like(scales, LARGEST)
-
-    def nearest(self, exact: Tensor) -> Tensor:
-        return round_to_e2m1(exact)
 
     def representable(self, scales: Tensor) -> Tensor:
         return _power(self._nearest_power(scales))
@@ -61,7 +54,7 @@ class _Grid:
 
 
 @dataclass(frozen=True)
-class MXFP4:
+class MXFP4(E2M1Weight):
     """A weight is 2^(scale - 127) times an E2M1 value.
 
     codes: uint8 [out, in / 2], the even input in the low half. scales: uint8 [out, in / 32], E8M0.
@@ -71,25 +64,10 @@ class MXFP4:
     name: ClassVar[str] = "mxfp4"
     forms: ClassVar[str] = "mxfp4"
     examples: ClassVar[tuple[str, ...]] = ("mxfp4",)
-    holds_order: ClassVar[bool] = False
-    bits: ClassVar[int] = 4
-
-    @classmethod
-    def parse(cls, name: str) -> "MXFP4 | None":
-        return cls() if name == cls.name else None
-
-    @classmethod
-    def from_description(cls, description: WeightDescription) -> "MXFP4 | None":
-        return cls() if description == cls().description() else None
+    group: ClassVar[int] = GROUP
 
     def description(self) -> WeightDescription:
         return WeightDescription("float", self.bits, "group", GROUP)
-
-    def problems(self, shape: Shape) -> list[str]:
-        return [f"in_features {shape[1]} is not divisible by {GROUP}, as mxfp4 needs it"] if shape[1] % GROUP else []
-
-    def fitted(self, shape: Shape) -> "MXFP4":
-        return self
 
     def layout(self, shape: Shape) -> Layout:
         return {
@@ -122,12 +100,6 @@ class MXFP4:
 
     def rows(self, shape: Shape, tensors: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
         return {name: tensors[name][ids] for name in ("codes", "scales")}
-
-    def elements(self, shape: Shape, tensors: Mapping[str, Tensor]) -> None:
-        """None: two codes lie in a byte."""
-
-    def from_elements(self, shape: Shape, elements: Tensor, scales: Tensor, zeros: Tensor | None) -> dict[str, Tensor]:
-        raise ValueError(f"{self.name} has no plain elements")
 
 
 PLUGINS = (MXFP4,)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Layout, Shape, WeightDescription
-from .e2m1 import LARGEST, RATIOS, pack_e2m1, round_to_e2m1, unpack_e2m1
+from .e2m1 import LARGEST, RATIOS, E2M1Grid, E2M1Weight, pack_e2m1, round_to_e2m1, unpack_e2m1
 
 GROUP = 16
 _LARGEST_SCALE = 448.0  # of E4M3
@@ -41,13 +41,12 @@ def _by_peak(peaks: Tensor, divisor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class _Grid(E2M1Grid):
     """See CodeGrid: the values of NVFP4 weights with this divisor, float32 [1]."""
 
     divisor: Tensor
 
     ratios: ClassVar[tuple[float, ...]] = RATIOS
-    whole: ClassVar[bool] = False
 
     @property
     def common(self) -> dict[str, Tensor]:
@@ -55,12 +54,6 @@ class _Grid:
 
     def parameters(self, reach: Tensor) -> tuple[Tensor, None]:
         return _wide(_by_peak(reach.abs().amax(-1), self.divisor), self.divisor), None
-
-    def limits(self, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
-        return torch.full_like(scales, -LARGEST), torch.full_like(scales, LARGEST)
-
-    def nearest(self, exact: Tensor) -> Tensor:
-        return round_to_e2m1(exact)
 
     def representable(self, scales: Tensor) -> Tensor:
         return _wide(_stored(scales, self.divisor), self.divisor)
@@ -70,7 +63,7 @@ class _Grid:
 
 
 @dataclass(frozen=True)
-class NVFP4:
+class NVFP4(E2M1Weight):
     """A weight is an E2M1 value times scale / global_scale.
 
     codes: uint8 [out, in / 2], the even input in the low half. scales: float8_e4m3fn [out, in / 16], not negative.
@@ -87,25 +80,10 @@ class NVFP4:
     name: ClassVar[str] = "nvfp4"
     forms: ClassVar[str] = "nvfp4"
     examples: ClassVar[tuple[str, ...]] = ("nvfp4",)
-    holds_order: ClassVar[bool] = False
-    bits: ClassVar[int] = 4
-
-    @classmethod
-    def parse(cls, name: str) -> "NVFP4 | None":
-        return cls() if name == cls.name else None
-
-    @classmethod
-    def from_description(cls, description: WeightDescription) -> "NVFP4 | None":
-        return cls() if description == cls().description() else None
+    group: ClassVar[int] = GROUP
 
     def description(self) -> WeightDescription:
         return WeightDescription("float", self.bits, "tensor_group", GROUP)
-
-    def problems(self, shape: Shape) -> list[str]:
-        return [f"in_features {shape[1]} is not divisible by {GROUP}, as nvfp4 needs it"] if shape[1] % GROUP else []
-
-    def fitted(self, shape: Shape) -> "NVFP4":
-        return self
 
     def fused(self, weights: Iterable[Tensor]) -> "NVFP4":
         """This type with the global scale that these weights have in common: servers multiply by them as by one."""
@@ -153,12 +131,6 @@ class NVFP4:
 
     def rows(self, shape: Shape, tensors: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
         return {name: tensors[name][ids] for name in ("codes", "scales")} | {"global_scale": tensors["global_scale"]}
-
-    def elements(self, shape: Shape, tensors: Mapping[str, Tensor]) -> None:
-        """None: two codes lie in a byte."""
-
-    def from_elements(self, shape: Shape, elements: Tensor, scales: Tensor, zeros: Tensor | None) -> dict[str, Tensor]:
-        raise ValueError(f"{self.name} has no plain elements")
 
 
 PLUGINS = (NVFP4,)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitpress.kernels.activations.base import finite_rows
+
 DAMPING_CAP = 1.0  # of the mean diagonal: beyond it hardly anything of the Hessian is left
 _PANEL = 256  # columns that are multiplied at a time; what lies below the diagonal is not computed
 _INVERTED = 1024  # columns of a factor that are inverted at a time
@@ -66,11 +68,8 @@ class Hessian:
     def add(self, inputs: Tensor) -> None:
         """Sum inputs [..., in], floating. Rows with NaN or infinite values are left out, and counted."""
         assert self._dead is None, "a Hessian that was used takes no more inputs"
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        if not torch.isfinite(rows.sum(dtype=torch.float32)):  # far cheaper than to look at each
-            finite = torch.isfinite(rows).all(1)
-            self.dropped += int((~finite).sum())
-            rows = rows[finite]
+        rows, dropped = finite_rows(inputs)
+        self.dropped += dropped
         self.tokens += rows.shape[0]
         halves = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)  # tensor cores take them as they are
         wide = rows if halves else rows.to(torch.float32)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bitpress.kernels.activations.base import finite_rows
 from bitpress.kernels.scheme import Scheme
 
 from ..methods.base import BlockView
@@ -44,11 +45,8 @@ class InputRange:
         return 4 * in_features * (2 * _SAMPLE + 3)
 
     def add(self, inputs: Tensor) -> None:
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        finite = torch.isfinite(rows).all(1)
-        if not finite.all():
-            self.dropped += int((~finite).sum())
-            rows = rows[finite]
+        rows, dropped = finite_rows(inputs)
+        self.dropped += dropped
         if not len(rows):
             return
         magnitudes = rows.abs().to(torch.float32)
