@@ -170,8 +170,6 @@ def _converted(conversion: _Conversion, layer: str) -> QTensor:
         conversion.ordered.append(layer)
     scales = qtensor.scales
     wanted = format.scale_dtype(qtensor.scheme, conversion.contents.model.dtype)
-    if wanted not in qtensor.scheme.weight.layout(qtensor.shape)["scales"][1]:
-        wanted = scales.dtype
     cast: Tensor = scales.to(wanted)
     lost = int((cast.to(torch.float32) != scales.to(torch.float32)).sum())
     if not lost:

@@ -5,7 +5,7 @@ points packed alike; scales float16 [groups, out]. The eight codes of a word lie
 scales that AWQ searches for are part of the weights and norms when a checkpoint is saved, so nothing tells of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
 from .base import (
+    HEAD_IS_ROUNDED,
     Examination,
     Facts,
     Format,
@@ -143,12 +144,7 @@ class AWQ(Format):
                 f"{some(hidden)}: quantized, and the config's modules_to_not_convert matches, so runtimes look for a "
                 "plain weight there"
             )
-        unlisted = [
-            name
-            for name, shape in seen.kept.items()
-            if shape[:1] != (1,) and name != _HEAD and not any(entry in name for entry in entries)
-        ]
-        if unlisted:
+        if unlisted := [name for name in seen.unquantized(_HEAD) if not any(entry in name for entry in entries)]:
             faults.append(
                 f"{some(unlisted)}: neither quantized nor in the config's modules_to_not_convert, so runtimes look for "
                 "packed weights there"
@@ -172,7 +168,7 @@ class AWQ(Format):
             "SGLang": Loading(served),
             "llama.cpp": Loading([("no", "its converter does not read AWQ")]),
             "MLX": Loading(own),
-            "ORT GenAI": Loading([*own, *_genai()]),
+            "ORT GenAI": Loading([*own, HEAD_IS_ROUNDED]),
             "TensorRT-LLM": Loading([("unknown", "its documents name AWQ, and files like these were not tried")]),
         }
 
@@ -181,13 +177,6 @@ class AWQ(Format):
 
     def input_multiple(self, scheme: Scheme, cut: bool) -> int:
         return scheme.group_size or 1
-
-
-def _genai() -> Iterator[Reason]:
-    yield (
-        "limited",
-        "its builder also rounds the head, unless told --extra_options nodes_to_exclude=/lm_head/MatMul",
-    )
 
 
 def _left_alone(config: dict[str, Any]) -> list[str]:

@@ -23,6 +23,10 @@ from .names import NameRules
 SECTIONS = ("quantization_config", "quantization")  # keys of config.json that say how a model is quantized
 LEVELS = ("yes", "limited", "unknown", "no")  # how a runtime loads a checkpoint; the worst of all reasons counts
 Reason = tuple[str, str]  # one of LEVELS, and a sentence
+HEAD_IS_ROUNDED: Reason = (  # by ONNX Runtime GenAI's builder
+    "limited",
+    "its builder also rounds the head, unless told --extra_options nodes_to_exclude=/lm_head/MatMul",
+)
 SchemeRules = NameRules[Scheme]  # .get(layer's name in the files) -> its scheme; None where the config gives it none
 
 
@@ -102,6 +106,10 @@ class Examination:
     @property
     def ordered(self) -> list[str]:
         return [name for name, layer in self.layers.items() if layer.ordered]
+
+    def unquantized(self, head: str) -> list[str]:
+        """The kept layers without the head of this name and gates of one output, which readers leave alone unasked."""
+        return [name for name, shape in self.kept.items() if shape[:1] != (1,) and name != head]
 
     @property
     def scale_dtypes(self) -> list[str]:

@@ -20,6 +20,7 @@ from ..errors import listing
 from ..storage.checkpoint import Checkpoint
 from .act_order import gather_codes, read_order, scatter_codes, write_groups
 from .base import (
+    HEAD_IS_ROUNDED,
     Examination,
     Facts,
     Format,
@@ -227,8 +228,7 @@ class GPTQ(Format):
             notes.append("the config says desc_act, but every g_idx is in order: a slower kernel may run for nothing")
         if _HEAD in seen.layers and seen.config.get("lm_head") is not True:
             faults.append("lm_head is quantized, and the config denies it, so runtimes look for lm_head.weight")
-        unlisted = [name for name, shape in seen.kept.items() if shape[:1] != (1,) and name != _HEAD]  # 1: a gate
-        if left := _not_among(unlisted, self.kept(seen.config)):
+        if left := _not_among(seen.unquantized(_HEAD), self.kept(seen.config)):
             faults.append(
                 f"{some(left)}: neither quantized nor in the config's dynamic, so runtimes look for packed weights"
                 " there"
@@ -290,10 +290,7 @@ class GPTQ(Format):
         elif not scheme.symmetric:
             yield "unknown", "whether its builder undoes the borrow of version 1's zero points was not tried"
         else:
-            yield (
-                "limited",
-                "its builder also rounds the head, unless told --extra_options nodes_to_exclude=/lm_head/MatMul",
-            )
+            yield HEAD_IS_ROUNDED
         if ordered:
             yield "unknown", "whether its builder follows g_idx was not tried"
 

@@ -17,7 +17,6 @@ from bitpress.kernels.scheme import Scheme
 
 from ..errors import NumericsError
 from .base import (
-    Examination,
     Facts,
     Format,
     Loading,
@@ -132,9 +131,6 @@ class MLXAffine(Format):
         for name, own in layers.items():
             require(isinstance(own, dict), f"{_LAYERS} gives {name} {own!r}, expected an object")
         return NameRules(_scheme(config), {name: _scheme(config | own) for name, own in layers.items()})
-
-    def diagnose(self, seen: Examination) -> tuple[list[str], list[str]]:
-        return [], []
 
     def runtimes(self, facts: Facts) -> dict[str, Loading]:
         refused: list[Reason] = [("no", "it does not read MLX's format")]
