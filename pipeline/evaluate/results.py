@@ -9,10 +9,10 @@ from typing import Any
 from bitpress.eval.report import report, results
 
 from ..checkpoints.coverage import coverage_of
+from ..config.options import options_of
 from ..config.schema import BASELINE, Run
 from ..formats import count_schemes, open_quantized, quantization_section, scheme_name
 from ..hub.download import Source
-from ..methods import options_of
 from ..models.structure import computing_dtype
 from ..quantize.recipe import Recipe
 from ..storage import files

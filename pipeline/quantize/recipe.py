@@ -9,14 +9,15 @@ import torch
 from ..config.budget import Budget
 from ..config.load import load_recipe
 from ..config.messages import Problem
+from ..config.options import options_of
 from ..config.schema import AUTO, RecipeSettings
 from ..data.calibration import Calibration
 from ..errors import ConfigError, nearest
 from ..formats import registry as formats
 from ..formats import scheme_name
 from ..formats.base import Format
-from ..methods import options_of, with_options
 from ..methods import registry as methods
+from ..methods import with_options
 from ..storage.checkpoint import Checkpoint
 from ..system.device import pick_device
 from ..system.versions import releases
