@@ -32,6 +32,8 @@ def with_common_scales(unit: Unit, read: Callable[[PlannedTensor], Tensor]) -> U
             parts.setdefault((fused_unit(planned.module), planned.spec.scheme), []).append(planned)
     specs: dict[str, LayerSpec] = {}
     for (_, scheme), layers in parts.items():
+        if len(layers) == 1:  # it has its own anyhow
+            continue
         common = replace(scheme, weight=scheme.weight.fused(map(read, layers)))  # type: ignore[attr-defined]
         specs |= {each.info.name: replace(each.spec, scheme=common) for each in layers if each.spec}
     return replace(unit, tensors=[replace(each, spec=specs.get(each.info.name, each.spec)) for each in unit.tensors])
