@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints.convert import convert as convert_checkpoint
-from .config.load import load_calibration, load_eval, load_recipe
+from .config.load import calibration_of, load_eval, load_recipe
 from .config.schema import RecipeSettings
 from .errors import BitpressError, ConfigError
 from .evaluate import process
@@ -66,7 +66,7 @@ def quantize(
         try:
             checkpoint, notes = Checkpoint(source.folder), []
             if chosen.calibrated:
-                text = settings.calibration or load_calibration({})
+                text = calibration_of(settings)
                 tokens = calibrate_on(checkpoint, text)
                 chosen, notes = replace(chosen, calibration=tokens), [f"calibrated on {tokens}"]
             shared = Path(keep).expanduser() if keep else None
@@ -138,7 +138,7 @@ def plan(
         raise ConfigError(f"{chosen.name} has no budget to plan for; give one, as in budget: 4.25 bits")
     source = resolve(str(model), revision)
     checkpoint = Checkpoint(source.folder)
-    text = settings.calibration or load_calibration({})
+    text = calibration_of(settings)
     tokens = calibrate_on(checkpoint, text)
     with tempfile.TemporaryDirectory(prefix="bitpress-") as folder:
         shared = Path(keep or folder).expanduser()

@@ -103,6 +103,11 @@ def load_calibration(settings: str | dict[str, Any]) -> Calibrate:
     return _section(Calibrate, values, ("defaults", "calibration"))
 
 
+def calibration_of(settings: RecipeSettings) -> Calibrate:
+    """A recipe's calibration section, or the usual one where it has none."""
+    return settings.calibration or load_calibration({})
+
+
 def _section(kind: type[Section], settings: Any, path: tuple[str, ...]) -> Section:
     try:
         return kind.model_validate(settings)

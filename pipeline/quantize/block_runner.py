@@ -32,7 +32,7 @@ from ..system.threads import pool
 from .foldings import probe, rows_of_inputs, segments
 from .plan import PlannedTensor
 
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time: what caches, and what memory likes
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time: what caches, and what memory likes
 _MOST_AT_A_TIME = 4  # batches: one for each core where there are few, but their activations are all in memory
 _WIDE = 4096  # inputs from which on a statistic is best summed by all threads together
 _HELD_OUT = 8  # one batch of so many judges what is learned from the others
@@ -133,7 +133,7 @@ class BlockRunner:
             if self.names.known(planned.target.parameter) and not planned.target.parameter.startswith(unread)
         ]
         self._read = read or (lambda planned: checkpoint.read(planned.info.name))
-        windows = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"]) // ids.shape[1]
+        windows = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"]) // ids.shape[1]
         self.batches = ids.split(max(1, min(windows, len(ids) // least_batches)))
         self._workers = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
         self._calls: list[dict[int, _Call]] = []  # of each batch: block -> what it is called with

@@ -44,7 +44,7 @@ from .sequential import CalibratedBlocks, clear_states
 from .spec import KEPT, LayerSpec, Rules
 
 FOLDER = ".budget"  # beside the recipes' folders of a run: what all its budgets share
-_PROBE_TOKENS = 2048  # that a probe reads: on llama-12m the sum of such probes was within a few percent of what it says
+PROBE_TOKENS = 2048  # that a probe reads: on llama-12m the sum of such probes was within a few percent of what it says
 _MOST_POINTS = 1 << 16  # of the curve that are held; beyond, sizes are told apart to 1/65536 of the largest
 _CURVE = 40  # points of the curve that are recorded
 _LINE = 1024  # bytes of config.json, index and manifest for a layer, at most
@@ -210,7 +210,7 @@ class Search:
         """The calibration windows that probes read, int64 [windows, context]."""
         assert self.recipe.calibration
         ids = self.recipe.calibration.ids
-        return ids[: max(1, _PROBE_TOKENS // ids.shape[1])]
+        return ids[: max(1, PROBE_TOKENS // ids.shape[1])]
 
     def _model(self, stack: ExitStack) -> BlockRunner:
         """The whole model in float32: the rounding of bfloat16 would hide what 8 bits cost."""

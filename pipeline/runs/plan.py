@@ -20,18 +20,20 @@ from bitpress.kernels.registry import AUTOMATIC, select
 
 from ..checkpoints.facts import facts_of
 from ..checkpoints.runtimes import verdicts
-from ..config.load import load_calibration
+from ..config.load import calibration_of
 from ..config.schema import BASELINE, Eval, Model, RecipeSettings, Run
 from ..data.text import needed_packages, read_text
 from ..data.tokens import longest
 from ..errors import BitpressError, ConfigError, DiskError, listing
 from ..hub.download import local
 from ..models.structure import TensorNames, skeleton
-from ..quantize.budget import BudgetUnit, plan_search
+from ..quantize.block_runner import BATCH_TOKENS
+from ..quantize.budget import PROBE_TOKENS, BudgetUnit, plan_search
 from ..quantize.plan import Plan, make_plan
 from ..quantize.recipe import Recipe
 from ..quantize.spec import LayerSpec
 from ..storage.checkpoint import INDEX, Checkpoint
+from ..storage.files import nearest_folder
 from ..storage.fingerprint import MANIFEST
 from ..system import packages
 from ..system.device import pick_device
@@ -43,8 +45,6 @@ from .rates import Rates, Shape, measure
 NOT_BEGUN, HALF_DONE, FINISHED = "to do", "half done", "finished"
 # Bytes of a process that has imported torch and transformers: 400 to 450 MB on Linux with the CPU build of torch 2.13.
 _PROCESS = 450 << 20
-_PROBE_TOKENS = 2048  # that each probe of a budget reads
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time, see quantize/block_runner.py
 _BATCHES_AT_A_TIME = 4
 _CHARACTERS = 4  # of text for a token, about; what is measured is the text's length
 _LINE, _FEW = 400, 2000  # bytes that index and manifest have for each layer, and besides
@@ -242,8 +242,7 @@ class RunPlan:
                     )
                 )
         output = Path(self.run.output).expanduser().absolute()
-        disk = next(path for path in (output, *output.parents) if path.exists())
-        needed, free = sum(job.disk for job in self.jobs), psutil.disk_usage(str(disk)).free
+        needed, free = sum(job.disk for job in self.jobs), psutil.disk_usage(str(nearest_folder(output))).free
         if needed > free:
             faults.append(
                 DiskError(
@@ -344,7 +343,7 @@ def _calibration_texts(run: Run) -> Iterator[tuple[Any, str]]:
     """The texts that recipes learn from, each with the recipe's name."""
     for settings in run.recipes:
         if not settings.baseline and Recipe.make(settings, run.device).calibrated:
-            yield (settings.calibration or load_calibration({})).text, settings.label
+            yield calibration_of(settings).text, settings.label
 
 
 def _state(folder: Path, baseline: bool) -> str:
@@ -474,9 +473,6 @@ def _quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, s
     for tensor in plan.tensors:
         if not tensor.spec:
             kept.setdefault(tensor.reason, []).append(tensor.info.name)
-    targets = {tensor.module: tensor.target for tensor in plan.quantized}
-    layers = {t.module: (t.spec.scheme, (t.shape[0], t.shape[1])) for t in plan.quantized if t.spec}
-    facts = facts_of(plan.format, plan.model, TensorNames(plan.model), targets, layers, plan.kept)
     return replace(
         job,
         format=plan.format.name,
@@ -488,11 +484,18 @@ def _quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, s
         work=work,
         unknown=[text.why] if text.why and work else [],
         kept=kept,
-        runtimes=verdicts(facts),
+        runtimes=runtimes_of(plan),
         notes=plan.notes,
         layers=[(spec, _largest(plan, spec, units)) for spec in specs.values()],
         search=recipe.budget is not None,
     )
+
+
+def runtimes_of(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Who loads what a plan makes; see checkpoints.runtimes.verdicts."""
+    targets = {tensor.module: tensor.target for tensor in plan.quantized}
+    layers = {t.module: (t.spec.scheme, (t.shape[0], t.shape[1])) for t in plan.quantized if t.spec}
+    return verdicts(facts_of(plan.format, plan.model, TensorNames(plan.model), targets, layers, plan.kept))
 
 
 def _within(recipe: Recipe, plan: Plan, units: list[BudgetUnit], written: dict[str, int], fixed: int) -> dict[str, int]:
@@ -539,7 +542,7 @@ def _calibration_tokens(recipe: Recipe, settings: RecipeSettings, config: Any) -
     """How many tokens calibrated methods are given; 0 where none is calibrated."""
     if not recipe.calibrated:
         return 0
-    chosen = settings.calibration or load_calibration({})
+    chosen = calibration_of(settings)
     return chosen.windows * longest(config, chosen.context)
 
 
@@ -556,7 +559,7 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
         return total
     config = plan.model.config.get_text_config()
     outside = sum(tensor.info.nbytes for tensor in plan.tensors if tensor.block is None)
-    batch = _BATCH_TOKENS.get(recipe.device, _BATCH_TOKENS["cpu"])
+    batch = BATCH_TOKENS.get(recipe.device, BATCH_TOKENS["cpu"])
     inner = max(max(tensor.shape) for tensor in plan.quantized)
     activations = _BATCHES_AT_A_TIME * batch * 3 * inner * 4
     statistics: dict[int | None, int] = {}
@@ -565,13 +568,13 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
             own = sum(kind.nbytes(tensor.shape[1]) for kind in tensor.spec.method.statistics)
             statistics[tensor.block] = statistics.get(tensor.block, 0) + own
     total += outside + activations + max(statistics.values(), default=0)
-    total += 4 * longest(plan.model.config, (settings.calibration or load_calibration({})).context) * config.vocab_size
+    total += 4 * longest(plan.model.config, calibration_of(settings).context) * config.vocab_size
     if any(spec.method.learns for spec in recipe.rules.specs()):
         blocks = [unit for unit in plan.units if unit.block is not None]
         total += _LEARNED * max(sum(prod(t.shape) for t in unit.tensors if t.spec) for unit in blocks)
     if units:
         whole = 4 * sum(prod(tensor.info.shape) for tensor in plan.tensors)
-        total = max(total, _PROCESS + whole + _LOGITS * _PROBE_TOKENS * config.vocab_size)
+        total = max(total, _PROCESS + whole + _LOGITS * PROBE_TOKENS * config.vocab_size)
     return total
 
 
@@ -591,7 +594,7 @@ def _quantize_work(
         rounded[spec.name] = spec, before + slower * prod(tensor.shape)
     products, statistics = 0.0, 0.0
     if tokens:
-        batches = max(1, tokens // _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cpu"]))
+        batches = max(1, tokens // BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]))
         learned = max((spec.method.learning_passes(batches) for spec in recipe.rules.specs()), default=0.0)
         passes = 2.0 + (2.0 if recipe.transform else 0.0) + learned
         products = 2.0 * inside * tokens * passes
@@ -602,7 +605,7 @@ def _quantize_work(
             if tensor.spec and tensor.spec.method.statistics
         )
     if units:
-        reading = min(_PROBE_TOKENS, tokens)
+        reading = min(PROBE_TOKENS, tokens)
         products += sum(len(unit.specs) for unit in units) * inside * reading  # half of the blocks, on average
     source = sum(tensor.info.nbytes for tensor in plan.tensors)
     return Work(products=products, statistics=statistics, read=source, written=artifact, rounded=rounded)

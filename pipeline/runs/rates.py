@@ -94,8 +94,8 @@ def measure(layers: Sequence[tuple[LayerSpec, Shape]], dtype: torch.dtype, devic
     side = 2048 if device.type == "cuda" else 1024
     matrix = torch.randn(side, side, generator=generator).to(device, dtype)
     described = machine(device)
-    plain = [rate for spec, _ in layers if not spec.method.statistics for rate in [rounding[spec.name]]]
-    calibrated = [rate for spec, _ in layers if spec.method.statistics for rate in [rounding[spec.name]]]
+    plain = [rounding[spec.name] for spec, _ in layers if not spec.method.statistics]
+    calibrated = [rounding[spec.name] for spec, _ in layers if spec.method.statistics]
     write, read = _disk(folder)
     return Rates(
         f"measured here: {described['cpu']}, {described['threads']} threads"
@@ -132,7 +132,7 @@ def _product(matrix: torch.Tensor) -> None:
 
 def _disk(folder: Path) -> tuple[float, float]:
     """Bytes per second written and synced, and read and hashed, in the first folder above that there is."""
-    disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    disk = files.nearest_folder(folder)
     with files.disk_errors(disk), tempfile.TemporaryDirectory(dir=disk, prefix=".bitpress-") as temporary:
         path = Path(temporary) / "sample"
         start = time.perf_counter()

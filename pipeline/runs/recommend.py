@@ -7,10 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bitpress.eval.report.words import size, small
-from bitpress.kernels.scheme import Scheme
 
-from ..checkpoints.facts import facts_of
-from ..checkpoints.runtimes import verdicts
 from ..config.budget import Budget
 from ..config.schema import BASELINE
 from ..data.tokens import longest
@@ -19,11 +16,11 @@ from ..formats import misfits
 from ..formats import registry as formats
 from ..formats.base import LEVELS
 from ..hub.download import local, resolve
-from ..models.structure import TensorNames
 from ..quantize.plan import Plan, make_plan
 from ..quantize.recipe import Recipe
 from ..storage.checkpoint import Checkpoint
 from .measured import MEASURED, MEASURED_ON, Measured
+from .plan import runtimes_of
 
 TARGETS: dict[str, tuple[str, ...]] = {  # what people call it -> runtimes, see checkpoints.runtimes
     "vllm": ("vLLM",),
@@ -169,7 +166,7 @@ def _option(first: Plan, measured: Measured, runtimes: tuple[str, ...], beside: 
         own = replace(option, nbytes=nbytes, memory=int(_ROOM * (nbytes + beside)), format=format.name, fitted=fitted)
         if not runtimes:
             return own
-        table = _verdicts(plan)
+        table = runtimes_of(plan)
         for name in runtimes:
             level, reasons = table[name]["loads"], tuple(table[name]["why"])
             if best is None or LEVELS.index(level) < LEVELS.index(best.loads):
@@ -182,17 +179,6 @@ def _option(first: Plan, measured: Measured, runtimes: tuple[str, ...], beside: 
             best, unsupported=f"{best.runtime} {words}: {best.notes[0] if best.notes else 'no reason is known'}"
         )
     return best
-
-
-def _verdicts(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Who loads what a plan makes; see checkpoints.runtimes."""
-    targets = {tensor.module: tensor.target for tensor in plan.quantized}
-    layers: dict[str, tuple[Scheme, tuple[int, int]]] = {
-        tensor.module: (tensor.spec.scheme, (tensor.shape[0], tensor.shape[1]))
-        for tensor in plan.quantized
-        if tensor.spec
-    }
-    return verdicts(facts_of(plan.format, plan.model, TensorNames(plan.model), targets, layers, plan.kept))
 
 
 def _explained(
@@ -213,7 +199,7 @@ def _explained(
         least = min(possible, key=lambda option: option.memory, default=None)
         why = (
             [f"nothing fits into {memory}: the smallest, {least.recipe}, needs {size(least.memory)} {with_cache}"]
-            if (least)
+            if least
             else [f"nothing that was measured can be made of this model for {target}"]
         )
         return Recommendation(model, None, why, "", options, unknown)

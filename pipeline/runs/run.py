@@ -7,7 +7,7 @@ from typing import Any
 
 from bitpress.eval.report import results
 
-from ..config.load import load_calibration
+from ..config.load import calibration_of
 from ..config.schema import BASELINE, Model, Publish, Run
 from ..data.calibration import Calibration, calibrate
 from ..data.text import read_text
@@ -129,7 +129,7 @@ def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False,
             continue
         calibration = None
         if recipes[settings.label].calibrated:
-            wanted = settings.calibration or load_calibration({})
+            wanted = calibration_of(settings)
             if (key := wanted.model_dump_json()) not in calibrations:
                 calibrations[key] = calibrate(wanted, tokenizer, config)
             calibration = calibrations[key]

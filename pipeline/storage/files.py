@@ -228,6 +228,11 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(f"the output folder {folder} is not writable; choose another")
 
 
+def nearest_folder(path: Path) -> Path:
+    """The folder itself, or the first one above it that there is."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())
+
+
 def preflight(folder: Path, needed: int) -> None:
     """Refuse to start what the disk cannot hold; `needed` in bytes.
 

@@ -28,7 +28,7 @@ Tiny = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def two_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two windows and one of one."""
-    monkeypatch.setattr(module, "_BATCH_TOKENS", {"cpu": 2 * CONTEXT, "meta": 2 * CONTEXT})
+    monkeypatch.setattr(module, "BATCH_TOKENS", {"cpu": 2 * CONTEXT, "meta": 2 * CONTEXT})
 
 
 def ids() -> Tensor:
@@ -128,7 +128,7 @@ def test_block_by_block_as_the_whole_model(architecture: str, tiny: Tiny, monkey
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_on_several_threads(name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches go through a block side by side, and are summed in their order all the same."""
-    monkeypatch.setattr(module, "_BATCH_TOKENS", {"cpu": CONTEXT})
+    monkeypatch.setattr(module, "BATCH_TOKENS", {"cpu": CONTEXT})
     made: list[list[Tensor]] = []
     try:
         for threads in (1, 2, 3):
