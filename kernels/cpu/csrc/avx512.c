@@ -36,6 +36,16 @@ AVX512_INLINE __m512 group_zeros(const Weight *w, int64_t index) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->zeros + index * BLOCK))));
 }
 
+/* Writes the totals [count, wide] of rows and blocks to out. NF4's are sums of codes of NF4_STEPS. */
+AVX512_INLINE void store_totals(const __m512 *totals, const int count, const int wide, const Code kind, float *out) {
+    for (int m = 0; m < count; m++)
+        for (int j = 0; j < wide; j++) {
+            __m512 total = totals[m * wide + j];
+            if (kind == NF4) total = _mm512_mul_ps(total, _mm512_set1_ps(1 / NF4_STEPS));
+            _mm512_storeu_ps(out + m * PAIR + j * BLOCK, total);
+        }
+}
+
 /* dpbusd multiplies unsigned bytes by signed ones: weights are unsigned, and zero * sum(x codes) is taken off.
  *
  * `count` rows, `wide` blocks side by side: more sums at a time hide the instructions' latency, and more streams of
@@ -106,12 +116,7 @@ AVX512_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int6
         scales++;
         sums++;
     }
-    for (int m = 0; m < count; m++)
-        for (int j = 0; j < wide; j++) {
-            __m512 total = totals[m * wide + j];
-            if (kind == NF4) total = _mm512_mul_ps(total, _mm512_set1_ps(1 / NF4_STEPS));
-            _mm512_storeu_ps(out + m * PAIR + j * BLOCK, total);
-        }
+    store_totals(totals, count, wide, kind, out);
 }
 
 /* As rows_of, of inputs in int16: two of them, and two weights in int16, for each lane. Masks and shifts of 16 bits take
@@ -186,12 +191,7 @@ AVX512_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block,
         scales++;
         sums++;
     }
-    for (int m = 0; m < count; m++)
-        for (int j = 0; j < wide; j++) {
-            __m512 total = totals[m * wide + j];
-            if (kind == NF4) total = _mm512_mul_ps(total, _mm512_set1_ps(1 / NF4_STEPS));
-            _mm512_storeu_ps(out + m * PAIR + j * BLOCK, total);
-        }
+    store_totals(totals, count, wide, kind, out);
 }
 
 /* Looks codes up, or converts them, and multiplies in float32: nothing about the inputs is rounded. */
