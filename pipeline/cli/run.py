@@ -77,8 +77,9 @@ def run(
         return
     from ..config.load import load_config
     from ..quantize.recipe import problems
+    from ..runs.folders import jobs_of
     from ..runs.plan import plan_run
-    from ..runs.run import execute, jobs_of, summarize
+    from ..runs.run import execute, summarize
 
     quiet_libraries()
     runs = [load_config(path, set, problems) for path in configs or [Path("demo")]]  # all are checked before any starts
@@ -195,6 +196,7 @@ def quantize(
 ) -> None:
     """Quantize one checkpoint into a folder that other runtimes load too."""
     from ..api import quantize as quantize_api
+    from ..checkpoints.doctor import remember_headers
     from ..config.load import load_layers, load_options
 
     quiet_libraries()
@@ -207,6 +209,7 @@ def quantize(
     name = budget or recipe or DEFAULT_RECIPE
     with progress(f"quantizing to {name}") as step:
         artifact = quantize_api(model, settings, output, revision, device, step, keep)
+    remember_headers(artifact.folder)
     for note in artifact.notes:
         news(note)
     print_line(f"{output}: {name}; try `bitpress eval {output}`")
