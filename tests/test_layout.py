@@ -49,6 +49,8 @@ LATE_IMPORTS = {
     "pipeline/checkpoints/onnx_logits.py": "onnx and onnxruntime-genai are optional",
     "pipeline/methods/nf4.py": "bitsandbytes is optional",
     "pipeline/bench/scripts/*_job.py": "another program's Python runs them, and tests import them without that program",
+    "pipeline/checkpoints/doctor.py": "transformers takes two seconds, and what it said of headers is remembered",
+    "pipeline/runs/plan.py": "transformers takes two seconds, and a job that was planned before is remembered",
     "pipeline/runs/executors/ray.py": "ray is optional, and a job brings torch and transformers",
     "pipeline/trackers/*.py": "trackers are optional",
     "pipeline/runs/executors/serial.py": "`bitpress list` shows executors, and a job brings torch and transformers",
