@@ -234,19 +234,21 @@ def clean(run: Annotated[Path, typer.Argument(help="The folder of a run: runs/NA
 def convert(
     model: Annotated[str, typer.Argument(help="A quantized folder, or a Hub id.")],
     to: Annotated[
-        str, typer.Option(help="A format: awq, compressed-tensors, gguf, gptq, gptq-v2, mlx; see `bitpress list`.")
+        str,
+        typer.Option(help="A format: awq, compressed-tensors, gguf, gptq, gptq-v2, mlx; or onnx. See `bitpress list`."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
 ) -> None:
     """A quantized checkpoint in another format, its weights the same to the bit, or a refusal that says why."""
     from ..api import convert as convert_api
+    from ..formats import registry
 
     quiet_libraries()
     with progress(f"converting to {to}") as step:
         artifact = convert_api(model, to, output, step)
     for note in artifact.notes:
         news(note)
-    print_line(f"{output}: {to}; try `bitpress doctor {output}`")
+    print_line(f"{output}: {to}" + (f"; try `bitpress doctor {output}`" if to in registry() else ""))
 
 
 def publish(
