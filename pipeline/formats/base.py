@@ -70,13 +70,15 @@ class Loading:
     """How one runtime loads a checkpoint.
 
     needs: packages beside the runtime itself, as pip takes them, after commas. arguments: what from_pretrained needs
-    beside the name, as code; imports: what that code takes from transformers.
+    beside the name, as code; imports: what that code takes from transformers. serve: the command that serves it, where
+    that is not the runtime's usual one; {model} stands for a folder or a Hub id, {folder} for a folder.
     """
 
     reasons: list[Reason] = field(default_factory=list)
     needs: str = ""
     arguments: str = ""
     imports: str = ""
+    serve: str = ""
 
 
 @dataclass(frozen=True)
