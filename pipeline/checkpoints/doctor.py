@@ -236,6 +236,7 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
             {name: (layer.scheme, layer.shape) for name, layer in seen.layers.items()},
             frozenset(seen.kept),
             bool(seen.ordered),
+            [layer for layer, kind in contents.kinds.items() if kind == "embedding"],
         )
         diagnosis.runtimes, diagnosis.tensor_parallel = verdicts(facts), tensor_parallel(facts)
         if facts.auto_class != Facts.auto_class:

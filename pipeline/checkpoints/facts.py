@@ -19,6 +19,7 @@ def facts_of(
     layers: Mapping[str, tuple[Scheme, tuple[int, int]]],
     kept: Iterable[str],
     ordered: bool = False,
+    embeddings: Iterable[str] = (),
 ) -> Facts:
     """The facts of a quantized checkpoint.
 
@@ -26,6 +27,7 @@ def facts_of(
         model: of config.json, on the device meta. names: of its tensors.
         targets: quantized layer -> where its weight goes. layers: quantized layer -> its scheme, and [out, in].
         kept: linear layers that are not quantized. ordered: whether some layer has act-order.
+        embeddings: quantized layers that are embeddings.
     """
     config = model.config.get_text_config(decoder=True)
     counts = [getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
@@ -43,6 +45,7 @@ def facts_of(
         kept=frozenset(kept),
         auto_class=auto_class(model.config).__name__,
         blocks=decoder(model),
+        embeddings=frozenset(embeddings),
     )
 
 

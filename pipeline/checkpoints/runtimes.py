@@ -2,8 +2,8 @@
 
 Each format's file has what is about that format. Here is what is about the shapes of layers, and about layers that
 servers fuse. RUNTIMES has the versions whose sources and documents were read in autumn 2026; transformers (with
-compressed-tensors 0.20), ONNX Runtime GenAI and mlx-lm were tried, too. Nothing here runs them. What is not documented
-is called unknown.
+compressed-tensors 0.20), ONNX Runtime GenAI, mlx-lm and, on a CPU, vLLM 0.32 were tried, too: see tests/interop/.
+Nothing here runs them. What is not documented is called unknown.
 """
 
 import shlex

@@ -495,7 +495,9 @@ def runtimes_of(plan: Plan) -> dict[str, dict[str, Any]]:
     """Who loads what a plan makes; see checkpoints.runtimes.verdicts."""
     targets = {tensor.module: tensor.target for tensor in plan.quantized}
     layers = {t.module: (t.spec.scheme, (t.shape[0], t.shape[1])) for t in plan.quantized if t.spec}
-    return verdicts(facts_of(plan.format, plan.model, TensorNames(plan.model), targets, layers, plan.kept))
+    embeddings = [tensor.module for tensor in plan.quantized if tensor.kind == "embedding"]
+    names = TensorNames(plan.model)
+    return verdicts(facts_of(plan.format, plan.model, names, targets, layers, plan.kept, embeddings=embeddings))
 
 
 def _within(recipe: Recipe, plan: Plan, units: list[BudgetUnit], written: dict[str, int], fixed: int) -> dict[str, int]:

@@ -300,7 +300,7 @@ def facts(form: str, scheme: str, **changes: Any) -> Facts:
 VERDICTS = [
     ("gptq", "int4-g128", {}, "yes yes yes yes", "limited no limited unknown"),
     ("gptq", "int8-channel", {}, "yes yes yes yes", "limited no limited unknown"),
-    ("gptq", "int4-g128", {"ordered": True}, "yes yes yes yes", "limited no unknown unknown"),
+    ("gptq", "int4-g128", {"ordered": True}, "yes yes no yes", "limited no unknown unknown"),
     ("gptq", "int4-g256", {}, "yes yes limited limited", "limited no limited unknown"),
     ("gptq", "int3-g128", {}, "yes yes no limited", "no no no unknown"),
     ("gptq", "int4-g128-asym", {}, "yes yes no unknown", "unknown no unknown unknown"),
@@ -312,6 +312,7 @@ VERDICTS = [
     ("compressed-tensors", "int8-g128-asym", {}, "limited unknown yes limited", "unknown no limited unknown"),
     ("compressed-tensors", "int2-g64", {}, "yes unknown yes unknown", "limited no limited unknown"),
     ("compressed-tensors", "int4-g128", {"ordered": True}, "no unknown no unknown", "unknown no limited unknown"),
+    ("compressed-tensors", "int4-g128", {"embeddings": {"a"}}, "yes unknown unknown yes", "limited no limited unknown"),
     ("int-quantized", "int8-dynamic", {}, "yes unknown yes yes", "limited no limited unknown"),
     ("bitsandbytes", "nf4", {}, "yes unknown yes yes", "no no no unknown"),
     ("mlx", "int4-g128", {}, "no no no no", "no yes no no"),
