@@ -25,7 +25,7 @@ LEVELS = ("yes", "limited", "unknown", "no")  # how a runtime loads a checkpoint
 Reason = tuple[str, str]  # one of LEVELS, and a sentence
 HEAD_IS_ROUNDED: Reason = (  # by ONNX Runtime GenAI's builder
     "limited",
-    "its builder also rounds the head, unless told --extra_options nodes_to_exclude=/lm_head/MatMul",
+    "its builder also rounds the head and the embeddings; `bitpress convert --to onnx` has it leave them alone",
 )
 ON_GPUS: Reason = ("yes", "on GPUs: on a CPU, vLLM 0.32 stops, as it has no kernel for it there")
 WITH_AMX: Reason = ("yes", "on GPUs: on a CPU, vLLM 0.32 stops unless the processor has AMX, which was not tried")
