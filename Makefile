@@ -1,6 +1,7 @@
 # make demo: see what it does.  make test: the test suite.  make check: what CI holds a change to.
 # make fuzz: damaged checkpoints, and kernels between guard pages, for a minute.
 # make docs: the pages of docs/ as a site, in build/docs.
+# make wheel: the release in dist/, tried in fresh environments; Linux on x86-64, with gcc and binutils.
 # make interop: the files of bitpress in other programs, and theirs in bitpress.
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxproc
 # The other programs want versions of torch and transformers that exclude each other: an environment for each.
 PEERS := gptqmodel llmcompressor transformers llamacpp mlx vllm
 
-.PHONY: demo test check docs fuzz interop clean
+.PHONY: demo test check docs wheel fuzz interop clean
 
 demo: $(INSTALLED)
 	$(BIN)/bitpress run configs/demo.yaml
@@ -31,6 +32,9 @@ check: $(INSTALLED)
 # a link that leads nowhere fails
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
+
+wheel: $(INSTALLED)
+	$(BIN)/python tests/release/wheel.py --out dist --try
 
 # as long as wanted: make fuzz FUZZ="--minutes 60 --seed 7"
 FUZZ ?= --minutes 0.5 --seed 0
