@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.doctor import remember_headers
 from ..config.schema import BASELINE, RecipeSettings, Run
 from ..data.calibration import Calibration
 from ..errors import BitpressError, GateError
@@ -131,6 +132,7 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
         say(f"{job.conditions.text} is also what is measured, so the figures will flatter: give eval.text another text")
     with progress("quantizing") as step:
         notes = quantize(checkpoint, job.source.to_dict(), recipe, artifact, job.folder, step, beside / FOLDER)
+    remember_headers(artifact)
     for note in notes:
         say(note)
     seconds = {"quantize": time.perf_counter() - start}
