@@ -36,7 +36,7 @@ def doctor(folder: Folder, as_json: Json = False) -> None:
         from ..checkpoints.doctor import diagnose
         from ..storage.artifacts import local_checkpoint
 
-        quiet_libraries()
+    quiet_libraries(weights=False)
     with progress("reading every tensor") as step:
         diagnosis = diagnose(local_checkpoint(folder.expanduser()), step)
     if as_json:
@@ -57,6 +57,8 @@ def _show_diagnosis(diagnosis: Any) -> None:
         facts = [verdict["version"], f"needs {verdict['needs']}" if verdict["needs"] else None]
         more = ", ".join(fact for fact in facts if fact)
         _reasons(f"{name}: {verdict['loads']}{f' ({more})' if more else ''}", verdict["why"])
+        for line in diagnosis.commands.get(name, "").splitlines():
+            print_line(f"    $ {line}")
     for count, split in diagnosis.tensor_parallel.items():
         gpus = f"{count} GPU{'s' if count != '1' else ''}"
         _reasons(f"{gpus}, every layer on vLLM's and SGLang's fast kernel: {split['loads']}", split["why"])
@@ -73,7 +75,7 @@ def _reasons(line: str, reasons: list[str]) -> None:
 def list_(as_json: Json = False) -> None:
     """Schemes, methods, formats, executors, trackers, and kernels with the reason where one cannot run here."""
     with collector_paused():
-        from ..checkpoints.describe import Entry, catalogue
+        from ..checkpoints.catalogue import Entry, catalogue
         from ..runs.executors import registry as executors
         from ..trackers import registry as trackers
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from bitpress.eval.measure.cache import cache_name
 from bitpress.kernels.cpu.native import DTYPES, FLOAT32, dense_linear, dense_unsupported
 from bitpress.kernels.decoder_layer import ACTIVATIONS, NativeLayer, NativeLayers, Norm, Parts
 from bitpress.kernels.linear import QLinear, join_projections
@@ -37,7 +38,7 @@ _STATES = ("keys", "values", "room", "_length", "_states")
 # Up to so many rows, and numbers in them, a dense head's product is the library's. On two cores of Zen 4, with torch's:
 # 1 row of SmolLM2 (49152 x 576) 1.7 and 3.7 ms, 4 rows 2.4 and 4.1; of 32000 x 2048 3.6 and 6.8, 4 rows 10.0 and 6.4.
 _HEAD_ROWS, _HEAD_NUMBERS = 4, 4096
-_PASSED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"}
+_PASSED = {"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "position_embeddings"}
 _CAPTURING = "transformers.utils.output_capturing"  # whose hooks stay, but do nothing unless outputs are asked for
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _LINEARS = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -288,7 +289,7 @@ class _Decoding:
         shapes = {tuple(table.shape) for table in rotation}
         if shapes not in ({(1, count, dim)}, {(batch, count, dim)}) or any(t.dtype != x.dtype for t in rotation):
             return False
-        if (length := self._length(arguments.get("past_key_values"), x)) is None:
+        if (length := self._length(_cache_in(arguments), x)) is None:
             return False
         mask = arguments.get("attention_mask")
         if (mask is None and count > 1 and length) or self.config._attn_implementation != "sdpa":
@@ -321,7 +322,7 @@ class _Decoding:
     def __call__(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The layer's output, where `serves` these; their keys and values are in the cache then."""
         cos, sin = arguments["position_embeddings"]
-        cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
+        cache, mask = _cache_in(arguments), arguments.get("attention_mask")
         batch, count, _ = x.shape
         first = None if mask is None else self.masks.first(mask, batch, count)
         length = self._length(cache, x)
@@ -367,6 +368,7 @@ class _WholeDecoder:
         self.native = NativeLayers([step.native.layers[0] for step in steps], norm)
         self.config: Any = steps[0].config
         self.output: Any = None  # the class of what the decoder returns
+        self.cache = cache_name(base) or "past_key_values"  # what its forward and its output call it
         self.children: list[dict] | None = None
         self.compared: list[dict] = []
         self.hooks: list[dict] = []
@@ -381,7 +383,6 @@ class _WholeDecoder:
         input_ids: Tensor | None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **others: Any,
@@ -390,6 +391,7 @@ class _WholeDecoder:
 
         Those are served that want nothing but the last hidden state, of tokens that see those before them.
         """
+        cache = others.pop(self.cache, None)
         if any(value is not None and value is not False for name, value in others.items() if name != "return_dict"):
             return None
         config, base = self.config, self.base
@@ -409,7 +411,6 @@ class _WholeDecoder:
         inputs = self.native.inputs()
         if None in inputs or (FLOAT32 in inputs and x.dtype != torch.float32 and batch * count >= _LONG):
             return None
-        cache = past_key_values
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=config)
         lengths = {step._length(cache, x) for step in self.steps}
@@ -435,7 +436,7 @@ class _WholeDecoder:
         cos, sin = base.rotary_emb(x, position_ids=position_ids)  # type: ignore[operator]
         with _room_for(cache, self.steps, x) as rooms:
             y = self.native.step(x.contiguous(), (cos.contiguous(), sin.contiguous()), rooms, length, first)
-        return self.output(last_hidden_state=y, past_key_values=cache)
+        return self.output(last_hidden_state=y, **{self.cache: cache})
 
     def _untouched(self) -> bool:
         """Whether nobody hooked into the layers or the last norm, or changed what the layers hold."""
@@ -528,9 +529,9 @@ def _try_whole(base: nn.Module, whole: _WholeDecoder) -> None:
         for piece in _PIECES:
             end = start + piece
             arguments = {"inputs_embeds": x[:, start:end].float(), "attention_mask": seen[:, :end].long()}
-            expected = own(base, past_key_values=theirs, use_cache=True, **arguments)
+            expected = own(base, **{whole.cache: theirs}, use_cache=True, **arguments)
             whole.output = type(expected)
-            got = whole(None, past_key_values=ours, use_cache=True, **arguments)
+            got = whole(None, **{whole.cache: ours}, use_cache=True, **arguments)
             if got is None:
                 raise _Unfit("the decoder's arguments are not those of a Llama's")
             real = seen[:, start:end]
@@ -539,6 +540,11 @@ def _try_whole(base: nn.Module, whole: _WholeDecoder) -> None:
             start = end
     except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         raise _Unfit(f"the decoder cannot be tried by itself: {error}") from error
+
+
+def _cache_in(arguments: dict[str, Any]) -> Any:
+    """The cache among a layer's arguments: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return arguments["cache"] if "cache" in arguments else arguments.get("past_key_values")
 
 
 def _parts(layer: nn.Module) -> Parts:
@@ -621,6 +627,7 @@ def _try(layer: nn.Module, step: _Decoding, rotary: nn.Module | None, config: Pr
     positions = torch.arange(_POSITION, _POSITION + count).unsqueeze(0)
     places = torch.arange(count)
     seen = (places <= places.unsqueeze(1)) & (places >= first.view(-1, 1, 1, 1))
+    name = cache_name(layer) or "past_key_values"
     theirs: Any = DynamicCache(config=config)
     ours: Any = DynamicCache(config=config)
     try:
@@ -634,11 +641,11 @@ def _try(layer: nn.Module, step: _Decoding, rotary: nn.Module | None, config: Pr
             }
             rows = x[:, start:end]
             expected = type(layer).forward(
-                layer, rows, position_ids=positions[:, start:end], past_key_values=theirs, use_cache=True, **arguments
+                layer, rows, position_ids=positions[:, start:end], use_cache=True, **{name: theirs}, **arguments
             )
-            if not step.serves(rows, {"past_key_values": ours, **arguments}):
+            if not step.serves(rows, {name: ours, **arguments}):
                 raise _Unfit(f"its cache is a {type(ours.layers[step.index]).__name__}")
-            got = step(rows, {"past_key_values": ours, **arguments})
+            got = step(rows, {name: ours, **arguments})
             real = places[start:end] >= first.unsqueeze(1)
             _compare((got - rows)[real], (expected - rows)[real])
             start = end

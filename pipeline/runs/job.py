@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.doctor import remember_headers
 from ..config.schema import BASELINE, RecipeSettings, Run
 from ..data.calibration import Calibration
 from ..errors import BitpressError, GateError
@@ -17,7 +18,7 @@ from ..evaluate.process import Say
 from ..evaluate.results import origin_of_run
 from ..evaluate.verify import verify_artifact
 from ..hub.download import Source
-from ..quantize.artifact import UNFINISHED, quantize
+from ..quantize.artifact import DISTILLED, UNFINISHED, quantize
 from ..quantize.budget import FOLDER
 from ..quantize.recipe import Recipe
 from ..quantize.sequential import clear_states
@@ -131,6 +132,7 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
         say(f"{job.conditions.text} is also what is measured, so the figures will flatter: give eval.text another text")
     with progress("quantizing") as step:
         notes = quantize(checkpoint, job.source.to_dict(), recipe, artifact, job.folder, step, beside / FOLDER)
+    remember_headers(artifact)
     for note in notes:
         say(note)
     seconds = {"quantize": time.perf_counter() - start}
@@ -150,7 +152,7 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
 
 def _remove_work(folder: Path) -> None:
     """Delete what a job made of its model, finished or not; the log of errors and a receipt of publishing stay."""
-    for name in (ARTIFACT, UNFINISHED):
+    for name in (ARTIFACT, UNFINISHED, DISTILLED):
         if (folder / name).is_dir():
             files.remove_folder(folder / name)
     clear_states(folder)
