@@ -199,7 +199,7 @@ class NativeLayers:
         y = torch.empty_like(x)
         cos, sin = rotation
         self.inputs()
-        places = (_Cache * len(caches))(*((k.data_ptr(), v.data_ptr(), k.shape[2]) for k, v in caches))
+        places = (_Cache * len(caches))(*(_Cache(k.data_ptr(), v.data_ptr(), k.shape[2]) for k, v in caches))
         arguments = _Step(
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), ctypes.addressof(places),
             None if first is None else first.data_ptr(), None if self.norm is None else self.norm.weight.data_ptr(),

@@ -172,8 +172,8 @@ class GrowingLayer(DynamicLayer):
         both[place] = states
         self._states, self.room = both, None
 
-    keys = property(lambda self: self._both()[0], lambda self, states: self._replace(0, states))  # type: ignore[assignment]
-    values = property(lambda self: self._both()[1], lambda self, states: self._replace(1, states))  # type: ignore[assignment]
+    keys = property(lambda self: self._both()[0], lambda self, states: self._replace(0, states))
+    values = property(lambda self: self._both()[1], lambda self, states: self._replace(1, states))
 
     def make_room(self, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values [batch, heads, capacity, dim] that begin with the cache's, and have room for `count` tokens.
@@ -478,7 +478,7 @@ def _fuse_head(model: PreTrainedModel) -> None:
     step = _Head(head)
     x = torch.randn(1, head.in_features, generator=torch.Generator().manual_seed(0)).to(head.weight.dtype)
     if _close(step(x).float(), nn.Linear.forward(head, x).float(), _HEAD_TOLERANCE):
-        head.decoding = step  # type: ignore[assignment]
+        head.decoding = step
         head.forward = MethodType(_forward_of_head, head)
 
 
@@ -518,7 +518,7 @@ def _try_whole(base: nn.Module, whole: _WholeDecoder) -> None:
     count = sum(_PIECES)
     ids = torch.arange(len(first) * count).view(len(first), count) % embed.num_embeddings
     seen = torch.arange(count) >= first.unsqueeze(1)
-    theirs, ours = DynamicCache(config=whole.config), DynamicCache(config=whole.config)  # type: ignore[arg-type]
+    theirs, ours = DynamicCache(config=whole.config), DynamicCache(config=whole.config)
     try:
         x = embed(ids)
         texts: list[dict[str, Any]] = [{"input_ids": ids[:, :1]}, {"inputs_embeds": x[:, :1]}]
@@ -531,7 +531,8 @@ def _try_whole(base: nn.Module, whole: _WholeDecoder) -> None:
             arguments = {"inputs_embeds": x[:, start:end].float(), "attention_mask": seen[:, :end].long()}
             expected = own(base, **{whole.cache: theirs}, use_cache=True, **arguments)
             whole.output = type(expected)
-            got = whole(None, **{whole.cache: ours}, use_cache=True, **arguments)
+            ours_too: dict[str, Any] = {whole.cache: ours, **arguments}
+            got = whole(None, use_cache=True, **ours_too)
             if got is None:
                 raise _Unfit("the decoder's arguments are not those of a Llama's")
             real = seen[:, start:end]
