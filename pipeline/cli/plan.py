@@ -127,9 +127,7 @@ def recommend(
         ]
         for option in recommendation.options
     ]
-    print_table(
-        ["recipe", "mean KL where measured", "weights", "memory", "format", "why not, or within which limits"], rows
-    )
+    print_table(["recipe", "mean KL where measured", "weights", "memory", "format", "why not, or its limits"], rows)
     print_line("\nnot known:")
     for sentence in recommendation.unknown:
         print_line(f"    {sentence}")
