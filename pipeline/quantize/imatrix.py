@@ -59,8 +59,10 @@ class SquareSums:
 
 @dataclass(frozen=True)
 class Importance:
-    """Of one tensor of a GGUF file: sums float32 [matrices, in], of squares of inputs; counts float32 [matrices], of
-    tokens. An expert is a matrix."""
+    """How large the inputs of one tensor of a GGUF file are; each expert is a matrix.
+
+    sums: of the squares of inputs, float32 [matrices, in]. counts: of tokens, float32 [matrices].
+    """
 
     sums: np.ndarray
     counts: np.ndarray
@@ -155,7 +157,7 @@ def _write(out: Path, importance: Mapping[str, Importance], text: str, chunks: i
 
 
 def _write_legacy(out: Path, importance: Mapping[str, Importance], text: str, chunks: int, size: int) -> None:
-    """The older form: of each tensor its name, the number of chunks, and the mean square of each input times that.
+    """The older form: for each tensor its name, the number of chunks, and the mean square of each input times that.
 
     It has one count for all matrices; an expert's mean is that of the tokens which reached it.
     """
