@@ -141,10 +141,11 @@ def quantize(
     folder = work / UNFINISHED
     blocks = None
     if recipe.calibration:
-        # of what is solved already, one window makes the reference logits
-        ids = recipe.calibration.ids[:1] if chosen else recipe.calibration.ids
+        # of what is solved already, one window makes the reference logits, unless blocks are learned from it
+        learns = any(spec.method.learns for spec in recipe.rules.specs())
+        ids = recipe.calibration.ids[:1] if chosen and not learns else recipe.calibration.ids
         one = replace(recipe, calibration=replace(recipe.calibration, ids=ids))
-        blocks = CalibratedBlocks(plan, one, work, chosen.search.solution if chosen else None)
+        blocks = CalibratedBlocks(plan, one, work, chosen.search if chosen else None)
     store.make_folder(folder)
     progress = _Progress(plan, work, folder)
     written = sum(line["bytes"] for line in progress.done.values())

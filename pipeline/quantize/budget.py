@@ -37,6 +37,7 @@ from ..storage import files, journal
 from ..storage.checkpoint import Checkpoint
 from ..storage.fingerprint import digest, open_work
 from ..system.progress import OnStep
+from ..transforms.base import Transformed
 from .block_runner import BlockRunner
 from .plan import Plan, PlannedTensor, make_plan, patterns
 from .recipe import Recipe, fingerprint, order_of_sums
@@ -47,6 +48,7 @@ FOLDER = ".budget"  # beside the recipes' folders of a run: what all its budgets
 PROBE_TOKENS = 2048  # that a probe reads: on llama-12m the sum of such probes was within a few percent of what it says
 _MOST_POINTS = 1 << 16  # of the curve that are held; beyond, sizes are told apart to 1/65536 of the largest
 _CURVE = 40  # points of the curve that are recorded
+_TRANSFORMED = "transformed"  # in the names of tensors in a block's solutions, before those in the files
 _LINE = 1024  # bytes of config.json, index and manifest for a layer, at most
 _FEW = 1 << 16  # bytes of what else these files hold
 
@@ -189,8 +191,11 @@ class Search:
                 key = _key(planned)
                 tensors |= {f"{key}/{name}": tensor.cpu() for name, tensor in qtensor.tensors()}
                 reports[key] = asdict(diagnostics)
+            tensors |= {f"{_TRANSFORMED}/{name}": tensor for name, tensor in blocks.changed.items()}
             written = files.write_safetensors(self._file(unit.block), tensors)
             line = {"block": unit.block, "solutions": reports, **written}
+            if self.recipe.transform:
+                line["transform"] = [asdict(each) for each in blocks.transformed]
             self.journal.append(line)
             self._solved[unit.block] = line
             blocks.committed(unit.block)
@@ -206,6 +211,19 @@ class Search:
         qtensor = QTensor.of(planned.spec.scheme, (planned.shape[0], planned.shape[1]), tensors)
         return qtensor, Diagnostics(**self._solved[planned.block]["solutions"][key])
 
+    def read(self, planned: PlannedTensor) -> Tensor:
+        """A tensor before it is quantized, as the recipe's transform left it; the files', where there is none."""
+        if self.recipe.transform and planned.block is not None:
+            stored, name = Checkpoint.single(self._file(planned.block)), f"{_TRANSFORMED}/{planned.info.name}"
+            if name in stored.tensors:
+                return stored.read(name)
+        return self.plan.checkpoint.read(planned.info.name)
+
+    def transformed(self, block: int) -> list[Transformed]:
+        """What the transform did to a block."""
+        lines = self._solved[block].get("transform", [])
+        return [Transformed(**{**line, "layers": tuple(line["layers"])}) for line in lines]
+
     def _windows(self) -> Tensor:
         """The calibration windows that probes read, int64 [windows, context]."""
         assert self.recipe.calibration
@@ -216,9 +234,8 @@ class Search:
         """The whole model in float32: the rounding of bfloat16 would hide what 8 bits cost."""
         outside = [replace(planned, spec=None) for planned in self.plan.tensors if planned.block is None]
         runner = BlockRunner(self.plan.checkpoint, outside, self._windows(), torch.float32, self.recipe.device)
-        read = self.plan.checkpoint.read
         blocks = (
-            (unit.block, ((planned, read(planned.info.name)) for planned in unit.tensors))
+            (unit.block, ((planned, self.read(planned)) for planned in unit.tensors))
             for unit in self.plan.units
             if unit.block is not None
         )
@@ -268,7 +285,7 @@ class Search:
                         )
                         lost.append(_divergence(baseline, logits))
                     for planned in unit.layers:
-                        runner.set_tensor(planned, self.plan.checkpoint.read(planned.info.name))
+                        runner.set_tensor(planned, self.read(planned))
                     self.journal.append({"unit": unit.name, "kl": lost})
                     self._probed[unit.name] = lost
                 runner.drop_block(block)

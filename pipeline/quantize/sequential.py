@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,18 +52,28 @@ _EXPECTED = "expected"  # outputs of an unquantized block
 _STATES = "states"
 
 
-Solved = Callable[[PlannedTensor], tuple[QTensor, Diagnostics]]
+class Solutions(Protocol):
+    """Blocks that were transformed, and their layers quantized, before."""
+
+    def solution(self, planned: PlannedTensor) -> tuple[QTensor, Diagnostics]:
+        """A layer as it was quantized by the spec that it has."""
+
+    def read(self, planned: PlannedTensor) -> Tensor:
+        """A tensor before it is quantized, as the recipe's transform left it."""
+
+    def transformed(self, block: int) -> list[Transformed]:
+        """What the transform did to a block."""
 
 
 class CalibratedBlocks:
     """The decoder blocks of a recipe of which some method is calibrated."""
 
-    def __init__(self, plan: Plan, recipe: Recipe, work: Path, solved: Solved | None = None):
+    def __init__(self, plan: Plan, recipe: Recipe, work: Path, solved: Solutions | None = None):
         """Build the model; no weight is read yet.
 
         Args:
             work: the folder of states/ and of the reference logits.
-            solved: gives each layer as it was quantized before; None to quantize it here.
+            solved: layers that were quantized before; None to quantize them here.
         """
         assert recipe.calibration is not None
         self.checkpoint, self.plan = plan.checkpoint, plan
@@ -83,6 +93,8 @@ class CalibratedBlocks:
             )
         self.last = max(planned.block for planned in plan.tensors if planned.block is not None)
         self._embedded = False
+        self.changed: dict[str, Tensor] = {}
+        self.transformed: list[Transformed] = []
 
     def _read_outside(self, planned: PlannedTensor) -> Tensor:
         """A tensor outside the blocks as the artifact will give it back."""
@@ -152,10 +164,13 @@ class CalibratedBlocks:
         for planned in unit.tensors if self.runner.reached(block) else ():
             if planned.spec and planned.spec.method not in methods:
                 methods.append(planned.spec.method)
-        transformed: list[Transformed] = []
-        if self.transform and self.runner.reached(block):
-            view = BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block))
-            transformed = self.transform.transform(view)
+        if self.solved and self.transform:
+            for planned in unit.tensors:
+                weights[planned.info.name] = tensor = self.solved.read(planned)
+                self.runner.set_tensor(planned, tensor)
+            transformed = self.solved.transformed(block)
+        else:
+            transformed = self._transform(block, unit, weights)
         for method in methods:
             method.transform(BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block), method))
         unit = with_common_scales(unit, lambda planned: weights[planned.info.name])
@@ -181,6 +196,12 @@ class CalibratedBlocks:
             line["state"] = self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
             self.runner.unload_block()
         return line
+
+    def _transform(self, block: int, unit: Unit, weights: dict[str, Tensor]) -> list[Transformed]:
+        """Transform a block that is loaded, and `weights` with it; says what was done."""
+        if self.transform is None or not self.runner.reached(block):
+            return []
+        return self.transform.transform(BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block)))
 
     def _tune(
         self,
@@ -237,7 +258,7 @@ class CalibratedBlocks:
         if self.solved:
             for planned in layers:
                 del weights[planned.info.name]
-                qtensor, diagnostics = self.solved(planned)
+                qtensor, diagnostics = self.solved.solution(planned)
                 yield planned, qtensor, diagnostics
                 self.runner.set_weight(planned, qtensor.dequantize(self.runner.dtype))
             return
@@ -295,9 +316,11 @@ class CalibratedBlocks:
     def solve_block(
         self, unit: Unit, choices: Mapping[str, Sequence[LayerSpec]]
     ) -> Iterator[tuple[PlannedTensor, QTensor, Diagnostics]]:
-        """Each layer of a block by each spec that it may get, all from the same statistics; the block stays as it is.
+        """Each layer of a block by each spec that it may get, all from the same statistics.
 
-        Afterwards the next block's inputs, which the unquantized block puts out, are on the disk.
+        The block is transformed before, and else stays as it is. Afterwards the next block's inputs, which the
+        unquantized block puts out, are on the disk; `changed` has the tensors that the transform changed, by name, and
+        `transformed` says what it did.
 
         Args:
             choices: layer -> specs. Layers that are not named are kept.
@@ -313,6 +336,9 @@ class CalibratedBlocks:
             check_finite(planned.info.name, tensor)
             weights[planned.info.name] = tensor
         self.runner.load_block(block, ((planned, weights[planned.info.name]) for planned in unit.tensors))
+        before = dict(weights)
+        self.transformed = self._transform(block, unit, weights)
+        self.changed = {name: tensor for name, tensor in weights.items() if not torch.equal(tensor, before[name])}
         layers = [planned for planned in unit.tensors if planned.module in choices]
         groups = self.runner.groups(layers, next(self._inputs(block))) if layers and self.runner.reached(block) else []
         every = [[replace(each, spec=spec) for each in group for spec in choices[each.module]] for group in groups]

@@ -25,6 +25,7 @@ from ..errors import ConfigError
 from ..models.structure import TensorNames, skeleton
 from ..quantize.block_runner import BATCH_TOKENS
 from ..quantize.budget import PROBE_TOKENS, BudgetUnit, plan_search
+from ..quantize.distill import CHECKS, MOST_HELD_OUT
 from ..quantize.plan import Plan, make_plan
 from ..quantize.recipe import Recipe
 from ..quantize.spec import LayerSpec
@@ -40,6 +41,7 @@ _BATCHES_AT_A_TIME = 4
 _CHARACTERS = 4  # of text for a token, about; what is measured is the text's length
 _LINE, _FEW = 400, 2000  # bytes that index and manifest have for each layer, and besides
 _LEARNED = 24  # bytes for each weight of a block that a method learns: float32 copies, gradients, two moments of Adam
+_DISTILLED = 20  # bytes for each weight while the whole model is distilled: float32 weights, gradients, and codes
 _LOGITS = 16  # bytes for each logit while two models are compared: both, in float32, and what they are turned into
 
 
@@ -151,7 +153,7 @@ def quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, se
     specs |= {tensor.spec.name: tensor.spec for tensor in plan.quantized if tensor.spec}
     work: dict[str, Work] = {}
     if not (job.folder / "artifact" / MANIFEST).exists():
-        work["quantize"] = _quantize_work(plan, recipe, tokens, units, device, artifact)
+        work["quantize"] = _quantize_work(plan, recipe, settings, tokens, units, device, artifact)
     else:
         disk = 0
     if job.state != FINISHED:
@@ -239,7 +241,8 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
     """Bytes at the peak of quantizing: of the process, a shard read, made and being written, and what a layer takes.
 
     Calibrated methods add the tensors outside the blocks, the activations of a few batches, and statistics; those that
-    learn what a block takes with its gradients; a budget's probes the whole model in float32.
+    learn what a block takes with its gradients; a budget's probes the whole model in float32; distillation that, what
+    is learned, and what the gradient of a window needs.
     """
     largest = max(sum(tensor.info.nbytes + plan.stored_bytes(tensor) for tensor in unit.tensors) for unit in plan.units)
     widest = max(prod(tensor.shape) for tensor in plan.quantized)
@@ -261,14 +264,26 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
     if any(spec.method.learns for spec in recipe.rules.specs()):
         blocks = [unit for unit in plan.units if unit.block is not None]
         total += _LEARNED * max(sum(prod(t.shape) for t in unit.tensors if t.spec) for unit in blocks)
+    whole = 4 * sum(prod(tensor.info.shape) for tensor in plan.tensors)
     if units:
-        whole = 4 * sum(prod(tensor.info.shape) for tensor in plan.tensors)
         total = max(total, _PROCESS + whole + _LOGITS * PROBE_TOKENS * config.vocab_size)
+    if recipe.distill:
+        learned = _DISTILLED * sum(prod(tensor.shape) for tensor in plan.quantized)
+        tokens = longest(plan.model.config, calibration_of(settings).context)
+        blocks = len({tensor.block for tensor in plan.quantized})
+        kept = 4 * tokens * 8 * inner * blocks  # of a window, for its gradient
+        total = max(total, _PROCESS + whole + learned + kept + 2 * _LOGITS * tokens * config.vocab_size)
     return total
 
 
 def _quantize_work(
-    plan: Plan, recipe: Recipe, tokens: int, units: list[BudgetUnit], device: torch.device, artifact: int
+    plan: Plan,
+    recipe: Recipe,
+    settings: RecipeSettings,
+    tokens: int,
+    units: list[BudgetUnit],
+    device: torch.device,
+    artifact: int,
 ) -> Work:
     """The work of making an artifact. A budget solves each layer by each choice, and probes each of these."""
     inside = sum(
@@ -296,5 +311,9 @@ def _quantize_work(
     if units:
         reading = min(PROBE_TOKENS, tokens)
         products += sum(len(unit.specs) for unit in units) * inside * reading  # half of the blocks, on average
+    if recipe.distill:  # a step: a forward of the unquantized model, and a forward and a backward of the other
+        width = longest(plan.model.config, calibration_of(settings).context)
+        windows = 4 * recipe.distill.steps * recipe.distill.windows + 2 * CHECKS * MOST_HELD_OUT
+        products += 2.0 * inside * width * windows
     source = sum(tensor.info.nbytes for tensor in plan.tensors)
     return Work(products=products, statistics=statistics, read=source, written=artifact, rounded=rounded)

@@ -248,10 +248,17 @@ def test_touch_reads_everything() -> None:
     assert before ^ touch(words) == 1 << 40
 
 
-def test_large_weights_are_aligned_to_huge_pages(make_qtensor: Make) -> None:
-    found_library()
-    packed = NativeInt8().pack(make_qtensor("int8-dynamic", 2048, 1100), torch.float32).get_buffer("data")
-    assert packed.data_ptr() % (2 << 20) == 0
+def test_weights_share_huge_pages_and_nothing_else(make_qtensor: Make) -> None:
+    """They lie side by side, each as a storage of its own bytes; a large one gets a mapping of its own."""
+    pool, loaded = native._Pool(), found_library()
+    first, second, large = (pool.take(loaded, size) for size in (1000, 200, 17 << 20))
+    assert first.data_ptr() % (2 << 20) == large.data_ptr() % (2 << 20) == 0
+    assert second.data_ptr() - first.data_ptr() == 1024
+    assert [each.untyped_storage().nbytes() for each in (first, second, large)] == [1000, 200, 17 << 20]
+    first.fill_(255)
+    assert not second.any()
+    packed = NativeInt8().pack(make_qtensor("int8-dynamic", 64, 64), torch.float32).get_buffer("data")
+    assert packed.untyped_storage().nbytes() == packed.numel()
 
 
 def test_without_a_library(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -383,3 +390,22 @@ def test_clean_under_sanitizers(tmp_path: Path) -> None:
     environment = {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin:/bin"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_a_dense_weight_of_few_rows(rows: int, dtype: torch.dtype):
+    """As torch in float64, but for rounding to the dtype; outputs beyond a task of 256 and beyond 16 lanes."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(531, 48, generator=generator).to(dtype)
+    x = torch.randn(rows, 1, 48, generator=generator).to(dtype)
+    want = x.double() @ weight.double().T
+    got = native.dense_linear(x, weight)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_dense_weights_that_are_not_served():
+    assert native.dense_unsupported(torch.ones(4, 24)) == "in_features 24 is not a multiple of 16"
+    assert "CPU" in str(native.dense_unsupported(torch.ones(4, 32).T))
+    assert native.dense_unsupported(torch.ones(4, 32)) is None
