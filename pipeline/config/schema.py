@@ -106,6 +106,7 @@ class RecipeDefaults(_Strict):
     )  # of the layers that quantize inputs, 5% at most leave them alone: the worst
     observer: str = AUTO  # of the range of static inputs: mse, percentile or minmax; auto is the first
     calibration: Calibrate | None = None  # None: the defaults above, where a method needs any
+    sequential: bool = True  # each block learns on what the quantized ones before it put out; false: unquantized ones
     max_fallback_layers: int = Field(0, ge=0)  # where more layers fall back to rounding to nearest, the job fails
     fit_groups: bool = False  # a group size that does not divide a layer is made smaller, in powers of two
     allow_split_fused: bool = False  # parts of what servers fuse (q, k and v; gate and up; experts) may differ

@@ -2,8 +2,8 @@
 
 Three steps, each of which survives a crash and is done once for all budgets of one calibration:
 
-- Solve. The unquantized model goes through the calibration tokens once, block by block. Each layer is quantized by each
-  choice from the same statistics, and all solutions are kept.
+- Solve. The unquantized model goes through the calibration tokens once (see statistics.py). Each layer is quantized by
+  each choice from the same statistics, and all solutions are kept.
 - Probe. What one unit costs is measured, not derived from its weights' errors: the KL divergence of the model in which
   this unit alone is quantized, on a few calibration windows, in float32. A unit is what servers fuse and so must have
   one scheme: q, k and v; gate and up; all experts of a block.
@@ -11,11 +11,11 @@ Three steps, each of which survives a crash and is done once for all budgets of 
   size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,15 @@ from ..storage import files, journal
 from ..storage.checkpoint import Checkpoint
 from ..storage.fingerprint import digest, open_work
 from ..system.progress import OnStep
+from ..system.threads import ahead
 from .block_runner import BlockRunner
-from .plan import Plan, PlannedTensor, make_plan, patterns
+from .independent import solve
+from .plan import Plan, PlannedTensor, Unit, blocks_at_a_time, make_plan, patterns
 from .recipe import Recipe, fingerprint, order_of_sums
-from .sequential import CalibratedBlocks, clear_states
+from .sequential import CalibratedBlocks
 from .spec import KEPT, LayerSpec, Rules
+from .statistics import SHARED, SharedStatistics
 
-FOLDER = ".budget"  # beside the recipes' folders of a run: what all its budgets share
 PROBE_TOKENS = 2048  # that a probe reads: on llama-12m the sum of such probes was within a few percent of what it says
 _MOST_POINTS = 1 << 16  # of the curve that are held; beyond, sizes are told apart to 1/65536 of the largest
 _CURVE = 40  # points of the curve that are recorded
@@ -131,7 +133,7 @@ class Search:
         """Plan, and take up what is finished; no weight is read yet.
 
         Args:
-            folder: FOLDER of a run; the search has a folder in it for each calibration.
+            folder: SHARED of a run; the search has a folder in it, and its statistics another.
         Raises:
             ConfigError: as of make_plan; or no format holds all choices.
         """
@@ -143,6 +145,7 @@ class Search:
         self.folder = folder / digest(origin)[:12]
         files.make_folder(self.folder)
         open_work(self.folder, origin)
+        self.statistics = SharedStatistics(self.plan, source, self.recipe, folder)
         self.journal = journal.Journal(self.folder / journal.NAME)
         self._solved = {line["block"]: line for line in self.journal.entries if "solutions" in line}
         self._probed = {line["unit"]: line["kl"] for line in self.journal.entries if "kl" in line}
@@ -152,13 +155,13 @@ class Search:
         """Solve and probe what is not there yet.
 
         Args:
-            on_step: called with (blocks done, twice as many blocks).
+            on_step: called with (blocks done, three times as many blocks).
         """
-        blocks = [unit for unit in self.plan.units if unit.block is not None]
-        self._solve(on_step, 2 * len(blocks))
+        total = 3 * sum(unit.block is not None for unit in self.plan.units)
+        self._solve(on_step, total)
         if any(unit.name not in self._probed for unit in self.units):
-            self._probe(on_step, 2 * len(blocks))
-        on_step(2 * len(blocks), 2 * len(blocks))
+            self._probe(on_step, total)
+        on_step(total, total)
 
     def _file(self, block: int) -> Path:
         return self.folder / f"{block:05d}.safetensors"
@@ -170,31 +173,38 @@ class Search:
 
     def _solve(self, on_step: OnStep, total: int) -> None:
         units = [unit for unit in self.plan.units if unit.block is not None]
-        first = next((n for n, unit in enumerate(units) if not self._finished(unit.block or 0)), len(units))
-        if first == len(units):
+        left = [unit for unit in units if not self._finished(unit.block or 0)]
+        if not left:
             return
-        blocks = CalibratedBlocks(self.plan, self.recipe, self.folder)
-        if first and not blocks.state(units[first].block or 0).exists():
-            first = 0
-        files.preflight(self.folder, blocks.nbytes() + sum(sum(unit.sizes(self.plan)) for unit in self.units))
         choices = {
             planned.module: [spec for spec in unit.specs if spec] for unit in self.units for planned in unit.layers
         }
-        for number, unit in enumerate(units[first:], first):
-            assert unit.block is not None
-            on_step(number, total)
+        wanted = {
+            layer: tuple(dict.fromkeys(kind for spec in specs for kind in spec.statistics))
+            for layer, specs in choices.items()
+        }
+        make_blocks = partial(CalibratedBlocks, self.plan, self.recipe)
+        self.statistics.gather(units, wanted, make_blocks, lambda done, _: on_step(done, total))
+        files.preflight(self.folder, sum(sum(unit.sizes(self.plan)) for unit in self.units))
+
+        def solved(unit: Unit) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+            """The tensors of each layer by each of its choices, and what they cost."""
             tensors: dict[str, Tensor] = {}
             reports: dict[str, dict[str, Any]] = {}
-            for planned, qtensor, diagnostics in blocks.solve_block(unit, choices):
+            for planned, qtensor, diagnostics in solve(unit, choices, self.plan, self.recipe, self.statistics):
                 key = _key(planned)
                 tensors |= {f"{key}/{name}": tensor.cpu() for name, tensor in qtensor.tensors()}
                 reports[key] = asdict(diagnostics)
+            return tensors, reports
+
+        results = ahead(solved, left, blocks_at_a_time(self.plan))
+        for number, (unit, (tensors, reports)) in enumerate(zip(left, results)):
+            on_step(len(units) + number, total)
+            assert unit.block is not None
             written = files.write_safetensors(self._file(unit.block), tensors)
             line = {"block": unit.block, "solutions": reports, **written}
             self.journal.append(line)
             self._solved[unit.block] = line
-            blocks.committed(unit.block)
-        clear_states(self.folder)
 
     def solution(self, planned: PlannedTensor) -> tuple[QTensor, Diagnostics]:
         """A layer as it was solved by the spec that it has."""
@@ -212,7 +222,7 @@ class Search:
         ids = self.recipe.calibration.ids
         return ids[: max(1, PROBE_TOKENS // ids.shape[1])]
 
-    def _model(self, stack: ExitStack) -> BlockRunner:
+    def _model(self, stack: contextlib.ExitStack) -> BlockRunner:
         """The whole model in float32: the rounding of bfloat16 would hide what 8 bits cost."""
         outside = [replace(planned, spec=None) for planned in self.plan.tensors if planned.block is None]
         runner = BlockRunner(self.plan.checkpoint, outside, self._windows(), torch.float32, self.recipe.device)
@@ -231,7 +241,7 @@ class Search:
 
         Blocks before the unit's are not run again: what they put out is the same for all its choices.
         """
-        with ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             runner = self._model(stack)
             blocks = sorted({unit.block for unit in self.plan.units if unit.block is not None})
             batches = [batch.to(runner.device) for batch in runner.batches]
@@ -249,7 +259,7 @@ class Search:
                 handle.remove()
             called = [block for block in blocks if outputs[block]]  # text does not go through others
             for number, block in enumerate(blocks):
-                on_step(len(blocks) + number, total)
+                on_step(2 * len(blocks) + number, total)
                 before = max((other for other in called if other < block), default=None)
                 for unit in (unit for unit in self.units if unit.block == block and unit.name not in self._probed):
                     lost = []
@@ -278,7 +288,7 @@ class Search:
         """The mean KL divergence of the model with all units quantized so, on the windows of the probes, in nats."""
         key = digest({unit.name: own for unit, own in zip(self.units, chosen, strict=True)})[:16]
         if key not in self._measured:
-            with ExitStack() as stack:
+            with contextlib.ExitStack() as stack:
                 runner = self._model(stack)
                 batches = [batch.to(runner.device) for batch in runner.batches]
                 baseline = [runner.model(input_ids=batch, use_cache=False).logits for batch in batches]
@@ -428,16 +438,18 @@ def search(
 
 
 def clean(run: Path) -> list[Path]:
-    """Delete what budgets keep in a run's folder, or in those of its models; returns the folders that were deleted.
+    """Delete what recipes share in a run's folder, or in those of its models; returns the folders that were deleted.
 
     Raises:
-        ConfigError: there is no such folder. LockedError: a search is going on.
+        ConfigError: there is no such folder. LockedError: a search, or a calibration pass, is going on.
     """
     if not run.is_dir():
         raise ConfigError(f"{run} is no folder; expected that of a run, such as runs/demo")
-    kept = [path for path in (run / FOLDER, *sorted(run.glob(f"*/{FOLDER}"))) if path.is_dir()]
+    kept = [path for path in (run / SHARED, *sorted(run.glob(f"*/{SHARED}"))) if path.is_dir()]
     for path in kept:
-        with journal.locked(path):
+        with contextlib.ExitStack() as stack:
+            for folder in (path, *sorted(path.glob("statistics-*"))):
+                stack.enter_context(journal.locked(folder))
             files.remove_folder(path)
     return kept
 

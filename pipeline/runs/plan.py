@@ -103,6 +103,7 @@ class JobPlan:
     unknown: sentences on what no plan can tell. kept: reason -> names of tensors that stay as they are.
     runtimes: see checkpoints.runtimes.verdicts. notes: what the recipe left open and the plan decided.
     layers: for each spec its largest layer. search: whether it takes part in a search that budgets share.
+    gathering: what of the work gathers statistics of the unquantized model, which other jobs may take up.
     """
 
     model: str
@@ -123,6 +124,7 @@ class JobPlan:
     notes: list[str] = field(default_factory=list)
     layers: list[tuple[LayerSpec, Shape]] = field(default_factory=list)
     search: bool = False
+    gathering: Work = Work()
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +137,9 @@ class JobPlan:
 
     def to_dict(self, rates: Rates) -> dict[str, Any]:
         """The plan in plain values."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("work", "layers", "folder")}
+        plain = {
+            key: value for key, value in vars(self).items() if key not in ("work", "layers", "folder", "gathering")
+        }
         stages = {stage: work.seconds(rates) for stage, work in self.work.items()}
         return plain | {"folder": str(self.folder), "bytes": self.nbytes, "seconds": stages}
 
@@ -143,6 +147,7 @@ class JobPlan:
 NODE_ASSUMPTIONS = (
     "all nodes are alike, and each runs one job at a time",
     "a model's baseline ends before its recipes begin, and budgets that share a search run one after the other",
+    "a pass of the unquantized model that recipes share is counted once, for the first of them, and waited for by none",
     "what is sent or downloaded takes no time",
 )
 
@@ -309,7 +314,7 @@ def plan_run(run: Run, names: Sequence[tuple[Model, str, Path]]) -> RunPlan:
             raise
         except BaseException as error:  # the job itself will say so; others are not to blame
             jobs.append(replace(job, problem=str(unexpected(error))))
-    jobs = _shared_searches(jobs, recipes)
+    jobs = _shared_passes(_shared_searches(jobs, recipes), recipes)
     sentences = [f"{', '.join(dict.fromkeys(wanted[package]))}: {reason}" for package, reason in missing.items()]
     try:
         trackers(run.track)
@@ -328,6 +333,21 @@ def _shared_searches(jobs: list[JobPlan], recipes: Mapping[str, RecipeSettings])
             if (key := (job.folder.parent, settings.model_dump_json())) in seen:
                 own = job.work["quantize"]
                 job = replace(job, work=job.work | {"quantize": Work(read=own.read, written=own.written)})
+            seen.add(key)
+        result.append(job)
+    return result
+
+
+def _shared_passes(jobs: list[JobPlan], recipes: Mapping[str, RecipeSettings]) -> list[JobPlan]:
+    """The jobs, of which those that learn the same of the unquantized model gather it once, in the first one."""
+    seen: set[tuple[Path, str]] = set()
+    result = []
+    for job in jobs:
+        own = job.work.get("quantize")
+        if own and job.gathering.products:
+            if (key := (job.folder.parent, calibration_of(recipes[job.recipe]).model_dump_json())) in seen:
+                products = max(0.0, own.products - job.gathering.products)
+                job = replace(job, work=job.work | {"quantize": replace(own, products=products, statistics=0.0)})
             seen.add(key)
         result.append(job)
     return result
@@ -488,6 +508,7 @@ def _quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, s
         notes=plan.notes,
         layers=[(spec, _largest(plan, spec, units)) for spec in specs.values()],
         search=recipe.budget is not None,
+        gathering=_gathering(plan, recipe, tokens),
     )
 
 
@@ -576,6 +597,14 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
         whole = 4 * sum(prod(tensor.info.shape) for tensor in plan.tensors)
         total = max(total, _PROCESS + whole + _LOGITS * PROBE_TOKENS * config.vocab_size)
     return total
+
+
+def _gathering(plan: Plan, recipe: Recipe, tokens: int) -> Work:
+    """The pass of the unquantized model that others may share: each block runs for its statistics and its outputs."""
+    if recipe.sequential and not recipe.budget:
+        return Work()
+    inside = (tensor for tensor in plan.tensors if tensor.block is not None and len(tensor.info.shape) > 1)
+    return Work(products=4.0 * sum(prod(tensor.shape) for tensor in inside) * tokens)
 
 
 def _quantize_work(

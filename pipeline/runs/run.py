@@ -135,7 +135,15 @@ def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False,
             calibration = calibrations[key]
         folder = parent / settings.label
         jobs.append(replace(baseline, name=settings.label, recipe=settings, calibration=calibration, folder=folder))
+    for number, job in enumerate(jobs):
+        alike = [other for other in jobs if other.calibration is job.calibration]
+        jobs[number] = replace(job, shares=(job.calibration is not None and len(alike) > 1) or _budgeted(job))
     return jobs
+
+
+def _budgeted(job: Job) -> bool:
+    """Whether a job has a budget, whose search later budgets of the same run take up."""
+    return job.recipe is not None and job.recipe.budget is not None
 
 
 def jobs_of(run: Run) -> list[tuple[Model, str, Path]]:

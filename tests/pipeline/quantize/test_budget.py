@@ -17,6 +17,7 @@ from bitpress.pipeline.quantize import budget
 from bitpress.pipeline.quantize.budget import Front, Search
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.quantize.sequential import CalibratedBlocks
+from bitpress.pipeline.quantize.statistics import SHARED
 from bitpress.pipeline.storage import files
 from bitpress.pipeline.storage.checkpoint import read_json
 from bitpress.pipeline.storage.fingerprint import MANIFEST
@@ -99,7 +100,7 @@ def test_an_artifact_of_bytes(budgeted, tiny_llama):
 
 def test_another_budget_costs_its_packing_alone(budgeted, monkeypatch):
     budgeted("4 bits")
-    for kind, name in ((CalibratedBlocks, "solve_block"), (Search, "_probe")):
+    for kind, name in ((CalibratedBlocks, "statistics"), (Search, "_probe")):
         monkeypatch.setattr(kind, name, lambda *a: pytest.fail("it was done before"))
     out = budgeted("5 bits")
     assert read_json(out / MANIFEST)["budget"]["bits"] <= 5
@@ -166,8 +167,8 @@ def test_goes_on_where_it_was_killed(learn, tmp_path, tiny_llama, monkeypatch):
 
 
 def test_clean(budgeted, tmp_path):
-    (tmp_path / budget.FOLDER).mkdir()
-    assert budget.clean(tmp_path) == [tmp_path / budget.FOLDER]
+    (tmp_path / SHARED).mkdir()
+    assert budget.clean(tmp_path) == [tmp_path / SHARED]
     assert budget.clean(tmp_path) == []
 
 
