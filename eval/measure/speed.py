@@ -45,7 +45,9 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class _Phase:
+class Phase:
+    """Seconds of one phase; joules: its energy, None without a meter."""
+
     seconds: float
     joules: float | None
 
@@ -75,14 +77,18 @@ class _Stopwatch:
         self._reading = self._meter.read() if self._meter else []
         self._time = time.perf_counter()
 
-    def stop(self) -> _Phase:
+    def stop(self) -> Phase:
         _synchronize(self._device)
         seconds = time.perf_counter() - self._time
-        return _Phase(seconds, self._meter.since(self._reading) if self._meter else None)
+        return Phase(seconds, self._meter.since(self._reading) if self._meter else None)
 
 
-def _once(model: nn.Module, prompt: Tensor, generate: int, meter: Meter | None) -> tuple[_Phase, _Phase]:
-    """One prefill and one greedy decode, with the model's own key-value cache."""
+def once(model: nn.Module, prompt: Tensor, generate: int, meter: Meter | None) -> tuple[Phase, Phase]:
+    """One prefill and one greedy decode, with the model's own key-value cache.
+
+    Args:
+        prompt: ids [batch, prompt]. generate: steps, each of one token for every prompt.
+    """
     watch = _Stopwatch(prompt.device, meter)
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
@@ -109,10 +115,10 @@ def measure(
     """
     positions = torch.arange(load.batch * load.prompt) % ids.numel()
     rows = ids.cpu()[positions].view(load.batch, load.prompt).to(ids.device)
-    phases: list[tuple[_Phase, _Phase]] = []
+    phases: list[tuple[Phase, Phase]] = []
     for number in range(load.repeats + 1):
         on_step(number, load.repeats + 1)
-        phases.append(_once(model, rows, load.generate, meter))
+        phases.append(once(model, rows, load.generate, meter))
     on_step(load.repeats + 1, load.repeats + 1)
     del phases[0]  # the warm-up
     tokens = {"prefill": load.batch * load.prompt, "decode": load.batch * load.generate}

@@ -31,6 +31,9 @@ def tables(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str]) -> lis
         _gates(runs),
         _errors(runs),
         _tuned(runs),
+        _distilled(runs),
+        _transformed(runs),
+        _inputs_alone(runs),
         _tasks(runs),
         _memory(runs),
         _speed(runs, points),
@@ -181,6 +184,56 @@ def _tuned(runs: Sequence[ReportedRun]) -> Table:
         "distances."
     )
     return "What was learned", ["run", "block", "steps", "error", "kept at step", "course"], rows, note
+
+
+def _distilled(runs: Sequence[ReportedRun]) -> Table:
+    """How the whole model's divergence fell while its scales and norms were trained."""
+    rows = []
+    for run in runs:
+        if not (distilled := run.get("distill")):
+            continue
+        losses = {int(step): float(loss) for step, loss in distilled["losses"]}
+        for step, error in distilled["curve"]:
+            loss = losses.get(int(step))
+            mark = "kept" if int(step) == distilled["kept_at"] else ""
+            rows.append([run.title, str(step), say.small(error), say.DASH if loss is None else say.small(loss), mark])
+    note = (
+        "Mean KL divergence from the unquantized model: on calibration windows that are held out, of the model as it "
+        "is stored, and on those that the steps since the last row learned from. The state with the least held-out "
+        "divergence is kept."
+    )
+    return "What distillation learned", ["run", "steps", "held out", "learned from", ""], rows, note
+
+
+def _transformed(runs: Sequence[ReportedRun]) -> Table:
+    """What a transform did to each group of layers."""
+    rows = [
+        [run.title, run.get("transform", "name"), ", ".join(group["layers"]), *figures]
+        for run in runs
+        for group in run.get("transform", "groups") or []
+        if (figures := [group["note"], f"{say.small(group['before'])} → {say.small(group['after'])}"])
+    ]
+    note = (
+        "The error is how far rounding these layers alone moves the block's outputs: the squared error as a fraction, "
+        "the mean over tokens and that of all tokens together. Groups with no place for a scale are not listed."
+    )
+    return "What the transform changed", ["run", "transform", "layers", "scale", "error of the block"], rows, note
+
+
+def _inputs_alone(runs: Sequence[ReportedRun]) -> Table:
+    """The layers whose inputs are left alone, and the worst of those whose inputs are rounded."""
+    rows = []
+    for run in runs:
+        units = sorted(run.get("inputs") or [], key=lambda unit: -unit["error"])
+        kept, rounded = ([unit for unit in units if unit["kept"] is which] for which in (True, False))
+        for unit in (*kept, *rounded[:_WORST]):
+            what = "left alone" if unit["kept"] else "rounded"
+            rows.append([run.title, ", ".join(unit["layers"]), what, say.small(unit["error"])])
+    note = (
+        "The error is how far rounding these inputs alone moves the block's outputs, as a fraction of their squares. "
+        f"All layers whose inputs are left alone are listed, and of the others the {_WORST} units with the most."
+    )
+    return "Whose inputs are left alone", ["run", "layers", "inputs", "error of the block"], rows, note
 
 
 def _gates(runs: Sequence[ReportedRun]) -> Table:

@@ -24,7 +24,7 @@ from ..system import children
 from .programs import Program, absolute
 
 NAME = "llama.cpp"
-_SCRIPT = Path(__file__).parent / "scripts" / "llamacpp_job.py"
+_SCRIPTS = Path(__file__).parent / "scripts"
 _BLOCK = 32  # input features that share a scale, in all of its formats here
 _BITS = {"q4_0": 4.5, "q8_0": 8.5, "iq4_nl": 4.5}  # bits per weight, scales included
 _TRIAL_ROWS = (1, 33)  # one row and many run different code of a layout; both must work
@@ -34,8 +34,11 @@ class ProgramError(BitpressError, RuntimeError):
     """Another program that refused, or ended."""
 
 
-def find_kernels(pythons: list[str]) -> "LlamaCpp":
+def find(pythons: list[str], script: str) -> Program:
     """llama.cpp as it is installed here, or in the Python of "llama.cpp=PYTHON", which must have it.
+
+    Args:
+        script: what that Python is to run, of scripts/.
 
     Raises:
         ConfigError: an unknown name, or a Python without llama-cpp-python.
@@ -47,10 +50,15 @@ def find_kernels(pythons: list[str]) -> "LlamaCpp":
             hint = nearest(name, [NAME]) if name != NAME else ""
             raise ConfigError(f"peer {text!r}: expected NAME=PYTHON, NAME {NAME}{hint}")
         python = absolute(python)
-    entrant = LlamaCpp(Program(NAME, "llama_cpp", _SCRIPT, python))
-    if pythons and not entrant.program.installed():
+    program = Program(NAME, "llama_cpp", _SCRIPTS / script, python)
+    if pythons and not program.installed():
         raise ConfigError(f"peer {NAME}: {python} has no package llama_cpp; pip install llama-cpp-python there")
-    return entrant
+    return program
+
+
+def find_kernels(pythons: list[str]) -> "LlamaCpp":
+    """llama.cpp's kernels as an entrant; see find."""
+    return LlamaCpp(find(pythons, "llamacpp_job.py"))
 
 
 @dataclass(frozen=True)
@@ -97,30 +105,17 @@ def format_like(scheme: Scheme) -> str | None:
     return formats.get((weights.type, weights.num_bits))
 
 
-class _Contender:
-    """The contender: a weight in another process, and requests about it."""
+class Worker:
+    """A process of another program's Python that answers requests, one line of JSON each; its script says which."""
 
-    def __init__(self, program: Program, qtensor: QTensor, skip: list[str]):
-        kind = format_like(qtensor.scheme)
-        assert kind is not None
-        out_features, in_features = qtensor.shape
-        self.name, self.itemsize = program.name, 4
-        self.copies = copies(int(out_features * in_features * _BITS[kind] / 8), torch.device("cpu"))
-        self.longest = self.copies - 1
+    def __init__(self, program: Program):
+        self.name = program.name
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
         streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.running = contextlib.ExitStack()
         folder = self.running.enter_context(children.private_folder())
         command = [program.python, str(program.script)]
         self.process = self.running.enter_context(children.start(command, folder, text=True, **streams))
-        request = {"type": kind, "out": out_features, "in": in_features, "copies": self.copies, "skip": skip}
-        try:
-            answer = self.ask({"do": "load", **request, "threads": torch.get_num_threads()})
-        except ProgramError:
-            self.close()
-            raise
-        self.nbytes = answer["nbytes"]
-        self.about: dict[str, Any] = {"format": kind, "layout": answer["layout"], **answer["versions"]}
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to one request.
@@ -144,12 +139,6 @@ class _Contender:
             raise ProgramError(f"{self.name}: {answer['failed']}")
         return answer
 
-    def error(self, x: Tensor, expected: Tensor) -> float:
-        return self.ask({"do": "check", "rows": len(x)})["error"]
-
-    def seconds(self, x: Tensor, calls: int) -> float:
-        return self.ask({"do": "sample", "rows": len(x), "calls": calls})["seconds"]
-
     def close(self) -> None:
         """End the process by the end of its input; kill one that hangs."""
         try:
@@ -164,3 +153,30 @@ class _Contender:
         self.log.seek(0)
         lines = self.log.read().decode(errors="replace").strip().splitlines()
         return f": {lines[-1]}" if any(line.startswith("Traceback") for line in lines) else ""
+
+
+class _Contender(Worker):
+    """The contender: a weight in another process, and requests about it."""
+
+    def __init__(self, program: Program, qtensor: QTensor, skip: list[str]):
+        kind = format_like(qtensor.scheme)
+        assert kind is not None
+        out_features, in_features = qtensor.shape
+        super().__init__(program)
+        self.itemsize = 4
+        self.copies = copies(int(out_features * in_features * _BITS[kind] / 8), torch.device("cpu"))
+        self.longest = self.copies - 1
+        request = {"type": kind, "out": out_features, "in": in_features, "copies": self.copies, "skip": skip}
+        try:
+            answer = self.ask({"do": "load", **request, "threads": torch.get_num_threads()})
+        except ProgramError:
+            self.close()
+            raise
+        self.nbytes = answer["nbytes"]
+        self.about: dict[str, Any] = {"format": kind, "layout": answer["layout"], **answer["versions"]}
+
+    def error(self, x: Tensor, expected: Tensor) -> float:
+        return self.ask({"do": "check", "rows": len(x)})["error"]
+
+    def seconds(self, x: Tensor, calls: int) -> float:
+        return self.ask({"do": "sample", "rows": len(x), "calls": calls})["seconds"]

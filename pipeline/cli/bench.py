@@ -5,6 +5,7 @@ import re
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from ..errors import ConfigError
 from ..system.printable import Terminal
 from .console import command_line, news, print_json, print_line, write
-from .options import Device, Json
+from .options import DEFAULT_RECIPE, Device, Json, KernelName
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the command line is to answer at once
     import torch
@@ -214,6 +215,87 @@ def kernels(
             (news if as_json else print_line)(f"{where_from}; every sample is in {path}")
 
 
+@app.command("decode")
+def decode(
+    model: Annotated[str, typer.Argument(help="A Hub id or a local folder, quantized or not.")],
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="What an unquantized model is quantized to, int4-g128; may be repeated.")
+    ] = None,
+    peer: Annotated[
+        str | None, typer.Option(help="llama.cpp=PYTHON, where llama-cpp-python is; it gets the same integers as GGUF.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="How many sequences at once.")] = "1,8",
+    prompt: Annotated[int | None, typer.Option(min=1, help="Tokens of each prompt; 512, or 128 with --quick.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="To generate after it; 64, or 16 with --quick.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="All take turns so often; 3, or 1 with --quick.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer tokens, one round.")] = False,
+    kernel: KernelName = "auto",
+    device: Device = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; torch's default if none.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file; in runs/bench by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print that JSON instead of tables.")] = False,
+) -> None:
+    """Tokens per second of your own model: against transformers in bfloat16, and llama.cpp.
+
+    What is measured is told at once and written to the JSON file; Ctrl-C keeps it.
+    """
+    import torch
+
+    from ..bench import decode as bench
+    from ..bench.llamacpp import find
+    from ..storage import files
+    from ..system.device import pick_device
+    from ..system.machine import machine
+    from ..system.progress import quiet_libraries
+    from ..system.versions import versions
+
+    quiet_libraries()
+    if threads:
+        torch.set_num_threads(threads)
+    sizes = _numbers("--batch", batch, "1,8")
+    job = bench.Job(
+        sizes, prompt or (128 if quick else 512), tokens or (16 if quick else 64), rounds or (1 if quick else 3)
+    )
+    program = find([peer], "llamacpp_decode_job.py") if peer else None
+    where = machine(pick_device(device))
+    path = output or Path("runs", "bench", f"decode-{time.strftime('%Y%m%d-%H%M%S')}.json")
+    files.make_folder(path.parent)
+    complete: list[bench.Row] = []
+    current: list[bench.Row] = []
+    with tempfile.TemporaryDirectory(prefix="bitpress-bench-") as folder:
+        recipes = recipe or [DEFAULT_RECIPE]
+        with bench.contenders(model, recipes, kernel, device, program, job, Path(folder), news) as everyone:
+            about = {"model": model, "machine": where, "versions": versions(), **asdict(job)}
+            about["about"] = {each.name: each.about for each in everyone}
+            try:
+                for current, finished in bench.measure(everyone, job, news):
+                    rows = [row.to_dict() for row in complete + current]
+                    files.write_json(path, {**about, "rows": rows})
+                    if finished:
+                        complete, rows_of_batch, current = complete + current, current, []
+                        if not as_json:
+                            _show(*bench.table(rows_of_batch))
+            finally:  # Ctrl-C too: what there is counts
+                if current and not as_json:
+                    _show(*bench.table(current))
+                if path.exists():
+                    text = f"{where['cpu']}, {torch.get_num_threads()} threads; every round is in {path}"
+                    (news if as_json else print_line)(text)
+                    if as_json:
+                        write(path.read_text() + "\n")
+
+
+def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:
+    """The numbers, above 0, of an option's text.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise ConfigError(f"{option} {text}: expected numbers with commas between, such as {example}")
+    return tuple(map(int, text.split(",")))
+
+
 def _job(device: "torch.device", schemes: list[str], shapes: list[str], rows: str, repeats: int) -> "Job":
     """The job from what was typed.
 
@@ -236,9 +318,7 @@ def _job(device: "torch.device", schemes: list[str], shapes: list[str], rows: st
         for scheme in parsed:
             if problems := scheme.problems(sizes[-1]):
                 raise ConfigError(f"--shape {text} with {scheme.name}: {problems[0]}")
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", rows):
-        raise ConfigError(f"--rows {rows}: expected numbers with commas between, such as 1,8,32,512")
-    return Job(device, parsed, tuple(sizes), tuple(int(count) for count in rows.split(",")), repeats)
+    return Job(device, parsed, tuple(sizes), _numbers("--rows", rows, "1,8,32,512"), repeats)
 
 
 def _show_cell(cell: "Cell", first: bool) -> None:

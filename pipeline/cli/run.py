@@ -172,6 +172,10 @@ def quantize(
         str | None,
         typer.Option(help="5%: at most so many layers leave their inputs alone, those where rounding them costs most."),
     ] = None,
+    distill: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps that train scales and norms, once all is quantized; the model is in memory."),
+    ] = None,
     fit_groups: Annotated[
         bool, typer.Option("--fit-groups", help="Layers that the group size does not divide get a smaller one.")
     ] = False,
@@ -207,6 +211,7 @@ def quantize(
     settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
     settings |= {"max_fallback_layers": max_fallback_layers, "observer": observer, "sequential": not no_sequential}
     settings |= load_options([f"keep_inputs={keep_inputs}"] if keep_inputs else [])
+    settings |= {"distill": distill} if distill else {}
     settings |= calibration_keys(calibration, windows, context, seed)
     name = budget or recipe or DEFAULT_RECIPE
     with progress(f"quantizing to {name}") as step:

@@ -92,6 +92,15 @@ def _share(value: Any) -> Any:
 Share = Annotated[float, BeforeValidator(_share)]
 
 
+class Distill(_Strict):
+    """How a quantized model's scales and norms are trained to say what the unquantized one says; as a number: steps."""
+
+    steps: int = Field(100, ge=1, le=100_000)
+    windows: int = Field(4, ge=1)  # of the calibration text, that a step learns from
+    rate: float = Field(0.004, gt=0, le=1)  # of the scales, as a fraction of each; it falls to 0 along a cosine
+    norm_rate: float = Field(0.001, gt=0, le=1)  # of the norms' weights
+
+
 class RecipeDefaults(_Strict):
     """What all recipes of a config have in common, where they do not say otherwise."""
 
@@ -107,6 +116,7 @@ class RecipeDefaults(_Strict):
     observer: str = AUTO  # of the range of static inputs: mse, percentile or minmax; auto is the first
     calibration: Calibrate | None = None  # None: the defaults above, where a method needs any
     sequential: bool = True  # each block learns on what the quantized ones before it put out; false: unquantized ones
+    distill: Distill | None = None  # the whole model is trained, once it is quantized; a number is that of its steps
     max_fallback_layers: int = Field(0, ge=0)  # where more layers fall back to rounding to nearest, the job fails
     fit_groups: bool = False  # a group size that does not divide a layer is made smaller, in powers of two
     allow_split_fused: bool = False  # parts of what servers fuse (q, k and v; gate and up; experts) may differ
@@ -115,6 +125,11 @@ class RecipeDefaults(_Strict):
     @classmethod
     def _text_alone(cls, value: Any) -> Any:
         return {"text": value} if isinstance(value, str) else value
+
+    @field_validator("distill", mode="before")
+    @classmethod
+    def _steps_alone(cls, value: Any) -> Any:
+        return {"steps": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -185,7 +200,8 @@ class RecipeSettings(RecipeDefaults):
         """The recipe's name, and that of its run's folder."""
         spec = self.spec if self.budget is None else f"{'' if self.method == AUTO else f'{self.method}-'}{self.budget}"
         text = f"{self.transform}-{spec}" if self.transform else spec
-        return self.name or text.replace("/", "-") + ("-mixed" if self.layers else "")
+        text = text.replace("/", "-") + ("-mixed" if self.layers else "")
+        return self.name or text + ("-distilled" if self.distill else "")
 
     @property
     def baseline(self) -> bool:

@@ -71,6 +71,8 @@ class Origin:
 
     recipe: its name and its rules. checkpoint: where it is, unless it is the run's own artifact or the model itself.
     budget: what a budget chose, and the curve that it is of, see quantize/budget.py.
+    distill: how distillation went, see quantize.distill.Distilled.to_dict. transform: its name and what it did for each
+    group of layers, see transforms.base.Transformed. inputs: see quantize.inputs.InputError.
     """
 
     name: str
@@ -85,6 +87,9 @@ class Origin:
     calibration: dict[str, Any] | None = None
     checkpoint: dict[str, Any] | None = None
     budget: dict[str, Any] | None = None
+    distill: dict[str, Any] | None = None
+    transform: dict[str, Any] | None = None
+    inputs: list[dict[str, Any]] | None = None
 
 
 def origin_of_run(run: Run, source: Source, recipe: Recipe | None, folder: Path) -> Origin:
@@ -115,6 +120,9 @@ def origin_of_run(run: Run, source: Source, recipe: Recipe | None, folder: Path)
         config=config,
         recipe={"name": recipe.name, "layers": manifest["recipe"]["layers"]},
         budget=manifest.get("budget"),
+        distill=manifest.get("distill"),
+        transform={"name": recipe.transform.name, "groups": manifest["transform"]} if recipe.transform else None,
+        inputs=manifest.get("inputs"),
         calibration=calibration,
     )
 

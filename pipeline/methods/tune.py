@@ -10,7 +10,6 @@ weights and scales by Adam. Both see a block's output, where gptq sees each laye
 - Some calibration windows are held out. What is kept is the state with the least error on them, gptq's included.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
@@ -18,18 +17,14 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
 from .base import TrainableBlock, Tuned
 from .gptq import GPTQ
+from .learned import LearnedInteger
 
-# How far a weight begins on the way from its code to the boundary that lies towards its own value, or to that value.
-# At int2-g64, 120 steps with the rates below took the first block of a 12.6M-parameter Llama to 0.850 of gptq's
-# held-out error; 0.9 with a rate of 0.003 took it to 0.863, in one run each, which is too close to choose by.
-_CLOSENESS = 0.98
 _BETAS = (0.9, 0.95)
 _WARM_UP = 10  # steps until the full rate: Adam's first steps know no scale of the gradient
 _CHECKS = 10  # times that the held-out error is taken
@@ -61,7 +56,7 @@ class Tune(GPTQ):
         return super().problems(scheme) if learns else [f"{self.name} learns integer weights, not {scheme.name}"]
 
     def learn(self, block: TrainableBlock, layers: Mapping[str, QTensor]) -> tuple[dict[str, QTensor], Tuned]:
-        learned = {name: _Layer(block.weight(name), qtensor) for name, qtensor in layers.items()}
+        learned = {name: LearnedInteger(block.weight(name), qtensor) for name, qtensor in layers.items()}
         least = block.held_out_error(layers)
         best, curve = dict(layers), [(0, least)]
         offsets, factors = ([getattr(each, kind) for each in learned.values()] for kind in ("offsets", "factors"))
@@ -87,49 +82,6 @@ class Tune(GPTQ):
                 if error < least:
                     best, least = state, error
         return best, Tuned(tuple(layers), tuple(curve))
-
-
-class _Layer:
-    """A weight [out, in] as a function of what is learned, G groups of g inputs.
-
-    offsets: float32 [out, G, g], in steps of the code. factors: float32 [out, G, 1], of the scales.
-    """
-
-    def __init__(self, weight: Tensor, qtensor: QTensor):
-        kind = qtensor.scheme.weight.description()
-        affine = qtensor.scheme.weight.elements(qtensor.shape, dict(qtensor.tensors()))
-        assert affine, "gptq quantizes to integers"
-        elements, scales, zeros = affine
-        self.start, self.zeros = qtensor, zeros
-        self.scales = scales.to(torch.float32).unsqueeze(-1)
-        offset = 0 if zeros is None else zeros.to(torch.float32).unsqueeze(-1)
-        codes = elements.to(torch.float32).unflatten(1, (scales.shape[1], -1)) - offset
-        half = 1 << (kind.num_bits - 1)
-        exact = weight.to(torch.float32).unflatten(1, (scales.shape[1], -1))
-        zero = (exact == 0).all(-1, keepdim=True)  # groups of zeros stay zeros
-        self.low = torch.where(zero, 0, -half - offset)
-        self.high = torch.where(zero, 0, half - 1 - offset)
-        self.latent = codes + (exact / self.scales - codes).clamp(-0.5, 0.5) * _CLOSENESS
-        self.offsets = torch.zeros_like(self.latent, requires_grad=True)
-        self.factors = torch.ones_like(self.scales, requires_grad=True)
-
-    def weight(self) -> Tensor:
-        """The weight, float32; its gradient is that of the codes before they were rounded."""
-        exact = (self.latent + self.offsets).clamp(self.low, self.high)
-        codes = exact + (exact.round() - exact).detach()
-        return (codes * (self.scales * self.factors)).flatten(1)
-
-    @torch.no_grad()
-    def qtensor(self) -> QTensor:
-        """The weight as it is stored now; a scale that its dtype cannot hold stays what it was."""
-        codes = (self.latent + self.offsets).round_().clamp_(self.low, self.high)
-        scales = (self.scales * self.factors).squeeze(-1).to(self.start.scales.dtype)
-        scales = torch.where((scales > 0) & torch.isfinite(scales), scales, self.start.scales)
-        offset = 0 if self.zeros is None else self.zeros.to(torch.float32).unsqueeze(-1)
-        elements = (codes + offset).flatten(1).to(torch.int8)
-        weight, shape = self.start.scheme.weight, self.start.shape
-        tensors = weight.from_elements(shape, elements, scales, self.zeros)
-        return dataclasses.replace(QTensor.of(self.start.scheme, shape, tensors), order=self.start.order)
 
 
 PLUGINS = (Tune(),)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,19 @@ from ..storage.fingerprint import MANIFEST, check_fingerprint, open_work
 from ..system.progress import OnStep
 from ..system.threads import ahead
 from ..system.versions import versions
-from .budget import search
+from .budget import Choice, search
+from .distill import Quantized, distill
 from .independent import IndependentBlocks
 from .inputs import InputError, input_errors, with_inputs_kept
 from .plan import Plan, PlannedTensor, Unit, blocks_at_a_time, make_plan
 from .recipe import Recipe, fingerprint, order_of_sums
-from .sequential import CalibratedBlocks, clear_states
+from .sequential import CalibratedBlocks, clear_states, save_reference_logits
 from .statistics import SHARED, SharedStatistics
 from .weights import quantize_unit
 
 _INPUTS = "inputs.json"  # in the work folder: what rounding the inputs of each layer costs
 UNFINISHED = "artifact.tmp"  # in the folder of the work, until it is an artifact
+DISTILLED = "distill.tmp"  # in the folder of the work: what distillation begins with, and its state
 
 
 class _Progress:
@@ -135,20 +137,16 @@ def quantize(
         coverage, hashes = _read_manifest(out)
         _check_fallbacks([coverage], recipe.max_fallback_layers)
         clear_states(work)
+        if (work / DISTILLED).exists():
+            store.remove_folder(work / DISTILLED)
         return _verify_finished(out, hashes, on_step)
     if store.is_occupied(out):
         raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
-    chosen = search(checkpoint, source, recipe, shared or work / SHARED, on_step) if recipe.budget else None
-    if chosen:
-        recipe = chosen.recipe()
-    plan = make_plan(checkpoint, recipe)
+    if recipe.distill:
+        return _quantize_and_distill(checkpoint, source, recipe, out, work, on_step, shared)
+    settled = _settle(checkpoint, source, recipe, work, on_step, shared or work / SHARED)
+    recipe, plan, chosen, errors = settled.recipe, settled.plan, settled.chosen, settled.errors
     folder = work / UNFINISHED
-    open_work(work, origin | order_of_sums(recipe))
-    share = recipe.keep_inputs
-    errors = _input_errors(plan, recipe, work, on_step) if share else []
-    if share:
-        recipe = with_inputs_kept(plan, recipe, errors)
-        plan = make_plan(checkpoint, recipe)
     workers = workers or blocks_at_a_time(plan)
     blocks, solved, statistics = None, chosen.search.solution if chosen else None, None
     if recipe.calibration and not recipe.sequential:
@@ -171,11 +169,7 @@ def quantize(
     store.preflight(work, max(0, int(size) - written) + (blocks.nbytes() if blocks else 0))
     writer = plan.format.writer(folder, plan.dtype, len(plan.units))
     lines = _write_units(plan, blocks, writer, progress, recipe.max_fallback_layers, on_step, workers)
-    names = TensorNames(plan.model)
-    schemes, kept = with_module_paths(plan.schemes, names), with_module_paths(dict.fromkeys(plan.kept), names)
-    section = plan.format.quantization_config(schemes, list(kept), plan.dtype)
-    files = writer.close(checkpoint.config, section, checkpoint.other_files())
-    _compare_names(checkpoint, plan, folder)
+    files = _close(writer, checkpoint, plan, folder)
     layers = [layer for line in lines for layer in line["layers"]]
     tuned = [each for line in lines for each in line.get("tuned", [])]
     manifest = {
@@ -193,7 +187,116 @@ def quantize(
     checkpoint.check_unchanged()
     store.publish_folder(folder, out)
     clear_states(work)
-    return [*plan.notes, *_kept_inputs(share, errors), *progress.notes, *_remarks(lines)]
+    return [*plan.notes, *_kept_inputs(settled.share, errors), *progress.notes, *_remarks(lines)]
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """A recipe of which all is decided, down to each layer, and its plan.
+
+    chosen: what its budget chose; None without one. share: of layers that may leave their inputs alone. errors: what
+    rounding each layer's inputs costs, where there is such a share.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    chosen: Choice | None
+    share: float
+    errors: list[InputError]
+
+
+def _settle(
+    checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe, work: Path, on_step: OnStep, shared: Path
+) -> _Settled:
+    """Decide what the recipe leaves to measurements; these are in `work` and `shared`, and are taken once.
+
+    Args:
+        shared: where a budget's statistics and solutions are kept.
+    """
+    origin = fingerprint(checkpoint, source, recipe)
+    chosen = search(checkpoint, source, recipe, shared, on_step) if recipe.budget else None
+    if chosen:
+        recipe = chosen.recipe()
+    plan, share = make_plan(checkpoint, recipe), recipe.keep_inputs
+    open_work(work, origin | order_of_sums(recipe))
+    errors = _input_errors(plan, recipe, work, on_step) if share else []
+    if share:
+        recipe = with_inputs_kept(plan, recipe, errors)
+        plan = make_plan(checkpoint, recipe)
+    return _Settled(recipe, plan, chosen, share, errors)
+
+
+def _close(writer: Writer, checkpoint: Checkpoint, plan: Plan, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write what lies beside the weights; returns file name -> {"bytes", "sha256"} of everything in the folder."""
+    names = TensorNames(plan.model)
+    schemes, kept = with_module_paths(plan.schemes, names), with_module_paths(dict.fromkeys(plan.kept), names)
+    section = plan.format.quantization_config(schemes, list(kept), plan.dtype)
+    files = writer.close(checkpoint.config, section, checkpoint.other_files())
+    _compare_names(checkpoint, plan, folder)
+    return files
+
+
+def _quantize_and_distill(
+    checkpoint: Checkpoint,
+    source: dict[str, Any],
+    recipe: Recipe,
+    out: Path,
+    work: Path,
+    on_step: OnStep,
+    shared: Path | None,
+) -> list[str]:
+    """Make `out` in three steps: the artifact without distillation, in the work folder; the training; the packing.
+
+    Each of the first two goes on where it was broken off; the last one begins again.
+    """
+    assert recipe.distill
+    assert recipe.calibration
+    open_work(work, fingerprint(checkpoint, source, recipe) | order_of_sums(recipe))
+    steps, folder = recipe.distill.steps, work / UNFINISHED
+    own = work / DISTILLED
+    undistilled, begun = replace(recipe, distill=None), own / "start"
+    store.make_folder(own)
+
+    def first_half(done: int, total: int) -> None:
+        on_step(done, 2 * total)
+
+    notes = quantize(checkpoint, source, undistilled, begun, own, first_half, shared)
+    settled = _settle(checkpoint, source, undistilled, own, first_half, shared or own / SHARED)
+    plan, artifact = settled.plan, open_quantized(begun)
+    start = Quantized.read(artifact, plan)
+    distilled = distill(plan, recipe, start, own / "steps", lambda done, _: on_step(steps + done, 2 * steps))
+    learned = distilled.learned
+    final = Quantized({**start.layers, **learned.layers}, {**start.others, **learned.others})
+    if folder.exists():  # of a call that was broken off while it packed
+        store.remove_folder(folder)
+    store.make_folder(folder)
+    store.preflight(work, sum(info.nbytes for info in artifact.tensors.values()))
+    writer = plan.format.writer(folder, plan.dtype, len(plan.units))
+    for number, unit in enumerate(plan.units):
+        for planned in unit.tensors:
+            if planned.spec:
+                writer.add(planned.module, final.layers[planned.module])
+            else:
+                writer.add(planned.info.name, final.others[planned.info.name])
+        writer.adopt(writer.cut(number).write())
+    files = _close(writer, checkpoint, plan, folder)
+    save_reference_logits(plan, recipe, work, final.weight)
+    manifest = read_json(begun / MANIFEST)
+    for layer in manifest["coverage"]["layers"]:  # errors of the weights that were there before
+        for figure in ("relative_error", "output_error") if layer["name"] in learned.layers else ():
+            layer.pop(figure, None)
+    manifest |= {
+        "fingerprint": fingerprint(checkpoint, source, recipe),
+        "recipe": recipe.to_dict() | {"format": plan.format.name},
+        "distill": distilled.to_dict(),
+        "files": files,
+    }
+    store.write_json(folder / MANIFEST, manifest)
+    checkpoint.check_unchanged()
+    store.publish_folder(folder, out)
+    store.remove_folder(own)
+    before, after = distilled.curve[0][1], min(error for _, error in distilled.curve)
+    return [*notes, f"distilled in {steps} steps: held-out KL divergence {before:.4g} before, {after:.4g} after"]
 
 
 def _input_errors(plan: Plan, recipe: Recipe, work: Path, on_step: OnStep) -> list[InputError]:

@@ -10,7 +10,7 @@ from ..config.budget import Budget
 from ..config.load import load_recipe
 from ..config.messages import Problem
 from ..config.options import options_of
-from ..config.schema import AUTO, RecipeSettings
+from ..config.schema import AUTO, Distill, RecipeSettings
 from ..data.calibration import Calibration
 from ..errors import ConfigError, nearest
 from ..formats import registry as formats
@@ -26,6 +26,7 @@ from ..transforms.base import Transform
 from .spec import KEPT, LayerSpec, Rules
 
 FORMAT_VERSION = 2
+DISTILL_VERSION = 1  # goes up whenever the same start would be trained to other bytes
 KEEP_INPUTS_VERSION = 1  # goes up whenever the same errors would be measured or judged otherwise
 # What a budget chooses from: 2.1 to 8 bits. Finer groups than 32 cost what the next width does.
 CHOICES = (
@@ -50,6 +51,7 @@ class Recipe:
     observer: how the range of static inputs is chosen; None for the first way that their type has.
     keep_inputs: at most this share of the layers that quantize their inputs leave them alone; see quantize/inputs.py.
     budget: a size to meet; each layer that `rules.layers` does not name gets one of `choices`, None to keep it.
+    distill: how scales and norms are trained once all layers are quantized; None to leave them.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Recipe:
     keep_inputs: float = 0.0
     budget: Budget | None = None
     choices: tuple[LayerSpec | None, ...] = ()
+    distill: Distill | None = None
 
     @staticmethod
     def make(settings: "str | Mapping[str, Any] | RecipeSettings", device: str = "auto") -> "Recipe":
@@ -102,12 +105,13 @@ class Recipe:
             keep_inputs=settings.keep_inputs,
             budget=Budget.parse(settings.budget) if settings.budget else None,
             choices=choices,
+            distill=settings.distill,
         )
 
     @property
     def calibrated(self) -> bool:
-        """Whether the transform, the budget, inputs to keep, or some layer's method or inputs need calibration."""
-        whole = self.transform or self.budget or self.keep_inputs
+        """Whether a step on the whole model, or some layer's method or inputs, need calibration."""
+        whole = self.transform or self.budget or self.keep_inputs or self.distill
         return bool(whole) or any(spec.needs_calibration for spec in self.rules.specs())
 
     def specs(self) -> list[LayerSpec]:
@@ -149,6 +153,9 @@ class Recipe:
             described |= {"observer": self.observer}
         if self.keep_inputs:
             described |= {"keep_inputs": self.keep_inputs, "keep_inputs.version": KEEP_INPUTS_VERSION}
+        if self.distill:
+            described |= {f"distill.{name}": value for name, value in self.distill.model_dump().items()}
+            described |= {"distill.version": DISTILL_VERSION}
         if self.calibration:
             described |= {f"calibration.{name}": value for name, value in self.calibration.to_dict().items()}
         return described
@@ -203,6 +210,10 @@ def problems(settings: RecipeSettings) -> list[Problem]:
             faults.append((("keep_inputs",), said))
         faults += [(("keep_inputs",), said) for spec in alone for said in spec.method.problems(spec.scheme)]
         specs += alone
+    integers = any(spec.scheme.weight.description().type == "int" for spec in specs)
+    if settings.distill and specs and not integers and not faults and not settings.inherits("distill"):
+        said = "distill trains the scales of integer weights, and no scheme of the recipe has any: leave it out"
+        faults.append((("distill",), said))
     if settings.options and not faults:
         faults += _option_problems(settings)
     if settings.budget:
@@ -213,7 +224,7 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         faults.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
     unused = (
         settings.calibration
-        and not (settings.transform or settings.budget or settings.keep_inputs)
+        and not (settings.transform or settings.budget or settings.keep_inputs or settings.distill)
         and not any(spec.needs_calibration for spec in specs)
     )
     if unused and specs and not faults and not settings.inherits("calibration"):

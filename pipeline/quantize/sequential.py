@@ -333,14 +333,41 @@ class CalibratedBlocks:
         Args:
             outputs: of the last block, for the first batch.
         """
-        logits = self.runner.logits(outputs[:1])
-        count = min(REFERENCE_TOKENS, self.ids.shape[1])
-        tensors = {"ids": self.ids[0, :count].clone(), "logits": logits[0, :count].clone()}
-        files.write_safetensors(self.reference_logits, tensors)
+        _write_reference_logits(self.reference_logits, self.ids[0], self.runner.logits(outputs[:1])[0])
 
     def committed(self, block: int) -> None:
         """Delete what a block read, once its shard is safe."""
         self.state(block).unlink(missing_ok=True)
+
+
+def _write_reference_logits(path: Path, ids: Tensor, logits: Tensor) -> None:
+    """Write the first of a window's ids [context] and logits [context, vocabulary]."""
+    count = min(REFERENCE_TOKENS, len(ids))
+    files.write_safetensors(path, {"ids": ids[:count].clone(), "logits": logits[:count].clone()})
+
+
+@torch.no_grad()
+def save_reference_logits(
+    plan: Plan, recipe: Recipe, work: Path, weight: Callable[[PlannedTensor, torch.dtype], Tensor]
+) -> None:
+    """Save the logits of a quantized model, block by block; see CalibratedBlocks.
+
+    Args:
+        work: the folder of the reference logits.
+        weight: gives a tensor of it as a checkpoint's files would have it, a dequantized layer in the dtype asked for.
+    """
+    assert recipe.calibration
+    dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
+    outside = [planned for planned in plan.tensors if planned.block is None]
+    ids, read = recipe.calibration.ids[:1], lambda planned: weight(planned, dtype)
+    runner = BlockRunner(plan.checkpoint, outside, ids, dtype, recipe.device, read)
+    (hidden,) = runner.embed()
+    for unit in plan.units:
+        if unit.block is not None:
+            runner.load_block(unit.block, ((planned, read(planned)) for planned in unit.tensors))
+            hidden = runner.forward(0, hidden)
+            runner.unload_block()
+    _write_reference_logits(work / REFERENCE_LOGITS, ids[0], runner.logits(hidden)[0])
 
 
 def _kinds(group: Iterable[PlannedTensor]) -> Kinds:

@@ -17,7 +17,7 @@ from ..evaluate.process import Say
 from ..evaluate.results import origin_of_run
 from ..evaluate.verify import verify_artifact
 from ..hub.download import Source
-from ..quantize.artifact import UNFINISHED, quantize
+from ..quantize.artifact import DISTILLED, UNFINISHED, quantize
 from ..quantize.recipe import Recipe
 from ..quantize.sequential import clear_states
 from ..quantize.statistics import SHARED
@@ -153,7 +153,7 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
 
 def _remove_work(folder: Path) -> None:
     """Delete what a job made of its model, finished or not; the log of errors and a receipt of publishing stay."""
-    for name in (ARTIFACT, UNFINISHED):
+    for name in (ARTIFACT, UNFINISHED, DISTILLED):
         if (folder / name).is_dir():
             files.remove_folder(folder / name)
     clear_states(folder)

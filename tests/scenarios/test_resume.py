@@ -159,8 +159,9 @@ class TestKilledWhileCalibrating:
             ({}, 1),
             ({"transform": "awq"}, 23),
             ({"transform": "smooth", "scheme": "int8-dynamic", "keep_inputs": 0.5}, 13),
+            ({"scheme": "int2-g32", "distill": 3}, 17),
         ],
-        ids=["gptq", "awq+gptq", "smooth+gptq, inputs kept"],
+        ids=["gptq", "awq+gptq", "smooth+gptq, inputs kept", "gptq, distilled"],
     )
     def test_at_every_write_sync_and_rename(
         self,
@@ -196,6 +197,7 @@ class TestKilledWhileCalibrating:
             work = out.with_name(f"{out.name}.partial")
             assert digests(out) | digests(work) == expected, f"killed at call {call}"
             assert not (work / "states").exists()
+            assert not (work / stage.DISTILLED).exists()
             shutil.rmtree(out)
             shutil.rmtree(work)
             if code == 0:

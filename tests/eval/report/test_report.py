@@ -349,6 +349,22 @@ def test_how_the_error_of_a_tuned_block_fell():
     assert "What was learned" not in report.markdown([metrics()])
 
 
+def test_how_a_transform_distillation_and_inputs_left_alone_went():
+    run = measured()
+    run["distill"] = {"kept_at": 5, "curve": [[0, 0.02], [5, 0.015], [10, 0.016]], "losses": [[5, 0.03], [10, 0.025]]}
+    group = {"layers": ["a", "b"], "before": 0.02, "after": 0.01, "note": "alpha 0.5"}
+    run["transform"] = {"name": "smooth", "groups": [group]}
+    run["inputs"] = [
+        {"layers": [name], "error": error, "kept": error > 0.4} for name, error in zip("abcde", (0.5, *[0.1] * 4))
+    ]
+    text = plain(report.markdown([metrics(), run]))
+    assert "| int4-g128 | 0 | 0.02 | – |" in text
+    assert "| int4-g128 | 5 | 0.015 | 0.03 | kept |" in text
+    assert "| int4-g128 | smooth | a, b | alpha 0.5 | 0.02 → 0.01 |" in text
+    assert "| int4-g128 | a | left alone | 0.5 |" in text
+    assert text.count("| rounded | 0.1 |") == 3
+
+
 def test_errors_of_outputs_are_a_map_and_by_depth_lines():
     page = report.html([metrics(), measured()])
     assert "QuadMesh" in page

@@ -16,7 +16,8 @@ from bitpress.pipeline import api
 from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.errors import ConfigError
 from bitpress.pipeline.methods.gptq import GPTQ
-from bitpress.pipeline.methods.tune import Tune, _Layer
+from bitpress.pipeline.methods.learned import LearnedInteger
+from bitpress.pipeline.methods.tune import Tune
 from bitpress.pipeline.quantize.sequential import CalibratedBlocks
 from bitpress.pipeline.storage.checkpoint import read_json
 
@@ -64,7 +65,7 @@ class TestALayer:
     def test_begins_at_the_codes_that_it_was_given(self, scheme: str) -> None:
         block = TwoLayers()
         for name, q in block.quantized(scheme).items():
-            layer = _Layer(block.weight(name), q)
+            layer = LearnedInteger(block.weight(name), q)
             assert torch.equal(layer.weight().detach(), q.dequantize())
             same = dict(layer.qtensor().tensors())
             assert all(torch.equal(tensor, same[kind]) for kind, tensor in q.tensors())
@@ -73,7 +74,7 @@ class TestALayer:
         weight = TwoLayers().weight("a").clone()
         weight[3, :32] = 0
         q, _ = GPTQ().quantize(weight, Scheme.parse("int2-g32"), torch.float32, (hessian_of(correlated(200, 64)),))
-        layer = _Layer(weight, q)
+        layer = LearnedInteger(weight, q)
         with torch.no_grad():
             layer.offsets += 0.8
         after = layer.qtensor().dequantize()
@@ -84,7 +85,7 @@ class TestALayer:
     def test_a_scale_that_its_dtype_cannot_hold_stays_what_it_was(self) -> None:
         block = TwoLayers()
         q = block.quantized()["a"]
-        layer = _Layer(block.weight("a"), q)
+        layer = LearnedInteger(block.weight("a"), q)
         with torch.no_grad():
             layer.factors[0], layer.factors[1] = -1, float("inf")
         assert torch.equal(layer.qtensor().scales, q.scales)
