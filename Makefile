@@ -39,6 +39,8 @@ fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz/checkpoints.py $(FUZZ)
 
 interop: $(INSTALLED) $(PEERS:%=.venv-%/.installed)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		onnxruntime-genai onnx-ir onnx
 	$(BIN)/python -m pytest tests/interop/interop.py
 	cat runs/interop.md
 

@@ -40,6 +40,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test worked out of headers is worked out again by the next, and the user's cache is left alone."""
+    monkeypatch.setattr("bitpress.pipeline.system.remembered.folder", lambda: None)
+
+
+@pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
     """Every test begins as a program in a terminal does, and what the command line arranges ends with the test.
 

@@ -1,5 +1,6 @@
 """What a checkpoint is, whether it is sound, and which runtimes load it; reads one tensor at a time, runs nothing."""
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -8,24 +9,19 @@ from typing import Any
 
 from bitpress.eval.report.words import printable
 
-from ..errors import CheckpointError, listing
+from ..errors import CheckpointError
 from ..formats import open_quantized, quantization_section, read_config, registry
 from ..formats.base import Examination, Facts, LayerExamination, some
-from ..models.pretrained import require_tokenizer
-from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
-from ..models.structure import (
-    ParameterPath,
-    TensorNames,
-    computing_dtype,
-    kept_names,
-    skeleton,
-    tied_copies,
-)
+from ..models.dtypes import computing_dtype
+from ..models.stored_layer import check_shape, read_layer
 from ..storage import files as store
+from ..storage.artifacts import require_tokenizer
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.fingerprint import MANIFEST
 from ..storage.finite import count_not_finite
+from ..system import remembered as cache
 from ..system.progress import OnStep
+from ..system.remembered import remembered
 from .describe import describe
 from .facts import facts_of
 from .runtimes import tensor_parallel, verdicts
@@ -105,7 +101,7 @@ def _examine(folder: Path, on_step: OnStep) -> Diagnosis:
     return diagnosis
 
 
-def _short(error: Exception, folder: Path) -> str:
+def _short(error: Exception | str, folder: Path) -> str:
     """An error's sentence without the folder, which is the same in all of them, and without advice for others."""
     text = str(error).replace(f"{folder}/", "").removeprefix(f"{folder}: ").removeprefix(f"{folder} ")
     return text.removesuffix("; get the checkpoint again")
@@ -184,11 +180,11 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
     except CheckpointError as error:
         diagnosis.faults.append(_short(error, checkpoint.folder))
         return
-    contents: QuantizedCheckpoint | None = None
+    headers: Mapping[str, Any] | None = None
     layers = [n.removesuffix(f".{format.marker}") for n in checkpoint.tensors if n.endswith(f".{format.marker}")]
     try:
-        contents = read_quantized(checkpoint)
-        layers = list(contents.quantized)
+        headers = _headers(checkpoint)
+        layers = list(headers["shapes"])
     except CheckpointError as error:  # each layer can be examined all the same
         diagnosis.faults.append(_short(error, checkpoint.folder))
     section = quantization_section(checkpoint)
@@ -200,8 +196,8 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
             continue  # read_quantized said so
         try:
             qtensor = read_layer(checkpoint, format, scheme, layer)
-            if contents:
-                check_shape(layer, contents.shapes[layer], qtensor)
+            if headers:
+                check_shape(layer, tuple(headers["shapes"][layer] or ()) or None, qtensor)
         except CheckpointError as error:
             diagnosis.faults.append(_short(error, checkpoint.folder))
             continue
@@ -211,61 +207,78 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
         observation = format.observe(checkpoint, layer, qtensor)
         ordered = qtensor.order is not None
         seen.layers[layer] = LayerExamination(scheme, qtensor.shape, scales.dtype, ordered, observation)
-    if contents:
-        plain = {name: checkpoint.tensors[name] for name in contents.plain}
-        kept = kept_names(plain, contents.quantized, contents.model, contents.names)
-        seen.kept = {name: plain[f"{name}.weight"].shape if f"{name}.weight" in plain else () for name in kept}
+    if headers:
+        plain = {name: checkpoint.tensors[name] for name in headers["plain"]}
+        seen.kept = {
+            name: plain[f"{name}.weight"].shape if f"{name}.weight" in plain else () for name in headers["kept"]
+        }
     faults, notes = format.diagnose(seen)
     diagnosis.faults += faults
     diagnosis.notes += notes
     rest = [name for name in checkpoint.tensors if name not in owned]
-    names, targets = (contents.names, contents.plain) if contents else (None, {})
-    _check_plain(checkpoint, rest, names, targets, diagnosis, steps)
-    if contents:
-        facts = facts_of(
-            contents.format,
-            contents.model,
-            contents.names,
-            contents.quantized,
-            {name: (layer.scheme, layer.shape) for name, layer in seen.layers.items()},
-            frozenset(seen.kept),
-            bool(seen.ordered),
-        )
+    _check_plain(checkpoint, rest, headers, diagnosis, steps)
+    if headers:
+        schemes = {name: (layer.scheme, layer.shape) for name, layer in seen.layers.items()}
+        facts = facts_of(format, headers["model"], schemes, frozenset(seen.kept), bool(seen.ordered))
         diagnosis.runtimes, diagnosis.tensor_parallel = verdicts(facts), tensor_parallel(facts)
         if facts.auto_class != Facts.auto_class:
             diagnosis.notes.append(f"transformers loads it by {facts.auto_class}, the class of its architecture")
 
 
+def _headers(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What transformers' model says of the tensors in the files (see headers.Headers), for headers that are known from
+    an earlier command without building it again.
+
+    Faults are not remembered, nor what depends on the values of weights.
+
+    Raises:
+        CheckpointError: there is no such model, or the headers of a quantized checkpoint do not fit it.
+    """
+
+    def ask() -> dict[str, Any]:
+        from .headers import dense_headers, quantized_headers
+
+        ask_model = dense_headers if quantization_section(checkpoint) is None else quantized_headers
+        return {**ask_model(checkpoint)}
+
+    return remembered(
+        "headers",
+        {"files": checkpoint.identity()},
+        ask,
+        keep=lambda headers: not (headers["faults"] or headers["mismatches"] or headers["repeated"]),
+    )
+
+
+def remember_headers(folder: Path) -> None:
+    """Ask for the headers of a checkpoint that was just made, while transformers is there, for doctors to come."""
+    if cache.folder() is not None:
+        with contextlib.suppress(CheckpointError):  # the doctor will say it
+            _headers(open_quantized(folder))
+
+
 def _check_dense(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps) -> None:
-    names, targets = None, dict[str, ParameterPath]()
+    headers = None
     try:
-        model = skeleton(checkpoint)
-        names = TensorNames(model)
-        targets = {name: names.target(name) for name in checkpoint.tensors}
-        if missing := names.missing(targets.values()):
-            diagnosis.faults.append(f"weights of the model are missing:\n{listing(missing)}")
-        tied_copies(checkpoint, targets, model)
+        headers = _headers(checkpoint)
+        diagnosis.faults += [_short(fault, checkpoint.folder) for fault in headers["faults"]]
     except CheckpointError as error:
         diagnosis.faults.append(_short(error, checkpoint.folder))
     diagnosis.notes.append(
         checkpoint.dequantization or "not quantized: any runtime that knows the architecture loads it"
     )
-    _check_plain(checkpoint, checkpoint.tensors, names, targets, diagnosis, steps)
+    _check_plain(checkpoint, checkpoint.tensors, headers, diagnosis, steps)
 
 
 def _check_plain(
     checkpoint: Checkpoint,
     tensors: Iterable[str],
-    names: TensorNames | None,
-    targets: Mapping[str, ParameterPath],
+    headers: Mapping[str, Any] | None,
     diagnosis: Diagnosis,
     steps: _Steps,
 ) -> None:
     """Tensors that are not quantized: their values and, where the model could be built, how they fit into it."""
-    unknown, mismatches = list[str](), dict[str, str]()
-    if names is not None:
-        unknown = [name for name, target in targets.items() if not names.known(target.parameter)]
-        mismatches = names.mismatches(checkpoint.tensors, targets)
+    unknown: list[str] = headers["unknown"] if headers else []
+    mismatches: dict[str, str] = headers["mismatches"] if headers else {}
     for name in tensors:
         steps()
         if name in mismatches:

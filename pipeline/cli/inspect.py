@@ -36,7 +36,7 @@ def doctor(folder: Folder, as_json: Json = False) -> None:
         from ..checkpoints.doctor import diagnose
         from ..storage.artifacts import local_checkpoint
 
-        quiet_libraries()
+    quiet_libraries(weights=False)
     with progress("reading every tensor") as step:
         diagnosis = diagnose(local_checkpoint(folder.expanduser()), step)
     if as_json:
@@ -73,7 +73,7 @@ def _reasons(line: str, reasons: list[str]) -> None:
 def list_(as_json: Json = False) -> None:
     """Schemes, methods, formats, executors, trackers, and kernels with the reason where one cannot run here."""
     with collector_paused():
-        from ..checkpoints.describe import Entry, catalogue
+        from ..checkpoints.catalogue import Entry, catalogue
         from ..runs.executors import registry as executors
         from ..trackers import registry as trackers
 

@@ -152,11 +152,11 @@ def show_plans(
     with collector_paused():
         from ..config.load import load_config
         from ..quantize.recipe import problems
+        from ..runs.folders import jobs_of
         from ..runs.plan import ASSUMPTIONS, measure_rates, plan_run
         from ..runs.rates import STATED
-        from ..runs.run import jobs_of
 
-    quiet_libraries()
+    quiet_libraries(weights=False)
     runs = [load_config(path, overrides, problems) for path in configs]
     runs = [run.quick() for run in runs] if quick else runs
     plans = [plan_run(run, jobs_of(run)) for run in runs]

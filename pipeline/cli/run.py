@@ -77,8 +77,9 @@ def run(
         return
     from ..config.load import load_config
     from ..quantize.recipe import problems
+    from ..runs.folders import jobs_of
     from ..runs.plan import plan_run
-    from ..runs.run import execute, jobs_of, summarize
+    from ..runs.run import execute, summarize
 
     quiet_libraries()
     runs = [load_config(path, set, problems) for path in configs or [Path("demo")]]  # all are checked before any starts
@@ -203,6 +204,7 @@ def quantize(
 ) -> None:
     """Quantize one checkpoint into a folder that other runtimes load too."""
     from ..api import quantize as quantize_api
+    from ..checkpoints.doctor import remember_headers
     from ..config.load import load_layers, load_options
 
     quiet_libraries()
@@ -216,6 +218,7 @@ def quantize(
     name = budget or recipe or DEFAULT_RECIPE
     with progress(f"quantizing to {name}") as step:
         artifact = quantize_api(model, settings, output, revision, device, step, keep)
+    remember_headers(artifact.folder)
     for note in artifact.notes:
         news(note)
     print_line(f"{output}: {name}; try `bitpress eval {output}`")
@@ -235,19 +238,21 @@ def clean(run: Annotated[Path, typer.Argument(help="The folder of a run: runs/NA
 def convert(
     model: Annotated[str, typer.Argument(help="A quantized folder, or a Hub id.")],
     to: Annotated[
-        str, typer.Option(help="A format: awq, compressed-tensors, gguf, gptq, gptq-v2, mlx; see `bitpress list`.")
+        str,
+        typer.Option(help="A format: awq, compressed-tensors, gguf, gptq, gptq-v2, mlx; or onnx. See `bitpress list`."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
 ) -> None:
     """A quantized checkpoint in another format, its weights the same to the bit, or a refusal that says why."""
     from ..api import convert as convert_api
+    from ..formats import registry
 
     quiet_libraries()
     with progress(f"converting to {to}") as step:
         artifact = convert_api(model, to, output, step)
     for note in artifact.notes:
         news(note)
-    print_line(f"{output}: {to}; try `bitpress doctor {output}`")
+    print_line(f"{output}: {to}" + (f"; try `bitpress doctor {output}`" if to in registry() else ""))
 
 
 def publish(

@@ -5,17 +5,19 @@ import os
 import random
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from ..config.schema import Calibrate, Dataset, TrainingSet
 from ..errors import ConfigError, HubError, NumericsError
 from .chat import holds_conversations, rendered
 from .text import CONVERSATIONS, SUFFIXES, Rows, Text, join, read_rows
 from .tokens import bounded, check_ids, encode, longest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _HUB = re.compile(r"(?P<dataset>\w[\w.-]*/[\w.-]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
 _CHARACTERS = 8  # characters of text for every token needed: about twice what most tokenizers take
@@ -49,7 +51,7 @@ class Calibration:
         return f"{self.name}: {self.ids.shape[0]} windows of {self.ids.shape[1]} tokens"
 
 
-def calibrate(settings: Calibrate, tokenizer: Any, model: PretrainedConfig) -> Calibration:
+def calibrate(settings: Calibrate, tokenizer: Any, model: "PretrainedConfig") -> Calibration:
     """Windows of the text, each as long as the settings say, or as the model's context where that is shorter.
 
     The tokens are cut into windows; the rest that does not fill one is dropped. `windows` of them are drawn without
@@ -142,7 +144,7 @@ def _windows(name: str, ids: Tensor, windows: int, context: int, seed: int | Non
     return ids[: available * context].view(available, context)[list(chosen)]
 
 
-def _check_ids(name: str, ids: Tensor, tokenizer: Any, model: PretrainedConfig) -> None:
+def _check_ids(name: str, ids: Tensor, tokenizer: Any, model: "PretrainedConfig") -> None:
     """Refuse what nothing can be calibrated on.
 
     Raises:

@@ -1,15 +1,17 @@
 """Turns text into token ids, and checks them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from ..errors import CheckpointError
 from ..system.limits import Budget, ChildError, OverBudget, in_child
 from .text import Text
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Fast tokenizers take a second and some hundred bytes of memory for each byte of a large text, those in Python ten.
 _SECONDS, _SECONDS_PER_BYTE = 20, 1e-4
@@ -59,13 +61,13 @@ def encode(tokenizer: Any, text: Text) -> Tensor:
     return torch.tensor(BoundedTokenizer(tokenizer)(text.content)["input_ids"], dtype=torch.int64)
 
 
-def longest(model: PretrainedConfig, context: int) -> int:
+def longest(model: "PretrainedConfig", context: int) -> int:
     """`context`, cut to the positions that the model has; its config may call them n_positions, say."""
     limit = getattr(model.get_text_config(), "max_position_embeddings", None)
     return min(context, limit) if isinstance(limit, int) and limit > 0 else context
 
 
-def check_ids(name: str, highest: int, tokenizer: Any, model: PretrainedConfig) -> None:
+def check_ids(name: str, highest: int, tokenizer: Any, model: "PretrainedConfig") -> None:
     """Refuse a token that the model does not have.
 
     Raises:

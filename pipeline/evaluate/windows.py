@@ -1,8 +1,6 @@
 """Text and an eval section -> the windows of tokens that are scored."""
 
-from typing import Any
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from bitpress.eval.measure.protocols import CONTEXTS, EvaluationWindows, evaluation_windows
 
@@ -11,8 +9,11 @@ from ..data.text import Text
 from ..data.tokens import BoundedTokenizer, check_ids, longest
 from ..errors import ConfigError, NumericsError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def windows(text: Text, tokenizer: Any, settings: Eval, model: PretrainedConfig) -> EvaluationWindows:
+
+def windows(text: Text, tokenizer: Any, settings: Eval, model: "PretrainedConfig") -> EvaluationWindows:
     """What a model reads of a text and what is scored of it, by the protocol that the settings name.
 
     Raises:

@@ -25,7 +25,7 @@ LEVELS = ("yes", "limited", "unknown", "no")  # how a runtime loads a checkpoint
 Reason = tuple[str, str]  # one of LEVELS, and a sentence
 HEAD_IS_ROUNDED: Reason = (  # by ONNX Runtime GenAI's builder
     "limited",
-    "its builder also rounds the head, unless told --extra_options nodes_to_exclude=/lm_head/MatMul",
+    "its builder also rounds the head and the embeddings; `bitpress convert --to onnx` has it leave them alone",
 )
 SchemeRules = NameRules[Scheme]  # .get(layer's name in the files) -> its scheme; None where the config gives it none
 

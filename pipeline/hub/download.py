@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+import huggingface_hub  # its functions bring all of it, which takes its time, when they are called
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..errors import CheckpointError, ConfigError
@@ -65,7 +65,7 @@ def local(model: str, revision: str | None = None) -> Source | None:
     if model == DEMO or os.path.isdir(os.path.expanduser(model)) or model.count("/") != 1 or model[0] in "./~":
         return resolve(model, revision)
     try:
-        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        folder = Path(huggingface_hub.snapshot_download(model, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
     except HUB_ERRORS as error:
@@ -77,9 +77,9 @@ def local(model: str, revision: str | None = None) -> Source | None:
 def _from_hub(model: str, revision: str | None) -> Source:
     """Download a model; the first, small download settles the commit. Without the Hub, the local cache serves."""
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_COMPANIONS))
+        folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=_COMPANIONS))
         wanted = [*_COMPANIONS, *_weight_files(folder)]
-        folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=wanted))
+        folder = Path(huggingface_hub.snapshot_download(model, revision=folder.name, allow_patterns=wanted))
     except HUB_ERRORS as error:
         raise download_error(error, model, revision) from error
     if not (folder / INDEX).exists() and not (folder / SINGLE).exists():

@@ -19,16 +19,12 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from ..errors import CheckpointError, listing
+from ..storage.artifacts import require_tokenizer as require_tokenizer
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.config import data_of
 from ..system.library import library_errors, silenced
 from ..system.limits import Budget, OverBudget, within
 
-# a folder with none of these has no tokenizer
-TOKENIZERS = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-    "tekken.json",
-)  # fmt: skip
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".codes", ".spm")
 _TEMPLATES = "additional_chat_templates"
 _LARGEST = 256 << 20  # bytes of a file of a tokenizer; the largest in use has 35 MB
@@ -174,15 +170,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{folder}: its files make a {type(tokenizer).__name__}, which is no tokenizer")
     tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(folder)
     return tokenizer
-
-
-def require_tokenizer(folder: Path) -> None:
-    """Raises CheckpointError where a folder has no tokenizer, before anything is made of its weights."""
-    if not any((folder / name).exists() for name in TOKENIZERS):
-        raise CheckpointError(
-            f"{folder} has no tokenizer: none of {', '.join(TOKENIZERS)} is there; copy the files of the model's "
-            "tokenizer into the folder"
-        )
 
 
 @contextlib.contextmanager

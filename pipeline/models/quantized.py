@@ -1,4 +1,4 @@
-"""What the files of a quantized checkpoint hold, from headers; and one layer of them, checked before it is used."""
+"""What the files of a quantized checkpoint hold, from headers."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -6,13 +6,14 @@ from itertools import accumulate
 import torch
 from transformers import PreTrainedModel
 
-from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, listing
 from ..formats import quantization_section, read_config
 from ..formats.base import Format
 from ..storage.checkpoint import Checkpoint
+from .stored_layer import check_shape as check_shape
+from .stored_layer import read_layer as read_layer
 from .structure import ParameterPath, TensorNames, skeleton, tied, tied_copies, weight_kind
 
 
@@ -141,31 +142,3 @@ def _untie(
                 raise CheckpointError(f"{checkpoint.folder}: {parameter} is tied to {origin}, which is quantized")
             shared.setdefault(layers[origin], []).append(ParameterPath(parameter))
     return shared
-
-
-def read_layer(checkpoint: Checkpoint, format: Format, scheme: Scheme, layer: str) -> QTensor:
-    """One layer's tensors, checked before any kernel sees them.
-
-    Raises:
-        CheckpointError: names the layer, and what is wrong with its tensors.
-    """
-    present = [suffix for suffix in format.suffixes if f"{layer}.{suffix}" in checkpoint.tensors]
-    tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in present}
-    try:
-        qtensor = format.read(scheme, tensors)
-        qtensor.check()
-    except KeyError as error:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {layer}.{error.args[0]} is missing; get the checkpoint again"
-        ) from error
-    except (ValueError, RuntimeError, IndexError) as error:
-        raise CheckpointError(f"{checkpoint.folder}: {layer}: {error}; get the checkpoint again") from error
-    return qtensor
-
-
-def check_shape(layer: str, expected: tuple[int, ...] | None, qtensor: QTensor) -> None:
-    """Raises CheckpointError unless a layer that was read is of the shape that config.json gives it."""
-    if expected != qtensor.shape:
-        raise CheckpointError(
-            f"{layer}: shape {list(qtensor.shape)} in the file, {list(expected or ())} by config.json"
-        )

@@ -7,10 +7,9 @@ vision-language model is built whole, and its decoder blocks are those of its te
 
 import copy
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import TypeVar
 
 import torch
@@ -39,9 +38,10 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, listing
-from ..formats.base import dtype_name
 from ..formats.names import fused_unit as fused_unit
 from ..storage.checkpoint import Checkpoint, TensorInfo
+from .dtypes import computing_dtype as computing_dtype
+from .dtypes import dtype_of_most as dtype_of_most
 from .experts import ExpertSlice, expert_layouts
 from .pretrained import builds_a_model, load_config
 
@@ -151,21 +151,6 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
         model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
     _keep_in_float32(model, chosen)
     return model.eval()
-
-
-def computing_dtype(checkpoint: Checkpoint) -> str:
-    """The name of the dtype that a checkpoint's model computes with: what config.json says, or that of most weights."""
-    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return str(stated or dtype_name(dtype_of_most(checkpoint.tensors.values())))
-
-
-def dtype_of_most(tensors: Iterable[TensorInfo]) -> torch.dtype:
-    """The floating dtype that most elements of these tensors have; float32 where there are none."""
-    elements = Counter({torch.float32: 0})
-    for info in tensors:
-        if info.dtype.is_floating_point:
-            elements[info.dtype] += prod(info.shape)
-    return elements.most_common(1)[0][0]
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype | str) -> None:

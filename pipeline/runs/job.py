@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.doctor import remember_headers
 from ..config.schema import BASELINE, RecipeSettings, Run
 from ..data.calibration import Calibration
 from ..errors import BitpressError, GateError
@@ -134,6 +135,7 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
     shared = beside / SHARED if job.shares else None
     with progress("quantizing") as step:
         notes = quantize(checkpoint, job.source.to_dict(), recipe, artifact, job.folder, step, shared)
+    remember_headers(artifact)
     for note in notes:
         say(note)
     seconds = {"quantize": time.perf_counter() - start}

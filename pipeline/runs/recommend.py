@@ -19,8 +19,8 @@ from ..hub.download import local, resolve
 from ..quantize.plan import Plan, make_plan
 from ..quantize.recipe import Recipe
 from ..storage.checkpoint import Checkpoint
+from .estimate import runtimes_of
 from .measured import MEASURED, MEASURED_ON, Measured
-from .plan import runtimes_of
 
 TARGETS: dict[str, tuple[str, ...]] = {  # what people call it -> runtimes, see checkpoints.runtimes
     "vllm": ("vLLM",),

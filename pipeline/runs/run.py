@@ -31,10 +31,11 @@ from ..system.unexpected import unexpected
 from ..trackers import trackers
 from ..trackers.base import TrackedJob, Tracker
 from .executors import executor
+from .folders import jobs_of, model_folder, recipe_names, run_folder
 from .job import Job, Outcome
 from .plan import RunPlan, plan_run
 
-__all__ = ["Outcome", "execute", "plan_jobs", "summarize"]
+__all__ = ["Outcome", "execute", "jobs_of", "plan_jobs", "run_folder", "summarize"]
 TRACKED = "tracked.json"  # tracker -> seal of the metrics that it has
 
 
@@ -75,7 +76,7 @@ def execute(
             except BaseException as error:  # as in run_job: one model that cannot be prepared stops no other
                 reason = unexpected(error, run_folder(run))
             if reason:
-                for name in _names(run):
+                for name in recipe_names(run):
                     folder = model_folder(run, model) / name
                     outcomes[folder] = Outcome(model.id, name, folder, error=reason)
             for job in planned:
@@ -86,9 +87,9 @@ def execute(
         outcomes[outcome.folder] = outcome
     for model in run.models:
         folder = model_folder(run, model)
-        if all(outcomes[folder / name].metrics for name in _names(run)):
+        if all(outcomes[folder / name].metrics for name in recipe_names(run)):
             process.remove_partial(folder / process.PREDICTIONS)
-    ordered = [outcomes[model_folder(run, model) / name] for model in run.models for name in _names(run)]
+    ordered = [outcomes[model_folder(run, model) / name] for model in run.models for name in recipe_names(run)]
     ordered = [_track(run, keepers, outcome, say) for outcome in ordered] if keepers else ordered
     return [_publish(run.publish, outcome, override, say) for outcome in ordered] if run.publish else ordered
 
@@ -144,29 +145,6 @@ def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False,
 def _budgeted(job: Job) -> bool:
     """Whether a job has a budget, whose search later budgets of the same run take up."""
     return job.recipe is not None and job.recipe.budget is not None
-
-
-def jobs_of(run: Run) -> list[tuple[Model, str, Path]]:
-    """The model, the recipe's name and the folder of every job of a config, in its order."""
-    return [(model, name, model_folder(run, model) / name) for model in run.models for name in _names(run)]
-
-
-def _names(run: Run) -> list[str]:
-    return [BASELINE, *(settings.label for settings in run.recipes if not settings.baseline)]
-
-
-def run_folder(run: Run) -> Path:
-    """The folder of a run, with its report."""
-    return Path(run.output).expanduser() / run.name
-
-
-def model_folder(run: Run, model: Model) -> Path:
-    """The folder in which each job on a model has its own: the run's, or one in it where there are several models."""
-    folder = run_folder(run)
-    if len(run.models) == 1:
-        return folder
-    slug = "".join(c if c.isalnum() or c in "._-" else "--" for c in model.id.strip("/.~"))
-    return folder / (f"{slug}@{model.revision}" if model.revision else slug)
 
 
 def summarize(run: Run, outcomes: Sequence[Outcome]) -> Path | None:

@@ -1,13 +1,18 @@
-"""The checkpoint that a folder means: the folder itself, or the artifact of the run whose folder it is."""
+"""The checkpoint that a folder means: the folder itself, or the artifact of the run that it is of; its tokenizer."""
 
 from pathlib import Path
 
-from ..errors import ConfigError, listing
+from ..errors import CheckpointError, ConfigError, listing
 from .checkpoint import INDEX, SINGLE
 
 DEMO = "builtin:demo"
 ARTIFACT = "artifact"  # in the folder of a recipe's run
 METRICS = "metrics.json"  # likewise
+# a folder with none of these has no tokenizer
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json",
+)  # fmt: skip
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -41,3 +46,12 @@ def local_checkpoint(model: str | Path) -> Path:
         runs = listing([str(path.parent) for path in artifacts])
         raise ConfigError(f"{folder} is a run of {len(artifacts)} recipes; name one of them:\n{runs}")
     return artifacts[0] if artifacts else folder
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Raises CheckpointError where a folder has no tokenizer, before anything is made of its weights."""
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        raise CheckpointError(
+            f"{folder} has no tokenizer: none of {', '.join(TOKENIZERS)} is there; copy the files of the model's "
+            "tokenizer into the folder"
+        )

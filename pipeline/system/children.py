@@ -7,8 +7,9 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -26,21 +27,24 @@ def private_folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def start(command: Sequence[str], folder: Path, **options: Any) -> Iterator["subprocess.Popen[Any]"]:
+def start(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str] = MappingProxyType({}), **options: Any
+) -> Iterator["subprocess.Popen[Any]"]:
     """A process that runs in `folder`, with an environment that does not lead to the current one; whatever ends the
     block ends the process and all that it started.
 
     Ctrl-C, which a terminal sends to all processes, does not reach it: the one that started it decides.
 
     Args:
-        folder: from private_folder(). options: further ones of subprocess.Popen.
+        folder: from private_folder(). environment: variables beside this process's own.
+        options: further ones of subprocess.Popen.
     Raises:
         OSError: there is no such program.
     """
     # A blocked signal stays blocked in the new process. In this one it waits until the process is in our hands.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        process = subprocess.Popen(command, cwd=folder, env=clean_environment(os.environ), **options)
+        process = subprocess.Popen(command, cwd=folder, env={**clean_environment(os.environ), **environment}, **options)
         _running.add(process)
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -1,5 +1,6 @@
 """The device that work is done on."""
 
+import psutil
 import torch
 
 from ..errors import ConfigError
@@ -14,3 +15,10 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device {name!r} is unknown; use auto, cpu or cuda") from None
+
+
+def total_memory(device: torch.device) -> int:
+    """The bytes of memory of the device that models run on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,14 +21,21 @@ _listeners: list[Listener] = []  # the last one is told of all progress in this 
 _PATIENCE = 2.0  # seconds: what is over sooner needs no bar
 
 
-def quiet_libraries() -> None:
-    """For processes of our own: the libraries' bars and hints would drown what bitpress has to say."""
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils.logging import disable_progress_bar
+def quiet_libraries(weights: bool = True) -> None:
+    """For processes of our own: the libraries' bars and hints would drown what bitpress has to say.
 
-    disable_progress_bar()
-    if not sys.stderr.isatty():  # on a terminal, downloads show how long they take
-        disable_progress_bars()
+    Args:
+        weights: whether some are downloaded or loaded, which would show bars. If not, the libraries, which take a
+            second to import, are not imported here.
+    """
+    if weights:
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        if not sys.stderr.isatty():  # on a terminal, downloads show how long they take
+            disable_progress_bars()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # when it is imported, it sets the level by this
     for name in ("transformers", "bitsandbytes", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     make_libraries_printable()  # huggingface_hub tells of waits, in the server's words

@@ -12,6 +12,7 @@ llama.cpp reads other files: it is given the demo's weights in float16 and asked
 import json
 import runpy
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from transformers import Qwen2Config
 
 from bitpress.kernels.scheme import Scheme
-from bitpress.pipeline import evaluate, load, quantize
+from bitpress.pipeline import convert, evaluate, load, quantize
 from bitpress.pipeline.bench.programs import Program, other_programs, request, run
 from bitpress.pipeline.data.text import PYDOC_TOPICS, read_text
 from bitpress.pipeline.data.tokens import encode
@@ -38,7 +39,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TABLE = ROOT / "runs" / "interop.md"
 PEER = HERE / "peer.py"
-SCRIPTS = {"llama.cpp": HERE / "llamacpp.py", "mlx": HERE / "mlxlm.py"}  # of the programs that peer.py does not load
+SCRIPTS = {
+    "llama.cpp": HERE / "llamacpp.py",
+    "mlx": HERE / "mlxlm.py",
+    "genai": HERE / "genai.py",
+}  # of the programs that peer.py does not load
 answer: Callable[[Any, dict[str, Any]], dict[str, torch.Tensor]] = runpy.run_path(str(PEER))["answer"]
 
 TOKENS, SIMILAR = 32, 0.9999
@@ -48,13 +53,15 @@ GPTQ_TRANSFORMERS = ("gptqmodel", "transformers", "float32")
 TRANSFORMERS = ("transformers", "transformers", "float32")
 LLMCOMPRESSOR = ("llmcompressor", "transformers", "float32")
 MLX_LM = ("mlx", "mlx", "float32")
+GENAI = ("", "genai", "float32")  # in the environment of bitpress itself, as `convert --to onnx` takes its builder
 
-READERS = {"gptqmodel": "GPTQModel", "mlx": "mlx-lm"}
+READERS = {"gptqmodel": "GPTQModel", "mlx": "mlx-lm", "genai": "onnxruntime-genai"}
 
 BLOCK_KEPT = {"*.down_proj": "int8-g128", "model.layers.0.*": "none"}
 # what the table calls it -> the recipe of a model whose layers differ
 MIXED: dict[str, dict[str, Any]] = {
     "mixed": {"scheme": "int4-g128", "layers": BLOCK_KEPT},
+    "mixed, all quantized": {"scheme": "int4-g128", "layers": {"*.down_proj": "int8-g128", "*.0.*": "int3-g64"}},
     "mixed, 8-bit head": {"scheme": "int4-g128", "layers": {**BLOCK_KEPT, "lm_head": "int8-channel"}},
     "mixed, 8-bit embeddings": {"scheme": "int4-g64", "layers": {**BLOCK_KEPT, "*embed_tokens": "int8-g64"}},
     "mixed, 8-bit inputs": {"scheme": "int4-g128", "layers": {"*.o_proj": "int8-dynamic", **BLOCK_KEPT}},
@@ -124,6 +131,8 @@ THEIRS = [
 
 
 def python_of(environment: str) -> str:
+    if not environment:
+        return sys.executable
     path = ROOT / f".venv-{environment}" / "bin" / "python"
     assert path.exists(), f"{path} is missing; `make interop` makes it"
     return str(path)
@@ -185,17 +194,26 @@ def table(shared: SimpleNamespace) -> Iterator[None]:
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *shared.rows)]
     lines += ["", f"Perplexity is bitpress's, unquantized {shared.baseline:.2f}.", *shared.notes, ""]
     for environment, versions in sorted(shared.versions.items()):
-        lines.append(f"- .venv-{environment}: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+        lines.append(
+            f"- .venv{'-' if environment else ''}{environment}: "
+            + ", ".join(f"{name} {version}" for name, version in versions.items())
+        )
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text("\n".join(lines) + "\n")
 
 
-def compare(shared: SimpleNamespace, folder: Path, model: str, reader: tuple[str, str, str]) -> tuple[float, bool]:
-    """The reader's logits and greedy tokens against bitpress's: cosine, and whether all tokens are the same."""
+def compare(
+    shared: SimpleNamespace, folder: Path, model: str, reader: tuple[str, str, str], theirs_in: Path | None = None
+) -> tuple[float, bool]:
+    """The reader's logits and greedy tokens against bitpress's: cosine, and whether all tokens are the same.
+
+    theirs_in: what the reader loads, where that is not `folder`.
+    """
     environment, program, dtype = reader
     prompts, output = shared.folder / f"{model}.prompts", folder.parent / "logits.safetensors"
     task = {"folder": str(folder), "dtype": dtype, "ids": str(prompts), "tokens": TOKENS, "output": str(output)}
-    shared.versions[environment] = call(environment, program, task, folder.parent)["versions"]
+    asked = {**task, "folder": str(theirs_in or folder)}
+    shared.versions[environment] = call(environment, program, asked, folder.parent)["versions"]
     loaded, _ = load(folder, device="cpu", dtype=dtype, kernel="reference")
     ours, theirs = answer(loaded, task), load_file(output)
     cosine = F.cosine_similarity(ours["logits"].flatten().double(), theirs["logits"].flatten().double(), dim=0).item()
@@ -227,6 +245,18 @@ def test_they_read_ours(
         shared.notes.append(f"{row[4]} refuses {scheme} in {format}: {reason}.")
         return
     cosine, same = compare(shared, folder, model, reader)
+    shared.rows.append([*row, f"{cosine:.7f}", "yes" if same else "NO", ""])
+    assert cosine > SIMILAR
+    assert same
+
+
+@pytest.mark.parametrize("scheme", ["int4-g128", "int4-g64-asym", "mixed, all quantized"])
+def test_onnx_runtime_computes_the_same(shared: SimpleNamespace, tmp_path: Path, scheme: str):
+    """By a model that is shipped: its layers round their inputs to 8 bits."""
+    quantize(shared.models["demo"], MIXED.get(scheme, {"scheme": scheme}), tmp_path / "quantized")
+    convert(tmp_path / "quantized", "onnx", tmp_path / "onnx")
+    cosine, same = compare(shared, tmp_path / "quantized", "demo", GENAI, tmp_path / "onnx")
+    row = ["bitpress", "onnx", scheme, "demo", *described(GENAI)]
     shared.rows.append([*row, f"{cosine:.7f}", "yes" if same else "NO", ""])
     assert cosine > SIMILAR
     assert same

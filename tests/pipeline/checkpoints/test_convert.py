@@ -13,7 +13,8 @@ from torch import Tensor
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline.api import convert, load, quantize
-from bitpress.pipeline.checkpoints import convert as conversion
+from bitpress.pipeline.checkpoints import conversion
+from bitpress.pipeline.checkpoints.convert import convert as convert_checkpoint
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.errors import BitpressError, CheckpointError, ConfigError, DiskError, NumericsError
 from bitpress.pipeline.formats import registry
@@ -347,7 +348,8 @@ def test_the_command(
     assert "14 layers from gptq to gptq-v2" in err
     code, _, err = run(source, "--to", "nf4", "-o", tmp_path / "other")
     assert code == 2
-    assert err == "error: nothing can be converted to 'nf4'; use awq, compressed-tensors, gguf, gptq, gptq-v2, mlx\n"
+    targets = "awq, compressed-tensors, gguf, gptq, gptq-v2, mlx, onnx"
+    assert err == f"error: nothing can be converted to 'nf4'; use {targets}\n"
 
 
 class TestInterrupted:
@@ -386,7 +388,7 @@ class TestInterrupted:
             (folder / "LICENSE").write_text("Other terms.\n")
 
         with pytest.raises(BitpressError, match="LICENSE changed while it was being read"):
-            conversion.convert(Checkpoint(folder), {}, "gptq-v2", tmp_path / "out", touch)
+            convert_checkpoint(Checkpoint(folder), {}, "gptq-v2", tmp_path / "out", touch)
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

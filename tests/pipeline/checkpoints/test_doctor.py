@@ -13,12 +13,14 @@ from torch import Tensor
 
 from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline.api import quantize
+from bitpress.pipeline.checkpoints import headers
 from bitpress.pipeline.checkpoints.doctor import Diagnosis, diagnose
 from bitpress.pipeline.checkpoints.runtimes import RUNTIMES, Facts, shard_problems, tensor_parallel, verdicts
 from bitpress.pipeline.errors import CheckpointError
 from bitpress.pipeline.formats import registry
 from bitpress.pipeline.storage import finite
 from bitpress.pipeline.storage.checkpoint import INDEX, SINGLE, Checkpoint, read_json
+from bitpress.pipeline.system import remembered
 
 LAYER = "model.layers.0.mlp.down_proj"  # [64, 128]
 KINDS = {
@@ -413,3 +415,12 @@ def test_one_tensor_at_a_time(whole: dict[str, Path], monkeypatch: pytest.Monkey
     diagnose(whole["gptq"])
     assert len(reads) == len(Checkpoint(whole["gptq"]).tensors) + 14  # and qzeros once more, for their version
     assert finite._PIECE < 1 << 23
+
+
+def test_the_second_doctor_needs_no_model_and_says_the_same(
+    whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remembered, "folder", lambda: tmp_path)
+    first = diagnose(whole["gptq"])
+    monkeypatch.setattr(headers, "quantized_headers", None)
+    assert diagnose(whole["gptq"]) == first

@@ -300,7 +300,7 @@ class TestRefusals:
         def full(*arguments, **settings):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "blob")
 
-        monkeypatch.setattr(download, "snapshot_download", full)
+        monkeypatch.setattr(download.huggingface_hub, "snapshot_download", full)
         with pytest.raises(DiskError, match="blob: cannot be written to the Hub's cache: No space left") as caught:
             resolve(MODEL)
         assert caught.value.exit_code == 5

@@ -16,12 +16,15 @@ from bitpress.pipeline.config.schema import Run
 from bitpress.pipeline.errors import ConfigError, DiskError
 from bitpress.pipeline.formats import registry as formats
 from bitpress.pipeline.quantize.plan import _stored_bytes
+from bitpress.pipeline.runs import estimate
 from bitpress.pipeline.runs import plan as planning
-from bitpress.pipeline.runs.plan import FINISHED, HALF_DONE, NOT_BEGUN, JobPlan, Work, plan_run, simulate
+from bitpress.pipeline.runs.folders import jobs_of
+from bitpress.pipeline.runs.job_plan import FINISHED, HALF_DONE, NOT_BEGUN, JobPlan, Work
+from bitpress.pipeline.runs.plan import plan_run, simulate
 from bitpress.pipeline.runs.rates import STATED
-from bitpress.pipeline.runs.run import execute, jobs_of
+from bitpress.pipeline.runs.run import execute
 from bitpress.pipeline.storage.checkpoint import Checkpoint
-from bitpress.pipeline.system import packages
+from bitpress.pipeline.system import packages, remembered
 
 LEARNING = {"text": "builtin:pydoc-topics", "windows": 2, "context": 32}
 
@@ -111,7 +114,7 @@ def test_what_is_too_large_is_refused_before_the_first_job(
         patch.setattr(planning.psutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         with pytest.raises(DiskError, match=r"need about .* kB, 1\.00 kB are free"):
             execute(run, "", lambda line: None)
-        patch.setattr(planning, "_memory", lambda device: 1 << 20)
+        patch.setattr(planning, "total_memory", lambda device: 1 << 20)
         with pytest.raises(ConfigError, match=r"cannot be done here:\n.*needs at least .* this machine has 1\.05 MB"):
             execute(run, "", lambda line: None)
 
@@ -137,6 +140,25 @@ def test_a_job_that_is_done_takes_nothing_more(make_run: Callable[..., Run]) -> 
     assert (before.state, after.state) == (NOT_BEGUN, FINISHED)
     assert before.disk >= before.nbytes > after.disk == 0
     assert after.seconds(STATED) == 0 < (before.seconds(STATED) or 0)
+
+
+def test_the_second_plan_needs_no_model_and_says_the_same(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remembered, "folder", lambda: tmp_path / "cache")
+    fitted = {
+        "name": "fitted",
+        "scheme": "int4-g96",
+        "method": "gptq",
+        "options": {"damping": 0.02},
+        "fit_groups": True,
+    }
+    run = make_run("int8-dynamic", fitted, {"budget": "4.5 bits"})
+    first = plan_run(run, jobs_of(run))
+    monkeypatch.setattr(estimate, "make_plan", None)
+    monkeypatch.setattr(estimate, "skeleton", None)
+    assert plan_run(run, jobs_of(run)).jobs == first.jobs
+    assert [job.problem for job in first.jobs] == [None] * 4
 
 
 def test_time_is_the_sum_of_its_parts() -> None:

@@ -1,0 +1,304 @@
+"""What one job will take, from the headers of its model: the model is built without weights, and asked.
+
+Figures of memory and time are estimates. Each is a sum of parts that are written down here, with what was left out.
+"""
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+
+from bitpress.eval.measure import speed, stored_predictions
+from bitpress.eval.measure.protocols import CONTEXTS
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.registry import AUTOMATIC, select
+
+from ..checkpoints.facts import facts_of
+from ..checkpoints.headers import model_facts
+from ..checkpoints.runtimes import verdicts
+from ..config.load import calibration_of
+from ..config.schema import Eval, RecipeSettings, Run
+from ..data.text import read_text
+from ..data.tokens import longest
+from ..errors import ConfigError
+from ..models.structure import TensorNames, skeleton
+from ..quantize.block_runner import BATCH_TOKENS
+from ..quantize.budget import PROBE_TOKENS, BudgetUnit, plan_search
+from ..quantize.plan import Plan, make_plan
+from ..quantize.recipe import Recipe
+from ..quantize.spec import LayerSpec
+from ..storage.checkpoint import INDEX, Checkpoint
+from ..storage.fingerprint import MANIFEST
+from ..system.device import pick_device, total_memory
+from .job_plan import FINISHED, JobPlan, Work
+from .rates import Shape
+
+# Bytes of a process that has imported torch and transformers: 400 to 450 MB on Linux with the CPU build of torch 2.13.
+_PROCESS = 450 << 20
+_BATCHES_AT_A_TIME = 4
+_CHARACTERS = 4  # of text for a token, about; what is measured is the text's length
+_LINE, _FEW = 400, 2000  # bytes that index and manifest have for each layer, and besides
+_LEARNED = 24  # bytes for each weight of a block that a method learns: float32 copies, gradients, two moments of Adam
+_LOGITS = 16  # bytes for each logit while two models are compared: both, in float32, and what they are turned into
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What is read of the evaluation's text. tokens: None where its length is not known."""
+
+    tokens: int | None
+    context: int
+    read: int  # tokens that go through the model, those that sliding windows read again among them
+    why: str = ""
+
+    @staticmethod
+    def of(settings: Eval, config: Any) -> "_Evaluation":
+        context = longest(config, settings.context or CONTEXTS[settings.protocol])
+        windows = settings.windows
+        if windows is None:
+            if not isinstance(settings.text, str):
+                name = settings.text.dataset
+                why = f"how long the evaluation takes: {name} is not read here, and eval.windows gives no number"
+                return _Evaluation(None, context, 0, why)
+            windows = max(1, len(read_text(settings.text).content) // _CHARACTERS // context)
+            if settings.protocol == "sliding":
+                windows = windows * context // min(settings.stride, context)
+        return _Evaluation(windows * context, context, windows * context)
+
+
+def _evaluate(settings: Eval, dense: int, artifact: int, weights: int, text: _Evaluation, quantized: bool) -> Work:
+    """The work of evaluating a model: loading, scoring, measuring speed.
+
+    Args:
+        dense, artifact: bytes of the baseline's weights, and of those that are measured. weights: how many a token
+            is multiplied by.
+    """
+    tokens, moved, loads = float(text.read), 0.0, artifact
+    if quantized:  # the baseline beside it, errors by depth, inputs rounded and not, and the proof of the reload
+        tokens = 2 * tokens + 2 * text.context * (settings.output_errors + min(8, text.read / text.context / 10))
+        loads = 3 * artifact + dense
+    if settings.speed:
+        lengths = settings.speed.prompt if isinstance(settings.speed.prompt, list) else [settings.speed.prompt]
+        turns = settings.speed.repeats + 1  # one to warm up
+        tokens += turns * sum(batch * length for batch in settings.speed.batch for length in lengths)
+        moved = turns * len(settings.speed.batch) * len(lengths) * settings.speed.generate * float(artifact)
+    return Work(products=2.0 * weights * tokens, read=loads, moved=moved, starts=2 if quantized else 1)
+
+
+def _sizes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """The bytes of all tensors, and how many weights a token is multiplied by: matrices, all experts counted."""
+    infos = checkpoint.tensors.values()
+    return sum(info.nbytes for info in infos), sum(prod(info.shape) for info in infos if len(info.shape) > 1)
+
+
+def _evaluation_memory(run: Run, dense: int, artifact: int, text: _Evaluation, config: Any) -> tuple[int, int]:
+    """Bytes at the peak of an evaluation, and without the baseline beside the model, which may lie on the disk."""
+    vocabulary = config.get_text_config().vocab_size
+    alone = artifact + _LOGITS * text.context * vocabulary
+    alone += _PROCESS if pick_device(run.device).type == "cpu" else 0
+    bandwidth = 2 * speed.BANDWIDTH_BYTES if run.eval.speed else 0  # measured before the baseline is there
+    return alone + max(dense, bandwidth), alone
+
+
+def baseline(job: JobPlan, run: Run, checkpoint: Checkpoint) -> JobPlan:
+    """The job of the unquantized model, with what it will take."""
+    config = skeleton(checkpoint).config
+    dense, weights = _sizes(checkpoint)
+    text = _Evaluation.of(run.eval, config)
+    peak, least = _evaluation_memory(run, 0, dense, text, config)
+    work = {"evaluate": _evaluate(run.eval, dense, dense, weights, text, False)} if job.state != FINISHED else {}
+    unknown = [text.why] if text.why and work else []
+    return replace(job, memory={"evaluate": peak}, least=least, work=work, unknown=unknown)
+
+
+def quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, settings: RecipeSettings) -> JobPlan:
+    """The job of a recipe, with what it will take.
+
+    Raises:
+        BitpressError: why the recipe, or the kernel that is asked for, does not fit the model.
+    """
+    device = pick_device(run.device)
+    units: list[BudgetUnit] = []
+    if recipe.budget:
+        plan, units = plan_search(checkpoint, recipe)
+    else:
+        plan = make_plan(checkpoint, recipe)
+    config = plan.model.config
+    dense, weights = _sizes(checkpoint)
+    written = {unit.name: sum(plan.stored_bytes(tensor) for tensor in unit.tensors) for unit in plan.units}
+    fixed = sum(path.stat().st_size for path in checkpoint.other_files())
+    if recipe.budget:
+        written = _within(recipe, plan, units, written, fixed)
+    names = plan.format.weight_files(len(plan.units))
+    shares = list(written.values()) if len(names) == len(plan.units) else [sum(written.values())]
+    files = dict(zip(names, shares)) | {path.name: path.stat().st_size for path in checkpoint.other_files()}
+    count = len(plan.quantized)
+    files |= {"config.json": _FEW, MANIFEST: _FEW + _LINE * count}
+    files |= {INDEX: _FEW + _LINE * count} if len(names) > 1 else {}
+    artifact = sum(files.values())
+    text = _Evaluation.of(run.eval, config)
+    beside, alone = _evaluation_memory(run, dense, artifact, text, config)
+    total = total_memory(device)
+    memory = {"quantize": _quantize_memory(plan, recipe, settings, units), "evaluate": min(beside, max(alone, total))}
+    tokens = _calibration_tokens(recipe, settings, config)
+    hidden = getattr(config.get_text_config(), "hidden_size", 0)
+    disk = artifact + 4 * tokens * hidden * plan.dtype.itemsize
+    disk += sum(sum(unit.sizes(plan)) for unit in units)
+    if beside > total:
+        disk += stored_predictions.bytes_per_token() * (text.tokens or 0)
+    specs = {spec.name: spec for unit in units for spec in unit.specs if spec}
+    specs |= {tensor.spec.name: tensor.spec for tensor in plan.quantized if tensor.spec}
+    work: dict[str, Work] = {}
+    if not (job.folder / "artifact" / MANIFEST).exists():
+        work["quantize"] = _quantize_work(plan, recipe, tokens, units, device, artifact)
+    else:
+        disk = 0
+    if job.state != FINISHED:
+        work["evaluate"] = _evaluate(run.eval, dense, artifact, weights, text, True)
+    _check_kernel(run.eval, plan, device)
+    kept: dict[str, list[str]] = {}
+    for tensor in plan.tensors:
+        if not tensor.spec:
+            kept.setdefault(tensor.reason, []).append(tensor.info.name)
+    return replace(
+        job,
+        format=plan.format.name,
+        files=files,
+        weights=sum(prod(tensor.shape) for tensor in plan.quantized),
+        memory=memory,
+        least=max(memory["quantize"] if device.type == "cpu" else 0, alone),
+        disk=disk,
+        work=work,
+        unknown=[text.why] if text.why and work else [],
+        kept=kept,
+        runtimes=runtimes_of(plan),
+        notes=plan.notes,
+        layers=[(spec, _largest(plan, spec, units)) for spec in specs.values()],
+        search=recipe.budget is not None,
+        gathering=0.0 if recipe.sequential and not recipe.budget else 4.0 * _inside(plan) * tokens,
+    )
+
+
+def runtimes_of(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Who loads what a plan makes; see checkpoints.runtimes.verdicts."""
+    targets = {tensor.module: tensor.target for tensor in plan.quantized}
+    layers = {t.module: (t.spec.scheme, (t.shape[0], t.shape[1])) for t in plan.quantized if t.spec}
+    model = model_facts(plan.model, TensorNames(plan.model), targets)
+    return verdicts(facts_of(plan.format, model, layers, plan.kept))
+
+
+def _within(recipe: Recipe, plan: Plan, units: list[BudgetUnit], written: dict[str, int], fixed: int) -> dict[str, int]:
+    """The bytes of each unit of a plan as a budget will have them: in proportion, so that the sum is the budget's."""
+    assert recipe.budget
+    chosen = {tensor.info.name for unit in units for tensor in unit.layers}
+    rest = fixed + sum(plan.stored_bytes(tensor) for tensor in plan.tensors if tensor.info.name not in chosen)
+    budget = recipe.budget
+    if budget.nbytes is not None:
+        total = budget.nbytes - fixed
+    else:
+        total = rest - fixed + int((budget.bits or 0.0) * sum(unit.weights for unit in units) / 8)
+    share = total / sum(written.values())
+    return {name: int(share * nbytes) for name, nbytes in written.items()}
+
+
+def _check_kernel(settings: Eval, plan: Plan, device: torch.device) -> None:
+    """Raises ConfigError where the kernel that is asked for by name cannot run a layer of the plan here."""
+    dtype = plan.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    if settings.kernel in AUTOMATIC:
+        return
+    for tensor in {t.spec.scheme: t for t in plan.quantized if t.spec}.values():
+        assert tensor.spec
+        try:
+            select(
+                QTensor.without_content(tensor.spec.scheme, (tensor.shape[0], tensor.shape[1])),
+                dtype,
+                device,
+                settings.kernel,
+            )
+        except ValueError as error:
+            raise ConfigError(f"eval.kernel: {error}") from error
+
+
+def _largest(plan: Plan, spec: LayerSpec, units: list[BudgetUnit]) -> Shape:
+    """[out, in] of the largest layer that has a spec, or may have it."""
+    own = [tensor for tensor in plan.quantized if tensor.spec and tensor.spec.name == spec.name]
+    own += [tensor for unit in units if spec in unit.specs for tensor in unit.layers]
+    shape = max((tensor.shape for tensor in own), key=prod)
+    return shape[0], shape[1]
+
+
+def _calibration_tokens(recipe: Recipe, settings: RecipeSettings, config: Any) -> int:
+    """How many tokens calibrated methods are given; 0 where none is calibrated."""
+    if not recipe.calibrated:
+        return 0
+    chosen = calibration_of(settings)
+    return chosen.windows * longest(config, chosen.context)
+
+
+def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units: list[BudgetUnit]) -> int:
+    """Bytes at the peak of quantizing: of the process, a shard read, made and being written, and what a layer takes.
+
+    Calibrated methods add the tensors outside the blocks, the activations of a few batches, and statistics; those that
+    learn what a block takes with its gradients; a budget's probes the whole model in float32.
+    """
+    largest = max(sum(tensor.info.nbytes + plan.stored_bytes(tensor) for tensor in unit.tensors) for unit in plan.units)
+    widest = max(prod(tensor.shape) for tensor in plan.quantized)
+    total = _PROCESS + 2 * largest + 12 * widest
+    if not recipe.calibrated:
+        return total
+    config = plan.model.config.get_text_config()
+    outside = sum(tensor.info.nbytes for tensor in plan.tensors if tensor.block is None)
+    batch = BATCH_TOKENS.get(recipe.device, BATCH_TOKENS["cpu"])
+    inner = max(max(tensor.shape) for tensor in plan.quantized)
+    activations = _BATCHES_AT_A_TIME * batch * 3 * inner * 4
+    statistics: dict[int | None, int] = {}
+    for tensor in plan.quantized:
+        if tensor.spec and not tensor.target.expert:
+            own = sum(kind.nbytes(tensor.shape[1]) for kind in tensor.spec.method.statistics)
+            statistics[tensor.block] = statistics.get(tensor.block, 0) + own
+    total += outside + activations + max(statistics.values(), default=0)
+    total += 4 * longest(plan.model.config, calibration_of(settings).context) * config.vocab_size
+    if any(spec.method.learns for spec in recipe.rules.specs()):
+        blocks = [unit for unit in plan.units if unit.block is not None]
+        total += _LEARNED * max(sum(prod(t.shape) for t in unit.tensors if t.spec) for unit in blocks)
+    if units:
+        whole = 4 * sum(prod(tensor.info.shape) for tensor in plan.tensors)
+        total = max(total, _PROCESS + whole + _LOGITS * PROBE_TOKENS * config.vocab_size)
+    return total
+
+
+def _inside(plan: Plan) -> int:
+    """How many weights of matrices lie in the decoder's blocks."""
+    return sum(prod(each.shape) for each in plan.tensors if each.block is not None and len(each.info.shape) > 1)
+
+
+def _quantize_work(
+    plan: Plan, recipe: Recipe, tokens: int, units: list[BudgetUnit], device: torch.device, artifact: int
+) -> Work:
+    """The work of making an artifact. A budget solves each layer by each choice, and probes each of these."""
+    inside = _inside(plan)
+    choices = [(tensor, spec) for unit in units for spec in unit.specs if spec for tensor in unit.layers]
+    choices = choices or [(tensor, tensor.spec) for tensor in plan.quantized if tensor.spec]
+    rounded: dict[str, tuple[LayerSpec, float]] = {}
+    for tensor, spec in choices:
+        slower = max(1.0, tensor.shape[1] / 2048) if spec.method.statistics else 1.0
+        before = rounded.get(spec.name, (spec, 0.0))[1]
+        rounded[spec.name] = spec, before + slower * prod(tensor.shape)
+    products, statistics = 0.0, 0.0
+    if tokens:
+        batches = max(1, tokens // BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]))
+        learned = max((spec.method.learning_passes(batches) for spec in recipe.rules.specs()), default=0.0)
+        passes = 2.0 + (2.0 if recipe.transform else 0.0) + learned
+        products = 2.0 * inside * tokens * passes
+        inputs = {(tensor.block, tensor.shape[1]): tensor for tensor in plan.quantized if tensor.block is not None}
+        statistics = sum(
+            float(tokens) * tensor.shape[1] ** 2
+            for tensor in inputs.values()
+            if tensor.spec and tensor.spec.method.statistics
+        )
+    if units:
+        reading = min(PROBE_TOKENS, tokens)
+        products += sum(len(unit.specs) for unit in units) * inside * reading  # half of the blocks, on average
+    source = sum(tensor.info.nbytes for tensor in plan.tensors)
+    return Work(products=products, statistics=statistics, read=source, written=artifact, rounded=rounded)
