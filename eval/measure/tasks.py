@@ -15,12 +15,21 @@ def available() -> bool:
     return find_spec("lm_eval") is not None
 
 
-def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None) -> list[dict[str, Any]]:
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    limit: int | None,
+    fewshot: int | None = None,
+    chat_template: bool = False,
+) -> list[dict[str, Any]]:
     """lm-eval's scores, by each task's own defaults.
 
     Args:
         model, tokenizer: transformers', as loaded.
         tasks: names that lm-eval knows. limit: documents of each task; None for all.
+        fewshot: solved examples before each document; None for the task's own number.
+        chat_template: whether documents are put as a user's turn, by the tokenizer's chat template.
     Returns:
         For each task and metric {"task", "metric", "filter", "value", "standard_error", "samples", "version",
         "scores"}. "scores" has one number per document, in lm-eval's order; None where a document has no score of its
@@ -31,7 +40,14 @@ def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | Non
     lm_eval, adapter = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
     wrapped = adapter.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
     try:
-        results = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), limit=limit, log_samples=True)
+        results = lm_eval.simple_evaluate(
+            wrapped,
+            tasks=list(tasks),
+            limit=limit,
+            num_fewshot=fewshot,
+            apply_chat_template=chat_template,
+            log_samples=True,
+        )
     except (KeyError, OSError) as error:
         raise ValueError(f"lm-eval cannot run {', '.join(tasks)}: {error}") from error
     lines = []

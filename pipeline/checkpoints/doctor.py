@@ -24,7 +24,7 @@ from ..system.progress import OnStep
 from ..system.remembered import remembered
 from .describe import describe
 from .facts import facts_of
-from .runtimes import tensor_parallel, verdicts
+from .runtimes import serve_command, tensor_parallel, verdicts
 
 _JSON = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -44,8 +44,14 @@ class Diagnosis:
     def sound(self) -> bool:
         return not self.faults
 
+    @property
+    def commands(self) -> dict[str, str]:
+        """Runtime -> the lines that serve the checkpoint, of those that load it and have a server."""
+        lines = {name: serve_command(verdict, self.folder) for name, verdict in self.runtimes.items()}
+        return {name: command for name, command in lines.items() if command}
+
     def to_dict(self) -> dict[str, Any]:
-        return {"sound": self.sound, **vars(self)}
+        return {"sound": self.sound, **vars(self), "commands": self.commands}
 
 
 class _Steps:

@@ -28,5 +28,9 @@ def facts_of(
         ordered=ordered,
         shapes={name: shape for name, (_, shape) in layers.items()},
         kept=frozenset(kept),
-        **{**model, "experts": frozenset(model["experts"]), "heads": tuple(model["heads"])},
+        **{
+            **model,
+            **{name: frozenset(model[name]) for name in ("experts", "embeddings")},
+            "heads": tuple(model["heads"]),
+        },
     )

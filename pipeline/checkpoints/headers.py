@@ -8,7 +8,17 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, listing
 from ..models.quantized import read_quantized
-from ..models.structure import ParameterPath, TensorNames, auto_class, decoder, kept_names, skeleton, tied, tied_copies
+from ..models.structure import (
+    ParameterPath,
+    TensorNames,
+    auto_class,
+    decoder,
+    kept_names,
+    skeleton,
+    tied,
+    tied_copies,
+    weight_kind,
+)
 from ..storage.checkpoint import Checkpoint
 
 
@@ -98,6 +108,7 @@ def model_facts(model: PreTrainedModel, names: TensorNames, targets: Mapping[str
     return {
         "split": _split(model, targets),
         "experts": [layer for layer, target in targets.items() if target.expert],
+        "embeddings": [layer for layer, target in targets.items() if weight_kind(model, target) == "embedding"],
         "joined_experts": any(t.expert and t.parameter not in names.merged for t in targets.values()),
         "model_type": str(config.model_type),
         "heads": [heads, counts[1] if isinstance(counts[1], int) and counts[1] > 0 else heads],

@@ -2,11 +2,12 @@
 
 Each format's file has what is about that format. Here is what is about the shapes of layers, and about layers that
 servers fuse. RUNTIMES has the versions whose sources and documents were read in autumn 2026; transformers (with
-compressed-tensors 0.20), ONNX Runtime GenAI and mlx-lm were tried, too. Nothing here runs them. What is not documented
-is called unknown.
+compressed-tensors 0.20), ONNX Runtime GenAI, mlx-lm and, on a CPU, vLLM 0.32 were tried, too: see tests/interop/.
+Nothing here runs them. What is not documented is called unknown.
 """
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..formats.base import LEVELS, Facts, Loading, Reason, counted
@@ -21,6 +22,15 @@ RUNTIMES = {  # the version that its verdicts are true for
     "MLX": "mlx-lm 0.32.2",
     "ORT GenAI": "0.18",
     "TensorRT-LLM": "1.3",
+}
+_GENAI = "python -m onnxruntime_genai.models.builder -i {folder} -o {folder}-onnx -p int4 -e cpu"
+SERVE = {  # the command that serves a checkpoint; {model} stands for a folder or a Hub id, {folder} for a folder
+    "vLLM": "vllm serve {model}",
+    "SGLang": "python -m sglang.launch_server --model-path {model}",
+    "llama.cpp": "python convert_hf_to_gguf.py {folder} --outfile {folder}/model.gguf\n"
+    "llama-server -m {folder}/model.gguf",
+    "MLX": "mlx_lm.server --model {model}",
+    "ORT GenAI": f"{_GENAI} --extra_options nodes_to_exclude=/lm_head/MatMul",  # makes its model: it brings no server
 }
 SERVERS = ("vLLM", "SGLang")  # they fuse layers, and cut them for several GPUs
 GPUS = (1, 2, 4, 8)
@@ -39,7 +49,7 @@ _VLLM_JOINED = {
 
 def verdicts(facts: Facts) -> dict[str, dict[str, Any]]:
     """Runtime -> {"version": that this is true for (None where it is not known), "loads": one of LEVELS, "needs":
-    packages, "why": sentences, "arguments", "imports": see Loading, "class": transformers' auto class}."""
+    packages, "why": sentences, "arguments", "imports", "serve": see Loading, "class": transformers' auto class}."""
     loadings = facts.format.runtimes(facts)
     unknown = Loading([("unknown", f"it is not known here to read {facts.format.name}")])
     table = {}
@@ -60,9 +70,25 @@ def verdicts(facts: Facts) -> dict[str, dict[str, Any]]:
             "why": [why for _, why in reasons if why],
             "arguments": loading.arguments,
             "imports": loading.imports,
+            "serve": loading.serve or SERVE.get(name, ""),
             "class": facts.auto_class,
         }
     return table
+
+
+def serve_command(verdict: Mapping[str, Any], folder: str, repo: str | None = None) -> str:
+    """The lines that serve a checkpoint in a runtime, for a shell; "" where it does not load it, or serves nothing.
+
+    Args:
+        verdict: the runtime's, see verdicts. folder: where the checkpoint lies, or is to lie.
+        repo: owner/name on the Hub, where it is to come from there.
+    """
+    if verdict["loads"] not in ("yes", "limited") or not verdict["serve"]:
+        return ""
+    local = shlex.quote(folder)
+    command = verdict["serve"].replace("{model}", repo or local).replace("{folder}", local)
+    download = repo and "{folder}" in verdict["serve"]
+    return f"hf download {repo} --local-dir {local}\n{command}" if download else command
 
 
 def _split_units(facts: Facts) -> Iterator[Reason]:

@@ -23,6 +23,13 @@ def evaluate(
         str, typer.Option(help="auto, first or every: which windows of gptq and sliding begin with it.")
     ] = "auto",
     tasks: Annotated[list[str] | None, typer.Option("--task", help="Of lm-eval; may be repeated.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task; all by default.")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(help="Solved examples before each document; the task's own number by default.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put documents as a user's turn, by the chat template.")
+    ] = False,
     dtype: Dtype = "auto",
     kernel: KernelName = "auto",
     device: Device = "auto",
@@ -47,6 +54,7 @@ def evaluate(
     quiet_libraries()
     settings: dict[str, Any] = {"text": text, "protocol": protocol, "context": context, "stride": stride}
     settings |= {"windows": windows, "bos": bos, "tasks": tasks or [], "dtype": dtype, "kernel": kernel}
+    settings |= {"task_limit": limit, "task_fewshot": fewshot, "task_chat": chat_template}
     chosen = load_eval(settings)
     chosen = chosen.quick() if quick else chosen
     if output:

@@ -57,6 +57,8 @@ def _show_diagnosis(diagnosis: Any) -> None:
         facts = [verdict["version"], f"needs {verdict['needs']}" if verdict["needs"] else None]
         more = ", ".join(fact for fact in facts if fact)
         _reasons(f"{name}: {verdict['loads']}{f' ({more})' if more else ''}", verdict["why"])
+        for line in diagnosis.commands.get(name, "").splitlines():
+            print_line(f"    $ {line}")
     for count, split in diagnosis.tensor_parallel.items():
         gpus = f"{count} GPU{'s' if count != '1' else ''}"
         _reasons(f"{gpus}, every layer on vLLM's and SGLang's fast kernel: {split['loads']}", split["why"])

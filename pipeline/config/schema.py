@@ -261,6 +261,8 @@ class Eval(_Strict):
     output_errors: int = Field(1, ge=0)  # windows on which each layer's outputs are compared; 0: none
     tasks: list[str] = []  # of lm-eval, such as arc_easy
     task_limit: int | None = Field(None, ge=1)  # documents of each task; None: all
+    task_fewshot: int | None = Field(None, ge=0)  # solved examples before each document; None: the task's own number
+    task_chat: bool = False  # whether documents are put as a user's turn, by the tokenizer's chat template
     prompt: str = "The"  # what the sample in the report continues
 
     def quick(self) -> "Eval":

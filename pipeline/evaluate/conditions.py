@@ -45,8 +45,9 @@ class Conditions:
             key: json.dumps(value, sort_keys=True) for key, value in self.settings.model_dump(mode="json").items()
         }
         del settings["text"]  # its name; what it says is in its hash
-        if self.settings.bos == "auto":  # figures from before there was a choice hold
-            del settings["bos"]
+        for key, default in (("bos", "auto"), ("task_fewshot", None), ("task_chat", False)):
+            if getattr(self.settings, key) == default:  # figures from before there was a choice hold
+                del settings[key]
         described, exact = machine(pick_device(self.device)), versions()
         speed = {"eval.speed": settings.pop("speed")}
         speed |= {f"machine.{key}": described[key] for key in ("cpu", "device", "threads")}

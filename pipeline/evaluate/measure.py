@@ -351,7 +351,8 @@ def _tasks(job: _Measurement, model: Any) -> list[dict[str, Any]]:
         return []
     try:
         with inputs_left_alone(model):
-            return tasks.run_tasks(model, job.tokenizer, job.settings.tasks, job.settings.task_limit)
+            own = job.settings
+            return tasks.run_tasks(model, job.tokenizer, own.tasks, own.task_limit, own.task_fewshot, own.task_chat)
     except ValueError as error:
         raise ConfigError(f"eval.tasks: {error}") from error
 

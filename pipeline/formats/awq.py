@@ -17,6 +17,7 @@ from bitpress.kernels.scheme import Scheme
 
 from .base import (
     HEAD_IS_ROUNDED,
+    WITH_AMX,
     Examination,
     Facts,
     Format,
@@ -164,7 +165,7 @@ class AWQ(Format):
         return {
             "transformers": Loading(own, needs="gptqmodel"),
             "GPTQModel": Loading(own),
-            "vLLM": Loading(served),
+            "vLLM": Loading([*served, *([WITH_AMX] if facts.experts else [])]),
             "SGLang": Loading(served),
             "llama.cpp": Loading([("no", "its converter does not read AWQ")]),
             "MLX": Loading(own),

@@ -27,6 +27,8 @@ HEAD_IS_ROUNDED: Reason = (  # by ONNX Runtime GenAI's builder
     "limited",
     "its builder also rounds the head and the embeddings; `bitpress convert --to onnx` has it leave them alone",
 )
+ON_GPUS: Reason = ("yes", "on GPUs: on a CPU, vLLM 0.32 stops, as it has no kernel for it there")
+WITH_AMX: Reason = ("yes", "on GPUs: on a CPU, vLLM 0.32 stops unless the processor has AMX, which was not tried")
 SchemeRules = NameRules[Scheme]  # .get(layer's name in the files) -> its scheme; None where the config gives it none
 
 
@@ -40,6 +42,7 @@ class Facts:
     there are some that transformers knows in one tensor only, all of a block. model_type: of config.json. heads:
     attention heads, and key-value heads. kept: linear layers that are not quantized. auto_class: transformers' class
     that builds its model. blocks: the list of decoder blocks, by transformers' name; "" where it is not known.
+    embeddings: the layers that are embeddings.
     """
 
     format: "Format"
@@ -54,6 +57,7 @@ class Facts:
     kept: frozenset[str] = frozenset()
     auto_class: str = "AutoModelForCausalLM"
     blocks: str = ""
+    embeddings: frozenset[str] = frozenset()
 
     def by_scheme(self, rule: Callable[[Scheme], Iterable[Reason]]) -> list[Reason]:
         """The reasons that a rule gives for each scheme; the scheme is named where there are several."""
@@ -70,13 +74,15 @@ class Loading:
     """How one runtime loads a checkpoint.
 
     needs: packages beside the runtime itself, as pip takes them, after commas. arguments: what from_pretrained needs
-    beside the name, as code; imports: what that code takes from transformers.
+    beside the name, as code; imports: what that code takes from transformers. serve: the command that serves it, where
+    that is not the runtime's usual one; {model} stands for a folder or a Hub id, {folder} for a folder.
     """
 
     reasons: list[Reason] = field(default_factory=list)
     needs: str = ""
     arguments: str = ""
     imports: str = ""
+    serve: str = ""
 
 
 @dataclass(frozen=True)

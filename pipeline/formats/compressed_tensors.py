@@ -22,6 +22,8 @@ from bitpress.kernels.weights.base import WeightDescription
 from ..errors import listing
 from .act_order import gather_codes, read_order
 from .base import (
+    ON_GPUS,
+    WITH_AMX,
     Examination,
     Facts,
     Format,
@@ -57,6 +59,11 @@ _FLOAT4: Mapping[tuple[str, int | None], tuple[str, Mapping[str, str]]] = {
         {"codes": "weight_packed", "scales": "weight_scale", "global_scale": _GLOBAL},
     ),
 }
+_VLLM_EMBEDDINGS: Reason = (
+    "unknown",
+    "quantized embeddings: vLLM 0.32 knows them in some architectures (Qwen 2), not in others (Llama, Mixtral), and "
+    "on a CPU has no kernel for them",
+)
 _FLOATS = ("bfloat16", "float16", "float32")  # dtypes of scales that readers may round
 _MARLIN_BITS = (4, 8)
 _PER_WORD = 32
@@ -225,12 +232,13 @@ class CompressedTensors(Format):
                 arguments="quantization_config=CompressedTensorsConfig(dequantize=True)",
                 imports="CompressedTensorsConfig",
             )
+        embeddings: list[Reason] = [_VLLM_EMBEDDINGS] if facts.embeddings else []
         several: list[Reason] = []
         if len(set(facts.schemes.values())) > 1:
             several.append(("no", "its converter reads one config group only"))
         return {
             "transformers": transformers,
-            "vLLM": Loading(facts.by_scheme(lambda scheme: _vllm(scheme, experts, ordered))),
+            "vLLM": Loading([*embeddings, *facts.by_scheme(lambda scheme: _vllm(scheme, experts, ordered))]),
             "SGLang": Loading(facts.by_scheme(lambda scheme: _sglang(scheme, ordered))),
             "llama.cpp": Loading([*several, *facts.by_scheme(lambda scheme: _llamacpp(scheme, ordered))]),
             "MLX": Loading([("no", "mlx-lm does not know the names of compressed-tensors' tensors")]),
@@ -278,24 +286,37 @@ def _vllm(scheme: Scheme, experts: bool, ordered: bool) -> Iterator[Reason]:
     if _float4(scheme):
         if experts:
             yield "unknown", "experts of 4-bit floats with inputs left alone were not tried"
-        yield "limited", "on GPUs: by Marlin, inputs left alone (NVFP4 from compute capability 7.5, MXFP4 from 8.0)"
-        return
-    if _is_float(scheme):
+        yield "limited", "by Marlin, inputs left alone (NVFP4 from compute capability 7.5, MXFP4 from 8.0)"
+        yield ON_GPUS
+    elif _is_float(scheme):
+        block = scheme.weight.description().strategy == "block"
         if scheme.activations is None:
-            yield "limited", "on GPUs, by Marlin: inputs are left alone, and the units for FP8 are not used"
+            if experts:
+                yield "no", "its FP8 experts need inputs in FP8, too"
+            yield "limited", "by Marlin: inputs are left alone, and the units for FP8 are not used"
+            yield ON_GPUS
         else:
-            yield "yes", "from compute capability 8.9 in FP8; on 7.5 to 8.8 by Marlin, inputs left alone"
-        return
-    if not is_packed_integer(scheme):
+            yield "yes", "on GPUs from compute capability 8.9 in FP8; on 7.5 to 8.8 by Marlin, inputs left alone"
+            if block or experts:
+                yield WITH_AMX
+    elif not is_packed_integer(scheme):
         if scheme.activations is None:
             yield "unknown", "plain elements with inputs left alone are not documented"
-        return
-    if not scheme.symmetric and experts:
-        yield "no", "its experts must be symmetric (issue 39980)"
-    if ordered:
-        yield "no", "it refuses actorder 'group'; `bitpress convert --to gptq` keeps the weights"
-    if scheme.bits not in _MARLIN_BITS or (scheme.bits == 8 and not scheme.symmetric):
-        yield "yes", "its Humming kernels run this, which older releases do not have"
+        elif experts and scheme.static:
+            yield "no", "it has no experts whose inputs are rounded by stored scales; it has them of int8-dynamic"
+        elif experts:
+            yield WITH_AMX
+    else:
+        if not scheme.symmetric and experts:
+            yield "no", "its experts must be symmetric (issue 39980)"
+        if ordered:
+            yield "no", "it refuses actorder 'group', and act-order in GPTQ's format, too, since 0.32"
+        if scheme.bits not in _MARLIN_BITS or (scheme.bits == 8 and not scheme.symmetric):
+            yield "yes", "its Humming kernels run this, which older releases do not have"
+        if scheme.bits != 4:
+            yield ON_GPUS
+        elif experts:
+            yield WITH_AMX
 
 
 def _llamacpp(scheme: Scheme, ordered: bool) -> Iterator[Reason]:

@@ -189,7 +189,7 @@ class GGUF(Format):
         dequantized: Reason = ("limited", f'it dequantizes the layers: from_pretrained(…, gguf_file="{FILE}")')
         plug_in: Reason = ("unknown", "GGUF is a plug-in there (vllm-gguf-plugin), which was not tried")
         return {
-            "llama.cpp": Loading(),
+            "llama.cpp": Loading(serve=f"llama-server -m {{folder}}/{FILE}"),
             "transformers": Loading([dequantized], needs=_PACKAGE, arguments=f'gguf_file="{FILE}"'),
             "vLLM": Loading([plug_in], needs="vllm-gguf-plugin"),
             "SGLang": Loading([("unknown", "it reads GGUF, and files like these were not tried")], needs=_PACKAGE),

@@ -21,6 +21,8 @@ from ..storage.checkpoint import Checkpoint
 from .act_order import gather_codes, read_order, scatter_codes, write_groups
 from .base import (
     HEAD_IS_ROUNDED,
+    ON_GPUS,
+    WITH_AMX,
     Examination,
     Facts,
     Format,
@@ -225,7 +227,10 @@ class GPTQ(Format):
             )
         grouped = any(layer.scheme.group_size for layer in seen.layers.values())
         if seen.config.get("desc_act") is True and not seen.ordered and grouped:
-            notes.append("the config says desc_act, but every g_idx is in order: a slower kernel may run for nothing")
+            notes.append(
+                "the config says desc_act, but every g_idx is in order: vLLM refuses such a config, and elsewhere a "
+                "slower kernel may run for nothing; write false there"
+            )
         if _HEAD in seen.layers and seen.config.get("lm_head") is not True:
             faults.append("lm_head is quantized, and the config denies it, so runtimes look for lm_head.weight")
         if left := _not_among(seen.unquantized(_HEAD), self.kept(seen.config)):
@@ -242,17 +247,15 @@ class GPTQ(Format):
         why = f"features are no multiples of {_PER_WORD}, as many of its kernels need"
         own: list[Reason] = [("limited", counted(why, odd))] if odd else []
         ordered: list[Reason] = []
-        if facts.ordered:
-            ordered.append(
-                ("yes", "act-order: over several GPUs, layers that are cut along their inputs keep all scales on each")
-            )
+        if facts.ordered and any(scheme.group_size for scheme in facts.schemes.values()):
+            ordered.append(("no", "it refuses act-order (desc_act) with groups since 0.32; older releases read it"))
         several: list[Reason] = []
         if len(set(facts.schemes.values())) > 1:
             several.append(("unknown", "whether it reads the config's dynamic was not tried"))
         return {
             "transformers": Loading([*own, *_optimum(facts)], needs="optimum, gptqmodel"),
             "GPTQModel": Loading(own),
-            "vLLM": Loading([*ordered, *facts.by_scheme(self._vllm)]),
+            "vLLM": Loading([*ordered, *facts.by_scheme(lambda scheme: self._vllm(scheme, bool(facts.experts)))]),
             "SGLang": Loading(facts.by_scheme(lambda scheme: self._sglang(scheme, bool(facts.experts)))),
             "llama.cpp": Loading([*several, *facts.by_scheme(self._llamacpp)]),
             "MLX": Loading([("no", "mlx-lm refuses GPTQ files with g_idx, and takes those without it for AWQ's")]),
@@ -262,13 +265,17 @@ class GPTQ(Format):
             ),
         }
 
-    def _vllm(self, scheme: Scheme) -> Iterator[Reason]:
+    def _vllm(self, scheme: Scheme, experts: bool) -> Iterator[Reason]:
         if not scheme.symmetric or scheme.bits not in _MARLIN_BITS:
             yield (
                 "no",
                 "its GPTQ loader takes symmetric layers of 4 and 8 bits alone; `bitpress convert --to "
                 "compressed-tensors` makes what it loads",
             )
+        elif scheme.bits != 4:
+            yield ON_GPUS
+        elif experts:
+            yield WITH_AMX
 
     def _llamacpp(self, scheme: Scheme) -> Iterator[Reason]:
         if scheme.bits == 3:

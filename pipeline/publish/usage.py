@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..checkpoints.runtimes import serve_command
 from ..system.packages import install_bitpress
 
 _PROMPT = "Once upon a time"
@@ -16,16 +17,19 @@ from transformers import {auto}, AutoTokenizer{imported}
 model = {auto}.from_pretrained("{repo}"{more})
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 """
-_CODE = {
-    "GPTQModel": f"""\
+_GPTQMODEL = f"""\
 from gptqmodel import GPTQModel
 
 model = GPTQModel.load("{{repo}}")
-print(model.tokenizer.decode(model.generate("{_PROMPT}")[0]))""",
-    "vLLM": "vllm serve {repo}",
-    "SGLang": "python -m sglang.launch_server --model-path {repo}",
+print(model.tokenizer.decode(model.generate("{_PROMPT}")[0]))"""
+_PACKAGES = {
+    "transformers": "transformers",
+    "GPTQModel": "gptqmodel",
+    "vLLM": "vllm",
+    "SGLang": "sglang",
+    "MLX": "mlx-lm",
+    "ORT GenAI": "onnxruntime-genai torch onnx-ir",
 }
-_PACKAGES = {"transformers": "transformers", "GPTQModel": "gptqmodel", "vLLM": "vllm", "SGLang": "sglang"}
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,20 @@ def usage_snippets(repo: str, runtimes: Mapping[str, Mapping[str, Any]], chat: b
         UsageSnippet("transformers, on bitpress's kernels", install_bitpress(), hooked),
     ]
     for name, verdict in runtimes.items():
-        if verdict["loads"] not in ("yes", "limited") or name not in _PACKAGES:
+        if verdict["loads"] not in ("yes", "limited"):
             continue
-        if name in _CODE:
-            code = _CODE[name].format(repo=repo)
-        else:
+        code, language = serve_command(verdict, repo.rpartition("/")[2], repo), "sh"
+        if name == "GPTQModel":
+            code, language = _GPTQMODEL.format(repo=repo), "python"
+        elif name == "transformers":
+            language = "python"
             imported = f", {verdict['imports']}" if verdict["imports"] else ""
             more = f", {verdict['arguments']}" if verdict["arguments"] else ""
             code = _TRANSFORMERS.format(auto=auto, repo=repo, imported=imported, more=more) + _GENERATE
-        needs = " ".join(["pip install", _PACKAGES[name], *verdict["needs"].replace(",", " ").split()])
-        language = "python" if "import" in code else "sh"
-        snippets.append(UsageSnippet(name, needs, code, language, list(verdict["why"])))
+        packages = [*_PACKAGES.get(name, "").split(), *verdict["needs"].replace(",", " ").split()]
+        needs = " ".join(["pip install", *packages]) if packages else ""
+        if code:
+            snippets.append(UsageSnippet(name, needs, code, language, list(verdict["why"])))
     return snippets
 
 

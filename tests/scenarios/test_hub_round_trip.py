@@ -67,7 +67,7 @@ def test_the_same_to_the_bit(scheme: str, loaded: dict[str, torch.Tensor], finis
 def code_of(card: str) -> dict[str, dict[str, str]]:
     """Runtime -> {"language", "code"}, of a card's section on loading."""
     section = card.split("## Load it")[1].split("\n## ")[0]
-    found = re.findall(r"^\*\*(.+?)\*\* \(`pip.*?^```(\w+)\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^\*\*([^*\n]+)\*\* \(`pip.*?^```(\w+)\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
     return {name: {"language": language, "code": code} for name, language, code in found}
 
 

@@ -60,6 +60,9 @@ def test_each_metric_is_a_line_with_its_error(stand_in):
         {**common, "metric": "acc_norm", "value": 0.25, "standard_error": None, "scores": None},
     ]
     assert (asked["tasks"], asked["limit"]) == (["arc_easy"], 100)
+    assert (asked["num_fewshot"], asked["apply_chat_template"]) == (None, False)
+    tasks.run_tasks("model", "tokenizer", ["arc_easy"], 100, fewshot=5, chat_template=True)
+    assert (asked["num_fewshot"], asked["apply_chat_template"]) == (5, True)
     assert (asked["model"]["pretrained"], asked["model"]["tokenizer"]) == ("model", "tokenizer")
 
 

@@ -15,7 +15,14 @@ from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.checkpoints import headers
 from bitpress.pipeline.checkpoints.doctor import Diagnosis, diagnose
-from bitpress.pipeline.checkpoints.runtimes import RUNTIMES, Facts, shard_problems, tensor_parallel, verdicts
+from bitpress.pipeline.checkpoints.runtimes import (
+    RUNTIMES,
+    Facts,
+    serve_command,
+    shard_problems,
+    tensor_parallel,
+    verdicts,
+)
 from bitpress.pipeline.errors import CheckpointError
 from bitpress.pipeline.formats import registry
 from bitpress.pipeline.storage import finite
@@ -268,6 +275,8 @@ def test_the_command(
     code, text = run()
     assert code == 0
     assert json.loads(text)["sound"] is True if as_json else "sound" in text and "vLLM: limited (0.33)" in text
+    serve = f"vllm serve {folder}"
+    assert json.loads(text)["commands"]["vLLM"] == serve if as_json else f"    $ {serve}\n" in text
     (folder / "tokenizer.json").unlink()
     code, text = run()
     assert code == 3
@@ -293,7 +302,7 @@ def facts(form: str, scheme: str, **changes: Any) -> Facts:
 VERDICTS = [
     ("gptq", "int4-g128", {}, "yes yes yes yes", "limited no limited unknown"),
     ("gptq", "int8-channel", {}, "yes yes yes yes", "limited no limited unknown"),
-    ("gptq", "int4-g128", {"ordered": True}, "yes yes yes yes", "limited no unknown unknown"),
+    ("gptq", "int4-g128", {"ordered": True}, "yes yes no yes", "limited no unknown unknown"),
     ("gptq", "int4-g256", {}, "yes yes limited limited", "limited no limited unknown"),
     ("gptq", "int3-g128", {}, "yes yes no limited", "no no no unknown"),
     ("gptq", "int4-g128-asym", {}, "yes yes no unknown", "unknown no unknown unknown"),
@@ -305,6 +314,7 @@ VERDICTS = [
     ("compressed-tensors", "int8-g128-asym", {}, "limited unknown yes limited", "unknown no limited unknown"),
     ("compressed-tensors", "int2-g64", {}, "yes unknown yes unknown", "limited no limited unknown"),
     ("compressed-tensors", "int4-g128", {"ordered": True}, "no unknown no unknown", "unknown no limited unknown"),
+    ("compressed-tensors", "int4-g128", {"embeddings": {"a"}}, "yes unknown unknown yes", "limited no limited unknown"),
     ("int-quantized", "int8-dynamic", {}, "yes unknown yes yes", "limited no limited unknown"),
     ("bitsandbytes", "nf4", {}, "yes unknown yes yes", "no no no unknown"),
     ("mlx", "int4-g128", {}, "no no no no", "no yes no no"),
@@ -329,6 +339,14 @@ def test_verdicts(form: str, scheme: str, changes: dict[str, Any], first: str, o
     needed = {"gptq": "optimum, gptqmodel", "gptq-v2": "optimum, gptqmodel", "bitsandbytes": "bitsandbytes"}
     needed |= {"awq": "gptqmodel", "mlx": ""}
     assert found["transformers"]["needs"] == needed.get(form, "compressed-tensors")
+
+
+def test_the_commands_that_serve_it() -> None:
+    found = verdicts(facts("gguf", "int4-g32"))
+    assert serve_command(found["llama.cpp"], "/my models/a") == "llama-server -m '/my models/a'/model.gguf"
+    assert serve_command(found["llama.cpp"], "a", "me/a").splitlines()[0] == "hf download me/a --local-dir a"
+    assert serve_command(found["vLLM"], "a") == ""  # it is not known to load it
+    assert serve_command(verdicts(facts("gptq", "int4-g32"))["vLLM"], "a", "me/a") == "vllm serve me/a"
 
 
 MIXED = {f"model.layers.1.{name}": Scheme.parse("int4-g128") for name in LLAMA}

@@ -217,6 +217,7 @@ class TestBody:
         assert "**transformers** (`pip install transformers compressed-tensors`)" in dynamic
         assert "**transformers** (`pip install transformers bitsandbytes`)" in nf4
         assert f"vllm serve {REPO}" in gptq
+        assert "**ORT GenAI** (`pip install onnxruntime-genai torch onnx-ir`)" in gptq
         assert "GPTQModel: is not known to load it" in nf4
 
     def test_the_file_and_the_kernel_are_told_apart(self, write: Write, metrics: Callable[..., dict[str, Any]]) -> None:
