@@ -355,7 +355,7 @@ class Run(_Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     executor: str = "serial"  # how the jobs are carried out, see runs/executors
     executor_options: dict[str, Any] = {}  # of the executor, such as {address: auto} of ray
-    output: str = "runs"
+    output: str = "runs"  # a folder, or a URL that fsspec knows: s3://bucket/runs
 
     @field_validator("publish")
     @classmethod

@@ -19,12 +19,14 @@ from ..quantize.recipe import Recipe
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import nearest_folder
 from ..storage.fingerprint import MANIFEST
+from ..storage.remote import local_output
 from ..system import packages
 from ..system.device import pick_device, total_memory
 from ..system.remembered import remembered
 from ..system.unexpected import unexpected
 from ..trackers import trackers
 from .executors import executor
+from .folders import run_folder
 from .job_plan import FINISHED, HALF_DONE, NOT_BEGUN, JobPlan, Work
 from .rates import Rates, measure
 
@@ -109,7 +111,7 @@ class RunPlan:
     @property
     def folder(self) -> Path:
         """The folder of the run, with its report."""
-        return Path(self.run.output).expanduser() / self.run.name
+        return run_folder(self.run)
 
     def to_dict(self, rates: Rates, nodes: int | None = None) -> dict[str, Any]:
         """The plan in plain values, its times by these rates; with `nodes`, also on so many machines."""
@@ -139,7 +141,7 @@ class RunPlan:
                         f"{size(total)}; use another machine, or take the recipe out"
                     )
                 )
-        output = Path(self.run.output).expanduser().absolute()
+        output = local_output(self.run.output).absolute()
         needed, free = sum(job.disk for job in self.jobs), psutil.disk_usage(str(nearest_folder(output))).free
         if needed > free:
             faults.append(

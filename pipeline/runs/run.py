@@ -31,7 +31,7 @@ from ..system.unexpected import unexpected
 from ..trackers import trackers
 from ..trackers.base import TrackedJob, Tracker
 from .executors import executor
-from .folders import jobs_of, model_folder, recipe_names, run_folder
+from .folders import jobs_of, model_folder, recipe_names, remote_folder, run_folder
 from .job import Job, Outcome
 from .plan import RunPlan, plan_run
 
@@ -60,6 +60,9 @@ def execute(
             there is no room for all of them. No job has started then.
     """
     carries_out, keepers = executor(run.executor, run.executor_options), trackers(run.track)
+    remote = remote_folder(run)
+    if remote and (count := remote.fetch()):
+        say(f"{count} files of earlier work came from {remote.url}")
     plan = plan or plan_run(run, jobs_of(run))
     plan.check()
     planned_jobs = {job.folder: job for job in plan.jobs}
@@ -85,6 +88,8 @@ def execute(
 
     for outcome in carries_out.map(jobs(), say):
         outcomes[outcome.folder] = outcome
+        if remote and (count := remote.send()):
+            say(f"{outcome.model}  {outcome.recipe}  {count} files sent to {remote.url}")
     for model in run.models:
         folder = model_folder(run, model)
         if all(outcomes[folder / name].metrics for name in recipe_names(run)):
@@ -166,7 +171,10 @@ def summarize(run: Run, outcomes: Sequence[Outcome]) -> Path | None:
                 continue
             if metrics.get("checkpoint") is None:  # an external one, which happens to lie there, is not the run's
                 finished.append(metrics)
-    return write_report(run_folder(run), finished, refused) if finished else None
+    page = write_report(run_folder(run), finished, refused) if finished else None
+    if remote := remote_folder(run):
+        remote.send()
+    return page
 
 
 def _track(run: Run, keepers: Sequence[Tracker], outcome: Outcome, say: Say) -> Outcome:
