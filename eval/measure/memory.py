@@ -1,7 +1,6 @@
 """The memory of a model: bytes of weights, cache and activations, and the peak of the process that runs it."""
 
 import contextlib
-import inspect
 import math
 import resource
 import sys
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import container_memory
+from .cache import cache_name, cache_of
 
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB: common sizes of graphics cards
 RESERVE = 1 << 30  # bytes of a card that CUDA and its libraries need: half a GiB or more
@@ -150,13 +150,11 @@ def prefill(model: nn.Module, ids: Tensor) -> tuple[dict[str, Any], Peak]:
     """
     costs: dict[str, Any] = {"prompt": ids.numel(), "kv_cache_bytes_per_token": None, "activation_peak_bytes": None}
     with Peak(ids.device) as peak:
-        if (
-            "past_key_values" not in inspect.signature(model.forward).parameters
-        ):  # the model has a state instead of a cache
+        if cache_name(model) is None:  # the model has a state instead of a cache
             return costs, peak
         output = model(input_ids=ids.unsqueeze(0), use_cache=True, logits_to_keep=1)
-    if (cache := cache_bytes(output.past_key_values)) is not None:
-        costs["kv_cache_bytes_per_token"], windows = cache_growth(output.past_key_values)
+    if (cache := cache_bytes(cache_of(output))) is not None:
+        costs["kv_cache_bytes_per_token"], windows = cache_growth(cache_of(output))
         costs |= {"kv_cache_windows": windows} if windows else {}
         costs["activation_peak_bytes"] = None if peak.growth is None else max(0, peak.growth - cache)
     return costs, peak

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cache import cache_name, cache_of
 from .energy import Meter
 from .memory import resident_bytes
 
@@ -89,13 +90,15 @@ def once(model: nn.Module, prompt: Tensor, generate: int, meter: Meter | None) -
     Args:
         prompt: ids [batch, prompt]. generate: steps, each of one token for every prompt.
     """
+    name = cache_name(model)
+    assert name, "a model without a key-value cache decodes by other calls"
     watch = _Stopwatch(prompt.device, meter)
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
     first = watch.stop()
     watch.start()
     for _ in range(generate):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **{name: cache_of(output)})
         token = output.logits[:, -1:].argmax(-1)
     return first, watch.stop()
 

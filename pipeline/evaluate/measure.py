@@ -7,7 +7,6 @@ of inputs costs is measured by itself.
 
 import contextlib
 import gc
-import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from bitpress.eval.measure import (
     stored_predictions,
     tasks,
 )
+from bitpress.eval.measure.cache import cache_name
 from bitpress.eval.measure.protocols import Window, beginning
 from bitpress.eval.measure.sample import sample
 from bitpress.eval.report.words import size
@@ -314,7 +314,7 @@ def _costs(job: _Measurement, model: Any, text: list[Window], loading: memory.Pe
 
 def _speeds(model: Any, text: list[Window], settings: Speed | None, costs: dict[str, Any]) -> dict[str, Any]:
     """Rates of each load. costs: of a prompt, see memory.prefill."""
-    if settings is None or "past_key_values" not in inspect.signature(model.forward).parameters:
+    if settings is None or cache_name(model) is None:
         return {"speed": [], "bandwidth": None, "energy_meter": None}  # those that keep a state decode by other calls
     ids, meter = torch.cat([window.ids for window in text]), energy.meter(model.device)
     bandwidth, weights = speed.bandwidth(model.device), speed.read_bytes(model)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from bitpress.eval.measure.cache import cache_name, cache_of
+
 from ..data.tokens import bounded, check_ids
 from ..errors import BitpressError, CheckpointError, ConfigError
 from ..system.printable import printable
@@ -80,10 +82,10 @@ class Conversation:
         try:
             output, said = generate(
                 self.model, ids, min(self.tokens, room), self.sampling, printer, len(self.turns),
-                past_key_values=self._usable_cache(ids), num_beams=1, return_dict_in_generate=True,
-                pad_token_id=self.tokenizer.eos_token_id,
+                num_beams=1, return_dict_in_generate=True, pad_token_id=self.tokenizer.eos_token_id,
+                **{cache_name(self.model) or "past_key_values": self._usable_cache(ids)},
             )  # fmt: skip
-            self.cache, self.read = output.past_key_values, output.sequences[0, :-1].tolist()  # the last was not read
+            self.cache, self.read = cache_of(output), output.sequences[0, :-1].tolist()  # the last was not read
         except KeyboardInterrupt:
             self._forget_cache()  # some layers may have read a token more than others
             said = f"{printer.speed()}; interrupted"

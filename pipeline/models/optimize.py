@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from bitpress.eval.measure.cache import cache_name
 from bitpress.kernels.cpu.native import DTYPES, FLOAT32
 from bitpress.kernels.decoder_layer import ACTIVATIONS, NativeLayer, Norm, Parts
 from bitpress.kernels.linear import QLinear, join_projections
@@ -28,7 +29,7 @@ _ROOM = 256  # tokens that a cache grows by, at least; an eighth of what it hold
 # Inputs of 16 bits that are to stay as they are: from so many rows on, torch's product with a dequantized weight is the
 # faster one. A layer of SmolLM2 on Zen 4 takes 36 ms by it and 49 in one call for 512 rows, 8.2 and 5.7 for 64.
 _LONG = 192
-_PASSED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"}
+_PASSED = {"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "position_embeddings"}
 _CAPTURING = "transformers.utils.output_capturing"  # whose hooks stay, but do nothing unless outputs are asked for
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _LINEARS = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -218,7 +219,7 @@ class _Decoding:
         shapes = {tuple(table.shape) for table in rotation}
         if shapes not in ({(1, count, dim)}, {(batch, count, dim)}) or any(t.dtype != x.dtype for t in rotation):
             return False
-        if (length := self._length(arguments.get("past_key_values"), x)) is None:
+        if (length := self._length(_cache_in(arguments), x)) is None:
             return False
         mask = arguments.get("attention_mask")
         if (mask is None and count > 1 and length) or self.config._attn_implementation != "sdpa":
@@ -259,7 +260,7 @@ class _Decoding:
     def __call__(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The layer's output, where `serves` these; their keys and values are in the cache then."""
         cos, sin = arguments["position_embeddings"]
-        cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
+        cache, mask = _cache_in(arguments), arguments.get("attention_mask")
         batch, count, _ = x.shape
         first = None if mask is None else self.masks.first(mask, batch, count)
         shape = (batch, self.native.key_heads, 0 if cache is not None else count, self.native.parts.dim)
@@ -277,6 +278,11 @@ class _Decoding:
         if cache is not None:
             layer.advance(count)
         return y
+
+
+def _cache_in(arguments: dict[str, Any]) -> Any:
+    """The cache among a layer's arguments: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return arguments["cache"] if "cache" in arguments else arguments.get("past_key_values")
 
 
 def _parts(layer: nn.Module) -> Parts:
@@ -359,6 +365,7 @@ def _try(layer: nn.Module, step: _Decoding, rotary: nn.Module | None, config: Pr
     positions = torch.arange(_POSITION, _POSITION + count).unsqueeze(0)
     places = torch.arange(count)
     seen = (places <= places.unsqueeze(1)) & (places >= first.view(-1, 1, 1, 1))
+    name = cache_name(layer) or "past_key_values"
     theirs: Any = DynamicCache(config=config)
     ours: Any = DynamicCache(config=config)
     try:
@@ -372,11 +379,11 @@ def _try(layer: nn.Module, step: _Decoding, rotary: nn.Module | None, config: Pr
             }
             rows = x[:, start:end]
             expected = type(layer).forward(
-                layer, rows, position_ids=positions[:, start:end], past_key_values=theirs, use_cache=True, **arguments
+                layer, rows, position_ids=positions[:, start:end], use_cache=True, **{name: theirs}, **arguments
             )
-            if not step.serves(rows, {"past_key_values": ours, **arguments}):
+            if not step.serves(rows, {name: ours, **arguments}):
                 raise _Unfit(f"its cache is a {type(ours.layers[step.index]).__name__}")
-            got = step(rows, {"past_key_values": ours, **arguments})
+            got = step(rows, {name: ours, **arguments})
             real = places[start:end] >= first.unsqueeze(1)
             _compare((got - rows)[real], (expected - rows)[real])
             start = end
