@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from ..errors import ConfigError, DiskError
 from . import files
 from .checkpoint import read_json
@@ -49,8 +51,6 @@ class RemoteFolder:
         Raises:
             ConfigError: no such protocol, or its package is not installed. DiskError: the storage refuses.
         """
-        import fsspec
-
         try:
             system, path = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
