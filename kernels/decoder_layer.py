@@ -1,12 +1,13 @@
-"""What a Llama-like decoder layer does for the next tokens of some sequences, in one call of csrc/layer.c.
+"""What Llama-like decoder layers do for the next tokens of some sequences, in one call of csrc/layer.c.
 
 Python and transformers take about as long for the hundred small operations of a layer as its quantized weights take to
-be read. Here they are one: from the layer's input to its output everything is float32, where a model rounds to its own
-dtype after every operation; keys and values are kept in the model's dtype.
+be read. Here they are one, for a layer or for all of them: from the input to the output everything is float32, where a
+model rounds to its own dtype after every operation; keys and values are kept in the model's dtype.
 """
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from .cpu.library import Library, library
 from .cpu.native import DTYPES, NativeWeight, inputs_of
 from .linear import QLinear
+from .registry import Selection
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -82,11 +84,15 @@ class _Layer(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Cache(ctypes.Structure):
+    _fields_ = (("keys", _POINTER), ("values", _POINTER), ("capacity", _INT64))
+
+
 class _Step(ctypes.Structure):
     _fields_ = (
-        ("x", _POINTER), ("cos", _POINTER), ("sin", _POINTER), ("keys", _POINTER), ("values", _POINTER),
-        ("y", _POINTER), ("first", _POINTER), ("batch", _INT64), ("count", _INT64), ("length", _INT64),
-        ("capacity", _INT64), ("rotations", _INT64), ("dtype", _INT64), ("threads", ctypes.c_int),
+        ("x", _POINTER), ("cos", _POINTER), ("sin", _POINTER), ("y", _POINTER), ("caches", _POINTER),
+        ("first", _POINTER), ("norm", _POINTER), ("batch", _INT64), ("count", _INT64), ("length", _INT64),
+        ("rotations", _INT64), ("dtype", _INT64), ("eps", _FLOAT), ("threads", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -94,8 +100,8 @@ class _Step(ctypes.Structure):
 def _function() -> "ctypes._NamedFuncPointer":
     native = library()
     assert isinstance(native, Library)
-    function = native.lib.bitpress_layer_step
-    function.argtypes = [_POINTER, _POINTER]
+    function = native.lib.bitpress_layers_step
+    function.argtypes = [_POINTER, _INT64, _POINTER]
     return function
 
 
@@ -107,52 +113,11 @@ class NativeLayer:
         self.hidden = parts.linears[0].in_features
         self.key_heads = parts.linears[1].out_features // parts.dim
         self._tensors: list[Tensor] = []  # that the structure points to
-        self._layer = self._structure()
-        self._function, self._address = _function(), ctypes.addressof(self._layer)
+        self.structure = self._structure()
 
     def __reduce__(self) -> tuple[type["NativeLayer"], tuple[Parts]]:
         """Copies point to the tensors of the copied parts."""
         return NativeLayer, (self.parts,)
-
-    def inputs(self) -> list[int | None]:
-        """What each linear layer's kernel rounds inputs to now, as csrc/ numbers it; None for other kernels."""
-        return [inputs_of(linear.selection.kernel) for linear in self.parts.linears]
-
-    def step(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        keys: Tensor,
-        values: Tensor,
-        length: int,
-        first: Tensor | None = None,
-    ) -> Tensor:
-        """The layer's output [batch, count, hidden] for each sequence's next tokens; appends their keys and values.
-
-        A token sees those before it in its own sequence, and itself. Inputs are rounded as each linear layer's kernel
-        does it now.
-
-        Args:
-            x: contiguous [batch, count, hidden], float32, float16 or bfloat16; so are all others.
-            rotation: cos and sin [batch or 1, count, dim], contiguous.
-            keys, values: contiguous [batch, key_heads, capacity, dim]; `length` of them are filled, and there is room
-                for `count` more.
-            first: contiguous int64 [batch], the first place of each sequence that counts; those before it are padding,
-                which nothing sees and whose outputs mean nothing. None: 0 for all.
-        """
-        y = torch.empty_like(x)
-        cos, sin = rotation
-        for to, inputs in zip(self._layer.linears, self.inputs()):
-            to.inputs = inputs
-        arguments = _Step(
-            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), y.data_ptr(),
-            None if first is None else first.data_ptr(), x.shape[0], x.shape[1], length, keys.shape[2],
-            0 if cos.shape[0] == 1 else x.shape[1] * cos.shape[2], DTYPES[x.dtype], torch.get_num_threads(),
-        )  # fmt: skip
-        if self._function(self._address, ctypes.addressof(arguments)):
-            tokens = f"{x.shape[0] * x.shape[1]} tokens"
-            raise MemoryError(f"no memory for {tokens} in a decoder layer of {self.hidden} features and {length} keys")
-        return y
 
     def _structure(self) -> _Layer:
         parts, layer = self.parts, _Layer()
@@ -179,3 +144,69 @@ class NativeLayer:
     def _pointer(self, tensor: Tensor) -> int:
         self._tensors.append(tensor.contiguous())
         return self._tensors[-1].data_ptr()
+
+
+class NativeLayers:
+    """Layers of as many features, one after the other, and the norm that their output goes through, or none."""
+
+    def __init__(self, layers: Sequence[NativeLayer], norm: Norm | None = None):
+        self.layers, self.norm = list(layers), norm
+        self.hidden = layers[0].hidden
+        self._structures = [_Layer.from_buffer_copy(layer.structure) for layer in layers]
+        self._pointers = (_POINTER * len(layers))(*map(ctypes.addressof, self._structures))
+        self._linears = [linear for layer in layers for linear in layer.parts.linears]
+        self._selections: list[Selection] = []  # by which the structures' inputs are
+        self._inputs: frozenset[int | None] = frozenset()
+        self._function = _function()
+
+    def __reduce__(self) -> tuple[type["NativeLayers"], tuple[list[NativeLayer], Norm | None]]:
+        """Copies point to the structures of the copied layers."""
+        return NativeLayers, (self.layers, self.norm)
+
+    def inputs(self) -> frozenset[int | None]:
+        """What the linear layers' kernels round inputs to now, as csrc/ numbers it; None among them for others."""
+        selections = [linear.selection for linear in self._linears]
+        if selections != self._selections:
+            self._selections = selections
+            inputs = [inputs_of(selection.kernel) for selection in selections]
+            places = (to for structure in self._structures for to in structure.linears)
+            for to, own in zip(places, inputs):
+                to.inputs = -1 if own is None else own  # the library refuses -1
+            self._inputs = frozenset(inputs)
+        return self._inputs
+
+    def step(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        caches: Sequence[tuple[Tensor, Tensor]],
+        length: int,
+        first: Tensor | None = None,
+    ) -> Tensor:
+        """The output [batch, count, hidden] for each sequence's next tokens; appends their keys and values.
+
+        A token sees those before it in its own sequence, and itself. Inputs are rounded as each linear layer's kernel
+        does it now.
+
+        Args:
+            x: contiguous [batch, count, hidden], float32, float16 or bfloat16; so are all others.
+            rotation: cos and sin [batch or 1, count, dim], contiguous.
+            caches: of each layer, keys and values: contiguous [batch, key_heads, capacity, dim]; `length` of them are
+                filled, and there is room for `count` more.
+            first: contiguous int64 [batch], the first place of each sequence that counts; those before it are padding,
+                which nothing sees and whose outputs mean nothing. None: 0 for all.
+        """
+        y = torch.empty_like(x)
+        cos, sin = rotation
+        self.inputs()
+        places = (_Cache * len(caches))(*(_Cache(k.data_ptr(), v.data_ptr(), k.shape[2]) for k, v in caches))
+        arguments = _Step(
+            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), ctypes.addressof(places),
+            None if first is None else first.data_ptr(), None if self.norm is None else self.norm.weight.data_ptr(),
+            x.shape[0], x.shape[1], length, 0 if cos.shape[0] == 1 else x.shape[1] * cos.shape[2], DTYPES[x.dtype],
+            0.0 if self.norm is None else self.norm.eps, torch.get_num_threads(),
+        )  # fmt: skip
+        if self._function(self._pointers, len(self.layers), ctypes.addressof(arguments)):
+            tokens = f"{x.shape[0] * x.shape[1]} tokens"
+            raise MemoryError(f"no memory for {tokens} in decoder layers of {self.hidden} features and {length} keys")
+        return y

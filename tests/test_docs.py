@@ -1,7 +1,7 @@
 """README and docs/: the reference is what the program says, and the examples can be read."""
 
-import ast
 import re
+import shlex
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +10,13 @@ import pytest
 from ruamel.yaml import YAML
 from typer.main import get_command
 
+from bitpress.pipeline import api
 from bitpress.pipeline.cli.app import app
 from bitpress.pipeline.config import schema
+from bitpress.pipeline.config.budget import Budget
 from bitpress.pipeline.config.load import load_recipe
+from bitpress.pipeline.formats import registry as formats
+from bitpress.pipeline.quantize.spec import LayerSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -99,23 +103,37 @@ def test_examples_are_found():
     assert len(EXAMPLES) > 20
 
 
-@pytest.mark.parametrize(("page", "text"), [example for example in EXAMPLES if "bitpress " in example[1]])
-def test_commands_exist(page: str, text: str):
-    for line in text.splitlines():
-        typed = line.partition(" #")[0]
-        if not typed.startswith("bitpress "):
-            continue
-        name = next((name for name in COMMANDS if f"{typed} ".startswith(f"{name} ")), None)
-        if name is None:
-            assert re.match(r"bitpress --(version|install-completion)", typed), f"{page}: {line}"
-            continue
-        for option in re.findall(r"(?<![\w'])--[a-z][\w-]*", typed):
-            assert option in COMMANDS[name], f"{page}: {line}"
+def typed_commands() -> Iterator[tuple[str, str, bool]]:
+    """Page, each command line of bitpress in it, and whether it is whole: in the text there are excerpts."""
+    for page, text in EXAMPLES:
+        for line in text.splitlines():
+            if line.startswith("bitpress "):
+                yield page, line.partition(" #")[0], True
+    for page in PAGES:
+        for typed in re.findall(r"`(bitpress [^`]*)`", page.read_text(encoding="utf-8")):
+            yield page.relative_to(ROOT).as_posix(), typed.replace("\\|", "|"), False
 
 
-@pytest.mark.parametrize(("page", "text"), [example for example in EXAMPLES if "import " in example[1]])
-def test_python_is_python(page: str, text: str):
-    ast.parse(text)
+@pytest.mark.parametrize(("page", "typed", "whole"), sorted(set(typed_commands())))
+def test_commands_are_commands(page: str, typed: str, whole: bool):
+    """The command line itself reads them: commands, options, types. Brackets mean what may be left out."""
+    words = shlex.split(re.sub(r" \| --?[\w-]+", "", re.sub(r"[\[\]…]", " ", typed)))[1:]
+    if words in (["--version"], ["--install-completion"]):
+        return
+    group = get_command(app)
+    context = group.make_context("bitpress", [], resilient_parsing=True)
+    command = group
+    while words and (inner := getattr(command, "commands", {}).get(words[0])):
+        command, words = inner, words[1:]
+    assert command is not group, f"{page}: {typed}: there is no such command"
+    values = command.make_context(typed, list(words), parent=context, resilient_parsing=not whole).params
+    if recipe := values.get("recipe"):
+        assert load_recipe(recipe).spec, f"{page}: {typed}"
+    for rule in values.get("layer") or []:
+        assert LayerSpec.parse(rule.partition("=")[2]) or rule.endswith("=none"), f"{page}: {typed}"
+    if isinstance(budget := values.get("budget"), str):
+        assert Budget.parse(budget), f"{page}: {typed}"
+    assert values.get("format") in (None, "auto", *formats()), f"{page}: {typed}"
 
 
 @pytest.mark.parametrize(
@@ -157,9 +175,13 @@ def test_recipes_that_are_recommended_exist(recipe: str):
     assert load_recipe(recipe).spec
 
 
+WITH_PYTHON = sorted({page for page, text in EXAMPLES if re.search("^(import|from) ", text, re.MULTILINE)})
+
+
 @pytest.mark.usefixtures("registered")
-def test_the_library_page_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """In order, on a tiny model and without calibration text; but for what measures and publishes."""
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_python_runs(page: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A page's blocks in order, on a tiny model and without calibration text; but for what measures and publishes."""
     monkeypatch.chdir(tmp_path)
     replaced = {
         "Qwen/Qwen2.5-0.5B": str(tiny_llama),
@@ -169,11 +191,13 @@ def test_the_library_page_runs(tiny_llama: Path, tmp_path: Path, monkeypatch: py
         "from bitpress import": "from bitpress.pipeline import",
         'device_map="auto"': 'device_map="cpu"',
     }
+    blocks = [text for where, text in EXAMPLES if where == page and re.search("^(import|from) ", text, re.MULTILINE)]
+    if not any("quantize(" in text for text in blocks):
+        api.quantize(tiny_llama, "int4-g32", "qwen-int4")
     names: dict[str, object] = {}
-    for page, text in EXAMPLES:
-        if page == "docs/reference/api.md":
-            for old, new in replaced.items():
-                text = text.replace(old, new)
-            kept = [line for line in text.splitlines() if not re.match(r"bitpress\.(evaluate|publish)\(", line)]
-            exec(compile("\n".join(kept), page, "exec"), names)
+    for text in blocks:
+        for old, new in replaced.items():
+            text = text.replace(old, new)
+        kept = [line for line in text.splitlines() if not re.match(r"bitpress\.(evaluate|publish)\(", line)]
+        exec(compile("\n".join(kept), page, "exec"), names)
     assert type(names["model"]).__name__ == "LlamaForCausalLM"

@@ -167,6 +167,7 @@ def _load(path: Path, origin: str) -> Library:
     lib.bitpress_pack.argtypes = [_POINTER, _POINTER, *[_INT64] * 4, _INT]
     lib.bitpress_linear.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER, _INT, _INT, _INT]
     lib.bitpress_dequantize.argtypes = [_POINTER, _INT64, _INT64, _INT64, _POINTER, _INT, _INT]
+    lib.bitpress_dense.argtypes = [_POINTER, _POINTER, _POINTER, *[_INT64] * 4, _INT, _INT]
     lib.bitpress_read.argtypes = [_POINTER, _INT64, _INT, _INT]
     lib.bitpress_read.restype = ctypes.c_uint64
     lib.bitpress_set_fork_join(_torchs_threads())

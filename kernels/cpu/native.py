@@ -7,6 +7,7 @@ are faster, and may lose more than the weights of an int4 file did. Or inputs st
 
 import functools
 import mmap
+import threading
 from typing import Any, ClassVar
 
 import torch
@@ -28,8 +29,10 @@ _INT4, _NF4, _INT8 = range(3)
 
 _STEP = 128  # features that share an activation scale, where a group of weights has no fewer
 _HEADER = 128  # bytes
+_LANES = 16  # of the widest registers
 _PIECE = 512  # output features dequantized at once
 _HUGE_PAGE = 2 << 20  # bytes
+_SHARED = 16 << 20  # bytes that smaller weights share
 
 _NF4_ZERO = 128  # is added to NF4's code book in int8 where weights must be unsigned
 
@@ -165,7 +168,7 @@ def _pack(native: Library, qtensor: QTensor) -> Tensor:
     layout = (out_features, in_features, group, step, code, zero)
     size = native.lib.bitpress_layout(header.data_ptr(), *layout, not single, qtensor.zeros is not None)
     assert size > 0, layout
-    packed = _in_huge_pages(native, size)
+    packed = _pool.take(native, size)
     packed[:_HEADER] = header
     codes = qtensor.codes
     if table:
@@ -179,17 +182,34 @@ def _pack(native: Library, qtensor: QTensor) -> Tensor:
     return packed
 
 
-def _in_huge_pages(native: Library, size: int) -> Tensor:
-    """Zeros, uint8 [size], in pages of 2 MiB where the system has them: memory is read a third faster then."""
-    if size < _HUGE_PAGE:
-        return torch.zeros(size, dtype=torch.uint8)
-    # More addresses are asked for than are used: no page of the others is ever touched.
-    whole = torch.frombuffer(
-        mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
-    )
-    start = -whole.data_ptr() % _HUGE_PAGE
-    native.lib.bitpress_use_huge_pages(whole.data_ptr() + start, size)
-    return whole[start : start + size]
+class _Pool:
+    """Memory for packed weights, zeros, in pages of 2 MiB where the system has them: it is read twice as fast then.
+
+    Weights lie side by side, each as a storage of its own. What they share is given back when none of them is left.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.pages: mmap.mmap | None = None
+        self.start = self.end = 0  # of what is not taken yet
+
+    def take(self, native: Library, size: int) -> Tensor:
+        """uint8 [size], zeros, at a multiple of 128 bytes."""
+        with self.lock:
+            if self.pages is None or self.end - self.start < size:
+                length = -(-max(size, _SHARED) // _HUGE_PAGE) * _HUGE_PAGE
+                # More addresses are asked for than are used: no page of the others is ever touched.
+                self.pages = mmap.mmap(-1, length + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                address = torch.frombuffer(self.pages, dtype=torch.uint8).data_ptr()
+                self.start = -address % _HUGE_PAGE
+                self.end = self.start + length
+                native.lib.bitpress_use_huge_pages(address + self.start, length)
+            taken = torch.frombuffer(self.pages, dtype=torch.uint8, offset=self.start, count=size)
+            self.start += -(-size // _HEADER) * _HEADER
+            return taken
+
+
+_pool = _Pool()
 
 
 def _grouping(scheme: Scheme, in_features: int) -> tuple[int, int]:
@@ -225,6 +245,33 @@ def _put(packed: Tensor, at: int, values: Tensor) -> None:
     padded = F.pad(values, (0, 0, 0, -len(values) % 32))
     data = padded.unflatten(0, (-1, 16)).transpose(1, 2).contiguous().flatten().view(torch.uint8)
     packed[at : at + data.numel()] = data
+
+
+def dense_unsupported(weight: Tensor) -> str | None:
+    """Why dense_linear cannot multiply by a weight [out, in], in a few words; None if it can."""
+    native = library()
+    if isinstance(native, str):
+        return native
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES or weight.dim() != 2 or not weight.is_contiguous():
+        return "its weight is not one matrix of float32, float16 or bfloat16 on the CPU"
+    return f"in_features {weight.shape[1]} is not a multiple of {_LANES}" if weight.shape[1] % _LANES else None
+
+
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] times a supported dense weight [out, in] of the same dtype -> [..., out], summed up in float32.
+
+    For a few rows, whose product takes as long as the weight is read: twice as fast as torch's own with bfloat16 on
+    CPUs without AMX.
+    """
+    native = _shared()
+    rows = x.to(torch.float32).contiguous()
+    y = torch.empty(*x.shape[:-1], len(weight), dtype=weight.dtype)
+    status = native.lib.bitpress_dense(
+        weight.data_ptr(), rows.data_ptr(), y.data_ptr(), rows.numel() // rows.shape[-1], *weight.shape,
+        DTYPES[weight.dtype], native.best, torch.get_num_threads(),
+    )  # fmt: skip
+    assert status == 0
+    return y
 
 
 def touch(tensor: Tensor) -> int:

@@ -83,10 +83,13 @@ def quality(
     ] = None,
     peer: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=PYTHON, where gptqmodel, llm-compressor or autoround is; may be repeated."),
+        typer.Option(help="NAME=PYTHON, where gptqmodel, llm-compressor, autoround or llama.cpp is; may be repeated."),
     ] = None,
     peer_scheme: Annotated[
         list[str] | None, typer.Option(help="int4-g128, …, in place of the usual ones; may be repeated.")
+    ] = None,
+    kquant: Annotated[
+        list[str] | None, typer.Option(help="llama.cpp's Q4_K_M, …, in place of the usual ones; may be repeated.")
     ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Of calibration; 128, or 32 with --quick.")] = None,
     text_windows: Annotated[int | None, typer.Option(min=1, help="To measure on; 160, or 8 with --quick.")] = None,
@@ -103,7 +106,7 @@ def quality(
     """KL against bits per weight: our recipes and other installed programs, on the same tokens."""
     from bitpress.eval.report.quality_page import table
 
-    from ..bench import programs
+    from ..bench import kquants, programs
     from ..bench import quality as bench
     from ..system.progress import quiet_libraries
 
@@ -117,7 +120,10 @@ def quality(
     for entrant in entrants:
         entrant.fingerprint()  # an unknown recipe is refused before anything runs
     usual = bench.QUICK_SCHEMES if quick else bench.PEER_SCHEMES
-    entrants += bench.peer_schemes(programs.find(peer or []), peer_scheme or usual)
+    llamacpp = [text for text in peer or [] if text.partition("=")[0] == kquants.NAME]
+    others = [text for text in peer or [] if text not in llamacpp]
+    entrants += bench.peer_schemes(programs.find(others), peer_scheme or usual)
+    entrants += kquants.entrants(llamacpp, kquant or list(kquants.QUICK_TYPES if quick else kquants.TYPES))
     job = bench.Comparison.make(model, tokens, judge, device, output and output.expanduser(), command_line())
     rows = bench.compare(job, entrants, minutes and 60 * minutes, news)
     if as_json:

@@ -53,6 +53,7 @@ _PACKAGE = "gguf"
 _RANK = 90
 _NARROW, _WIDE = 32, 256  # values of a block: of Q4_0, Q5_0 and Q8_0, and of Q3_K
 _FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q3_K": 12}  # general.file_type
+_PLAIN_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # the same, where nothing is quantized
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _ALWAYS_FLOAT32 = ("norm.weight", "ffn_gate_inp.weight")  # what llama.cpp computes with in float32
 
@@ -294,14 +295,14 @@ class GGUFWriter(SafetensorsWriter):
         for own in parts.values():
             sizes[own[0].kind] += sum(part.info.nbytes for part in own)
         quantized = {kind: size for kind, size in sizes.items() if kind in _FILE_TYPES}
-        most = max(quantized, key=lambda kind: quantized[kind])
+        most = max(quantized or sizes, key=lambda kind: sizes[kind])
         name = Path(str(config.get("_name_or_path") or "")).name or (config.get("architectures") or ["model"])[0]
         return {
             **architectures.model_metadata(config),
             "general.name": name,
             "general.quantized_by": "bitpress",
             "general.quantization_version": 2,
-            "general.file_type": _FILE_TYPES[most],
+            "general.file_type": (_FILE_TYPES | _PLAIN_FILE_TYPES)[most],
             **tokenizer_metadata(companions, config),
         }
 

@@ -25,7 +25,7 @@ from .independent import IndependentBlocks
 from .inputs import InputError, input_errors, with_inputs_kept
 from .plan import Plan, PlannedTensor, Unit, blocks_at_a_time, make_plan
 from .recipe import Recipe, fingerprint, order_of_sums
-from .sequential import CalibratedBlocks, clear_states, save_reference_logits
+from .sequential import CalibratedBlocks, Solutions, clear_states, save_reference_logits
 from .statistics import SHARED, SharedStatistics
 from .weights import quantize_unit
 
@@ -148,7 +148,8 @@ def quantize(
     recipe, plan, chosen, errors = settled.recipe, settled.plan, settled.chosen, settled.errors
     folder = work / UNFINISHED
     workers = workers or blocks_at_a_time(plan)
-    blocks, solved, statistics = None, chosen.search.solution if chosen else None, None
+    blocks, statistics = None, None
+    solved: Solutions | None = chosen.search if chosen else None
     if recipe.calibration and not recipe.sequential:
         statistics = SharedStatistics(plan, source, recipe, shared or work / SHARED)
         wanted = {each.module: each.spec.statistics for each in plan.quantized if each.spec and each.block is not None}
@@ -158,8 +159,9 @@ def quantize(
     elif recipe.calibration and shared and not chosen:
         statistics = SharedStatistics(plan, source, recipe, shared)
     if recipe.calibration:
-        # of what is solved by itself, one window makes the reference logits
-        ids = recipe.calibration.ids[:1] if solved else recipe.calibration.ids
+        # of what is solved already, one window makes the reference logits, unless blocks are learned from it
+        learns = any(spec.method.learns for spec in recipe.rules.specs())
+        ids = recipe.calibration.ids[:1] if solved and not learns else recipe.calibration.ids
         one = replace(recipe, calibration=replace(recipe.calibration, ids=ids))
         blocks = CalibratedBlocks(plan, one, work, solved, statistics)
     store.make_folder(folder)

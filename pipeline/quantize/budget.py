@@ -2,8 +2,8 @@
 
 Three steps, each of which survives a crash and is done once for all budgets of one calibration:
 
-- Solve. The unquantized model goes through the calibration tokens once (see statistics.py). Each layer is quantized by
-  each choice from the same statistics, and all solutions are kept.
+- Solve. The unquantized model goes through the calibration tokens once, block by block. Each layer is quantized by each
+  choice from the same statistics, and all solutions are kept.
 - Probe. What one unit costs is measured, not derived from its weights' errors: the KL divergence of the model in which
   this unit alone is quantized, on a few calibration windows, in float32. A unit is what servers fuse and so must have
   one scheme: q, k and v; gate and up; all experts of a block.
@@ -11,11 +11,11 @@ Three steps, each of which survives a crash and is done once for all budgets of 
   size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,18 +37,18 @@ from ..storage import files, journal
 from ..storage.checkpoint import Checkpoint
 from ..storage.fingerprint import digest, open_work
 from ..system.progress import OnStep
-from ..system.threads import ahead
+from ..transforms.base import Transformed
 from .block_runner import BlockRunner
-from .independent import solve
-from .plan import Plan, PlannedTensor, Unit, blocks_at_a_time, make_plan, patterns
+from .plan import Plan, PlannedTensor, make_plan, patterns
 from .recipe import Recipe, fingerprint, order_of_sums
-from .sequential import CalibratedBlocks
+from .sequential import CalibratedBlocks, clear_states
 from .spec import KEPT, LayerSpec, Rules
 from .statistics import SHARED, SharedStatistics
 
 PROBE_TOKENS = 2048  # that a probe reads: on llama-12m the sum of such probes was within a few percent of what it says
 _MOST_POINTS = 1 << 16  # of the curve that are held; beyond, sizes are told apart to 1/65536 of the largest
 _CURVE = 40  # points of the curve that are recorded
+_TRANSFORMED = "transformed"  # in the names of tensors in a block's solutions, before those in the files
 _LINE = 1024  # bytes of config.json, index and manifest for a layer, at most
 _FEW = 1 << 16  # bytes of what else these files hold
 
@@ -155,13 +155,13 @@ class Search:
         """Solve and probe what is not there yet.
 
         Args:
-            on_step: called with (blocks done, three times as many blocks).
+            on_step: called with (blocks done, twice as many blocks).
         """
-        total = 3 * sum(unit.block is not None for unit in self.plan.units)
-        self._solve(on_step, total)
+        blocks = [unit for unit in self.plan.units if unit.block is not None]
+        self._solve(on_step, 2 * len(blocks))
         if any(unit.name not in self._probed for unit in self.units):
-            self._probe(on_step, total)
-        on_step(total, total)
+            self._probe(on_step, 2 * len(blocks))
+        on_step(2 * len(blocks), 2 * len(blocks))
 
     def _file(self, block: int) -> Path:
         return self.folder / f"{block:05d}.safetensors"
@@ -173,38 +173,34 @@ class Search:
 
     def _solve(self, on_step: OnStep, total: int) -> None:
         units = [unit for unit in self.plan.units if unit.block is not None]
-        left = [unit for unit in units if not self._finished(unit.block or 0)]
-        if not left:
+        first = next((n for n, unit in enumerate(units) if not self._finished(unit.block or 0)), len(units))
+        if first == len(units):
             return
+        blocks = CalibratedBlocks(self.plan, self.recipe, self.folder, shared=self.statistics)
+        if first and not blocks.state(units[first].block or 0).exists():
+            first = 0
+        files.preflight(self.folder, blocks.nbytes() + sum(sum(unit.sizes(self.plan)) for unit in self.units))
         choices = {
             planned.module: [spec for spec in unit.specs if spec] for unit in self.units for planned in unit.layers
         }
-        wanted = {
-            layer: tuple(dict.fromkeys(kind for spec in specs for kind in spec.statistics))
-            for layer, specs in choices.items()
-        }
-        make_blocks = partial(CalibratedBlocks, self.plan, self.recipe)
-        self.statistics.gather(units, wanted, make_blocks, lambda done, _: on_step(done, total))
-        files.preflight(self.folder, sum(sum(unit.sizes(self.plan)) for unit in self.units))
-
-        def solved(unit: Unit) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-            """The tensors of each layer by each of its choices, and what they cost."""
+        for number, unit in enumerate(units[first:], first):
+            assert unit.block is not None
+            on_step(number, total)
             tensors: dict[str, Tensor] = {}
             reports: dict[str, dict[str, Any]] = {}
-            for planned, qtensor, diagnostics in solve(unit, choices, self.plan, self.recipe, self.statistics):
+            for planned, qtensor, diagnostics in blocks.solve_block(unit, choices):
                 key = _key(planned)
                 tensors |= {f"{key}/{name}": tensor.cpu() for name, tensor in qtensor.tensors()}
                 reports[key] = asdict(diagnostics)
-            return tensors, reports
-
-        results = ahead(solved, left, blocks_at_a_time(self.plan))
-        for number, (unit, (tensors, reports)) in enumerate(zip(left, results)):
-            on_step(len(units) + number, total)
-            assert unit.block is not None
+            tensors |= {f"{_TRANSFORMED}/{name}": tensor for name, tensor in blocks.changed.items()}
             written = files.write_safetensors(self._file(unit.block), tensors)
             line = {"block": unit.block, "solutions": reports, **written}
+            if self.recipe.transform:
+                line["transform"] = [asdict(each) for each in blocks.transformed]
             self.journal.append(line)
             self._solved[unit.block] = line
+            blocks.committed(unit.block)
+        clear_states(self.folder)
 
     def solution(self, planned: PlannedTensor) -> tuple[QTensor, Diagnostics]:
         """A layer as it was solved by the spec that it has."""
@@ -216,19 +212,31 @@ class Search:
         qtensor = QTensor.of(planned.spec.scheme, (planned.shape[0], planned.shape[1]), tensors)
         return qtensor, Diagnostics(**self._solved[planned.block]["solutions"][key])
 
+    def read(self, planned: PlannedTensor) -> Tensor:
+        """A tensor before it is quantized, as the recipe's transform left it; the files', where there is none."""
+        if self.recipe.transform and planned.block is not None:
+            stored, name = Checkpoint.single(self._file(planned.block)), f"{_TRANSFORMED}/{planned.info.name}"
+            if name in stored.tensors:
+                return stored.read(name)
+        return self.plan.checkpoint.read(planned.info.name)
+
+    def transformed(self, block: int) -> list[Transformed]:
+        """What the transform did to a block."""
+        lines = self._solved[block].get("transform", [])
+        return [Transformed(**{**line, "layers": tuple(line["layers"])}) for line in lines]
+
     def _windows(self) -> Tensor:
         """The calibration windows that probes read, int64 [windows, context]."""
         assert self.recipe.calibration
         ids = self.recipe.calibration.ids
         return ids[: max(1, PROBE_TOKENS // ids.shape[1])]
 
-    def _model(self, stack: contextlib.ExitStack) -> BlockRunner:
+    def _model(self, stack: ExitStack) -> BlockRunner:
         """The whole model in float32: the rounding of bfloat16 would hide what 8 bits cost."""
         outside = [replace(planned, spec=None) for planned in self.plan.tensors if planned.block is None]
         runner = BlockRunner(self.plan.checkpoint, outside, self._windows(), torch.float32, self.recipe.device)
-        read = self.plan.checkpoint.read
         blocks = (
-            (unit.block, ((planned, read(planned.info.name)) for planned in unit.tensors))
+            (unit.block, ((planned, self.read(planned)) for planned in unit.tensors))
             for unit in self.plan.units
             if unit.block is not None
         )
@@ -241,7 +249,7 @@ class Search:
 
         Blocks before the unit's are not run again: what they put out is the same for all its choices.
         """
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             runner = self._model(stack)
             blocks = sorted({unit.block for unit in self.plan.units if unit.block is not None})
             batches = [batch.to(runner.device) for batch in runner.batches]
@@ -259,7 +267,7 @@ class Search:
                 handle.remove()
             called = [block for block in blocks if outputs[block]]  # text does not go through others
             for number, block in enumerate(blocks):
-                on_step(2 * len(blocks) + number, total)
+                on_step(len(blocks) + number, total)
                 before = max((other for other in called if other < block), default=None)
                 for unit in (unit for unit in self.units if unit.block == block and unit.name not in self._probed):
                     lost = []
@@ -278,7 +286,7 @@ class Search:
                         )
                         lost.append(_divergence(baseline, logits))
                     for planned in unit.layers:
-                        runner.set_tensor(planned, self.plan.checkpoint.read(planned.info.name))
+                        runner.set_tensor(planned, self.read(planned))
                     self.journal.append({"unit": unit.name, "kl": lost})
                     self._probed[unit.name] = lost
                 runner.drop_block(block)
@@ -288,7 +296,7 @@ class Search:
         """The mean KL divergence of the model with all units quantized so, on the windows of the probes, in nats."""
         key = digest({unit.name: own for unit, own in zip(self.units, chosen, strict=True)})[:16]
         if key not in self._measured:
-            with contextlib.ExitStack() as stack:
+            with ExitStack() as stack:
                 runner = self._model(stack)
                 batches = [batch.to(runner.device) for batch in runner.batches]
                 baseline = [runner.model(input_ids=batch, use_cache=False).logits for batch in batches]
@@ -447,9 +455,7 @@ def clean(run: Path) -> list[Path]:
         raise ConfigError(f"{run} is no folder; expected that of a run, such as runs/demo")
     kept = [path for path in (run / SHARED, *sorted(run.glob(f"*/{SHARED}"))) if path.is_dir()]
     for path in kept:
-        with contextlib.ExitStack() as stack:
-            for folder in (path, *sorted(path.glob("statistics-*"))):
-                stack.enter_context(journal.locked(folder))
+        with journal.locked(path):
             files.remove_folder(path)
     return kept
 

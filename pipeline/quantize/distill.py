@@ -36,8 +36,8 @@ from .recipe import Recipe
 
 _BETAS = (0.9, 0.95)
 _WARM_UP = 10  # steps until the full rate: Adam's first steps know no scale of the gradient
-_CHECKS = 10  # times that the held-out divergence is taken, and the state saved
-_HELD_OUT, _MOST_HELD_OUT = 8, 8  # one window of so many judges what is learned from the others; no more than these
+CHECKS = 10  # times that the held-out divergence is taken, and the state saved
+_HELD_OUT, MOST_HELD_OUT = 8, 8  # one window of so many judges what is learned from the others; no more than these
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class _Training:
 
     def __init__(self, student: Student, scales: Mapping[str, LearnedScales], ids: Tensor, options: Distill):
         step = min(_HELD_OUT, len(ids))
-        held = [number for number in range(len(ids)) if number % step == step - 1][:_MOST_HELD_OUT]
+        held = [number for number in range(len(ids)) if number % step == step - 1][:MOST_HELD_OUT]
         self.held_out, self.windows = ids[held], ids[[n for n in range(len(ids)) if n not in held]]
         self.student, self.scales, self.options = student, scales, options
         self.parameters = [each.factors for each in (*scales.values(), *student.norms.values())]
@@ -317,7 +317,7 @@ def distill(plan: Plan, recipe: Recipe, start: Quantized, folder: Path, on_step:
         for number in range(done, options.steps):
             on_step(number, options.steps)
             since.append(training.step(number))
-            if (number + 1) * _CHECKS // options.steps == number * _CHECKS // options.steps:
+            if (number + 1) * CHECKS // options.steps == number * CHECKS // options.steps:
                 continue
             error = training.held_out_error()
             if error < min(least for _, least in curve):

@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from bitpress.kernels.qtensor import QTensor
 
 from ..methods.base import Diagnostics
 from ..system.threads import ahead
+from ..transforms.base import Transformed
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
 from .spec import LayerSpec
@@ -46,7 +49,7 @@ def solve(
 class IndependentBlocks:
     """Gives each layer of a recipe that is not sequential as its method quantizes it, while blocks ahead are worked on.
 
-    Called with layer after layer, in the order of the blocks; the first call tells at which block to begin.
+    It is asked for layer after layer, in the order of the blocks; the first one tells at which block to begin.
     """
 
     def __init__(self, plan: Plan, recipe: Recipe, statistics: SharedStatistics, workers: int):
@@ -59,7 +62,16 @@ class IndependentBlocks:
         self._blocks: Iterator[dict[str, Solution]] | None = None
         self._ready: dict[str, Solution] = {}
 
-    def __call__(self, planned: PlannedTensor) -> tuple[QTensor, Diagnostics]:
+    def read(self, planned: PlannedTensor) -> Tensor:
+        """A tensor as the files hold it: no transform goes with unquantized inputs."""
+        return self._plan.checkpoint.read(planned.info.name)
+
+    def transformed(self, block: int) -> list[Transformed]:
+        """What a transform did to a block: nothing."""
+        return []
+
+    def solution(self, planned: PlannedTensor) -> tuple[QTensor, Diagnostics]:
+        """A layer as its method quantizes it."""
         if self._blocks is None:
             units = [unit for unit in self._plan.units if unit.block is not None and unit.block >= (planned.block or 0)]
             self._blocks = ahead(self._solve, units, self._workers)

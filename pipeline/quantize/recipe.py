@@ -88,10 +88,13 @@ class Recipe:
         if settings.budget:
             method = method or next(each for each in methods().values() if each.statistics)
             choices = tuple(LayerSpec.parse(text, method) for text in settings.choices or CHOICES)
+        named = list(filter(None, choices))
+        if settings.transform:  # it judges by the default, which the one in the middle stands for all others best as
+            named = sorted(named, key=lambda spec: spec.scheme.bits)[max(0, len(named) - 1) // 2 :]
         return Recipe(
             name=settings.label,
             rules=Rules(
-                next(filter(None, choices)) if settings.budget else LayerSpec.parse(settings.spec, method),
+                named[0] if settings.budget else LayerSpec.parse(settings.spec, method),
                 {pattern: LayerSpec.parse(text, method) for pattern, text in settings.layers.items()},
             ),
             format=None if settings.format == AUTO else formats()[settings.format],
@@ -217,7 +220,7 @@ def problems(settings: RecipeSettings) -> list[Problem]:
     if settings.options and not faults:
         faults += _option_problems(settings)
     if settings.budget:
-        faults += _budget_problems(settings, specs)
+        faults += _budget_problems(settings)
     if not settings.sequential and not faults:
         faults += [(("sequential",), said) for said in _unsequential_problems(settings, specs)]
     if not specs and not faults and not settings.baseline:
@@ -237,11 +240,9 @@ def problems(settings: RecipeSettings) -> list[Problem]:
     return list(dict.fromkeys(faults))
 
 
-def _budget_problems(settings: RecipeSettings, specs: Sequence[LayerSpec]) -> list[Problem]:
+def _budget_problems(settings: RecipeSettings) -> list[Problem]:
     """What does not go together with a budget, whose layers are all solved by themselves on one calibration."""
     faults: list[Problem] = []
-    if settings.transform:
-        faults.append((("transform",), "a budget solves layers of unchanged blocks; take transform out, or the budget"))
     if settings.keep_inputs and not settings.inherits("keep_inputs"):
         said = "a budget chooses the scheme of each layer; take keep_inputs out, or the budget"
         faults.append((("keep_inputs",), said))
@@ -250,9 +251,6 @@ def _budget_problems(settings: RecipeSettings, specs: Sequence[LayerSpec]) -> li
     if settings.allow_split_fused:
         said = "a budget chooses one scheme for what servers fuse; take allow_split_fused out, or the budget"
         faults.append((("allow_split_fused",), said))
-    if learning := [spec.method.name for spec in specs if spec.method.learns]:
-        said = f"a budget solves each layer by itself, and {learning[0]} learns from whole blocks; use gptq"
-        faults.append((("method",), said))
     if settings.options.get("true_sequential"):
         said = "a budget calibrates all layers on the unquantized model; take true_sequential out, or the budget"
         faults.append((("options", "true_sequential"), said))

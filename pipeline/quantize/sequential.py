@@ -7,10 +7,10 @@ exactly the same numbers.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from ..transforms.base import Transformed
 from .block_runner import BlockRunner, BlockView, TrainableBlock
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
+from .spec import LayerSpec
 from .statistics import Kinds, SharedStatistics, Statistics
 from .weights import (
     UnitWriter,
@@ -50,7 +51,17 @@ _EXPECTED = "expected"  # outputs of an unquantized block
 _STATES = "states"
 
 
-Solved = Callable[[PlannedTensor], tuple[QTensor, Diagnostics]]
+class Solutions(Protocol):
+    """Blocks that were transformed, and their layers quantized, before."""
+
+    def solution(self, planned: PlannedTensor) -> tuple[QTensor, Diagnostics]:
+        """A layer as it was quantized by the spec that it has."""
+
+    def read(self, planned: PlannedTensor) -> Tensor:
+        """A tensor before it is quantized, as the recipe's transform left it."""
+
+    def transformed(self, block: int) -> list[Transformed]:
+        """What the transform did to a block."""
 
 
 class CalibratedBlocks:
@@ -61,15 +72,15 @@ class CalibratedBlocks:
         plan: Plan,
         recipe: Recipe,
         work: Path,
-        solved: Solved | None = None,
+        solved: Solutions | None = None,
         shared: SharedStatistics | None = None,
     ):
         """Build the model; no weight is read yet.
 
         Args:
             work: the folder of states/ and of the reference logits.
-            solved: gives each layer as it was quantized before; None to quantize it here.
-            shared: where other recipes may have the statistics of the first block.
+            solved: layers that were quantized before; None to quantize them here.
+            shared: where other recipes may have statistics of blocks that nothing has changed.
         """
         assert recipe.calibration is not None
         self.checkpoint, self.plan, self.recipe, self.shared = plan.checkpoint, plan, recipe, shared
@@ -90,8 +101,10 @@ class CalibratedBlocks:
         blocks = [planned.block for planned in plan.tensors if planned.block is not None]
         self.first, self.last = min(blocks), max(blocks)
         # blocks are changed before their statistics are gathered
-        self.changes = bool(recipe.transform) or any(spec.method.transforms for spec in recipe.rules.specs())
+        self.changes = bool(recipe.transform) or any(spec.method.transforms for spec in recipe.specs())
         self._embedded = False
+        self.changed: dict[str, Tensor] = {}
+        self.transformed: list[Transformed] = []
 
     def _read_outside(self, planned: PlannedTensor) -> Tensor:
         """A tensor outside the blocks as the artifact will give it back."""
@@ -167,10 +180,13 @@ class CalibratedBlocks:
         for planned in unit.tensors if self.runner.reached(block) else ():
             if planned.spec and planned.spec.method not in methods:
                 methods.append(planned.spec.method)
-        transformed: list[Transformed] = []
-        if self.transform and self.runner.reached(block):
-            view = BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block))
-            transformed = self.transform.transform(view)
+        if self.solved and self.transform:
+            for planned in unit.tensors:
+                weights[planned.info.name] = tensor = self.solved.read(planned)
+                self.runner.set_tensor(planned, tensor)
+            transformed = self.solved.transformed(block)
+        else:
+            transformed = self._transform(block, unit, weights)
         for method in methods:
             method.transform(BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block), method))
         unit = with_common_scales(unit, lambda planned: weights[planned.info.name])
@@ -196,6 +212,12 @@ class CalibratedBlocks:
             line["state"] = self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
             self.runner.unload_block()
         return line
+
+    def _transform(self, block: int, unit: Unit, weights: dict[str, Tensor]) -> list[Transformed]:
+        """Transform a block that is loaded, and `weights` with it; says what was done."""
+        if self.transform is None or not self.runner.reached(block):
+            return []
+        return self.transform.transform(BlockView(self.runner, unit.tensors, weights, lambda: self._inputs(block)))
 
     def _tune(
         self,
@@ -252,7 +274,7 @@ class CalibratedBlocks:
         if self.solved:
             for planned in layers:
                 del weights[planned.info.name]
-                qtensor, diagnostics = self.solved(planned)
+                qtensor, diagnostics = self.solved.solution(planned)
                 yield planned, qtensor, diagnostics
                 self.runner.set_weight(planned, qtensor.dequantize(self.runner.dtype))
             return
@@ -269,7 +291,8 @@ class CalibratedBlocks:
         for name, stage in stages.items():
             finished: list[tuple[PlannedTensor, QTensor]] = []
             for groups in group_by_bytes(stage, lambda group: _bytes(group, _kinds(group)), MOST_STATISTICS):
-                collected = self._collect(block, [group for group in groups if _kinds(group)], unquantized and not name)
+                wanted = [(group, kinds) for group in groups if (kinds := _kinds(group))]
+                collected = self._collect(block, wanted, unquantized and not name)
                 for group in groups:
                     statistics = collected.pop(0) if _kinds(group) else {}  # freed after its group
                     for planned in group:
@@ -281,26 +304,70 @@ class CalibratedBlocks:
             for planned, qtensor in finished:  # not before: all passes of a stage see the same block
                 self.runner.set_weight(planned, qtensor.dequantize(self.runner.dtype))
 
-    def _collect(self, block: int, groups: list[list[PlannedTensor]], unquantized: bool) -> list[Statistics]:
-        """The statistics of each group's input; those of an unquantized block are shared with other recipes.
+    def _collect(
+        self, block: int, groups: Sequence[tuple[Sequence[PlannedTensor], Kinds]], unquantized: bool
+    ) -> list[Statistics]:
+        """The statistics of the input that each group of layers reads, of these kinds.
 
-        Nobody waits for another recipe that is gathering them just now.
+        Those of a block that nothing has changed are shared with other recipes. Nobody waits for another recipe that is
+        gathering them just now.
         """
-        wanted = [(group[0], _kinds(group)) for group in groups]
-        # else sums depend on the mixture
-        exact = all(kind.multiplies_inputs for _, kinds in wanted for kind in kinds)
+        wanted = [(group[0], kinds) for group, kinds in groups]
+        exact = all(kind.multiplies_inputs for _, kinds in wanted for kind in kinds)  # else sums depend on the mixture
         if not (self.shared and unquantized and exact and wanted):
             return self.runner.collect(wanted, self._inputs(block))
-        layers = {planned.module: _kinds(group) for group in groups for planned in group}
+        layers = {planned.module: kinds for group, kinds in groups for planned in group}
         try:
             with self.shared.locked(0) as entries:
                 if not self.shared.holds(block, layers):
                     collected = self.runner.collect(wanted, self._inputs(block))
-                    self.shared.add(entries, block, groups, collected)
+                    self.shared.add(entries, block, [group for group, _ in groups], collected)
                     return collected
-                return [self.shared.load(group[0].module, group[0].shape[1]) or {} for group in groups]
+                return [self.shared.load(group[0].module, group[0].shape[1]) or {} for group, _ in groups]
         except LockedError:
             return self.runner.collect(wanted, self._inputs(block))
+
+    def solve_block(
+        self, unit: Unit, choices: Mapping[str, Sequence[LayerSpec]]
+    ) -> Iterator[tuple[PlannedTensor, QTensor, Diagnostics]]:
+        """Each layer of a block by each spec that it may get, all from the same statistics.
+
+        The block is transformed before, and else stays as it is. Afterwards the next block's inputs, which the
+        unquantized block puts out, are on the disk; `changed` has the tensors that the transform changed, by name, and
+        `transformed` says what it did.
+
+        Args:
+            choices: layer -> specs. Layers that are not named are kept.
+        Raises:
+            NumericsError: see quantize_block.
+        """
+        block = unit.block
+        assert block is not None
+        if not self._embedded:
+            self._start(block)
+        weights = self._load(unit, hashlib.sha256())
+        before = dict(weights)
+        self.transformed = self._transform(block, unit, weights)
+        self.changed = {name: tensor for name, tensor in weights.items() if not torch.equal(tensor, before[name])}
+        layers = [planned for planned in unit.tensors if planned.module in choices]
+        groups = self.runner.groups(layers, next(self._inputs(block))) if layers and self.runner.reached(block) else []
+        every = [[replace(each, spec=spec) for each in group for spec in choices[each.module]] for group in groups]
+        for part in group_by_bytes(every, lambda group: _bytes(group, _kinds(group)), MOST_STATISTICS):
+            wanted = [(group, kinds) for group in part if (kinds := _kinds(group))]
+            collected = self._collect(block, wanted, not self.changes)
+            for group in part:
+                statistics = collected.pop(0) if _kinds(group) else {}
+                for planned in group:
+                    weight = weights[planned.info.name]
+                    yield planned, *quantize_calibrated(planned, weight, self.plan, statistics, self.recipe)
+                del statistics
+        for planned in layers if not groups else ():
+            for spec in choices[planned.module]:
+                own = replace(planned, spec=spec)
+                yield own, *quantize_unreached(own, weights[planned.info.name], self.plan)
+        if block != self.last:
+            self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
+        self.runner.unload_block()
 
     def statistics(
         self, unit: Unit, wanted: Mapping[str, Kinds]

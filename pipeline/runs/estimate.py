@@ -22,10 +22,12 @@ from ..config.schema import Eval, RecipeSettings, Run
 from ..data.text import read_text
 from ..data.tokens import longest
 from ..errors import ConfigError
+from ..formats.names import fused_unit
 from ..models.structure import TensorNames, skeleton
 from ..quantize.block_runner import BATCH_TOKENS
 from ..quantize.budget import PROBE_TOKENS, BudgetUnit, plan_search
-from ..quantize.plan import Plan, make_plan
+from ..quantize.distill import CHECKS, MOST_HELD_OUT
+from ..quantize.plan import Plan, blocks_at_a_time, make_plan
 from ..quantize.recipe import Recipe
 from ..quantize.spec import LayerSpec
 from ..storage.checkpoint import INDEX, Checkpoint
@@ -40,6 +42,12 @@ _BATCHES_AT_A_TIME = 4
 _CHARACTERS = 4  # of text for a token, about; what is measured is the text's length
 _LINE, _FEW = 400, 2000  # bytes that index and manifest have for each layer, and besides
 _LEARNED = 24  # bytes for each weight of a block that a method learns: float32 copies, gradients, two moments of Adam
+_DISTILLED = 20  # bytes for each weight while the whole model is distilled: float32 weights, gradients, and codes
+# Bytes of float32 copies, codes and errors for each weight that GPTQ works on, and of its Hessian's factor for each of
+# the Hessian: 31 bytes and 4.1 were measured on layers of 4096 inputs, of 4096 rows on two threads.
+_SOLVED, _FACTORED = 40, 5
+_ROWS = (1024, 2048)  # that a thread of GPTQ works on
+_ROUNDED, _DEQUANTIZED = 12, 6  # for each weight that is rounded just now; for each of a layer that is put back
 _LOGITS = 16  # bytes for each logit while two models are compared: both, in float32, and what they are turned into
 
 
@@ -151,7 +159,7 @@ def quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, se
     specs |= {tensor.spec.name: tensor.spec for tensor in plan.quantized if tensor.spec}
     work: dict[str, Work] = {}
     if not (job.folder / "artifact" / MANIFEST).exists():
-        work["quantize"] = _quantize_work(plan, recipe, tokens, units, device, artifact)
+        work["quantize"] = _quantize_work(plan, recipe, settings, tokens, units, device, artifact)
     else:
         disk = 0
     if job.state != FINISHED:
@@ -237,34 +245,57 @@ def _calibration_tokens(recipe: Recipe, settings: RecipeSettings, config: Any) -
 
 
 def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units: list[BudgetUnit]) -> int:
-    """Bytes at the peak of quantizing: of the process, a shard read, made and being written, and what a layer takes.
+    """Bytes at the peak of quantizing, which is that of its hungriest step.
 
-    Calibrated methods add the tensors outside the blocks, the activations of a few batches, and statistics; those that
-    learn what a block takes with its gradients; a budget's probes the whole model in float32.
+    Steps are: units read, made and being written, several at a time where blocks do not depend on each other; the
+    tensors outside the blocks in the model, for its embeddings and its logits; a calibrated block with the activations
+    of a few batches, the statistics of its layers, and what solving the hungriest of them takes. Methods that learn add
+    a block's gradients; a budget's probes hold the whole model in float32; distillation holds that, what is learned,
+    and what the gradient of a window needs.
     """
-    largest = max(sum(tensor.info.nbytes + plan.stored_bytes(tensor) for tensor in unit.tensors) for unit in plan.units)
+    sizes = [
+        sum(each.info.nbytes + (plan.stored_bytes(each) if each.spec else 0) for each in unit.tensors)
+        for unit in plan.units
+    ]
+    threads, workers = torch.get_num_threads(), blocks_at_a_time(plan)
     widest = max(prod(tensor.shape) for tensor in plan.quantized)
-    total = _PROCESS + 2 * largest + 12 * widest
+    layer = _ROUNDED * min(widest, threads << 20) + _DEQUANTIZED * widest
     if not recipe.calibrated:
-        return total
+        return _PROCESS + (workers + 1) * max(sizes) + workers * layer
     config = plan.model.config.get_text_config()
     outside = sum(tensor.info.nbytes for tensor in plan.tensors if tensor.block is None)
-    batch = BATCH_TOKENS.get(recipe.device, BATCH_TOKENS["cpu"])
+    logits = 4 * longest(plan.model.config, calibration_of(settings).context) * config.vocab_size
     inner = max(max(tensor.shape) for tensor in plan.quantized)
-    activations = _BATCHES_AT_A_TIME * batch * 3 * inner * 4
-    statistics: dict[int | None, int] = {}
-    for tensor in plan.quantized:
-        if tensor.spec and not tensor.target.expert:
-            own = sum(kind.nbytes(tensor.shape[1]) for kind in tensor.spec.method.statistics)
-            statistics[tensor.block] = statistics.get(tensor.block, 0) + own
-    total += outside + activations + max(statistics.values(), default=0)
-    total += 4 * longest(plan.model.config, calibration_of(settings).context) * config.vocab_size
+    batch = BATCH_TOKENS.get(recipe.device, BATCH_TOKENS["cpu"])
+    activations = min(threads, _BATCHES_AT_A_TIME) * batch * 3 * inner * 4
+    statistics, solving = 0, layer
+    for unit in plan.units:
+        gathered: dict[tuple[int, str], int] = {}  # layers of a fused unit read one input
+        for each in unit.tensors if unit.block is not None else ():
+            if each.spec and (kinds := each.spec.method.statistics):
+                own = sum(kind.nbytes(each.shape[1]) for kind in kinds)
+                rows = min(each.shape[0], threads * min(max(-(-each.shape[0] // threads), _ROWS[0]), _ROWS[1]))
+                solve = max(_FACTORED * own, _SOLVED * each.shape[1] * rows)
+                solving = max(solving, solve + _DEQUANTIZED * prod(each.shape))
+                if not each.target.expert:
+                    gathered[each.shape[1], fused_unit(each.module)] = own
+        statistics = max(statistics, sum(gathered.values()))
+    steps = [2 * max(sizes), outside + max(logits, max(sizes)), 2 * max(sizes) + activations + statistics + solving]
+    if not recipe.sequential or units:  # blocks are solved from statistics on the disk
+        steps.append((workers + 1) * max(sizes) + workers * (statistics + solving))
     if any(spec.method.learns for spec in recipe.rules.specs()):
         blocks = [unit for unit in plan.units if unit.block is not None]
-        total += _LEARNED * max(sum(prod(t.shape) for t in unit.tensors if t.spec) for unit in blocks)
+        steps[2] += _LEARNED * max(sum(prod(t.shape) for t in unit.tensors if t.spec) for unit in blocks)
+    total = _PROCESS + max(steps)
+    whole = 4 * sum(prod(tensor.info.shape) for tensor in plan.tensors)
     if units:
-        whole = 4 * sum(prod(tensor.info.shape) for tensor in plan.tensors)
         total = max(total, _PROCESS + whole + _LOGITS * PROBE_TOKENS * config.vocab_size)
+    if recipe.distill:
+        learned = _DISTILLED * sum(prod(tensor.shape) for tensor in plan.quantized)
+        tokens = longest(plan.model.config, calibration_of(settings).context)
+        blocks = len({tensor.block for tensor in plan.quantized})
+        kept = 4 * tokens * 8 * inner * blocks  # of a window, for its gradient
+        total = max(total, _PROCESS + whole + learned + kept + 2 * _LOGITS * tokens * config.vocab_size)
     return total
 
 
@@ -274,7 +305,13 @@ def _inside(plan: Plan) -> int:
 
 
 def _quantize_work(
-    plan: Plan, recipe: Recipe, tokens: int, units: list[BudgetUnit], device: torch.device, artifact: int
+    plan: Plan,
+    recipe: Recipe,
+    settings: RecipeSettings,
+    tokens: int,
+    units: list[BudgetUnit],
+    device: torch.device,
+    artifact: int,
 ) -> Work:
     """The work of making an artifact. A budget solves each layer by each choice, and probes each of these."""
     inside = _inside(plan)
@@ -300,5 +337,9 @@ def _quantize_work(
     if units:
         reading = min(PROBE_TOKENS, tokens)
         products += sum(len(unit.specs) for unit in units) * inside * reading  # half of the blocks, on average
+    if recipe.distill:  # a step: a forward of the unquantized model, and a forward and a backward of the other
+        width = longest(plan.model.config, calibration_of(settings).context)
+        windows = 4 * recipe.distill.steps * recipe.distill.windows + 2 * CHECKS * MOST_HELD_OUT
+        products += 2.0 * inside * width * windows
     source = sum(tensor.info.nbytes for tensor in plan.tensors)
     return Work(products=products, statistics=statistics, read=source, written=artifact, rounded=rounded)

@@ -36,7 +36,7 @@ from bitpress.kernels.activations.int8_token import quantize_rows
 from bitpress.kernels.cpu import library as native_library
 from bitpress.kernels.cpu import native
 from bitpress.kernels.cpu.library import Library, library
-from bitpress.kernels.decoder_layer import ACTIVATIONS, NativeLayer, Norm, Parts
+from bitpress.kernels.decoder_layer import ACTIVATIONS, NativeLayer, NativeLayers, Norm, Parts
 from bitpress.kernels.linear import QLinear
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import Selection
@@ -140,12 +140,16 @@ def inputs(call: Call, generator: torch.Generator) -> Tensor:
 
 @contextlib.contextmanager
 def packs_between_guards(guarded: Guarded, at_end: bool) -> Iterator[None]:
-    original = native._in_huge_pages
-    native._in_huge_pages = lambda library, size: guarded.empty((size,), torch.uint8, at_end, 64).zero_()
+    class Pool:
+        def take(self, library: Library, size: int) -> Tensor:
+            return guarded.empty((size,), torch.uint8, at_end, 64).zero_()
+
+    original = native._pool
+    native._pool = Pool()
     try:
         yield
     finally:
-        native._in_huge_pages = original
+        native._pool = original
 
 
 def perform(call: Call, loaded: Library) -> None:
@@ -325,7 +329,8 @@ def perform_layer(call: LayerCall, loaded: Library) -> None:
     torch.empty_like = lambda like: guarded.empty(tuple(like.shape), like.dtype, call.at_end, like.itemsize)
     torch.set_num_threads(call.threads)
     try:
-        y = NativeLayer(parts).step(x, (cos, sin), key_cache, value_cache, call.length, first)
+        layers = NativeLayers([NativeLayer(parts)])
+        y = layers.step(x, (cos, sin), [(key_cache, value_cache)], call.length, first)
     finally:
         torch.empty_like = original
         torch.set_num_threads(1)

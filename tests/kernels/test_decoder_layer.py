@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bitpress.kernels.cpu.library import library
 from bitpress.kernels.cpu.native import NativeExact, NativeInt8, NativeInt16
-from bitpress.kernels.decoder_layer import NativeLayer, Norm, Parts
+from bitpress.kernels.decoder_layer import NativeLayer, NativeLayers, Norm, Parts
 from bitpress.kernels.linear import QLinear
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import Selection
@@ -117,6 +117,10 @@ def inputs(
     return x, [angles.cos().to(dtype), angles.sin().to(dtype)], keys[0], keys[1]
 
 
+def one(parts: Parts) -> NativeLayers:
+    return NativeLayers([NativeLayer(parts)])
+
+
 def check(
     parts: Parts,
     length: int,
@@ -130,7 +134,7 @@ def check(
     x, rotation, keys, values = inputs(parts, length, dtype, batch, count)
     starts = None if first is None else torch.tensor(first)
     want, all_keys, all_values = expected(parts, x, rotation, keys[:, :, :length], values[:, :, :length], starts)
-    got = NativeLayer(parts).step(x, (rotation[0], rotation[1]), keys, values, length, starts)
+    got = one(parts).step(x, (rotation[0], rotation[1]), [(keys, values)], length, starts)
     assert got.dtype == dtype
     end = length + count
     for sequence in range(batch):
@@ -218,13 +222,13 @@ def test_more_tokens_than_are_taken_at_once(make_parts: MakeParts):
 
 def test_sequences_do_not_depend_on_their_company(make_parts: MakeParts):
     """The same bits alone and beside others, wherever padding puts them."""
-    native = NativeLayer(make_parts(kernel=NativeInt16()))
-    x, rotation, keys, values = inputs(native.parts, 0, torch.float32, count=70)
-    alone = native.step(x, (rotation[0], rotation[1]), keys, values, 0)
-    wide, tables, more_keys, more_values = inputs(native.parts, 0, torch.float32, batch=3, count=90)
+    native = one(make_parts(kernel=NativeInt16()))
+    x, rotation, keys, values = inputs(native.layers[0].parts, 0, torch.float32, count=70)
+    alone = native.step(x, (rotation[0], rotation[1]), [(keys, values)], 0)
+    wide, tables, more_keys, more_values = inputs(native.layers[0].parts, 0, torch.float32, batch=3, count=90)
     wide[1, 20:], tables[0][1, 20:], tables[1][1, 20:] = x[0], rotation[0][0], rotation[1][0]
     first = torch.tensor([3, 20, 50])
-    beside = native.step(wide, (tables[0], tables[1]), more_keys, more_values, 0, first)
+    beside = native.step(wide, (tables[0], tables[1]), [(more_keys, more_values)], 0, first)
     assert torch.equal(beside[1, 20:], alone[0])
 
 
@@ -242,11 +246,26 @@ def test_each_linear_layer_has_its_own_inputs(make_parts: MakeParts):
         layer.selection = Selection(kernel, {})
     check(parts, 20, torch.float32, 1e-2)
     x, rotation, keys, values = inputs(parts, 20, torch.float32)
-    NativeLayer(parts).step(x, (rotation[0], rotation[1]), keys, values, 20)
+    one(parts).step(x, (rotation[0], rotation[1]), [(keys, values)], 20)
     added = keys[:, :, 20].clone()
     parts.linears[1].selection = Selection(NativeInt8(), {})
-    NativeLayer(parts).step(x, (rotation[0], rotation[1]), keys, values, 20)
+    one(parts).step(x, (rotation[0], rotation[1]), [(keys, values)], 20)
     assert not torch.equal(keys[:, :, 20], added)
+
+
+def test_layers_in_one_call_are_those_one_after_the_other(make_parts: MakeParts):
+    """Then the norm; in float32 nothing is rounded between two calls, so it is the same to the bit."""
+    layers = [NativeLayer(make_parts(inner=inner)) for inner in (96, 64)]
+    norm = Norm(torch.linspace(0.5, 1.5, layers[0].hidden), 1e-3)
+    x, rotation, keys, values = inputs(layers[0].parts, 5, torch.float32, batch=2, count=3)
+    second = (keys.flip(0).clone(), values.flip(0).clone())
+    caches = [(keys.clone(), values.clone()), (second[0].clone(), second[1].clone())]
+    got = NativeLayers(layers, norm).step(x, (rotation[0], rotation[1]), caches, 5)
+    for layer, cache in zip(layers, [(keys, values), second]):
+        x = NativeLayers([layer]).step(x, (rotation[0], rotation[1]), [cache], 5)
+    want = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a[:, :, :8], b[:, :, :8]) for a, b in zip(caches[1], second))
 
 
 @pytest.mark.parametrize("value", [1e4, -1e4])
@@ -254,7 +273,7 @@ def test_large_scores_and_activations_stay_finite(value: float, make_parts: Make
     parts = make_parts()
     x, rotation, keys, values = inputs(parts, 9, torch.float32)
     keys[:, :, 3] = values[:, :, 3] = value
-    assert NativeLayer(parts).step(x, (rotation[0], rotation[1]), keys, values, 9).isfinite().all()
+    assert one(parts).step(x, (rotation[0], rotation[1]), [(keys, values)], 9).isfinite().all()
 
 
 @pytest.mark.parametrize("length", [40, 600])
@@ -267,21 +286,21 @@ def test_threads_change_nothing(length: int, count: int, make_parts: MakeParts):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             x, rotation, keys, values = inputs(parts, length, torch.bfloat16, count=count)
-            outputs.append(NativeLayer(parts).step(x, (rotation[0], rotation[1]), keys, values, length))
+            outputs.append(one(parts).step(x, (rotation[0], rotation[1]), [(keys, values)], length))
     finally:
         torch.set_num_threads(was)
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 def test_a_copy_has_its_own_weights(make_parts: MakeParts):
-    native = NativeLayer(make_parts(extras=True))
+    native = one(make_parts(extras=True))
     copied = copy.deepcopy(native)
-    x, rotation, keys, values = inputs(native.parts, 4, torch.float32)
-    want = native.step(x, (rotation[0], rotation[1]), keys, values, 4)
-    for linear in native.parts.linears:
+    x, rotation, keys, values = inputs(native.layers[0].parts, 4, torch.float32)
+    want = native.step(x, (rotation[0], rotation[1]), [(keys, values)], 4)
+    for linear in native.layers[0].parts.linears:
         linear.packed.get_buffer("data")[128:] = 0
-    assert torch.equal(copied.step(x, (rotation[0], rotation[1]), keys, values, 4), want)
-    assert not torch.equal(native.step(x, (rotation[0], rotation[1]), keys, values, 4), want)
+    assert torch.equal(copied.step(x, (rotation[0], rotation[1]), [(keys, values)], 4), want)
+    assert not torch.equal(native.step(x, (rotation[0], rotation[1]), [(keys, values)], 4), want)
 
 
 @pytest.mark.parametrize(

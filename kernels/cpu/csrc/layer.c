@@ -1,6 +1,7 @@
-/* One decoder layer on the next tokens of some sequences: what a Llama-like layer does, from its input to its output.
+/* Decoder layers on the next tokens of some sequences: what a Llama-like model does, from its first layer to its last norm.
  *
- * Between those two everything is float32, where a model rounds to its own dtype after every operation.
+ * Between the first layer's input and the end everything is float32, where a model rounds to its own dtype after every
+ * operation.
  */
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -16,6 +17,7 @@
 #define MIN_ATTENTION (256 << 10) /* products that are worth waking threads for */
 #define MIN_ROWS (32 << 10) /* features of rows that are worth waking threads for */
 #define MOST_ROWS 512 /* at a time, so that what lies between two products stays in the third cache */
+#define OUTPUTS 256 /* of a dense weight that are a task: their rows stay in a core's second cache */
 #define TILE 64 /* queries, and keys, that a tile of attention takes at once */
 
 typedef enum { SILU, GELU_TANH } Activation;
@@ -38,29 +40,49 @@ typedef struct {
     float eps[4], scale;
 } Layer;
 
+/* Where a layer's keys and values are: each [batch][key_heads][capacity][dim], in the step's dtype. */
+typedef struct {
+    void *keys, *values;
+    int64_t capacity;
+} Cache;
+
 /* `count` tokens of each of `batch` sequences. x and y [batch][count][hidden]. cos and sin [dim] of token t of sequence b lie
- * b * rotations + t * dim numbers on. keys and values [batch][key_heads][capacity][dim], `length` of them filled; these
- * tokens' are appended. first [batch]: the first key of each sequence that counts, those before are padding; NULL: 0. All
- * have the dtype. */
+ * b * rotations + t * dim numbers on. caches: of each layer, `length` tokens filled; these are appended. first [batch]: the
+ * first key of each sequence that counts, those before are padding; NULL: 0. norm [hidden]: what y goes through at the
+ * end, float32 as its eps, or NULL. All others have the dtype. */
 typedef struct {
     const void *x, *cos, *sin;
-    void *keys, *values, *y;
+    void *y;
+    const Cache *caches;
     const int64_t *first;
-    int64_t batch, count, length, capacity, rotations, dtype;
+    const float *norm;
+    int64_t batch, count, length, rotations, dtype;
+    float eps;
     int threads;
 } Step;
 
-/* The rows of some tokens of all sequences, sequence by sequence: x, normed [rows][hidden], q, mixed [rows][heads][dim],
+/* The rows of some tokens of all sequences in one layer, sequence by sequence: x, normed [rows][hidden], q, mixed [rows][heads][dim],
  * k, v [rows][key_heads][dim], gate, up [rows][inner], rotation [rows][2][dim]. Their first token is number `from` of the
  * step's; there are `count` of each sequence. scores [batch * heads + TOGETHER][stride], where count is 1. */
 typedef struct {
     const Layer *l;
+    const Cache *cache;
     const Step *s;
     float *x, *normed, *q, *k, *v, *mixed, *gate, *up, *rotation, *scores;
     int64_t from, count, rows, stride;
     atomic_llong next;
     atomic_int failed;
 } Rows;
+
+/* y [rows][out_features] = x [rows][in_features], float32, times a dense weight [out_features][in_features]; y and the
+ * weight have the dtype. The widest registers divide in_features. */
+typedef struct {
+    const void *weight;
+    const float *x;
+    void *y;
+    int64_t rows, out_features, in_features, dtype;
+    atomic_llong next;
+} Dense;
 
 /* Cephes' expf: a polynomial on [-ln 2 / 2, ln 2 / 2], relative error 2e-7. No branches, so that loops become vectors. */
 INLINE float exponential(float x) {
@@ -108,7 +130,7 @@ INLINE void append(const float *from, const Rows *r, int64_t row, void *to) {
     const int64_t item = s->dtype == FLOAT32 ? 4 : 2, place = s->length + r->from + row % r->count;
     for (int64_t h = 0; h < l->key_heads; h++) {
         const int64_t head = row / r->count * l->key_heads + h;
-        narrow(from + h * l->dim, l->dim, (DType)s->dtype, (char *)to + (head * s->capacity + place) * l->dim * item);
+        narrow(from + h * l->dim, l->dim, (DType)s->dtype, (char *)to + (head * r->cache->capacity + place) * l->dim * item);
     }
 }
 
@@ -125,6 +147,8 @@ static int multiply(const Rows *r, Part part, int count, const float *x, float *
     }
     return status;
 }
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* `body` on all rows, or tasks, of r: by several threads where these do so much. */
 static void run(void (*body)(void *), Rows *r, int worthwhile) {
@@ -156,13 +180,32 @@ static void run(void (*body)(void *), Rows *r, int worthwhile) {
 #define ODD 1, 3, 5, 7
 #include "layer_step.h"
 
-/* Returns 0; 1: out of memory; 2: no such weight or kernel. */
-EXPORT int bitpress_layer_step(const Layer *l, const Step *s) {
-    if (l->kernel < 0 || l->kernel >= bitpress_kernel_count()) return 2;
+/* `count` layers of as many features, one after the other, all by one kernel. Returns 0; 1: out of memory; 2: no such
+ * weight or kernel. */
+EXPORT int bitpress_layers_step(const Layer *const *layers, int64_t count, const Step *s) {
+    const int64_t kernel = layers[0]->kernel;
+    if (kernel < 0 || kernel >= bitpress_kernel_count()) return 2;
 #if defined(__x86_64__)
-    const char *name = bitpress_kernel_name((int)l->kernel);
-    if (!strncmp(name, "amx", 3) || !strncmp(name, "avx512", 6)) return layer_avx512(l, s);
-    if (!strncmp(name, "avx2", 4)) return layer_avx2(l, s);
+    const char *name = bitpress_kernel_name((int)kernel);
+    if (!strncmp(name, "amx", 3) || !strncmp(name, "avx512", 6)) return layers_avx512(layers, count, s);
+    if (!strncmp(name, "avx2", 4)) return layers_avx2(layers, count, s);
 #endif
-    return layer_plain(l, s);
+    return layers_plain(layers, count, s);
+}
+
+/* See Dense. Returns 0; 2: no such kernel. */
+EXPORT int bitpress_dense(const void *weight, const float *x, void *y, int64_t rows, int64_t out_features,
+                          int64_t in_features, int64_t dtype, int kernel, int threads) {
+    if (kernel < 0 || kernel >= bitpress_kernel_count()) return 2;
+    Dense d = {.weight = weight, .x = x, .y = y, .rows = rows, .out_features = out_features, .in_features = in_features,
+               .dtype = dtype};
+    atomic_init(&d.next, 0);
+    void (*body)(void *) = dense_plain;
+#if defined(__x86_64__)
+    const char *name = bitpress_kernel_name(kernel);
+    if (!strncmp(name, "amx", 3) || !strncmp(name, "avx512", 6)) body = dense_avx512;
+    else if (!strncmp(name, "avx2", 4)) body = dense_avx2;
+#endif
+    parallel(body, &d, threads);
+    return 0;
 }

@@ -64,7 +64,8 @@ typedef struct {
     int64_t first, length, dim;
 } NAME(States);
 
-/* Scores of `count` queries, a constant, over all keys: [count][stride]; those beyond the last are -infinity. */
+/* Scores of `count` queries, a constant, over all keys: [count][stride]; those beyond the last are -infinity. LANES
+ * divides stride, which is larger than the number of keys by less than LANES, or by more if nobody reads these. */
 LOCAL void NAME(score)(const NAME(States) keys, const float *q, float scale, const int count, const DType dtype,
                        int64_t stride, float *scores) {
     for (int64_t s = 0; s < stride; s += LANES) {
@@ -119,21 +120,21 @@ LOCAL void NAME(mix)(const NAME(States) values, const float *weights, int64_t st
 LOCAL NAME(States) NAME(states)(const Rows *r, const void *data, int64_t sequence, int64_t key_head, int64_t length) {
     const int64_t first = r->s->first ? r->s->first[sequence] : 0, dim = r->l->dim;
     const int64_t head = sequence * r->l->key_heads + key_head;
-    return (NAME(States)){data, (head * r->s->capacity + first) * dim, length - first, dim};
+    return (NAME(States)){data, (head * r->cache->capacity + first) * dim, length - first, dim};
 }
 
 LOCAL void NAME(attend_heads)(const Rows *r, int64_t sequence, int64_t head, int64_t key_head, const int count,
                               const DType dtype) {
     const int64_t length = r->s->length + r->from + 1, at = sequence * r->l->heads + head;
     float *scores = r->scores + at * r->stride;
-    const NAME(States) keys = NAME(states)(r, r->s->keys, sequence, key_head, length);
+    const NAME(States) keys = NAME(states)(r, r->cache->keys, sequence, key_head, length);
     if (keys.length <= 0) { /* a padding token sees no key */
         memset(r->mixed + at * r->l->dim, 0, (size_t)(count * r->l->dim) * 4);
         return;
     }
     NAME(score)(keys, r->q + at * r->l->dim, r->l->scale, count, dtype, r->stride, scores);
     for (int g = 0; g < count; g++) NAME(softmax)(scores + g * r->stride, r->stride);
-    NAME(mix)(NAME(states)(r, r->s->values, sequence, key_head, length), scores, r->stride, count, dtype,
+    NAME(mix)(NAME(states)(r, r->cache->values, sequence, key_head, length), scores, r->stride, count, dtype,
               r->mixed + at * r->l->dim);
 }
 
@@ -144,11 +145,42 @@ LOCAL void NAME(attend_tokens)(Rows *r, const DType dtype) {
     for (int64_t task; (task = atomic_fetch_add(&r->next, 1)) < r->rows * l->key_heads * tasks;) {
         const int64_t sequence = task / tasks / l->key_heads, key_head = task / tasks % l->key_heads;
         const int64_t from = task % tasks * TOGETHER, head = key_head * group + from;
-        if (group - from >= TOGETHER) NAME(attend_heads)(r, sequence, head, key_head, TOGETHER, dtype);
-        else
-            for (int64_t g = from; g < group; g++)
-                NAME(attend_heads)(r, sequence, head + g - from, key_head, 1, dtype);
+        const int64_t heads = group - from;
+        if (heads >= TOGETHER) NAME(attend_heads)(r, sequence, head, key_head, TOGETHER, dtype);
+        else if (heads == 3) NAME(attend_heads)(r, sequence, head, key_head, 3, dtype);
+        else if (heads == 2) NAME(attend_heads)(r, sequence, head, key_head, 2, dtype);
+        else NAME(attend_heads)(r, sequence, head, key_head, 1, dtype);
     }
+}
+
+/* Some rows times outputs from .. to of a dense weight. */
+LOCAL void NAME(dense_rows)(const Dense *d, int64_t from, int64_t to, int64_t row, const int count, const DType dtype,
+                            float *sums) {
+    const NAME(States) weight = {d->weight, from * d->in_features, to - from, d->in_features};
+    const int64_t item = dtype == FLOAT32 ? 4 : 2;
+    NAME(score)(weight, d->x + row * d->in_features, 1, count, dtype, OUTPUTS, sums);
+    for (int64_t g = 0; g < count; g++)
+        narrow(sums + g * OUTPUTS, to - from, dtype, (char *)d->y + ((row + g) * d->out_features + from) * item);
+}
+
+LOCAL void NAME(dense_outputs)(Dense *d, const DType dtype) {
+    float sums[TOGETHER * OUTPUTS];
+    for (int64_t from; (from = OUTPUTS * atomic_fetch_add(&d->next, 1)) < d->out_features;) {
+        const int64_t to = from + OUTPUTS < d->out_features ? from + OUTPUTS : d->out_features;
+        int64_t row = 0;
+        for (; row + TOGETHER <= d->rows; row += TOGETHER) NAME(dense_rows)(d, from, to, row, TOGETHER, dtype, sums);
+        const int64_t left = d->rows - row;
+        if (left == 3) NAME(dense_rows)(d, from, to, row, 3, dtype, sums);
+        else if (left == 2) NAME(dense_rows)(d, from, to, row, 2, dtype, sums);
+        else if (left == 1) NAME(dense_rows)(d, from, to, row, 1, dtype, sums);
+    }
+}
+
+TARGET static void NAME(dense)(void *context) {
+    Dense *d = context;
+    if (d->dtype == FLOAT32) NAME(dense_outputs)(d, FLOAT32);
+    else if (d->dtype == FLOAT16) NAME(dense_outputs)(d, FLOAT16);
+    else NAME(dense_outputs)(d, BFLOAT16);
 }
 
 #define WIDE (LANES == 16 ? 4 : 2) /* registers of a row of products: with four rows they are half of all */
@@ -202,8 +234,8 @@ LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, 
     const int64_t group = l->heads / l->key_heads, dim = l->dim, filled = r->s->length + r->from;
     const int64_t first = r->s->first ? r->s->first[sequence] : 0;
     const int64_t end = filled + (from + count - 1) / group + 1; /* beyond the last key of the last query */
-    const NAME(States) keys = NAME(states)(r, r->s->keys, sequence, key_head, end);
-    const NAME(States) values = NAME(states)(r, r->s->values, sequence, key_head, end);
+    const NAME(States) keys = NAME(states)(r, r->cache->keys, sequence, key_head, end);
+    const NAME(States) values = NAME(states)(r, r->cache->values, sequence, key_head, end);
     for (int64_t i = 0; i < count; i++) {
         const int64_t row = sequence * r->count + (from + i) / group, head = key_head * group + (from + i) % group;
         for (int64_t j = 0; j < dim; j++) t->q[i * dim + j] = r->q[(row * l->heads + head) * dim + j] * l->scale;
@@ -292,16 +324,25 @@ LOCAL void NAME(activate)(float *gate, const float *up, int64_t count, Activatio
     else for (int64_t i = 0; i < count; i++) gate[i] = activated(gate[i], GELU_TANH) * up[i];
 }
 
-/* What a row needs before, between and after the products. */
-TARGET static void NAME(begin_rows)(void *context) {
+/* Which of the step's tokens a row is. */
+LOCAL int64_t NAME(token_of)(const Rows *r, int64_t row) {
+    return row / r->count * r->s->count + r->from + row % r->count;
+}
+
+/* What a row needs before the first layer; before, between and after a layer's products; and after the last layer. */
+TARGET static void NAME(read_rows)(void *context) {
     Rows *r = context;
     const int64_t hidden = r->l->linears[QUERY].in, item = r->s->dtype == FLOAT32 ? 4 : 2;
-    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
-        const int64_t token = row / r->count * r->s->count + r->from + row % r->count;
-        float *x = r->x + row * hidden;
-        generic_widen((const char *)r->s->x + token * hidden * item, (DType)r->s->dtype, hidden, x);
-        NAME(norm)(x, hidden, r->l->input_norm, r->l->eps[0], r->normed + row * hidden);
-    }
+    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;)
+        generic_widen((const char *)r->s->x + NAME(token_of)(r, row) * hidden * item, (DType)r->s->dtype, hidden,
+                      r->x + row * hidden);
+}
+
+TARGET static void NAME(begin_rows)(void *context) {
+    Rows *r = context;
+    const int64_t hidden = r->l->linears[QUERY].in;
+    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;)
+        NAME(norm)(r->x + row * hidden, hidden, r->l->input_norm, r->l->eps[0], r->normed + row * hidden);
 }
 
 TARGET static void NAME(rotate_rows)(void *context) {
@@ -318,8 +359,8 @@ TARGET static void NAME(rotate_rows)(void *context) {
         NAME(norm_heads)(k, l->key_heads, dim, l->k_norm, l->eps[3]);
         rotate(q, l->heads, dim, cosine, sine);
         rotate(k, l->key_heads, dim, cosine, sine);
-        append(k, r, row, r->s->keys);
-        append(r->v + row * l->key_heads * dim, r, row, r->s->values);
+        append(k, r, row, r->cache->keys);
+        append(r->v + row * l->key_heads * dim, r, row, r->cache->values);
     }
 }
 
@@ -342,25 +383,56 @@ TARGET static void NAME(activate_rows)(void *context) {
 
 TARGET static void NAME(end_rows)(void *context) {
     Rows *r = context;
-    const int64_t hidden = r->l->linears[QUERY].in, item = r->s->dtype == FLOAT32 ? 4 : 2;
+    const int64_t hidden = r->l->linears[QUERY].in;
     for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
-        const int64_t token = row / r->count * r->s->count + r->from + row % r->count;
         float *x = r->x + row * hidden;
         for (int64_t i = 0; i < hidden; i++) x[i] += r->normed[row * hidden + i];
-        narrow(x, hidden, (DType)r->s->dtype, (char *)r->s->y + token * hidden * item);
     }
 }
 
-/* Some tokens at a time: later ones read the keys and values of earlier ones from the cache. */
-TARGET static int NAME(layer)(const Layer *l, const Step *s) {
-    const int64_t hidden = l->linears[QUERY].in, inner = l->linears[GATE].out, dim = l->dim, all = l->heads * dim, some = l->key_heads * dim;
+TARGET static void NAME(write_rows)(void *context) {
+    Rows *r = context;
+    const int64_t hidden = r->l->linears[QUERY].in, item = r->s->dtype == FLOAT32 ? 4 : 2;
+    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
+        float *x = r->x + row * hidden;
+        if (r->s->norm) NAME(norm)(x, hidden, r->s->norm, r->s->eps, x);
+        narrow(x, hidden, (DType)r->s->dtype, (char *)r->s->y + NAME(token_of)(r, row) * hidden * item);
+    }
+}
+
+TARGET static int NAME(layer)(Rows *r) {
+    const Layer *l = r->l;
+    const int64_t hidden = l->linears[QUERY].in, length = r->s->length + r->from + r->count;
+    const int many = r->rows > 1 && r->rows * hidden >= MIN_ROWS;
+    run(NAME(begin_rows), r, many);
+    int failed = multiply(r, QUERY, 3, r->normed, (float *[]){r->q, r->k, r->v});
+    run(NAME(rotate_rows), r, many);
+    run(NAME(attend), r, r->rows * l->heads * l->dim * length >= MIN_ATTENTION);
+    failed |= r->failed | multiply(r, OUTPUT, 1, r->mixed, &r->normed);
+    run(NAME(continue_rows), r, many);
+    failed |= multiply(r, GATE, 2, r->normed, (float *[]){r->gate, r->up});
+    run(NAME(activate_rows), r, many);
+    failed |= multiply(r, DOWN, 1, r->gate, &r->normed);
+    run(NAME(end_rows), r, many);
+    return failed;
+}
+
+/* Some tokens at a time go through all layers: later ones read the keys and values of earlier ones from the caches. */
+TARGET static int NAME(layers)(const Layer *const *layers, int64_t count, const Step *s) {
+    const int64_t hidden = layers[0]->linears[QUERY].in;
+    int64_t inner = 0, all = 0, some = 0, dim = 0, heads = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const Layer *l = layers[i];
+        inner = larger(inner, l->linears[GATE].out), dim = larger(dim, l->dim), heads = larger(heads, l->heads);
+        all = larger(all, l->heads * l->dim), some = larger(some, l->key_heads * l->dim);
+    }
     int64_t most = MOST_ROWS / s->batch;
     most = most < 1 ? 1 : most > s->count ? s->count : most;
     const int64_t rows = s->batch * most, ends = s->length + s->count, stride = (ends + LANES - 1) / LANES * LANES;
-    const int64_t scores = most == 1 || s->count % most == 1 ? (s->batch * l->heads + TOGETHER) * stride : 0;
+    const int64_t scores = most == 1 || s->count % most == 1 ? (s->batch * heads + TOGETHER) * stride : 0;
     float *memory = malloc((size_t)(rows * (2 * hidden + 2 * all + 2 * some + 2 * inner + 2 * dim) + scores) * 4);
     if (!memory) return 1;
-    Rows r = {.l = l, .s = s, .x = memory};
+    Rows r = {.l = layers[0], .s = s, .x = memory};
     r.normed = r.x + rows * hidden, r.q = r.normed + rows * hidden, r.mixed = r.q + rows * all;
     r.k = r.mixed + rows * all, r.v = r.k + rows * some, r.gate = r.v + rows * some, r.up = r.gate + rows * inner;
     r.rotation = r.up + rows * inner, r.scores = r.rotation + rows * 2 * dim;
@@ -371,16 +443,12 @@ TARGET static int NAME(layer)(const Layer *l, const Step *s) {
         r.rows = s->batch * r.count;
         r.stride = (s->length + r.from + 1 + LANES - 1) / LANES * LANES;
         const int many = r.rows > 1 && r.rows * hidden >= MIN_ROWS;
-        run(NAME(begin_rows), &r, many);
-        failed |= multiply(&r, QUERY, 3, r.normed, (float *[]){r.q, r.k, r.v});
-        run(NAME(rotate_rows), &r, many);
-        run(NAME(attend), &r, r.rows * all * (s->length + r.from + r.count) >= MIN_ATTENTION);
-        failed |= r.failed | multiply(&r, OUTPUT, 1, r.mixed, &r.normed);
-        run(NAME(continue_rows), &r, many);
-        failed |= multiply(&r, GATE, 2, r.normed, (float *[]){r.gate, r.up});
-        run(NAME(activate_rows), &r, many);
-        failed |= multiply(&r, DOWN, 1, r.gate, &r.normed);
-        run(NAME(end_rows), &r, many);
+        run(NAME(read_rows), &r, many);
+        for (int64_t i = 0; i < count && !failed; i++) {
+            r.l = layers[i], r.cache = &s->caches[i];
+            failed = NAME(layer)(&r);
+        }
+        run(NAME(write_rows), &r, many);
     }
     free(memory);
     return failed;

@@ -383,3 +383,22 @@ def test_clean_under_sanitizers(tmp_path: Path) -> None:
     environment = {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin:/bin"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_a_dense_weight_of_few_rows(rows: int, dtype: torch.dtype):
+    """As torch in float64, but for rounding to the dtype; outputs beyond a task of 256 and beyond 16 lanes."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(531, 48, generator=generator).to(dtype)
+    x = torch.randn(rows, 1, 48, generator=generator).to(dtype)
+    want = x.double() @ weight.double().T
+    got = native.dense_linear(x, weight)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_dense_weights_that_are_not_served():
+    assert native.dense_unsupported(torch.ones(4, 24)) == "in_features 24 is not a multiple of 16"
+    assert "CPU" in str(native.dense_unsupported(torch.ones(4, 32).T))
+    assert native.dense_unsupported(torch.ones(4, 32)) is None

@@ -12,8 +12,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from checkpoints import save_tokenizer_of_llamacpp as save_tokenizer
+from tokenizers import Regex, normalizers, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
@@ -34,24 +35,6 @@ from bitpress.pipeline.storage.gguf.tokenizer import tokenizer_metadata
 FORMAT = registry()["gguf"]
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 17, 60, 33, 2, 80, 9, 41]])
-
-
-def save_tokenizer(folder: Path, **changes: Any) -> Tokenizer:
-    """A byte-level tokenizer of a few merges, of at most 300 ids, as GPT-2 splits text."""
-    letters = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "w"), ("Ġw", "o")]
-    vocabulary = {token: number for number, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=changes.get("ignore_merges", False))
-    )
-    tokenizer.pre_tokenizer = changes.get("split", pre_tokenizers.ByteLevel(add_prefix_space=False))
-    if "normalizer" in changes:
-        tokenizer.normalizer = changes["normalizer"]
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
-    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    fast.save_pretrained(folder)
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

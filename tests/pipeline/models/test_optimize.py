@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from bitpress.kernels.cpu.library import library
-from bitpress.kernels.decoder_layer import NativeLayer
+from bitpress.kernels.decoder_layer import NativeLayers
 from bitpress.kernels.linear import inputs_left_alone
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.models import optimize
@@ -76,15 +76,15 @@ def model(pressed: Callable[[Any], Path]) -> PreTrainedModel:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The lengths with which NativeLayer.step was called."""
+    """The lengths with which NativeLayers.step was called, for each of its layers."""
     lengths: list[int] = []
-    step = NativeLayer.step
+    step = NativeLayers.step
 
-    def counted(self: NativeLayer, *given: Any) -> Tensor:
-        lengths.append(given[4])
+    def counted(self: NativeLayers, *given: Any) -> Tensor:
+        lengths.extend([given[3]] * len(self.layers))
         return step(self, *given)
 
-    monkeypatch.setattr(NativeLayer, "step", counted)
+    monkeypatch.setattr(NativeLayers, "step", counted)
     return lengths
 
 
@@ -390,7 +390,7 @@ def test_other_architectures_stay_as_they_are(name: str, tiny: Callable[..., Pat
     model = load(tmp_path / "int4")
     assert (model.fusing.fused, model.fusing.of) == (0, 2)
     assert model.fusing.why == {REASONS[name]: 2}
-    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any("forward" in module.__dict__ for module in model.get_decoder().modules())
 
 
 def test_each_layer_is_tried(pressed: Callable[[Any], Path]):
@@ -409,3 +409,88 @@ def test_other_kernels_and_dense_layers_say_so(pressed: Callable[[Any], Path], m
     model.model.layers[1].mlp.up_proj = nn.Linear(64, 128)
     optimize.unfuse(model)
     assert optimize.fuse(model) == optimize.Fusing(1, 2, {"mlp.up_proj is not quantized": 1})
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many layers each call of NativeLayers.step had."""
+    counts: list[int] = []
+    step = NativeLayers.step
+
+    def counted(self: NativeLayers, *given: Any) -> Tensor:
+        counts.append(len(self.layers))
+        return step(self, *given)
+
+    monkeypatch.setattr(NativeLayers, "step", counted)
+    return counts
+
+
+def test_the_whole_decoder_is_one_call_for_generate(model: PreTrainedModel, calls: list[int]):
+    calls.clear()
+    batch = ids(9, 2)
+    mask = torch.ones_like(batch)
+    mask[1, :3] = 0
+    got = model.generate(batch, attention_mask=mask, max_new_tokens=5, do_sample=False, output_logits=True,
+                         return_dict_in_generate=True)  # fmt: skip
+    assert calls == [2] * 5
+    want = plain(model).generate(batch, attention_mask=mask, max_new_tokens=5, do_sample=False, output_logits=True,
+                                 return_dict_in_generate=True)  # fmt: skip
+    assert torch.equal(got.sequences, want.sequences)
+    assert distance(torch.stack(got.logits), torch.stack(want.logits)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"output_hidden_states": True},
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])},  # two texts in one sequence
+        {"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]])},
+        {"attention_mask": torch.ones(1, 1, 6, 6).tril().bool()},
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_the_whole_decoder_steps_aside(model: PreTrainedModel, calls: list[int], arguments: dict[str, Any]):
+    batch = ids(6)
+    want = plain(model)(batch, **arguments)
+    calls.clear()
+    got = model(batch, **arguments)
+    assert 2 not in calls
+    real = arguments.get("attention_mask", torch.ones(1, 6))[0] == 1
+    rows = real if real.dim() == 1 else slice(None)
+    assert distance(got.logits[:, rows], want.logits[:, rows]) < 1e-4
+    assert len(got.hidden_states or []) == len(want.hidden_states or [])
+
+
+@torch.inference_mode()
+def test_the_whole_decoder_steps_aside_for_hooks_and_other_modules(model: PreTrainedModel, calls: list[int]):
+    seen: list[Tensor] = []
+    handle = model.model.layers[1].register_forward_hook(lambda module, given, output: seen.append(output))
+    calls.clear()
+    model(ids(3))
+    assert (calls, len(seen)) == ([1, 1], 1)
+    handle.remove()
+    model(ids(3))
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    model(ids(3))
+    assert calls == [1, 1, 2, 1]
+
+
+def test_a_decoder_that_does_more_than_its_layers_says_so(pressed: Callable[[Any], Path]):
+    other = load(pressed(CONFIGS["llama"]))
+    optimize.unfuse(other)
+    other.model.extra = torch.nn.Identity()
+    assert "the decoder has embed_tokens, extra, layers" in str(optimize.fuse(other).apart)
+
+
+@torch.inference_mode()
+def test_a_dense_head_of_few_rows_is_the_librarys(pressed: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch):
+    model = load(pressed(CONFIGS["llama"]), "bfloat16")
+    rows: list[int] = []
+    own = optimize.dense_linear
+    monkeypatch.setattr(optimize, "dense_linear", lambda x, weight: rows.append(len(x)) or own(x, weight))
+    for batch in (1, 4, 5):
+        x = torch.randn(batch, 1, 64).bfloat16()
+        want = torch.nn.functional.linear(x, model.lm_head.weight)
+        assert distance(model.lm_head(x), want) < 2**-8
+    assert rows == [1, 4]

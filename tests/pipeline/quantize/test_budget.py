@@ -16,10 +16,10 @@ from bitpress.pipeline.errors import ConfigError
 from bitpress.pipeline.quantize import budget
 from bitpress.pipeline.quantize.budget import Front, Search
 from bitpress.pipeline.quantize.recipe import Recipe
-from bitpress.pipeline.quantize.sequential import CalibratedBlocks
+from bitpress.pipeline.quantize.sequential import REFERENCE_LOGITS, CalibratedBlocks
 from bitpress.pipeline.quantize.statistics import SHARED
 from bitpress.pipeline.storage import files
-from bitpress.pipeline.storage.checkpoint import read_json
+from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json
 from bitpress.pipeline.storage.fingerprint import MANIFEST
 
 CHOICES = ["int2-g32", "int4-g32", "int8-g32"]
@@ -100,7 +100,7 @@ def test_an_artifact_of_bytes(budgeted, tiny_llama):
 
 def test_another_budget_costs_its_packing_alone(budgeted, monkeypatch):
     budgeted("4 bits")
-    for kind, name in ((CalibratedBlocks, "statistics"), (Search, "_probe")):
+    for kind, name in ((CalibratedBlocks, "solve_block"), (Search, "_probe")):
         monkeypatch.setattr(kind, name, lambda *a: pytest.fail("it was done before"))
     out = budgeted("5 bits")
     assert read_json(out / MANIFEST)["budget"]["bits"] <= 5
@@ -121,8 +121,6 @@ def test_rules_leave_no_choice(budgeted):
         ({"budget": "4 bits", "scheme": "int4-g128"}, "take scheme out"),
         ({"budget": "4 bits", "choices": ["none"]}, "nothing to choose"),
         ({"budget": "4 bits", "choices": ["int5-g32"]}, "int5"),
-        ({"budget": "4 bits", "transform": "awq"}, "take transform out"),
-        ({"budget": "4 bits", "method": "tune"}, "tune learns from whole blocks"),
         ({"budget": "4 bits", "method": "gptq", "options": {"true_sequential": True}}, "take true_sequential out"),
         ({"scheme": "int4-g128", "choices": ["int4-g32"]}, "for a budget to choose from"),
     ],
@@ -141,8 +139,9 @@ def test_texts(text, name, nbytes):
     assert Recipe.make(f"gptq/{name}").budget == Budget.parse(text)
 
 
-def test_goes_on_where_it_was_killed(learn, tmp_path, tiny_llama, monkeypatch):
-    settings = {"method": "auto", "scheme": "auto", "budget": "4 bits", "choices": CHOICES}
+@pytest.mark.parametrize("changes", [{}, {"transform": "awq", "method": "tune", "options": {"steps": 2}}])
+def test_goes_on_where_it_was_killed(learn, tmp_path, tiny_llama, monkeypatch, changes):
+    settings = {"method": "auto", "scheme": "auto", "budget": "4 bits", "choices": CHOICES, **changes}
     learn(tiny_llama, tmp_path / "whole", **settings)
     expected = (tmp_path / "whole" / MANIFEST).read_bytes()
     original = files.replace
@@ -164,6 +163,26 @@ def test_goes_on_where_it_was_killed(learn, tmp_path, tiny_llama, monkeypatch):
         monkeypatch.setattr(files, "replace", original)
         learn(tiny_llama, tmp_path / f"killed{kill}", **settings)
         assert (tmp_path / f"killed{kill}" / MANIFEST).read_bytes() == expected
+
+
+def test_a_transform_comes_before_all_solutions(learn, outliers, tmp_path):
+    out, settings = tmp_path / "out", {"scheme": "auto", "budget": "4 bits", "choices": CHOICES, "transform": "awq"}
+    learn(outliers, out, **settings)
+    manifest = read_json(out / MANIFEST)
+    scaled = [line for line in manifest["transform"] if line["after"] < line["before"]]
+    assert scaled
+    assert manifest["recipe"]["transform"] == "awq"
+    kept = [line["name"] for line in manifest["coverage"]["kept"] if line["name"].endswith("layernorm.weight")]
+    assert any(not torch.equal(Checkpoint(out).read(name), Checkpoint(outliers).read(name)) for name in kept)
+    ids = Checkpoint.single(tmp_path / "out.partial" / REFERENCE_LOGITS).read("ids")[None]
+    q, p = (load(folder, dtype="float32")[0](input_ids=ids).logits.log_softmax(-1) for folder in (out, outliers))
+    assert (p.exp() * (p - q)).sum(-1).mean().item() < 3 * manifest["budget"]["measured_kl"]
+
+
+def test_blocks_are_learned_within_a_budget(budgeted):
+    manifest = read_json(budgeted("4 bits", method="tune", options={"steps": 2}) / MANIFEST)
+    assert [line["block"] for line in manifest["coverage"]["tuned"]] == [0, 1]
+    assert len({layer["scheme"] for layer in manifest["coverage"]["layers"]}) > 1
 
 
 def test_clean(budgeted, tmp_path):

@@ -85,6 +85,13 @@ def test_a_budget_takes_what_it_says(make_run: Callable[..., Run]) -> None:
     assert bits.work["quantize"].products > plan_run(plain, jobs_of(plain)).jobs[1].work["quantize"].products
 
 
+def test_distillation_takes_steps_and_the_whole_model(make_run: Callable[..., Run]) -> None:
+    run = make_run("gptq/int4-g32", {"scheme": "int4-g32", "method": "gptq", "distill": 50})
+    _, plain, distilled = plan_run(run, jobs_of(run)).jobs
+    assert distilled.memory["quantize"] >= plain.memory["quantize"]
+    assert distilled.work["quantize"].products > plain.work["quantize"].products
+
+
 def without(monkeypatch: pytest.MonkeyPatch, *gone: str) -> None:
     real = packages.find_spec
     monkeypatch.setattr(packages, "find_spec", lambda name: None if name in gone else real(name))
