@@ -25,7 +25,17 @@ def activation_types() -> tuple[type[Activations], ...]:
 def examples() -> list[str]:
     """Common names of schemes: those that messages suggest and `bitpress list` shows."""
     dynamic = [name for kind in activation_types() for name in kind.schemes]
-    return [*(name for kind in weight_types() for name in kind.examples), *dynamic]
+    joined = [f"int4-g128-{suffix}" for kind in activation_types() if (suffix := _suffix(kind))]
+    return [*(name for kind in weight_types() for name in kind.examples), *dynamic, *joined]
+
+
+def _suffix(kind: type[Activations]) -> str:
+    """What the names of schemes with these inputs may end in; "" where such are only named one by one."""
+    return getattr(kind, "suffix", "")
+
+
+def _goes_with(kind: type[Activations], weight: WeightType) -> bool:
+    return bool(_suffix(kind)) and cast(Any, kind).goes_with(weight.description().type, weight.bits)
 
 
 @dataclass(frozen=True)
@@ -44,16 +54,18 @@ class Scheme:
     activations: Activations | None = None
 
     def __post_init__(self) -> None:
-        if self.activations is not None and self.weight.name not in self.activations.schemes.values():
-            own = " or ".join(self.activations.schemes.values())
-            raise ValueError(f"{self.activations.name} activations go with {own} weights, not {self.weight.name}")
+        inputs = self.activations
+        if inputs and self.weight.name not in inputs.schemes.values() and not _goes_with(type(inputs), self.weight):
+            own = " or ".join(inputs.schemes.values())
+            raise ValueError(f"{inputs.name} activations go with {own} weights, not {self.weight.name}")
 
     @property
     def name(self) -> str:
         """The name that `parse` reads, such as "int4-g128"."""
         if self.activations is None:
             return self.weight.name
-        return next(name for name, weight in self.activations.schemes.items() if weight == self.weight.name)
+        joined = f"{self.weight.name}-{_suffix(type(self.activations))}"
+        return next((name for name, own in self.activations.schemes.items() if own == self.weight.name), joined)
 
     @property
     def bits(self) -> int:
@@ -62,7 +74,7 @@ class Scheme:
 
     @staticmethod
     def parse(name: str) -> "Scheme":
-        """The scheme of this name: int4-g128, int3-channel-asym, int8-dynamic, nf4, nf4-dq.
+        """The scheme of this name: int4-g128, int3-channel-asym, int8-dynamic, int4-g128-int8-dynamic, nf4, nf4-dq.
 
         Raises:
             ValueError: no registered type has such names (the message lists their forms), or a value is impossible.
@@ -70,9 +82,12 @@ class Scheme:
         for kind in activation_types():
             if name in kind.schemes:
                 return Scheme(Scheme.parse(kind.schemes[name]).weight, kind())
+            if (suffix := _suffix(kind)) and name.endswith(f"-{suffix}"):
+                return Scheme(Scheme.parse(name.removesuffix(f"-{suffix}")).weight, kind())
         forms = [
             *(kind.forms for kind in weight_types()),
             *(form for kind in activation_types() for form in kind.schemes),
+            *(f"int4-gN-{suffix}" for kind in activation_types() if (suffix := _suffix(kind))),
         ]
         return Scheme(_ask(lambda kind: kind.parse(name), f"{name!r} is not a scheme; use {', '.join(forms)}"))
 
@@ -93,6 +108,11 @@ class Scheme:
             if (inputs := kind.from_description(activations)) is not None:
                 return Scheme(weight, inputs)
         raise ValueError(f"input activations of {dict(activations)} are not supported")
+
+    @property
+    def joined(self) -> bool:
+        """Whether the name is the weight type's with the inputs' suffix; the weight is stored as without them."""
+        return self.activations is not None and self.weight.name not in self.activations.schemes.values()
 
     @property
     def static(self) -> Activations | None:

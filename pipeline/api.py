@@ -20,12 +20,14 @@ from .objects import Artifact, Loaded, Measurements
 from .publish.upload import Publication, prepare, send
 from .quantize.artifact import quantize as quantize_checkpoint
 from .quantize.budget import clean, search
+from .quantize.imatrix import imatrix as write_imatrix
 from .quantize.recipe import Recipe
 from .storage import files, journal
 from .storage.checkpoint import Checkpoint
+from .system.device import pick_device
 from .system.progress import OnStep, shown
 
-__all__ = ["clean", "convert", "evaluate", "load", "plan", "publish", "quantize"]
+__all__ = ["clean", "convert", "evaluate", "imatrix", "load", "plan", "publish", "quantize"]
 
 
 def quantize(
@@ -182,6 +184,35 @@ def convert(model: str | Path, to: str, output: str | Path, on_step: OnStep | No
     source.check_output(out)
     with shown(on_step, f"converting to {to}") as step:
         return Artifact(out, to, convert_checkpoint(open_quantized(source.folder), source.to_dict(), to, out, step))
+
+
+def imatrix(
+    model: str | Path,
+    output: str | Path,
+    calibration: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    on_step: OnStep | None = None,
+) -> list[str]:
+    """Write an importance matrix of a model for llama.cpp's own quantization (llama-quantize --imatrix).
+
+    Args:
+        model: a Hub id or a local folder, not quantized.
+        output: the file; a name that ends in .dat gets the older form.
+        calibration: {"text": "wiki.txt", "windows": 64, …}, as a recipe has it.
+    Returns:
+        Sentences on what was done.
+    Raises:
+        BitpressError: what, got, expected, and what to do; nothing was written.
+    """
+    source = resolve(str(model), revision)
+    require_tokenizer(source.folder)
+    checkpoint = Checkpoint(source.folder)
+    settings = load_recipe({"method": "gptq", "scheme": "int4-g128", "calibration": dict(calibration or {})})
+    tokens = calibrate_on(checkpoint, calibration_of(settings))
+    with shown(on_step, "importance matrix") as step:
+        notes = write_imatrix(checkpoint, tokens, Path(output).expanduser(), str(pick_device(device)), step)
+    return [f"calibrated on {tokens}", *notes]
 
 
 def publish(

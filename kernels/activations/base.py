@@ -27,6 +27,10 @@ class Activations(Protocol):
     dynamic: scales are computed from each input, nothing is stored, and nothing below `apply` is ever asked for.
     statistics: what has to be gathered of a calibration text (as a method's `statistics`); () for dynamic ones.
     observers: ways to choose what is stored from the statistics, the default first.
+
+    A type may have two members more, for schemes that are not listed by name: `suffix`, which a scheme's name has after
+    that of its weight type and a hyphen, and goes_with(type, bits), whether there are such schemes of weights that are
+    described so.
     """
 
     rank: ClassVar[int]

@@ -1,4 +1,5 @@
-"""FP8 inputs (E4M3): a scale for each token, or for each 128 features of a token, computed as they come."""
+"""FP8 inputs (E4M3): a scale for each token, or for each 128 features of a token, computed as they come; or one for
+all inputs of a layer, calibrated before."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .int8_tensor import InputCounts, largest_kept, nonzero
+
 LARGEST = 448.0  # of E4M3
 GROUP = 128
+_SCALE = "input_scale"
 
 
 def round_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,4 +86,52 @@ class Fp8Group(_Fp8):
         return codes.flatten(-2)[..., : x.shape[-1]], each[..., : x.shape[-1]], None
 
 
-PLUGINS = (Fp8Token, Fp8Group)
+@dataclass(frozen=True)
+class Fp8Tensor(_Fp8):
+    """Every input of a layer is rounded to x = S * E4M3, clamped to +-448 S, with the S that is stored with it.
+
+    Stored: input_scale float32 [1]; float16 and bfloat16 are read, too.
+    """
+
+    rank: ClassVar[int] = 32
+    name: ClassVar[str] = "fp8-tensor"
+    dynamic: ClassVar[bool] = False
+    schemes: ClassVar[dict[str, str]] = {"fp8-static": "fp8"}
+    statistics: ClassVar[tuple[type, ...]] = (InputCounts,)
+    # E4M3's steps grow with the value: nothing is won by cutting the largest inputs off, as it is for integers.
+    observers: ClassVar[tuple[str, ...]] = ("minmax", "mse", "percentile")
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> "Fp8Tensor | None":
+        return super().from_description({"dynamic": False, **description})
+
+    def description(self) -> dict[str, Any]:
+        return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+
+    def layout(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        return {_SCALE: ((1,), (torch.float32, torch.bfloat16, torch.float16))}
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        if not bool((tensors[_SCALE] > 0).all()):
+            raise ValueError(f"{_SCALE} is {tensors[_SCALE].item()}, expected a positive number")
+
+    def tensors(self, statistics: Mapping[type, Any], observer: str = "minmax") -> dict[str, Tensor]:
+        largest = largest_kept(statistics[InputCounts], observer, _error)
+        return {_SCALE: torch.tensor([nonzero(largest / LARGEST)])}
+
+    def random(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {_SCALE: (torch.rand(1, generator=generator) + 0.5) / 64}
+
+    def codes(self, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, None]:
+        scale = tensors[_SCALE].to(torch.float32)
+        return (x.to(torch.float32) / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale, None
+
+
+def _error(values: Tensor, times: Tensor, limit: float) -> float:
+    """The squared error of the inputs when they are rounded in a range up to `limit`, summed."""
+    scale = nonzero(limit / LARGEST)
+    rounded = (values / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).to(torch.float32) * scale
+    return ((rounded - values).to(torch.float64).square() * times).sum().item()
+
+
+PLUGINS = (Fp8Token, Fp8Group, Fp8Tensor)

@@ -101,14 +101,10 @@ class Int8Tensor:
             raise ValueError(f"{_SCALE} is {tensors[_SCALE].item()}, expected a positive number")
 
     def tensors(self, statistics: Mapping[type, Any], observer: str = "mse") -> dict[str, Tensor]:
-        counts = statistics[InputCounts]
-        largest = max(-counts.low, counts.high)
-        values, times = counts.values()
-        if observer == "percentile":
-            largest = _quantile(values.abs(), times, _PERCENTILE)
-        elif observer == "mse":
-            largest = _best(largest, lambda limit: _error(values, times, limit / _HIGH, 0))
-        return {_SCALE: torch.tensor([_scale(largest / _HIGH)])}
+        def error(values: Tensor, times: Tensor, limit: float) -> float:
+            return _error(values, times, limit / _HIGH, 0)
+
+        return {_SCALE: torch.tensor([nonzero(largest_kept(statistics[InputCounts], observer, error) / _HIGH)])}
 
     def random(self, generator: torch.Generator) -> dict[str, Tensor]:
         return {_SCALE: (torch.rand(1, generator=generator) + 0.5) / 32}
@@ -164,14 +160,28 @@ class Int8TensorAsymmetric(Int8Tensor):
         return super().random(generator) | {_ZERO: torch.randint(-9, 9, (1,), dtype=torch.int8, generator=generator)}
 
 
-def _scale(scale: float) -> float:
+def largest_kept(counts: InputCounts, observer: str, error: Callable[[Tensor, Tensor, float], float]) -> float:
+    """The largest magnitude that a symmetric range of inputs holds.
+
+    Args:
+        observer: "minmax", "percentile", or "mse" for the least error.
+        error: error(values, times, limit), of values that occurred so many times, rounded in a range up to `limit`.
+    """
+    values, times = counts.values()
+    if observer == "percentile":
+        return _quantile(values.abs(), times, _PERCENTILE)
+    largest = max(-counts.low, counts.high)
+    return _best(largest, partial(error, values, times)) if observer == "mse" else largest
+
+
+def nonzero(scale: float) -> float:
     """A scale that can be divided by: 1 where all inputs are 0, or nearly so."""
     return scale if scale > torch.finfo(torch.float32).tiny else 1.0
 
 
 def _grid(low: float, high: float) -> tuple[float, int]:
     """S = (max - min) / 255 and Z = round(-min / S) - 128, of a range that holds 0."""
-    scale = _scale((high - low) / (_HIGH - _LOW))
+    scale = nonzero((high - low) / (_HIGH - _LOW))
     return scale, max(_LOW, min(_HIGH, round(-low / scale) + _LOW))
 
 
@@ -190,7 +200,7 @@ def _best(largest: float, error: Callable[[float], float]) -> float:
 
 def _error(values: Tensor, times: Tensor, scale: float, zero: int) -> float:
     """The squared error of the inputs when they are rounded, summed."""
-    scale = _scale(scale)
+    scale = nonzero(scale)
     rounded = ((values / scale).round() + zero).clamp(_LOW, _HIGH).sub(zero) * scale
     return ((rounded - values).to(torch.float64).square() * times).sum().item()
 

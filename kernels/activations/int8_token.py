@@ -28,8 +28,14 @@ class Int8Token:
     name: ClassVar[str] = "int8-token"
     dynamic: ClassVar[bool] = True
     schemes: ClassVar[dict[str, str]] = {"int8-dynamic": "int8-channel"}
+    suffix: ClassVar[str] = "int8-dynamic"
     statistics: ClassVar[tuple[type, ...]] = ()
     observers: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def goes_with(weight_type: str, bits: int) -> bool:
+        """Integers of fewer bits: W4A8 and its kin."""
+        return weight_type == "int" and bits < 8
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> "Int8Token | None":

@@ -116,12 +116,22 @@ class NativeInt16(NativeInt8):
 
     rank: ClassVar[int] = 11
     name: ClassVar[str] = "native-int16"
-    serves: ClassVar[tuple[Serves, ...]] = NativeInt8.serves[:2]
+    serves: ClassVar[tuple[Serves, ...]] = (
+        *NativeInt8.serves[:2],
+        Serves("int4-g128-int8-dynamic and others of 2 to 4 bits", Integer, (2, 3, 4), Int8Token),
+    )
     input_bits: ClassVar[int | None] = 16
     inputs: ClassVar[int] = INT16
 
     def unserved(self, scheme: Scheme) -> str | None:
-        return super().unserved(scheme) if scheme.activations is None else f"{scheme.name} quantizes its inputs"
+        quantizes = scheme.activations is not None and not rounds_rows(scheme)
+        return f"{scheme.name} quantizes its inputs" if quantizes else super().unserved(scheme)
+
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        if not rounds_rows(packed.scheme):
+            return super().linear(x, packed, bias)
+        assert packed.scheme.activations is not None
+        return super().linear(packed.scheme.activations.apply(x, {}), packed, bias).to(x.dtype)
 
 
 class NativeExact(NativeInt16):
@@ -134,6 +144,11 @@ class NativeExact(NativeInt16):
 
     def exact(self) -> Kernel | None:
         return None
+
+
+def rounds_rows(scheme: Scheme) -> bool:
+    """Whether whole rows of inputs are rounded before csrc/ gets them, which has a scale for each group of weights."""
+    return scheme.joined
 
 
 def inputs_of(kernel: Kernel) -> int | None:
@@ -217,7 +232,7 @@ def _grouping(scheme: Scheme, in_features: int) -> tuple[int, int]:
     group = scheme.group_size
     if group is None:
         whole = -(-in_features // _STEP) * _STEP
-        return (_STEP if scheme.activations is None else whole), whole
+        return (_STEP if scheme.activations is None or rounds_rows(scheme) else whole), whole
     step = next(step for step in (_STEP, 96, 64, 32) if group % step == 0)
     return step, group
 

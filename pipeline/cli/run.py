@@ -255,6 +255,34 @@ def convert(
     print_line(f"{output}: {to}" + (f"; try `bitpress doctor {output}`" if to in registry() else ""))
 
 
+def imatrix(
+    model: Annotated[str, typer.Argument(help="A Hub id or a local folder, not quantized.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to make: .gguf, or .dat for the older form.")
+    ],
+    calibration: Annotated[
+        str | None, typer.Option(help="The text: a file, or org/name:config:split; wikitext-2 by default.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="How many windows of it; 128 by default.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per window; 2048 by default.")] = None,
+    seed: Annotated[
+        str | None, typer.Option(help="Draws the windows; 0 by default, null for the text's first ones.")
+    ] = None,
+    device: Device = "auto",
+    revision: Revision = None,
+) -> None:
+    """An importance matrix for llama.cpp's own quantization, from calibration text: llama-quantize --imatrix."""
+    from ..api import imatrix as imatrix_api
+
+    quiet_libraries()
+    keys = calibration_keys(calibration, windows, context, seed)
+    with progress("importance matrix") as step:
+        notes = imatrix_api(model, output, keys.get("calibration"), revision, device, step)
+    for note in notes:
+        news(note)
+    print_line(f"{output}: for llama-quantize --imatrix {output}")
+
+
 def publish(
     run: Annotated[Path, typer.Argument(help="The folder of one finished recipe: runs/NAME/RECIPE.")],
     repo: Annotated[str, typer.Option(help="owner/name on the Hub; made where there is none.")],

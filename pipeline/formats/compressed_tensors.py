@@ -22,6 +22,7 @@ from bitpress.kernels.weights.base import WeightDescription
 from ..errors import listing
 from .act_order import gather_codes, read_order
 from .base import (
+    GENAI_BUILDER,
     ON_GPUS,
     WITH_AMX,
     Examination,
@@ -93,7 +94,7 @@ class CompressedTensors(Format):
     convertible = True
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
-        if is_packed_integer(scheme) or _float4(scheme) or _has_elements(scheme):
+        if _is_packed(scheme) or _float4(scheme) or _has_elements(scheme):
             return []
         return [
             f"{self.name} holds weight-only integers, and weights whose elements are plain numbers, not {scheme.name}"
@@ -108,7 +109,7 @@ class CompressedTensors(Format):
         scheme = qtensor.scheme
         if packed_float := _float4(scheme):
             return {packed_float[1][name]: tensor.contiguous() for name, tensor in qtensor.tensors()}
-        if not is_packed_integer(scheme):
+        if not _is_packed(scheme):
             plain = scheme.weight.elements(qtensor.shape, dict(qtensor.tensors()))
             assert plain is not None, "problems() refuses weights that have no plain elements"
             elements, scales, zeros = plain
@@ -125,7 +126,7 @@ class CompressedTensors(Format):
         return tensors
 
     def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
-        if "weight" not in tensors and is_packed_integer(scheme):
+        if "weight" not in tensors and is_packed_integer(Scheme(scheme.weight)):
             return _read_packed(scheme, tensors)
         if packed_float := _float4(scheme):
             return _read_float4(scheme, tensors, packed_float[1])
@@ -153,7 +154,7 @@ class CompressedTensors(Format):
                 "input_activations": _inputs(scheme),
                 "output_activations": None,
             }
-            groups[f"group_{number}"] = group | ({"format": _kind(scheme)} if len(kinds) > 1 else {})
+            groups[f"group_{number}"] = group | ({"format": _kind(scheme)} if len(kinds) > 1 or scheme.joined else {})
         return {
             "quant_method": "compressed-tensors",
             "format": kinds.pop() if len(kinds) == 1 else _MIXED,
@@ -233,6 +234,7 @@ class CompressedTensors(Format):
                 imports="CompressedTensorsConfig",
             )
         embeddings: list[Reason] = [_VLLM_EMBEDDINGS] if facts.embeddings else []
+        on_cuda: Reason = ("limited", "its builder reads compressed-tensors for CUDA alone (-e cuda)")
         several: list[Reason] = []
         if len(set(facts.schemes.values())) > 1:
             several.append(("no", "its converter reads one config group only"))
@@ -242,7 +244,7 @@ class CompressedTensors(Format):
             "SGLang": Loading(facts.by_scheme(lambda scheme: _sglang(scheme, ordered))),
             "llama.cpp": Loading([*several, *facts.by_scheme(lambda scheme: _llamacpp(scheme, ordered))]),
             "MLX": Loading([("no", "mlx-lm does not know the names of compressed-tensors' tensors")]),
-            "ORT GenAI": Loading([("limited", "its builder reads compressed-tensors for CUDA alone (-e cuda)")]),
+            "ORT GenAI": Loading([on_cuda], serve=GENAI_BUILDER.format(device="cuda")),
             "TensorRT-LLM": Loading([("unknown", "its documents do not name compressed-tensors")]),
         }
 
@@ -251,6 +253,12 @@ class CompressedTensors(Format):
 
     def input_multiple(self, scheme: Scheme, cut: bool) -> int:
         return _PER_WORD if cut and is_packed_integer(scheme) else 1
+
+
+@cache
+def _is_packed(scheme: Scheme) -> bool:
+    """Whether a layer's codes lie packed: as those of int8-dynamic, whose inputs are quantized, too, do not."""
+    return is_packed_integer(Scheme(scheme.weight)) and (scheme.activations is None or scheme.joined)
 
 
 def _transformers(scheme: Scheme, ordered: bool, experts: bool) -> Iterator[Reason]:
@@ -302,6 +310,8 @@ def _vllm(scheme: Scheme, experts: bool, ordered: bool) -> Iterator[Reason]:
     elif not is_packed_integer(scheme):
         if scheme.activations is None:
             yield "unknown", "plain elements with inputs left alone are not documented"
+        elif _is_packed(scheme):
+            yield "limited", "its Humming kernels run this on GPUs from compute capability 7.5; it was not tried"
         elif experts and scheme.static:
             yield "no", "it has no experts whose inputs are rounded by stored scales; it has them of int8-dynamic"
         elif experts:
@@ -394,7 +404,7 @@ def _differences(inputs: Mapping[str, Any], served: Mapping[str, Any]) -> str:
 def _kind(scheme: Scheme) -> str:
     """What the format is called of a layer of this scheme."""
     described = scheme.weight.description()
-    if is_packed_integer(scheme):
+    if _is_packed(scheme):
         return _PACKED
     if packed_float := _float4(scheme):
         return packed_float[0]
@@ -473,7 +483,10 @@ def _scheme(group: dict[str, Any], kind: str) -> Scheme:
     require(size is None or type(size) is int, f"group_size is {size!r}, expected a whole number")
     require(isinstance(symmetric, bool), f"symmetric is {symmetric!r}, expected true or false")
     require(inputs is None or isinstance(inputs, dict), f"input_activations is {inputs!r}, expected an object")
-    require(inputs is None or not kind.endswith(_PACKED), "quantized activations with packed weights are not supported")
+    require(
+        inputs is None or kind == _PACKED or not kind.endswith(_PACKED),
+        "quantized activations with packed weights are not supported",
+    )
     require(not weights.get("dynamic"), f"weights that are dynamic ({weights.get('dynamic')!r}) are not supported")
     require(not group.get("output_activations"), "quantized outputs (output_activations) are not supported")
     described = WeightDescription(str(weights.get("type", "int")), bits, str(strategy), size, symmetric)

@@ -14,7 +14,7 @@ from bitpress.pipeline.methods.hessian import Hessian
 from bitpress.pipeline.quantize.spec import LayerSpec
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-NAMES = ["fp8", "fp8-b128", "mxfp4", "nvfp4", "fp8-dynamic", "fp8-block"]
+NAMES = ["fp8", "fp8-b128", "mxfp4", "nvfp4", "fp8-dynamic", "fp8-block", "fp8-static"]
 
 
 def e4m3(codes: np.ndarray) -> np.ndarray:
@@ -56,6 +56,7 @@ def test_saved_as_compressed_tensors_says_and_read_to_the_bit(name: str) -> None
     weight = torch.randn(200, 192, generator=torch.Generator().manual_seed(0))
     weight[3, :64] = 0
     q, diagnostics = Absmax().quantize(weight, scheme, format.scale_dtype(scheme, torch.bfloat16))
+    q.extra.update(scheme.static.random(torch.Generator().manual_seed(0)) if scheme.static else {})
     q.check()
     stored = format.write(q, torch.bfloat16)
     assert np.array_equal(q.dequantize().numpy(), decoded(stored))
