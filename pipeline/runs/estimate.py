@@ -281,21 +281,23 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
                     gathered[each.shape[1], fused_unit(each.module)] = own
         statistics = max(statistics, sum(gathered.values()))
     steps = [2 * max(sizes), outside + max(logits, max(sizes)), 2 * max(sizes) + activations + statistics + solving]
-    if not recipe.sequential or units:  # blocks are solved from statistics on the disk
+    if not recipe.sequential:  # blocks are solved from statistics on the disk
         steps.append((workers + 1) * max(sizes) + workers * (statistics + solving))
     if any(spec.method.learns for spec in recipe.rules.specs()):
-        blocks = [unit for unit in plan.units if unit.block is not None]
-        steps[2] += _LEARNED * max(sum(prod(t.shape) for t in unit.tensors if t.spec) for unit in blocks)
+        learned = [
+            sum(prod(each.shape) for each in unit.tensors if each.spec) for unit in plan.units if unit.block is not None
+        ]
+        steps[2] += _LEARNED * max(learned)
     total = _PROCESS + max(steps)
     whole = 4 * sum(prod(tensor.info.shape) for tensor in plan.tensors)
     if units:
         total = max(total, _PROCESS + whole + _LOGITS * PROBE_TOKENS * config.vocab_size)
     if recipe.distill:
-        learned = _DISTILLED * sum(prod(tensor.shape) for tensor in plan.quantized)
+        trained = _DISTILLED * sum(prod(tensor.shape) for tensor in plan.quantized)
         tokens = longest(plan.model.config, calibration_of(settings).context)
         blocks = len({tensor.block for tensor in plan.quantized})
         kept = 4 * tokens * 8 * inner * blocks  # of a window, for its gradient
-        total = max(total, _PROCESS + whole + learned + kept + 2 * _LOGITS * tokens * config.vocab_size)
+        total = max(total, _PROCESS + whole + trained + kept + 2 * _LOGITS * tokens * config.vocab_size)
     return total
 
 

@@ -13,6 +13,7 @@ from bitpress.pipeline.errors import ConfigError
 from bitpress.pipeline.methods.hessian import Hessian
 from bitpress.pipeline.quantize import artifact
 from bitpress.pipeline.quantize.block_runner import BlockRunner
+from bitpress.pipeline.quantize.imatrix import SquareSums
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage import files
 from bitpress.pipeline.transforms.scaling import InputRange
@@ -39,7 +40,7 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("kind", [Hessian, InputCounts, InputRange])
+@pytest.mark.parametrize("kind", [Hessian, InputCounts, InputRange, SquareSums])
 def test_what_is_loaded_is_what_was_counted(kind: Any) -> None:
     inputs = torch.randn(600, 300, generator=torch.Generator().manual_seed(0))
     inputs[3, 5] = torch.inf
