@@ -13,6 +13,7 @@
 #define MAGIC 0x3173736572706962 /* "bipress1" */
 #define FEW_ROWS 64              /* of a task: up to so many, its weights are read in the order in which they lie */
 #define MOST_ROWS 256            /* of a task, so that its inputs stay in a core's second cache */
+#define INPUT_BYTES (512 << 10) /* of a task's inputs, likewise, where there are no tiles */
 #define SUM_BYTES (512 << 10)   /* sums of a task, which stay in a core's second cache */
 #define TASK_BYTES (512 << 10)   /* of weights, where these are read once */
 #define PIECE (16 << 10)         /* words of 8 bytes that are read at a time */
@@ -331,7 +332,9 @@ static void multiply(void *context) {
 /* Tasks large enough to be worth claiming and to use what is in cache, small enough that threads end together. */
 static void split(const Product *p, Output *o, int threads) {
     const int64_t pairs = blocks_of(&o->w) / 2, rows = p->in.rows;
-    o->rows_per_task = p->tiles ? minimum(rows, MOST_ROWS) : rows;
+    const int64_t item = p->inputs == INPUTS_FLOAT32 ? 4 : p->inputs == INPUTS_INT16 ? 2 : 1;
+    const int64_t fitting = maximum(MAX_ROWS, INPUT_BYTES / (o->w.padded * item) / MAX_ROWS * MAX_ROWS);
+    o->rows_per_task = minimum(rows, p->tiles ? MOST_ROWS : fitting);
     const int64_t down = (rows + o->rows_per_task - 1) / o->rows_per_task;
     int64_t per_task = p->tiles ? SUM_BYTES / (PAIR * o->rows_per_task * 4)
                                 : TASK_BYTES / (PAIR * o->w.padded / code_bytes(&o->w));

@@ -248,10 +248,17 @@ def test_touch_reads_everything() -> None:
     assert before ^ touch(words) == 1 << 40
 
 
-def test_large_weights_are_aligned_to_huge_pages(make_qtensor: Make) -> None:
-    found_library()
-    packed = NativeInt8().pack(make_qtensor("int8-dynamic", 2048, 1100), torch.float32).get_buffer("data")
-    assert packed.data_ptr() % (2 << 20) == 0
+def test_weights_share_huge_pages_and_nothing_else(make_qtensor: Make) -> None:
+    """They lie side by side, each as a storage of its own bytes; a large one gets a mapping of its own."""
+    pool, loaded = native._Pool(), found_library()
+    first, second, large = (pool.take(loaded, size) for size in (1000, 200, 17 << 20))
+    assert first.data_ptr() % (2 << 20) == large.data_ptr() % (2 << 20) == 0
+    assert second.data_ptr() - first.data_ptr() == 1024
+    assert [each.untyped_storage().nbytes() for each in (first, second, large)] == [1000, 200, 17 << 20]
+    first.fill_(255)
+    assert not second.any()
+    packed = NativeInt8().pack(make_qtensor("int8-dynamic", 64, 64), torch.float32).get_buffer("data")
+    assert packed.untyped_storage().nbytes() == packed.numel()
 
 
 def test_without_a_library(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
