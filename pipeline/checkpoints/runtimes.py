@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..formats.base import LEVELS, Facts, Loading, Reason, counted
+from ..formats.base import GENAI_BUILDER, LEVELS, Facts, Loading, Reason, counted
 from ..formats.names import fused_unit
 
 RUNTIMES = {  # the version that its verdicts are true for
@@ -23,14 +23,13 @@ RUNTIMES = {  # the version that its verdicts are true for
     "ORT GenAI": "0.18",
     "TensorRT-LLM": "1.3",
 }
-_GENAI = "python -m onnxruntime_genai.models.builder -i {folder} -o {folder}-onnx -p int4 -e cpu"
 SERVE = {  # the command that serves a checkpoint; {model} stands for a folder or a Hub id, {folder} for a folder
     "vLLM": "vllm serve {model}",
     "SGLang": "python -m sglang.launch_server --model-path {model}",
     "llama.cpp": "python convert_hf_to_gguf.py {folder} --outfile {folder}/model.gguf\n"
     "llama-server -m {folder}/model.gguf",
     "MLX": "mlx_lm.server --model {model}",
-    "ORT GenAI": f"{_GENAI} --extra_options nodes_to_exclude=/lm_head/MatMul",  # makes its model: it brings no server
+    "ORT GenAI": GENAI_BUILDER.format(device="cpu"),  # makes its model: it brings no server
 }
 SERVERS = ("vLLM", "SGLang")  # they fuse layers, and cut them for several GPUs
 GPUS = (1, 2, 4, 8)

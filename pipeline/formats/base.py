@@ -27,6 +27,10 @@ HEAD_IS_ROUNDED: Reason = (  # by ONNX Runtime GenAI's builder
     "limited",
     "its builder also rounds the head and the embeddings; `bitpress convert --to onnx` has it leave them alone",
 )
+GENAI_BUILDER = (  # its command, by what the model is to run on
+    "python -m onnxruntime_genai.models.builder -i {{folder}} -o {{folder}}-onnx -p int4 -e {device} "
+    "--extra_options nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"
+)
 ON_GPUS: Reason = ("yes", "on GPUs: on a CPU, vLLM 0.32 stops, as it has no kernel for it there")
 WITH_AMX: Reason = ("yes", "on GPUs: on a CPU, vLLM 0.32 stops unless the processor has AMX, which was not tried")
 SchemeRules = NameRules[Scheme]  # .get(layer's name in the files) -> its scheme; None where the config gives it none

@@ -22,6 +22,7 @@ from bitpress.kernels.weights.base import WeightDescription
 from ..errors import listing
 from .act_order import gather_codes, read_order
 from .base import (
+    GENAI_BUILDER,
     ON_GPUS,
     WITH_AMX,
     Examination,
@@ -233,6 +234,7 @@ class CompressedTensors(Format):
                 imports="CompressedTensorsConfig",
             )
         embeddings: list[Reason] = [_VLLM_EMBEDDINGS] if facts.embeddings else []
+        on_cuda: Reason = ("limited", "its builder reads compressed-tensors for CUDA alone (-e cuda)")
         several: list[Reason] = []
         if len(set(facts.schemes.values())) > 1:
             several.append(("no", "its converter reads one config group only"))
@@ -242,7 +244,7 @@ class CompressedTensors(Format):
             "SGLang": Loading(facts.by_scheme(lambda scheme: _sglang(scheme, ordered))),
             "llama.cpp": Loading([*several, *facts.by_scheme(lambda scheme: _llamacpp(scheme, ordered))]),
             "MLX": Loading([("no", "mlx-lm does not know the names of compressed-tensors' tensors")]),
-            "ORT GenAI": Loading([("limited", "its builder reads compressed-tensors for CUDA alone (-e cuda)")]),
+            "ORT GenAI": Loading([on_cuda], serve=GENAI_BUILDER.format(device="cuda")),
             "TensorRT-LLM": Loading([("unknown", "its documents do not name compressed-tensors")]),
         }
 

@@ -270,8 +270,8 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
     if recipe.distill:
         learned = _DISTILLED * sum(prod(tensor.shape) for tensor in plan.quantized)
         tokens = longest(plan.model.config, calibration_of(settings).context)
-        blocks = len({tensor.block for tensor in plan.quantized})
-        kept = 4 * tokens * 8 * inner * blocks  # of a window, for its gradient
+        depth = len({tensor.block for tensor in plan.quantized})
+        kept = 4 * tokens * 8 * inner * depth  # of a window, for its gradient
         total = max(total, _PROCESS + whole + learned + kept + 2 * _LOGITS * tokens * config.vocab_size)
     return total
 

@@ -236,13 +236,14 @@ def _estimated(
         return estimate.quantized(job, run, checkpoint, recipe, settings).estimates()
 
     text = run.eval.text
+    read = Path(text).stat() if isinstance(text, str) and Path(text).is_file() else None
     key = {
         "files": checkpoint.identity(),
         "sizes": [(path.name, path.stat().st_size) for path in checkpoint.other_files()],
         "state": [job.state, (job.folder / "artifact" / MANIFEST).exists()],
         "recipe": settings.model_dump(mode="json") if settings else None,
         "eval": run.eval.model_dump(mode="json"),
-        "text": [(at := Path(text).stat()).st_size, at.st_mtime_ns] if Path(str(text)).is_file() else None,
+        "text": [read.st_size, read.st_mtime_ns] if read else None,
         "device": [run.device, str(pick_device(run.device)), total_memory(pick_device(run.device))],
     }
     plain = remembered("plan", key, estimates, keep=lambda answer: answer["problem"] is None)

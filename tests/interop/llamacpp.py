@@ -1,8 +1,10 @@
 """Run by the Python of llama-cpp-python, with nothing of bitpress: `python llamacpp.py llama.cpp REQUEST.json`.
 
-Writes a Llama's float16 checkpoint as GGUF, has llama.cpp compute logits, and adds them up to the perplexity that
-llama.cpp's own tool of that name would print: the text's tokens in chunks that do not overlap, each chunk's first token
-replaced by that of beginning a text where the tokenizer puts one, the second half of each chunk scored.
+Given a folder with a GGUF file, it writes the logits and the greedy tokens of the request's prompts.
+
+Else it writes a Llama's float16 checkpoint as GGUF, has llama.cpp compute logits, and adds them up to the perplexity
+that llama.cpp's own tool of that name would print: the text's tokens in chunks that do not overlap, each chunk's first
+token replaced by that of beginning a text where the tokenizer puts one, the second half of each chunk scored.
 """
 
 import json
@@ -14,7 +16,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from gguf import GGUFWriter
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 Array = np.ndarray[Any, Any]
 # transformers' name -> llama.cpp's; "{}" is the block
@@ -117,15 +119,28 @@ def perplexity(llama: Llama, ids: Array, begin: int | None) -> float:
     return float(np.exp(np.concatenate(losses).mean()))
 
 
+def answer(path: Path, ids: Array, tokens: int) -> dict[str, Array]:
+    """The logits of all prompts, and the tokens that follow the first one."""
+    llama, text = Llama(path, ids.shape[1] + tokens), ids[0]
+    logits = np.stack([llama.logits(prompt) for prompt in ids])
+    for _ in range(tokens):
+        text = np.append(text, llama.logits(text)[-1].argmax())
+    return {"logits": logits, "greedy": text[ids.shape[1] :].astype(np.int64)}
+
+
 def main() -> None:
     request = json.loads(Path(sys.argv[2]).read_text())
+    versions = {name: version(name) for name in ("llama_cpp_python", "gguf")}
+    if (own := Path(request["folder"]) / "model.gguf").exists():
+        save_file(answer(own, load_file(request["ids"])["ids"], request["tokens"]), request["output"])
+        Path(request["answer"]).write_text(json.dumps({"versions": versions}))
+        return
     path = Path(request["output"])
     export(Path(request["folder"]), path)
     llama = Llama(path, request["context"])
     ids = load_file(request["ids"])["ids"]
-    versions = {name: version(name) for name in ("llama_cpp_python", "gguf")}
-    answer = {"perplexity": perplexity(llama, ids, request["begin"]), "versions": versions}
-    Path(request["answer"]).write_text(json.dumps(answer))
+    found = {"perplexity": perplexity(llama, ids, request["begin"]), "versions": versions}
+    Path(request["answer"]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ class TestKilledWhileCalibrating:
             ({}, 1),
             ({"transform": "awq"}, 23),
             ({"transform": "smooth", "scheme": "int8-dynamic", "keep_inputs": 0.5}, 13),
-            ({"scheme": "int2-g32", "distill": 3}, 17),
+            ({"scheme": "int2-g32", "distill": 3}, 29),
         ],
         ids=["gptq", "awq+gptq", "smooth+gptq, inputs kept", "gptq, distilled"],
     )

@@ -18,8 +18,8 @@ from bitpress.pipeline.quantize.sequential import REFERENCE_LOGITS
 from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json
 from bitpress.pipeline.storage.fingerprint import MANIFEST
 
-IDS = torch.randint(3, 96, (48, 16), generator=torch.Generator().manual_seed(1))
-RATES = {"steps": 10, "windows": 8, "rate": 0.01, "norm_rate": 0.005}
+IDS = torch.randint(3, 96, (32, 16), generator=torch.Generator().manual_seed(1))
+RATES = {"steps": 10, "windows": 6, "rate": 0.01, "norm_rate": 0.005}
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def divergence(baseline: Path, quantized: Path, ids: torch.Tensor) -> float:
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
-def test_the_stored_model_diverges_less_and_the_curve_is_that_of_what_is_stored(distilled, tiny_llama):
+def test_the_stored_model_diverges_less_by_its_scales_and_norms_alone(distilled, tiny_llama):
     plain, _ = distilled("plain", distill=None)
     out, manifest = distilled("out")
     curve = manifest["distill"]["curve"]
@@ -53,19 +53,14 @@ def test_the_stored_model_diverges_less_and_the_curve_is_that_of_what_is_stored(
     assert divergence(tiny_llama, plain, held_out) == pytest.approx(curve[0][1], rel=1e-3)
     assert divergence(tiny_llama, out, held_out) == pytest.approx(manifest["distill"]["kl_after"], rel=1e-3)
     assert manifest["distill"]["kl_after"] == min(error for _, error in curve) < 0.99 * curve[0][1]
-
-
-def test_codes_stay_and_the_files_are_of_the_same_shapes(distilled):
-    folders = distilled("plain", distill=None)[0], distilled("out")[0]
-    plain, trained = (
+    before, after = (
         {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-        for folder in folders
+        for folder in (plain, out)
     )
-    assert plain.keys() == trained.keys()
-    assert all((t.shape, t.dtype) == (trained[name].shape, trained[name].dtype) for name, t in plain.items())
-    changed = {name for name in plain if not torch.equal(plain[name], trained[name])}
-    assert changed
-    assert all(name.endswith((".scales", "norm.weight")) for name in changed)
+    assert before.keys() == after.keys()
+    assert all((t.shape, t.dtype) == (after[name].shape, after[name].dtype) for name, t in before.items())
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert all(name.endswith((".scales", "norm.weight")) for name in changed), "codes stay"
 
 
 def test_the_reloaded_model_gives_the_logits_of_the_one_in_memory(distilled, tmp_path):
@@ -81,10 +76,9 @@ def test_the_reloaded_model_gives_the_logits_of_the_one_in_memory(distilled, tmp
     "changes",
     [
         {"transform": "smooth", "scheme": "int8-dynamic", "keep_inputs": 0.5},
-        {"method": "absmax", "scheme": "int4-g32-asym"},
-        {"method": "auto", "scheme": "auto", "budget": "4 bits", "choices": ["int2-g32", "int4-g32"]},
+        {"method": "auto", "scheme": "auto", "budget": "4 bits", "choices": ["absmax/int2-g32", "int4-g32-asym"]},
     ],
-    ids=["inputs rounded", "not calibrated", "budget"],
+    ids=["inputs rounded", "budget"],
 )
 def test_is_never_worse_than_it_began(distilled, changes):
     out, manifest = distilled("out", **{**changes, "distill": {"steps": 2, "rate": 1.0, "norm_rate": 1.0}})
