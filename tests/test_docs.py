@@ -118,7 +118,7 @@ def typed_commands() -> Iterator[tuple[str, str, bool]]:
 def test_commands_are_commands(page: str, typed: str, whole: bool):
     """The command line itself reads them: commands, options, types. Brackets mean what may be left out."""
     words = shlex.split(re.sub(r" \| --?[\w-]+", "", re.sub(r"[\[\]…]", " ", typed)))[1:]
-    if words in (["--version"], ["--install-completion"]):
+    if words in (["--version"], ["--help"], ["--install-completion"]):
         return
     group = get_command(app)
     context = group.make_context("bitpress", [], resilient_parsing=True)

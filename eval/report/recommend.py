@@ -47,8 +47,9 @@ def choices(runs: Sequence[Candidate], differ: Differ, budgets: Sequence[Budget]
     steps = [Budget(f"{card} GB", card * (1 << 30) - memory.RESERVE) for card in CARDS]
     fits_anywhere = max(map(_need, known)) <= steps[0].bytes
     if fits_anywhere:
-        needs = sorted({_need(run) for run in known if not run.missed_gates})
-        steps = [Budget(f"{say.size(need)} or more", need) for need in needs]
+        # needs that a reader cannot tell apart are one step, the largest of them
+        needs = {say.size(need): need for need in sorted(_need(run) for run in known if not run.missed_gates)}
+        steps = [Budget(f"{size} or more", need) for size, need in needs.items()]
     merged = []
     for _, same in groupby((_choose(budget, known, differ) for budget in steps), key=lambda choice: choice.run):
         first, *others = same

@@ -123,11 +123,11 @@ def recommend(
             size(option.nbytes),
             size(option.memory),
             option.format,
-            option.unsupported or "",
+            option.unsupported or ("" if option.loads == "yes" else f"{option.runtime}: {'; '.join(option.notes)}"),
         ]
         for option in recommendation.options
     ]
-    print_table(["recipe", "mean KL where measured", "weights", "memory", "format", "why not"], rows)
+    print_table(["recipe", "mean KL where measured", "weights", "memory", "format", "why not, or its limits"], rows)
     print_line("\nnot known:")
     for sentence in recommendation.unknown:
         print_line(f"    {sentence}")

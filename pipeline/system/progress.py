@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 
 from rich.live import Live
 from rich.markup import escape
@@ -98,7 +99,8 @@ def progress(label: str) -> Iterator[OnStep]:
     try:
         yield step
     finally:
-        bar.stop()
+        if shown:
+            bar.stop()
 
 
 def shown(on_step: OnStep | None, label: str) -> contextlib.AbstractContextManager[OnStep]:
@@ -107,6 +109,6 @@ def shown(on_step: OnStep | None, label: str) -> contextlib.AbstractContextManag
 
 
 def _in_notebook() -> bool:
-    """Whether a kernel of Jupyter runs this program."""
+    """Whether a kernel of Jupyter runs this program, and can draw: rich does it by ipywidgets, and warns without."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return type(shell).__name__ == "ZMQInteractiveShell"
+    return type(shell).__name__ == "ZMQInteractiveShell" and find_spec("ipywidgets") is not None

@@ -111,6 +111,8 @@ def test_a_model_that_fits_anywhere_is_chosen_by_steps():
     assert chosen(compare(runs, context=0)) == {
         "2.00 MB or more": "nf4", "3.00 MB or more": "int8-dynamic", "6.00 MB or more": "baseline",
     }  # fmt: skip
+    runs.append(run("int8-channel", 0.003001, 0.0005))  # a reader sees 3.00 MB, too
+    assert chosen(compare(runs, context=0))["3.00 MB or more"] == "int8-channel"
 
 
 def test_what_misses_its_gates_is_not_chosen():
