@@ -51,6 +51,15 @@ class InputCounts:
         bits = rows.clamp(-limit, limit).to(torch.bfloat16).flatten().view(torch.int16)
         self._counts += torch.bincount(bits.to(torch.int64) & 0xFFFF, minlength=1 << 16)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        numbers = torch.tensor([self.low, self.high], dtype=torch.float64)
+        return {"values": self._counts, "range": numbers, "counts": torch.tensor([self.tokens, self.dropped])}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.low, self.high = state["range"].tolist()
+        self.tokens, self.dropped = state["counts"].tolist()
+        self._counts.copy_(state["values"])
+
     def values(self) -> tuple[Tensor, Tensor]:
         """The numbers that occurred, ascending, float32 [n], and how often each did, float64 [n]."""
         bits = self._counts.nonzero().flatten()

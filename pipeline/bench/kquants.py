@@ -62,9 +62,10 @@ class KQuant:
             worker = Worker(self.peer)
             stack.callback(worker.close)
             begun, output = _unquantized(comparison), folder / f"{self.recipe}.gguf"
-            request = {"do": "quantize", "source": str((begun / _FILE).resolve()), "output": str(output.resolve())}
-            request |= {"type": self.recipe, "threads": torch.get_num_threads()}
-            answer = worker.ask({**request, "importance": str(_importance(comparison, begun).resolve())})
+            paths = {"source": str((begun / _FILE).resolve()), "output": str(output.resolve())}
+            paths["importance"] = str(_importance(comparison, begun).resolve())
+            options = {"type": self.recipe, "threads": torch.get_num_threads()}
+            answer = worker.ask({"do": "quantize", **paths, **options})
             start = time.perf_counter()
             quality = _measured(comparison, worker, output, folder)
             whole = read_gguf(begun / _FILE)
@@ -145,7 +146,7 @@ def _importance(comparison: Comparison, folder: Path) -> Path:
         for number, window in enumerate(ids):
             step(number, len(ids))
             model(input_ids=window.unsqueeze(0).to(model.device), use_cache=False)
-    arrays = {name: (total / ids.numel()).float().cpu().numpy() for name, total in sums.items()}
+    arrays: dict[str, Any] = {name: (total / ids.numel()).float().cpu().numpy() for name, total in sums.items()}
     temporary = path.with_suffix(".tmp.npz")
     numpy.savez(temporary, **arrays)
     temporary.replace(path)

@@ -192,6 +192,10 @@ def quantize(
     seed: Annotated[
         str | None, typer.Option(help="Draws the windows; 0 by default, null for the text's first ones.")
     ] = None,
+    no_sequential: Annotated[
+        bool,
+        typer.Option("--no-sequential", help="Calibrated methods learn from the unquantized model, as budgets do."),
+    ] = False,
     max_fallback_layers: Annotated[
         int, typer.Option(min=0, help="Layers that may fall back to rounding to nearest.")
     ] = 0,
@@ -207,7 +211,7 @@ def quantize(
     settings = {**recipe_keys(recipe, budget, choice), "format": format}
     settings |= {"layers": load_layers(layer or []), "options": load_options(option or [])}
     settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
-    settings |= {"max_fallback_layers": max_fallback_layers, "observer": observer}
+    settings |= {"max_fallback_layers": max_fallback_layers, "observer": observer, "sequential": not no_sequential}
     settings |= load_options([f"keep_inputs={keep_inputs}"] if keep_inputs else [])
     settings |= {"distill": distill} if distill else {}
     settings |= calibration_keys(calibration, windows, context, seed)

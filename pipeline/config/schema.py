@@ -115,6 +115,7 @@ class RecipeDefaults(_Strict):
     )  # of the layers that quantize inputs, 5% at most leave them alone: the worst
     observer: str = AUTO  # of the range of static inputs: mse, percentile or minmax; auto is the first
     calibration: Calibrate | None = None  # None: the defaults above, where a method needs any
+    sequential: bool = True  # each block learns on what the quantized ones before it put out; false: unquantized ones
     distill: Distill | None = None  # the whole model is trained, once it is quantized; a number is that of its steps
     max_fallback_layers: int = Field(0, ge=0)  # where more layers fall back to rounding to nearest, the job fails
     fit_groups: bool = False  # a group size that does not divide a layer is made smaller, in powers of two
@@ -354,7 +355,7 @@ class Run(_Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     executor: str = "serial"  # how the jobs are carried out, see runs/executors
     executor_options: dict[str, Any] = {}  # of the executor, such as {address: auto} of ray
-    output: str = "runs"
+    output: str = "runs"  # a folder, or a URL that fsspec knows: s3://bucket/runs
 
     @field_validator("publish")
     @classmethod

@@ -11,6 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from ..errors import CheckpointError, ConfigError
 from ..storage.artifacts import DEMO, local_checkpoint
 from ..storage.checkpoint import INDEX, SINGLE, read_json
+from ..storage.gguf.source import container
 from .errors import HUB_ERRORS, download_error
 
 _COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
@@ -47,7 +48,7 @@ def resolve(model: str, revision: str | None = None) -> Source:
     if model == DEMO:
         return Source(DEMO, None, local_checkpoint(DEMO))
     path = Path(os.path.expanduser(model))  # unlike Path.expanduser, it lets an unknown ~user be
-    if model and os.path.isdir(path):
+    if model and (os.path.isdir(path) or container(path)):
         if revision:
             raise ConfigError(f"{model} is a local folder, which has no revision {revision}; leave revision out")
         return Source(path.resolve().name, None, local_checkpoint(path))
@@ -62,7 +63,8 @@ def local(model: str, revision: str | None = None) -> Source | None:
     Raises:
         ConfigError: it is neither a folder nor a Hub id.
     """
-    if model == DEMO or os.path.isdir(os.path.expanduser(model)) or model.count("/") != 1 or model[0] in "./~":
+    path = Path(os.path.expanduser(model))
+    if model == DEMO or os.path.isdir(path) or container(path) or model.count("/") != 1 or model[0] in "./~":
         return resolve(model, revision)
     try:
         folder = Path(huggingface_hub.snapshot_download(model, revision=revision, local_files_only=True))

@@ -72,6 +72,13 @@ class Statistic(Protocol):
     def add(self, inputs: Tensor) -> None:
         """Count inputs [..., in_features], floating. Rows with NaN or infinite values are left out."""
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was counted, for recipes that share it on the disk; asked for before the statistic is used."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what another statistic of as many inputs counted, to the bit; this one has counted nothing yet."""
+
 
 @dataclass(frozen=True)
 class LayerGroup:
@@ -220,7 +227,12 @@ class Method(Protocol):
     @property
     def needs_calibration(self) -> bool:
         """True if the method must see what the model does with calibration text."""
-        return bool(self.statistics) or type(self).transform is not Method.transform
+        return bool(self.statistics) or self.transforms
+
+    @property
+    def transforms(self) -> bool:
+        """True if the method changes a block before its layers are quantized."""
+        return type(self).transform is not Method.transform
 
     def problems(self, scheme: Scheme) -> list[str]:
         """Why the method cannot produce this scheme; [] if it can."""

@@ -4,7 +4,7 @@ GPTQ (arXiv 2210.17323, section 3.1) minimizes ||(W - W') X||^2 row by row; 2 H 
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,19 @@ class Hessian:
                 total.add_(torch.mm(panel.t(), wide[:, start:], out_dtype=torch.float32))
             else:
                 total.addmm_(panel.t(), wide[:, start:])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        assert self._dead is None, "a Hessian that was used is no sum any more"
+        panels = [self._sum[start : start + _PANEL, start:].reshape(-1) for start in range(0, len(self._sum), _PANEL)]
+        return {"sum": torch.cat(panels), "counts": torch.tensor([self.tokens, self.dropped])}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.tokens, self.dropped = state["counts"].tolist()
+        flat, size = state["sum"], len(self._sum)
+        for start in range(0, size, _PANEL):
+            panel = self._sum[start : start + _PANEL, start:]
+            panel.copy_(flat[: panel.numel()].view_as(panel))
+            flat = flat[panel.numel() :]
 
     def matrix(self) -> Tensor:
         """X^T X, float32 [in, in], symmetric; dead columns (inputs that were always 0) have the mean on the diagonal.

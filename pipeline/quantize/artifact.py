@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from ..storage import journal
 from ..storage.checkpoint import Checkpoint, read_json
 from ..storage.fingerprint import MANIFEST, check_fingerprint, open_work
 from ..system.progress import OnStep
+from ..system.threads import ahead
 from ..system.versions import versions
-from .budget import FOLDER, Choice, search
+from .budget import Choice, search
 from .distill import Quantized, distill
+from .independent import IndependentBlocks
 from .inputs import InputError, input_errors, with_inputs_kept
-from .plan import Plan, PlannedTensor, Unit, make_plan
+from .plan import Plan, PlannedTensor, Unit, blocks_at_a_time, make_plan
 from .recipe import Recipe, fingerprint, order_of_sums
-from .sequential import CalibratedBlocks, clear_states, save_reference_logits
+from .sequential import CalibratedBlocks, Solutions, clear_states, save_reference_logits
+from .statistics import SHARED, SharedStatistics
 from .weights import quantize_unit
 
 _INPUTS = "inputs.json"  # in the work folder: what rounding the inputs of each layer costs
@@ -110,6 +114,7 @@ def quantize(
     work: Path,
     on_step: OnStep = lambda done, total: None,
     shared: Path | None = None,
+    workers: int | None = None,
 ) -> list[str]:
     """Make `out`, an artifact folder that other runtimes load; take up what an earlier, broken call left in `work`.
 
@@ -117,7 +122,10 @@ def quantize(
         source: what to record of where the checkpoint came from ({"id", "revision"}).
         work: journal.jsonl and the unfinished artifact live here, on the same file system as `out`.
         on_step: called with (units done, units in all).
-        shared: where a budget's statistics and solutions are kept, for other budgets; None for `work`.
+        shared: where what recipes have in common is kept: statistics of the unquantized model, and a budget's
+            solutions; None for `work`.
+        workers: how many blocks are worked on at a time where they do not depend on each other; None for as many as the
+            machine has threads and memory for. The bytes are the same.
     Returns:
         Sentences on what happened on the way, such as a damaged shard that was made again.
     Raises:
@@ -135,24 +143,34 @@ def quantize(
     if store.is_occupied(out):
         raise ConfigError(f"{out} exists and was not made by bitpress; choose another output")
     if recipe.distill:
-        return _quantize_and_distill(checkpoint, source, recipe, out, work, on_step, shared or work / FOLDER)
-    settled = _settle(checkpoint, source, recipe, work, on_step, shared or work / FOLDER)
+        return _quantize_and_distill(checkpoint, source, recipe, out, work, on_step, shared)
+    settled = _settle(checkpoint, source, recipe, work, on_step, shared or work / SHARED)
     recipe, plan, chosen, errors = settled.recipe, settled.plan, settled.chosen, settled.errors
     folder = work / UNFINISHED
-    blocks = None
+    workers = workers or blocks_at_a_time(plan)
+    blocks, statistics = None, None
+    solved: Solutions | None = chosen.search if chosen else None
+    if recipe.calibration and not recipe.sequential:
+        statistics = SharedStatistics(plan, source, recipe, shared or work / SHARED)
+        wanted = {each.module: each.spec.statistics for each in plan.quantized if each.spec and each.block is not None}
+        inside = [unit for unit in plan.units if unit.block is not None]
+        statistics.gather(inside, wanted, partial(CalibratedBlocks, plan, recipe), on_step)
+        solved = IndependentBlocks(plan, recipe, statistics, workers)
+    elif recipe.calibration and shared and not chosen:
+        statistics = SharedStatistics(plan, source, recipe, shared)
     if recipe.calibration:
         # of what is solved already, one window makes the reference logits, unless blocks are learned from it
         learns = any(spec.method.learns for spec in recipe.rules.specs())
-        ids = recipe.calibration.ids[:1] if chosen and not learns else recipe.calibration.ids
+        ids = recipe.calibration.ids[:1] if solved and not learns else recipe.calibration.ids
         one = replace(recipe, calibration=replace(recipe.calibration, ids=ids))
-        blocks = CalibratedBlocks(plan, one, work, chosen.search if chosen else None)
+        blocks = CalibratedBlocks(plan, one, work, solved, statistics)
     store.make_folder(folder)
     progress = _Progress(plan, work, folder)
     written = sum(line["bytes"] for line in progress.done.values())
     size = sum(tensor.info.nbytes * _ratio(tensor) for tensor in plan.tensors)
     store.preflight(work, max(0, int(size) - written) + (blocks.nbytes() if blocks else 0))
     writer = plan.format.writer(folder, plan.dtype, len(plan.units))
-    lines = _write_units(plan, blocks, writer, progress, recipe.max_fallback_layers, on_step)
+    lines = _write_units(plan, blocks, writer, progress, recipe.max_fallback_layers, on_step, workers)
     files = _close(writer, checkpoint, plan, folder)
     layers = [layer for line in lines for layer in line["layers"]]
     tuned = [each for line in lines for each in line.get("tuned", [])]
@@ -227,7 +245,7 @@ def _quantize_and_distill(
     out: Path,
     work: Path,
     on_step: OnStep,
-    shared: Path,
+    shared: Path | None,
 ) -> list[str]:
     """Make `out` in three steps: the artifact without distillation, in the work folder; the training; the packing.
 
@@ -245,7 +263,7 @@ def _quantize_and_distill(
         on_step(done, 2 * total)
 
     notes = quantize(checkpoint, source, undistilled, begun, own, first_half, shared)
-    settled = _settle(checkpoint, source, undistilled, own, first_half, shared)
+    settled = _settle(checkpoint, source, undistilled, own, first_half, shared or own / SHARED)
     plan, artifact = settled.plan, open_quantized(begun)
     start = Quantized.read(artifact, plan)
     distilled = distill(plan, recipe, start, own / "steps", lambda done, _: on_step(steps + done, 2 * steps))
@@ -315,13 +333,15 @@ def _write_units(
     progress: _Progress,
     max_fallback_layers: int,
     on_step: OnStep,
+    workers: int,
 ) -> list[dict[str, Any]]:
     """Write every unit's shard that is not there yet; returns the journal's lines in the order of the units.
 
-    A shard is written, synced and journaled by a thread while the next one is quantized, one at a time and in order.
+    Shards are written, synced and journaled by a thread, one at a time and in order, while the next ones are quantized.
 
     Args:
         blocks: quantizes the decoder's blocks where some method is calibrated, one after the other.
+        workers: how many units are quantized at a time where none is.
     """
     total = len(plan.units)
     names = {store.shard_name(number, total): unit for number, unit in enumerate(plan.units)}
@@ -339,6 +359,17 @@ def _write_units(
         if blocks and unit.block is not None:
             blocks.committed(unit.block)
 
+    def quantized(number: int) -> tuple[dict[str, Any], Shard]:
+        """A unit's line in the journal, and its shard."""
+        unit, own = plan.units[number], plan.format.writer(writer.folder, plan.dtype, total)
+        if blocks is None or unit.block is None:
+            line = quantize_unit(plan, unit, own)
+        else:
+            line = blocks.quantize_block(unit, own, lambda part, parts: on_step(number * parts + part, total * parts))
+        return line, own.cut(number)
+
+    todo = [number for number, file in enumerate(names) if file not in finished]
+    shards = map(quantized, todo) if blocks else ahead(quantized, todo, workers)
     lines: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(1) as thread:
         pending: Future[None] | None = None
@@ -349,15 +380,7 @@ def _write_units(
                 _check_source(plan.checkpoint, unit, lines[file])
                 writer.adopt(lines[file])
             else:
-                if blocks and unit.block is not None:
-
-                    def on_part(part: int, parts: int, number: int = number) -> None:
-                        on_step(number * parts + part, total * parts)
-
-                    line = blocks.quantize_block(unit, writer, on_part)
-                else:
-                    line = quantize_unit(plan, unit, writer)
-                shard = writer.cut(number)
+                line, shard = next(shards)
                 if pending:
                     pending.result()
                 lines[file] = line | {"file": file}

@@ -43,8 +43,8 @@ from .plan import Plan, PlannedTensor, make_plan, patterns
 from .recipe import Recipe, fingerprint, order_of_sums
 from .sequential import CalibratedBlocks, clear_states
 from .spec import KEPT, LayerSpec, Rules
+from .statistics import SHARED, SharedStatistics
 
-FOLDER = ".budget"  # beside the recipes' folders of a run: what all its budgets share
 PROBE_TOKENS = 2048  # that a probe reads: on llama-12m the sum of such probes was within a few percent of what it says
 _MOST_POINTS = 1 << 16  # of the curve that are held; beyond, sizes are told apart to 1/65536 of the largest
 _CURVE = 40  # points of the curve that are recorded
@@ -133,7 +133,7 @@ class Search:
         """Plan, and take up what is finished; no weight is read yet.
 
         Args:
-            folder: FOLDER of a run; the search has a folder in it for each calibration.
+            folder: SHARED of a run; the search has a folder in it, and its statistics another.
         Raises:
             ConfigError: as of make_plan; or no format holds all choices.
         """
@@ -145,6 +145,7 @@ class Search:
         self.folder = folder / digest(origin)[:12]
         files.make_folder(self.folder)
         open_work(self.folder, origin)
+        self.statistics = SharedStatistics(self.plan, source, self.recipe, folder)
         self.journal = journal.Journal(self.folder / journal.NAME)
         self._solved = {line["block"]: line for line in self.journal.entries if "solutions" in line}
         self._probed = {line["unit"]: line["kl"] for line in self.journal.entries if "kl" in line}
@@ -175,7 +176,7 @@ class Search:
         first = next((n for n, unit in enumerate(units) if not self._finished(unit.block or 0)), len(units))
         if first == len(units):
             return
-        blocks = CalibratedBlocks(self.plan, self.recipe, self.folder)
+        blocks = CalibratedBlocks(self.plan, self.recipe, self.folder, shared=self.statistics)
         if first and not blocks.state(units[first].block or 0).exists():
             first = 0
         files.preflight(self.folder, blocks.nbytes() + sum(sum(unit.sizes(self.plan)) for unit in self.units))
@@ -445,14 +446,14 @@ def search(
 
 
 def clean(run: Path) -> list[Path]:
-    """Delete what budgets keep in a run's folder, or in those of its models; returns the folders that were deleted.
+    """Delete what recipes share in a run's folder, or in those of its models; returns the folders that were deleted.
 
     Raises:
-        ConfigError: there is no such folder. LockedError: a search is going on.
+        ConfigError: there is no such folder. LockedError: a search, or a calibration pass, is going on.
     """
     if not run.is_dir():
         raise ConfigError(f"{run} is no folder; expected that of a run, such as runs/demo")
-    kept = [path for path in (run / FOLDER, *sorted(run.glob(f"*/{FOLDER}"))) if path.is_dir()]
+    kept = [path for path in (run / SHARED, *sorted(run.glob(f"*/{SHARED}"))) if path.is_dir()]
     for path in kept:
         with journal.locked(path):
             files.remove_folder(path)

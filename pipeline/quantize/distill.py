@@ -191,7 +191,8 @@ class _Training:
         held = [number for number in range(len(ids)) if number % step == step - 1][:MOST_HELD_OUT]
         self.held_out, self.windows = ids[held], ids[[n for n in range(len(ids)) if n not in held]]
         self.student, self.scales, self.options = student, scales, options
-        self.parameters = [each.factors for each in (*scales.values(), *student.norms.values())]
+        self.learned: dict[str, LearnedScales | _Norm] = {**scales, **student.norms}
+        self.parameters = [each.factors for each in self.learned.values()]
         groups = ((scales, options.rate), (student.norms, options.norm_rate))
         self.optimizer = torch.optim.Adam(
             [{"params": [each.factors for each in own.values()], "rate": rate} for own, rate in groups if own],
@@ -201,7 +202,7 @@ class _Training:
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on, by name."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for number, (parameter, best) in enumerate(zip(self.parameters, self.best, strict=True)):
             own = self.optimizer.state[parameter]
             moments = {"value": parameter.detach(), "best": best, "mean": own["exp_avg"], "square": own["exp_avg_sq"]}
@@ -248,10 +249,9 @@ class _Training:
         One window is in memory at a time, with what its gradient needs. Gradients of weights are summed over the
         windows, and become gradients of scales once.
         """
-        own = {**self.scales, **self.student.norms}
         total, ids = 0.0, self.windows_of(number)
         with torch.enable_grad():
-            weights = {name: each.weight() for name, each in own.items()}
+            weights = {name: each.weight() for name, each in self.learned.items()}
             leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
             for window in ids:
                 with torch.no_grad():

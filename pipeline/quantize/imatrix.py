@@ -56,6 +56,13 @@ class SquareSums:
         self.tokens += len(rows)
         self.sums += rows.to(torch.float32).square().sum(0, dtype=torch.float64)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"sums": self.sums, "counts": torch.tensor([self.tokens, self.dropped])}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.tokens, self.dropped = state["counts"].tolist()
+        self.sums.copy_(state["sums"])
+
 
 @dataclass(frozen=True)
 class Importance:

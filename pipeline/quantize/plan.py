@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -36,6 +37,8 @@ from .recipe import Recipe
 from .spec import KEPT, LayerSpec, Rules
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_AT_A_TIME = 4  # blocks: each is rounded by all threads, and more only hide reading and writing
+_SHARE = 8  # of the memory: what blocks that are worked on at a time may take
 _SAMPLE_ROWS = (64, 128)  # of a layer, from whose sizes that of all rows follows: every format's tensors grow by rows
 
 
@@ -65,6 +68,16 @@ class PlannedTensor:
     def shape(self) -> tuple[int, ...]:
         """[out_features, in_features]."""
         return self.info.shape[::-1] if self.kind == "conv1d" else self.info.shape
+
+
+def blocks_at_a_time(plan: "Plan") -> int:
+    """How many blocks that do not depend on each other are worked on at a time: as the threads and the memory allow.
+
+    What they take is an eighth of this machine's memory at most.
+    """
+    largest = max(sum(each.info.nbytes + plan.stored_bytes(each) for each in unit.tensors) for unit in plan.units)
+    room = psutil.virtual_memory().total // _SHARE // max(1, largest)
+    return max(1, min(_MOST_AT_A_TIME, torch.get_num_threads(), room))
 
 
 def patterns(name: str, layers: Sequence[PlannedTensor]) -> list[str]:

@@ -1,6 +1,6 @@
 """How one model is quantized, settled and checked before any weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,8 @@ class Recipe:
     max_fallback_layers: the job fails where more layers than this fall back to rounding to nearest.
     fit_groups: a layer that its group size does not divide gets the largest smaller power of two that does.
     allow_split_fused: the parts of a unit that servers fuse, such as q, k and v, may differ.
+    sequential: calibrated methods learn each block on what the quantized blocks before it put out; else on what the
+    unquantized ones do, which recipes of a run share (see quantize/statistics.py).
     device: where calibrated methods do their work.
     transform: what is done to each block before the methods; None for nothing.
     observer: how the range of static inputs is chosen; None for the first way that their type has.
@@ -59,6 +61,7 @@ class Recipe:
     max_fallback_layers: int = 0
     fit_groups: bool = False
     allow_split_fused: bool = False
+    sequential: bool = True
     device: str = "cpu"
     transform: Transform | None = None
     observer: str | None = None
@@ -98,6 +101,7 @@ class Recipe:
             max_fallback_layers=settings.max_fallback_layers,
             fit_groups=settings.fit_groups,
             allow_split_fused=settings.allow_split_fused,
+            sequential=settings.sequential,
             device=str(pick_device(device)),
             transform=transforms()[settings.transform] if settings.transform else None,
             observer=None if settings.observer == AUTO else settings.observer,
@@ -144,6 +148,8 @@ class Recipe:
         for method in {spec.method.name: spec.method for spec in self.specs()}.values():
             described[f"{method.name}.version"] = method.version
             described |= {f"{method.name}.{name}": value for name, value in options_of(method).items()}
+        if not self.sequential:
+            described |= {"sequential": False}
         if self.transform:
             described |= {"transform": self.transform.name, "transform.version": self.transform.version}
         if self.observer:
@@ -215,6 +221,8 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         faults += _option_problems(settings)
     if settings.budget:
         faults += _budget_problems(settings)
+    if not settings.sequential and not faults:
+        faults += [(("sequential",), said) for said in _unsequential_problems(settings, specs)]
     if not specs and not faults and not settings.baseline:
         faults.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
     unused = (
@@ -247,6 +255,22 @@ def _budget_problems(settings: RecipeSettings) -> list[Problem]:
         said = "a budget calibrates all layers on the unquantized model; take true_sequential out, or the budget"
         faults.append((("options", "true_sequential"), said))
     return faults
+
+
+def _unsequential_problems(settings: RecipeSettings, specs: Sequence[LayerSpec]) -> list[str]:
+    """Why a recipe cannot learn from the statistics of the unquantized model alone."""
+    after = "leave sequential at true, its default"
+    if settings.budget:
+        return [f"a budget learns from the unquantized model anyway; {after}"]
+    if settings.transform:
+        return [f"{settings.transform} changes blocks before their statistics are gathered; {after}"]
+    if settings.options.get("true_sequential"):
+        return [f"true_sequential learns from quantized layers; take it out, or {after}"]
+    if changing := [spec.method for spec in specs if spec.method.learns or spec.method.transforms]:
+        return [f"{changing[0].name} works on whole blocks as the quantized ones before them feed them; {after}"]
+    if specs and not any(spec.needs_calibration for spec in specs) and not settings.inherits("sequential"):
+        return [NO_CALIBRATION.replace("calibration out", "sequential out")]
+    return []
 
 
 def _option_problems(settings: RecipeSettings) -> list[Problem]:

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, LockedError
 from ..formats.base import Writer, group_by_bytes
-from ..methods import uncalibrated_method
-from ..methods.base import Diagnostics, Method, Statistic, Tuned
+from ..methods.base import Diagnostics, Method, Tuned
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
@@ -30,19 +29,19 @@ from .block_runner import BlockRunner, BlockView, TrainableBlock
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
 from .spec import LayerSpec
+from .statistics import Kinds, SharedStatistics, Statistics
 from .weights import (
     UnitWriter,
     diagnosed,
+    quantize_calibrated,
     quantize_outside,
-    quantize_weight,
+    quantize_unreached,
     read_ahead,
-    round_uncalibrated,
     with_common_scales,
 )
 
 REFERENCE_LOGITS = "reference_logits.safetensors"
 REFERENCE_TOKENS = 64
-_FEW = 2  # times its inputs: an expert that saw fewer tokens is rounded to nearest
 # Bytes of experts' statistics that are in memory at a time. 128 experts of Qwen3-MoE have Hessians of 2.4 GB, which
 # take five passes over the tokens so.
 MOST_STATISTICS = 1 << 29
@@ -68,16 +67,24 @@ class Solutions(Protocol):
 class CalibratedBlocks:
     """The decoder blocks of a recipe of which some method is calibrated."""
 
-    def __init__(self, plan: Plan, recipe: Recipe, work: Path, solved: Solutions | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        work: Path,
+        solved: Solutions | None = None,
+        shared: SharedStatistics | None = None,
+    ):
         """Build the model; no weight is read yet.
 
         Args:
             work: the folder of states/ and of the reference logits.
             solved: layers that were quantized before; None to quantize them here.
+            shared: where other recipes may have statistics of blocks that nothing has changed.
         """
         assert recipe.calibration is not None
-        self.checkpoint, self.plan = plan.checkpoint, plan
-        self.transform, self.observer = recipe.transform, recipe.observer
+        self.checkpoint, self.plan, self.recipe, self.shared = plan.checkpoint, plan, recipe, shared
+        self.transform = recipe.transform
         self.states, self.reference_logits, self.solved = work / _STATES, work / REFERENCE_LOGITS, solved
         # float16 activations overflow in many models that were trained in bfloat16
         dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
@@ -91,7 +98,10 @@ class CalibratedBlocks:
                 f"{tuning[0].name} was given 1 window of calibration text, and holds some out to judge what it learns "
                 "from the others; give at least 2 (calibration: {windows: 128})"
             )
-        self.last = max(planned.block for planned in plan.tensors if planned.block is not None)
+        blocks = [planned.block for planned in plan.tensors if planned.block is not None]
+        self.first, self.last = min(blocks), max(blocks)
+        # blocks are changed before their statistics are gathered
+        self.changes = bool(recipe.transform) or any(spec.method.transforms for spec in recipe.specs())
         self._embedded = False
         self.changed: dict[str, Tensor] = {}
         self.transformed: list[Transformed] = []
@@ -139,6 +149,16 @@ class CalibratedBlocks:
         counts = [len(batch) for batch in self.runner.batches]
         return next(Checkpoint.single(path).read_rows(_HIDDEN, [counts[number]], sum(counts[:number])))
 
+    def _load(self, unit: Unit, digest: Any) -> dict[str, Tensor]:
+        """Put a block into the model; returns its tensors by name, hashed on the way."""
+        weights: dict[str, Tensor] = {}
+        for planned, tensor in read_ahead(self.checkpoint, unit, digest):
+            check_finite(planned.info.name, tensor)
+            weights[planned.info.name] = tensor
+        assert unit.block is not None
+        self.runner.load_block(unit.block, ((planned, weights[planned.info.name]) for planned in unit.tensors))
+        return weights
+
     def quantize_block(self, unit: Unit, writer: Writer, on_part: OnStep = lambda done, total: None) -> dict[str, Any]:
         """Add a block's tensors to the writer's next shard; returns the shard's line in the journal.
 
@@ -155,11 +175,7 @@ class CalibratedBlocks:
         if not self._embedded:
             self._start(block)
         digest = hashlib.sha256()
-        weights: dict[str, Tensor] = {}
-        for planned, tensor in read_ahead(self.checkpoint, unit, digest):
-            check_finite(planned.info.name, tensor)
-            weights[planned.info.name] = tensor
-        self.runner.load_block(block, ((planned, weights[planned.info.name]) for planned in unit.tensors))
+        weights = self._load(unit, digest)
         methods: list[Method] = []
         for planned in unit.tensors if self.runner.reached(block) else ():
             if planned.spec and planned.spec.method not in methods:
@@ -264,54 +280,52 @@ class CalibratedBlocks:
             return
         if not self.runner.reached(block):
             for planned in layers:
-                weight, why = weights.pop(planned.info.name), "text alone does not go through its block"
-                if planned.spec and planned.spec.scheme.static:
-                    raise _unseen(planned, why)
-                qtensor, diagnostics = round_uncalibrated(planned, weight, self.plan, why)
-                yield planned, qtensor, replace(diagnostics, tokens=0)
+                yield planned, *quantize_unreached(planned, weights.pop(planned.info.name), self.plan)
             return
         stages: dict[str, list[list[PlannedTensor]]] = {"": []}
         for group in self.runner.groups(layers, next(self._inputs(block))) if layers else ():
             ordered = any(planned.spec.method.true_sequential for planned in group if planned.spec)
             # all experts of a kind are one stage: they share a parameter of the model
             stages.setdefault(group[0].target.parameter if ordered else "", []).append(group)
-        for stage in stages.values():
+        unquantized = block == self.first and not self.changes
+        for name, stage in stages.items():
             finished: list[tuple[PlannedTensor, QTensor]] = []
-            for groups in group_by_bytes(stage, _statistics_bytes, MOST_STATISTICS):
-                wanted = [(group[0], asked) for group in groups if (asked := _statistics(group))]
-                collected = self.runner.collect(wanted, self._inputs(block))
+            for groups in group_by_bytes(stage, lambda group: _bytes(group, _kinds(group)), MOST_STATISTICS):
+                wanted = [(group, kinds) for group in groups if (kinds := _kinds(group))]
+                collected = self._collect(block, wanted, unquantized and not name)
                 for group in groups:
-                    statistics = collected.pop(0) if _statistics(group) else {}  # freed after its group
+                    statistics = collected.pop(0) if _kinds(group) else {}  # freed after its group
                     for planned in group:
-                        qtensor, diagnostics = self._quantize(planned, weights.pop(planned.info.name), statistics)
+                        weight = weights.pop(planned.info.name)
+                        qtensor, diagnostics = quantize_calibrated(planned, weight, self.plan, statistics, self.recipe)
                         finished.append((planned, qtensor))
                         yield planned, qtensor, diagnostics
                     del statistics
             for planned, qtensor in finished:  # not before: all passes of a stage see the same block
                 self.runner.set_weight(planned, qtensor.dequantize(self.runner.dtype))
 
-    def _quantize(
-        self, planned: PlannedTensor, weight: Tensor, statistics: dict[type[Statistic], Statistic]
-    ) -> tuple[QTensor, Diagnostics]:
-        """One layer, by its method; an expert that saw too few tokens to be calibrated is rounded to nearest."""
-        assert planned.spec
-        method = planned.spec.method
-        own = tuple(statistics[kind] for kind in method.statistics)
-        needed = _FEW * planned.shape[1]
-        few = min((each.tokens for each in own), default=needed)
-        if not planned.target.expert or few >= needed or uncalibrated_method(planned.spec.scheme) is None:
-            weight = weight.to(self.runner.device) if own else weight
-            qtensor, diagnostics = quantize_weight(planned, weight, self.plan, method, own)
-        else:
-            qtensor, diagnostics = round_uncalibrated(planned, weight, self.plan, f"it saw fewer than {needed} tokens")
-            diagnostics = replace(diagnostics, tokens=few)
-        if static := planned.spec.scheme.static:
-            seen = {kind: statistics[kind] for kind in static.statistics}
-            if not all(each.tokens for each in seen.values()):
-                raise _unseen(planned, "no calibration token reaches it; give more or other calibration text")
-            inputs = static.tensors(seen, self.observer or static.observers[0])
-            qtensor = replace(qtensor, extra={**qtensor.extra, **inputs})
-        return qtensor, diagnostics
+    def _collect(
+        self, block: int, groups: Sequence[tuple[Sequence[PlannedTensor], Kinds]], unquantized: bool
+    ) -> list[Statistics]:
+        """The statistics of the input that each group of layers reads, of these kinds.
+
+        Those of a block that nothing has changed are shared with other recipes. Nobody waits for another recipe that is
+        gathering them just now.
+        """
+        wanted = [(group[0], kinds) for group, kinds in groups]
+        exact = all(kind.multiplies_inputs for _, kinds in wanted for kind in kinds)  # else sums depend on the mixture
+        if not (self.shared and unquantized and exact and wanted):
+            return self.runner.collect(wanted, self._inputs(block))
+        layers = {planned.module: kinds for group, kinds in groups for planned in group}
+        try:
+            with self.shared.locked(0) as entries:
+                if not self.shared.holds(block, layers):
+                    collected = self.runner.collect(wanted, self._inputs(block))
+                    self.shared.add(entries, block, [group for group, _ in groups], collected)
+                    return collected
+                return [self.shared.load(group[0].module, group[0].shape[1]) or {} for group, _ in groups]
+        except LockedError:
+            return self.runner.collect(wanted, self._inputs(block))
 
     def solve_block(
         self, unit: Unit, choices: Mapping[str, Sequence[LayerSpec]]
@@ -331,30 +345,51 @@ class CalibratedBlocks:
         assert block is not None
         if not self._embedded:
             self._start(block)
-        weights: dict[str, Tensor] = {}
-        for planned, tensor in read_ahead(self.checkpoint, unit, hashlib.sha256()):
-            check_finite(planned.info.name, tensor)
-            weights[planned.info.name] = tensor
-        self.runner.load_block(block, ((planned, weights[planned.info.name]) for planned in unit.tensors))
+        weights = self._load(unit, hashlib.sha256())
         before = dict(weights)
         self.transformed = self._transform(block, unit, weights)
         self.changed = {name: tensor for name, tensor in weights.items() if not torch.equal(tensor, before[name])}
         layers = [planned for planned in unit.tensors if planned.module in choices]
         groups = self.runner.groups(layers, next(self._inputs(block))) if layers and self.runner.reached(block) else []
         every = [[replace(each, spec=spec) for each in group for spec in choices[each.module]] for group in groups]
-        for part in group_by_bytes(every, _statistics_bytes, MOST_STATISTICS):
-            wanted = [(group[0], asked) for group in part if (asked := _statistics(group))]
-            collected = self.runner.collect(wanted, self._inputs(block))
+        for part in group_by_bytes(every, lambda group: _bytes(group, _kinds(group)), MOST_STATISTICS):
+            wanted = [(group, kinds) for group in part if (kinds := _kinds(group))]
+            collected = self._collect(block, wanted, not self.changes)
             for group in part:
-                statistics = collected.pop(0) if _statistics(group) else {}
+                statistics = collected.pop(0) if _kinds(group) else {}
                 for planned in group:
-                    yield planned, *self._quantize(planned, weights[planned.info.name], statistics)
+                    weight = weights[planned.info.name]
+                    yield planned, *quantize_calibrated(planned, weight, self.plan, statistics, self.recipe)
                 del statistics
         for planned in layers if not groups else ():
             for spec in choices[planned.module]:
                 own = replace(planned, spec=spec)
-                why = "text alone does not go through its block"
-                yield own, *round_uncalibrated(own, weights[planned.info.name], self.plan, why)
+                yield own, *quantize_unreached(own, weights[planned.info.name], self.plan)
+        if block != self.last:
+            self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
+        self.runner.unload_block()
+
+    def statistics(
+        self, unit: Unit, wanted: Mapping[str, Kinds]
+    ) -> Iterator[tuple[list[list[PlannedTensor]], list[Statistics]]]:
+        """Groups of layers of a block that read one input, and the statistics of each, as many as fit at a time.
+
+        The block stays as it is. Afterwards the next block's inputs, which it puts out, are on the disk. There are none
+        for a block that text alone does not go through.
+
+        Args:
+            wanted: layer -> kinds of statistics.
+        """
+        block = unit.block
+        assert block is not None
+        if not self._embedded:
+            self._start(block)
+        self._load(unit, hashlib.sha256())
+        layers = [planned for planned in unit.tensors if wanted.get(planned.module)]
+        groups = self.runner.groups(layers, next(self._inputs(block))) if layers and self.runner.reached(block) else []
+        kinds = {id(group): tuple({kind: 0 for each in group for kind in wanted[each.module]}) for group in groups}
+        for part in group_by_bytes(groups, lambda group: _bytes(group, kinds[id(group)]), MOST_STATISTICS):
+            yield part, self.runner.collect([(group[0], kinds[id(group)]) for group in part], self._inputs(block))
         if block != self.last:
             self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
         self.runner.unload_block()
@@ -402,26 +437,14 @@ def save_reference_logits(
     _write_reference_logits(work / REFERENCE_LOGITS, ids[0], runner.logits(hidden)[0])
 
 
-def _unseen(planned: PlannedTensor, why: str) -> ConfigError:
-    """The refusal of a layer whose inputs are to be calibrated, and never seen."""
-    assert planned.spec
-    return ConfigError(
-        f"{planned.module}: {planned.spec.scheme.name} calibrates its inputs, and {why}; or give the layer another "
-        f"scheme by a rule, as in layers: {{'{planned.module}': int8-channel}} "
-        f"(--layer '{planned.module}=int8-channel')"
-    )
-
-
-def _statistics(group: Iterable[PlannedTensor]) -> tuple[type[Statistic], ...]:
+def _kinds(group: Iterable[PlannedTensor]) -> Kinds:
     """What has to be known of the input of a group's layers."""
     return tuple(dict.fromkeys(kind for each in group if each.spec for kind in each.spec.statistics))
 
 
-def _statistics_bytes(group: Sequence[PlannedTensor]) -> int:
+def _bytes(group: Sequence[PlannedTensor], kinds: Kinds) -> int:
     """What a group of an expert's layers adds to the statistics in memory; other layers are few, and come along."""
-    if not group[0].target.expert:
-        return 0
-    return sum(kind.nbytes(group[0].shape[1]) for kind in _statistics(group))
+    return sum(kind.nbytes(group[0].shape[1]) for kind in kinds) if group[0].target.expert else 0
 
 
 def clear_states(work: Path) -> None:

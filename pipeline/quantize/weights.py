@@ -21,7 +21,11 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
 from ..system.threads import one_ahead
 from .plan import Plan, PlannedTensor, Unit
+from .recipe import Recipe
 from .spec import LayerSpec
+from .statistics import Statistics
+
+_FEW = 2  # times its inputs: an expert that saw fewer tokens is rounded to nearest
 
 
 def with_common_scales(unit: Unit, read: Callable[[PlannedTensor], Tensor]) -> Unit:
@@ -168,6 +172,59 @@ def round_uncalibrated(planned: PlannedTensor, weight: Tensor, plan: Plan, why: 
     qtensor, diagnostics = quantize_weight(planned, weight, plan, nearest)
     note = f"rounded by {nearest.name}: {why}"
     return qtensor, replace(diagnostics, note=f"{note}; {diagnostics.note}" if diagnostics.note else note)
+
+
+def quantize_calibrated(
+    planned: PlannedTensor, weight: Tensor, plan: Plan, statistics: Statistics, recipe: Recipe
+) -> tuple[QTensor, Diagnostics]:
+    """A layer by its method, from statistics of its inputs, and what is stored of these where they are static.
+
+    An expert that saw too few tokens to be calibrated is rounded to nearest.
+
+    Raises:
+        ConfigError: inputs that are to be calibrated were never seen.
+    """
+    assert planned.spec
+    method = planned.spec.method
+    own = tuple(statistics[kind] for kind in method.statistics)
+    needed = _FEW * planned.shape[1]
+    few = min((each.tokens for each in own), default=needed)
+    if not planned.target.expert or few >= needed or uncalibrated_method(planned.spec.scheme) is None:
+        weight = weight.to(recipe.device) if own else weight
+        qtensor, diagnostics = quantize_weight(planned, weight, plan, method, own)
+    else:
+        qtensor, diagnostics = round_uncalibrated(planned, weight, plan, f"it saw fewer than {needed} tokens")
+        diagnostics = replace(diagnostics, tokens=few)
+    if static := planned.spec.scheme.static:
+        seen = {kind: statistics[kind] for kind in static.statistics}
+        if not all(each.tokens for each in seen.values()):
+            raise unseen(planned, "no calibration token reaches it; give more or other calibration text")
+        inputs = static.tensors(seen, recipe.observer or static.observers[0])
+        qtensor = replace(qtensor, extra={**qtensor.extra, **inputs})
+    return qtensor, diagnostics
+
+
+def quantize_unreached(planned: PlannedTensor, weight: Tensor, plan: Plan) -> tuple[QTensor, Diagnostics]:
+    """A layer of a block that text alone does not go through, rounded to nearest.
+
+    Raises:
+        ConfigError: its inputs are to be calibrated; or only calibrated methods can produce its scheme.
+    """
+    why = "text alone does not go through its block"
+    if planned.spec and planned.spec.scheme.static:
+        raise unseen(planned, why)
+    qtensor, diagnostics = round_uncalibrated(planned, weight, plan, why)
+    return qtensor, replace(diagnostics, tokens=0)
+
+
+def unseen(planned: PlannedTensor, why: str) -> ConfigError:
+    """The refusal of a layer whose inputs are to be calibrated, and never seen."""
+    assert planned.spec
+    return ConfigError(
+        f"{planned.module}: {planned.spec.scheme.name} calibrates its inputs, and {why}; or give the layer another "
+        f"scheme by a rule, as in layers: {{'{planned.module}': int8-channel}} "
+        f"(--layer '{planned.module}=int8-channel')"
+    )
 
 
 def read_ahead(checkpoint: Checkpoint, unit: Unit, digest: Any) -> Iterator[tuple[PlannedTensor, Tensor]]:

@@ -22,11 +22,12 @@ from ..config.schema import Eval, RecipeSettings, Run
 from ..data.text import read_text
 from ..data.tokens import longest
 from ..errors import ConfigError
+from ..formats.names import fused_unit
 from ..models.structure import TensorNames, skeleton
 from ..quantize.block_runner import BATCH_TOKENS
 from ..quantize.budget import PROBE_TOKENS, BudgetUnit, plan_search
 from ..quantize.distill import CHECKS, MOST_HELD_OUT
-from ..quantize.plan import Plan, make_plan
+from ..quantize.plan import Plan, blocks_at_a_time, make_plan
 from ..quantize.recipe import Recipe
 from ..quantize.spec import LayerSpec
 from ..storage.checkpoint import INDEX, Checkpoint
@@ -42,6 +43,11 @@ _CHARACTERS = 4  # of text for a token, about; what is measured is the text's le
 _LINE, _FEW = 400, 2000  # bytes that index and manifest have for each layer, and besides
 _LEARNED = 24  # bytes for each weight of a block that a method learns: float32 copies, gradients, two moments of Adam
 _DISTILLED = 20  # bytes for each weight while the whole model is distilled: float32 weights, gradients, and codes
+# Bytes of float32 copies, codes and errors for each weight that GPTQ works on, and of its Hessian's factor for each of
+# the Hessian: 31 bytes and 4.1 were measured on layers of 4096 inputs, of 4096 rows on two threads.
+_SOLVED, _FACTORED = 40, 5
+_ROWS = (1024, 2048)  # that a thread of GPTQ works on
+_ROUNDED, _DEQUANTIZED = 12, 6  # for each weight that is rounded just now; for each of a layer that is put back
 _LOGITS = 16  # bytes for each logit while two models are compared: both, in float32, and what they are turned into
 
 
@@ -178,6 +184,7 @@ def quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, se
         notes=plan.notes,
         layers=[(spec, _largest(plan, spec, units)) for spec in specs.values()],
         search=recipe.budget is not None,
+        gathering=0.0 if recipe.sequential and not recipe.budget else 4.0 * _inside(plan) * tokens,
     )
 
 
@@ -238,42 +245,65 @@ def _calibration_tokens(recipe: Recipe, settings: RecipeSettings, config: Any) -
 
 
 def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units: list[BudgetUnit]) -> int:
-    """Bytes at the peak of quantizing: of the process, a shard read, made and being written, and what a layer takes.
+    """Bytes at the peak of quantizing, which is that of its hungriest step.
 
-    Calibrated methods add the tensors outside the blocks, the activations of a few batches, and statistics; those that
-    learn what a block takes with its gradients; a budget's probes the whole model in float32; distillation that, what
-    is learned, and what the gradient of a window needs.
+    Steps are: units read, made and being written, several at a time where blocks do not depend on each other; the
+    tensors outside the blocks in the model, for its embeddings and its logits; a calibrated block with the activations
+    of a few batches, the statistics of its layers, and what solving the hungriest of them takes. Methods that learn add
+    a block's gradients; a budget's probes hold the whole model in float32; distillation holds that, what is learned,
+    and what the gradient of a window needs.
     """
-    largest = max(sum(tensor.info.nbytes + plan.stored_bytes(tensor) for tensor in unit.tensors) for unit in plan.units)
+    sizes = [
+        sum(each.info.nbytes + (plan.stored_bytes(each) if each.spec else 0) for each in unit.tensors)
+        for unit in plan.units
+    ]
+    threads, workers = torch.get_num_threads(), blocks_at_a_time(plan)
     widest = max(prod(tensor.shape) for tensor in plan.quantized)
-    total = _PROCESS + 2 * largest + 12 * widest
+    layer = _ROUNDED * min(widest, threads << 20) + _DEQUANTIZED * widest
     if not recipe.calibrated:
-        return total
+        return _PROCESS + (workers + 1) * max(sizes) + workers * layer
     config = plan.model.config.get_text_config()
     outside = sum(tensor.info.nbytes for tensor in plan.tensors if tensor.block is None)
-    batch = BATCH_TOKENS.get(recipe.device, BATCH_TOKENS["cpu"])
+    logits = 4 * longest(plan.model.config, calibration_of(settings).context) * config.vocab_size
     inner = max(max(tensor.shape) for tensor in plan.quantized)
-    activations = _BATCHES_AT_A_TIME * batch * 3 * inner * 4
-    statistics: dict[int | None, int] = {}
-    for tensor in plan.quantized:
-        if tensor.spec and not tensor.target.expert:
-            own = sum(kind.nbytes(tensor.shape[1]) for kind in tensor.spec.method.statistics)
-            statistics[tensor.block] = statistics.get(tensor.block, 0) + own
-    total += outside + activations + max(statistics.values(), default=0)
-    total += 4 * longest(plan.model.config, calibration_of(settings).context) * config.vocab_size
+    batch = BATCH_TOKENS.get(recipe.device, BATCH_TOKENS["cpu"])
+    activations = min(threads, _BATCHES_AT_A_TIME) * batch * 3 * inner * 4
+    statistics, solving = 0, layer
+    for unit in plan.units:
+        gathered: dict[tuple[int, str], int] = {}  # layers of a fused unit read one input
+        for each in unit.tensors if unit.block is not None else ():
+            if each.spec and (kinds := each.spec.method.statistics):
+                own = sum(kind.nbytes(each.shape[1]) for kind in kinds)
+                rows = min(each.shape[0], threads * min(max(-(-each.shape[0] // threads), _ROWS[0]), _ROWS[1]))
+                solve = max(_FACTORED * own, _SOLVED * each.shape[1] * rows)
+                solving = max(solving, solve + _DEQUANTIZED * prod(each.shape))
+                if not each.target.expert:
+                    gathered[each.shape[1], fused_unit(each.module)] = own
+        statistics = max(statistics, sum(gathered.values()))
+    steps = [2 * max(sizes), outside + max(logits, max(sizes)), 2 * max(sizes) + activations + statistics + solving]
+    if not recipe.sequential:  # blocks are solved from statistics on the disk
+        steps.append((workers + 1) * max(sizes) + workers * (statistics + solving))
     if any(spec.method.learns for spec in recipe.rules.specs()):
-        blocks = [unit for unit in plan.units if unit.block is not None]
-        total += _LEARNED * max(sum(prod(t.shape) for t in unit.tensors if t.spec) for unit in blocks)
+        learned = [
+            sum(prod(each.shape) for each in unit.tensors if each.spec) for unit in plan.units if unit.block is not None
+        ]
+        steps[2] += _LEARNED * max(learned)
+    total = _PROCESS + max(steps)
     whole = 4 * sum(prod(tensor.info.shape) for tensor in plan.tensors)
     if units:
         total = max(total, _PROCESS + whole + _LOGITS * PROBE_TOKENS * config.vocab_size)
     if recipe.distill:
-        learned = _DISTILLED * sum(prod(tensor.shape) for tensor in plan.quantized)
+        trained = _DISTILLED * sum(prod(tensor.shape) for tensor in plan.quantized)
         tokens = longest(plan.model.config, calibration_of(settings).context)
         depth = len({tensor.block for tensor in plan.quantized})
         kept = 4 * tokens * 8 * inner * depth  # of a window, for its gradient
-        total = max(total, _PROCESS + whole + learned + kept + 2 * _LOGITS * tokens * config.vocab_size)
+        total = max(total, _PROCESS + whole + trained + kept + 2 * _LOGITS * tokens * config.vocab_size)
     return total
+
+
+def _inside(plan: Plan) -> int:
+    """How many weights of matrices lie in the decoder's blocks."""
+    return sum(prod(each.shape) for each in plan.tensors if each.block is not None and len(each.info.shape) > 1)
 
 
 def _quantize_work(
@@ -286,9 +316,7 @@ def _quantize_work(
     artifact: int,
 ) -> Work:
     """The work of making an artifact. A budget solves each layer by each choice, and probes each of these."""
-    inside = sum(
-        prod(tensor.shape) for tensor in plan.tensors if tensor.block is not None and len(tensor.info.shape) > 1
-    )
+    inside = _inside(plan)
     choices = [(tensor, spec) for unit in units for spec in unit.specs if spec for tensor in unit.layers]
     choices = choices or [(tensor, tensor.spec) for tensor in plan.quantized if tensor.spec]
     rounded: dict[str, tuple[LayerSpec, float]] = {}

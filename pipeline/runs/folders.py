@@ -3,11 +3,19 @@
 from pathlib import Path
 
 from ..config.schema import BASELINE, Model, Run
+from ..storage.remote import RemoteFolder, is_remote, local_output
 
 
 def run_folder(run: Run) -> Path:
     """The folder of a run, with its report."""
-    return Path(run.output).expanduser() / run.name
+    return local_output(run.output) / run.name
+
+
+def remote_folder(run: Run) -> RemoteFolder | None:
+    """The copy of a run's folder at the URL of its output; None where the output is a folder of this machine."""
+    if not is_remote(run.output):
+        return None
+    return RemoteFolder(f"{run.output.rstrip('/')}/{run.name}", run_folder(run))
 
 
 def model_folder(run: Run, model: Model) -> Path:

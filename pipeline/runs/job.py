@@ -19,9 +19,9 @@ from ..evaluate.results import origin_of_run
 from ..evaluate.verify import verify_artifact
 from ..hub.download import Source
 from ..quantize.artifact import DISTILLED, UNFINISHED, quantize
-from ..quantize.budget import FOLDER
 from ..quantize.recipe import Recipe
 from ..quantize.sequential import clear_states
+from ..quantize.statistics import SHARED
 from ..storage import files, journal
 from ..storage.artifacts import ARTIFACT
 from ..storage.checkpoint import Checkpoint
@@ -43,6 +43,7 @@ class Job:
         override: gates that are missed are recorded as overridden, and are no error.
         redo: make the artifact again, whatever the one that is there was made from.
         patience: seconds that it waits for the lock of its folder; a worker that is lost may hold it for a while.
+        shares: whether other jobs on the model may learn from the same statistics, or by the same search.
         memory: bytes at its peak, by the plan; 0 where nobody knows. searches: whether it takes part in the search that
             the budgets on one model share.
     """
@@ -59,6 +60,7 @@ class Job:
     override: bool = False
     redo: bool = False
     patience: float = 0.0
+    shares: bool = False
     memory: int = 0
     searches: bool = False
 
@@ -130,8 +132,9 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
     say(f"quantize by {recipe.method}{f', calibrated on {recipe.calibration}' if recipe.calibration else ''}")
     if recipe.calibration and recipe.calibration.name == job.conditions.text:
         say(f"{job.conditions.text} is also what is measured, so the figures will flatter: give eval.text another text")
+    shared = beside / SHARED if job.shares else None
     with progress("quantizing") as step:
-        notes = quantize(checkpoint, job.source.to_dict(), recipe, artifact, job.folder, step, beside / FOLDER)
+        notes = quantize(checkpoint, job.source.to_dict(), recipe, artifact, job.folder, step, shared)
     remember_headers(artifact)
     for note in notes:
         say(note)

@@ -56,6 +56,7 @@ class JobPlan:
     unknown: sentences on what no plan can tell. kept: reason -> names of tensors that stay as they are.
     runtimes: see checkpoints.runtimes.verdicts. notes: what the recipe left open and the plan decided.
     layers: for each spec its largest layer. search: whether it takes part in a search that budgets share.
+    gathering: floating-point operations of a pass of the unquantized model, which other jobs may take up.
     """
 
     model: str
@@ -76,6 +77,7 @@ class JobPlan:
     notes: list[str] = field(default_factory=list)
     layers: list[tuple[LayerSpec, Shape]] = field(default_factory=list)
     search: bool = False
+    gathering: float = 0.0
 
     @property
     def nbytes(self) -> int:

@@ -19,12 +19,14 @@ from ..quantize.recipe import Recipe
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import nearest_folder
 from ..storage.fingerprint import MANIFEST
+from ..storage.remote import local_output
 from ..system import packages
 from ..system.device import pick_device, total_memory
 from ..system.remembered import remembered
 from ..system.unexpected import unexpected
 from ..trackers import trackers
 from .executors import executor
+from .folders import run_folder
 from .job_plan import FINISHED, HALF_DONE, NOT_BEGUN, JobPlan, Work
 from .rates import Rates, measure
 
@@ -40,6 +42,7 @@ ASSUMPTIONS = (
 NODE_ASSUMPTIONS = (
     "all nodes are alike, and each runs one job at a time",
     "a model's baseline ends before its recipes begin, and budgets that share a search run one after the other",
+    "a pass of the unquantized model that recipes share is counted once, for the first of them, and waited for by none",
     "what is sent or downloaded takes no time",
 )
 
@@ -108,7 +111,7 @@ class RunPlan:
     @property
     def folder(self) -> Path:
         """The folder of the run, with its report."""
-        return Path(self.run.output).expanduser() / self.run.name
+        return run_folder(self.run)
 
     def to_dict(self, rates: Rates, nodes: int | None = None) -> dict[str, Any]:
         """The plan in plain values, its times by these rates; with `nodes`, also on so many machines."""
@@ -138,7 +141,7 @@ class RunPlan:
                         f"{size(total)}; use another machine, or take the recipe out"
                     )
                 )
-        output = Path(self.run.output).expanduser().absolute()
+        output = local_output(self.run.output).absolute()
         needed, free = sum(job.disk for job in self.jobs), psutil.disk_usage(str(nearest_folder(output))).free
         if needed > free:
             faults.append(
@@ -206,7 +209,7 @@ def plan_run(run: Run, names: Sequence[tuple[Model, str, Path]]) -> RunPlan:
             raise
         except BaseException as error:  # the job itself will say so; others are not to blame
             jobs.append(replace(job, problem=str(unexpected(error))))
-    jobs = _shared_searches(jobs, recipes)
+    jobs = _shared_passes(_shared_searches(jobs, recipes), recipes)
     sentences = [f"{', '.join(dict.fromkeys(wanted[package]))}: {reason}" for package, reason in missing.items()]
     try:
         trackers(run.track)
@@ -260,6 +263,21 @@ def _shared_searches(jobs: list[JobPlan], recipes: Mapping[str, RecipeSettings])
             if (key := (job.folder.parent, settings.model_dump_json())) in seen:
                 own = job.work["quantize"]
                 job = replace(job, work=job.work | {"quantize": Work(read=own.read, written=own.written)})
+            seen.add(key)
+        result.append(job)
+    return result
+
+
+def _shared_passes(jobs: list[JobPlan], recipes: Mapping[str, RecipeSettings]) -> list[JobPlan]:
+    """The jobs, of which those that learn the same of the unquantized model gather it once, in the first one."""
+    seen: set[tuple[Path, str]] = set()
+    result = []
+    for job in jobs:
+        own = job.work.get("quantize")
+        if own and job.gathering:
+            if (key := (job.folder.parent, calibration_of(recipes[job.recipe]).model_dump_json())) in seen:
+                less = replace(own, products=max(0.0, own.products - job.gathering), statistics=0.0)
+                job = replace(job, work=job.work | {"quantize": less})
             seen.add(key)
         result.append(job)
     return result

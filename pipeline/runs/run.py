@@ -31,7 +31,7 @@ from ..system.unexpected import unexpected
 from ..trackers import trackers
 from ..trackers.base import TrackedJob, Tracker
 from .executors import executor
-from .folders import jobs_of, model_folder, recipe_names, run_folder
+from .folders import jobs_of, model_folder, recipe_names, remote_folder, run_folder
 from .job import Job, Outcome
 from .plan import RunPlan, plan_run
 
@@ -60,6 +60,9 @@ def execute(
             there is no room for all of them. No job has started then.
     """
     carries_out, keepers = executor(run.executor, run.executor_options), trackers(run.track)
+    remote = remote_folder(run)
+    if remote and (count := remote.fetch()):
+        say(f"{count} files of earlier work came from {remote.url}")
     plan = plan or plan_run(run, jobs_of(run))
     plan.check()
     planned_jobs = {job.folder: job for job in plan.jobs}
@@ -85,6 +88,8 @@ def execute(
 
     for outcome in carries_out.map(jobs(), say):
         outcomes[outcome.folder] = outcome
+        if remote and (count := remote.send()):
+            say(f"{outcome.model}  {outcome.recipe}  {count} files sent to {remote.url}")
     for model in run.models:
         folder = model_folder(run, model)
         if all(outcomes[folder / name].metrics for name in recipe_names(run)):
@@ -136,7 +141,15 @@ def plan_jobs(run: Run, model: Model, command: str = "", override: bool = False,
             calibration = calibrations[key]
         folder = parent / settings.label
         jobs.append(replace(baseline, name=settings.label, recipe=settings, calibration=calibration, folder=folder))
+    for number, job in enumerate(jobs):
+        alike = [other for other in jobs if other.calibration is job.calibration]
+        jobs[number] = replace(job, shares=(job.calibration is not None and len(alike) > 1) or _budgeted(job))
     return jobs
+
+
+def _budgeted(job: Job) -> bool:
+    """Whether a job has a budget, whose search later budgets of the same run take up."""
+    return job.recipe is not None and job.recipe.budget is not None
 
 
 def summarize(run: Run, outcomes: Sequence[Outcome]) -> Path | None:
@@ -158,7 +171,10 @@ def summarize(run: Run, outcomes: Sequence[Outcome]) -> Path | None:
                 continue
             if metrics.get("checkpoint") is None:  # an external one, which happens to lie there, is not the run's
                 finished.append(metrics)
-    return write_report(run_folder(run), finished, refused) if finished else None
+    page = write_report(run_folder(run), finished, refused) if finished else None
+    if remote := remote_folder(run):
+        remote.send()
+    return page
 
 
 def _track(run: Run, keepers: Sequence[Tracker], outcome: Outcome, say: Say) -> Outcome:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, listing
 from .checkpoint import INDEX, SINGLE
+from .gguf.source import container, unpacked
 
 DEMO = "builtin:demo"
 ARTIFACT = "artifact"  # in the folder of a recipe's run
@@ -23,15 +24,19 @@ def is_checkpoint(folder: Path) -> bool:
 def local_checkpoint(model: str | Path) -> Path:
     """The checkpoint's folder that a path means, or `builtin:demo`.
 
+    A GGUF file of another program, or a folder with one and no config.json, means what it is unpacked to in the cache.
     The folder of a recipe's run (runs/NAME/RECIPE) means the artifact in it, and that of a whole run (runs/NAME) the
     artifact of its only recipe. A path that is neither, or does not exist, means itself.
 
     Raises:
+        CheckpointError: a GGUF file that holds no model known here.
         ConfigError: a run of several recipes; a run of the baseline alone, which has no weights of its own.
     """
     if str(model) == DEMO:
         return (Path(__file__).parents[1] / "demo_model" / "config.json").resolve().parent
     folder = Path(model)
+    if (file := container(folder)) is not None:
+        return unpacked(file)
     if is_checkpoint(folder) or not folder.is_dir():
         return folder
     if (folder / ARTIFACT).is_dir():

@@ -1,8 +1,9 @@
 """Row-wise work spread over threads."""
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -32,6 +33,29 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> li
     """function of each item, in order; as many items at a time as torch has threads, each on one of them."""
     with pool(torch.get_num_threads()) as run:
         return list(run(function, items))
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """function of each item, in order; `workers` threads are that many items ahead, and no more wait in memory.
+
+    Each of them has as many of torch's threads as this one, so that sums are divided, and results are, as without it.
+    """
+    count = torch.get_num_threads()
+    coming: deque[Future[Result]] = deque()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(count,)) as executor:
+            try:
+                for item in items:
+                    if len(coming) == workers:
+                        yield coming.popleft().result()
+                    coming.append(executor.submit(function, item))
+                while coming:
+                    yield coming.popleft().result()
+            finally:
+                for future in coming:
+                    future.cancel()
+    finally:
+        torch.set_num_threads(count)
 
 
 def one_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

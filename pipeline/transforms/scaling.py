@@ -6,7 +6,7 @@ whatever dtype it lies, and the transformed block computes the same bits as befo
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -57,6 +57,17 @@ class InputRange:
         self.tokens += len(rows)
         while sum(map(len, self._rows)) > 2 * _SAMPLE:
             self._rows, self._step = [torch.cat(self._rows)[::2].clone()], 2 * self._step
+
+    def state_dict(self) -> dict[str, Tensor]:
+        counts = torch.tensor([self.tokens, self.dropped, self._step])
+        rows = torch.cat([self.largest.new_empty(0, len(self.largest)), *self._rows])
+        return {"largest": self.largest, "sum": self._sum, "rows": rows, "counts": counts}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.tokens, self.dropped, self._step = state["counts"].tolist()
+        self.largest.copy_(state["largest"])
+        self._sum.copy_(state["sum"])
+        self._rows = [state["rows"].to(self.largest.device)]
 
     @property
     def mean(self) -> Tensor:

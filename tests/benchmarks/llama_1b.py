@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 SHAPE = {
@@ -19,12 +19,16 @@ SHAPE = {
 
 
 def make_checkpoint(folder: Path) -> None:
-    """Random bfloat16 weights, and a tokenizer of words without meaning."""
+    """Random bfloat16 weights, and a tokenizer of bytes, such as llama.cpp has too."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.bfloat16).save_pretrained(folder)
-    words = {f"w{number}": number for number in range(SHAPE["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merge = ("a", "b")  # llama.cpp wants one
+    words = [*letters, "".join(merge)]
+    words += [f"word {number}" for number in range(SHAPE["vocab_size"] - len(words))]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [merge]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 if __name__ == "__main__":

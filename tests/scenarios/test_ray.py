@@ -71,6 +71,22 @@ def test_a_node_is_killed_and_its_job_goes_on_elsewhere(make_run: Callable[..., 
     assert not list(Path(run.output).rglob(".shared-*"))
 
 
+def test_a_job_that_no_node_is_left_for_ends_with_an_error(make_run: Callable[..., Run], cluster: Any) -> None:
+    only = cluster.add_node(num_cpus=1, **cluster.room)
+    news: list[str] = []
+
+    def say(line: str) -> None:
+        news.append(line)
+        if "gptq-int4-g32  quantize by" in line:
+            cluster.remove_node(only, allow_graceful=False)
+
+    run = make_run("ray", 128, recipes=["gptq/int4-g32"], address=cluster.address, cpus=1, patience=3.0)
+    outcomes = execute(run, "", say)
+    assert outcomes[0].error is None
+    assert str(outcomes[1].error).startswith("no node joined in 3 s that can run it: it needs 1 CPUs")
+    assert sum("waits 3 s for a node" in line for line in news) == 1
+
+
 def test_files_are_sent_where_nodes_do_not_share_a_disk(make_run: Callable[..., Run], cluster: Any) -> None:
     for _ in range(2):
         cluster.add_node(num_cpus=1, **cluster.room)

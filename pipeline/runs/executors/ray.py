@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..job import Job, Outcome
 
 _PERIOD = 0.5  # seconds between two looks at the tasks, and between two reports of a task's progress
+_LOOK = 2.0  # seconds between two looks at the nodes
 _PATIENCE = 300.0  # seconds that a job waits for the lock of a worker that is lost and has not ended yet
 _PIECE = 16 << 20  # bytes of a file that are sent at a time
 _VERSIONS = ("bitpress", "torch", "transformers")  # that all nodes must have alike, up to a patch
@@ -46,6 +47,7 @@ class Ray(Executor):
     gpus: that each job takes; None for one where the cluster has GPUs and the config's device may be cuda.
     storage: shared where workers see the output folder, gather where its files are sent to them and back; auto looks.
     retries: how often a job whose worker is lost begins again.
+    patience: seconds that a job waits when no node is left that could run it, for one to join the cluster.
     """
 
     address: str | None = None
@@ -53,6 +55,7 @@ class Ray(Executor):
     gpus: Annotated[float | None, Field(ge=0)] = None
     storage: Literal["auto", "shared", "gather"] = "auto"
     retries: Annotated[int, Field(ge=0, le=1000)] = 3
+    patience: Annotated[float, Field(ge=0)] = 60.0
 
     name: ClassVar[str] = "ray"
     rank: ClassVar[int] = 10
@@ -113,6 +116,9 @@ class Ray(Executor):
         known: dict[int, Job] = {}
         attempts: dict[int, int] = {}
         states: dict[int, dict[str, Any]] = {}
+        needs: dict[int, dict[str, float]] = {}
+        hopeless: dict[int, float] = {}  # job that no node can run -> since when
+        looked = time.monotonic()
 
         def blocked(number: int) -> bool:
             """Whether an earlier job on the same model is to end before: the baseline, or one of the same search."""
@@ -128,12 +134,12 @@ class Ray(Executor):
                 known[pair[0]] = waiting[pair[0]] = pair[1]
             for number in [number for number in waiting if not blocked(number)]:
                 job = waiting.pop(number)
-                needs = {"CPU": threads, "GPU": self._gpus(job, nodes), "memory": job.memory}
-                if why := _unplaceable(needs, nodes):
+                needs[number] = {"CPU": threads, "GPU": self._gpus(job, nodes), "memory": job.memory}
+                if number not in attempts and (why := _unplaceable(needs[number], nodes)):
                     yield Outcome(job.model, job.name, job.folder, error=ConfigError(why))
                     continue
                 task = _Task(number, threads, self.storage, token_of(job.folder.parent), releases())
-                resources = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "memory": needs["memory"]}
+                resources = {"num_cpus": threads, "num_gpus": needs[number]["GPU"], "memory": job.memory}
                 running[function.options(max_retries=0, **resources).remote(job, task, board)] = number
             done = ray.wait(list(running), timeout=_PERIOD)[0] if running else []
             news, states = ray.get(board.take.remote())
@@ -142,6 +148,20 @@ class Ray(Executor):
                 heading = f"{job.model}  {job.name}"
                 say(heading if line == heading else f"{heading}  {line.strip()}")
             show([_row(known[n], states.get(n, {}), n in waiting, n in running.values()) for n in sorted(known)])
+            if time.monotonic() - looked > _LOOK:  # else a task that no node is left for would wait for ever
+                looked, nodes = time.monotonic(), _nodes()
+                for reference, number in list(running.items()):
+                    why = None if "node" in states.get(number, {}) else _unplaceable(needs[number], nodes)
+                    since = hopeless.setdefault(number, looked) if why else hopeless.pop(number, looked)
+                    if why and since == looked:
+                        say(f"{known[number].model}  {known[number].name}  waits {self.patience:g} s for a node: {why}")
+                    if why and looked - since >= self.patience and reference not in done:
+                        ray.cancel(reference)
+                        del running[reference]
+                        ray.get(board.give_back.remote(known[number].folder, False))
+                        job, kept = known[number], "what is finished is kept"
+                        reason = BitpressError(f"no node joined in {self.patience:g} s that can run it: {why}; {kept}")
+                        yield Outcome(job.model, job.name, job.folder, error=reason)
             for task_reference in done:
                 number = running.pop(task_reference)
                 job = known[number]
@@ -160,7 +180,9 @@ class Ray(Executor):
                 if lost and attempts[number] <= self.retries:
                     node = states.get(number, {}).get("node", "a node")
                     say(f"{job.model}  {job.name}  its worker on {node} was lost; it goes on elsewhere")
-                    waiting[number], nodes = job, _nodes()
+                    waiting[number] = job
+                    ray.get(board.forget.remote(number))
+                    states.pop(number, None)
                 else:
                     ray.get(board.give_back.remote(job.folder, False))
                     yield Outcome(job.model, job.name, job.folder, error=reason)
@@ -253,6 +275,10 @@ class Board:
     def show(self, number: int, state: Mapping[str, Any]) -> None:
         """Note how far a job is."""
         self._states.setdefault(number, {}).update(state)
+
+    def forget(self, number: int) -> None:
+        """Forget how far a job was, whose worker is lost."""
+        self._states.pop(number, None)
 
     def take(self) -> tuple[list[tuple[int, str]], dict[int, dict[str, Any]]]:
         """The news since the last call, and the states of all jobs."""

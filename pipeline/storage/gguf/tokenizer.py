@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint import read_json
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # tokenizer.ggml.token_type
-_SPACE = "\u2581"  # what SentencePiece has for a space
+SPACE = "\u2581"  # what SentencePiece has for a space
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CASED = (
@@ -21,7 +21,7 @@ _CASED = (
     r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # (regular expression, ignore_merges) -> llama.cpp's name
-_NAMES = {
+PRE_TOKENIZERS = {
     (_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST, True): "llama-bpe",
     (_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST, False): "dbrx",
     (_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST, False): "qwen2",
@@ -64,7 +64,7 @@ def tokenizer_metadata(files: Mapping[str, Path], config: Mapping[str, Any]) -> 
     kinds = [_kind(number, ids, added, model, by_bytes) for number in range(size)]
     for number, entry in added.items():
         if not entry.get("special"):
-            tokens[number] = entry["content"].replace(_SPACE, " ")
+            tokens[number] = entry["content"].replace(SPACE, " ")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or []]
     metadata: dict[str, Any] = {}
     if by_bytes:
@@ -111,7 +111,7 @@ def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     if len(steps) == 2 and shown[1] == "ByteLevel without its own regular expression":
         pattern = (steps[0].get("pattern") or {}).get("Regex") if steps[0].get("type") == "Split" else None
         whole = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
-        if whole and (name := _NAMES.get((str(pattern), merges))) is not None:
+        if whole and (name := PRE_TOKENIZERS.get((str(pattern), merges))) is not None:
             return name
     also = " (with ignore_merges)" if merges else ""
     raise ValueError(
@@ -172,12 +172,12 @@ def _space_prefix(tokenizer: Mapping[str, Any]) -> bool:
     prefix = False
     for step in _steps(tokenizer.get("normalizer"), "normalizers"):
         replaced = (step.get("pattern") or {}).get("String"), step.get("content")
-        if step.get("type") == "Prepend" and step.get("prepend") == _SPACE:
+        if step.get("type") == "Prepend" and step.get("prepend") == SPACE:
             prefix = True
-        elif step.get("type") != "Replace" or replaced != (" ", _SPACE):
+        elif step.get("type") != "Replace" or replaced != (" ", SPACE):
             raise ValueError(f"the tokenizer normalizes text by {_shown(step)}, which llama.cpp does not")
     for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
-        if step.get("type") == "Metaspace" and step.get("replacement") == _SPACE and not step.get("split"):
+        if step.get("type") == "Metaspace" and step.get("replacement") == SPACE and not step.get("split"):
             prefix = prefix or step.get("prepend_scheme") in ("first", "always")
         elif step.get("type") != "Split" or (step.get("pattern"), step.get("behavior")) != (
             {"String": " "},

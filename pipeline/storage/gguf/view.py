@@ -1,8 +1,10 @@
 """A GGUF file as everyone else sees a checkpoint: the tensors by transformers' names, rows in transformers' order."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,22 +12,25 @@ from ...errors import CheckpointError
 from ..sources.base import ReadRows
 from ..tensor_info import TensorInfo
 from .architectures import Architecture, Place, architecture_of, is_generated, permute_back
-from .file import GGUFFile
+from .file import BlockType, GGUFFile
 
 _MOST_EXPERTS = 4096
 BLOCKS = "blocks"  # X.blocks: the blocks of layer X, uint8 [out, blocks, bytes of a block]
 
 
 class GGUFTensors:
-    """The tensors of a GGUF file that bitpress wrote, in whose folder lies the config.json.
+    """The tensors of a GGUF file, in whose folder lies the config.json.
+
+    Where that has a quantization_config, bitpress wrote the file, and blocks are there as they lie in it. Else another
+    program did, and they are dequantized as they are read.
 
     Attributes:
-        tensors: name -> TensorInfo, in file order. Blocks are there as they lie in the file, as X.blocks.
-        dtype, sentence: None; nothing is dequantized.
+        tensors: name -> TensorInfo, in file order; blocks that are not dequantized as X.blocks.
+        dtype: None; the config's own dtype is that of the tensors.
+        sentence: what is dequantized; None where nothing is.
     """
 
     dtype = None
-    sentence = None
 
     def __init__(self, file: GGUFFile, config: Mapping[str, Any]):
         """Name the tensors.
@@ -35,6 +40,8 @@ class GGUFTensors:
         """
         self._places: dict[str, Place] = {}
         self._infos: dict[str, TensorInfo] = {}
+        self._kinds: dict[str, BlockType] = {}  # of tensors that are dequantized
+        self._dense = None if config.get("quantization_config") else _dtype(config)
         self.tensors: dict[str, TensorInfo] = {}
         try:
             self._architecture = architecture_of(config)
@@ -45,16 +52,24 @@ class GGUFTensors:
             raise CheckpointError(f"{file.path} is of the architecture {stated!r}, and config.json means {own}")
         for name, info in file.stored().items():
             if not is_generated(name):
-                self._add(info, self._architecture, config, file.tensors[name].kind.dtype is None)
+                self._add(info, self._architecture, config, file.tensors[name].kind)
+        self.sentence = None
+        if self._kinds:
+            kinds = ", ".join(sorted({kind.name for kind in self._kinds.values()}))
+            self.sentence = (
+                f"{len(self._kinds)} weights lie in {file.path.name} as {kinds}; they are dequantized one at a time to "
+                f"{str(self._dense).removeprefix('torch.')}"
+            )
 
-    def _add(self, info: TensorInfo, architecture: Architecture, config: Mapping[str, Any], coded: bool) -> None:
+    def _add(self, info: TensorInfo, architecture: Architecture, config: Mapping[str, Any], kind: BlockType) -> None:
+        coded = kind.dtype is None
         whole = "_exps." not in info.name
         if not whole and info.shape[0] > _MOST_EXPERTS:
             raise CheckpointError(f"{info.file}: {info.name} has {info.shape[0]} experts, at most {_MOST_EXPERTS}")
         names = architecture.names(info.name, 1 if whole else info.shape[0]) or [info.name]
         whole = whole or names == [info.name]  # nothing of the model
         for number, name in enumerate(names):
-            shown = f"{name.removesuffix('.weight')}.{BLOCKS}" if coded else name
+            shown = f"{name.removesuffix('.weight')}.{BLOCKS}" if coded and self._dense is None else name
             place = architecture.place(name, config) or Place(info.name)
             shape = info.shape if whole else info.shape[1:]
             if place.flat:
@@ -62,24 +77,34 @@ class GGUFTensors:
             nbytes = info.nbytes if whole else info.nbytes // info.shape[0]
             offset = info.offset + (0 if whole else number * nbytes)
             self.tensors[shown] = self._infos[shown] = TensorInfo(shown, info.file, info.dtype, shape, offset, nbytes)
+            if coded and self._dense is not None:
+                dense = (*shape[:-2], shape[-2] * kind.values)
+                size = math.prod(dense) * self._dense.itemsize
+                self.tensors[shown] = TensorInfo(shown, info.file, self._dense, dense, offset, size)
+                self._kinds[shown] = kind
             if place.heads or place.shift:
                 self._places[shown] = place
 
     def __contains__(self, name: str) -> bool:
         """Whether a tensor does not lie in the file as it is shown."""
-        return name in self._places
+        return name in self._places or name in self._kinds
 
     def stored_bytes(self, name: str) -> int:
         return self._infos[name].nbytes
 
     def rows(self, name: str, start: int, stop: int, read: ReadRows) -> Tensor:
-        """Rows of a tensor whose rows lie in another order, or whose values lie shifted.
+        """Rows of a tensor that is dequantized, whose rows lie in another order, or whose values lie shifted.
 
         Raises:
-            CheckpointError: its rows are no whole heads.
+            CheckpointError: its rows are no whole heads, or the package that dequantizes it is missing.
         """
-        info, place = self._infos[name], self._places[name]
+        info, place, kind = self._infos[name], self._places.get(name), self._kinds.get(name)
+        if place is None:
+            assert kind is not None
+            return self._dequantized(read(info, start, stop), kind, info)
         tensor = read(info, 0, info.shape[0])
+        if kind is not None:
+            tensor = self._dequantized(tensor, kind, info)
         if place.heads:
             if not isinstance(place.heads, int) or place.heads < 1 or info.shape[0] % (2 * place.heads):
                 raise CheckpointError(f"{name}: {info.shape[0]} rows are no {place.heads} heads of an even size")
@@ -87,3 +112,22 @@ class GGUFTensors:
         if place.shift:
             tensor = tensor.to(torch.float32) - place.shift
         return tensor[start:stop].contiguous()
+
+    def _dequantized(self, blocks: Tensor, kind: BlockType, info: TensorInfo) -> Tensor:
+        """Blocks [.., blocks, bytes] as numbers [.., in] of the config's dtype."""
+        try:
+            import gguf
+        except ImportError as error:
+            raise CheckpointError(
+                f"{info.file} is dequantized by the package gguf, which is not installed; pip install gguf"
+            ) from error
+        flat = blocks.flatten(-2).reshape(-1, blocks.shape[-2] * blocks.shape[-1])
+        with np.errstate(all="ignore"):  # a scale that is not finite shows in the weights, which are checked
+            values = gguf.quants.dequantize(flat.numpy(), gguf.GGMLQuantizationType(kind.id))
+        return torch.from_numpy(values).reshape(*blocks.shape[:-2], -1).to(self._dense)
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """What a config.json says that the model computes with; bfloat16 where it does not say."""
+    named = str(config.get("dtype", config.get("torch_dtype")))
+    return {"float32": torch.float32, "float16": torch.float16}.get(named, torch.bfloat16)

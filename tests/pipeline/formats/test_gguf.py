@@ -25,7 +25,10 @@ from bitpress.pipeline.evaluate import worker
 from bitpress.pipeline.evaluate.verify import verify_artifact, verify_task
 from bitpress.pipeline.formats import registry
 from bitpress.pipeline.formats.gguf import FILE, block_type
-from bitpress.pipeline.models.loading import load_model
+from bitpress.pipeline.hub.download import resolve
+from bitpress.pipeline.models.loading import load_dense, load_model
+from bitpress.pipeline.models.pretrained import load_tokenizer
+from bitpress.pipeline.models.quantized import read_layer, read_quantized
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 from bitpress.pipeline.storage.gguf.architectures import generated_tensors, model_metadata, permute, permute_back
@@ -35,6 +38,11 @@ from bitpress.pipeline.storage.gguf.tokenizer import tokenizer_metadata
 FORMAT = registry()["gguf"]
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 17, 60, 33, 2, 80, 9, 41]])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +74,21 @@ def logits_by_transformers(folder: Path, alone: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(alone, gguf_file=FILE, dtype=torch.float32, **options)
     with torch.no_grad():
         return model.eval()(IDS).logits
+
+
+def assert_read_without_its_folder(artifact: Path, folder: Path, alone: Path) -> None:
+    """A file alone, as another program's, has the same weights, dequantized to bfloat16, and the same tokenizer."""
+    own, other = Checkpoint(artifact), Checkpoint(resolve(str(alone / FILE)).folder)
+    contents = read_quantized(own)
+    for layer, scheme in contents.schemes.items():
+        dense = read_layer(own, contents.format, scheme, layer).dequantize()
+        read = other.read(f"{layer}.weight")
+        assert torch.equal(read, dense.to(read.dtype)), layer
+    for name in contents.plain:
+        assert torch.equal(other.read(name).float(), own.read(name).float()), name
+    text = "hello world, hello"
+    assert load_tokenizer(other.folder)(text).input_ids == load_tokenizer(folder)(text).input_ids
+    assert load_dense(other)(IDS).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -126,6 +149,7 @@ def test_transformers_computes_the_same(name: str, source: Callable[..., Path], 
     theirs = logits_by_transformers(artifact, tmp_path / "alone")
     # the order of sums is the same; Gemma's norms are stored plus 1, which rounds the last bit of float32
     assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+    assert_read_without_its_folder(artifact, folder, tmp_path / "alone")
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
@@ -137,6 +161,9 @@ def test_experts_lie_in_one_tensor(name: str, source: Callable[..., Path], tmp_p
     file = read_gguf(artifact / FILE)
     assert file.tensors["blk.0.ffn_gate_exps.weight"].shape == (4, 128 if name == "mixtral" else 64, 64)
     assert file.metadata[f"{file.metadata['general.architecture']}.expert_count"] == 4
+    (tmp_path / "alone").mkdir()
+    shutil.copy(artifact / FILE, tmp_path / "alone")
+    assert_read_without_its_folder(artifact, folder, tmp_path / "alone")
     assert torch.equal(logits_of(artifact), logits_of(other))  # gptq has float16 scales, too, so the same codes
     first = Checkpoint(artifact).read(
         next(n for n in Checkpoint(artifact).tensors if "experts.3." in n and ".blocks" in n)

@@ -17,6 +17,7 @@ from bitpress.pipeline.quantize import budget
 from bitpress.pipeline.quantize.budget import Front, Search
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.quantize.sequential import REFERENCE_LOGITS, CalibratedBlocks
+from bitpress.pipeline.quantize.statistics import SHARED
 from bitpress.pipeline.storage import files
 from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json
 from bitpress.pipeline.storage.fingerprint import MANIFEST
@@ -185,8 +186,8 @@ def test_blocks_are_learned_within_a_budget(budgeted):
 
 
 def test_clean(budgeted, tmp_path):
-    (tmp_path / budget.FOLDER).mkdir()
-    assert budget.clean(tmp_path) == [tmp_path / budget.FOLDER]
+    (tmp_path / SHARED).mkdir()
+    assert budget.clean(tmp_path) == [tmp_path / SHARED]
     assert budget.clean(tmp_path) == []
 
 

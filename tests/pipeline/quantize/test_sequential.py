@@ -18,7 +18,7 @@ from bitpress.pipeline.evaluate import measure, verify, worker
 from bitpress.pipeline.formats import registry as formats
 from bitpress.pipeline.methods.absmax import Absmax
 from bitpress.pipeline.models.loading import load_model
-from bitpress.pipeline.quantize import sequential
+from bitpress.pipeline.quantize import sequential, weights
 from bitpress.pipeline.quantize.block_runner import BlockRunner
 from bitpress.pipeline.quantize.plan import PlannedTensor
 from bitpress.pipeline.quantize.recipe import Recipe
@@ -71,14 +71,14 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def hessians(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Layer -> the Hessian that it was given."""
     found: dict[str, Tensor] = {}
-    original = sequential.quantize_weight
+    original = weights.quantize_weight
 
     def spy(planned: PlannedTensor, weight: Tensor, plan: Any, method: Any, statistics: Any = ()) -> Any:
         for hessian in statistics:
             found[planned.module] = hessian.matrix().double()
         return original(planned, weight, plan, method, statistics)
 
-    monkeypatch.setattr(sequential, "quantize_weight", spy)
+    monkeypatch.setattr(weights, "quantize_weight", spy)
     return found
 
 
