@@ -34,7 +34,6 @@ _ROOM = 256  # tokens that a cache grows by, at least; an eighth of what it hold
 # Inputs of 16 bits that are to stay as they are: from so many rows on, torch's product with a dequantized weight is the
 # faster one. A layer of SmolLM2 on Zen 4 takes 36 ms by it and 49 in one call for 512 rows, 8.2 and 5.7 for 64.
 _LONG = 192
-_AT_A_TIME = 512  # rows that go through all layers before the next do: MOST_ROWS of csrc/layer.c
 _STATES = ("keys", "values", "room", "_length", "_states")
 # Up to so many rows, and numbers in them, a dense head's product is the library's. On two cores of Zen 4, with torch's:
 # 1 row of SmolLM2 (49152 x 576) 1.7 and 3.7 ms, 4 rows 2.4 and 4.1; of 32000 x 2048 3.6 and 6.8, 4 rows 10.0 and 6.4.
@@ -337,25 +336,21 @@ class _Decoding:
 def _room_for(cache: Any, steps: "list[_Decoding]", x: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Keys and values of these layers with room for x [batch, count, hidden]; at the end they are the cache's.
 
-    Without a cache, layers of as many heads share the same room: each is done with it before the next begins.
+    Each layer has its own, without a cache too: the first tokens are through all layers before the next ones begin.
     """
     count = x.shape[1]
     rooms: list[tuple[Tensor, Tensor]] = []
-    shared: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     growing: list[GrowingLayer] = []
     for step in steps:
-        heads, dim = step.key_heads, step.dim
-        if (heads, dim) not in shared:
-            states = torch.empty((len(x), heads, 0 if cache is not None else count, dim), dtype=x.dtype)
-            shared[heads, dim] = (states, torch.empty_like(states))
+        states = torch.empty((len(x), step.key_heads, 0 if cache is not None else count, step.dim), dtype=x.dtype)
         if cache is None:
-            rooms.append(shared[heads, dim])
+            rooms.append((states, torch.empty_like(states)))
             continue
         layer: Any = cache.layers[step.index]
         if type(layer) is not GrowingLayer:
             layer = cache.layers[step.index] = GrowingLayer(layer)
         growing.append(layer)
-        rooms.append(layer.make_room(shared[heads, dim][0], count))
+        rooms.append(layer.make_room(states, count))
     yield rooms
     for layer in growing:
         layer.advance(count)
@@ -435,12 +430,7 @@ class _WholeDecoder:
         elif attention_mask is None and count > 1 and not (position_ids.diff() == 1).all():
             return None  # several texts in one sequence
         cos, sin = base.rotary_emb(x, position_ids=position_ids)  # type: ignore[operator]
-        kept = cache
-        if cache is None and batch * count > _AT_A_TIME:  # the first rows' keys are wanted when the next go through
-            kept = DynamicCache(config=config)
-            if None in {step._length(kept, x) for step in self.steps}:
-                return None
-        with _room_for(kept, self.steps, x) as rooms:
+        with _room_for(cache, self.steps, x) as rooms:
             y = self.native.step(x.contiguous(), (cos.contiguous(), sin.contiguous()), rooms, length, first)
         return self.output(last_hidden_state=y, **{self.cache: cache})
 
