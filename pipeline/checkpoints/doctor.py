@@ -249,7 +249,7 @@ def _headers(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
     return remembered(
         "headers",
-        {"files": checkpoint.identity()},
+        {"files": checkpoint.model_identity()},
         ask,
         keep=lambda headers: not (headers["faults"] or headers["mismatches"] or headers["repeated"]),
     )

@@ -126,7 +126,7 @@ class CompressedTensors(Format):
         return tensors
 
     def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
-        if "weight" not in tensors and is_packed_integer(Scheme(scheme.weight)):
+        if "weight" not in tensors and _is_packed(scheme):
             return _read_packed(scheme, tensors)
         if packed_float := _float4(scheme):
             return _read_float4(scheme, tensors, packed_float[1])

@@ -1,5 +1,6 @@
 """What a config's jobs will take, and what is wanting before the first of them can start."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -239,9 +240,9 @@ def _estimated(
         return estimate.quantized(job, run, checkpoint, recipe, settings).estimates()
 
     text = run.eval.text
-    read = Path(text).stat() if isinstance(text, str) and Path(text).is_file() else None
+    read = Path(text).stat() if isinstance(text, str) and os.path.isfile(text) else None
     key = {
-        "files": checkpoint.identity(),
+        "files": checkpoint.model_identity(),
         "sizes": [(path.name, path.stat().st_size) for path in checkpoint.other_files()],
         "state": [job.state, (job.folder / "artifact" / MANIFEST).exists()],
         "recipe": settings.model_dump(mode="json") if settings else None,

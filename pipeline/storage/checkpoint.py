@@ -425,15 +425,18 @@ class Checkpoint:
             left -= size
 
     def identity(self) -> dict[str, str]:
-        """File name -> sha256.
+        """File name -> sha256 of everything that an artifact depends on: model_identity, and whole companions."""
+        return {path.name: sha256_file(path) for path in self.other_files()} | self.model_identity()
 
-        For config.json and companions, the hash is of the whole file. For weight files it is of the header, the size
-        and both ends of each tensor: that tells a retrained checkpoint from the one before, without reading all of it.
+    def model_identity(self) -> dict[str, str]:
+        """File name -> sha256 of what makes the model: weights, config.json, and files that describe codings.
+
+        For weight files, the hash is of the header, the size and both ends of each tensor: that tells a retrained
+        checkpoint from the one before, without reading all of it.
         """
         self.config  # noqa: B018  (refuses what is no regular file)
         side_files = [self.folder / name for name in coding_files() if (self.folder / name).exists()]
-        read_whole = (self.folder / "config.json", *side_files, *self.other_files())
-        result = {path.name: sha256_file(path) for path in read_whole}
+        result = {path.name: sha256_file(path) for path in (self.folder / "config.json", *side_files)}
         tensors_of: dict[Path, list[TensorInfo]] = {}
         for info in self.stored.values():
             tensors_of.setdefault(info.file, []).append(info)

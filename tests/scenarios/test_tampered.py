@@ -315,7 +315,7 @@ def outputs(section: dict[str, Any]) -> None:
         ("int8-dynamic", inputs(group_size=128), "input_activations with group_size 128"),
         ("int8-dynamic", inputs(actorder="group"), "input_activations with actorder 'group'"),
         ("int8-dynamic", outputs, "output_activations"),
-        ("int8-dynamic", group(num_bits=4), "int-quantized is read for 8-bit"),
+        ("int8-dynamic", group(num_bits=4), "out of range -8..7"),
         ("int8-dynamic", group(strategy="group"), "int-quantized is read for 8-bit"),
         ("nf4", lambda section: section.update(bnb_4bit_use_double_quant=True), LAYER),
         ("nf4-dq", lambda section: section.update(bnb_4bit_use_double_quant=False), LAYER),

@@ -37,9 +37,9 @@ def container(path: Path) -> Path | None:
     Raises:
         ConfigError: there are several.
     """
-    if path.is_file() and path.suffix == _SUFFIX:
+    if os.path.isfile(path) and path.suffix == _SUFFIX:  # unlike Path.is_file, False for a name that no file can have
         return path
-    if not path.is_dir() or (path / "config.json").exists():
+    if not os.path.isdir(path) or (path / "config.json").exists():
         return None
     containers = sorted(path.glob(f"*{_SUFFIX}"))
     if len(containers) > 1:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from bitpress.eval.measure import speed
 from bitpress.pipeline.cli import app
-from bitpress.pipeline.runs import plan as planning
 from bitpress.pipeline.system import interrupts, packages
 
 Bitpress = Callable[..., tuple[int, str, str]]
@@ -74,7 +74,7 @@ def test_measured_figures_are_those_of_this_machine(
 ) -> None:
     monkeypatch.setattr("bitpress.pipeline.runs.rates._SECONDS", 0.01)
     monkeypatch.setattr("bitpress.pipeline.runs.rates._start", lambda: 1.5)
-    monkeypatch.setattr(planning.speed, "BANDWIDTH_BYTES", 1 << 20)
+    monkeypatch.setattr(speed, "BANDWIDTH_BYTES", 1 << 20)
     code, out, err = bitpress("plan", config, "--measure", "--json", "--set", "recipes.1=gptq/int4-g32")
     rates = json.loads(out)[0]["rates"]
     assert (code, rates["start"]) == (0, 1.5)
