@@ -8,6 +8,9 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")]
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the Hub.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Windows = Annotated[int | None, typer.Option(help="How many windows of it; 128 by default.")]
+Context = Annotated[int | None, typer.Option(help="Tokens per window; 2048 by default.")]
+Seed = Annotated[str | None, typer.Option(help="Draws the windows; 0 by default, null for the text's first ones.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 KernelName = Annotated[str, typer.Option("--kernel", help="auto, or one of `bitpress list`.")]
 BudgetText = Annotated[

@@ -10,7 +10,18 @@ from ..errors import ConfigError
 from ..system.collector import collector_paused
 from ..system.progress import progress, quiet_libraries
 from .console import news, print_json, print_line, print_table
-from .options import BudgetText, Choices, Device, Json, Keep, Revision, calibration_keys, recipe_keys
+from .options import (
+    BudgetText,
+    Choices,
+    Context,
+    Device,
+    Json,
+    Keep,
+    Revision,
+    Windows,
+    calibration_keys,
+    recipe_keys,
+)
 
 _LOADS = {
     "yes": "loads in",
@@ -40,8 +51,8 @@ def plan(
     ] = None,
     format: Annotated[str | None, typer.Option(help="auto, or one of `bitpress list`.")] = None,
     calibration: Annotated[str | None, typer.Option(help="The text: a file, or org/name:config:split.")] = None,
-    windows: Annotated[int | None, typer.Option(help="How many windows of it; 128 by default.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens per window; 2048 by default.")] = None,
+    windows: Windows = None,
+    context: Context = None,
     seed: Annotated[str | None, typer.Option(help="Draws the windows; 0 by default.")] = None,
     keep: Keep = None,
     device: Device = "auto",

@@ -22,10 +22,13 @@ from .options import (
     DEFAULT_RECIPE,
     BudgetText,
     Choices,
+    Context,
     Device,
     Json,
     Keep,
     Revision,
+    Seed,
+    Windows,
     calibration_keys,
     recipe_keys,
 )
@@ -187,11 +190,9 @@ def quantize(
         str | None,
         typer.Option(help="The text for calibrated methods: a file, or org/name:config:split; wikitext-2 by default."),
     ] = None,
-    windows: Annotated[int | None, typer.Option(help="How many windows of it; 128 by default.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens per window; 2048 by default.")] = None,
-    seed: Annotated[
-        str | None, typer.Option(help="Draws the windows; 0 by default, null for the text's first ones.")
-    ] = None,
+    windows: Windows = None,
+    context: Context = None,
+    seed: Seed = None,
     no_sequential: Annotated[
         bool,
         typer.Option("--no-sequential", help="Calibrated methods learn from the unquantized model, as budgets do."),
@@ -263,11 +264,9 @@ def imatrix(
     calibration: Annotated[
         str | None, typer.Option(help="The text: a file, or org/name:config:split; wikitext-2 by default.")
     ] = None,
-    windows: Annotated[int | None, typer.Option(help="How many windows of it; 128 by default.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens per window; 2048 by default.")] = None,
-    seed: Annotated[
-        str | None, typer.Option(help="Draws the windows; 0 by default, null for the text's first ones.")
-    ] = None,
+    windows: Windows = None,
+    context: Context = None,
+    seed: Seed = None,
     device: Device = "auto",
     revision: Revision = None,
 ) -> None:
