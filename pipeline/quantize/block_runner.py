@@ -30,7 +30,7 @@ from ..storage.finite import check_finite
 from ..system.progress import OnStep
 from ..system.threads import pool
 from .foldings import probe, rows_of_inputs, segments
-from .plan import PlannedTensor
+from .plan import PlannedTensor, Unit
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time: what caches, and what memory likes
 _MOST_AT_A_TIME = 4  # batches: one for each core where there are few, but their activations are all in memory
@@ -260,6 +260,35 @@ class BlockRunner:
         """Let go of the block's weights."""
         self._blocks[self._number] = self._real[self._number] = _StandIn(self, self._number, self._block)
         del self._block
+
+    def blocks_in_memory(
+        self, units: Iterable[Unit], on_step: OnStep
+    ) -> Iterator[tuple[Unit, dict[str, Tensor], list[Tensor]]]:
+        """Each block that text goes through, loaded, with its weights by name and its inputs, batch by batch.
+
+        What the next block reads is what this one puts out as it then is, so that its weights may be changed. The
+        inputs of one block are in memory as a whole; `embed` is not needed for it.
+
+        Args:
+            on_step: called with (blocks done, blocks in all).
+        Raises:
+            NumericsError: weights that are not finite.
+        """
+        inputs = list(self.embed())
+        blocks = [unit for unit in units if unit.block is not None]
+        for number, unit in enumerate(blocks):
+            assert unit.block is not None
+            on_step(number, len(blocks))
+            weights = {planned.info.name: self.checkpoint.read(planned.info.name) for planned in unit.tensors}
+            for name, tensor in weights.items():
+                check_finite(name, tensor)
+            self.load_block(unit.block, ((planned, weights[planned.info.name]) for planned in unit.tensors))
+            if self.reached(unit.block):
+                yield unit, weights, inputs
+                if unit is not blocks[-1]:
+                    inputs = list(self.outputs(inputs))
+            self.unload_block()
+        on_step(len(blocks), len(blocks))
 
     @contextlib.contextmanager
     def whole_model(self, units: Iterable[tuple[int, Iterable[tuple[PlannedTensor, Tensor]]]]) -> Iterator[nn.Module]:

@@ -21,7 +21,6 @@ from ..data.calibration import Calibration
 from ..errors import ConfigError
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
-from ..storage.finite import check_finite
 from ..storage.gguf import architectures
 from ..system.packages import unsupported
 from ..system.progress import OnStep
@@ -116,26 +115,14 @@ def _square_sums(checkpoint: Checkpoint, ids: Tensor, device: str, on_step: OnSt
     outside = [planned for planned in plan.tensors if planned.block is None]
     dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
     runner = BlockRunner(plan.checkpoint, outside, ids, dtype, device)
-    inputs = list(runner.embed())
-    blocks = [unit for unit in plan.units if unit.block is not None]
     result: dict[str, SquareSums] = {}
-    for number, unit in enumerate(blocks):
-        assert unit.block is not None
-        on_step(number, len(blocks))
-        weights = {planned.info.name: plan.checkpoint.read(planned.info.name) for planned in unit.tensors}
-        for name, tensor in weights.items():
-            check_finite(name, tensor)
-        runner.load_block(unit.block, ((planned, weights[planned.info.name]) for planned in unit.tensors))
-        if runner.reached(unit.block):
-            groups = runner.groups([planned for planned in unit.tensors if planned.spec], inputs[0])
-            collected = runner.collect([(group[0], (SquareSums,)) for group in groups], inputs)
-            for group, statistics in zip(groups, collected):
-                own = statistics[SquareSums]
-                assert isinstance(own, SquareSums)
-                result |= {planned.module: own for planned in group}
-            inputs = list(runner.outputs(inputs))
-        runner.unload_block()
-    on_step(len(blocks), len(blocks))
+    for unit, _, inputs in runner.blocks_in_memory(plan.units, on_step):
+        groups = runner.groups([planned for planned in unit.tensors if planned.spec], inputs[0])
+        collected = runner.collect([(group[0], (SquareSums,)) for group in groups], inputs)
+        for group, statistics in zip(groups, collected):
+            own = statistics[SquareSums]
+            assert isinstance(own, SquareSums)
+            result |= {planned.module: own for planned in group}
     return result
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from bitpress.kernels.activations.base import Activations
 
 from ..formats.names import fused_unit
-from ..storage.finite import check_finite
 from ..system.progress import OnStep
 from .block_runner import BlockRunner, BlockView
 from .plan import Plan, PlannedTensor, patterns
@@ -67,27 +66,16 @@ def input_errors(plan: Plan, recipe: Recipe, on_step: OnStep = lambda done, tota
     outside = [replace(planned, spec=None) for planned in plan.tensors if planned.block is None]
     windows = ids[: max(1, _TOKENS // ids.shape[1])]
     runner = BlockRunner(plan.checkpoint, outside, windows, torch.float32, recipe.device)
-    inputs = list(runner.embed())
-    blocks = [unit for unit in plan.units if unit.block is not None]
     errors = []
-    for number, block in enumerate(blocks):
-        assert block.block is not None
-        on_step(number, len(blocks))
-        weights = {planned.info.name: plan.checkpoint.read(planned.info.name) for planned in block.tensors}
-        for name, tensor in weights.items():
-            check_finite(name, tensor)
-        runner.load_block(block.block, ((planned, weights[planned.info.name]) for planned in block.tensors))
-        if runner.reached(block.block):
-            view = BlockView(runner, block.tensors, weights, partial(iter, inputs))
-            if recipe.transform:
-                recipe.transform.transform(view)
-            products = _products(view, recipe.observer)
-            for name, layers in units.items():
-                own = {planned.module: products[planned.module] for planned in layers if planned.module in products}
-                if layers[0].block == block.block and own:
-                    errors.append(InputError(name, tuple(planned.module for planned in layers), view.error(own)))
-            inputs = list(runner.outputs(inputs))
-        runner.unload_block()
+    for unit, weights, inputs in runner.blocks_in_memory(plan.units, on_step):
+        view = BlockView(runner, unit.tensors, weights, partial(iter, inputs))
+        if recipe.transform:
+            recipe.transform.transform(view)
+        products = _products(view, recipe.observer)
+        for name, layers in units.items():
+            own = {planned.module: products[planned.module] for planned in layers if planned.module in products}
+            if layers[0].block == unit.block and own:
+                errors.append(InputError(name, tuple(planned.module for planned in layers), view.error(own)))
     kept = set()
     for each in sorted(errors, key=lambda each: each.error / len(each.layers), reverse=True):
         if len(each.layers) <= room:
