@@ -1,7 +1,6 @@
 """Schemes are chosen so that the artifact meets a size at the least divergence."""
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from bitpress.pipeline.quantize.budget import Front, Search
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.quantize.sequential import REFERENCE_LOGITS, CalibratedBlocks
 from bitpress.pipeline.quantize.statistics import SHARED
-from bitpress.pipeline.storage import files
 from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json
 from bitpress.pipeline.storage.fingerprint import MANIFEST
 
@@ -140,27 +138,13 @@ def test_texts(text, name, nbytes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"transform": "awq", "method": "tune", "options": {"steps": 2}}])
-def test_goes_on_where_it_was_killed(learn, tmp_path, tiny_llama, monkeypatch, changes):
+def test_goes_on_where_it_was_killed(learn, tmp_path, tiny_llama, killed_at, changes):
     settings = {"method": "auto", "scheme": "auto", "budget": "4 bits", "choices": CHOICES, **changes}
     learn(tiny_llama, tmp_path / "whole", **settings)
     expected = (tmp_path / "whole" / MANIFEST).read_bytes()
-    original = files.replace
-
-    class Killed(BaseException):
-        pass
-
     for kill in range(3, 12, 4):
-        writes = itertools.count()
-
-        def replace(source: Path, target: Path, kill: int = kill, writes: Iterator[int] = writes) -> None:
-            if next(writes) == kill:
-                raise Killed
-            original(source, target)
-
-        monkeypatch.setattr(files, "replace", replace)
-        with pytest.raises(Killed):
+        with killed_at(kill):
             learn(tiny_llama, tmp_path / f"killed{kill}", **settings)
-        monkeypatch.setattr(files, "replace", original)
         learn(tiny_llama, tmp_path / f"killed{kill}", **settings)
         assert (tmp_path / f"killed{kill}" / MANIFEST).read_bytes() == expected
 

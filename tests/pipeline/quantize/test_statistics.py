@@ -1,7 +1,7 @@
 """Recipes share what they learn of the unquantized model, work on several blocks at a time, and lose no byte by it."""
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,16 @@ from bitpress.pipeline.quantize import artifact
 from bitpress.pipeline.quantize.block_runner import BlockRunner
 from bitpress.pipeline.quantize.imatrix import SquareSums
 from bitpress.pipeline.quantize.recipe import Recipe
-from bitpress.pipeline.storage import files
 from bitpress.pipeline.transforms.scaling import InputRange
 
 Learn = Callable[..., list[str]]
 Digests = Callable[[Path], dict[str, str]]
+KilledAt = Callable[[int], AbstractContextManager[None]]
 RECIPES = {
     "experts": {"sequential": False},
     "static": {"sequential": False, "method": "auto", "scheme": "int8-static"},
     "nothing learned": {"method": "absmax", "calibration": None},
 }
-
-
-class Killed(BaseException):
-    """What ends a run before its time."""
 
 
 @pytest.fixture
@@ -93,26 +89,18 @@ def test_how_many_blocks_are_worked_on_at_a_time_changes_no_byte(
     tmp_path: Path,
     learn: Learn,
     digests: Digests,
+    killed_at: KilledAt,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed on the way, or not."""
     source = tiny("mixtral", num_hidden_layers=2) if name == "experts" else tiny("llama", num_hidden_layers=4)
-    original, results = files.replace, []
+    results = []
     for workers, kills in ((1, ()), (3, (4,))):
         monkeypatch.setattr(artifact, "blocks_at_a_time", lambda plan, workers=workers: workers)
         out = tmp_path / f"{workers}{len(kills)}"
         for kill in kills:
-            writes = itertools.count()
-
-            def replace(source: Path, target: Path, kill: int = kill, writes: Iterator[int] = writes) -> None:
-                if next(writes) == kill:
-                    raise Killed
-                original(source, target)
-
-            monkeypatch.setattr(files, "replace", replace)
-            with pytest.raises(Killed):
+            with killed_at(kill):
                 learn(source, out, **RECIPES[name])
-        monkeypatch.setattr(files, "replace", original)
         learn(source, out, **RECIPES[name])
         results.append(digests(out))
     assert results[0] == results[1]
