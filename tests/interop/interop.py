@@ -162,20 +162,6 @@ def call(environment: str, program: str, request: dict[str, Any], folder: Path) 
     return json.loads(answer_file.read_text())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline() -> Iterator[None]:
-    """No network, for the programs that are started too. They see no GPU, on which other kernels would run. They have
-    one thread: on a busy machine the threads of a tiny model's products wait for each other longer than they work."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..., Path]) -> SimpleNamespace:
     """Two models, the demo and a random Qwen2 for its biases; their prompts, and text to calibrate on."""

@@ -181,20 +181,12 @@ def in_another_order(model: Path, folder: Path, scheme: Scheme, format: str) -> 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def offline() -> Iterator[None]:
-    """No network, no GPU, one thread, for the programs that are started too; and what vLLM takes from there."""
+def vllm_environment() -> Iterator[None]:
+    """What vLLM takes from the environment."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            **ENVIRONMENT,
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-        }.items():
+        for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         yield
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
