@@ -14,6 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..user_cache import user_cache
+
 _HERE = Path(__file__).parent
 _FLAGS = [
     "-O3",
@@ -135,9 +137,8 @@ def _cache() -> Path:
     Raises:
         OSError: there is none.
     """
-    home = os.path.expanduser("~")  # as it stands where there is no home
-    base = next(filter(os.path.isabs, [os.environ.get("XDG_CACHE_HOME", ""), os.path.join(home, ".cache")]), None)
-    folders = [Path(base) / "bitpress"] if base else []
+    cache = user_cache()
+    folders = [cache] if cache else []
     folders.append(Path(tempfile.gettempdir()) / f"bitpress-{os.geteuid()}")
     problems = []
     for folder in folders:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bitpress.eval.report.words import size
+from bitpress.kernels.user_cache import user_cache
 
 from ..errors import ConfigError, DiskError
 
@@ -226,6 +227,18 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(f"cannot create the output folder {folder}: {error.strerror}; choose another") from error
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"the output folder {folder} is not writable; choose another")
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of the user's cache; it may not exist yet.
+
+    Raises:
+        DiskError: the user has no cache.
+    """
+    cache = user_cache()
+    if cache is None:
+        raise DiskError(f"no folder for {name}: there is no home folder, and XDG_CACHE_HOME names none; set it to one")
+    return cache / name
 
 
 def nearest_folder(path: Path) -> Path:

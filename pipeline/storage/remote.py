@@ -1,6 +1,5 @@
 """Output on object storage: a run works in a folder of this machine, and fsspec keeps a copy of it at a URL."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,12 +28,14 @@ def is_remote(output: str) -> bool:
 
 
 def local_output(output: str) -> Path:
-    """The folder of this machine that a run works in: the output itself or, for a URL, one in the user's cache."""
+    """The folder of this machine that a run works in: the output itself or, for a URL, one in the user's cache.
+
+    Raises:
+        DiskError: the output is a URL, and the user has no cache.
+    """
     if not is_remote(output):
         return Path(output).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(cache if os.path.isabs(cache) else os.path.expanduser("~/.cache"))
-    return base / "bitpress" / "outputs" / digest({"output": output})[:16]
+    return files.cache_folder("outputs") / digest({"output": output})[:16]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from bitpress.kernels.user_cache import user_cache
 
 from ..errors import BitpressError
 from ..storage.files import write_json
@@ -21,10 +22,9 @@ _MOST = 200  # answers that are kept; the oldest go first
 
 
 def folder() -> Path | None:
-    """The folder of the answers, in XDG_CACHE_HOME or ~/.cache; None where the user has no such folder."""
-    home = os.path.expanduser("~")  # as it stands where there is no home
-    base = next(filter(os.path.isabs, [os.environ.get("XDG_CACHE_HOME", ""), os.path.join(home, ".cache")]), None)
-    return Path(base) / "bitpress" / "headers" if base else None
+    """The folder of the answers, in the user's cache; None where the user has none."""
+    cache = user_cache()
+    return cache / "headers" if cache else None
 
 
 @functools.cache

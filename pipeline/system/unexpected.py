@@ -6,6 +6,8 @@ import traceback
 from datetime import datetime, timezone
 from pathlib import Path
 
+from bitpress.kernels.user_cache import user_cache
+
 from ..errors import BitpressError
 from .redact import redact
 
@@ -43,11 +45,7 @@ def unexpected(error: BaseException, folder: Path | None = None) -> BitpressErro
 
 def _cache() -> Path:
     """A folder of the user's for logs that belong to no run."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
-    if not folder.is_absolute():  # no home
-        folder = Path(tempfile.gettempdir())
-    return folder / "bitpress"
+    return user_cache() or Path(tempfile.gettempdir()) / "bitpress"
 
 
 def _write(text: str, folder: Path) -> Path:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
-from ..files import copy_file, disk_errors, make_folder, publish_folder, remove_folder, write_json
+from ..files import cache_folder, copy_file, disk_errors, make_folder, publish_folder, remove_folder, write_json
 from .architectures import ARCHITECTURES, generated_tensors, model_metadata
 from .file import GGUFFile, read_gguf
 from .vocabulary import special_ids, tokenizer_files
@@ -54,11 +54,12 @@ def unpacked(path: Path) -> Path:
     It is made once; a file that changes gets another one.
 
     Raises:
-        CheckpointError: the file is damaged, or holds no model that bitpress knows as GGUF. DiskError: no room.
+        CheckpointError: the file is damaged, or holds no model that bitpress knows as GGUF. DiskError: no room, or
+            no cache of the user's.
     """
     stat = path.stat()
     key = hashlib.sha256(json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns]).encode()).hexdigest()[:12]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bitpress" / "gguf"
+    base = cache_folder("gguf")
     folder = base / f"{path.stem}-{key}"
     if folder.exists():
         return folder
