@@ -249,6 +249,7 @@ def _estimated(
         "eval": run.eval.model_dump(mode="json"),
         "text": [read.st_size, read.st_mtime_ns] if read else None,
         "device": [run.device, str(pick_device(run.device)), total_memory(pick_device(run.device))],
+        "threads": torch.get_num_threads(),  # on which the memory depends
     }
     plain = remembered("plan", key, estimates, keep=lambda answer: answer["problem"] is None)
     return job.with_estimates(plain, recipe.specs() if recipe else ())
