@@ -15,7 +15,6 @@ from .formats import open_quantized
 from .hub.download import resolve
 from .models.loading import calibrate_on
 from .models.loading import load as load_checkpoint
-from .models.pretrained import require_tokenizer
 from .objects import Artifact, Loaded, Measurements
 from .publish.upload import Publication, prepare, send
 from .quantize.artifact import quantize as quantize_checkpoint
@@ -23,6 +22,7 @@ from .quantize.budget import clean, search
 from .quantize.imatrix import imatrix as write_imatrix
 from .quantize.recipe import Recipe
 from .storage import files, journal
+from .storage.artifacts import require_tokenizer
 from .storage.checkpoint import Checkpoint
 from .system.device import pick_device
 from .system.progress import OnStep, shown

@@ -15,7 +15,8 @@ from ..errors import ConfigError, NumericsError, listing
 from ..formats import misfits, quantization_section
 from ..formats.base import SHARD_BYTES, Format, dtype_name, group_by_bytes
 from ..formats.names import name_pattern
-from ..models.quantized import QuantizedCheckpoint, check_shape, read_layer, read_quantized
+from ..models.quantized import QuantizedCheckpoint, read_quantized
+from ..models.stored_layer import check_shape, read_layer
 from ..models.structure import kept_names, with_module_paths
 from ..storage import files as store
 from ..storage import journal

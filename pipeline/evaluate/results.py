@@ -13,7 +13,7 @@ from ..config.options import options_of
 from ..config.schema import BASELINE, Run
 from ..formats import count_schemes, open_quantized, quantization_section, scheme_name
 from ..hub.download import Source
-from ..models.structure import computing_dtype
+from ..models.dtypes import computing_dtype
 from ..quantize.recipe import Recipe
 from ..storage import files
 from ..storage.checkpoint import Checkpoint, read_json

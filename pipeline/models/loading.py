@@ -17,6 +17,7 @@ from ..data.calibration import Calibration, calibrate
 from ..errors import ConfigError
 from ..formats import open_quantized, quantization_section
 from ..hub.download import resolve
+from ..storage.artifacts import require_tokenizer
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite, check_range
 from ..system.device import pick_device
@@ -25,7 +26,7 @@ from ..system.threads import one_ahead
 from .dense import read_dense
 from .modules import assembled_tensors, experts_of, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
-from .pretrained import generation_config, load_tokenizer, require_tokenizer
+from .pretrained import generation_config, load_tokenizer
 from .quantized import read_quantized
 from .structure import ParameterPath, TensorNames, skeleton
 from .transformers import attach

@@ -15,7 +15,8 @@ from ..storage.checkpoint import Checkpoint
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
 from .experts import ExpertLayout
-from .quantized import QuantizedCheckpoint, check_shape, read_layer
+from .quantized import QuantizedCheckpoint
+from .stored_layer import check_shape, read_layer
 from .structure import ParameterPath, TensorNames, replace_module
 
 MakeLayer = Callable[[Tensor | None], nn.Module]  # of the bias, None for experts

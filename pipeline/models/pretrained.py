@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from ..errors import CheckpointError, listing
-from ..storage.artifacts import require_tokenizer as require_tokenizer
+from ..storage.artifacts import require_tokenizer
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.config import data_of
 from ..system.library import library_errors, silenced

@@ -12,8 +12,6 @@ from ..errors import CheckpointError, listing
 from ..formats import quantization_section, read_config
 from ..formats.base import Format
 from ..storage.checkpoint import Checkpoint
-from .stored_layer import check_shape as check_shape
-from .stored_layer import read_layer as read_layer
 from .structure import ParameterPath, TensorNames, skeleton, tied, tied_copies, weight_kind
 
 

@@ -40,8 +40,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CheckpointError, listing
 from ..formats.names import fused_unit as fused_unit
 from ..storage.checkpoint import Checkpoint, TensorInfo
-from .dtypes import computing_dtype as computing_dtype
-from .dtypes import dtype_of_most as dtype_of_most
+from .dtypes import dtype_of_most
 from .experts import ExpertSlice, expert_layouts
 from .pretrained import builds_a_model, load_config
 

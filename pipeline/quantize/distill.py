@@ -25,7 +25,8 @@ from bitpress.kernels.qtensor import QTensor
 from ..config.schema import Distill
 from ..errors import ConfigError
 from ..methods.learned import LearnedScales
-from ..models.quantized import read_layer, read_quantized
+from ..models.quantized import read_quantized
+from ..models.stored_layer import read_layer
 from ..models.structure import weight_kind
 from ..storage import files, journal
 from ..storage.checkpoint import Checkpoint

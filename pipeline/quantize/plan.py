@@ -16,11 +16,11 @@ from bitpress.kernels.scheme import Scheme
 from ..errors import CheckpointError, ConfigError, listing
 from ..formats import first_fitting, misfits, quantization_section
 from ..formats.base import Format, group_by_bytes
+from ..models.dtypes import dtype_of_most
 from ..models.experts import ExpertSlice, SplitCheckpoint
 from ..models.structure import (
     ParameterPath,
     TensorNames,
-    dtype_of_most,
     fused_unit,
     gate_reason,
     is_fused_experts,

@@ -43,7 +43,8 @@ from transformers.models.auto.modeling_auto import (
 from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.errors import BitpressError
 from bitpress.pipeline.models.loading import load_model
-from bitpress.pipeline.models.quantized import read_layer, read_quantized
+from bitpress.pipeline.models.quantized import read_quantized
+from bitpress.pipeline.models.stored_layer import read_layer
 from bitpress.pipeline.models.structure import TensorNames, skeleton
 from bitpress.pipeline.quantize.artifact import quantize
 from bitpress.pipeline.quantize.recipe import Recipe

@@ -19,7 +19,8 @@ from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.evaluate.verify import in_memory_logits, verify_task
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.models.modules import names_of_experts, part_experts
-from bitpress.pipeline.models.quantized import read_layer, read_quantized
+from bitpress.pipeline.models.quantized import read_quantized
+from bitpress.pipeline.models.stored_layer import read_layer
 from bitpress.pipeline.models.structure import decoder
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json

@@ -14,7 +14,7 @@ from bitpress.pipeline.api import quantize
 from bitpress.pipeline.errors import CheckpointError
 from bitpress.pipeline.models import modules
 from bitpress.pipeline.models.loading import load_model
-from bitpress.pipeline.models.quantized import read_layer
+from bitpress.pipeline.models.stored_layer import read_layer
 from bitpress.pipeline.storage.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 
 LAYER = "model.layers.0.mlp.down_proj"  # [64, 128]

@@ -16,7 +16,8 @@ from bitpress.pipeline.api import convert, quantize
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.evaluate.verify import verify_task
 from bitpress.pipeline.models.loading import load_model
-from bitpress.pipeline.models.quantized import read_layer, read_quantized
+from bitpress.pipeline.models.quantized import read_quantized
+from bitpress.pipeline.models.stored_layer import read_layer
 from bitpress.pipeline.models.structure import auto_class, decoder, skeleton, towers
 from bitpress.pipeline.publish.usage import usage_snippets
 from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json

@@ -19,7 +19,8 @@ from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.errors import BitpressError, CheckpointError, ConfigError, DiskError, NumericsError
 from bitpress.pipeline.formats import registry
 from bitpress.pipeline.models.loading import load_model
-from bitpress.pipeline.models.quantized import read_layer, read_quantized
+from bitpress.pipeline.models.quantized import read_quantized
+from bitpress.pipeline.models.stored_layer import read_layer
 from bitpress.pipeline.storage import files as store
 from bitpress.pipeline.storage.checkpoint import INDEX, Checkpoint, read_json
 

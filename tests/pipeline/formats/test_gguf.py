@@ -28,7 +28,8 @@ from bitpress.pipeline.formats.gguf import FILE, block_type
 from bitpress.pipeline.hub.download import resolve
 from bitpress.pipeline.models.loading import load_dense, load_model
 from bitpress.pipeline.models.pretrained import load_tokenizer
-from bitpress.pipeline.models.quantized import read_layer, read_quantized
+from bitpress.pipeline.models.quantized import read_quantized
+from bitpress.pipeline.models.stored_layer import read_layer
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 from bitpress.pipeline.storage.gguf.architectures import generated_tensors, model_metadata, permute, permute_back

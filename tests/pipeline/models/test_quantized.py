@@ -20,7 +20,8 @@ from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.errors import CheckpointError, ConfigError
 from bitpress.pipeline.formats import misfits, registry
 from bitpress.pipeline.methods import default_method
-from bitpress.pipeline.models.quantized import read_layer, read_quantized
+from bitpress.pipeline.models.quantized import read_quantized
+from bitpress.pipeline.models.stored_layer import read_layer
 from bitpress.pipeline.models.structure import TensorNames, kept_names, skeleton
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 
