@@ -113,8 +113,7 @@ def _square_sums(checkpoint: Checkpoint, ids: Tensor, device: str, on_step: OnSt
     """Layer -> its statistic, of the layers in the decoder blocks of the unquantized model."""
     plan = make_plan(checkpoint, Recipe.make({"scheme": _EVERY_LAYER, "fit_groups": True}))
     outside = [planned for planned in plan.tensors if planned.block is None]
-    dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
-    runner = BlockRunner(plan.checkpoint, outside, ids, dtype, device)
+    runner = BlockRunner(plan.checkpoint, outside, ids, plan.activation_dtype, device)
     result: dict[str, SquareSums] = {}
     for unit, _, inputs in runner.blocks_in_memory(plan.units, on_step):
         groups = runner.groups([planned for planned in unit.tensors if planned.spec], inputs[0])

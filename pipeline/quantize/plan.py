@@ -122,6 +122,11 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def activation_dtype(self) -> torch.dtype:
+        """The dtype in which blocks see calibration text: float16 overflows in models that were trained in bfloat16."""
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
+
+    @property
     def quantized(self) -> list[PlannedTensor]:
         return [tensor for tensor in self.tensors if tensor.spec]
 

@@ -86,8 +86,7 @@ class CalibratedBlocks:
         self.checkpoint, self.plan, self.recipe, self.shared = plan.checkpoint, plan, recipe, shared
         self.transform = recipe.transform
         self.states, self.reference_logits, self.solved = work / _STATES, work / REFERENCE_LOGITS, solved
-        # float16 activations overflow in many models that were trained in bfloat16
-        dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
+        dtype = plan.activation_dtype
         outside = [planned for planned in plan.tensors if planned.block is None]
         self.ids = recipe.calibration.ids
         tuning = [method for spec in recipe.rules.specs() if (method := spec.method).learns]
@@ -424,7 +423,7 @@ def save_reference_logits(
         weight: gives a tensor of it as a checkpoint's files would have it, a dequantized layer in the dtype asked for.
     """
     assert recipe.calibration
-    dtype = torch.float32 if plan.dtype == torch.float16 else plan.dtype
+    dtype = plan.activation_dtype
     outside = [planned for planned in plan.tensors if planned.block is None]
     ids, read = recipe.calibration.ids[:1], lambda planned: weight(planned, dtype)
     runner = BlockRunner(plan.checkpoint, outside, ids, dtype, recipe.device, read)

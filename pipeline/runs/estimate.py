@@ -151,7 +151,7 @@ def quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, se
     memory = {"quantize": _quantize_memory(plan, recipe, settings, units), "evaluate": min(beside, max(alone, total))}
     tokens = _calibration_tokens(recipe, settings, config)
     hidden = getattr(config.get_text_config(), "hidden_size", 0)
-    disk = artifact + 4 * tokens * hidden * plan.dtype.itemsize
+    disk = artifact + 4 * tokens * hidden * plan.activation_dtype.itemsize
     disk += sum(sum(unit.sizes(plan)) for unit in units)
     if beside > total:
         disk += stored_predictions.bytes_per_token() * (text.tokens or 0)
