@@ -253,6 +253,22 @@ class _Masks:
         return first if torch.equal(mask[:, 0], seen) else None
 
 
+def _native_takes(x: Tensor, native: NativeLayers, module: nn.Module) -> bool:
+    """Whether `native` takes hidden states [batch, count, hidden] as they are, and is faster with them than torch.
+
+    Args:
+        module: what native stands for; no gradient of its parameters may be wanted.
+    """
+    if type(x) is not Tensor or x.dim() != 3 or x.shape[2] != native.hidden or x.dtype not in DTYPES or not x.numel():
+        return False
+    if x.requires_grad or (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())):
+        return False
+    inputs = native.inputs()
+    return None not in inputs and not (
+        FLOAT32 in inputs and x.dtype != torch.float32 and x.shape[0] * x.shape[1] >= _LONG
+    )
+
+
 class _Decoding:
     """How a layer runs in one call. It steps aside when the modules below it are not those that were compared."""
 
@@ -274,11 +290,7 @@ class _Decoding:
         Args:
             x: the layer's input. arguments: the keyword arguments of the layer's forward.
         """
-        if x.dim() != 3 or x.shape[2] != self.native.hidden or x.dtype not in DTYPES or not x.numel():
-            return False
-        if torch.compiler.is_compiling() or type(x) is not Tensor or self.layer.training:
-            return False
-        if x.requires_grad or (torch.is_grad_enabled() and any(p.requires_grad for p in self.layer.parameters())):
+        if torch.compiler.is_compiling() or self.layer.training or not _native_takes(x, self.native, self.layer):
             return False
         if arguments.get("is_causal") is not None or any(arguments[name] for name in arguments.keys() - _PASSED):
             return False
@@ -295,9 +307,6 @@ class _Decoding:
         if (mask is None and count > 1 and length) or self.config._attn_implementation != "sdpa":
             return False
         if mask is not None and (mask.shape[-1] != length + count or self.masks.first(mask, batch, count) is None):
-            return False
-        inputs = self.native.inputs()
-        if None in inputs or (FLOAT32 in inputs and x.dtype != torch.float32 and batch * count >= _LONG):
             return False
         return self._untouched()
 
@@ -399,19 +408,14 @@ class _WholeDecoder:
         if config._attn_implementation != "sdpa" or not self._untouched():
             return None
         x: Any = base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[operator]
-        if type(x) is not Tensor or x.dim() != 3 or x.shape[2] != self.native.hidden or x.dtype not in DTYPES:
-            return None
-        if x.requires_grad or (torch.is_grad_enabled() and any(p.requires_grad for p in base.parameters())):
+        if not _native_takes(x, self.native, base):
             return None
         batch, count, _ = x.shape
-        inputs = self.native.inputs()
-        if None in inputs or (FLOAT32 in inputs and x.dtype != torch.float32 and batch * count >= _LONG):
-            return None
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=config)
         lengths = {step._length(cache, x) for step in self.steps}
         length = lengths.pop()
-        if not count or lengths or length is None:
+        if lengths or length is None:
             return None
         first = None
         if attention_mask is not None:
