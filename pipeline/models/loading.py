@@ -24,6 +24,7 @@ from ..system.device import pick_device
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
 from .dense import read_dense
+from .kv_cache import round_cache
 from .modules import assembled_tensors, experts_of, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
 from .pretrained import generation_config, load_tokenizer
@@ -113,6 +114,8 @@ def _load_quantized(
     layers = quantized_layers(checkpoint, contents, lambda target: device, kernel, on_step)
     replace_layers(model, contents.names, layers)
     model = _finish(checkpoint, model, device)
+    if contents.cache:
+        round_cache(model, checkpoint, contents.cache)
     optimize_for_decoding(model)
     attach(model, checkpoint, contents)
     return model
