@@ -125,6 +125,9 @@ class CacheRounding:
         if self._scales[0] is not None and self._scales[0].device != keys.device:
             self._scales = tuple(None if s is None else s.to(keys.device) for s in self._scales)  # type: ignore[assignment]
         k_scale, v_scale = self._scales
+        for scale, states, what in ((k_scale, keys, "keys"), (v_scale, values, "values")):
+            if scale is not None and scale.numel() not in (1, heads := states.shape[1]):
+                raise CheckpointError(f"{scale.numel()} scales of {what}, and the model has {heads} heads of them")
         return rounded(self.cache, keys, k_scale), rounded(self.cache, values, v_scale)
 
 
