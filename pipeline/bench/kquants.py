@@ -129,8 +129,9 @@ def _importance(comparison: Comparison, folder: Path) -> Path:
     device = str(pick_device(comparison.conditions.device))
     with progress("the importance matrix") as step:
         every = importances(Checkpoint(comparison.source.folder), comparison.calibration.ids, device, step)
+    arrays: dict[str, Any] = {name: own.means.ravel() for name, own in every.items()}  # experts one after the other
     temporary = path.with_suffix(".tmp.npz")
-    numpy.savez(temporary, **{name: own.means.ravel() for name, own in every.items()})  # as llama.cpp lays experts out
+    numpy.savez(temporary, **arrays)
     temporary.replace(path)
     return path
 

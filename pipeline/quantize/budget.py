@@ -129,8 +129,8 @@ class Search:
     """The solutions and probes of one model and one calibration, in a folder of their own.
 
     A recipe's budget takes no part in them: all budgets that have the rest in common share them.
-    held_out: the calibration windows that probes read and solutions are not fitted to, int64 [windows, context]. Of a
-    single window, both are made.
+    held_out: the calibration windows that probes read and solutions are not fitted to, int64 [windows, context]. A
+    single window is both.
     """
 
     def __init__(self, checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe, folder: Path):
