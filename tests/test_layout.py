@@ -377,9 +377,9 @@ def test_the_public_api():
 
 # Attributes that say who a plug-in is, of objects that are called like one.
 IDENTITY = {"name", "code", "quant_method"}
-PLUGIN_NOUNS = {"scheme", "weight", "activations", "format", "fmt", "method", "kernel", "executor"}
+PLUGIN_NOUNS = {"scheme", "weight", "activations", "cache", "format", "fmt", "method", "kernel", "executor"}
 # Names of plug-ins that are ordinary words as well: to compare with one is no question.
-COMMON_WORDS = {"int", "float", "codebook", "auto", "none", "cpu", "cuda", "reference", "serial"}
+COMMON_WORDS = {"int", "float", "codebook", "auto", "none", "cpu", "cuda", "reference", "serial", "int8"}
 # Where names of plug-ins stand for something else, and what.
 OTHER_MEANINGS = {
     "eval/measure/protocols.py": "protocols of perplexity are named after the papers of methods",
