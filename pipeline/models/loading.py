@@ -108,6 +108,11 @@ def _load_quantized(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str, on_step: OnStep
 ) -> PreTrainedModel:
     contents = read_quantized(checkpoint, dtype)
+    scheme = contents.format.cache_scheme(quantization_section(checkpoint))
+    if scheme and contents.cache is None:
+        _log.warning(
+            "its config quantizes the key-value cache in a way that bitpress has not: it is left as it is: %s", scheme
+        )
     model, experts = contents.model, experts_of(contents)
     plain = {name: target for name, target in contents.plain.items() if target.parameter not in experts}
     _fill(checkpoint, model, contents.names, plain, device)

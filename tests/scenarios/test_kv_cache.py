@@ -16,8 +16,9 @@ import bitpress.pipeline.hf  # noqa: F401  # from_pretrained knows bitpress's fi
 from bitpress.pipeline.api import convert, load, quantize
 from bitpress.pipeline.checkpoints.describe import describe
 from bitpress.pipeline.checkpoints.doctor import diagnose
-from bitpress.pipeline.config.schema import Calibrate
+from bitpress.pipeline.config.schema import Calibrate, Eval
 from bitpress.pipeline.errors import CheckpointError, ConfigError
+from bitpress.pipeline.evaluate.measure import measure_task
 from bitpress.pipeline.models.loading import calibrate_on
 from bitpress.pipeline.quantize import block_runner
 from bitpress.pipeline.quantize.recipe import Recipe
@@ -137,6 +138,21 @@ def test_the_doctor_says_who_loads_it(made: Callable[[str], Path], tmp_path: Pat
     assert not (tmp_path / "out").exists()
     convert(made("int8"), "compressed-tensors", tmp_path / "same")
     assert diagnose(tmp_path / "same").runtimes["vLLM"] == diagnoses["int8"].runtimes["vLLM"]
+
+
+def test_it_is_measured_with_the_cache(
+    made: Callable[[str], Path], tiny_llama: Path, calibration: dict[str, Any], tmp_path: Path
+) -> None:
+    chosen = {"text": calibration["text"], "context": 32, "windows": 2, "speed": None}
+    request = {
+        "artifact": str(made("fp8")), "baseline": str(tiny_llama), "eval": Eval.model_validate(chosen).model_dump(),
+        "device": "cpu", "folder": str(tmp_path),
+    }  # fmt: skip
+    answer = measure_task(request)
+    assert answer["quality"]["kl_mean"] > 1e-6
+    memory = answer["memory"]
+    assert memory["kv_cache_bytes_per_token"] == 128  # 2 layers, 2 heads, 16 features
+    assert memory["kv_cache"] == {"type": "fp8", "kv_cache_bytes_per_token": 256}
 
 
 def change(name: str, value: Tensor | None) -> Callable[[dict[str, Tensor]], Any]:
