@@ -187,7 +187,7 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
         diagnosis.faults.append(_short(error, checkpoint.folder))
         return
     headers: Mapping[str, Any] | None = None
-    layers = [n.removesuffix(f".{format.marker}") for n in checkpoint.tensors if n.endswith(f".{format.marker}")]
+    layers = format.layers(checkpoint.tensors)
     try:
         headers = _headers(checkpoint)
         layers = list(headers["shapes"])

@@ -240,7 +240,10 @@ def convert(
     model: Annotated[str, typer.Argument(help="A quantized folder, or a Hub id.")],
     to: Annotated[
         str,
-        typer.Option(help="A format: awq, compressed-tensors, gguf, gptq, gptq-v2, mlx; or onnx. See `bitpress list`."),
+        typer.Option(
+            help="A format: awq, compressed-tensors, fp8, gguf, gptq, gptq-v2, mlx, modelopt; or onnx. "
+            "See `bitpress list`."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
 ) -> None:

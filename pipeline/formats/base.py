@@ -18,6 +18,7 @@ from bitpress.kernels.weights.base import WeightDescription
 from ..storage import files
 from ..storage.checkpoint import INDEX, Checkpoint
 from ..storage.fingerprint import MANIFEST
+from ..storage.tensor_info import TensorInfo
 from .names import NameRules
 
 SECTIONS = ("quantization_config", "quantization")  # keys of config.json that say how a model is quantized
@@ -151,6 +152,7 @@ class Format(ABC):
     hf_methods: under which names transformers registers it.
     marker: the suffix of the tensor that every quantized layer has and no other has.
     suffixes: of all tensors that a layer may have, `marker` among them (the bias is not the format's).
+    beside: of tensors that may lie beside a layer's own, and that only servers read: scales of a key-value cache.
     holds_embeddings: whether its readers take quantized embeddings.
     holds_order: whether it can say in what order the inputs were quantized (see QTensor.order).
     exact_scales: whether its readers take scales in `scale_dtype` only.
@@ -167,6 +169,7 @@ class Format(ABC):
     tags: ClassVar[tuple[str, ...]]
     marker: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
+    beside: ClassVar[tuple[str, ...]] = ()
     hf_methods: ClassVar[tuple[str, ...]] = ()
     holds_embeddings: ClassVar[bool] = False
     holds_order: ClassVar[bool] = False
@@ -235,6 +238,20 @@ class Format(ABC):
         Raises:
             ValueError: it describes something that bitpress does not read.
         """
+
+    def layers(self, names: Iterable[str]) -> list[str]:
+        """The quantized layers of a checkpoint whose tensors are called so, in their order."""
+        ending = f".{self.marker}"
+        return [name.removesuffix(ending) for name in names if name.endswith(ending)]
+
+    def unsupported(self, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+        """Why a checkpoint can only be read as a source, dequantized, though `scheme_rules` takes its config; None if
+        its layers can be read as they lie in the files.
+
+        Args:
+            tensors: of the files, by their headers.
+        """
+        return None
 
     def kept(self, config: dict[str, Any]) -> list[str]:
         """What a quantization_config says is not quantized, as quantization_config takes it ("re:…" for patterns)."""

@@ -99,7 +99,7 @@ def _compare_names(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
     written, layers, format = set(open_quantized(folder).tensors), plan.schemes.keys(), plan.format
     kept = {tensor.info.name for tensor in plan.tensors if not tensor.spec}
     owned = {name for name in written for suffix in format.suffixes if name.removesuffix(f".{suffix}") in layers}
-    missing = sorted(kept - written) + sorted({f"{layer}.{format.marker}" for layer in layers} - written)
+    missing = sorted(kept - written) + sorted(layers - set(format.layers(written)))
     extra = sorted(written - kept - owned)
     if missing or extra:
         faults = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in extra]
