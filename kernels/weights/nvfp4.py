@@ -131,7 +131,7 @@ class NVFP4(E2M1Weight):
     def random(self, shape: Shape, generator: torch.Generator) -> dict[str, Tensor]:
         codes = torch.randint(256, (shape[0], shape[1] // 2), dtype=torch.uint8, generator=generator)
         scales = torch.rand(shape[0], shape[1] // GROUP, generator=generator) * 300 + 100
-        divisor = torch.tensor([1000.0])
+        divisor = _global_scale(torch.tensor(2.688))  # about 1000
         return {"codes": codes, "scales": scales.to(torch.float8_e4m3fn), "global_scale": divisor}
 
     def rows(self, shape: Shape, tensors: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:

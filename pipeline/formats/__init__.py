@@ -84,7 +84,11 @@ def open_quantized(folder: Path) -> Checkpoint:
     if not isinstance(section, dict) or not readable(section):
         return checkpoint
     formats = [format for format in registry().values() if format.quant_method == section.get("quant_method")]
-    return checkpoint if any(format.unsupported(section, stored.tensors) for format in formats) else stored
+    if any(format.unsupported(section, stored.tensors) for format in formats):
+        return checkpoint
+    for format in formats:
+        stored = format.view(stored)
+    return stored
 
 
 def quantization_section(checkpoint: Checkpoint) -> Any:

@@ -155,6 +155,7 @@ class Format(ABC):
     beside: of tensors that may lie beside a layer's own, and that only servers read: scales of a key-value cache.
     holds_embeddings: whether its readers take quantized embeddings.
     holds_order: whether it can say in what order the inputs were quantized (see QTensor.order).
+    joins_experts: whether the experts of a block lie in one tensor, as transformers and vLLM know some architectures.
     exact_scales: whether its readers take scales in `scale_dtype` only.
     convertible: whether `bitpress convert` writes it.
     packages: names of the packages, beside bitpress's own requirements, that it takes to write it.
@@ -173,6 +174,7 @@ class Format(ABC):
     hf_methods: ClassVar[tuple[str, ...]] = ()
     holds_embeddings: ClassVar[bool] = False
     holds_order: ClassVar[bool] = False
+    joins_experts: ClassVar[bool] = False
     exact_scales: ClassVar[bool] = False
     convertible: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
@@ -252,6 +254,14 @@ class Format(ABC):
             tensors: of the files, by their headers.
         """
         return None
+
+    def view(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A checkpoint of this format as `layers` and `read` know it: each layer's tensors by themselves."""
+        return checkpoint
+
+    def together(self, name: str) -> str:
+        """What a tensor or a quantized layer must lie in one file with: all have the same answer, by default alone."""
+        return name
 
     def kept(self, config: dict[str, Any]) -> list[str]:
         """What a quantization_config says is not quantized, as quantization_config takes it ("re:…" for patterns)."""

@@ -209,10 +209,10 @@ FP8: list[Fault] = [
     ("a tensor of another format", with_extra("weight_packed"), "does not belong"),
 ]
 MODELOPT: list[Fault] = [
-    ("weight: a byte less", replaced("weight", lambda t: t[:, :-1]), "scales has shape"),
+    ("weight: a byte less", replaced("weight", lambda t: t[:, :-1]), "is not divisible by 16"),
     ("weight: a row less", replaced("weight", lambda t: t[:-1]), "scales has shape"),
     ("weight: signed", replaced("weight", lambda t: t.view(torch.int8)), "codes has dtype"),
-    ("weight: flat", replaced("weight", lambda t: t.flatten()), "expected two dimensions"),
+    ("weight: flat", replaced("weight", lambda t: t.flatten()), "expected a matrix"),
     ("weight: missing", without("weight"), "weight is missing"),
     ("scale: NaN", replaced("weight_scale", lambda t: with_byte(t, 0x7F)), "scales has 1 NaN"),
     ("scale: negative", replaced("weight_scale", lambda t: with_byte(t, 0x81)), "1 scales are negative"),
@@ -354,7 +354,7 @@ def outputs(section: dict[str, Any]) -> None:
         ("int8-dynamic", inputs(symmetric=False), "input activations of"),
         ("int8-dynamic", inputs(dynamic=False), "input activations of"),
         ("int8-dynamic", inputs(dynamic="local"), "input activations of"),
-        ("int8-dynamic", inputs(type="float"), "fp8-token activations go with fp8 weights, not int8-channel"),
+        ("int8-dynamic", inputs(type="float"), "fp8-token activations go with fp8 or fp8-tensor weights, not"),
         ("int8-dynamic", inputs(num_bits=4), "input activations of"),
         ("int8-dynamic", inputs(strategy="group", group_size=128), "input activations of"),
         ("int8-dynamic", inputs(group_size=128), "input_activations with group_size 128"),
