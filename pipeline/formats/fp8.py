@@ -46,7 +46,7 @@ INPUT_TYPES = {  # what `activation_scheme` stands for, by the strategy of the w
 CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "output_scale")
 
 
-class FP8(Format):
+class FP8Layers(Format):
     """weight float8_e4m3fn [out, in], and with it in squares of 128 outputs and 128 inputs weight_scale_inv float32
     [ceil(out / 128), ceil(in / 128)]; or one number for the whole, weight_scale float32 [1], and where inputs are
     rounded by a stored scale input_scale float32 [1].
@@ -275,4 +275,4 @@ def _vllm(facts: Facts) -> Iterator[Reason]:
         yield "no", counted("it fuses layers whose outputs are no whole squares of 128", odd)
 
 
-PLUGINS = (FP8(),)
+PLUGINS = (FP8Layers(),)
