@@ -1,9 +1,12 @@
 """The command line: which commands there are, and the exit code of each error. Commands parse and print; no logic."""
 
+import atexit
 import gc
 import io
+import os
 import sys
-from typing import Annotated, Any
+import threading
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -115,3 +118,23 @@ def main() -> None:
     finally:
         interrupts.handle(interrupts.end_now)
         gc.freeze()  # the process ends: to look through all that was imported once more takes tenths of a second
+
+
+def command() -> NoReturn:
+    """`bitpress`: main, and then the end of the process without Python's taking every module apart.
+
+    That would take half a second of processor time after torch and transformers. What asked to be called at the end is
+    called. Where a thread still works, as one of a library may, Python ends as it always does and waits for it.
+    """
+    try:
+        main()
+        code: object = 0
+    except SystemExit as leaving:
+        code = leaving.code or 0
+        others = (each for each in threading.enumerate() if each is not threading.main_thread())
+        if not isinstance(code, int) or not all(each.daemon for each in others):
+            raise
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -22,6 +22,7 @@ from ..storage.files import nearest_folder
 from ..storage.fingerprint import MANIFEST
 from ..storage.remote import local_output
 from ..system import packages
+from ..system.collector import collector_paused
 from ..system.device import pick_device, total_memory
 from ..system.remembered import remembered
 from ..system.unexpected import unexpected
@@ -233,7 +234,8 @@ def _estimated(
     """
 
     def estimates() -> dict[str, Any]:
-        from . import estimate
+        with collector_paused():
+            from . import estimate
 
         if recipe is None or settings is None:
             return estimate.baseline(job, run, checkpoint).estimates()
