@@ -126,14 +126,14 @@ def command() -> NoReturn:
     That would take half a second of processor time after torch and transformers. What asked to be called at the end is
     called. Where a thread still works, as one of a library may, Python ends as it always does and waits for it.
     """
+    code = 0
     try:
         main()
-        code: object = 0
     except SystemExit as leaving:
-        code = leaving.code or 0
         others = (each for each in threading.enumerate() if each is not threading.main_thread())
-        if not isinstance(code, int) or not all(each.daemon for each in others):
+        if not isinstance(leaving.code, int | None) or not all(each.daemon for each in others):
             raise
+        code = leaving.code or 0
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
