@@ -1,6 +1,7 @@
 """The command line: which commands there are, and the exit code of each error. Commands parse and print; no logic."""
 
 import atexit
+import contextlib
 import gc
 import io
 import os
@@ -135,6 +136,7 @@ def command() -> NoReturn:
             raise
         code = leaving.code or 0
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):  # who reads it, such as `head`, has seen enough
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
