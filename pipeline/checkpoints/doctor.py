@@ -22,6 +22,7 @@ from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.fingerprint import MANIFEST
 from ..storage.finite import count_not_finite
 from ..system import remembered as cache
+from ..system.collector import collector_paused
 from ..system.progress import OnStep
 from ..system.remembered import remembered
 from .describe import describe
@@ -189,7 +190,7 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
         diagnosis.faults.append(_short(error, checkpoint.folder))
         return
     headers: Mapping[str, Any] | None = None
-    layers = [n.removesuffix(f".{format.marker}") for n in checkpoint.tensors if n.endswith(f".{format.marker}")]
+    layers = format.layers(checkpoint.tensors)
     try:
         headers = _headers(checkpoint)
         layers = list(headers["shapes"])
@@ -266,7 +267,8 @@ def _headers(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """
 
     def ask() -> dict[str, Any]:
-        from .headers import dense_headers, quantized_headers
+        with collector_paused():
+            from .headers import dense_headers, quantized_headers
 
         ask_model = dense_headers if quantization_section(checkpoint) is None else quantized_headers
         return {**ask_model(checkpoint)}

@@ -205,6 +205,10 @@ def quantize(
         int, typer.Option(min=0, help="Layers that may fall back to rounding to nearest.")
     ] = 0,
     device: Device = "auto",
+    gpus: Annotated[
+        int,
+        typer.Option(min=1, help="GPUs among which calibrated methods divide a block's layers and batches of text."),
+    ] = 1,
     revision: Revision = None,
 ) -> None:
     """Quantize one checkpoint into a folder that other runtimes load too."""
@@ -223,7 +227,7 @@ def quantize(
     settings |= calibration_keys(calibration, windows, context, seed)
     name = (budget or recipe or DEFAULT_RECIPE) + (f", key-value cache {kv_cache}" if kv_cache else "")
     with progress(f"quantizing to {name}") as step:
-        artifact = quantize_api(model, settings, output, revision, device, step, keep)
+        artifact = quantize_api(model, settings, output, revision, device, step, keep, gpus)
     remember_headers(artifact.folder)
     for note in artifact.notes:
         news(note)
@@ -245,7 +249,10 @@ def convert(
     model: Annotated[str, typer.Argument(help="A quantized folder, or a Hub id.")],
     to: Annotated[
         str,
-        typer.Option(help="A format: awq, compressed-tensors, gguf, gptq, gptq-v2, mlx; or onnx. See `bitpress list`."),
+        typer.Option(
+            help="A format: awq, compressed-tensors, fp8, gguf, gptq, gptq-v2, mlx, modelopt; or onnx. "
+            "See `bitpress list`."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
 ) -> None:

@@ -95,7 +95,7 @@ def detect(config: dict[str, Any], names: Iterable[str]) -> Format:
     candidates = [format for format in registry().values() if format.quant_method == method]
     declared = [format for format in candidates if tag in format.tags]
     for format in [*declared, *candidates]:
-        if any(name.endswith(f".{format.marker}") for name in names):
+        if format.layers(names):
             return format
     for format in candidates:
         if format.only_cache(config):
@@ -118,7 +118,14 @@ def open_quantized(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint(folder)
     stored = checkpoint.as_stored()
     section = quantization_section(stored)
-    return stored if isinstance(section, dict) and readable(section) else checkpoint
+    if not isinstance(section, dict) or not readable(section):
+        return checkpoint
+    formats = [format for format in registry().values() if format.quant_method == section.get("quant_method")]
+    if any(format.unsupported(section, stored.tensors) for format in formats):
+        return checkpoint
+    for format in formats:
+        stored = format.view(stored)
+    return stored
 
 
 def quantization_section(checkpoint: Checkpoint) -> Any:
@@ -133,7 +140,7 @@ def quantization_section(checkpoint: Checkpoint) -> Any:
     if "quantization_config" in checkpoint.config:
         return checkpoint.config["quantization_config"]
     for format in registry().values():
-        if not any(name.endswith(f".{format.marker}") for name in checkpoint.tensors):
+        if not format.config_copies or not format.layers(checkpoint.tensors):
             continue
         for name in format.config_copies:
             if (checkpoint.folder / name).exists():
@@ -162,12 +169,10 @@ def count_schemes(checkpoint: Checkpoint) -> tuple[Format, dict[str, int]]:
         CheckpointError: nothing that bitpress reads.
     """
     format, rules = read_config(checkpoint)
-    ending = f".{format.marker}"
     counts: dict[str, int] = {}
-    for name in checkpoint.tensors:
-        if name.endswith(ending):
-            scheme = rules.get(name.removesuffix(ending))
-            counts[scheme.name if scheme else "unknown"] = counts.get(scheme.name if scheme else "unknown", 0) + 1
+    for layer in format.layers(checkpoint.tensors):
+        scheme = rules.get(layer)
+        counts[scheme.name if scheme else "unknown"] = counts.get(scheme.name if scheme else "unknown", 0) + 1
     return format, counts
 
 

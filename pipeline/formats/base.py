@@ -19,6 +19,7 @@ from bitpress.kernels.weights.base import WeightDescription
 from ..storage import files
 from ..storage.checkpoint import INDEX, Checkpoint
 from ..storage.fingerprint import MANIFEST
+from ..storage.tensor_info import TensorInfo
 from .names import NameRules
 
 SECTIONS = ("quantization_config", "quantization")  # keys of config.json that say how a model is quantized
@@ -153,8 +154,10 @@ class Format(ABC):
     hf_methods: under which names transformers registers it.
     marker: the suffix of the tensor that every quantized layer has and no other has.
     suffixes: of all tensors that a layer may have, `marker` among them (the bias is not the format's).
+    beside: of tensors that may lie beside a layer's own, and that only servers read: scales of a key-value cache.
     holds_embeddings: whether its readers take quantized embeddings.
     holds_order: whether it can say in what order the inputs were quantized (see QTensor.order).
+    joins_experts: whether the experts of a block lie in one tensor, as transformers and vLLM know some architectures.
     exact_scales: whether its readers take scales in `scale_dtype` only.
     convertible: whether `bitpress convert` writes it.
     packages: names of the packages, beside bitpress's own requirements, that it takes to write it.
@@ -169,9 +172,11 @@ class Format(ABC):
     tags: ClassVar[tuple[str, ...]]
     marker: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
+    beside: ClassVar[tuple[str, ...]] = ()
     hf_methods: ClassVar[tuple[str, ...]] = ()
     holds_embeddings: ClassVar[bool] = False
     holds_order: ClassVar[bool] = False
+    joins_experts: ClassVar[bool] = False
     exact_scales: ClassVar[bool] = False
     convertible: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
@@ -237,6 +242,28 @@ class Format(ABC):
         Raises:
             ValueError: it describes something that bitpress does not read.
         """
+
+    def layers(self, names: Iterable[str]) -> list[str]:
+        """The quantized layers of a checkpoint whose tensors are called so, in their order."""
+        ending = f".{self.marker}"
+        return [name.removesuffix(ending) for name in names if name.endswith(ending)]
+
+    def unsupported(self, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+        """Why a checkpoint can only be read as a source, dequantized, though `scheme_rules` takes its config; None if
+        its layers can be read as they lie in the files.
+
+        Args:
+            tensors: of the files, by their headers.
+        """
+        return None
+
+    def view(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A checkpoint of this format as `layers` and `read` know it: each layer's tensors by themselves."""
+        return checkpoint
+
+    def together(self, name: str) -> str:
+        """What a tensor or a quantized layer must lie in one file with: all have the same answer, by default alone."""
+        return name
 
     def kept(self, config: dict[str, Any]) -> list[str]:
         """What a quantization_config says is not quantized, as quantization_config takes it ("re:…" for patterns)."""

@@ -132,14 +132,20 @@ class CacheRounding:
 
 
 class CachePeaks:
-    """The largest magnitude of each head's keys and values, [heads] each; of several threads, in whatever order."""
+    """The largest magnitude of each head's keys and values, [heads] each; of several threads, in whatever order.
+
+    A copy of the attention, on another device, adds to the same.
+    """
 
     def __init__(self) -> None:
         self.peaks: tuple[Tensor, Tensor] | None = None
         self._lock = threading.Lock()
 
+    def __deepcopy__(self, memo: Any) -> "CachePeaks":
+        return self
+
     def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        own = tuple(states.detach().abs().amax((0, 2, 3)).to(torch.float32) for states in (keys, values))
+        own = tuple(states.detach().abs().amax((0, 2, 3)).to("cpu", torch.float32) for states in (keys, values))
         with self._lock:
             before = self.peaks or own
             self.peaks = torch.maximum(before[0], own[0]), torch.maximum(before[1], own[1])

@@ -66,7 +66,7 @@ def read_quantized(
         cache = stored_cache(checkpoint, model, kind, weights | plain)
         for name in cache.tensors:
             del plain[name]
-    _check_plain(checkpoint, names, plain, set(quantized))
+    _check_plain(checkpoint, format, names, plain, set(quantized))
     if missing := names.missing([*plain.values(), *quantized.values()]):
         raise CheckpointError(f"{checkpoint.folder}: weights of the model are missing:\n{listing(missing)}")
     schemes: dict[str, Scheme] = {}
@@ -96,17 +96,17 @@ def _quantized_layers(
     candidates = dict.fromkeys(
         name.removesuffix(suffix) for name in checkpoint.tensors for suffix in telling if name.endswith(suffix)
     )
-    layers = {}
+    layers, marked = {}, set(format.layers(checkpoint.tensors))
     for layer in candidates:
         target = names.target(f"{layer}.weight")
         linear = names.known(target.parameter) and weight_kind(model, target) is not None
-        if linear or f"{layer}.{format.marker}" in checkpoint.tensors:
+        if linear or layer in marked:
             layers[layer] = target
     return layers
 
 
 def _check_plain(
-    checkpoint: Checkpoint, names: TensorNames, plain: dict[str, ParameterPath], quantized: set[str]
+    checkpoint: Checkpoint, format: Format, names: TensorNames, plain: dict[str, ParameterPath], quantized: set[str]
 ) -> None:
     """Nothing that quantization left behind is taken for a weight, or left out though it would change the numbers.
 
@@ -116,6 +116,8 @@ def _check_plain(
     faults = list(names.mismatches(checkpoint.tensors, plain).values())
     for name, target in plain.items():
         owner = next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in quantized), None)
+        if owner and name.removeprefix(f"{owner}.") in format.beside:
+            continue
         if owner and name != f"{owner}.bias":
             faults.append(f"{name} does not belong to a quantized layer of this format")
         elif owner and not names.known(target.parameter) and checkpoint.read(name).any():  # AutoGPTQ wrote zeros

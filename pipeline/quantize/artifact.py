@@ -100,7 +100,7 @@ def _compare_names(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
     kept = {tensor.info.name for tensor in plan.tensors if not tensor.spec}
     owned = {name for name in written for suffix in format.suffixes if name.removesuffix(f".{suffix}") in layers}
     kept |= set(plan.cache.tensors if plan.cache else ())
-    missing = sorted(kept - written) + sorted({f"{layer}.{format.marker}" for layer in layers} - written)
+    missing = sorted(kept - written) + sorted(layers - set(format.layers(written)))
     extra = sorted(written - kept - owned)
     if missing or extra:
         faults = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in extra]

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from bitpress.kernels.kv_cache import parse_cache
 from bitpress.pipeline.errors import CheckpointError, ConfigError
-from bitpress.pipeline.models.kv_cache import CacheRounding, CacheShape, attentions, intercept, unsupported
+from bitpress.pipeline.models.kv_cache import CachePeaks, CacheRounding, CacheShape, attentions, intercept, unsupported
 from bitpress.pipeline.models.trial import cache_shapes
 from bitpress.pipeline.quantize.plan import make_plan
 from bitpress.pipeline.quantize.recipe import Recipe
@@ -64,6 +64,16 @@ def test_every_key_and_value_is_read_through_the_cache(kind: str, request: pytes
     assert torch.allclose(alone, expected, atol=1e-5)
     assert (alone - before).abs().max() > 1e-3
     assert torch.equal(text, plain.generate(IDS, max_new_tokens=6, do_sample=False))
+
+
+def test_copies_of_an_attention_add_to_the_same_peaks() -> None:
+    model, peaks = tiny("llama"), CachePeaks()
+    attention = next(iter(attentions(model).values()))
+    intercept(attention, peaks)
+    with torch.inference_mode():
+        copy.deepcopy(model)(input_ids=IDS)
+    assert peaks.peaks is not None
+    assert [peak.shape for peak in peaks.peaks] == [(2,), (2,)]
 
 
 def test_a_copy_of_the_model_rounds_too() -> None:
