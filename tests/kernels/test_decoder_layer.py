@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bitpress.kernels.cpu.library import library
 from bitpress.kernels.cpu.native import NativeExact, NativeInt8, NativeInt16
-from bitpress.kernels.decoder_layer import NativeLayer, NativeLayers, Norm, Parts
+from bitpress.kernels.decoder_layer import Context, NativeLayer, NativeLayers, Norm, Parts
 from bitpress.kernels.linear import QLinear
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import Selection
