@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bitpress.eval.measure.cache import cache_name
@@ -43,7 +43,7 @@ _HEAD_ROWS, _HEAD_NUMBERS = 4, 4096
 _PASSED = {"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "position_embeddings"}
 _CAPTURING = "transformers.utils.output_capturing"  # whose hooks stay, but do nothing unless outputs are asked for
 
-# What layers call their parts, each row one way. None: the part before it has its outputs too, or there is no such part.
+# What layers call their parts, each row one way. None: the part before has its outputs too, or there is no such part.
 _ATTENTIONS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
@@ -69,7 +69,10 @@ _NORMS = (  # before attention, after it, before the MLP, after it
 )
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _ACT = ("mlp.act_fn", "mlp.activation_fn", "mlp.act", "activation_fn", "mlp.experts.act_fn", "mlp.shared_expert.act_fn")
-_DECODERS = (("embed_tokens", None, "norm", "rotary_emb"), ("wte", "wpe", "ln_f", None))  # embeddings of positions second
+_DECODERS = (
+    ("embed_tokens", None, "norm", "rotary_emb"),
+    ("wte", "wpe", "ln_f", None),
+)  # embeddings of positions second
 _NOTHING = (nn.Dropout, nn.Identity)  # what these do when nothing is trained
 
 # Relative to the layer's update, in float32: rounding flips an activation's int8 code here and there, which changes a
@@ -81,7 +84,9 @@ _EXACT_TOLERANCE = 1e-5  # of norms and activations, which are compared by thems
 # token is padding.
 _PIECES, _POSITION, _FIRST = (4, 1, 2), 40, (0, 1)
 _WINDOW = 3  # of layers that have one, for the trial
-_CONVERTED = 1 << 22  # numbers of a parameter that is made float32 for the trial: no embeddings, whose rows are looked up
+_CONVERTED = (
+    1 << 22
+)  # numbers of a parameter that is made float32 for the trial: no embeddings, whose rows are looked up
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ def fuse(model: PreTrainedModel) -> Fusing:
     apart = None
     try:
         whole = _WholeDecoder(base, steps, path.rpartition(".")[2])
-        with _in_float32(base):
+        with _in_float32(base), _small_window(whole.config):
             _try_whole(base, whole)
     except _Unfit as reason:
         apart = str(reason)
@@ -451,7 +456,9 @@ class _Decoding:
         if (tables := arguments.get("position_embeddings")) is not None:
             rotation = (tables[0].contiguous(), tables[1].contiguous())
         with _room_for(cache, [self], x) as rooms:
-            return self.native.step(x.contiguous(), [Context(*rooms[0][:2], rotation, rooms[0][2], self.window)], length, first)
+            return self.native.step(
+                x.contiguous(), [Context(*rooms[0][:2], rotation, rooms[0][2], self.window)], length, first
+            )
 
 
 def _captures() -> bool:
@@ -622,7 +629,7 @@ def _forward_of_head(head: nn.Module, x: Tensor) -> Tensor:
 
 
 def _around(base: nn.Module, layers: str) -> tuple[str, str | None, str, Norm]:
-    """What is around the layers of a decoder: its embeddings, those of positions, its last norm, and what that computes.
+    """What is around a decoder's layers: its embeddings, those of positions, its last norm, and what that computes.
 
     Raises:
         _Unfit: there is something else.
@@ -655,11 +662,6 @@ def _try_whole(base: nn.Module, whole: _WholeDecoder) -> None:
     count = sum(_PIECES)
     ids = torch.arange(len(first) * count).view(len(first), count) % embed.num_embeddings
     seen = torch.arange(count) >= first.unsqueeze(1)
-    with _small_window(whole.config):
-        _compare_decoders(own, embed, ids, seen, base, whole)
-
-
-def _compare_decoders(own: Any, embed: Any, ids: Tensor, seen: Tensor, base: nn.Module, whole: _WholeDecoder) -> None:
     theirs, ours = DynamicCache(config=whole.config), DynamicCache(config=whole.config)
     try:
         x = embed(ids)
@@ -707,10 +709,11 @@ def _names(modules: dict[str, nn.Module], rows: tuple[tuple[str | None, ...], ..
         _Unfit: there is none; says what is missing of the row that most of is there.
     """
     missing = [[name for name in row if name and name not in modules] for row in rows]
-    fewest = min(missing, key=len)
-    if fewest:
-        raise _Unfit(f"it has no {fewest[0]}")
-    return rows[missing.index(fewest)]
+    shares = [len(absent) / sum(name is not None for name in row) for absent, row in zip(missing, rows)]
+    best = shares.index(min(shares))
+    if missing[best]:
+        raise _Unfit(f"it has no {missing[best][0]}")
+    return rows[best]
 
 
 def _parts(layer: nn.Module) -> Parts:
@@ -773,7 +776,7 @@ def _experts(modules: dict[str, nn.Module]) -> Experts:
         if len(expert) != 3 or not all(each is None or isinstance(each, QLinear) for each in expert):
             raise _Unfit("some experts are not quantized")
         linears.append(tuple(expert))
-    count, hidden = weight.shape
+    hidden = weight.shape[1]
     x = torch.randn(16, hidden, generator=torch.Generator().manual_seed(0))
     outputs: Any = router(x)
     if not isinstance(outputs, tuple) or len(outputs) != 3:
@@ -787,7 +790,9 @@ def _experts(modules: dict[str, nn.Module]) -> Experts:
     if not torch.equal(chosen, expected) or not _close(shares, top, _EXACT_TOLERANCE):
         raise _Unfit("its router computes something else than the softmax of a product")
     shared = modules.get(_SHARED_GATE)
-    gate = None if shared is None else shared(torch.eye(hidden)).flatten()
+    gate = None if shared is None else getattr(shared, "weight", None)
+    if shared is not None:
+        gate = (gate.float() if isinstance(gate, Tensor) else shared(torch.eye(hidden))).flatten().clone()
     return Experts(weight.detach().float().clone(), shares.shape[-1], renormalized, tuple(linears), gate)
 
 
@@ -924,7 +929,9 @@ def _try_cap(step: _Decoding) -> None:
     attention, parts = _attention_of(step.layer), step.parts
     keys = _try(step).layers[step.index].keys
     assert parts.cap is not None
-    size = keys.square().sum(-1).mean().item() / parts.dim**0.5  # what scores are about, where queries are as large as keys
+    size = (
+        keys.square().sum(-1).mean().item() / parts.dim**0.5
+    )  # what scores are about, where queries are as large as keys
     scale = parts.cap / 4 / size
     try:
         attention.scaling = scale
