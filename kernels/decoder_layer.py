@@ -127,7 +127,7 @@ class Parts:
 
 
 def _shape(layer: QLinear | None) -> _Shape | None:
-    return layer and (layer.out_features, layer.in_features)
+    return None if layer is None else (layer.out_features, layer.in_features)
 
 
 def _fits(mlp: Sequence[QLinear | None], hidden: int) -> bool:
@@ -136,7 +136,11 @@ def _fits(mlp: Sequence[QLinear | None], hidden: int) -> bool:
     if gate is None or down is None:
         return False
     inner = down[1]
-    gates = [((inner, hidden), None), ((2 * inner, hidden), None), ((inner, hidden), (inner, hidden))]
+    gates: list[tuple[_Shape, _Shape | None]] = [
+        ((inner, hidden), None),
+        ((2 * inner, hidden), None),
+        ((inner, hidden), (inner, hidden)),
+    ]
     return down[0] == hidden and (gate, up) in gates
 
 
@@ -303,7 +307,7 @@ class NativeLayers:
 
     def inputs(self) -> frozenset[int | None]:
         """What the linear layers' kernels round inputs to now; see NativeLayer."""
-        return frozenset().union(*(layer.inputs() for layer in self.layers))
+        return frozenset[int | None]().union(*(layer.inputs() for layer in self.layers))
 
     def step(self, x: Tensor, contexts: Sequence[Context], length: int, first: Tensor | None = None) -> Tensor:
         """The output [batch, count, hidden] for each sequence's next tokens; appends their keys and values.

@@ -732,7 +732,7 @@ def _parts(layer: nn.Module) -> Parts:
     around = _names(modules, tuple(sorted(_NORMS, key=lambda row: -sum(name in modules for name in row))))
     heads = tuple(name if name in modules else None for name in _HEAD_NORMS)
     act = next((name for name in _ACT if name in modules), None)
-    used = {*names, *mlp, *around, *heads, *_ACT} - {None}
+    used = {name for name in (*names, *mlp, *around, *heads, *_ACT) if name is not None}
     if routed:
         used |= {*_EXPERTS, _SHARED_GATE}
     for name, module in modules.items():
@@ -764,15 +764,16 @@ def _experts(modules: dict[str, nn.Module]) -> Experts:
     Raises:
         _Unfit: it does so in another way.
     """
-    router, *rows = (modules[name] for name in _EXPERTS if name in modules)
+    router, gates, downs = (modules.get(name) for name in _EXPERTS)
     weight = getattr(router, "weight", None)
-    if len(rows) < 2 or not isinstance(weight, Tensor):
+    if router is None or not isinstance(weight, Tensor) or downs is None:
         raise _Unfit(f"its experts have no {' or '.join(_EXPERTS[:1] + _EXPERTS[2:])}")
-    if not all(isinstance(each, QExperts) and not each.interleaved for each in rows):
+    if not isinstance(gates, QExperts) or not isinstance(downs, QExperts) or gates.interleaved:
         raise _Unfit("its experts are not quantized, or gates and ups alternate")
-    linears = []
-    for gates, downs in zip(rows[0].experts, rows[1].experts):  # type: ignore[arg-type]
-        expert = [*gates, *([None] if len(gates) == 1 else []), *downs]
+    linears: Any = []
+    each_gate: Any
+    for each_gate, down in zip(gates.experts, downs.experts):
+        expert: list[Any] = [*each_gate, *([None] if len(each_gate) == 1 else []), *down.children()]
         if len(expert) != 3 or not all(each is None or isinstance(each, QLinear) for each in expert):
             raise _Unfit("some experts are not quantized")
         linears.append(tuple(expert))

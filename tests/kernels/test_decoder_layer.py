@@ -70,7 +70,9 @@ def make_parts(make_qtensor: Callable[..., QTensor], generator: torch.Generator)
             return linear(inner * (2 if gated and fused else 1), hidden), up, linear(hidden, inner)
 
         queries, keys = heads * dim, key_heads * dim
-        shapes = [(queries + 2 * keys, hidden), None, None] if fused else [(queries, hidden), *[(keys, hidden)] * 2]
+        shapes: list[tuple[int, int] | None] = [(queries, hidden), (keys, hidden), (keys, hidden)]
+        if fused:
+            shapes = [(queries + 2 * keys, hidden), None, None]
         attention = [shape and linear(*shape) for shape in (*shapes, (hidden, queries))]
         of_heads = (norm(dim), norm(dim)) if extras else (None, None)
         places = ("attention", "after attention", "mlp", "after mlp")
@@ -348,13 +350,13 @@ def test_each_linear_layer_has_its_own_inputs(make_parts: MakeParts):
     """A layer whose scheme quantizes its inputs, among others whose inputs stay as they are."""
     parts = make_parts()
     mixed = NativeInt8(), *[NativeExact()] * 6
-    for layer, kernel in zip(parts.linears, mixed):
+    for layer, kernel in zip(parts.all_linears(), mixed):
         layer.selection = Selection(kernel, {})
     check(parts, 20, torch.float32, 1e-2)
     x, rotation, keys, values = inputs(parts, 20, torch.float32)
     one(parts).step(x, context(rotation, keys, values), 20)
     added = keys[:, :, 20].clone()
-    parts.linears[1].selection = Selection(NativeInt8(), {})
+    parts.all_linears()[1].selection = Selection(NativeInt8(), {})
     one(parts).step(x, context(rotation, keys, values), 20)
     assert not torch.equal(keys[:, :, 20], added)
 
@@ -403,7 +405,7 @@ def test_a_copy_has_its_own_weights(make_parts: MakeParts):
     copied = copy.deepcopy(native)
     x, rotation, keys, values = inputs(native.layers[0].parts, 4, torch.float32)
     want = native.step(x, context(rotation, keys, values), 4)
-    for linear in native.layers[0].parts.linears:
+    for linear in native.layers[0].linears:
         linear.packed.get_buffer("data")[128:] = 0
     assert torch.equal(copied.step(x, context(rotation, keys, values), 4), want)
     assert not torch.equal(native.step(x, context(rotation, keys, values), 4), want)
