@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from bitpress.kernels.base import Kernel
+from bitpress.kernels.caches.base import CacheType
+from bitpress.kernels.kv_cache import bytes_per_token, cache_examples, parse_cache
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import registry as kernels
 from bitpress.kernels.scheme import Scheme, examples
@@ -45,6 +47,7 @@ def catalogue() -> dict[str, dict[str, Entry]]:
     return {
         "recipes": {name: Entry(", ".join(keys)) for name, keys in named.items()},
         "schemes": {scheme.name: Entry(_described(scheme)) for scheme in schemes},
+        "key-value caches": {name: Entry(_cached(parse_cache(name))) for name in cache_examples()},
         "transforms": {name: Entry(transform.about) for name, transform in transforms().items()},
         "methods": {
             name: Entry(schemes=tuple(scheme.name for scheme in schemes if not method.problems(scheme)))
@@ -70,6 +73,14 @@ def _described(scheme: Scheme) -> str:
     return words + (f"; inputs {scheme.activations.name}" if scheme.activations else "")
 
 
+def _cached(cache: CacheType) -> str:
+    """The bits of a key's or value's number, scales included, in heads of 64 features, or of the least that fits."""
+    dim = next(dim for dim in (64 << power for power in range(8)) if not cache.problems(dim))
+    facts = cache.description()
+    words = f"{8 * bytes_per_token(cache, 1, dim) / dim:.2f} bits per number: {facts['type']}, "
+    return words + ("a scale for each group of each token" if cache.dynamic else f"calibrated, by {facts['strategy']}")
+
+
 def _serves(kernel: Kernel, schemes: list[Scheme], device: torch.device) -> Entry:
     """The schemes that a kernel serves for bfloat16 inputs, or what keeps it from those that it is made for."""
     meant = [scheme for scheme in schemes if kernel.last_resort or kernel.unserved(scheme) is None]
@@ -78,6 +89,8 @@ def _serves(kernel: Kernel, schemes: list[Scheme], device: torch.device) -> Entr
             return Entry(f"not here: {kernel.package} is not installed")
         names = tuple(scheme.name for scheme in meant)
         return Entry(f"bfloat16, through {kernel.package}, which is imported when a weight needs it", names)
+    if pending := kernel.pending(device):  # to ask whether it runs here would do that now
+        return Entry(f"bfloat16, {pending}", tuple(scheme.name for scheme in meant))
     reasons = {
         scheme.name: kernel.unsupported(QTensor.without_content(scheme, _PROBE), torch.bfloat16, device)
         for scheme in meant

@@ -30,6 +30,7 @@ from bitpress.kernels.cpu.native import DTYPES, FLOAT32, dense_linear, dense_uns
 from bitpress.kernels.decoder_layer import ACTIVATIONS, Context, Experts, NativeLayer, NativeLayers, Norm, Parts
 from bitpress.kernels.linear import QExperts, QLinear, join_projections
 
+from .kv_cache import rounds_cache
 from .structure import decoder
 
 _ROOM = 256  # tokens that a cache grows by, at least; an eighth of what it holds where that is more
@@ -361,6 +362,8 @@ class _Decoding:
             raise _Unfit(reason)
         if any("forward" in module.__dict__ for module in layer.modules()):
             raise _Unfit("its forward was replaced")
+        if rounds_cache(layer):
+            raise _Unfit("its keys and values are rounded for the cache")
         self.layer, self.parts, self.masks = layer, parts, masks
         self.native = NativeLayers([NativeLayer(parts)])
         attention = _attention_of(layer)

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from bitpress.kernels.caches.base import CacheType
+from bitpress.kernels.kv_cache import cache_examples, parse_cache
+
 from ..config.budget import Budget
 from ..config.load import load_recipe
 from ..config.messages import Problem
@@ -13,13 +16,13 @@ from ..config.options import options_of
 from ..config.schema import AUTO, Distill, RecipeSettings
 from ..data.calibration import Calibration
 from ..errors import ConfigError, nearest
+from ..formats import cache_problem, scheme_name
 from ..formats import registry as formats
-from ..formats import scheme_name
 from ..formats.base import Format
 from ..methods import registry as methods
 from ..methods import with_options
 from ..storage.checkpoint import Checkpoint
-from ..system.device import pick_device
+from ..system.device import pick_devices
 from ..system.versions import releases
 from ..transforms import registry as transforms
 from ..transforms.base import Transform
@@ -27,6 +30,7 @@ from .spec import KEPT, LayerSpec, Rules
 
 FORMAT_VERSION = 2
 DISTILL_VERSION = 1  # goes up whenever the same start would be trained to other bytes
+CACHE_VERSION = 1  # goes up whenever the same keys and values would get other scales
 KEEP_INPUTS_VERSION = 1  # goes up whenever the same errors would be measured or judged otherwise
 # What a budget chooses from: 2.1 to 8 bits. Finer groups than 32 cost what the next width does.
 CHOICES = (
@@ -46,11 +50,13 @@ class Recipe:
     allow_split_fused: the parts of a unit that servers fuse, such as q, k and v, may differ.
     sequential: calibrated methods learn each block on what the quantized blocks before it put out; else on what the
     unquantized ones do, which recipes of a run share (see quantize/statistics.py).
-    device: where calibrated methods do their work.
+    device: where calibrated methods do their work. more_devices: like it, among which batches of text and the layers of
+    a block are divided; bytes are the same as with the first one alone.
     transform: what is done to each block before the methods; None for nothing.
     observer: how the range of static inputs is chosen; None for the first way that their type has.
     keep_inputs: at most this share of the layers that quantize their inputs leave them alone; see quantize/inputs.py.
     budget: a size to meet; each layer that `rules.layers` does not name gets one of `choices`, None to keep it.
+    cache: what keys and values are rounded to in the cache of attention; None to leave them.
     distill: how scales and norms are trained once all layers are quantized; None to leave them.
     """
 
@@ -63,21 +69,24 @@ class Recipe:
     allow_split_fused: bool = False
     sequential: bool = True
     device: str = "cpu"
+    more_devices: tuple[str, ...] = ()
     transform: Transform | None = None
     observer: str | None = None
     keep_inputs: float = 0.0
     budget: Budget | None = None
     choices: tuple[LayerSpec | None, ...] = ()
     distill: Distill | None = None
+    cache: CacheType | None = None
 
     @staticmethod
-    def make(settings: "str | Mapping[str, Any] | RecipeSettings", device: str = "auto") -> "Recipe":
+    def make(settings: "str | Mapping[str, Any] | RecipeSettings", device: str = "auto", gpus: int = 1) -> "Recipe":
         """A recipe from its text, such as "gptq/int4-g128", or from its settings as a config has them.
 
         Args:
             device: "cpu", "cuda" or "auto", for calibrated methods; the others work on the CPU.
+            gpus: among which calibrated methods divide their work.
         Raises:
-            ConfigError: an unknown name, or things that do not go together.
+            ConfigError: an unknown name, or things that do not go together; see also pick_devices.
         """
         if not isinstance(settings, RecipeSettings):
             settings = load_recipe(settings)
@@ -91,6 +100,7 @@ class Recipe:
         named = list(filter(None, choices))
         if settings.transform:  # it judges by the default, which the one in the middle stands for all others best as
             named = sorted(named, key=lambda spec: spec.scheme.bits)[max(0, len(named) - 1) // 2 :]
+        devices = pick_devices(device, gpus)
         return Recipe(
             name=settings.label,
             rules=Rules(
@@ -102,20 +112,27 @@ class Recipe:
             fit_groups=settings.fit_groups,
             allow_split_fused=settings.allow_split_fused,
             sequential=settings.sequential,
-            device=str(pick_device(device)),
+            device=str(devices[0]),
+            more_devices=tuple(map(str, devices[1:])),
             transform=transforms()[settings.transform] if settings.transform else None,
             observer=None if settings.observer == AUTO else settings.observer,
             keep_inputs=settings.keep_inputs,
             budget=Budget.parse(settings.budget) if settings.budget else None,
             choices=choices,
             distill=settings.distill,
+            cache=parse_cache(settings.kv_cache) if settings.kv_cache else None,
         )
 
     @property
     def calibrated(self) -> bool:
         """Whether a step on the whole model, or some layer's method or inputs, need calibration."""
-        whole = self.transform or self.budget or self.keep_inputs or self.distill
+        whole = self.transform or self.budget or self.keep_inputs or self.distill or self.static_cache
         return bool(whole) or any(spec.needs_calibration for spec in self.rules.specs())
+
+    @property
+    def static_cache(self) -> bool:
+        """Whether the scales of the cache are calibrated and stored."""
+        return self.cache is not None and not self.cache.dynamic
 
     def specs(self) -> list[LayerSpec]:
         """Every spec that some layer may get."""
@@ -123,7 +140,7 @@ class Recipe:
 
     @property
     def scheme(self) -> str:
-        """The scheme's name, or "mixed" where layers may differ."""
+        """The scheme's name, "mixed" where layers may differ, or "none" where weights are left as they are."""
         return scheme_name(spec.scheme.name for spec in self.specs())
 
     @property
@@ -156,6 +173,8 @@ class Recipe:
             described |= {"observer": self.observer}
         if self.keep_inputs:
             described |= {"keep_inputs": self.keep_inputs, "keep_inputs.version": KEEP_INPUTS_VERSION}
+        if self.cache:
+            described |= {"kv_cache": self.cache.name, "kv_cache.version": CACHE_VERSION}
         if self.distill:
             described |= {f"distill.{name}": value for name, value in self.distill.model_dump().items()}
             described |= {"distill.version": DISTILL_VERSION}
@@ -223,17 +242,29 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         faults += _budget_problems(settings)
     if not settings.sequential and not faults:
         faults += [(("sequential",), said) for said in _unsequential_problems(settings, specs)]
-    if not specs and not faults and not settings.baseline:
+    cache: CacheType | None = None
+    if settings.kv_cache:
+        try:
+            cache = parse_cache(settings.kv_cache)
+        except ValueError as error:
+            faults.append((("kv_cache",), f"{error}{nearest(settings.kv_cache, cache_examples())}"))
+    if cache and settings.distill:
+        said = "distill trains the model with a cache that is not rounded; take distill out, or kv_cache"
+        faults.append((("kv_cache",), said))
+    if not specs and not faults and not settings.baseline and not cache:
         faults.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
     unused = (
         settings.calibration
         and not (settings.transform or settings.budget or settings.keep_inputs or settings.distill)
+        and not (cache and not cache.dynamic)
         and not any(spec.needs_calibration for spec in specs)
     )
-    if unused and specs and not faults and not settings.inherits("calibration"):
+    if unused and (specs or cache) and not faults and not settings.inherits("calibration"):
         faults.append((("calibration",), NO_CALIBRATION))
     if settings.format != AUTO and not faults:
         target = formats()[settings.format]
+        if cache and (problem := cache_problem(target, cache)):
+            faults.append((("format",), problem))
         for spec in specs:
             fitting = (1024, 32 * (spec.scheme.weight.description().group_size or 32))
             faults += [(("format",), problem) for problem in target.problems(spec.scheme, fitting)]
@@ -313,4 +344,5 @@ def order_of_sums(recipe: Recipe) -> dict[str, Any]:
     A finished artifact is as good on another machine: it is recorded there and not compared. Unfinished work, whose
     blocks read what the quantized blocks before them put out, must end in the bytes of an unbroken run: it is compared.
     """
-    return {"device": recipe.device, "threads": torch.get_num_threads()} if recipe.calibration else {}
+    kind = torch.device(recipe.device).type  # which one, and how many of them, makes no difference
+    return {"device": kind, "threads": torch.get_num_threads()} if recipe.calibration else {}

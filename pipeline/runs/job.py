@@ -124,12 +124,13 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
             dequantize=True,
         )
         return process.evaluate(subject, job.conditions, job.folder, say)
-    recipe = replace(Recipe.make(job.recipe, job.run.device), calibration=job.calibration)
+    recipe = replace(Recipe.make(job.recipe, job.run.device, job.run.gpus), calibration=job.calibration)
     artifact = job.folder / ARTIFACT
     if job.redo:
         _remove_work(job.folder)
     start = time.perf_counter()
-    say(f"quantize by {recipe.method}{f', calibrated on {recipe.calibration}' if recipe.calibration else ''}")
+    by = f" by {recipe.method}" if recipe.method else " the key-value cache alone"
+    say(f"quantize{by}{f', calibrated on {recipe.calibration}' if recipe.calibration else ''}")
     if recipe.calibration and recipe.calibration.name == job.conditions.text:
         say(f"{job.conditions.text} is also what is measured, so the figures will flatter: give eval.text another text")
     shared = beside / SHARED if job.shares else None

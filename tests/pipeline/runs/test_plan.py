@@ -73,6 +73,20 @@ def test_bytes_of_many_rows_follow_from_those_of_few(name: str) -> None:
             assert abs(_stored_bytes(format, scheme, shape, torch.bfloat16) - whole) <= 8, format.name
 
 
+def test_a_quantized_cache_is_counted_in_advance(make_run: Callable[..., Run]) -> None:
+    """Two layers of two heads have 128 numbers for each token; the model's are bfloat16."""
+    run = make_run({"scheme": "none", "kv_cache": "fp8"}, {"scheme": "int4-g32", "kv_cache": "int4-g16"}, "int4-g32")
+    _, alone, both, plain = plan_run(run, jobs_of(run)).jobs
+    assert [job.problem for job in (alone, both, plain)] == [None] * 3
+    lengths = (4096, 32768, 131072)
+    sizes = {"fp8": 128, "unquantized": 256, "int4-g16": 64 + 16}
+    expected = {name: {str(tokens): tokens * size for tokens in lengths} for name, size in sizes.items()}
+    assert alone.cache == {name: expected[name] for name in ("fp8", "unquantized")}
+    assert both.cache == {name: expected[name] for name in ("int4-g16", "unquantized")}
+    assert plain.cache == {}
+    assert (alone.weights, alone.format, alone.runtimes["vLLM"]["loads"]) == (0, "compressed-tensors", "yes")
+
+
 def test_a_budget_takes_what_it_says(make_run: Callable[..., Run]) -> None:
     run = make_run({"budget": "4.5 bits", "choices": ["int3-g32", "int4-g32", "int8-channel"]}, {"budget": "200 kB"})
     _, bits, whole = plan_run(run, jobs_of(run)).jobs
@@ -90,6 +104,22 @@ def test_distillation_takes_steps_and_the_whole_model(make_run: Callable[..., Ru
     _, plain, distilled = plan_run(run, jobs_of(run)).jobs
     assert distilled.memory["quantize"] >= plain.memory["quantize"]
     assert distilled.work["quantize"].products > plain.work["quantize"].products
+
+
+def test_gpus_divide_the_time_of_calibrated_methods(make_run: Callable[..., Run]) -> None:
+    """And a run is refused where there are not so many; blocks that do not wait for each other divide evenly."""
+    first, parted = "gptq/int4-g32", {"name": "parted", "scheme": "int4-g32", "method": "gptq", "sequential": False}
+    one = make_run(first, parted)
+    two = one.model_copy(update={"gpus": 2})
+    plans = [plan_run(run, jobs_of(run)) for run in (one, two)]
+    (plain, _), (halved, even) = ([job.work["quantize"] for job in plan.jobs[1:]] for plan in plans)
+    assert halved.products == plain.products / 2
+    [(_, weights)], [(_, fewer)], [(_, half)] = (work.rounded.values() for work in (plain, halved, even))
+    assert half == weights / 2 <= fewer < weights
+    assert halved.statistics / plain.statistics == pytest.approx(fewer / weights)
+    assert [str(fault) for fault in plans[1].problems()] == [
+        "gpus: 2 were asked for, and torch finds 0 for device cpu; ask for as many"
+    ]
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *gone: str) -> None:
