@@ -160,6 +160,7 @@ class Format(ABC):
     convertible: whether `bitpress convert` writes it.
     packages: names of the packages, beside bitpress's own requirements, that it takes to write it.
     config_copies: other files that repeat the config, and the keys on which both must agree.
+    side_config: another file that counts where config.json has no quantization_config; "" where there is none.
     output_multiple: what the number of output features must be a multiple of for servers' kernels.
     uncuttable: why it is not known how servers cut its layers for several GPUs; None where it is.
     """
@@ -179,6 +180,7 @@ class Format(ABC):
     convertible: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
     config_copies: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    side_config: ClassVar[str] = ""
     output_multiple: ClassVar[int] = 1
     uncuttable: ClassVar[str | None] = None
 

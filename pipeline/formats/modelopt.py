@@ -71,7 +71,7 @@ class ModelOpt(Format):
     suffixes = ("weight", _SCALE, _FACTOR, _INPUT)
     beside = CACHE_SCALES
     convertible = True
-    config_copies: ClassVar[Mapping[str, tuple[str, ...]]] = {_SIDE_FILE: ()}
+    side_config = _SIDE_FILE
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
         if scheme in (known := _schemes()):
