@@ -42,8 +42,8 @@ INPUT_TYPES = {  # what `activation_scheme` stands for, by the strategy of the w
     ("tensor", "dynamic"): {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
     ("tensor", "static"): {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
 }
-# Scales of a key-value cache that lie beside a layer's tensors.
-CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "output_scale")
+# A key-value cache in FP8, as compressed-tensors describes it.
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
 class FP8Layers(Format):
@@ -61,7 +61,6 @@ class FP8Layers(Format):
     hf_methods = ("fp8",)
     marker = _SQUARES
     suffixes = ("weight", *_WHOLE, *_INPUTS)
-    beside = CACHE_SCALES
     convertible = True
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
@@ -148,7 +147,7 @@ class FP8Layers(Format):
 
     def cache_scheme(self, config: dict[str, Any]) -> dict[str, Any] | None:
         scheme = config.get("kv_cache_scheme")
-        return scheme if isinstance(scheme, dict) else {"kv_cache_scheme": scheme} if scheme else None
+        return scheme if isinstance(scheme, dict) else FP8_CACHE if scheme else None  # AutoFP8 writes "static"
 
     def diagnose(self, seen: Examination) -> tuple[list[str], list[str]]:
         entries = _left_alone(seen.config)
