@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from bitpress.kernels.caches.base import CacheType
 from bitpress.kernels.packing import words
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
@@ -49,7 +50,7 @@ class Facts:
     there are some that transformers knows in one tensor only, all of a block. model_type: of config.json. heads:
     attention heads, and key-value heads. kept: linear layers that are not quantized. auto_class: transformers' class
     that builds its model. blocks: the list of decoder blocks, by transformers' name; "" where it is not known.
-    embeddings: the layers that are embeddings.
+    embeddings: the layers that are embeddings. cache: what keys and values are rounded to; None where they are not.
     """
 
     format: "Format"
@@ -65,6 +66,7 @@ class Facts:
     auto_class: str = "AutoModelForCausalLM"
     blocks: str = ""
     embeddings: frozenset[str] = frozenset()
+    cache: CacheType | None = None
 
     def by_scheme(self, rule: Callable[[Scheme], Iterable[Reason]]) -> list[Reason]:
         """The reasons that a rule gives for each scheme; the scheme is named where there are several."""
@@ -276,6 +278,10 @@ class Format(ABC):
     def cache_section(self, cache: Mapping[str, Any]) -> dict[str, Any] | None:
         """The keys of a quantization_config that say what `cache_scheme` returns; None: there is no place for it."""
         return None
+
+    def only_cache(self, config: dict[str, Any]) -> bool:
+        """Whether a quantization_config says that the key-value cache is quantized, and no layer."""
+        return False
 
     def missing_tensors(self, config: dict[str, Any], layers: Iterable[str], names: Iterable[str]) -> str | None:
         """What a config says the files have and they do not have; a sentence that begins with the reason."""

@@ -30,7 +30,7 @@ from .base import (
     require,
     some,
 )
-from .fp8 import FP8_CACHE, INPUT_TYPES, read_fp8
+from .fp8 import FP8_CACHE, INPUT_TYPES, fp8_cache, read_fp8, unscaled_cache
 from .names import NameRules, fused_unit
 
 _SIDE_FILE = "hf_quant_config.json"
@@ -158,7 +158,7 @@ class ModelOpt(Format):
             weight = tensors.get(f"{layer}.weight")
             if weight is not None and len(weight.shape) != 2:
                 return f"{layer}.weight has {len(weight.shape)} dimensions: all experts in one tensor"
-        return None
+        return unscaled_cache(self.cache_scheme(config), tensors)
 
     def kept(self, config: dict[str, Any]) -> list[str]:
         return [entry for entry in _left_alone(config) if "*" not in entry]
@@ -167,12 +167,12 @@ class ModelOpt(Format):
         section = _section(config)
         scheme, algorithm = section.get(_CACHE), section.get("kv_cache_quant_algo")
         if isinstance(scheme, dict) and scheme:
-            return scheme
+            return fp8_cache(scheme)
         return FP8_CACHE if algorithm == _FP8 else {"kv_cache_quant_algo": algorithm} if algorithm else None
 
     def cache_section(self, cache: Mapping[str, Any]) -> dict[str, Any] | None:
-        """vLLM takes it for FP8 where it is of 8 bits and floating, and knows no other."""
-        return {_CACHE: dict(cache)} if (cache.get("num_bits"), cache.get("type")) == (8, "float") else None
+        """vLLM takes it for FP8, one scale for all heads, where it is of 8 bits and floating, and knows no other."""
+        return {_CACHE: dict(cache)} if dict(cache) == FP8_CACHE else None
 
     def diagnose(self, seen: Examination) -> tuple[list[str], list[str]]:
         entries = _left_alone(seen.config)
@@ -186,10 +186,7 @@ class ModelOpt(Format):
                 f"{some(unlisted)}: neither quantized nor excluded by the config, so runtimes look for quantized "
                 "weights there"
             )
-        notes = []
-        if scheme := self.cache_scheme(seen.config):
-            notes.append(f"servers quantize the key-value cache ({scheme}); bitpress leaves the cache alone")
-        return faults, notes
+        return faults, []
 
     def runtimes(self, facts: Facts) -> dict[str, Loading]:
         return {

@@ -172,7 +172,7 @@ LAYOUTS = {
         (None, None),
         "weight_scale",
         scalar,
-        extra={"input_scale": (), "k_scale": ()},
+        extra={"input_scale": (), "k_scale": (), "v_scale": ()},
     ),
     "modelopt channel": Layout(
         {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "ignore": ["lm_head"]},
@@ -294,7 +294,8 @@ def test_scales_of_a_cache_come_along(coded: Callable[[str], tuple[Path, Path]],
     before, after = open_quantized(folder), open_quantized(tmp_path / "out")
     name = "model.layers.0.self_attn.k_proj.k_scale"
     assert torch.equal(before.read(name), after.read(name))
-    assert after.config["quantization_config"]["kv_cache_scheme"] == {"num_bits": 8, "type": "float"}
+    assert after.config["quantization_config"]["kv_cache_scheme"]["strategy"] == "tensor"
+    assert read_quantized(after).cache == read_quantized(before).cache is not None
     assert len(quantized_layers(after)) == 7
     convert(tmp_path / "out", "modelopt", tmp_path / "back")
     side = json.loads((tmp_path / "back" / "hf_quant_config.json").read_text())["quantization"]
