@@ -57,8 +57,8 @@ def misfits(
             problems.setdefault(problem, []).append(layer)
     if embeddings and not format.holds_embeddings:
         problems[f"{format.name} has no place for quantized embeddings"] = list(embeddings)
-    if cache and (problem := cache_problem(format, cache)):
-        problems[problem] = []
+    if cache and (why := cache_problem(format, cache)):
+        problems[why] = []
     mixture = format.mixture_problems({layer: scheme for layer, (scheme, _) in layers.items()}) if not problems else []
     return [*(counted(problem, names) for problem, names in problems.items()), *mixture]
 

@@ -107,13 +107,12 @@ def attentions(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-@functools.cache
 def _fills_cache(kind: type[nn.Module]) -> bool:
     """Whether a class's forward takes a cache and calls its `update`."""
     forward = inspect.unwrap(kind.forward)
-    code = getattr(forward, "__code__", None)
-    takes = any(name in inspect.signature(forward).parameters for name in _ARGUMENTS)
-    return code is not None and takes and "update" in code.co_names
+    if "update" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return False
+    return any(name in inspect.signature(forward).parameters for name in _ARGUMENTS)
 
 
 class CacheRounding:

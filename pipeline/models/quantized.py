@@ -60,10 +60,10 @@ def read_quantized(
     quantized = _quantized_layers(checkpoint, format, model, names)
     owned = {f"{layer}.{suffix}" for layer in quantized for suffix in format.suffixes}
     plain = {name: names.target(name) for name in checkpoint.tensors if name not in owned}
-    cache = None
-    if (kind := quantized_cache(checkpoint)) is not None:
+    cache: StoredCache | None = None
+    if cache_type := quantized_cache(checkpoint):
         weights = {f"{layer}.weight": target for layer, target in quantized.items()}
-        cache = stored_cache(checkpoint, model, kind, weights | plain)
+        cache = stored_cache(checkpoint, model, cache_type, weights | plain)
         for name in cache.tensors:
             del plain[name]
     _check_plain(checkpoint, names, plain, set(quantized))
