@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .cpu.library import Library, library
-from .cpu.native import DTYPES, NativeWeight, inputs_of, rounds_rows
+from .cpu.native import DTYPES, NativeWeight, inputs_of, rounds_inputs
 from .linear import QLinear
 from .registry import Selection
 
@@ -52,8 +52,8 @@ class Parts:
         for layer in self.linears:
             if not isinstance(layer.packed, NativeWeight):
                 return f"a linear layer runs on {layer.selection.kernel.name}"
-            if rounds_rows(layer.scheme):
-                return f"{layer.scheme.name} has a scale for whole rows of inputs"
+            if rounds_inputs(layer.scheme):
+                return f"the inputs of {layer.scheme.name} are rounded by rows, or to FP8"
         q, k, _, _, gate, _, _ = self.linears
         queries, keys, hidden, inner = q.out_features, k.out_features, q.in_features, gate.out_features
         if self.dim % _LANES or queries % self.dim or keys % self.dim:

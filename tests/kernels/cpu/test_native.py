@@ -45,9 +45,16 @@ SHAPES = {  # a block is 16 outputs, a pair 32; steps are 32 to 128 inputs, a st
     "int8-dynamic": [(1, 1), (15, 17), (33, 509), (47, 1151), (32, 4096)],
     "nf4": [(1, 64), (33, 192), (47, 704)],
     "nf4-dq": [(65, 128)],
+    "mxfp4": [(1, 32), (33, 544)],
+    "nvfp4": [(17, 16), (33, 208), (63, 1152)],
+    "fp8": [(1, 1), (33, 509), (47, 1152)],
+    "fp8-b128": [(129, 131), (37, 640)],
+    "fp8-dynamic": [(17, 31)],
+    "fp8-block": [(33, 257)],
+    "fp8-static": [(31, 96)],
 }
 CASES = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
-STEPS = {"g32": 32, "g64": 64, "g96": 96}  # inputs that share a scale; else 128
+STEPS = {"g32": 32, "g64": 64, "g96": 96, "nf4": 64, "mxfp4": 32, "nvfp4": 16}  # inputs that share a scale; else 128
 
 
 def found_library() -> Library:
@@ -72,7 +79,7 @@ def rounded(x: Tensor, scheme: str, bits: int = 8) -> Tensor:
     if scheme == "int8-dynamic":
         step = x.shape[-1]
     else:
-        step = 64 if scheme.startswith("nf4") else STEPS.get(scheme.split("-")[1], 128)
+        step = next((step for name, step in STEPS.items() if name in scheme.split("-")), 128)
     padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % step)).unflatten(-1, (-1, step))
     if bits == 16:
         scales = padded.abs().amax(-1, keepdim=True) / 32639
@@ -93,7 +100,8 @@ def relative(found: Tensor, inputs: Tensor, weight: Tensor) -> float:
 def test_products(
     make_qtensor: Make, generator: torch.Generator, instructions: str, scheme: str, shape: tuple[int, int]
 ) -> None:
-    """float32 in and out, float16 scales: what is left is the order of sums, and of NF4 the code book's rounding."""
+    """float32 in and out, float16 scales: what is left is the order of sums, of NF4 the code book's rounding, and of
+    squares that of their scales."""
     q = make_qtensor(scheme, *shape, torch.float16) if scheme.startswith("int") else make_qtensor(scheme, *shape)
     weight = q.dequantize().double()
     for kind, rows in itertools.product((NativeInt8, NativeInt16, NativeExact), ROWS):
@@ -105,9 +113,13 @@ def test_products(
         bound = 2.0**-17 if kind is NativeExact else 2.0**-20
         if q.scheme.weight.description().type == "codebook":
             bound = 2.0**-11 if kind is NativeExact else 2.0**-7
+        if scheme in ("fp8-b128", "fp8-block"):
+            bound = 2.0**-11
         x = torch.randn(rows, shape[1], generator=generator)
         y = kernel.linear(x, kernel.pack(q, torch.float32), None)
         inputs = x.double() if kernel.input_bits is None else rounded(x, scheme, kernel.input_bits)
+        if scheme.startswith("fp8") and q.scheme.activations:
+            inputs = q.scheme.activations.apply(x, dict(q.tensors())).double()
         assert relative(y, inputs, weight) <= bound, (kernel.name, rows)
 
 
@@ -115,7 +127,8 @@ def test_products(
 def test_dequantized(make_qtensor: Make, instructions: str, scheme: str, shape: tuple[int, int]) -> None:
     """What the packed form stands for is what was packed, scales of any size included."""
     q = make_qtensor(scheme, *shape)
-    q.scales.mul_(torch.logspace(-5, 5, q.scales.numel()).view_as(q.scales)) if q.scales.is_floating_point() else None
+    if q.scales.is_floating_point() and q.scales.itemsize > 1:
+        q.scales.mul_(torch.logspace(-5, 5, q.scales.numel()).view_as(q.scales))
     found = found_library()
     packed = NativeInt8().pack(q, torch.float32).get_buffer("data")
     weight = native.dequantize(packed, torch.float32, found.instructions.index(instructions), 0, *q.shape)
@@ -138,7 +151,32 @@ def test_outputs_are_rounded_once(make_qtensor: Make, instructions: str, dtype: 
         assert torch.equal(kernel.linear(x, packed, None), exact.to(dtype))
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [(NativeInt8, "int8-dynamic"), (NativeInt16, "int4-g128")])
+def test_which_serves_small_floats(make_qtensor: Make) -> None:
+    """FP4 values, doubled, are whole numbers; those of FP8 are too far apart, so that inputs stay as they are."""
+    found_library()
+    for scheme in ("mxfp4", "nvfp4"):
+        assert select(make_qtensor(scheme, 32, 64), torch.bfloat16, CPU).kernel.name == "native-int16"
+    for scheme in ("fp8", "fp8-b128", "fp8-dynamic", "fp8-block", "fp8-static"):
+        selection = select(make_qtensor(scheme, 32, 64), torch.bfloat16, CPU)
+        assert selection.kernel.name == "native-bf16"
+        assert "serves" in selection.rejected["native-int16"]
+
+
+def test_every_code_of_e4m3(make_qtensor: Make, instructions: str) -> None:
+    """To the bit, subnormal numbers and both zeros too; NaN is no code of a weight."""
+    codes = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    codes[:, 127] = 0
+    q = replace(make_qtensor("fp8", 2, 128), codes=codes.view(torch.float8_e4m3fn), scales=torch.ones(2, 1))
+    kernel = NativeExact(instructions)
+    packed = kernel.pack(q, torch.float32)
+    each = found_library().instructions.index(instructions)
+    assert torch.equal(native.dequantize(packed.data, torch.float32, each, 0, 2, 128), q.dequantize())
+    assert torch.equal(kernel.linear(torch.eye(128)[:40], packed, None), q.dequantize().t()[:40])
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme"), [(NativeInt8, "int8-dynamic"), (NativeInt16, "int4-g128"), (NativeInt16, "nvfp4")]
+)
 def test_rows_do_not_depend_on_their_company(
     make_qtensor: Make, instructions: str, kind: type[NativeInt8], scheme: str
 ) -> None:
