@@ -51,6 +51,18 @@ class _Fp8:
         codes, scales, _ = self.codes(x, tensors)
         return codes.to(torch.float32).mul_(scales)
 
+    def layout(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        return {}
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        return
+
+    def tensors(self, statistics: Mapping[type, Any], observer: str = "minmax") -> dict[str, Tensor]:
+        return {}
+
+    def random(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {}
+
 
 @dataclass(frozen=True)
 class Fp8Token(_Fp8):
@@ -58,7 +70,7 @@ class Fp8Token(_Fp8):
 
     rank: ClassVar[int] = 30
     name: ClassVar[str] = "fp8-token"
-    schemes: ClassVar[dict[str, str]] = {"fp8-dynamic": "fp8"}
+    schemes: ClassVar[dict[str, str]] = {"fp8-dynamic": "fp8", "fp8-tensor-dynamic": "fp8-tensor"}
 
     def description(self) -> dict[str, Any]:
         return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -96,7 +108,7 @@ class Fp8Tensor(_Fp8):
     rank: ClassVar[int] = 32
     name: ClassVar[str] = "fp8-tensor"
     dynamic: ClassVar[bool] = False
-    schemes: ClassVar[dict[str, str]] = {"fp8-static": "fp8"}
+    schemes: ClassVar[dict[str, str]] = {"fp8-static": "fp8", "fp8-tensor-static": "fp8-tensor"}
     statistics: ClassVar[tuple[type, ...]] = (InputCounts,)
     # E4M3's steps grow with the value: nothing is won by cutting the largest inputs off, as it is for integers.
     observers: ClassVar[tuple[str, ...]] = ("minmax", "mse", "percentile")

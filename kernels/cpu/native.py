@@ -21,7 +21,7 @@ from ..base import Kernel, PackedWeight, Serves
 from ..packing import pack, unpack
 from ..qtensor import QTensor
 from ..scheme import Scheme
-from ..weights.fp8 import SQUARE, Float8
+from ..weights.fp8 import SQUARE, Float8, Float8Tensor
 from ..weights.integer import INT_BITS, Integer
 from ..weights.mxfp4 import MXFP4, power
 from ..weights.nf4 import NF4, NF4_BLOCK, block_scales
@@ -32,6 +32,7 @@ INT8, INT16, FLOAT32 = range(3)  # what inputs are rounded to, as csrc/ numbers 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/ numbers them
 _INT4, _TABLE, _INT8, _FP8 = range(4)
 _NF4, _FP4 = range(2)  # tables
+_FLOATS = (Float8, Float8Tensor)  # whose codes are E4M3
 
 _STEP = 128  # features that share an activation scale, where a group of weights has no fewer
 _HEADER = 128  # bytes
@@ -158,9 +159,12 @@ class NativeExact(NativeInt16):
     serves: ClassVar[tuple[Serves, ...]] = (
         *NativeInt16.serves,
         Serves("fp8, fp8-b128", Float8),
+        Serves("fp8-tensor", Float8Tensor),
         Serves("fp8-dynamic", Float8, (), Fp8Token),
+        Serves("fp8-tensor-dynamic", Float8Tensor, (), Fp8Token),
         Serves("fp8-block", Float8, (), Fp8Group),
         Serves("fp8-static", Float8, (), Fp8Tensor),
+        Serves("fp8-tensor-static", Float8Tensor, (), Fp8Tensor),
     )
     input_bits: ClassVar[int | None] = None
     inputs: ClassVar[int] = FLOAT32
@@ -171,7 +175,7 @@ class NativeExact(NativeInt16):
 
 def rounds_inputs(scheme: Scheme) -> bool:
     """Whether inputs are rounded before csrc/ gets them, which rounds by groups of weights, and to integers only."""
-    return scheme.activations is not None and (scheme.joined or isinstance(scheme.weight, Float8))
+    return scheme.activations is not None and (scheme.joined or isinstance(scheme.weight, _FLOATS))
 
 
 def inputs_of(kernel: Kernel) -> int | None:
@@ -194,7 +198,7 @@ def _pack(native: Library, qtensor: QTensor) -> Tensor:
     """The header and everything after it, as csrc/ reads it."""
     weight, (out_features, in_features) = qtensor.scheme.weight, qtensor.shape
     codes, table, high_first = qtensor.codes, _FP4, False
-    if isinstance(weight, Float8):
+    if isinstance(weight, _FLOATS):
         code, zero = _FP8, 0
         codes = F.pad(codes.view(torch.uint8), (0, -in_features % 4)).contiguous().view(torch.int32)
     elif isinstance(weight, Integer):
@@ -270,9 +274,11 @@ def _scales(qtensor: QTensor) -> tuple[Tensor, float]:
         scales = power(scales)
     elif isinstance(weight, NVFP4):
         factor = (1 / qtensor.extra["global_scale"].to(torch.float32)).item()
+    elif isinstance(weight, Float8Tensor):
+        scales = scales.expand(out_features, 1)
     elif isinstance(weight, Float8) and weight.squares:
         scales = scales.repeat_interleave(SQUARE, 0)[:out_features]
-    return scales.to(torch.float32).view(out_features, -1), factor
+    return scales.to(torch.float32).reshape(out_features, -1), factor
 
 
 def _fill_scales(packed: Tensor, qtensor: QTensor, single: bool) -> None:

@@ -18,7 +18,7 @@ from ..activations.fp8 import GROUP, Fp8Group, Fp8Tensor, Fp8Token
 from ..base import Kernel, PackedWeight, Serves
 from ..qtensor import QTensor
 from ..scheme import Scheme
-from ..weights.fp8 import SQUARE, Float8
+from ..weights.fp8 import SQUARE, Float8, Float8Tensor
 from .launch import Config, choose, row_bucket, unsupported_device
 from .product import add_parts
 
@@ -73,7 +73,7 @@ class Fp8Weight(PackedWeight):
         codes = F.pad(qtensor.codes.view(torch.uint8), (0, -qtensor.shape[1] % _ALIGNED)).contiguous()
         scales = qtensor.scales.to(torch.float32).contiguous()
         if qtensor.scheme.group_size is None:
-            scales = scales.flatten()
+            scales = scales.flatten().expand(qtensor.shape[0]).contiguous()
         input_scale = qtensor.extra.get("input_scale")
         if input_scale is not None:
             input_scale = input_scale.to(torch.float32)
@@ -83,7 +83,7 @@ class Fp8Weight(PackedWeight):
 
 
 class TritonFp8(Kernel):
-    """fp8 and fp8-b128 with float16 and bfloat16 inputs; fp8-dynamic, fp8-block and fp8-static with float32 ones too.
+    """fp8, fp8-b128 and fp8-tensor with float16 and bfloat16 inputs; those with FP8 inputs with float32 ones too.
 
     The latter need compute capability 8.9.
     """
@@ -92,9 +92,12 @@ class TritonFp8(Kernel):
     name: ClassVar[str] = "triton-fp8"
     serves: ClassVar[tuple[Serves, ...]] = (
         Serves("fp8, fp8-b128", Float8),
+        Serves("fp8-tensor", Float8Tensor),
         Serves("fp8-dynamic", Float8, (), Fp8Token),
+        Serves("fp8-tensor-dynamic", Float8Tensor, (), Fp8Token),
         Serves("fp8-block", Float8, (), Fp8Group),
         Serves("fp8-static", Float8, (), Fp8Tensor),
+        Serves("fp8-tensor-static", Float8Tensor, (), Fp8Tensor),
     )
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -49,6 +49,7 @@ SHAPES = {  # a block is 16 outputs, a pair 32; steps are 32 to 128 inputs, a st
     "nvfp4": [(17, 16), (33, 208), (63, 1152)],
     "fp8": [(1, 1), (33, 509), (47, 1152)],
     "fp8-b128": [(129, 131), (37, 640)],
+    "fp8-tensor": [(17, 63)],
 }
 CASES = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
 STEPS = {"g32": 32, "g64": 64, "g96": 96, "nf4": 64, "mxfp4": 32, "nvfp4": 16}  # inputs that share a scale; else 128
@@ -124,7 +125,8 @@ def test_products(
 
 
 @pytest.mark.parametrize(
-    ("scheme", "shape"), [("fp8-dynamic", (17, 31)), ("fp8-block", (33, 257)), ("fp8-static", (31, 96))]
+    ("scheme", "shape"),
+    [("fp8-dynamic", (17, 31)), ("fp8-block", (33, 257)), ("fp8-static", (31, 96)), ("fp8-tensor-static", (5, 33))],
 )
 def test_inputs_in_fp8(
     make_qtensor: Make, generator: torch.Generator, instructions: str, scheme: str, shape: tuple[int, int]
@@ -172,7 +174,7 @@ def test_which_serves_small_floats(make_qtensor: Make) -> None:
     found_library()
     for scheme in ("mxfp4", "nvfp4"):
         assert select(make_qtensor(scheme, 32, 64), torch.bfloat16, CPU).kernel.name == "native-int16"
-    for scheme in ("fp8", "fp8-b128", "fp8-dynamic", "fp8-block", "fp8-static"):
+    for scheme in ("fp8", "fp8-b128", "fp8-tensor", "fp8-dynamic", "fp8-block", "fp8-static", "fp8-tensor-dynamic"):
         selection = select(make_qtensor(scheme, 32, 64), torch.bfloat16, CPU)
         assert selection.kernel.name == "native-bf16"
         assert "serves" in selection.rejected["native-int16"]

@@ -29,7 +29,7 @@ needs_triton = pytest.mark.skipif(
 INPUTS = {"fp8-dynamic": fp8.TOKEN, "fp8-block": fp8.GROUPED, "fp8-static": fp8.TENSOR}
 WEIGHTS = [
     ("fp8-dynamic", (1, 1)), ("fp8-dynamic", (65, 129)), ("fp8-dynamic", (40, 1000)), ("fp8-block", (13, 31)),
-    ("fp8-block", (129, 257)), ("fp8-block", (257, 384)), ("fp8-static", (64, 127)), ("fp8", (13, 31)),
+    ("fp8-block", (129, 257)), ("fp8-block", (257, 384)), ("fp8-static", (64, 127)), ("fp8-tensor", (13, 31)),
     ("fp8", (129, 257)), ("fp8-b128", (129, 257)), ("fp8-b128", (257, 96)),
 ]  # fmt: skip
 EVERY = [*FEW, *SOME, *MANY, *MANY_AS_IS]
