@@ -21,10 +21,10 @@ from ..base import Kernel, PackedWeight, Serves
 from ..packing import pack, unpack
 from ..qtensor import QTensor
 from ..scheme import Scheme
-from ..weights.fp8 import SQUARE, Float8, Float8Tensor
+from ..weights.fp8 import Float8, Float8Tensor
 from ..weights.integer import INT_BITS, Integer
-from ..weights.mxfp4 import MXFP4, power
-from ..weights.nf4 import NF4, NF4_BLOCK, block_scales
+from ..weights.mxfp4 import MXFP4
+from ..weights.nf4 import NF4, NF4_BLOCK
 from ..weights.nvfp4 import NVFP4
 from .library import Library, library, pending
 
@@ -32,7 +32,6 @@ INT8, INT16, FLOAT32 = range(3)  # what inputs are rounded to, as csrc/ numbers 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/ numbers them
 _INT4, _TABLE, _INT8, _FP8 = range(4)
 _NF4, _FP4 = range(2)  # tables
-_FLOATS = (Float8, Float8Tensor)  # whose codes are E4M3
 
 _STEP = 128  # features that share an activation scale, where a group of weights has no fewer
 _HEADER = 128  # bytes
@@ -175,7 +174,7 @@ class NativeExact(NativeInt16):
 
 def rounds_inputs(scheme: Scheme) -> bool:
     """Whether inputs are rounded before csrc/ gets them, which rounds by groups of weights, and to integers only."""
-    return scheme.activations is not None and (scheme.joined or isinstance(scheme.weight, _FLOATS))
+    return scheme.activations is not None and (scheme.joined or scheme.weight.description().type == "float")
 
 
 def inputs_of(kernel: Kernel) -> int | None:
@@ -185,9 +184,10 @@ def inputs_of(kernel: Kernel) -> int | None:
 
 def _misfit(scheme: Scheme, in_features: int) -> str | None:
     """Why csrc/ cannot multiply by a weight of so many input features; None if it can."""
-    if isinstance(scheme.weight, NF4) and in_features % NF4_BLOCK:
+    kind = scheme.weight.description().type
+    if kind == "codebook" and in_features % NF4_BLOCK:
         return f"in_features {in_features} is not divisible by {NF4_BLOCK}: blocks would run across rows"
-    if isinstance(scheme.weight, Integer) and scheme.group_size and scheme.group_size % 32:
+    if kind == "int" and scheme.group_size and scheme.group_size % 32:
         return f"group_size {scheme.group_size} is not a multiple of 32"
     if scheme.activations is not None and not rounds_inputs(scheme) and in_features > 1 << 16:
         return f"in_features {in_features} is more than 65536: sums of products could exceed int32"
@@ -196,30 +196,29 @@ def _misfit(scheme: Scheme, in_features: int) -> str | None:
 
 def _pack(native: Library, qtensor: QTensor) -> Tensor:
     """The header and everything after it, as csrc/ reads it."""
-    weight, (out_features, in_features) = qtensor.scheme.weight, qtensor.shape
-    codes, table, high_first = qtensor.codes, _FP4, False
-    if isinstance(weight, _FLOATS):
+    scheme, (out_features, in_features) = qtensor.scheme, qtensor.shape
+    kind, codes = scheme.weight.description().type, qtensor.codes
+    is_nf4 = kind == "codebook"  # of those, NF4 is the only one that is served
+    if kind == "float" and scheme.bits == 8:
         code, zero = _FP8, 0
         codes = F.pad(codes.view(torch.uint8), (0, -in_features % 4)).contiguous().view(torch.int32)
-    elif isinstance(weight, Integer):
-        code, zero = _INT8 if weight.bits == 8 else _INT4, weight.middle
-        if weight.bits in (2, 3):
-            codes = pack(unpack(codes, weight.bits, in_features), 4)
+    elif kind == "int":
+        code, zero = _INT8 if scheme.bits == 8 else _INT4, scheme.middle
+        if scheme.bits in (2, 3):
+            codes = pack(unpack(codes, scheme.bits, in_features), 4)
     else:
         code, zero = _TABLE, _TABLE_ZERO
         codes = codes.contiguous().view(out_features, -1).view(torch.int32)
-        if isinstance(weight, NF4):
-            table, high_first = _NF4, True
-    step, group = _grouping(qtensor.scheme, in_features)
+    step, group = _grouping(scheme, in_features)
     single = group >= in_features  # the multiplier is its scale
     header = torch.zeros(_HEADER, dtype=torch.uint8)
-    layout = (out_features, in_features, group, step, code, table, zero)
+    layout = (out_features, in_features, group, step, code, _NF4 if is_nf4 else _FP4, zero)
     size = native.lib.bitpress_layout(header.data_ptr(), *layout, not single, qtensor.zeros is not None)
     assert size > 0, layout
     packed = _pool.take(native, size)
     packed[:_HEADER] = header
     words, strides = codes.shape[1], codes.stride()
-    native.lib.bitpress_pack(packed.data_ptr(), codes.data_ptr(), words, *strides, high_first, torch.get_num_threads())
+    native.lib.bitpress_pack(packed.data_ptr(), codes.data_ptr(), words, *strides, is_nf4, torch.get_num_threads())
     _fill_scales(packed, qtensor, single)
     return packed
 
@@ -264,28 +263,12 @@ def _grouping(scheme: Scheme, in_features: int) -> tuple[int, int]:
     return step, group
 
 
-def _scales(qtensor: QTensor) -> tuple[Tensor, float]:
-    """Scales [out, groups], and what all of them are to be multiplied by, in float32."""
-    weight, out_features = qtensor.scheme.weight, qtensor.shape[0]
-    scales, factor = qtensor.scales, 1.0
-    if isinstance(weight, NF4):
-        scales = block_scales(dict(qtensor.tensors()))
-    elif isinstance(weight, MXFP4):
-        scales = power(scales)
-    elif isinstance(weight, NVFP4):
-        factor = (1 / qtensor.extra["global_scale"].to(torch.float32)).item()
-    elif isinstance(weight, Float8Tensor):
-        scales = scales.expand(out_features, 1)
-    elif isinstance(weight, Float8) and weight.squares:
-        scales = scales.repeat_interleave(SQUARE, 0)[:out_features]
-    return scales.to(torch.float32).reshape(out_features, -1), factor
-
-
 def _fill_scales(packed: Tensor, qtensor: QTensor, single: bool) -> None:
     """scales = float16(scale / multiplier), the multiplier a power of two for each row, so that only small scales,
     of less than 2^-28 of the row's largest, lose more than float16's 11 bits; zeros as they are."""
-    out_features = qtensor.shape[0]
-    scales, factor = _scales(qtensor)
+    out_features, factored = qtensor.shape[0], getattr(qtensor.scheme.weight, "factored_scales", None)
+    scales, factor = factored(qtensor.shape, dict(qtensor.tensors())) if factored else (qtensor.scales, 1.0)
+    scales = scales.to(torch.float32).view(out_features, -1)
     offsets = packed[:_HEADER].view(torch.int64).tolist()
     scale_at, zero_at, multiplier_at = offsets[9:12]
     multiplier = scales[:, 0]

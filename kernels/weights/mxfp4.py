@@ -15,8 +15,8 @@ _BIAS = 127  # a scale v stands for 2^(v - 127): E8M0; 255 is NaN
 _LARGEST_SCALE = 252  # with it 6 is 1.5 * 2^127; twice that is beyond float32
 
 
-def power(scales: Tensor) -> Tensor:
-    """float32 scales of E8M0 ones, uint8."""
+def _power(scales: Tensor) -> Tensor:
+    """float32 scales of E8M0 ones."""
     return torch.ldexp(torch.ones(scales.shape, device=scales.device), scales.to(torch.int32) - _BIAS)
 
 
@@ -40,10 +40,10 @@ class _Grid(E2M1Grid):
     common: ClassVar[dict[str, Tensor]] = {}
 
     def parameters(self, reach: Tensor) -> tuple[Tensor, None]:
-        return power(_exponents(reach.abs().amax(-1))), None
+        return _power(_exponents(reach.abs().amax(-1))), None
 
     def representable(self, scales: Tensor) -> Tensor:
-        return power(self._nearest_power(scales))
+        return _power(self._nearest_power(scales))
 
     def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> dict[str, Tensor]:
         return {"codes": pack_e2m1(codes), "scales": self._nearest_power(scales)}
@@ -81,13 +81,16 @@ class MXFP4(E2M1Weight):
 
     def dequantize(self, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         values = unpack_e2m1(tensors["codes"]).unflatten(1, (-1, GROUP))
-        return values.mul_(power(tensors["scales"]).unsqueeze(-1)).view(shape).to(dtype)
+        return values.mul_(_power(tensors["scales"]).unsqueeze(-1)).view(shape).to(dtype)
+
+    def factored_scales(self, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+        return _power(tensors["scales"]), 1.0
 
     def nearest(self, weight: Tensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         """Each group's scale is set by its largest magnitude; `scale_dtype` does not matter."""
         groups = weight.to(torch.float32).unflatten(1, (-1, GROUP))
         scales = _exponents(groups.abs().amax(-1))
-        codes = round_to_e2m1(groups / power(scales).unsqueeze(-1)).clamp_(-LARGEST, LARGEST)
+        codes = round_to_e2m1(groups / _power(scales).unsqueeze(-1)).clamp_(-LARGEST, LARGEST)
         return {"codes": pack_e2m1(codes.flatten(1)), "scales": scales}
 
     def grid(self, weight: Tensor, scale_dtype: torch.dtype) -> _Grid:
