@@ -138,7 +138,7 @@ class TritonFp8(Kernel):
 
 
 def _dtypes(scheme: Scheme) -> tuple[torch.dtype, ...]:
-    """Of inputs. Those that are rounded to FP8 are divided in float32 anyway."""
+    """What inputs may be: those that are rounded to FP8 are divided in float32 anyway."""
     return (torch.float16, torch.bfloat16, *((torch.float32,) if scheme.activations else ()))
 
 
