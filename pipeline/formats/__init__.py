@@ -140,9 +140,10 @@ def quantization_section(checkpoint: Checkpoint) -> Any:
     if "quantization_config" in checkpoint.config:
         return checkpoint.config["quantization_config"]
     for format in registry().values():
-        if not format.config_copies or not format.layers(checkpoint.tensors):
+        others = [name for name in (*format.config_copies, format.side_config) if name]
+        if not others or not format.layers(checkpoint.tensors):
             continue
-        for name in format.config_copies:
+        for name in others:
             if (checkpoint.folder / name).exists():
                 return {"quant_method": format.quant_method, **read_json(checkpoint.folder / name)}
     return None
