@@ -60,7 +60,8 @@ def examine(checkpoint: Checkpoint, format: Format) -> Conversion:
     contents = read_quantized(checkpoint)
     embeddings = [layer for layer, kind in contents.kinds.items() if kind == "embedding"]
     layers = {layer: (scheme, contents.shapes[layer] or ()) for layer, scheme in contents.schemes.items()}
-    if problems := misfits(format, layers, embeddings) or format.checkpoint_problems(checkpoint, layers):
+    problems = misfits(format, layers, embeddings) or format.checkpoint_problems(checkpoint, contents.schemes)
+    if problems:
         names = " and ".join(dict.fromkeys(scheme.name for scheme in contents.schemes.values()))
         raise ConfigError(
             f"{checkpoint.folder} ({names} as {contents.format.name}) cannot become {format.name}:\n{listing(problems)}"

@@ -189,11 +189,11 @@ class Format(ABC):
         """
         return []
 
-    def checkpoint_problems(self, checkpoint: Checkpoint, layers: Iterable[str]) -> list[str]:
-        """Why this model or its tokenizer cannot be stored so, whatever the schemes; [] if it can.
+    def checkpoint_problems(self, checkpoint: Checkpoint, layers: Mapping[str, Scheme]) -> list[str]:
+        """Why this model or its tokenizer cannot be stored so; [] if it can.
 
         Args:
-            layers: that are, or will be, quantized, by their names in the files.
+            layers: name in the files -> scheme, of those that are, or will be, quantized.
         """
         return []
 

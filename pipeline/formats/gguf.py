@@ -5,6 +5,10 @@ as the smallest type that holds its values exactly: int4 as Q4_0, int8 as Q8_0, 
 code - zero point; int3 as Q3_K where groups are multiples of 256, and else, as int2 and all other asymmetric ones, as
 Q4_0. Q4_1 and Q2_0 are never written: Q4_1 would round each zero point's product, and few builds read Q2_0.
 
+mxfp4 and nvfp4 have types of their own, MXFP4 and NVFP4, into which their codes and scales move as they are. What
+divides all scales of an nvfp4 weight, llama.cpp multiplies by: the tensor X.scale is 1 / global_scale, which float32
+rounds. The global scales themselves lie in the metadata, in the order of the file's X.scale, so that nothing is lost.
+
 config.json and the tokenizer's files lie beside the file, for bitpress; llama.cpp needs the file alone.
 """
 
@@ -28,10 +32,10 @@ from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..storage.gguf import architectures
 from ..storage.gguf.architectures import Place, permute
-from ..storage.gguf.blocks import decode, encode
+from ..storage.gguf.blocks import decode, decode_e2m1, encode, encode_e2m1
 from ..storage.gguf.file import BY_NAME
 from ..storage.gguf.tokenizer import tokenizer_metadata
-from ..storage.gguf.view import BLOCKS
+from ..storage.gguf.view import BLOCKS, DIVISOR, DIVISORS
 from ..storage.tensor_info import TensorInfo
 from ..system.packages import install
 from .base import (
@@ -52,14 +56,16 @@ FILE = "model.gguf"
 _PACKAGE = "gguf"
 _RANK = 90
 _NARROW, _WIDE = 32, 256  # values of a block: of Q4_0, Q5_0 and Q8_0, and of Q3_K
-_FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q3_K": 12}  # general.file_type
+_FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q3_K": 12, "MXFP4": 38, "NVFP4": 39}  # general.file_type
+_FLOATS = {("group", 32): "MXFP4", ("tensor_group", 16): "NVFP4"}  # strategy and group size of E2M1 values -> type
 _PLAIN_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # the same, where nothing is quantized
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _ALWAYS_FLOAT32 = ("norm.weight", "ffn_gate_inp.weight")  # what llama.cpp computes with in float32
 
 
 class GGUF(Format):
-    """X.blocks uint8 [out, blocks, bytes of a block], in the file under llama.cpp's name of the layer.
+    """X.blocks uint8 [out, blocks, bytes of a block], in the file under llama.cpp's name of the layer; X.global_scale
+    float32 [1] where a weight has one.
 
     While a checkpoint is being written its shards are safetensors; at the end they become one file."""
 
@@ -68,7 +74,7 @@ class GGUF(Format):
     quant_method = "gguf"
     tags: ClassVar[tuple[str, ...]] = (FILE,)
     marker = BLOCKS
-    suffixes = (BLOCKS,)
+    suffixes = (BLOCKS, DIVISOR)
     holds_embeddings = True
     exact_scales = True
     convertible = True
@@ -76,8 +82,12 @@ class GGUF(Format):
     uncuttable = "servers that read GGUF do it by plug-ins, and how these cut layers is not documented"
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
+        if kind := float_type(scheme):
+            values = BY_NAME[kind].values
+            fits = shape[-1] % values == 0
+            return [] if fits else [f"{self.name} has blocks of {values} inputs for {scheme.name}, got {shape[-1]}"]
         if not is_packed_integer(scheme):
-            return [f"{self.name} holds weight-only integers, not {scheme.name}"]
+            return [f"{self.name} holds weight-only integers and floats of 4 bits, not {scheme.name}"]
         if scheme.bits == 8 and not scheme.symmetric:
             return [f"{self.name} has no type of nine bits, which {scheme.name} would take; use int8 without -asym"]
         width = scheme.weight.description().group_size or shape[-1]
@@ -101,8 +111,8 @@ class GGUF(Format):
             if len(own) > 1
         ]
 
-    def checkpoint_problems(self, checkpoint: Checkpoint, layers: Iterable[str]) -> list[str]:
-        config, layers = checkpoint.config, set(layers)
+    def checkpoint_problems(self, checkpoint: Checkpoint, layers: Mapping[str, Scheme]) -> list[str]:
+        config = checkpoint.config
         if importlib.util.find_spec(_PACKAGE) is None:
             return [f"{self.name} is written by the package {_PACKAGE}: {install(_PACKAGE)}"]
         if problems := architectures.problems(config):
@@ -112,6 +122,13 @@ class GGUF(Format):
         names |= {f"{layer}.weight" for layer in layers if not any(n.startswith(f"{layer}.") for n in names)}
         if unknown := sorted(name for name in names if architecture.place(name, config) is None):
             problems.append(f"llama.cpp's {architecture.name} has no tensor for {some(unknown)}")
+        divided = [layer for layer, scheme in layers.items() if float_type(scheme) == "NVFP4"]
+        biased = {name.removesuffix(".bias") for name in checkpoint.tensors if name.endswith(".bias")}
+        if without := [n for n in divided if not architecture.applies_factor(n, config, n in biased)]:
+            problems.append(
+                f"llama.cpp's {architecture.name} leaves out what the weights of {some(without)} are to be multiplied "
+                "by as NVFP4; use mxfp4 there, which has no such factor"
+            )
         try:
             tokenizer_metadata({path.name: path for path in checkpoint.other_files()}, config)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -121,10 +138,13 @@ class GGUF(Format):
         return problems
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
-        return torch.float16
+        return scheme.weight.layout((1, 64))["scales"][1][0] if float_type(scheme) else torch.float16
 
     def write(self, qtensor: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
         assert qtensor.order is None, "holds_order says that this format has no place for it"
+        if floats := float_type(qtensor.scheme):
+            blocks = encode_e2m1(floats, qtensor.codes, qtensor.scales.view(torch.uint8))
+            return {BLOCKS: blocks, **qtensor.extra}
         kind = block_type(qtensor.scheme, qtensor.shape[1])
         zeros = middle_code(qtensor.scheme) if qtensor.zeros is None else qtensor.zeros.to(torch.int16).unsqueeze(-1)
         codes = unpack(qtensor.codes, qtensor.scheme.bits, qtensor.shape[1]).to(torch.int16)
@@ -140,6 +160,9 @@ class GGUF(Format):
         known = [kind for kind in _FILE_TYPES if BY_NAME[kind].nbytes == nbytes]
         require(bool(known), f"blocks of {nbytes} bytes are of a type that {scheme.name} is never written as")
         in_features = count * BY_NAME[known[0]].values
+        require(
+            (DIVISOR in tensors) == (known[0] == "NVFP4"), f"{DIVISOR} belongs to blocks of NVFP4, not of {known[0]}"
+        )
         if problems := [
             *self.problems(scheme, (out_features, in_features)),
             *scheme.problems((out_features, in_features)),
@@ -147,6 +170,11 @@ class GGUF(Format):
             raise ValueError(problems[0])
         expected = block_type(scheme, in_features)
         require(expected == known[0], f"its blocks are {known[0]}, and {scheme.name} is written as {expected}")
+        if float_type(scheme):
+            codes, floats = decode_e2m1(expected, blocks)
+            own = {"codes": codes, "scales": floats.contiguous().view(self.scale_dtype(scheme, torch.float16))}
+            divisor = {DIVISOR: tensors[DIVISOR]} if DIVISOR in tensors else {}
+            return QTensor.of(scheme, (out_features, in_features), own | divisor)
         values, repeated = decode(expected, blocks)
         groups = scheme.groups(in_features)
         scales = repeated.unflatten(1, (groups, -1))
@@ -207,8 +235,22 @@ class GGUF(Format):
         return GGUFWriter(self, folder, dtype, shards)
 
 
+def float_type(scheme: Scheme) -> str | None:
+    """The type of ggml that has the same E2M1 values and scales as the weights of a scheme; None where none has."""
+    described = scheme.weight.description()
+    if scheme.activations is not None or (described.type, described.num_bits) != ("float", 4):
+        return None
+    kind = _FLOATS.get((described.strategy, described.group_size or 0))
+    expected = {"MXFP4": {"codes", "scales"}, "NVFP4": {"codes", "scales", DIVISOR}}
+    layout = scheme.weight.layout((1, 64))
+    fits = kind and set(layout) == expected[kind] and layout["codes"] == ((1, 32), (torch.uint8,))
+    return kind if fits else None
+
+
 def block_type(scheme: Scheme, in_features: int) -> str:
     """The smallest type of ggml that holds the weights of a scheme exactly."""
+    if floats := float_type(scheme):
+        return floats
     if scheme.bits == 8:
         return "Q8_0"
     if scheme.bits == 4:
@@ -231,7 +273,7 @@ class _Part:
         if self.info.name.endswith(f".{BLOCKS}"):
             nbytes = self.info.shape[-1]
             return next(kind for kind in _FILE_TYPES if BY_NAME[kind].nbytes == nbytes)
-        alone = len(self.info.shape) - self.place.flat <= 1
+        alone = len(self.info.shape) - self.place.flat <= 1  # a factor among them
         return "F32" if alone or self.place.name.endswith(_ALWAYS_FLOAT32) else _DTYPES[self.info.dtype]
 
     @property
@@ -245,6 +287,8 @@ class _Part:
     def read(self) -> Tensor:
         """Its bytes, in the order of rows that the file has."""
         tensor = self.checkpoint.read(self.info.name)
+        if self.place.factor:
+            return tensor.reciprocal().view(torch.uint8)
         if self.place.heads:
             tensor = permute(tensor, self.place.heads)
         if self.place.shift:
@@ -271,9 +315,11 @@ class GGUFWriter(SafetensorsWriter):
         for file in sorted(self.lines):
             shard = Checkpoint.single(self.folder / file)
             for name, info in shard.tensors.items():
-                weight = f"{name.removesuffix(f'.{BLOCKS}')}.weight" if name.endswith(f".{BLOCKS}") else name
-                place = architecture.place(weight, config)
+                layer, _, suffix = name.rpartition(".")
+                place = architecture.place(f"{layer}.weight" if suffix in (BLOCKS, DIVISOR) else name, config)
                 assert place is not None, "checkpoint_problems refuses other tensors"
+                if suffix == DIVISOR:
+                    place = place.of_factor()
                 parts[place.name].append(_Part(shard, info, place))
         for name, own in parts.items():
             own.sort(key=lambda part: part.place.expert or 0)
@@ -294,6 +340,9 @@ class GGUFWriter(SafetensorsWriter):
         sizes: Counter[str] = Counter()
         for own in parts.values():
             sizes[own[0].kind] += sum(part.info.nbytes for part in own)
+        divisors = [
+            float(part.checkpoint.read(part.info.name)) for own in parts.values() for part in own if part.place.factor
+        ]
         quantized = {kind: size for kind, size in sizes.items() if kind in _FILE_TYPES}
         most = max(quantized or sizes, key=lambda kind: sizes[kind])
         name = Path(str(config.get("_name_or_path") or "")).name or (config.get("architectures") or ["model"])[0]
@@ -304,6 +353,7 @@ class GGUFWriter(SafetensorsWriter):
             "general.quantization_version": 2,
             "general.file_type": (_FILE_TYPES | _PLAIN_FILE_TYPES)[most],
             **tokenizer_metadata(companions, config),
+            **({DIVISORS: divisors} if divisors else {}),
         }
 
     def _write_gguf(
@@ -328,6 +378,8 @@ class GGUFWriter(SafetensorsWriter):
             writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), tensor.nbytes)
         for name, own in parts.items():
             shape = own[0].byte_shape if own[0].place.expert is None else (len(own), *own[0].byte_shape)
+            if own[0].place.factor:  # a number for each expert
+                shape = (sum(part.info.nbytes for part in own),)
             kind = gguf.GGMLQuantizationType(BY_NAME[own[0].kind].id)
             nbytes = int(np.prod(shape, dtype=np.int64))
             writer.add_tensor_info(name, shape, np.dtype(np.uint8), nbytes, kind)

@@ -291,7 +291,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if not recipe.allow_split_fused:
         _refuse_split_units(tensors, recipe.rules, aliases)
     format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec])
-    stored = [tensor.module for tensor in tensors if tensor.spec]
+    stored = {tensor.module: tensor.spec.scheme for tensor in tensors if tensor.spec}
     if problems := format.checkpoint_problems(checkpoint, stored):
         raise ConfigError(f"{checkpoint.folder.name} cannot be saved as {format.name}:\n{listing(problems)}")
     dtype = dtype_of_most(tensor.info for tensor in tensors if tensor.spec)

@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def assert_read_without_its_folder(artifact: Path, folder: Path, alone: Path) ->
     for layer, scheme in contents.schemes.items():
         dense = read_layer(own, contents.format, scheme, layer).dequantize()
         read = other.read(f"{layer}.weight")
-        assert torch.equal(read, dense.to(read.dtype)), layer
+        # a global scale lies in the file as its reciprocal, which float32 rounds, as it does the product
+        exact = 0.0 if f"{layer}.global_scale" not in own.tensors else 2.0**-22
+        torch.testing.assert_close(read, dense.to(read.dtype), rtol=exact, atol=0)
     for name in contents.plain:
         assert torch.equal(other.read(name).float(), own.read(name).float()), name
     text = "hello world, hello"
@@ -98,6 +101,7 @@ def assert_read_without_its_folder(artifact: Path, folder: Path, alone: Path) ->
         ("int4-g32", "Q4_0"), ("int4-g128", "Q4_0"), ("int4-channel", "Q4_0"), ("int4-g64-asym", "Q5_0"),
         ("int8-g32", "Q8_0"), ("int8-channel", "Q8_0"), ("int3-g32", "Q4_0"), ("int3-channel", "Q3_K"),
         ("int3-g256", "Q3_K"), ("int3-g128-asym", "Q4_0"), ("int2-g32", "Q4_0"), ("int2-channel-asym", "Q4_0"),
+        ("mxfp4", "MXFP4"), ("nvfp4", "NVFP4"),
     ],
 )  # fmt: skip
 def test_blocks_stand_for_the_weights_to_the_bit(name: str, kind: str) -> None:
@@ -105,10 +109,11 @@ def test_blocks_stand_for_the_weights_to_the_bit(name: str, kind: str) -> None:
     tensors = scheme.weight.random(shape, torch.Generator().manual_seed(3))
     qtensor = QTensor.of(scheme, shape, tensors)
     assert block_type(scheme, shape[1]) == kind
-    blocks = FORMAT.write(qtensor, torch.bfloat16)["blocks"]
-    theirs = gguf.quants.dequantize(blocks.flatten(1).numpy(), gguf.GGMLQuantizationType[kind])
-    assert np.array_equal(theirs, qtensor.dequantize().numpy())
-    again = FORMAT.read(scheme, {"blocks": blocks})
+    written = FORMAT.write(qtensor, torch.bfloat16)
+    theirs = gguf.quants.dequantize(written["blocks"].flatten(1).numpy(), gguf.GGMLQuantizationType[kind])
+    one = {"global_scale": torch.ones(1)} if qtensor.extra else {}  # llama.cpp multiplies products by its reciprocal
+    assert np.array_equal(theirs, replace(qtensor, extra=one).dequantize().numpy())
+    again = FORMAT.read(scheme, written)
     again.check()
     assert torch.equal(again.dequantize(), qtensor.dequantize())
     if scheme.symmetric:
@@ -172,17 +177,61 @@ def test_experts_lie_in_one_tensor(name: str, source: Callable[..., Path], tmp_p
     assert first.dim() == 3
 
 
-def test_an_artifact_is_sound_and_converts_back(source: Callable[..., Path], tmp_path: Path) -> None:
-    first, file, back = tmp_path / "gptq", tmp_path / "gguf", tmp_path / "back"
-    quantize(source("llama"), {"scheme": "int4-g32", "format": "gptq", "layers": {"*down_proj": "int8-g64"}}, first)
+@pytest.mark.parametrize(
+    ("model", "scheme", "form", "layers"),
+    [
+        ("llama", "int4-g32", "gptq", {"*down_proj": "int8-g64"}),
+        ("mixtral", "nvfp4", "compressed-tensors", {}),
+        ("qwen2", "mxfp4", "compressed-tensors", {}),
+    ],
+)
+def test_an_artifact_is_sound_and_converts_back(
+    source: Callable[..., Path], tmp_path: Path, model: str, scheme: str, form: str, layers: dict[str, str]
+) -> None:
+    first, file, back = tmp_path / "first", tmp_path / "gguf", tmp_path / "back"
+    folder = source(model)
+    quantize(folder, {"scheme": scheme, "format": form, "layers": layers}, first)
     assert any("same to the bit" in note for note in convert(first, "gguf", file).notes)
-    convert(file, "gptq", back)
+    convert(file, form, back)
     one, two = Checkpoint(first), Checkpoint(back)
     assert one.tensors.keys() == two.tensors.keys()
     assert all(torch.equal(one.read(name), two.read(name)) for name in one.tensors)
     diagnosis = diagnose(file)
     assert diagnosis.faults == []
     assert diagnosis.runtimes["llama.cpp"]["loads"] == "yes"
+    (tmp_path / "alone").mkdir()
+    shutil.copy(file / FILE, tmp_path / "alone")
+    assert_read_without_its_folder(file, folder, tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "layers", "named"),
+    [
+        ("qwen2", {}, {}, "mlp"), ("gemma2", {"query_pre_attn_scalar": 16}, {}, "mlp"),
+        ("llama", {}, {"*embed_tokens": "nvfp4"}, "embed_tokens"), ("llama", {"mlp_bias": True}, {}, "mlp"),
+    ],
+)  # fmt: skip
+def test_nvfp4_where_llamacpp_leaves_its_factor_out_is_refused(
+    source: Callable[..., Path], tmp_path: Path, model: str, changes: dict[str, Any], layers: dict[str, str], named: str
+) -> None:
+    recipe = {"scheme": "nvfp4", "format": "gguf", "layers": layers}
+    with pytest.raises(ConfigError, match=f"leaves out what the weights of .*{named}.* use mxfp4 there"):
+        quantize(source(model, **changes), recipe, tmp_path / "artifact")
+
+
+def test_global_scales_that_are_not_those_of_the_file_are_refused(source: Callable[..., Path], tmp_path: Path) -> None:
+    artifact = tmp_path / "artifact"
+    quantize(source("llama"), {"scheme": "nvfp4", "format": "gguf"}, artifact)
+    data = (artifact / FILE).read_bytes()
+    place = data.index(b"bitpress.global_scales") + len(b"bitpress.global_scales")
+    nothing, other = struct.pack("<f", float("nan")), struct.pack("<f", 1.5)
+    whole = struct.pack("<I", 5)  # the type of its numbers: integers
+    for offset, value, reason in ((16, nothing, "14 numbers"), (4, whole, "14 numbers"), (16, other, "differ")):
+        changed = bytearray(data)
+        changed[place + offset : place + offset + 4] = value
+        (artifact / FILE).write_bytes(changed)
+        with pytest.raises(CheckpointError, match=reason):
+            list(map(Checkpoint(artifact).read, Checkpoint(artifact).tensors))
 
 
 def test_the_file_says_what_the_config_says(source: Callable[..., Path], tmp_path: Path) -> None:
