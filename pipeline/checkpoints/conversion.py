@@ -212,7 +212,8 @@ def notes(conversion: Conversion) -> list[str]:
     count = len(conversion.contents.quantized)
     sentences = [
         f"{count} layers from {conversion.contents.format.name} to {conversion.format.name}; each was read back, and "
-        "its weights are the same to the bit"
+        "its weights are the same to the bit",
+        *conversion.format.remarks(dict.fromkeys(conversion.contents.schemes.values())),
     ]
     if conversion.ordered:
         sentences.append(

@@ -189,6 +189,10 @@ class Format(ABC):
         """
         return []
 
+    def remarks(self, schemes: Iterable[Scheme]) -> list[str]:
+        """What somebody who has a checkpoint stored so must know, such as what its readers round; [] for nothing."""
+        return []
+
     def checkpoint_problems(self, checkpoint: Checkpoint, layers: Mapping[str, Scheme]) -> list[str]:
         """Why this model or its tokenizer cannot be stored so; [] if it can.
 

@@ -3,7 +3,10 @@
 A block of ggml has one float16 scale, so a group of inputs repeats its scale in each of its blocks. A layer is written
 as the smallest type that holds its values exactly: int4 as Q4_0, int8 as Q8_0, int4-asym as Q5_0, whose five bits hold
 code - zero point; int3 as Q3_K where groups are multiples of 256, and else, as int2 and all other asymmetric ones, as
-Q4_0. Q4_1 and Q2_0 are never written: Q4_1 would round each zero point's product, and few builds read Q2_0.
+Q4_0. Q2_0, of a quarter of an int2 layer's bytes as Q4_0, is not written: the package gguf 0.19 does not know it.
+
+`gguf-q4_1` is the same but for int4-asym, which it has as Q4_1: 5 bits to a weight and not 5.5, for a minimum that
+float16 rounds. Scales and codes are exact, so bitpress reads the very weights; what llama.cpp computes with is rounded.
 
 mxfp4 and nvfp4 have types of their own, MXFP4 and NVFP4, into which their codes and scales move as they are. What
 divides all scales of an nvfp4 weight, llama.cpp multiplies by: the tensor X.scale is 1 / global_scale, which float32
@@ -32,13 +35,14 @@ from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..storage.gguf import architectures
 from ..storage.gguf.architectures import Place, permute
-from ..storage.gguf.blocks import decode, decode_e2m1, encode, encode_e2m1
+from ..storage.gguf.blocks import decode, decode_e2m1, decode_with_minimum, encode, encode_e2m1, encode_with_minimum
 from ..storage.gguf.file import BY_NAME
 from ..storage.gguf.tokenizer import tokenizer_metadata
 from ..storage.gguf.view import BLOCKS, DIVISOR, DIVISORS
 from ..storage.tensor_info import TensorInfo
 from ..system.packages import install
 from .base import (
+    Examination,
     Facts,
     Format,
     Loading,
@@ -56,7 +60,7 @@ FILE = "model.gguf"
 _PACKAGE = "gguf"
 _RANK = 90
 _NARROW, _WIDE = 32, 256  # values of a block: of Q4_0, Q5_0 and Q8_0, and of Q3_K
-_FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q3_K": 12, "MXFP4": 38, "NVFP4": 39}  # general.file_type
+_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q3_K": 12, "MXFP4": 38, "NVFP4": 39}  # general.file_type
 _FLOATS = {("group", 32): "MXFP4", ("tensor_group", 16): "NVFP4"}  # strategy and group size of E2M1 values -> type
 _PLAIN_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # the same, where nothing is quantized
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -145,9 +149,14 @@ class GGUF(Format):
         if floats := float_type(qtensor.scheme):
             blocks = encode_e2m1(floats, qtensor.codes, qtensor.scales.view(torch.uint8))
             return {BLOCKS: blocks, **qtensor.extra}
-        kind = block_type(qtensor.scheme, qtensor.shape[1])
+        kind = self.block_type(qtensor.scheme, qtensor.shape[1])
         zeros = middle_code(qtensor.scheme) if qtensor.zeros is None else qtensor.zeros.to(torch.int16).unsqueeze(-1)
         codes = unpack(qtensor.codes, qtensor.scheme.bits, qtensor.shape[1]).to(torch.int16)
+        if kind == "Q4_1":
+            assert qtensor.zeros is not None
+            times = qtensor.shape[1] // _NARROW // qtensor.scales.shape[1]
+            scales, least = (each.repeat_interleave(times, 1) for each in (qtensor.scales, qtensor.zeros))
+            return {BLOCKS: encode_with_minimum(codes.to(torch.uint8).unflatten(1, (-1, _NARROW)), scales, least)}
         values = (codes.unflatten(1, (qtensor.scales.shape[1], -1)) - zeros).flatten(1).to(torch.int8)
         values = values.unflatten(1, (-1, BY_NAME[kind].values))
         scales = qtensor.scales.repeat_interleave(values.shape[1] // qtensor.scales.shape[1], 1)
@@ -168,17 +177,20 @@ class GGUF(Format):
             *scheme.problems((out_features, in_features)),
         ]:
             raise ValueError(problems[0])
-        expected = block_type(scheme, in_features)
+        expected = self.block_type(scheme, in_features)
         require(expected == known[0], f"its blocks are {known[0]}, and {scheme.name} is written as {expected}")
         if float_type(scheme):
             codes, floats = decode_e2m1(expected, blocks)
             own = {"codes": codes, "scales": floats.contiguous().view(self.scale_dtype(scheme, torch.float16))}
             divisor = {DIVISOR: tensors[DIVISOR]} if DIVISOR in tensors else {}
             return QTensor.of(scheme, (out_features, in_features), own | divisor)
-        values, repeated = decode(expected, blocks)
         groups = scheme.groups(in_features)
-        scales = repeated.unflatten(1, (groups, -1))
-        require(bool((scales == scales[..., :1]).all()), f"the scales differ within a group of {scheme.name}")
+        if expected == "Q4_1":
+            codes, *each = decode_with_minimum(blocks)
+            scales, zeros = (self._of_groups(tensor, groups, scheme) for tensor in each)
+            return QTensor(scheme, (out_features, in_features), pack(codes.flatten(1), scheme.bits), scales, zeros)
+        values, repeated = decode(expected, blocks)
+        scales = self._of_groups(repeated, groups, scheme)
         grouped = values.flatten(1).unflatten(1, (groups, -1)).to(torch.int16)
         zeros = None
         if scheme.symmetric:
@@ -190,7 +202,24 @@ class GGUF(Format):
         low, high = int(codes.min()), int(codes.max())
         require(low >= 0 and high <= scheme.max_code, f"codes are {low}..{high}, expected 0..{scheme.max_code}")
         packed = pack(codes.flatten(1).to(torch.uint8), scheme.bits)
-        return QTensor(scheme, (out_features, in_features), packed, scales[..., 0].contiguous(), zeros)
+        return QTensor(scheme, (out_features, in_features), packed, scales, zeros)
+
+    def _of_groups(self, repeated: Tensor, groups: int, scheme: Scheme) -> Tensor:
+        """[out, groups] of what each block of a group repeats. Raises ValueError where blocks of a group differ."""
+        each = repeated.unflatten(1, (groups, -1))
+        require(bool((each == each[..., :1]).all()), f"the scales differ within a group of {scheme.name}")
+        return each[..., 0].contiguous()
+
+    def block_type(self, scheme: Scheme, in_features: int) -> str:
+        """The smallest type of ggml that holds the weights of a scheme exactly."""
+        if floats := float_type(scheme):
+            return floats
+        if scheme.bits == 8:
+            return "Q8_0"
+        if scheme.bits == 4:
+            return "Q4_0" if scheme.symmetric else "Q5_0"
+        width = scheme.weight.description().group_size or in_features
+        return "Q3_K" if scheme.bits == 3 and scheme.symmetric and width % _WIDE == 0 else "Q4_0"
 
     def quantization_config(
         self, schemes: Mapping[str, Scheme], kept: Sequence[str], dtype: torch.dtype, ordered: bool = False
@@ -200,7 +229,7 @@ class GGUF(Format):
         for scheme in dict.fromkeys(schemes.values()):
             others = [layer for layer in (*schemes, *kept) if schemes.get(layer) != scheme]
             groups[scheme.name] = patterns_of([layer for layer, own in schemes.items() if own == scheme], others)
-        return {"quant_method": self.quant_method, "format": FILE, "layers": groups}
+        return {"quant_method": self.quant_method, "format": self.tags[0], "layers": groups}
 
     def scheme_rules(self, config: dict[str, Any]) -> SchemeRules:
         groups = config.get("layers")
@@ -247,16 +276,30 @@ def float_type(scheme: Scheme) -> str | None:
     return kind if fits else None
 
 
-def block_type(scheme: Scheme, in_features: int) -> str:
-    """The smallest type of ggml that holds the weights of a scheme exactly."""
-    if floats := float_type(scheme):
-        return floats
-    if scheme.bits == 8:
-        return "Q8_0"
-    if scheme.bits == 4:
-        return "Q4_0" if scheme.symmetric else "Q5_0"
-    width = scheme.weight.description().group_size or in_features
-    return "Q3_K" if scheme.bits == 3 and scheme.symmetric and width % _WIDE == 0 else "Q4_0"
+class GGUFWithMinimum(GGUF):
+    """See the top of this file."""
+
+    name = "gguf-q4_1"
+    rank = _RANK + 1
+    tags: ClassVar[tuple[str, ...]] = (f"{FILE}, Q4_1",)
+
+    def block_type(self, scheme: Scheme, in_features: int) -> str:
+        return "Q4_1" if _has_minimum(scheme) else super().block_type(scheme, in_features)
+
+    def remarks(self, schemes: Iterable[Scheme]) -> list[str]:
+        return [
+            f"{scheme.name} lies there as Q4_1, whose minimum is float16: what llama.cpp computes with is off by up to "
+            "0.8% of a scale, and bitpress itself reads the exact weights; `gguf` has them as Q5_0, half a bit larger"
+            for scheme in schemes
+            if _has_minimum(scheme)
+        ]
+
+    def diagnose(self, seen: Examination) -> tuple[list[str], list[str]]:
+        return [], self.remarks(dict.fromkeys(layer.scheme for layer in seen.layers.values()))
+
+
+def _has_minimum(scheme: Scheme) -> bool:
+    return is_packed_integer(scheme) and scheme.bits == 4 and not scheme.symmetric
 
 
 @dataclass(frozen=True)
@@ -404,4 +447,4 @@ class GGUFWriter(SafetensorsWriter):
         return {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
 
 
-PLUGINS = (GGUF(),)
+PLUGINS = (GGUF(), GGUFWithMinimum())

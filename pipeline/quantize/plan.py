@@ -299,6 +299,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     notes += checkpoint.remarks
     notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     notes += [f"kept as it is: {sentence}" for sentence in impossible.sentences()]
+    notes += format.remarks(dict.fromkeys(stored.values()))
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
     return Plan(model, checkpoint, tensors, _units(tensors), dtype, list(copies), format, notes)

@@ -61,6 +61,43 @@ def decode(kind: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(torch.int8) - (_LARGEST[kind] + 1), _float16(scale)
 
 
+def encode_with_minimum(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Blocks of Q4_1, uint8 [rows, blocks, 20]: codes times a scale, plus a minimum, which float16 rounds.
+
+    Args:
+        codes: uint8 [rows, blocks, 32], 0..15. scales: float16 [rows, blocks]. zeros: uint8 [rows, blocks], the codes
+            that stand for 0.
+    Raises:
+        ValueError: a minimum that float16 cannot hold.
+    """
+    least = minimum(scales, zeros)
+    if bad := int((~least.isfinite()).sum()):
+        raise ValueError(f"{bad} minima are too large for float16, in which Q4_1 has them")
+    halves = torch.stack([scales, least], -1).view(torch.uint8)
+    return torch.cat([halves, _bits([codes[..., :16], codes[..., 16:] << 4])], -1)
+
+
+def decode_with_minimum(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of encode_with_minimum: (codes, scales, zeros).
+
+    Raises:
+        ValueError: a minimum that is not that of a zero point.
+    """
+    scales, least = _float16(blocks[..., :2]), _float16(blocks[..., 2:4])
+    zeros = (-least.float() / scales.float()).round().nan_to_num(-1).clamp(-1, 16)
+    if strange := int(((minimum(scales, zeros) != least) | (zeros < 0) | (zeros > 15)).sum()):
+        raise ValueError(
+            f"{strange} minima of its Q4_1 blocks are those of no zero point, as bitpress never writes them"
+        )
+    nibbles = blocks[..., 4:]
+    return torch.cat([nibbles & 15, nibbles >> 4], -1), scales, zeros.to(torch.uint8)
+
+
+def minimum(scales: Tensor, zeros: Tensor) -> Tensor:
+    """The float16 minima of groups with these scales and zero points."""
+    return (-scales.float() * zeros.float()).to(torch.float16)
+
+
 def encode_e2m1(kind: str, codes: Tensor, scales: Tensor) -> Tensor:
     """Blocks of MXFP4 or NVFP4, uint8 [rows, blocks, bytes], with these codes and these scales.
 

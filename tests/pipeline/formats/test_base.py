@@ -160,8 +160,23 @@ def read_nf4(stored: Stored, scheme: Scheme) -> np.ndarray:
 def read_blocks(stored: Stored, scheme: Scheme) -> np.ndarray:
     """As the package gguf itself decodes them; the type of a block is known by its size."""
     blocks = stored["blocks"].numpy()
-    sizes = {gguf.GGML_QUANT_SIZES[kind][1]: kind for kind in map(gguf.GGMLQuantizationType, (2, 6, 8, 11))}
-    return gguf.quants.dequantize(blocks.reshape(len(blocks), -1), sizes[blocks.shape[-1]])
+    sizes = {gguf.GGML_QUANT_SIZES[kind][1]: kind for kind in map(gguf.GGMLQuantizationType, (2, 6, 8, 11, 39, 40))}
+    weight = gguf.quants.dequantize(blocks.reshape(len(blocks), -1), sizes[blocks.shape[-1]])
+    if "global_scale" not in stored:
+        return weight
+    scales = stored["blocks"][..., :4].reshape(len(blocks), -1, 1).view(torch.float8_e4m3fn).float().numpy()
+    codes = weight.reshape(len(blocks), -1, 16) / scales  # exact
+    return (codes * (scales / stored["global_scale"].numpy())).reshape(weight.shape)
+
+
+def read_q4_1(stored: Stored, scheme: Scheme) -> np.ndarray:
+    """With a minimum that is the product of scale and zero point, and not yet rounded to float16."""
+    blocks = stored["blocks"].numpy()
+    if blocks.shape[-1] != 20:
+        return read_blocks(stored, scheme)
+    scales, minima = (blocks[..., i : i + 2].copy().view(np.float16).astype(np.float32) for i in (0, 2))
+    codes = np.concatenate([blocks[..., 4:] & 15, blocks[..., 4:] >> 4], -1).astype(np.float32)
+    return ((codes + np.round(minima / scales)) * scales).reshape(len(blocks), -1)
 
 
 READERS: dict[str, Callable[[Stored, Scheme], np.ndarray]] = {
@@ -170,6 +185,7 @@ READERS: dict[str, Callable[[Stored, Scheme], np.ndarray]] = {
     "compressed-tensors": read_compressed,
     "bitsandbytes": read_nf4,
     "gguf": read_blocks,
+    "gguf-q4_1": read_q4_1,
     "awq": read_awq,
     "mlx": read_mlx,
 }

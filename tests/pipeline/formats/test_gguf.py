@@ -25,7 +25,7 @@ from bitpress.pipeline.errors import CheckpointError, ConfigError
 from bitpress.pipeline.evaluate import worker
 from bitpress.pipeline.evaluate.verify import verify_artifact, verify_task
 from bitpress.pipeline.formats import registry
-from bitpress.pipeline.formats.gguf import FILE, block_type
+from bitpress.pipeline.formats.gguf import FILE
 from bitpress.pipeline.hub.download import resolve
 from bitpress.pipeline.models.loading import load_dense, load_model
 from bitpress.pipeline.models.pretrained import load_tokenizer
@@ -108,7 +108,7 @@ def test_blocks_stand_for_the_weights_to_the_bit(name: str, kind: str) -> None:
     scheme, shape = Scheme.parse(name), (5, 512)
     tensors = scheme.weight.random(shape, torch.Generator().manual_seed(3))
     qtensor = QTensor.of(scheme, shape, tensors)
-    assert block_type(scheme, shape[1]) == kind
+    assert FORMAT.block_type(scheme, shape[1]) == kind
     written = FORMAT.write(qtensor, torch.bfloat16)
     theirs = gguf.quants.dequantize(written["blocks"].flatten(1).numpy(), gguf.GGMLQuantizationType[kind])
     one = {"global_scale": torch.ones(1)} if qtensor.extra else {}  # llama.cpp multiplies products by its reciprocal
@@ -119,6 +119,26 @@ def test_blocks_stand_for_the_weights_to_the_bit(name: str, kind: str) -> None:
     if scheme.symmetric:
         assert torch.equal(again.codes, qtensor.codes)
         assert torch.equal(again.scales, qtensor.scales)
+
+
+@pytest.mark.parametrize("scale", [0.013, 3.1e-7])
+def test_q4_1_rounds_the_minimum_and_nothing_else(scale: float) -> None:
+    form, scheme, shape = registry()["gguf-q4_1"], Scheme.parse("int4-g64-asym"), (64, 512)
+    qtensor = QTensor.of(scheme, shape, scheme.weight.random(shape, torch.Generator().manual_seed(3)))
+    scales = (qtensor.scales * (scale / qtensor.scales.mean())).to(torch.float16)
+    qtensor = replace(qtensor, scales=scales.clamp(min=2.0**-24))
+    written = form.write(qtensor, torch.bfloat16)
+    theirs = gguf.quants.dequantize(written["blocks"].flatten(1).numpy(), gguf.GGMLQuantizationType.Q4_1)
+    steps = (torch.from_numpy(theirs) - qtensor.dequantize()).unflatten(1, (8, 64)) / qtensor.scales.unsqueeze(-1)
+    assert (scale < 1e-4) != (0.001 < steps.abs().max() < 0.008)  # multiples of the smallest float16 are exact
+    again = form.read(scheme, written)
+    for (_, one), (_, other) in zip(again.tensors(), qtensor.tensors()):
+        assert torch.equal(one, other)
+    written["blocks"][5, 3, 3] ^= 0x10
+    with pytest.raises(ValueError, match="1 minima of its Q4_1 blocks are those of no zero point"):
+        form.read(scheme, written)
+    with pytest.raises(ValueError, match="too large for float16"):
+        form.write(replace(qtensor, scales=torch.full_like(scales, 6e4)), torch.bfloat16)
 
 
 def test_types_have_the_sizes_of_the_gguf_package() -> None:
@@ -309,6 +329,20 @@ def test_known_splits_have_their_names(tmp_path: Path) -> None:
         save_tokenizer(tmp_path, **changes)
         files = {path.name: path for path in tmp_path.iterdir()}
         assert tokenizer_metadata(files, config)["tokenizer.ggml.pre"] == name
+
+
+def test_what_q4_1_costs_is_said_wherever_it_is_made(source: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = {"scheme": "int4-g32-asym", "format": "gguf-q4_1", "layers": {"*down_proj": "int8-g32"}}
+    artifact = quantize(source("llama"), recipe, tmp_path / "artifact")
+    converted = convert(tmp_path / "artifact", "gguf", tmp_path / "exact")
+    again = convert(tmp_path / "exact", "gguf-q4_1", tmp_path / "again")
+    assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / "artifact" / FILE).read_bytes()
+    said = "int4-g32-asym lies there as Q4_1, whose minimum is float16"
+    for notes, expected in (
+        (artifact.notes, True), (again.notes, True), (diagnose(tmp_path / "again").notes, True),
+        (converted.notes, False), (diagnose(tmp_path / "exact").notes, False),
+    ):  # fmt: skip
+        assert any(said in note for note in notes) == expected
 
 
 def test_an_unknown_architecture_is_refused(source: Callable[..., Path], tmp_path: Path) -> None:
