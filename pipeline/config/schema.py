@@ -107,6 +107,9 @@ class RecipeDefaults(_Strict):
     transform: str | None = None  # of each block before its layers are quantized: smooth or awq
     method: str = AUTO  # the scheme's default; or one of `bitpress list`
     format: str = AUTO  # the first that can hold every layer
+    template: str | None = (
+        None  # of format: gguf, a GGUF file of the unquantized model, for architectures without a table
+    )
     choices: list[str] = []  # of a budget: the schemes to choose from, none for unquantized; [] for 2 to 8 bits
     options: dict[str, Any] = {}  # of the method, such as {damping: 1e-3} of gptq
     layers: dict[str, str] = {}  # shell pattern on the names in the files -> [method/]scheme, or none; the last wins

@@ -15,6 +15,7 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.weights.base import WeightDescription
 
+from ..errors import ConfigError
 from ..storage import files
 from ..storage.checkpoint import INDEX, Checkpoint
 from ..storage.fingerprint import MANIFEST
@@ -154,7 +155,7 @@ class Format(ABC):
     holds_embeddings: whether its readers take quantized embeddings.
     holds_order: whether it can say in what order the inputs were quantized (see QTensor.order).
     exact_scales: whether its readers take scales in `scale_dtype` only.
-    convertible: whether `bitpress convert` writes it.
+    convertible: whether `bitpress convert` writes it. read_only: whether nothing writes it: `problems` says so.
     packages: names of the packages, beside bitpress's own requirements, that it takes to write it.
     config_copies: other files that repeat the config, and the keys on which both must agree.
     output_multiple: what the number of output features must be a multiple of for servers' kernels.
@@ -172,10 +173,24 @@ class Format(ABC):
     holds_order: ClassVar[bool] = False
     exact_scales: ClassVar[bool] = False
     convertible: ClassVar[bool] = False
+    read_only: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
     config_copies: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     output_multiple: ClassVar[int] = 1
     uncuttable: ClassVar[str | None] = None
+
+    def with_template(self, path: Path) -> "Format":
+        """This format, which takes what else its readers want to know of a model from another file of it.
+
+        Raises:
+            ConfigError: it takes none, or the file is none.
+        """
+        raise ConfigError(f"template is for GGUF files of models that bitpress has no table of; {self.name} takes none")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What an artifact's bytes depend on beside the format's name, in plain values."""
+        return {}
 
     @abstractmethod
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:

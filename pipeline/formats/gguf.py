@@ -34,13 +34,15 @@ from ..errors import ConfigError
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..storage.gguf import architectures
-from ..storage.gguf.architectures import Place, permute
+from ..storage.gguf.architectures import Architecture, Place, permute
 from ..storage.gguf.blocks import decode, decode_e2m1, decode_with_minimum, encode, encode_e2m1, encode_with_minimum
 from ..storage.gguf.file import BY_NAME
-from ..storage.gguf.tokenizer import tokenizer_metadata
+from ..storage.gguf.template import PLACES, Places, Template
+from ..storage.gguf.tokenizer import tokenizer_metadata, tokens_of
 from ..storage.gguf.view import BLOCKS, DIVISOR, DIVISORS
 from ..storage.tensor_info import TensorInfo
 from ..system.packages import install
+from . import quantization_section, read_config
 from .base import (
     Examination,
     Facts,
@@ -85,6 +87,29 @@ class GGUF(Format):
     packages = (_PACKAGE,)
     uncuttable = "servers that read GGUF do it by plug-ins, and how these cut layers is not documented"
 
+    def __init__(self, template: Template | None = None):
+        """Args:
+        template: see Template; `checkpoint_problems` finds the places of a checkpoint's tensors in it.
+        """
+        self.template = template
+        self.places: Places | None = None
+
+    def with_template(self, path: Path) -> "GGUF":
+        if importlib.util.find_spec(_PACKAGE) is None:
+            raise ConfigError(f"{self.name} is written by the package {_PACKAGE}: {install(_PACKAGE)}")
+        return type(self)(Template(path))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"template": self.template.identity} if self.template else {}
+
+    def architecture(self, config: Mapping[str, Any]) -> Architecture | Places:
+        """Where the tensors of a model lie."""
+        if self.template is None:
+            return architectures.architecture_of(config)
+        assert self.places is not None, "checkpoint_problems has found them"
+        return self.places
+
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
         if kind := float_type(scheme):
             values = BY_NAME[kind].values
@@ -119,8 +144,15 @@ class GGUF(Format):
         config = checkpoint.config
         if importlib.util.find_spec(_PACKAGE) is None:
             return [f"{self.name} is written by the package {_PACKAGE}: {install(_PACKAGE)}"]
+        if self.template is not None:
+            return self._problems_of_template(self.template, checkpoint, layers)
         if problems := architectures.problems(config):
-            return problems
+            return [
+                f"{problem}; --template takes what it lacks from a GGUF file of the unquantized model"
+                if config.get("model_type") not in architectures.ARCHITECTURES
+                else problem
+                for problem in problems
+            ]
         architecture = architectures.architecture_of(config)
         names = {name for name in checkpoint.tensors if name.rpartition(".")[0] not in layers}
         names |= {f"{layer}.weight" for layer in layers if not any(n.startswith(f"{layer}.") for n in names)}
@@ -140,6 +172,34 @@ class GGUF(Format):
                 str(error) if isinstance(error, ValueError) else f"tokenizer.json is no tokenizer: {error!r}"
             )
         return problems
+
+    def _problems_of_template(
+        self, template: Template, checkpoint: Checkpoint, layers: Mapping[str, Scheme]
+    ) -> list[str]:
+        """Find where the checkpoint's tensors lie in the template, and set `places`."""
+        if divided := [layer for layer, scheme in layers.items() if float_type(scheme) == "NVFP4"]:
+            return [f"{some(divided)}: whether llama.cpp multiplies by NVFP4's factor there is not known; use mxfp4"]
+        quantized = {f"{layer}.weight": layer for layer in layers}
+        packed = read_config(checkpoint)[0] if quantization_section(checkpoint) is not None else None
+        stored = {f"{layer}.{suffix}" for layer in layers for suffix in (packed.suffixes if packed else ("weight",))}
+        names = [*quantized, *(name for name in checkpoint.tensors if name not in stored)]
+
+        def read(name: str) -> Tensor:
+            if packed is None or name not in quantized:
+                return checkpoint.read(name)
+            layer = quantized[name]
+            present = [suffix for suffix in packed.suffixes if f"{layer}.{suffix}" in checkpoint.tensors]
+            tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in present}
+            return packed.read(layers[layer], tensors).dequantize()
+
+        try:
+            tokens = tokens_of({path.name: path for path in checkpoint.other_files()})
+            self.places = template.places(names, quantized, checkpoint.config, read, tokens)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return (
+                str(error).splitlines() if isinstance(error, ValueError) else [f"{error!r} in the checkpoint's files"]
+            )
+        return []
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return scheme.weight.layout((1, 64))["scales"][1][0] if float_type(scheme) else torch.float16
@@ -316,7 +376,7 @@ class _Part:
         if self.info.name.endswith(f".{BLOCKS}"):
             nbytes = self.info.shape[-1]
             return next(kind for kind in _FILE_TYPES if BY_NAME[kind].nbytes == nbytes)
-        alone = len(self.info.shape) - self.place.flat <= 1  # a factor among them
+        alone = self.place.wide or len(self.info.shape) - self.place.flat <= 1  # a factor among them
         return "F32" if alone or self.place.name.endswith(_ALWAYS_FLOAT32) else _DTYPES[self.info.dtype]
 
     @property
@@ -343,6 +403,8 @@ class _Part:
 class GGUFWriter(SafetensorsWriter):
     """Writes shards as safetensors, which at the end become one GGUF file. Each is deleted when that is on the disk."""
 
+    format: GGUF
+
     def close(
         self, config: Mapping[str, Any], section: dict[str, Any], companions: Iterable[Path]
     ) -> dict[str, dict[str, Any]]:
@@ -354,7 +416,7 @@ class GGUFWriter(SafetensorsWriter):
         assert not self.pending, "what was added must be cut and written before"
         companions = list(companions)
         parts: dict[str, list[_Part]] = defaultdict(list)
-        architecture = architectures.architecture_of(config)
+        architecture = self.format.architecture(config)
         for file in sorted(self.lines):
             shard = Checkpoint.single(self.folder / file)
             for name, info in shard.tensors.items():
@@ -372,7 +434,9 @@ class GGUFWriter(SafetensorsWriter):
                     "not, or by other schemes; name all of them in a rule"
                 )
         metadata = self._metadata(config, parts, {path.name: path for path in companions})
-        written = {FILE: self._write_gguf(metadata, parts, architectures.generated_tensors(config))}
+        template = self.format.template
+        generated = template.copies() if template else architectures.generated_tensors(config)
+        written = {FILE: self._write_gguf(metadata, parts, generated)}
         for file in self.lines:
             (self.folder / file).unlink()
         return dict(sorted((written | self.write_small_files(config, section, companions)).items()))
@@ -388,16 +452,18 @@ class GGUFWriter(SafetensorsWriter):
         ]
         quantized = {kind: size for kind, size in sizes.items() if kind in _FILE_TYPES}
         most = max(quantized or sizes, key=lambda kind: sizes[kind])
-        name = Path(str(config.get("_name_or_path") or "")).name or (config.get("architectures") or ["model"])[0]
-        return {
-            **architectures.model_metadata(config),
-            "general.name": name,
+        own = {
             "general.quantized_by": "bitpress",
             "general.quantization_version": 2,
             "general.file_type": (_FILE_TYPES | _PLAIN_FILE_TYPES)[most],
-            **tokenizer_metadata(companions, config),
             **({DIVISORS: divisors} if divisors else {}),
         }
+        if self.format.template:
+            assert self.format.places is not None
+            return {"general.architecture": self.format.places.name, **own, PLACES: self.format.places.to_json()}
+        name = Path(str(config.get("_name_or_path") or "")).name or (config.get("architectures") or ["model"])[0]
+        model = {**architectures.model_metadata(config), "general.name": name}
+        return model | own | tokenizer_metadata(companions, config)
 
     def _write_gguf(
         self, metadata: Mapping[str, Any], parts: Mapping[str, list[_Part]], generated: Mapping[str, Tensor]
@@ -408,6 +474,8 @@ class GGUFWriter(SafetensorsWriter):
 
         path, temporary = self.folder / FILE, self.folder / f".{FILE}.tmp"
         writer = gguf.GGUFWriter(temporary, metadata["general.architecture"])
+        if self.format.template:
+            self.format.template.add_metadata(writer, metadata)
         for key, value in metadata.items():
             if key != "general.architecture":  # the package has written it
                 value_type = gguf.GGUFValueType.get_type(value)

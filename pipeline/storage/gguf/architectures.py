@@ -59,7 +59,8 @@ class Place:
     name: of the GGUF tensor. expert: its place there, where that holds all experts; else None.
     heads: rows lie in another order within each of so many heads (see permute); 0 where they lie as they are.
     shift: what the file has more of each value. flat: the file has it without its first dimension, which is 1.
-    factor: what the products of a weight are multiplied by, the reciprocal of its global scale.
+    factor: what the products of a weight are multiplied by, the reciprocal of its global scale. wide: float32, where it
+    is not quantized.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Place:
     shift: float = 0.0
     flat: bool = False
     factor: bool = False
+    wide: bool = False
 
     def of_factor(self) -> "Place":
         """The place of the factor of a weight that lies here."""
@@ -117,6 +119,10 @@ class Architecture:
         if self.shifted and name.endswith("norm.weight"):
             return Place(place.name, place.expert, place.heads, 1.0)
         return place
+
+    def holds(self, gguf_name: str) -> bool:
+        """Whether a tensor is one of the model, or may be, and not made of its config."""
+        return not is_generated(gguf_name)
 
     def applies_factor(self, name: str, config: Mapping[str, Any], biased: bool) -> bool:
         """Whether llama.cpp multiplies by the factor of a layer's NVFP4 weight.

@@ -11,8 +11,9 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ..sources.base import ReadRows
 from ..tensor_info import TensorInfo
-from .architectures import FACTOR, Architecture, Place, architecture_of, is_generated, permute_back
+from .architectures import FACTOR, Architecture, Place, architecture_of, permute_back
 from .file import BlockType, GGUFFile
+from .template import PLACES, Places
 
 _MOST_EXPERTS = 4096
 BLOCKS = "blocks"  # X.blocks: the blocks of layer X, uint8 [out, blocks, bytes of a block]
@@ -48,11 +49,17 @@ class GGUFTensors:
         self._divisors: dict[str, float] = {}
         self._dense = None if config.get("quantization_config") else _dtype(config)
         self.tensors: dict[str, TensorInfo] = {}
+        stated, places = file.metadata.get("general.architecture"), file.metadata.get(PLACES)
+        self._architecture: Architecture | Places
         try:
-            self._architecture = architecture_of(config)
+            if places is None:
+                self._architecture = architecture_of(config)
+            else:
+                rows = {tensor.name: tensor.shape[0] for tensor in file.tensors.values()}
+                self._architecture = Places.of_json(str(stated), places, rows)
         except ValueError as error:
             raise CheckpointError(f"{file.path}: {error}") from error
-        own, stated = self._architecture.name, file.metadata.get("general.architecture")
+        own = self._architecture.name
         if stated != own:
             raise CheckpointError(f"{file.path} is of the architecture {stated!r}, and config.json means {own}")
         stored = file.stored()
@@ -64,7 +71,7 @@ class GGUFTensors:
         }
         unused = {n for n in stored if n.endswith(_INPUT_FACTOR) and f"{n.removesuffix(_INPUT_FACTOR)}.weight" in coded}
         for name, info in stored.items():
-            if not is_generated(name) and name not in factors and name not in unused:
+            if self._architecture.holds(name) and name not in factors and name not in unused:
                 self._add(info, self._architecture, config, file.tensors[name].kind)
         self._add_factors(factors, file)
         self.sentence = None
@@ -75,7 +82,9 @@ class GGUFTensors:
                 f"{str(self._dense).removeprefix('torch.')}"
             )
 
-    def _add(self, info: TensorInfo, architecture: Architecture, config: Mapping[str, Any], kind: BlockType) -> None:
+    def _add(
+        self, info: TensorInfo, architecture: Architecture | Places, config: Mapping[str, Any], kind: BlockType
+    ) -> None:
         coded = kind.dtype is None
         whole = "_exps." not in info.name
         if not whole and info.shape[0] > _MOST_EXPERTS:
