@@ -17,6 +17,7 @@ config.json and the tokenizer's files lie beside the file, for bitpress; llama.c
 
 import importlib.util
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q3_K": 12, "MXFP4": 
 _FLOATS = {("group", 32): "MXFP4", ("tensor_group", 16): "NVFP4"}  # strategy and group size of E2M1 values -> type
 _PLAIN_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # the same, where nothing is quantized
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# tokens that llama.cpp looks for, and stops without, where general.name has "phi3" in it (src/llama-vocab.cpp)
+_OF_PHI_3 = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 _ALWAYS_FLOAT32 = ("norm.weight", "ffn_gate_inp.weight")  # what llama.cpp computes with in float32
 
 
@@ -462,8 +465,10 @@ class GGUFWriter(SafetensorsWriter):
             assert self.format.places is not None
             return {"general.architecture": self.format.places.name, **own, PLACES: self.format.places.to_json()}
         name = Path(str(config.get("_name_or_path") or "")).name or (config.get("architectures") or ["model"])[0]
-        model = {**architectures.model_metadata(config), "general.name": name}
-        return model | own | tokenizer_metadata(companions, config)
+        tokenizer = tokenizer_metadata(companions, config)
+        if not set(tokenizer["tokenizer.ggml.tokens"]) >= _OF_PHI_3:
+            name = re.sub("(?i)phi-?3", "Phi", name)
+        return {**architectures.model_metadata(config), "general.name": name, **own, **tokenizer}
 
     def _write_gguf(
         self, metadata: Mapping[str, Any], parts: Mapping[str, list[_Part]], generated: Mapping[str, Tensor]

@@ -271,6 +271,12 @@ def test_the_file_says_what_the_config_says(source: Callable[..., Path], tmp_pat
         assert theirs(text).input_ids == tokenizer(text).input_ids
 
 
+def test_a_name_with_phi3_in_it_needs_its_tokens(source: Callable[..., Path], tmp_path: Path) -> None:
+    """As of Phi-4 mini, whose config calls it Phi3ForCausalLM: llama.cpp would not load the file."""
+    quantize(source("phi3"), {"scheme": "int4-g32", "format": "gguf"}, tmp_path / "artifact")
+    assert read_gguf(tmp_path / "artifact" / FILE).metadata["general.name"] == "PhiForCausalLM"
+
+
 def test_llama3_scales_frequencies(source: Callable[..., Path], tmp_path: Path) -> None:
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling |= {"original_max_position_embeddings": 32, "rope_theta": 500.0}
