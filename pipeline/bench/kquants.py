@@ -1,9 +1,10 @@
 """llama.cpp's k-quants as entrants of the quality benchmark, with an importance matrix, by llama.cpp's own logits.
 
 The model is written as a GGUF file as it is, and llama_model_quantize makes the others of it. The importance matrix is
-what llama.cpp's own tool makes: the mean square of each input of each layer over the calibration tokens. What is
-measured is the text's windows, token by token the logits that llama.cpp computes, against those of the unquantized
-model in bitpress. llama.cpp rounds inputs to 8 bits as it multiplies, and that is in the figures.
+that of `bitpress imatrix`, which is what llama.cpp's own tool makes: the mean square of each input of each layer in the
+blocks, over the calibration tokens. What is measured is the text's windows, token by token the logits that llama.cpp
+computes, against those of the unquantized model in bitpress. llama.cpp rounds inputs to 8 bits as it multiplies, and
+that is in the figures.
 """
 
 import contextlib
@@ -29,10 +30,10 @@ from ..formats import registry
 from ..models.loading import load_model
 from ..models.pretrained import load_tokenizer
 from ..models.structure import skeleton
+from ..quantize.imatrix import importances
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..storage.fingerprint import Fingerprint, digest
-from ..storage.gguf import architectures
 from ..storage.gguf.file import read_gguf
 from ..system.device import pick_device
 from ..system.progress import progress
@@ -55,7 +56,7 @@ class KQuant:
     program: str = NAME
 
     def fingerprint(self) -> Fingerprint:
-        return {"program": self.program, "type": self.recipe, "importance": "mean square of inputs"}
+        return {"program": self.program, "type": self.recipe, "importance": "mean square of inputs, blocks alone"}
 
     def measure(self, comparison: Comparison, folder: Path, news: News) -> Row:
         with contextlib.ExitStack() as stack:
@@ -120,33 +121,15 @@ def _unquantized(comparison: Comparison) -> Path:
     return folder
 
 
-@torch.inference_mode()
 def _importance(comparison: Comparison, folder: Path) -> Path:
     """The importance matrix, by llama.cpp's names of the layers, float32 [in] each; gathered once."""
     path = folder / f"importance-{digest(comparison.calibration.to_dict())[:8]}.npz"
     if path.exists():
         return path
-    checkpoint = Checkpoint(comparison.source.folder)
-    model = load_model(checkpoint, pick_device(comparison.conditions.device), "float32")
-    architecture, sums = architectures.architecture_of(checkpoint.config), dict[str, Tensor]()
-
-    def watch(name: str, module: nn.Module) -> Any:
-        def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            squares = arguments[0].double().square().flatten(0, -2).sum(0)
-            sums[name] = sums[name] + squares if name in sums else squares
-
-        return module.register_forward_pre_hook(add)
-
-    for path_of, module in model.named_modules():
-        place = architecture.place(f"{path_of}.weight", checkpoint.config)
-        if isinstance(module, nn.Linear) and place and place.expert is None:
-            watch(place.name, module)
-    ids = comparison.calibration.ids
+    device = str(pick_device(comparison.conditions.device))
     with progress("the importance matrix") as step:
-        for number, window in enumerate(ids):
-            step(number, len(ids))
-            model(input_ids=window.unsqueeze(0).to(model.device), use_cache=False)
-    arrays: dict[str, Any] = {name: (total / ids.numel()).float().cpu().numpy() for name, total in sums.items()}
+        every = importances(Checkpoint(comparison.source.folder), comparison.calibration.ids, device, step)
+    arrays: dict[str, Any] = {name: own.means.ravel() for name, own in every.items()}  # experts one after the other
     temporary = path.with_suffix(".tmp.npz")
     numpy.savez(temporary, **arrays)
     temporary.replace(path)

@@ -18,7 +18,7 @@ from bitpress.eval.report.words import divergence, number
 from bitpress.kernels.scheme import Scheme
 
 from .. import api
-from ..config.load import load_calibration, load_eval, load_recipe
+from ..config.load import load_calibration, load_eval, load_recipe, load_typed_recipe
 from ..config.schema import Calibrate
 from ..data.calibration import Calibration
 from ..data.text import read_text
@@ -28,6 +28,7 @@ from ..evaluate.external import evaluate_external
 from ..hub.download import Source, resolve
 from ..models.loading import calibrate_on
 from ..quantize.recipe import Recipe
+from ..quantize.statistics import SHARED
 from ..storage import files, journal
 from ..storage.checkpoint import Checkpoint, read_json
 from ..storage.fingerprint import Fingerprint, digest, stage
@@ -124,14 +125,17 @@ class Entrant(Protocol):
 
 @dataclass(frozen=True)
 class OwnRecipe:
-    """A recipe of bitpress. text: as `bitpress quantize --recipe` takes it."""
+    """A recipe of bitpress. text: in a word, as `bitpress quantize --recipe` takes it, or with its keys.
+
+    Budgets share their statistics and solutions, which stay in the comparison's folder.
+    """
 
     text: str
     program: str = OWN
 
     @property
     def recipe(self) -> str:
-        return self.text
+        return load_typed_recipe(self.text).name or self.text
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -140,7 +144,7 @@ class OwnRecipe:
         Raises:
             ConfigError: there is no such recipe.
         """
-        return {**load_recipe(self.text).model_dump(exclude_unset=True), "fit_groups": True}
+        return {**load_typed_recipe(self.text).model_dump(exclude_unset=True), "fit_groups": True}
 
     def fingerprint(self) -> Fingerprint:
         described = Recipe.make(load_recipe(self.settings)).to_dict()
@@ -151,9 +155,9 @@ class OwnRecipe:
         if Recipe.make(load_recipe(settings)).calibrated:
             settings |= {"calibration": comparison.settings.model_dump(exclude_unset=True)}
         start = time.perf_counter()
-        with progress(f"quantizing to {self.text}") as step:
-            model = comparison.source.folder
-            api.quantize(model, settings, output, device=comparison.conditions.device, on_step=step)
+        with progress(f"quantizing to {self.recipe}") as step:
+            model, kept = comparison.source.folder, comparison.folder / SHARED
+            api.quantize(model, settings, output, device=comparison.conditions.device, on_step=step, keep=kept)
         seconds = time.perf_counter() - start
         used = {name: version for name, version in versions().items() if name in ("bitpress", "torch", "transformers")}
         return replace(_measured(self, comparison, output, folder, seconds), versions=used)

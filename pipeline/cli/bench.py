@@ -79,7 +79,8 @@ def quality(
     calibration: Annotated[str | None, typer.Option(help="Text to calibrate on; wikitext-2 by default.")] = None,
     text: Annotated[str, typer.Option(help="Text to measure KL on.")] = "builtin:pydoc-topics",
     recipe: Annotated[
-        list[str] | None, typer.Option(help="[transform+][method/]scheme, in place of the usual ones; repeatable.")
+        list[str] | None,
+        typer.Option(help="In a word, or as '{scheme: int3-g128, distill: 50}', for the usual ones; repeatable."),
     ] = None,
     peer: Annotated[
         list[str] | None,

@@ -125,6 +125,20 @@ def load_recipe(settings: str | Mapping[str, Any] | RecipeSettings) -> RecipeSet
     return _section(RecipeSettings, settings, ("recipes",))
 
 
+def load_typed_recipe(text: str) -> RecipeSettings:
+    """A recipe as it is typed: in a word, "gptq/int4-g128", or with its keys, "{scheme: int4-g128, distill: 100}".
+
+    Raises:
+        ConfigError: everything that is wrong with it.
+    """
+    if not text.lstrip().startswith("{"):
+        return load_recipe(text)
+    try:
+        return load_recipe(YAML(typ="safe").load(text))
+    except YAMLError as error:
+        raise ConfigError(f"{text}: expected keys of a recipe in YAML, such as {{scheme: int4-g128}}") from error
+
+
 def load_options(assignments: list[str]) -> dict[str, Any]:
     """Options typed as "key=value", the values in YAML, such as "damping=1e-3".
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _HUB = re.compile(r"(?P<dataset>\w[\w.-]*/[\w.-]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
 _CHARACTERS = 8  # characters of text for every token needed: about twice what most tokenizers take
 _BLOCK = 1 << 16  # characters: several windows, so that few have a seam
+_HELD_OUT = 8  # one window of so many judges what is learned from the others
 _MOST = 0.9  # share of one token among all: text of any kind, DNA's four letters too, stays well below
 
 
@@ -49,6 +50,20 @@ class Calibration:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.ids.shape[0]} windows of {self.ids.shape[1]} tokens"
+
+
+def hold_out(ids: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Windows to learn from, and windows that judge what was learned: the last of every eight, `most` at most.
+
+    Fewer than eight windows hold one out. A single window is both.
+
+    Args:
+        ids: int64 [windows, context].
+    """
+    step = min(_HELD_OUT, len(ids))
+    held = [number for number in range(len(ids)) if number % step == step - 1][:most]
+    others = [number for number in range(len(ids)) if number not in held]
+    return ids[others or held], ids[held]
 
 
 def calibrate(settings: Calibrate, tokenizer: Any, model: "PretrainedConfig") -> Calibration:

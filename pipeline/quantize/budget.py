@@ -3,10 +3,11 @@
 Three steps, each of which survives a crash and is done once for all budgets of one calibration:
 
 - Solve. The unquantized model goes through the calibration tokens once, block by block. Each layer is quantized by each
-  choice from the same statistics, and all solutions are kept.
+  choice from the same statistics, and all solutions are kept. A few calibration windows are held out.
 - Probe. What one unit costs is measured, not derived from its weights' errors: the KL divergence of the model in which
-  this unit alone is quantized, on a few calibration windows, in float32. A unit is what servers fuse and so must have
-  one scheme: q, k and v; gate and up; all experts of a block.
+  this unit alone is quantized, on the windows held out, in float32. On windows that the solutions were fitted to, each
+  would seem to cost less than it does on other text, and few bits would seem so most. A unit is what servers fuse and
+  so must have one scheme: q, k and v; gate and up; all experts of a block.
 - Choose. Divergences of small errors add up over layers (HIGGS, arXiv 2411.17525, theorem 1), so the least sum within a
   size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes.
 """
@@ -27,6 +28,7 @@ from torch import Tensor
 from bitpress.eval.measure import scores
 from bitpress.kernels.qtensor import QTensor
 
+from ..data.calibration import hold_out
 from ..errors import ConfigError, listing
 from ..formats import misfits
 from ..formats import registry as formats
@@ -127,6 +129,8 @@ class Search:
     """The solutions and probes of one model and one calibration, in a folder of their own.
 
     A recipe's budget takes no part in them: all budgets that have the rest in common share them.
+    held_out: the calibration windows that probes read and solutions are not fitted to, int64 [windows, context]. A
+    single window is both.
     """
 
     def __init__(self, checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe, folder: Path):
@@ -140,12 +144,16 @@ class Search:
         assert recipe.calibration
         self.checkpoint, self.recipe = checkpoint, replace(recipe, fit_groups=True, allow_split_fused=True)
         self.plan, self.units = plan_search(checkpoint, recipe)
+        ids = recipe.calibration.ids
+        fitted, self.held_out = hold_out(ids, max(1, PROBE_TOKENS // ids.shape[1]))
+        self._solving = replace(self.recipe, calibration=replace(recipe.calibration, ids=fitted))
         origin = fingerprint(checkpoint, source, recipe) | order_of_sums(recipe)
         origin = {key: value for key, value in origin.items() if key != "quantize.budget"}
+        origin["search.held_out"] = len(self.held_out)
         self.folder = folder / digest(origin)[:12]
         files.make_folder(self.folder)
         open_work(self.folder, origin)
-        self.statistics = SharedStatistics(self.plan, source, self.recipe, folder)
+        self.statistics = SharedStatistics(self.plan, source, self._solving, folder)
         self.journal = journal.Journal(self.folder / journal.NAME)
         self._solved = {line["block"]: line for line in self.journal.entries if "solutions" in line}
         self._probed = {line["unit"]: line["kl"] for line in self.journal.entries if "kl" in line}
@@ -176,7 +184,7 @@ class Search:
         first = next((n for n, unit in enumerate(units) if not self._finished(unit.block or 0)), len(units))
         if first == len(units):
             return
-        blocks = CalibratedBlocks(self.plan, self.recipe, self.folder, shared=self.statistics)
+        blocks = CalibratedBlocks(self.plan, self._solving, self.folder, shared=self.statistics)
         if first and not blocks.state(units[first].block or 0).exists():
             first = 0
         files.preflight(self.folder, blocks.nbytes() + sum(sum(unit.sizes(self.plan)) for unit in self.units))
@@ -225,16 +233,10 @@ class Search:
         lines = self._solved[block].get("transform", [])
         return [Transformed(**{**line, "layers": tuple(line["layers"])}) for line in lines]
 
-    def _windows(self) -> Tensor:
-        """The calibration windows that probes read, int64 [windows, context]."""
-        assert self.recipe.calibration
-        ids = self.recipe.calibration.ids
-        return ids[: max(1, PROBE_TOKENS // ids.shape[1])]
-
     def _model(self, stack: ExitStack) -> BlockRunner:
         """The whole model in float32: the rounding of bfloat16 would hide what 8 bits cost."""
         outside = [replace(planned, spec=None) for planned in self.plan.tensors if planned.block is None]
-        runner = BlockRunner(self.plan.checkpoint, outside, self._windows(), torch.float32, self.recipe.device)
+        runner = BlockRunner(self.plan.checkpoint, outside, self.held_out, torch.float32, self.recipe.device)
         blocks = (
             (unit.block, ((planned, self.read(planned)) for planned in unit.tensors))
             for unit in self.plan.units
@@ -293,7 +295,7 @@ class Search:
 
     @torch.no_grad()
     def measure(self, chosen: Sequence[int]) -> float:
-        """The mean KL divergence of the model with all units quantized so, on the windows of the probes, in nats."""
+        """The mean KL divergence of the model with all units quantized so, on the windows held out, in nats."""
         key = digest({unit.name: own for unit, own in zip(self.units, chosen, strict=True)})[:16]
         if key not in self._measured:
             with ExitStack() as stack:
@@ -384,7 +386,7 @@ class Choice:
         assert search.recipe.budget
         return {
             "budget": search.recipe.budget.name,
-            "tokens": search._windows().numel(),
+            "tokens": search.held_out.numel(),
             **self._at(self.point),
             "measured_kl": search.measure(self.chosen),
             "curve": [self._at(point) for point in sorted(points)],

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from bitpress.kernels.qtensor import QTensor
 
 from ..config.schema import Distill
+from ..data.calibration import hold_out
 from ..errors import ConfigError
 from ..methods.learned import LearnedScales
 from ..models.quantized import read_quantized
@@ -38,7 +39,7 @@ from .recipe import Recipe
 _BETAS = (0.9, 0.95)
 _WARM_UP = 10  # steps until the full rate: Adam's first steps know no scale of the gradient
 CHECKS = 10  # times that the held-out divergence is taken, and the state saved
-_HELD_OUT, MOST_HELD_OUT = 8, 8  # one window of so many judges what is learned from the others; no more than these
+MOST_HELD_OUT = 8  # windows that judge what is learned from the others
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,7 @@ class _Training:
     """The steps, each of which depends on nothing but the state before it and its number."""
 
     def __init__(self, student: Student, scales: Mapping[str, LearnedScales], ids: Tensor, options: Distill):
-        step = min(_HELD_OUT, len(ids))
-        held = [number for number in range(len(ids)) if number % step == step - 1][:MOST_HELD_OUT]
-        self.held_out, self.windows = ids[held], ids[[n for n in range(len(ids)) if n not in held]]
+        self.windows, self.held_out = hold_out(ids, MOST_HELD_OUT)
         self.student, self.scales, self.options = student, scales, options
         self.learned: dict[str, LearnedScales | _Norm] = {**scales, **student.norms}
         self.parameters = [each.factors for each in self.learned.values()]

@@ -73,6 +73,11 @@ class Importance:
     sums: np.ndarray
     counts: np.ndarray
 
+    @property
+    def means(self) -> np.ndarray:
+        """The mean square of each input, float32 [matrices, in]; an expert's is that of the tokens which reached it."""
+        return self.sums / np.maximum(self.counts, 1)[:, None]
+
 
 def imatrix(
     checkpoint: Checkpoint, calibration: Calibration, out: Path, device: str, on_step: OnStep = lambda done, total: None
@@ -89,24 +94,38 @@ def imatrix(
         raise ConfigError(f"{out} exists; choose another output")
     if out.suffix != _LEGACY and (reason := unsupported("gguf")):
         raise ConfigError(f"{out}: {reason}; or give a name that ends in {_LEGACY}, for the older form")
-    try:
-        architecture = architectures.architecture_of(checkpoint.config)
-    except ValueError as error:
-        raise ConfigError(f"{checkpoint.folder} has no importance matrix: {error}") from error
-    entries: dict[str, dict[int, SquareSums]] = defaultdict(dict)
-    for name, statistic in _square_sums(checkpoint, calibration.ids, device, on_step).items():
-        if (place := architecture.place(f"{name}.weight", checkpoint.config)) is not None:
-            entries[place.name][place.expert or 0] = statistic
-    importance = {}
-    for name, matrices in sorted(entries.items()):
-        own = [matrices[number] for number in sorted(matrices)]
-        sums = torch.stack([each.sums for each in own]).to(torch.float32).cpu().numpy()
-        importance[name] = Importance(sums, np.array([each.tokens for each in own], np.float32))
+    importance = importances(checkpoint, calibration.ids, device, on_step)
     chunks, size = calibration.ids.shape
     (_write_legacy if out.suffix == _LEGACY else _write)(out, importance, str(calibration), chunks, size)
     unseen = [name for name, own in importance.items() if not own.counts.all()]
     notes = [f"{len(importance)} tensors, from {calibration.ids.numel()} tokens in windows of {size}"]
     return notes + ([f"{len(unseen)} of them have experts that no token reached ({unseen[0]})"] if unseen else [])
+
+
+def importances(
+    checkpoint: Checkpoint, ids: Tensor, device: str, on_step: OnStep = lambda done, total: None
+) -> dict[str, Importance]:
+    """How much each input of the layers in an unquantized model's blocks matters, by the layers' names in GGUF.
+
+    Args:
+        ids: int64 [windows, context], to calibrate on.
+    Raises:
+        ConfigError: the architecture is not known as GGUF. CheckpointError, NumericsError: see BlockRunner.
+    """
+    try:
+        architecture = architectures.architecture_of(checkpoint.config)
+    except ValueError as error:
+        raise ConfigError(f"{checkpoint.folder} has no importance matrix: {error}") from error
+    entries: dict[str, dict[int, SquareSums]] = defaultdict(dict)
+    for name, statistic in _square_sums(checkpoint, ids, device, on_step).items():
+        if (place := architecture.place(f"{name}.weight", checkpoint.config)) is not None:
+            entries[place.name][place.expert or 0] = statistic
+    result = {}
+    for name, matrices in sorted(entries.items()):
+        own = [matrices[number] for number in sorted(matrices)]
+        sums = torch.stack([each.sums for each in own]).to(torch.float32).cpu().numpy()
+        result[name] = Importance(sums, np.array([each.tokens for each in own], np.float32))
+    return result
 
 
 def _square_sums(checkpoint: Checkpoint, ids: Tensor, device: str, on_step: OnStep) -> dict[str, SquareSums]:
@@ -152,11 +171,11 @@ def _write(out: Path, importance: Mapping[str, Importance], text: str, chunks: i
 def _write_legacy(out: Path, importance: Mapping[str, Importance], text: str, chunks: int, size: int) -> None:
     """The older form: for each tensor its name, the number of chunks, and the mean square of each input times that.
 
-    It has one count for all matrices; an expert's mean is that of the tokens which reached it.
+    It has one count for all matrices.
     """
     parts = [struct.pack("<i", len(importance))]
     for name, own in importance.items():
-        means = own.sums / np.maximum(own.counts, 1)[:, None]
+        means = own.means
         label = name.encode()
         parts += [struct.pack("<i", len(label)), label, struct.pack("<ii", chunks, means.size)]
         parts.append((means * chunks).astype("<f4").tobytes())

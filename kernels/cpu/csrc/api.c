@@ -33,6 +33,9 @@ static const Instructions sets[] = {
     {"amx-int8", has_amx_int8, &avx512_kernels, &amx_tiles},
     {"avx512-vnni", has_avx512_vnni, &avx512_kernels, NULL},
     {"avx2", has_avx2, &avx2_kernels, NULL},
+#elif defined(__aarch64__)
+    {"neon-i8mm", has_neon_i8mm, &neon_i8mm_kernels, NULL},
+    {"neon-dotprod", has_neon_dotprod, &neon_dotprod_kernels, NULL},
 #endif
     {"portable", always, &portable_kernels, NULL}};
 

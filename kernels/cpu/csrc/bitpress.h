@@ -1,7 +1,7 @@
 /* Multiplication by quantized weights on the CPU: what the files of this library share.
  *
  * api.c is what Python calls: it packs weights, splits the work over threads and picks an instruction set.
- * portable.c, avx2.c, avx512.c and amx.c hold one set of kernels each; layer.c runs a whole decoder layer.
+ * portable.c, avx2.c, avx512.c, amx.c and neon.c hold one set of kernels each; layer.c runs a whole decoder layer.
  */
 #ifndef BITPRESS_H
 #define BITPRESS_H
@@ -112,6 +112,10 @@ extern const Tiles amx_tiles;
 int has_avx2(void);
 int has_avx512_vnni(void);
 int has_amx_int8(void);
+#elif defined(__aarch64__)
+extern const Kernels neon_i8mm_kernels, neon_dotprod_kernels;
+int has_neon_i8mm(void);
+int has_neon_dotprod(void);
 #endif
 
 /* The NF4 code book (QLoRA, arXiv 2305.14314, appendix E), and rounded to steps of 1 / NF4_STEPS: of the step sizes that

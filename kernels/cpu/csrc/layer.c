@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "generic.h"
@@ -175,7 +177,11 @@ static void run(void (*body)(void *), Rows *r, int worthwhile) {
 #define TARGET
 #define NAME(name) name##_plain
 #define LANES 4
+#if defined(__aarch64__)
+#define MULTIPLY_ADD(x, y, z) (V)vfmaq_n_f32((float32x4_t)(z), (float32x4_t)(x), y)
+#else
 #define MULTIPLY_ADD(x, y, z) ((x) * (y) + (z))
+#endif
 #define EVEN 0, 2, 4, 6
 #define ODD 1, 3, 5, 7
 #include "layer_step.h"

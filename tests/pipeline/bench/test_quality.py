@@ -23,6 +23,7 @@ METRICS = {
     "size": {"file_bytes": 1000, "bits_per_weight": {"all": 4.25}},
     "kernels": {},
 }  # fmt: skip
+SMALL = "{name: small, method: absmax, scheme: int4-g32, layers: {lm_head: int8-channel}}"
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_the_command(
     script.write_text("import sys; sys.exit('no luck today')")
     monkeypatch.setattr(programs, "find", lambda peers: [Program("fake", "json", script)])
     monkeypatch.setattr(quality, "evaluate_external", lambda *given: METRICS)
-    arguments = [tiny_llama, "--recipe", "absmax/int4-g32", "--peer-scheme", "int4-g32", "--quick", "--json"]
+    arguments = [tiny_llama, "--recipe", SMALL, "--peer-scheme", "int4-g32", "--quick", "--json"]
     arguments += ["--calibration", text, "--windows", 4, "--text", text, "--context", 16, "-o", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["bitpress", "bench", "quality", *map(str, arguments)])
     monkeypatch.setattr("signal.signal", lambda *given: None)
@@ -127,6 +128,6 @@ def test_the_command(
     ours, theirs = json.loads(out)["rows"]
     assert (ours["kl_mean"], ours["bits_per_weight"]) == (0.01, 4.25)
     assert "no luck today" in theirs["problem"]
-    assert "1 of 2: bitpress absmax/int4-g32: KL 0.0100 (± 0.0010) at 4.25 bits per weight" in err
+    assert "1 of 2: bitpress small: KL 0.0100 (± 0.0010) at 4.25 bits per weight" in err
     left = [path.name for path in (tmp_path / "out").rglob("*.safetensors")]
     assert left == ["tokens.safetensors"]  # the artifact is gone once it is measured

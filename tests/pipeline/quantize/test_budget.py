@@ -11,6 +11,7 @@ import torch
 from bitpress.eval.report.tables import budget_tables
 from bitpress.pipeline.api import load
 from bitpress.pipeline.config.budget import Budget
+from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.errors import ConfigError
 from bitpress.pipeline.quantize import budget
 from bitpress.pipeline.quantize.budget import Front, Search
@@ -18,6 +19,7 @@ from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.quantize.sequential import REFERENCE_LOGITS, CalibratedBlocks
 from bitpress.pipeline.quantize.statistics import SHARED
 from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json
+from bitpress.pipeline.storage.files import sha256_file
 from bitpress.pipeline.storage.fingerprint import MANIFEST
 
 CHOICES = ["int2-g32", "int4-g32", "int8-g32"]
@@ -104,6 +106,21 @@ def test_another_budget_costs_its_packing_alone(budgeted, monkeypatch):
     assert read_json(out / MANIFEST)["budget"]["bits"] <= 5
 
 
+def test_probes_read_what_no_solution_was_fitted_to(learn, tiny_llama, tmp_path):
+    ids = torch.randint(3, 96, (8, 16), generator=torch.Generator().manual_seed(1))
+    settings = {"method": "auto", "scheme": "auto", "budget": "4 bits", "choices": CHOICES}
+    solutions, probes = [], []
+    for number, text in enumerate((ids, torch.cat((ids[:7], ids[7:].flip(1))))):
+        calibration = Calibration("a text", text, 0)
+        learn(tiny_llama, tmp_path / f"{number}", shared=tmp_path / "kept", calibration=calibration, **settings)
+        (folder,) = {path.parent for path in (tmp_path / "kept").glob("*/00000.safetensors")} - {*solutions}
+        solutions.append(folder)
+        probes.append([unit["probes"] for unit in read_json(tmp_path / f"{number}" / MANIFEST)["budget"]["units"]])
+    first, second = ([sha256_file(path) for path in sorted(own.glob("*.safetensors"))] for own in solutions)
+    assert first == second
+    assert probes[0] != probes[1]
+
+
 def test_rules_leave_no_choice(budgeted):
     out = budgeted("5 bits", layers={"*.down_proj": "int8-g32", "*.0.self_attn.o_proj": "none"})
     schemes = {each["name"]: each["scheme"] for each in read_json(out / MANIFEST)["coverage"]["layers"]}
@@ -137,7 +154,9 @@ def test_texts(text, name, nbytes):
     assert Recipe.make(f"gptq/{name}").budget == Budget.parse(text)
 
 
-@pytest.mark.parametrize("changes", [{}, {"transform": "awq", "method": "tune", "options": {"steps": 2}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"transform": "awq", "method": "tune", "options": {"steps": 2}}, {"distill": 2}]
+)
 def test_goes_on_where_it_was_killed(learn, tmp_path, tiny_llama, killed_at, changes):
     settings = {"method": "auto", "scheme": "auto", "budget": "4 bits", "choices": CHOICES, **changes}
     learn(tiny_llama, tmp_path / "whole", **settings)

@@ -62,16 +62,13 @@ def test_sequential_recipes_share_the_first_block(
     assert digests(tmp_path / "b") == digests(tmp_path / "alone")
 
 
-def test_one_pass_serves_recipes_and_budgets(
+def test_one_pass_serves_recipes(
     tiny_llama: Path, tmp_path: Path, learn: Learn, digests: Digests, collected: list[int]
 ) -> None:
     shared = tmp_path / "shared"
     learn(tiny_llama, tmp_path / "a", shared=shared, sequential=False)
     assert collected == [4, 4]
     learn(tiny_llama, tmp_path / "b", shared=shared, sequential=False, scheme="int3-g32")
-    learn(
-        tiny_llama, tmp_path / "c", shared=shared, method="auto", scheme="auto", budget="5 bits", choices=["int3-g32"]
-    )
     assert collected == [4, 4]
     learn(tiny_llama, tmp_path / "alone", sequential=False, scheme="int3-g32")
     assert digests(tmp_path / "b") == digests(tmp_path / "alone")
