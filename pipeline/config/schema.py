@@ -107,9 +107,6 @@ class RecipeDefaults(_Strict):
     transform: str | None = None  # of each block before its layers are quantized: smooth or awq
     method: str = AUTO  # the scheme's default; or one of `bitpress list`
     format: str = AUTO  # the first that can hold every layer
-    template: str | None = (
-        None  # of format: gguf, a GGUF file of the unquantized model, for architectures without a table
-    )
     choices: list[str] = []  # of a budget: the schemes to choose from, none for unquantized; [] for 2 to 8 bits
     options: dict[str, Any] = {}  # of the method, such as {damping: 1e-3} of gptq
     layers: dict[str, str] = {}  # shell pattern on the names in the files -> [method/]scheme, or none; the last wins
@@ -179,6 +176,7 @@ class RecipeSettings(RecipeDefaults):
     name: str | None = Field(None, pattern=_NAME)
     scheme: str = Field(min_length=1)  # of every layer that no rule names; none keeps them; auto, of a budget
     budget: BudgetName | None = None  # 4.25 bits, 4.1 GB: each layer gets one of the choices
+    template: str | None = None  # of format: gguf, a GGUF file of the unquantized model, where bitpress has no table
     _inherited: frozenset[str] = PrivateAttr(frozenset())
 
     @model_validator(mode="before")
