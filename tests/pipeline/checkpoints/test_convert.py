@@ -58,6 +58,8 @@ def source_model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("source") / "model")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"]["use_regex"] = True
+    vocabulary = {token: number for token, number in tokenizer["model"]["vocab"].items() if number != 254}
+    tokenizer["model"] |= {"vocab": vocabulary | {"he": 254}, "merges": [["h", "e"]]}  # without any it reads none
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 

@@ -167,7 +167,7 @@ def test_rows_of_heads_come_back() -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"])
 def test_transformers_computes_the_same(name: str, source: Callable[..., Path], tmp_path: Path) -> None:
     artifact, gemma = tmp_path / "artifact", name.startswith("gemma")  # whose embeddings are scaled, and not quantized
-    layers = {"*down_proj": "int8-g32"} | ({} if gemma else {"*embed_tokens": "int8-g32"})
+    layers = {"*down_proj": "int8-g32"} | ({} if gemma else {"*embed_tokens": "int8-g32", "lm_head": "int8-g32"})
     folder = source(name, **({"query_pre_attn_scalar": 16} if gemma else {}))
     quantize(folder, {"scheme": "int4-g32", "format": "gguf", "layers": layers}, artifact)
     assert sorted(path.name for path in artifact.iterdir() if path.suffix in (".gguf", ".safetensors")) == [FILE]

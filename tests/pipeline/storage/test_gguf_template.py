@@ -121,7 +121,7 @@ def test_an_architecture_without_a_table(source: Callable[..., Path], tmp_path: 
     quantize(folder, {"scheme": "int8-g32", "format": "gptq"}, tmp_path / "gptq")
     assert torch.equal(logits_of(artifact), logits_of(tmp_path / "gptq"))
     convert(tmp_path / "gptq", "gguf", tmp_path / "converted", template=base)
-    assert (tmp_path / "converted" / FILE).read_bytes() == (artifact / FILE).read_bytes()
+    assert torch.equal(logits_of(tmp_path / "converted"), logits_of(artifact))
     convert(artifact, "gptq", tmp_path / "back")
     assert torch.equal(logits_of(tmp_path / "back"), logits_of(artifact))
 
