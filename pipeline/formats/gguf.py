@@ -250,8 +250,8 @@ class GGUF(Format):
         groups = scheme.groups(in_features)
         if expected == "Q4_1":
             codes, *each = decode_with_minimum(blocks)
-            scales, zeros = (self._of_groups(tensor, groups, scheme) for tensor in each)
-            return QTensor(scheme, (out_features, in_features), pack(codes.flatten(1), scheme.bits), scales, zeros)
+            parts = [self._of_groups(tensor, groups, scheme) for tensor in each]
+            return QTensor(scheme, (out_features, in_features), pack(codes.flatten(1), scheme.bits), *parts)
         values, repeated = decode(expected, blocks)
         scales = self._of_groups(repeated, groups, scheme)
         grouped = values.flatten(1).unflatten(1, (groups, -1)).to(torch.int16)
@@ -455,7 +455,7 @@ class GGUFWriter(SafetensorsWriter):
         ]
         quantized = {kind: size for kind, size in sizes.items() if kind in _FILE_TYPES}
         most = max(quantized or sizes, key=lambda kind: sizes[kind])
-        own = {
+        coding = {
             "general.quantized_by": "bitpress",
             "general.quantization_version": 2,
             "general.file_type": (_FILE_TYPES | _PLAIN_FILE_TYPES)[most],
@@ -463,12 +463,12 @@ class GGUFWriter(SafetensorsWriter):
         }
         if self.format.template:
             assert self.format.places is not None
-            return {"general.architecture": self.format.places.name, **own, PLACES: self.format.places.to_json()}
+            return {"general.architecture": self.format.places.name, **coding, PLACES: self.format.places.to_json()}
         name = Path(str(config.get("_name_or_path") or "")).name or (config.get("architectures") or ["model"])[0]
         tokenizer = tokenizer_metadata(companions, config)
         if not set(tokenizer["tokenizer.ggml.tokens"]) >= _OF_PHI_3:
             name = re.sub("(?i)phi-?3", "Phi", name)
-        return {**architectures.model_metadata(config), "general.name": name, **own, **tokenizer}
+        return {**architectures.model_metadata(config), "general.name": name, **coding, **tokenizer}
 
     def _write_gguf(
         self, metadata: Mapping[str, Any], parts: Mapping[str, list[_Part]], generated: Mapping[str, Tensor]

@@ -110,17 +110,18 @@ class GGUFTensors:
 
     def _add_factors(self, factors: Mapping[str, TensorInfo], file: GGUFFile) -> None:
         """What weights are multiplied by: as divisors of their scales where bitpress wrote the file."""
-        divisors = file.metadata.get(DIVISORS)
+        stated = file.metadata.get(DIVISORS)
         numbers = sum(math.prod(info.shape) for info in factors.values())
-        if self._dense is None and factors and not _is_floats(divisors, numbers):
+        if self._dense is None and factors and not _is_floats(stated, numbers):
             raise CheckpointError(
-                f"{file.path}: {DIVISORS} is {divisors!r:.40}, expected {numbers} numbers; get the file again"
+                f"{file.path}: {DIVISORS} is {stated!r:.40}, expected {numbers} numbers; get the file again"
             )
+        divisors: list[float] = stated if self._dense is None and stated else []
         place = 0
         for name, info in factors.items():
             weight = f"{name.removesuffix(FACTOR)}.weight"
             count = math.prod(info.shape)
-            names = self._architecture.names(weight, count) or []
+            names = (self._architecture.names(weight, count) if count <= _MOST_EXPERTS else None) or []
             if info.dtype != torch.float32 or len(info.shape) != 1 or len(names) != count:
                 raise CheckpointError(
                     f"{file.path}: {name} has shape {list(info.shape)} and dtype {info.dtype}, expected a float32 "
