@@ -70,8 +70,7 @@ def test_rows_are_quantized_as_by_the_reference(dtype: torch.dtype, ins: int, mo
 
 @runs
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), list(zip(SHAPES, [*DTYPES, *DTYPES])))
 def test_product(make_qtensor: Make, generator: torch.Generator, shape: tuple[int, int], dtype: torch.dtype) -> None:
     q, kernel = make_qtensor("int8-dynamic", *shape), TritonInt8()
     packed, bias = kernel.pack(q.to(DEVICE), dtype), torch.randn(shape[0], generator=generator)
@@ -121,7 +120,7 @@ def test_nan_stays_in_its_row(make_qtensor: Make, nan_stays_in_its_row: Callable
 
 @needs_triton
 def test_in_the_interpreter(interpreted: Callable[[str], int]) -> None:
-    assert interpreted(__file__) >= 3 * len(SHAPES) + len(EVERY)
+    assert interpreted(__file__) >= len(SHAPES) + len(EVERY)
 
 
 @needs_triton

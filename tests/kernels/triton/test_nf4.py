@@ -50,9 +50,8 @@ def tolerance(dtype: torch.dtype, count: int) -> float:
 
 @runs
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("scheme", ["nf4", "nf4-dq"])
+@pytest.mark.parametrize(("scheme", "dtype"), [("nf4", torch.bfloat16), ("nf4-dq", torch.float16)])
 def test_product(make_qtensor: Make, generator: torch.Generator, scheme: str, shape: tuple[int, int], dtype) -> None:
     q, kernel = make_qtensor(scheme, *shape), TritonNF4()
     packed, bias = kernel.pack(q.to(DEVICE), dtype), torch.randn(shape[0], generator=generator)
@@ -115,7 +114,7 @@ def test_pieces_of_a_large_weight(make_qtensor: Make, monkeypatch: pytest.Monkey
 
 @needs_triton
 def test_in_the_interpreter(interpreted: Callable[[str], int]) -> None:
-    assert interpreted(__file__) >= 4 * len(SHAPES) + len(EVERY)
+    assert interpreted(__file__) >= 2 * len(SHAPES) + len(EVERY)
 
 
 def emulated(ptx: str, word: int) -> tuple[int, int]:
