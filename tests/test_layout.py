@@ -46,6 +46,7 @@ LATE_IMPORTS = {
     "pipeline/system/redact.py": "every command imports it, and huggingface_hub takes its time",
     "pipeline/data/text.py": "the text is large, pyarrow and datasets are optional",
     "pipeline/formats/gguf.py": "gguf is optional",
+    "pipeline/storage/gguf/template.py": "gguf is optional",
     "pipeline/storage/gguf/view.py": "gguf is optional",
     "pipeline/quantize/imatrix.py": "gguf is optional",
     "pipeline/checkpoints/onnx_logits.py": "onnx and onnxruntime-genai are optional",

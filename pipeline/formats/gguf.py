@@ -250,8 +250,8 @@ class GGUF(Format):
         groups = scheme.groups(in_features)
         if expected == "Q4_1":
             codes, *each = decode_with_minimum(blocks)
-            parts = [self._of_groups(tensor, groups, scheme) for tensor in each]
-            return QTensor(scheme, (out_features, in_features), pack(codes.flatten(1), scheme.bits), *parts)
+            scales, points = (self._of_groups(tensor, groups, scheme) for tensor in each)
+            return QTensor(scheme, (out_features, in_features), pack(codes.flatten(1), scheme.bits), scales, points)
         values, repeated = decode(expected, blocks)
         scales = self._of_groups(repeated, groups, scheme)
         grouped = values.flatten(1).unflatten(1, (groups, -1)).to(torch.int16)

@@ -19,7 +19,7 @@ from bitpress.pipeline.checkpoints import conversion
 from bitpress.pipeline.checkpoints.convert import convert as convert_checkpoint
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.errors import BitpressError, CheckpointError, ConfigError, DiskError, NumericsError
-from bitpress.pipeline.formats import registry
+from bitpress.pipeline.formats import open_quantized, registry
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.models.quantized import read_quantized
 from bitpress.pipeline.models.stored_layer import read_layer
@@ -79,7 +79,7 @@ def made(source_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 def layers(folder: Path) -> dict[str, QTensor]:
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_quantized(folder)
     contents = read_quantized(checkpoint)
     return {layer: read_layer(checkpoint, contents.format, own, layer) for layer, own in contents.schemes.items()}
 
@@ -96,7 +96,7 @@ def assert_converts(source: Path, to: str, out: Path, scheme: str) -> None:
     notes = convert(source, to, out).notes
     assert "14 layers" in notes[0]
     assert "read back" in notes[0]
-    contents = read_quantized(Checkpoint(out))
+    contents = read_quantized(open_quantized(out))
     assert (contents.format.name, {own.name for own in contents.schemes.values()}) == (to, {scheme})
     assert_same_weights(out, source)
     found = diagnose(out)
@@ -440,7 +440,7 @@ def test_the_command(
     assert "14 layers from gptq to gptq-v2" in err
     code, _, err = run(source, "--to", "nf4", "-o", tmp_path / "other")
     assert code == 2
-    targets = "awq, compressed-tensors, gguf, gptq, gptq-v2, mlx, onnx"
+    targets = "awq, compressed-tensors, gguf, gguf-q4_1, gptq, gptq-v2, mlx, onnx"
     assert err == f"error: nothing can be converted to 'nf4'; use {targets}\n"
 
 
