@@ -100,6 +100,10 @@ class Kernel(Protocol):
         none."""
         return None
 
+    def pending(self, device: torch.device) -> str | None:
+        """What its first use on this device does before it can compute, in words: it compiles; None for nothing."""
+        return None
+
     def about(self) -> str | None:
         """What else is worth knowing of it on this machine, such as its instruction set; None if nothing."""
         return None

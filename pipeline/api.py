@@ -38,6 +38,7 @@ def quantize(
     device: str = "auto",
     on_step: OnStep | None = None,
     keep: str | Path | None = None,
+    gpus: int = 1,
 ) -> Artifact:
     """Quantize a model into a folder that bitpress and other runtimes load; call again to go on after a crash.
 
@@ -50,6 +51,7 @@ def quantize(
         device: "cpu", "cuda" or "auto", for calibrated methods.
         on_step: called with (units done, units in all); by default a bar on a terminal and in a notebook.
         keep: a folder that keeps a budget's statistics and solutions, for other budgets; by default they are deleted.
+        gpus: among which calibrated methods divide the layers of a block and batches of text; the bytes are the same.
     Returns:
         The artifact, with sentences on what happened on the way.
     Raises:
@@ -57,7 +59,7 @@ def quantize(
     """
     _require_name(model)
     settings = load_recipe(recipe)
-    chosen = Recipe.make(settings, device)
+    chosen = Recipe.make(settings, device, gpus)
     source = resolve(str(model), revision)
     out = Path(output).expanduser()
     source.check_output(out)

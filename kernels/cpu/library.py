@@ -79,6 +79,37 @@ def _absolute(variable: str) -> list[str]:
     return [entry for entry in os.environ.get(variable, "").split(os.pathsep) if os.path.isabs(entry)]
 
 
+def pending() -> str | None:
+    """What the first use does before it can compute, in words; None where the library is there, or cannot be."""
+    command = compiler()
+    with contextlib.suppress(OSError):
+        if sys.byteorder == "little" and command and not any(_HERE.glob("_native*.so")):
+            return None if _compiled(command, _cache()) else f"compiled by {command} on first use, once"
+    return None
+
+
+def _name(command: str) -> str:
+    """What a library is called that this compiler makes of csrc/."""
+    digest = hashlib.sha256("\0".join([command, platform.machine(), *_FLAGS]).encode())
+    for source in _sources():
+        digest.update(source.read_bytes())
+    return f"native-{digest.hexdigest()[:16]}"
+
+
+def _sources() -> list[Path]:
+    return sorted((_HERE / "csrc").glob("*.[ch]"))
+
+
+def _compiled(command: str, cache: Path) -> Path | None:
+    """The library that was compiled before, as it was written."""
+    for path in cache.glob(f"{_name(command)}-*.so"):
+        with contextlib.suppress(FileNotFoundError):  # another process removed it first
+            if _is_ours(path) and path.name == f"{_name(command)}-{_sha256(path.read_bytes())}.so":
+                return path
+            path.unlink()  # damaged: it is built again
+    return None
+
+
 def _build() -> Path:
     """The library in the user's cache, compiled from csrc/ where it is not there, or not as it was written.
 
@@ -89,20 +120,12 @@ def _build() -> Path:
     command = compiler()
     if command is None:
         raise OSError("none came with the installation, and there is no C compiler here (cc, gcc or clang)")
-    sources = sorted((_HERE / "csrc").glob("*.[ch]"))
-    digest = hashlib.sha256("\0".join([command, platform.machine(), *_FLAGS]).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    name = f"native-{digest.hexdigest()[:16]}"
     cache = _cache()
-    for path in cache.glob(f"{name}-*.so"):
-        with contextlib.suppress(FileNotFoundError):  # another process removed it first
-            if _is_ours(path) and path.name == f"{name}-{_sha256(path.read_bytes())}.so":
-                return path
-            path.unlink()  # damaged: it is built again
+    if compiled_before := _compiled(command, cache):
+        return compiled_before
     with tempfile.TemporaryDirectory(prefix="bitpress-") as folder:
         compiled = os.path.join(folder, "native.so")
-        units = [str(source) for source in sources if source.suffix == ".c"]
+        units = [str(source) for source in _sources() if source.suffix == ".c"]
         environment = dict(os.environ)
         for variable in _SEARCHED:
             environment.pop(variable, None)
@@ -113,7 +136,7 @@ def _build() -> Path:
             check=True, capture_output=True, text=True, timeout=300, cwd=folder, env=environment,
         )  # fmt: skip
         content = Path(compiled).read_bytes()
-    path = cache / f"{name}-{_sha256(content)}.so"
+    path = cache / f"{_name(command)}-{_sha256(content)}.so"
     descriptor, temporary = tempfile.mkstemp(dir=cache, prefix=".native-")  # with mode 0600
     try:
         with open(descriptor, "wb") as file:

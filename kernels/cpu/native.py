@@ -21,7 +21,7 @@ from ..qtensor import QTensor
 from ..scheme import Scheme
 from ..weights.integer import INT_BITS, Integer
 from ..weights.nf4 import NF4, NF4_BLOCK, block_scales
-from .library import Library, library
+from .library import Library, library, pending
 
 INT8, INT16, FLOAT32 = range(3)  # what inputs are rounded to, as csrc/ numbers it
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/ numbers them
@@ -76,6 +76,9 @@ class NativeInt8(Kernel):
             return reason
         native = library()
         return native if isinstance(native, str) else None
+
+    def pending(self, device: torch.device) -> str | None:
+        return pending() if device.type == "cpu" else None
 
     def exact(self) -> Kernel | None:
         return NativeExact(self.instructions)

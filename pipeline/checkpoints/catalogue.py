@@ -81,6 +81,8 @@ def _serves(kernel: Kernel, schemes: list[Scheme], device: torch.device) -> Entr
             return Entry(f"not here: {kernel.package} is not installed")
         names = tuple(scheme.name for scheme in meant)
         return Entry(f"bfloat16, through {kernel.package}, which is imported when a weight needs it", names)
+    if pending := kernel.pending(device):  # to ask whether it runs here would do that now
+        return Entry(f"bfloat16, {pending}", tuple(scheme.name for scheme in meant))
     reasons = {
         scheme.name: kernel.unsupported(QTensor.without_content(scheme, _PROBE), torch.bfloat16, device)
         for scheme in meant

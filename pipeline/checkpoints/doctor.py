@@ -20,6 +20,7 @@ from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.fingerprint import MANIFEST
 from ..storage.finite import count_not_finite
 from ..system import remembered as cache
+from ..system.collector import collector_paused
 from ..system.progress import OnStep
 from ..system.remembered import remembered
 from .describe import describe
@@ -242,7 +243,8 @@ def _headers(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """
 
     def ask() -> dict[str, Any]:
-        from .headers import dense_headers, quantized_headers
+        with collector_paused():
+            from .headers import dense_headers, quantized_headers
 
         ask_model = dense_headers if quantization_section(checkpoint) is None else quantized_headers
         return {**ask_model(checkpoint)}

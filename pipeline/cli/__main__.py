@@ -1,5 +1,5 @@
 """`python -m bitpress.pipeline.cli` is `bitpress`."""
 
-from .app import main
+from .app import command
 
-main()
+command()

@@ -204,6 +204,10 @@ def quantize(
         int, typer.Option(min=0, help="Layers that may fall back to rounding to nearest.")
     ] = 0,
     device: Device = "auto",
+    gpus: Annotated[
+        int,
+        typer.Option(min=1, help="GPUs among which calibrated methods divide a block's layers and batches of text."),
+    ] = 1,
     revision: Revision = None,
 ) -> None:
     """Quantize one checkpoint into a folder that other runtimes load too."""
@@ -222,7 +226,7 @@ def quantize(
     settings |= calibration_keys(calibration, windows, context, seed)
     name = budget or recipe or DEFAULT_RECIPE
     with progress(f"quantizing to {name}") as step:
-        artifact = quantize_api(model, settings, output, revision, device, step, keep)
+        artifact = quantize_api(model, settings, output, revision, device, step, keep, gpus)
     remember_headers(artifact.folder)
     for note in artifact.notes:
         news(note)

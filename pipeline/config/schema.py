@@ -354,6 +354,7 @@ class Run(_Strict):
     publish: Publish | None = None
     track: Names = []  # experiment trackers that figures are sent to, see trackers/: mlflow, wandb, tensorboard
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpus: int = Field(1, ge=1)  # among which calibrated methods divide a block's layers and batches of text; same bytes
     executor: str = "serial"  # how the jobs are carried out, see runs/executors
     executor_options: dict[str, Any] = {}  # of the executor, such as {address: auto} of ray
     output: str = "runs"  # a folder, or a URL that fsspec knows: s3://bucket/runs

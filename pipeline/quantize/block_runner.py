@@ -5,6 +5,7 @@ there is no code for any one architecture.
 """
 
 import contextlib
+import copy
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from ..models.structure import TensorNames, decoder, skeleton, towers, weight_ki
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
 from ..system.progress import OnStep
-from ..system.threads import pool
+from ..system.threads import divided, pool
 from .foldings import probe, rows_of_inputs, segments
 from .plan import PlannedTensor, Unit
 
@@ -100,6 +101,7 @@ class BlockRunner:
         device: str,
         read: Callable[[PlannedTensor], Tensor] | None = None,
         least_batches: int = 1,
+        more_devices: Sequence[str] = (),
     ):
         """Build the model without its weights.
 
@@ -108,8 +110,10 @@ class BlockRunner:
             dtype: of weights and activations. device: where blocks run.
             read: gives a tensor outside the blocks as the model is to have it; by default as the files hold it.
             least_batches: into which the windows are divided, as far as there are as many windows.
+            more_devices: like `device`, among which batches, and the statistics of layers, are divided.
         """
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
+        self.devices = [self.device, *map(torch.device, more_devices)]
         self.model = skeleton(checkpoint, dtype)
         self.names = TensorNames(self.model)
         self._path = decoder(self.model)
@@ -135,7 +139,8 @@ class BlockRunner:
         self._read = read or (lambda planned: checkpoint.read(planned.info.name))
         windows = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"]) // ids.shape[1]
         self.batches = ids.split(max(1, min(windows, len(ids) // least_batches)))
-        self._workers = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
+        threads = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
+        self._workers = max(threads, len(self.devices))
         self._calls: list[dict[int, _Call]] = []  # of each batch: block -> what it is called with
         self._first: Tensor | None = None  # block 0's inputs, as last seen
         self._resumed: tuple[int, Tensor] | None = None  # a block and what it puts out, whatever it reads
@@ -321,8 +326,34 @@ class BlockRunner:
         if not self.reached(self._number):
             return inputs.to(self.device)
         call = self._calls[batch][self._number]
-        output = self._block(inputs.to(self.device), *call.arguments, **call.options)
-        return output[0] if isinstance(output, tuple | list) else output
+        return _hidden(self._block(inputs.to(self.device), *call.arguments, **call.options))
+
+    def _forwards(self) -> Callable[[tuple[int, Tensor]], Tensor]:
+        """A function of (number of a batch, its inputs) that gives the outputs of the block as it is now.
+
+        It works on the batch's device. Devices are alike, so each gives a batch the same bits.
+        """
+        copies = [self._block, *(_copy(self._block, device) for device in self.devices[1:])]
+
+        @torch.no_grad()
+        def forward(batch: tuple[int, Tensor]) -> Tensor:
+            number, inputs = batch
+            device = self._device(number)
+            if device == self.device or not self.reached(self._number):
+                return self.forward(number, inputs)
+            call = self._calls[number][self._number]
+            block = copies[self.devices.index(device)]
+            return _hidden(block(inputs.to(device), *_moved(call.arguments, device), **_moved(call.options, device)))
+
+        return forward
+
+    def _device(self, batch: int) -> torch.device:
+        """The device that a batch goes through blocks on."""
+        return self.devices[batch % len(self.devices)]
+
+    def divide(self, groups: Sequence[Sequence[PlannedTensor]]) -> list[torch.device]:
+        """A device for each group of layers that read one input: for its statistics, and for solving its layers."""
+        return [self.devices[number] for number in divide(groups, len(self.devices))]
 
     def layer(self, planned: PlannedTensor) -> nn.Module:
         """The module that multiplies by a weight of the block."""
@@ -414,20 +445,30 @@ class BlockRunner:
         return [(group, source) for (_, _, group), source in zip(groups, sources)]
 
     def collect(
-        self, wanted: Sequence[tuple[PlannedTensor, Sequence[type[Statistic]]]], inputs: Iterable[Tensor]
+        self,
+        wanted: Sequence[tuple[PlannedTensor, Sequence[type[Statistic]]]],
+        inputs: Iterable[Tensor],
+        devices: Sequence[torch.device] = (),
     ) -> list[dict[type[Statistic], Statistic]]:
         """Statistics of layers' inputs over all batches.
 
+        Several devices let batches through the block at the same time. A layer's inputs are then sent to the device
+        that has its statistics, and added there in the order of the batches. So sums are the same to the bit as those
+        of one device: no two partial sums are ever added.
+
         Args:
             wanted: layers in the order in which the block calls them, and the statistics that are wanted of each.
-            inputs: of the block, batch by batch.
+            inputs: of the block, batch by batch. devices: that hold each layer's statistics; by default the first one.
         Raises:
             NumericsError: more than 1% of a layer's inputs are NaN or infinite.
         """
         if not wanted:
             return []
         layers = [planned for planned, _ in wanted]
-        statistics = {id(each): {kind: kind(each.shape[1], self.device) for kind in kinds} for each, kinds in wanted}
+        places = dict(zip(map(id, layers), devices or [self.device] * len(layers), strict=True))
+        statistics = {
+            id(each): {kind: kind(each.shape[1], places[id(each)]) for kind in kinds} for each, kinds in wanted
+        }
         seen = threading.local()
 
         def note(planned: PlannedTensor, x: Tensor) -> None:
@@ -438,22 +479,25 @@ class BlockRunner:
         def run_block(batch: tuple[int, Tensor]) -> list[tuple[int, Tensor]]:
             seen.inputs = []
             with contextlib.suppress(_Done):
-                self.forward(*batch)
+                forward(batch)
             return seen.inputs
 
         exact = all(kind.multiplies_inputs for _, kinds in wanted for kind in kinds)
-        with self._hooked(layers, note), pool(self._workers) as run:
+        with self._hooked(layers, note), self._start() as run:
+            forward = self._forwards()  # copies have the hooks, too
             for wave in self._waves(inputs):
-                collected = [item for batch in run(run_block, wave) for item in batch]
+                through = run(run_block, wave, [self._device(number) for number, _ in wave])
+                collected = [item for batch in through for item in batch]
 
                 def add(planned: PlannedTensor, collected: list[tuple[int, Tensor]] = collected) -> None:
                     for layer, x in collected:
                         if layer == id(planned):
                             for statistic in statistics[layer].values():
-                                statistic.add(x)
+                                statistic.add(x.to(places[layer]))
 
                 with bfloat16_products(x.dtype for _, x in collected) if exact else contextlib.nullcontext():
-                    list(run(add, [planned for planned in layers if planned.shape[1] <= _WIDE]))
+                    narrow = [planned for planned in layers if planned.shape[1] <= _WIDE]
+                    list(run(add, narrow, [places[id(planned)] for planned in narrow]))
                     for planned in layers:
                         if planned.shape[1] > _WIDE:
                             add(planned)
@@ -470,12 +514,25 @@ class BlockRunner:
     def outputs(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
         """The block's outputs, batch by batch."""
         ahead: Iterator[Tensor] = iter(())
-        with pool(self._workers) as run:
+        forward = self._forwards()
+        with self._start() as run:
             for wave in self._waves(inputs):
-                following = run(lambda batch: self.forward(*batch), wave)
+                following = run(forward, wave, [self._device(number) for number, _ in wave])
                 yield from ahead  # while the next ones are computed
                 ahead = following
             yield from ahead
+
+    @contextlib.contextmanager
+    def _start(self) -> Iterator[Callable[..., Iterator[Any]]]:
+        """A function that starts function(item) for every item, given the items' devices; the results come in order.
+
+        Each device has a thread of its own. One device that is the CPU has several, which share its cores.
+        """
+        if len(self.devices) > 1:
+            yield divided
+            return
+        with pool(self._workers) as run:
+            yield lambda function, items, devices: run(function, items)
 
     def _waves(self, inputs: Iterable[Tensor]) -> Iterator[list[tuple[int, Tensor]]]:
         """Numbered batches, as many as are worked on at a time."""
@@ -748,6 +805,51 @@ class TrainableBlock:
         with runner.with_weights(own):
             outputs = runner.differentiable(number, inputs)
         return relative_errors(outputs, self._expected(number).to(runner.device)).mean()
+
+
+def divide(groups: Sequence[Sequence[PlannedTensor]], parts: int) -> list[int]:
+    """The part that each group of layers that read one input belongs to, so that all parts take about as long.
+
+    The group with most work comes first; each goes to the part that has least to do.
+    """
+    loads, chosen = [0] * parts, [0] * len(groups)
+    for number in sorted(range(len(groups)), key=lambda number: -work_on(groups[number])):
+        chosen[number] = loads.index(min(loads))
+        loads[chosen[number]] += work_on(groups[number])
+    return chosen
+
+
+def work_on(group: Sequence[PlannedTensor]) -> int:
+    """What the work on a group's statistics, their factor and its layers grows by: the square of the inputs, for each
+    input and each output."""
+    width = group[0].shape[1]
+    return width**2 * (width + sum(each.shape[0] for each in group))
+
+
+def _copy(block: nn.Module, device: torch.device) -> nn.Module:
+    """A block with all that it is, its tensors on another device."""
+    memo: dict[int, Any] = {}
+    for module in block.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(tensor, nn.Parameter):
+                memo[id(tensor)] = nn.Parameter(tensor.to(device), requires_grad=False)
+            elif isinstance(tensor, Tensor):
+                memo[id(tensor)] = tensor.to(device)
+    return copy.deepcopy(block, memo)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """What a block is called with, its tensors on another device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(each, device) for key, each in value.items()}
+    return type(value)(_moved(each, device) for each in value) if isinstance(value, tuple | list) else value
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden states among a block's outputs."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def relative_errors(outputs: Tensor, expected: Tensor) -> Tensor:

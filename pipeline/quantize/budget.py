@@ -470,7 +470,7 @@ def plan_search(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Plan, list[Budg
     """
     plan = make_plan(checkpoint, replace(recipe, fit_groups=True, allow_split_fused=True))
     units = _units(plan, recipe)
-    return replace(plan, format=_format(recipe.format, units)), units
+    return replace(plan, format=_format(recipe.format, plan, units)), units
 
 
 def _units(plan: Plan, recipe: Recipe) -> list[BudgetUnit]:
@@ -499,8 +499,8 @@ def _units(plan: Plan, recipe: Recipe) -> list[BudgetUnit]:
     return units
 
 
-def _format(wanted: Format | None, units: Sequence[BudgetUnit]) -> Format:
-    """The format that is wanted or, for None, the first that holds every choice of every layer.
+def _format(wanted: Format | None, plan: Plan, units: Sequence[BudgetUnit]) -> Format:
+    """The format that is wanted or, for None, the first that holds every choice, and what rules quantize beside these.
 
     Raises:
         ConfigError: none does.
@@ -512,9 +512,12 @@ def _format(wanted: Format | None, units: Sequence[BudgetUnit]) -> Format:
         for spec in unit.specs
         if spec
     }
+    others = [planned for planned in plan.quantized if planned.block is None]  # such as embeddings and head
+    layers |= {planned.module: (planned.spec.scheme, planned.shape) for planned in others if planned.spec}
+    embeddings = [planned.module for planned in others if planned.kind == "embedding"]
     reasons = []
     for format in [wanted] if wanted else formats().values():
-        if not (problems := misfits(format, layers)):
+        if not (problems := misfits(format, layers, embeddings)):
             return format
         reasons += problems
     raise ConfigError(f"no format can hold all choices; name others under choices:\n{listing(reasons)}")

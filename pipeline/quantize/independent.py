@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 
 from ..methods.base import Diagnostics
+from ..system.device import current
 from ..system.threads import ahead
 from ..transforms.base import Transformed
 from .plan import Plan, PlannedTensor, Unit
@@ -35,7 +37,7 @@ def solve(
         if planned.module in choices:
             groups.setdefault(statistics.leader(planned.module), []).append(planned)
     for leader, group in groups.items():
-        gathered = statistics.load(leader, group[0].shape[1])
+        gathered = statistics.load(leader, group[0].shape[1], torch.device(recipe.device))
         for planned in group:
             weight = plan.checkpoint.read(planned.info.name)
             for spec in choices[planned.module]:
@@ -56,9 +58,11 @@ class IndependentBlocks:
         """Nothing is quantized yet.
 
         Args:
-            workers: how many blocks are worked on at a time.
+            workers: how many blocks are worked on at a time; at least one on each of the recipe's devices.
         """
-        self._plan, self._recipe, self._statistics, self._workers = plan, recipe, statistics, workers
+        self._plan, self._recipe, self._statistics = plan, recipe, statistics
+        self._devices = [recipe.device, *recipe.more_devices]
+        self._workers = max(workers, len(self._devices))
         self._blocks: Iterator[dict[str, Solution]] | None = None
         self._ready: dict[str, Solution] = {}
 
@@ -80,7 +84,10 @@ class IndependentBlocks:
         return self._ready[planned.module][1:]
 
     def _solve(self, unit: Unit) -> dict[str, Solution]:
+        """A block's layers by their names, on the device whose turn it is."""
+        recipe = replace(self._recipe, device=self._devices[(unit.block or 0) % len(self._devices)])
         unit = with_common_scales(unit, lambda planned: self._plan.checkpoint.read(planned.info.name))
         choices = {planned.module: [planned.spec] for planned in unit.tensors if planned.spec}
-        solutions = solve(unit, choices, self._plan, self._recipe, self._statistics)
-        return {solution[0].module: solution for solution in solutions}
+        with current(torch.device(recipe.device)):
+            solutions = solve(unit, choices, self._plan, recipe, self._statistics)
+            return {solution[0].module: solution for solution in solutions}

@@ -20,7 +20,7 @@ from ..formats.base import Format
 from ..methods import registry as methods
 from ..methods import with_options
 from ..storage.checkpoint import Checkpoint
-from ..system.device import pick_device
+from ..system.device import pick_devices
 from ..system.versions import releases
 from ..transforms import registry as transforms
 from ..transforms.base import Transform
@@ -47,7 +47,8 @@ class Recipe:
     allow_split_fused: the parts of a unit that servers fuse, such as q, k and v, may differ.
     sequential: calibrated methods learn each block on what the quantized blocks before it put out; else on what the
     unquantized ones do, which recipes of a run share (see quantize/statistics.py).
-    device: where calibrated methods do their work.
+    device: where calibrated methods do their work. more_devices: like it, among which batches of text and the layers of
+    a block are divided; bytes are the same as with the first one alone.
     transform: what is done to each block before the methods; None for nothing.
     observer: how the range of static inputs is chosen; None for the first way that their type has.
     keep_inputs: at most this share of the layers that quantize their inputs leave them alone; see quantize/inputs.py.
@@ -64,6 +65,7 @@ class Recipe:
     allow_split_fused: bool = False
     sequential: bool = True
     device: str = "cpu"
+    more_devices: tuple[str, ...] = ()
     transform: Transform | None = None
     observer: str | None = None
     keep_inputs: float = 0.0
@@ -72,13 +74,14 @@ class Recipe:
     distill: Distill | None = None
 
     @staticmethod
-    def make(settings: "str | Mapping[str, Any] | RecipeSettings", device: str = "auto") -> "Recipe":
+    def make(settings: "str | Mapping[str, Any] | RecipeSettings", device: str = "auto", gpus: int = 1) -> "Recipe":
         """A recipe from its text, such as "gptq/int4-g128", or from its settings as a config has them.
 
         Args:
             device: "cpu", "cuda" or "auto", for calibrated methods; the others work on the CPU.
+            gpus: among which calibrated methods divide their work.
         Raises:
-            ConfigError: an unknown name, or things that do not go together.
+            ConfigError: an unknown name, or things that do not go together; see also pick_devices.
         """
         if not isinstance(settings, RecipeSettings):
             settings = load_recipe(settings)
@@ -92,6 +95,7 @@ class Recipe:
         named = list(filter(None, choices))
         if settings.transform:  # it judges by the default, which the one in the middle stands for all others best as
             named = sorted(named, key=lambda spec: spec.scheme.bits)[max(0, len(named) - 1) // 2 :]
+        devices = pick_devices(device, gpus)
         return Recipe(
             name=settings.label,
             rules=Rules(
@@ -103,7 +107,8 @@ class Recipe:
             fit_groups=settings.fit_groups,
             allow_split_fused=settings.allow_split_fused,
             sequential=settings.sequential,
-            device=str(pick_device(device)),
+            device=str(devices[0]),
+            more_devices=tuple(map(str, devices[1:])),
             transform=transforms()[settings.transform] if settings.transform else None,
             observer=None if settings.observer == AUTO else settings.observer,
             keep_inputs=settings.keep_inputs,
@@ -326,4 +331,5 @@ def order_of_sums(recipe: Recipe) -> dict[str, Any]:
     A finished artifact is as good on another machine: it is recorded there and not compared. Unfinished work, whose
     blocks read what the quantized blocks before them put out, must end in the bytes of an unbroken run: it is compared.
     """
-    return {"device": recipe.device, "threads": torch.get_num_threads()} if recipe.calibration else {}
+    kind = torch.device(recipe.device).type  # which one, and how many of them, makes no difference
+    return {"device": kind, "threads": torch.get_num_threads()} if recipe.calibration else {}

@@ -24,6 +24,7 @@ from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
 from ..system.progress import OnStep
+from ..system.threads import divided
 from ..transforms.base import Transformed
 from .block_runner import BlockRunner, BlockView, TrainableBlock
 from .plan import Plan, PlannedTensor, Unit
@@ -91,7 +92,9 @@ class CalibratedBlocks:
         self.ids = recipe.calibration.ids
         tuning = [method for spec in recipe.rules.specs() if (method := spec.method).learns]
         least = LEAST_BATCHES if tuning else 1
-        self.runner = BlockRunner(plan.checkpoint, outside, self.ids, dtype, recipe.device, self._read_outside, least)
+        self.runner = BlockRunner(
+            plan.checkpoint, outside, self.ids, dtype, recipe.device, self._read_outside, least, recipe.more_devices
+        )
         if tuning and len(self.runner.batches) < 2:
             raise ConfigError(
                 f"{tuning[0].name} was given 1 window of calibration text, and holds some out to judge what it learns "
@@ -290,41 +293,69 @@ class CalibratedBlocks:
         for name, stage in stages.items():
             finished: list[tuple[PlannedTensor, QTensor]] = []
             for groups in group_by_bytes(stage, lambda group: _bytes(group, _kinds(group)), MOST_STATISTICS):
-                wanted = [(group, kinds) for group in groups if (kinds := _kinds(group))]
-                collected = self._collect(block, wanted, unquantized and not name)
-                for group in groups:
-                    statistics = collected.pop(0) if _kinds(group) else {}  # freed after its group
-                    for planned in group:
-                        weight = weights.pop(planned.info.name)
-                        qtensor, diagnostics = quantize_calibrated(planned, weight, self.plan, statistics, self.recipe)
-                        finished.append((planned, qtensor))
-                        yield planned, qtensor, diagnostics
-                    del statistics
+                for solution in self._solved(block, groups, unquantized and not name, weights.pop):
+                    finished.append(solution[:2])
+                    yield solution
             for planned, qtensor in finished:  # not before: all passes of a stage see the same block
                 self.runner.set_weight(planned, qtensor.dequantize(self.runner.dtype))
 
+    def _solved(
+        self,
+        block: int,
+        groups: Sequence[Sequence[PlannedTensor]],
+        unquantized: bool,
+        weight: Callable[[str], Tensor],
+    ) -> Iterator[tuple[PlannedTensor, QTensor, Diagnostics]]:
+        """Each layer of some groups, quantized, in order, from statistics over all calibration tokens.
+
+        The groups are divided among the devices, and each device solves its own one after the other.
+
+        Args:
+            weight: of a tensor, by its name. unquantized: see _collect.
+        """
+        devices = self.runner.divide(groups)
+        wanted = [(group, kinds, device) for group, device in zip(groups, devices) if (kinds := _kinds(group))]
+        collected = self._collect(block, wanted, unquantized)
+        items = (  # statistics are freed after their group
+            (group, device, collected.pop(0) if _kinds(group) else {}) for group, device in zip(groups, devices)
+        )
+
+        def solve(
+            item: tuple[Sequence[PlannedTensor], torch.device, Statistics],
+        ) -> list[tuple[PlannedTensor, QTensor, Diagnostics]]:
+            group, device, statistics = item
+            own = replace(self.recipe, device=str(device))
+            return [
+                (each, *quantize_calibrated(each, weight(each.info.name), self.plan, statistics, own)) for each in group
+            ]
+
+        yield from chain.from_iterable(divided(solve, items, devices))
+
     def _collect(
-        self, block: int, groups: Sequence[tuple[Sequence[PlannedTensor], Kinds]], unquantized: bool
+        self, block: int, groups: Sequence[tuple[Sequence[PlannedTensor], Kinds, torch.device]], unquantized: bool
     ) -> list[Statistics]:
-        """The statistics of the input that each group of layers reads, of these kinds.
+        """The statistics of the input that each group of layers reads, of these kinds, on these devices.
 
         Those of a block that nothing has changed are shared with other recipes. Nobody waits for another recipe that is
         gathering them just now.
         """
-        wanted = [(group[0], kinds) for group, kinds in groups]
+        wanted = [(group[0], kinds) for group, kinds, _ in groups]
+        devices = [device for _, _, device in groups]
         exact = all(kind.multiplies_inputs for _, kinds in wanted for kind in kinds)  # else sums depend on the mixture
         if not (self.shared and unquantized and exact and wanted):
-            return self.runner.collect(wanted, self._inputs(block))
-        layers = {planned.module: kinds for group, kinds in groups for planned in group}
+            return self.runner.collect(wanted, self._inputs(block), devices)
+        layers = {planned.module: kinds for group, kinds, _ in groups for planned in group}
         try:
             with self.shared.locked(0) as entries:
                 if not self.shared.holds(block, layers):
-                    collected = self.runner.collect(wanted, self._inputs(block))
-                    self.shared.add(entries, block, [group for group, _ in groups], collected)
+                    collected = self.runner.collect(wanted, self._inputs(block), devices)
+                    self.shared.add(entries, block, [group for group, _, _ in groups], collected)
                     return collected
-                return [self.shared.load(group[0].module, group[0].shape[1]) or {} for group, _ in groups]
+                return [
+                    self.shared.load(group[0].module, group[0].shape[1], device) or {} for group, _, device in groups
+                ]
         except LockedError:
-            return self.runner.collect(wanted, self._inputs(block))
+            return self.runner.collect(wanted, self._inputs(block), devices)
 
     def solve_block(
         self, unit: Unit, choices: Mapping[str, Sequence[LayerSpec]]
@@ -352,14 +383,7 @@ class CalibratedBlocks:
         groups = self.runner.groups(layers, next(self._inputs(block))) if layers and self.runner.reached(block) else []
         every = [[replace(each, spec=spec) for each in group for spec in choices[each.module]] for group in groups]
         for part in group_by_bytes(every, lambda group: _bytes(group, _kinds(group)), MOST_STATISTICS):
-            wanted = [(group, kinds) for group in part if (kinds := _kinds(group))]
-            collected = self._collect(block, wanted, not self.changes)
-            for group in part:
-                statistics = collected.pop(0) if _kinds(group) else {}
-                for planned in group:
-                    weight = weights[planned.info.name]
-                    yield planned, *quantize_calibrated(planned, weight, self.plan, statistics, self.recipe)
-                del statistics
+            yield from self._solved(block, part, not self.changes, weights.__getitem__)
         for planned in layers if not groups else ():
             for spec in choices[planned.module]:
                 own = replace(planned, spec=spec)
@@ -388,7 +412,8 @@ class CalibratedBlocks:
         groups = self.runner.groups(layers, next(self._inputs(block))) if layers and self.runner.reached(block) else []
         kinds = {id(group): tuple({kind: 0 for each in group for kind in wanted[each.module]}) for group in groups}
         for part in group_by_bytes(groups, lambda group: _bytes(group, kinds[id(group)]), MOST_STATISTICS):
-            yield part, self.runner.collect([(group[0], kinds[id(group)]) for group in part], self._inputs(block))
+            own = [(group[0], kinds[id(group)]) for group in part]
+            yield part, self.runner.collect(own, self._inputs(block), self.runner.divide(part))
         if block != self.last:
             self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
         self.runner.unload_block()

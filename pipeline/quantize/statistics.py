@@ -53,7 +53,6 @@ class SharedStatistics:
         assert recipe.calibration
         kinds = {kind for spec in recipe.specs() for kind in spec.statistics}
         self._names = {kind: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" for kind in kinds}
-        self._device = torch.device(recipe.device)
         outside = {each.info.name: each.spec.name for each in plan.quantized if each.block is None and each.spec}
         origin: dict[str, Any] = {f"calibration.{key}": value for key, value in recipe.calibration.to_dict().items()}
         origin |= {f"source.{key}": value for key, value in source.items()}
@@ -102,8 +101,8 @@ class SharedStatistics:
         line = self._line(layer)
         return line["layers"][layer] if line else layer
 
-    def load(self, layer: str, in_features: int) -> Statistics | None:
-        """The statistics of what a layer reads; None where text alone does not go through its block."""
+    def load(self, layer: str, in_features: int, device: torch.device) -> Statistics | None:
+        """The statistics of what a layer reads, on a device; None where text alone does not go through its block."""
         line = self._line(layer)
         if line is None:
             return None
@@ -113,7 +112,7 @@ class SharedStatistics:
             prefix = f"{leader}/{name}/"
             state = {key.removeprefix(prefix): stored.read(key) for key in stored.tensors if key.startswith(prefix)}
             if state:
-                result[kind] = kind(in_features, self._device)
+                result[kind] = kind(in_features, device)
                 result[kind].load_state_dict(state)
         return result
 

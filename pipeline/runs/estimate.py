@@ -24,10 +24,10 @@ from ..data.tokens import longest
 from ..errors import ConfigError
 from ..formats.names import fused_unit
 from ..models.structure import TensorNames, skeleton
-from ..quantize.block_runner import BATCH_TOKENS
+from ..quantize.block_runner import BATCH_TOKENS, divide, work_on
 from ..quantize.budget import PROBE_TOKENS, BudgetUnit, plan_search
 from ..quantize.distill import CHECKS, MOST_HELD_OUT
-from ..quantize.plan import Plan, blocks_at_a_time, make_plan
+from ..quantize.plan import Plan, PlannedTensor, blocks_at_a_time, make_plan
 from ..quantize.recipe import Recipe
 from ..quantize.spec import LayerSpec
 from ..storage.checkpoint import INDEX, Checkpoint
@@ -159,7 +159,7 @@ def quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, se
     specs |= {tensor.spec.name: tensor.spec for tensor in plan.quantized if tensor.spec}
     work: dict[str, Work] = {}
     if not (job.folder / "artifact" / MANIFEST).exists():
-        work["quantize"] = _quantize_work(plan, recipe, settings, tokens, units, device, artifact)
+        work["quantize"] = _quantize_work(plan, recipe, settings, tokens, units, device, artifact, run.gpus)
     else:
         disk = 0
     if job.state != FINISHED:
@@ -266,7 +266,7 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
     outside = sum(tensor.info.nbytes for tensor in plan.tensors if tensor.block is None)
     logits = 4 * longest(plan.model.config, calibration_of(settings).context) * config.vocab_size
     inner = max(max(tensor.shape) for tensor in plan.quantized)
-    batch = BATCH_TOKENS.get(recipe.device, BATCH_TOKENS["cpu"])
+    batch = BATCH_TOKENS.get(torch.device(recipe.device).type, BATCH_TOKENS["cpu"])
     activations = min(threads, _BATCHES_AT_A_TIME) * batch * 3 * inner * 4
     statistics, solving = 0, layer
     for unit in plan.units:
@@ -314,8 +314,13 @@ def _quantize_work(
     units: list[BudgetUnit],
     device: torch.device,
     artifact: int,
+    gpus: int,
 ) -> Work:
-    """The work of making an artifact. A budget solves each layer by each choice, and probes each of these."""
+    """The work of making an artifact. A budget solves each layer by each choice, and probes each of these.
+
+    Passes over calibration text are divided by the number of GPUs; statistics and solutions as the layers of a block
+    can be. One GPU does the rest: what learns from a whole block, a budget's probes, distillation.
+    """
     inside = _inside(plan)
     choices = [(tensor, spec) for unit in units for spec in unit.specs if spec for tensor in unit.layers]
     choices = choices or [(tensor, tensor.spec) for tensor in plan.quantized if tensor.spec]
@@ -328,7 +333,7 @@ def _quantize_work(
     if tokens:
         batches = max(1, tokens // BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]))
         learned = max((spec.method.learning_passes(batches) for spec in recipe.rules.specs()), default=0.0)
-        passes = 2.0 + (2.0 if recipe.transform else 0.0) + learned
+        passes = (2.0 + (2.0 if recipe.transform else 0.0)) / gpus + learned
         products = 2.0 * inside * tokens * passes
         inputs = {(tensor.block, tensor.shape[1]): tensor for tensor in plan.quantized if tensor.block is not None}
         statistics = sum(
@@ -344,4 +349,21 @@ def _quantize_work(
         windows = 4 * recipe.distill.steps * recipe.distill.windows + 2 * CHECKS * MOST_HELD_OUT
         products += 2.0 * inside * width * windows
     source = sum(tensor.info.nbytes for tensor in plan.tensors)
-    return Work(products=products, statistics=statistics, read=source, written=artifact, rounded=rounded)
+    share = 1.0
+    if tokens and gpus > 1:  # blocks that do not wait for each other are divided as a whole
+        share = _largest_share(plan, gpus) if recipe.sequential or recipe.budget else 1 / gpus
+    rounded = {name: (spec, share * weights) for name, (spec, weights) in rounded.items()}
+    return Work(products=products, statistics=share * statistics, read=source, written=artifact, rounded=rounded)
+
+
+def _largest_share(plan: Plan, gpus: int) -> float:
+    """The share of the work on a block's layers that the GPU has that has most of it, for the first quantized block."""
+    groups: dict[tuple[int, str], list[PlannedTensor]] = {}  # layers of a fused unit read one input
+    first = min((each.block for each in plan.quantized if each.block is not None), default=None)
+    for each in plan.quantized:
+        if each.block is not None and each.block == first:
+            groups.setdefault((each.shape[1], fused_unit(each.module)), []).append(each)
+    loads = [0] * gpus
+    for group, number in zip(groups.values(), divide(list(groups.values()), gpus)):
+        loads[number] += work_on(group)
+    return max(loads) / sum(loads) if groups else 1.0

@@ -124,7 +124,7 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
             dequantize=True,
         )
         return process.evaluate(subject, job.conditions, job.folder, say)
-    recipe = replace(Recipe.make(job.recipe, job.run.device), calibration=job.calibration)
+    recipe = replace(Recipe.make(job.recipe, job.run.device, job.run.gpus), calibration=job.calibration)
     artifact = job.folder / ARTIFACT
     if job.redo:
         _remove_work(job.folder)

@@ -22,7 +22,8 @@ from ..storage.files import nearest_folder
 from ..storage.fingerprint import MANIFEST
 from ..storage.remote import local_output
 from ..system import packages
-from ..system.device import pick_device, total_memory
+from ..system.collector import collector_paused
+from ..system.device import pick_device, pick_devices, total_memory
 from ..system.remembered import remembered
 from ..system.unexpected import unexpected
 from ..trackers import trackers
@@ -37,6 +38,7 @@ ASSUMPTIONS = (
     "layers wider than 2048 inputs are rounded at the rate of 2048, and in proportion longer by calibrated methods",
     "each window of a sliding protocol reads its whole context",
     "texts have a token for every 4 characters, where no number of windows is given",
+    "weights and inputs go from one GPU to another in no time, where `gpus` are several",
 )
 
 
@@ -134,6 +136,10 @@ class RunPlan:
         faults: list[BitpressError] = [ConfigError(sentence) for sentence in self.missing]
         total = total_memory(self.device)
         elsewhere = executor(self.run.executor, self.run.executor_options).elsewhere
+        try:
+            pick_devices(self.run.device, 1 if elsewhere else self.run.gpus)
+        except ConfigError as error:
+            faults.append(error)
         for job in () if elsewhere else self.jobs:
             if job.least > total:
                 faults.append(
@@ -233,7 +239,8 @@ def _estimated(
     """
 
     def estimates() -> dict[str, Any]:
-        from . import estimate
+        with collector_paused():
+            from . import estimate
 
         if recipe is None or settings is None:
             return estimate.baseline(job, run, checkpoint).estimates()
@@ -248,7 +255,7 @@ def _estimated(
         "recipe": settings.model_dump(mode="json") if settings else None,
         "eval": run.eval.model_dump(mode="json"),
         "text": [read.st_size, read.st_mtime_ns] if read else None,
-        "device": [run.device, str(pick_device(run.device)), total_memory(pick_device(run.device))],
+        "device": [run.device, str(pick_device(run.device)), total_memory(pick_device(run.device)), run.gpus],
         "threads": torch.get_num_threads(),  # on which the memory depends
     }
     plain = remembered("plan", key, estimates, keep=lambda answer: answer["problem"] is None)

@@ -2,11 +2,13 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+
+from .device import current
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -56,6 +58,40 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: in
                     future.cancel()
     finally:
         torch.set_num_threads(count)
+
+
+def divided(
+    function: Callable[[Item], Result], items: Iterable[Item], devices: Sequence[torch.device]
+) -> Iterator[Result]:
+    """function of each item, in order; items of different devices at the same time, each device's in its own thread.
+
+    Where all are of one device, an item is taken when its result is wanted, in this thread. Else all begin at once.
+
+    Args:
+        devices: of each item.
+    """
+    if len(set(devices)) < 2:
+        return map(function, items)
+    count = torch.get_num_threads()
+    threads = {device: ThreadPoolExecutor(1, "device", torch.set_num_threads, (count,)) for device in set(devices)}
+
+    def work(device: torch.device, item: Item) -> Result:
+        with current(device):
+            return function(item)
+
+    futures = [threads[device].submit(work, device, item) for device, item in zip(devices, items, strict=True)]
+    for thread in threads.values():
+        thread.shutdown(wait=False)  # it ends after what it was given
+
+    def results() -> Iterator[Result]:
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+    return results()
 
 
 def one_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -44,7 +44,7 @@ class Ray(Executor):
     address: of a cluster, as `ray start` prints it, or auto; None for RAY_ADDRESS or, where that is not set, for a
     cluster of this machine alone that ends with the run.
     cpus: that each job takes, and threads that it has; None for as many threads as this process has, at most a node's.
-    gpus: that each job takes; None for one where the cluster has GPUs and the config's device may be cuda.
+    gpus: that each job takes; None for the config's own `gpus` where the cluster has some and `device` may be cuda.
     storage: shared where workers see the output folder, gather where its files are sent to them and back; auto looks.
     retries: how often a job whose worker is lost begins again.
     patience: seconds that a job waits when no node is left that could run it, for one to join the cluster.
@@ -191,7 +191,8 @@ class Ray(Executor):
         """How many GPUs a job takes."""
         if self.gpus is not None:
             return self.gpus
-        return float(job.run.device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes))
+        wanted = job.run.device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes)
+        return float(job.run.gpus if wanted else 0)
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -339,7 +339,9 @@ def test_built_on_first_use_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(native_library, "_HERE", here)
     monkeypatch.setattr(native_library, "_FLAGS", [*native_library._FLAGS[1:], "-O0"])  # quicker
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert "on first use" in str(native_library.pending())
     first = native_library._build()
+    assert native_library.pending() is None
     assert first.parent == tmp_path / "cache" / "bitpress"
     stamp = first.stat().st_mtime_ns
     assert native_library._build() == first

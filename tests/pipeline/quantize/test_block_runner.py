@@ -1,5 +1,6 @@
 """The runner from block to block, against transformers' own forward of the whole model."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from bitpress.pipeline.errors import CheckpointError, NumericsError
 from bitpress.pipeline.methods.hessian import Hessian
 from bitpress.pipeline.quantize import block_runner as module
-from bitpress.pipeline.quantize.block_runner import BlockRunner, BlockView
+from bitpress.pipeline.quantize.block_runner import BlockRunner, BlockView, divide, work_on
 from bitpress.pipeline.quantize.plan import Plan, PlannedTensor, make_plan
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint
@@ -213,6 +214,36 @@ def test_buffers_are_where_the_work_is(name: str, tiny: Tiny) -> None:
     for part in [runner.model, *runner._real]:
         assert all(buffer.device.type == "meta" for buffer in part.buffers())
     assert plan
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neo", "gpt2"])
+def test_a_batch_goes_through_a_copy_on_its_device(name: str, tiny: Tiny) -> None:
+    """Weights, masks, positions and inputs: torch refuses to mix devices, here with one that holds no values."""
+    checkpoint, plan = planned(tiny(name))
+    outside = [entry for entry in plan.tensors if entry.block is None]
+    runner = BlockRunner(checkpoint, outside, ids(), torch.float32, "cpu", more_devices=["meta"])
+    states: list[Tensor] = []
+    for _ in blocks(runner, plan, states):
+        break
+    first, second = map(runner._forwards(), enumerate(states))
+    assert (first.device.type, second.device.type) == ("cpu", "meta")
+    assert second.shape == states[1].shape
+    assert all(parameter.device.type == "cpu" for parameter in runner.block(0).parameters())
+
+
+def test_the_heaviest_layers_are_divided_first(tiny: Tiny) -> None:
+    runner, plan = start(tiny("llama"))
+    states: list[Tensor] = []
+    groups = next(runner.groups(entries, states[0]) for entries in blocks(runner, plan, states))
+    assert divide(groups, 1) == [0, 0, 0, 0]
+    chosen = divide(groups, 2)
+    loads = [sum(work_on(group) for group, part in zip(groups, chosen) if part == each) for each in range(2)]
+    best = min(
+        max(sum(map(work_on, part)), sum(map(work_on, groups)) - sum(map(work_on, part)))
+        for count in range(5)
+        for part in itertools.combinations(groups, count)
+    )
+    assert max(loads) == best
 
 
 class TestInfinite:

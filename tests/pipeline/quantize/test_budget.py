@@ -122,9 +122,11 @@ def test_probes_read_what_no_solution_was_fitted_to(learn, tiny_llama, tmp_path)
 
 
 def test_rules_leave_no_choice(budgeted):
-    out = budgeted("5 bits", layers={"*.down_proj": "int8-g32", "*.0.self_attn.o_proj": "none"})
+    rules = {"*.down_proj": "int8-g32", "*.0.self_attn.o_proj": "none", "*.embed_tokens.*": "int8-channel"}
+    out = budgeted("5 bits", layers=rules)
     schemes = {each["name"]: each["scheme"] for each in read_json(out / MANIFEST)["coverage"]["layers"]}
     assert schemes["model.layers.1.mlp.down_proj"] == "int8-g32"
+    assert schemes["model.embed_tokens"] == "int8-channel"  # for which the choices' own format has no place
     assert "model.layers.0.self_attn.o_proj" not in schemes
 
 

@@ -1,5 +1,6 @@
 """Blocks are quantized on what the quantized ones before them put out: what is refused, counted and kept."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from bitpress.pipeline.evaluate import measure, verify, worker
 from bitpress.pipeline.formats import registry as formats
 from bitpress.pipeline.methods.absmax import Absmax
 from bitpress.pipeline.models.loading import load_model
-from bitpress.pipeline.quantize import sequential, weights
+from bitpress.pipeline.quantize import block_runner, sequential, weights
 from bitpress.pipeline.quantize.block_runner import BlockRunner
 from bitpress.pipeline.quantize.plan import PlannedTensor
 from bitpress.pipeline.quantize.recipe import Recipe
@@ -275,9 +276,9 @@ def test_how_many_hessians_are_in_memory_changes_no_byte(
     collect = BlockRunner.collect
     most: list[int] = []
 
-    def counting(self: BlockRunner, wanted: Any, inputs: Any) -> Any:
+    def counting(self: BlockRunner, wanted: Any, inputs: Any, devices: Any) -> Any:
         most[-1] = max(most[-1], sum(planned.target.expert is not None for planned, _ in wanted))
-        return collect(self, wanted, inputs)
+        return collect(self, wanted, inputs, devices)
 
     monkeypatch.setattr(BlockRunner, "collect", counting)
     for limit in (1, sequential.MOST_STATISTICS):
@@ -287,6 +288,49 @@ def test_how_many_hessians_are_in_memory_changes_no_byte(
     assert most[0] == 1 < most[1]
     first, second = (digests(tmp_path / str(limit)) for limit in (1, sequential.MOST_STATISTICS))
     assert first == second
+
+
+# what is divided: layers of a block and of its stages, experts, other statistics, foldings, blocks that do not wait
+DIVIDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "layers": ("llama", {}),
+    "stages": ("gpt2", {"options": {"true_sequential": True}}),
+    "experts": ("mixtral", {"num_hidden_layers": 2}),
+    "inputs": ("llama", {"method": "auto", "scheme": "int8-static"}),
+    "transform": ("llama", {"transform": "awq"}),
+    "blocks": ("llama", {"sequential": False}),
+    "budget": ("llama", {"method": "auto", "scheme": "auto", "budget": "5 bits", "choices": ["int3-g32"]}),
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_how_many_devices_there_are_changes_no_byte(
+    name: str, tiny: Any, tmp_path: Path, learn: Learn, digests: Digests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers and batches of text are divided among them: here a CPU that counts as two devices."""
+    used: dict[str, set[str]] = {"layers": set(), "batches": set()}
+    solve, device = weights.quantize_weight, BlockRunner._device
+
+    def note_layer(planned: PlannedTensor, weight: Tensor, plan: Any, *rest: Any) -> Any:
+        used["layers"].add(threading.current_thread().name.partition("_")[0])
+        return solve(planned, weight, plan, *rest)
+
+    def note_batch(self: BlockRunner, batch: int) -> torch.device:
+        used["batches"].add(str(device(self, batch)))
+        return device(self, batch)
+
+    monkeypatch.setattr(block_runner, "BATCH_TOKENS", {"cpu": 16})
+    monkeypatch.setattr(weights, "quantize_weight", note_layer)
+    monkeypatch.setattr(BlockRunner, "_device", note_batch)
+    architecture, settings = DIVIDED[name]
+    layers = settings.pop("num_hidden_layers", None)
+    source = tiny(architecture, **({"num_hidden_layers": layers} if layers else {}))
+    learn(source, tmp_path / "one", **settings)
+    assert used["batches"] == {"cpu"}
+    learn(source, tmp_path / "two", more_devices=("cpu:1",), **settings)
+    assert used["batches"] == {"cpu", "cpu:1"}
+    beside = any("device" in thread or "ThreadPool" in thread for thread in used["layers"])
+    assert beside == (name != "stages")  # each of which has one group of layers
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
 class TestOrder:

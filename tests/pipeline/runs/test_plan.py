@@ -92,6 +92,22 @@ def test_distillation_takes_steps_and_the_whole_model(make_run: Callable[..., Ru
     assert distilled.work["quantize"].products > plain.work["quantize"].products
 
 
+def test_gpus_divide_the_time_of_calibrated_methods(make_run: Callable[..., Run]) -> None:
+    """And a run is refused where there are not so many; blocks that do not wait for each other divide evenly."""
+    first, parted = "gptq/int4-g32", {"name": "parted", "scheme": "int4-g32", "method": "gptq", "sequential": False}
+    one = make_run(first, parted)
+    two = one.model_copy(update={"gpus": 2})
+    plans = [plan_run(run, jobs_of(run)) for run in (one, two)]
+    (plain, _), (halved, even) = ([job.work["quantize"] for job in plan.jobs[1:]] for plan in plans)
+    assert halved.products == plain.products / 2
+    [(_, weights)], [(_, fewer)], [(_, half)] = (work.rounded.values() for work in (plain, halved, even))
+    assert half == weights / 2 <= fewer < weights
+    assert halved.statistics / plain.statistics == pytest.approx(fewer / weights)
+    assert [str(fault) for fault in plans[1].problems()] == [
+        "gpus: 2 were asked for, and torch finds 0 for device cpu; ask for as many"
+    ]
+
+
 def without(monkeypatch: pytest.MonkeyPatch, *gone: str) -> None:
     real = packages.find_spec
     monkeypatch.setattr(packages, "find_spec", lambda name: None if name in gone else real(name))
