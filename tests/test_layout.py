@@ -28,7 +28,7 @@ ORDER = {
     " -> quantize, checkpoints -> transforms -> methods, models -> formats, data -> hub"
     " -> system, config, storage -> errors",
     "kernels": "bench -> decoder_layer -> linear -> registry -> cpu, triton, external, reference -> base -> qtensor"
-    " -> scheme -> weights, activations -> packing -> discovery, user_cache",
+    " -> scheme -> weights, activations -> packing -> kv_cache -> caches -> discovery, user_cache",
     "eval": "report -> measure",
 }
 ALONE = {"demo_model"}  # a script beside its model: it imports nothing of ours, and nothing of ours imports it
@@ -378,9 +378,9 @@ def test_the_public_api():
 
 # Attributes that say who a plug-in is, of objects that are called like one.
 IDENTITY = {"name", "code", "quant_method"}
-PLUGIN_NOUNS = {"scheme", "weight", "activations", "format", "fmt", "method", "kernel", "executor"}
+PLUGIN_NOUNS = {"scheme", "weight", "activations", "cache", "format", "fmt", "method", "kernel", "executor"}
 # Names of plug-ins that are ordinary words as well: to compare with one is no question.
-COMMON_WORDS = {"int", "float", "codebook", "auto", "none", "cpu", "cuda", "reference", "serial"}
+COMMON_WORDS = {"int", "float", "codebook", "auto", "none", "cpu", "cuda", "reference", "serial", "int8"}
 # Where names of plug-ins stand for something else, and what.
 OTHER_MEANINGS = {
     "eval/measure/protocols.py": "protocols of perplexity are named after the papers of methods",
@@ -615,7 +615,7 @@ def excerpts() -> list[tuple[str, list[str]]]:
 
 
 def test_every_kind_of_plugin_has_an_excerpt():
-    assert len(excerpts()) == 9  # eight kinds, and a method's transform
+    assert len(excerpts()) == 10  # nine kinds, and a method's transform
 
 
 @pytest.mark.parametrize(("file", "lines"), excerpts(), ids=[file for file, _ in excerpts()])

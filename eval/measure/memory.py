@@ -4,7 +4,7 @@ import contextlib
 import math
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from . import container_memory
 from .cache import cache_name, cache_of
 
 CARDS = (8, 12, 16, 24, 48, 80)  # GiB: common sizes of graphics cards
+LENGTHS = (4096, 32_768, 131_072)  # tokens of one sequence, whose cache is counted in advance
 RESERVE = 1 << 30  # bytes of a card that CUDA and its libraries need: half a GiB or more
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -115,15 +116,24 @@ Windows = Sequence[
 ]  # {"tokens": the most that a layer keeps, "bytes_per_token": of all such layers}
 
 
-def cache_growth(cache: Any) -> tuple[float, list[dict[str, float]]]:
+# A layer's heads of keys and values, and the features of a key and of a value -> bytes of a token in it.
+TokenBytes = Callable[[int, int, int], float]
+
+
+def cache_growth(cache: Any, token_bytes: TokenBytes | None = None) -> tuple[float, list[dict[str, float]]]:
     """Bytes that each further token takes for ever, and the windows of layers that keep the last tokens only.
 
     Args:
         cache: one of transformers that `cache_bytes` can count, after a prompt.
+        token_bytes: of a cache that keeps codes in place of these keys and values; None for the tensors as they are.
     """
     growing, windows = 0.0, dict[int, float]()
     for layer in cache.layers:
-        per_token = (layer.keys.nbytes + layer.values.nbytes) / layer.keys.shape[-2]
+        if token_bytes is None:
+            per_token = (layer.keys.nbytes + layer.values.nbytes) / layer.keys.shape[-2]
+        else:
+            heads, dim = layer.keys.shape[1], layer.keys.shape[-1]
+            per_token = layer.keys.shape[0] * token_bytes(heads, dim, layer.values.shape[-1])
         window = getattr(layer, "sliding_window", None) if getattr(layer, "is_sliding", False) else None
         if window is None:
             growing += per_token
@@ -138,15 +148,16 @@ def cache_size(tokens: int, per_token: float, windows: Windows = ()) -> float:
 
 
 @torch.inference_mode()
-def prefill(model: nn.Module, ids: Tensor) -> tuple[dict[str, Any], Peak]:
+def prefill(model: nn.Module, ids: Tensor, token_bytes: TokenBytes | None = None) -> tuple[dict[str, Any], Peak]:
     """Measures the memory of reading a prompt, with a cache for generation, and logits of the last token only.
 
     Args:
-        ids: int64 [n], on the model's device.
+        ids: int64 [n], on the model's device. token_bytes: of a quantized cache, see cache_growth.
     Returns:
         {"prompt": n, "kv_cache_bytes_per_token": what each further token takes however many there are,
         "activation_peak_bytes": the most beside weights and cache}, each None where it cannot be measured; where layers
-        have a sliding window, which stop growing, also {"kv_cache_windows": see cache_growth}; and the Peak.
+        have a sliding window, which stop growing, also {"kv_cache_windows": see cache_growth}; for a quantized cache
+        also {"kv_cache": {"bytes_per_token", "windows"}}; and the Peak.
     """
     costs: dict[str, Any] = {"prompt": ids.numel(), "kv_cache_bytes_per_token": None, "activation_peak_bytes": None}
     with Peak(ids.device) as peak:
@@ -156,6 +167,9 @@ def prefill(model: nn.Module, ids: Tensor) -> tuple[dict[str, Any], Peak]:
     if (cache := cache_bytes(cache_of(output))) is not None:
         costs["kv_cache_bytes_per_token"], windows = cache_growth(cache_of(output))
         costs |= {"kv_cache_windows": windows} if windows else {}
+        if token_bytes is not None:
+            per_token, windows = cache_growth(cache_of(output), token_bytes)
+            costs["kv_cache"] = {"bytes_per_token": per_token, "windows": windows}
         costs["activation_peak_bytes"] = None if peak.growth is None else max(0, peak.growth - cache)
     return costs, peak
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
+from ..measure.memory import LENGTHS, cache_size
 from . import words as say
 from .runs import ReportedRun, SpeedPoint
 from .task_change import difference
@@ -36,6 +37,7 @@ def tables(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str]) -> lis
         _inputs_alone(runs),
         _tasks(runs),
         _memory(runs),
+        _long_contexts(runs),
         _speed(runs, points),
     )
     budgets = [
@@ -286,6 +288,30 @@ def _memory(runs: Sequence[ReportedRun]) -> Table:
         "before, leaves 1 GiB of the card to CUDA and its libraries, and is at most what the model can read."
     )
     return "Memory, and what fits where", header + [f"{card} GiB" for card in cards], rows, note
+
+
+def _long_contexts(runs: Sequence[ReportedRun]) -> Table:
+    rows = []
+    for run in runs:
+        memory = run.get("memory") or {}
+        caches = [(memory, (memory.get("kv_cache") or {}).get("type", "unquantized"))]
+        caches += [(memory["kv_cache"], "unquantized")] if memory.get("kv_cache") else []
+        for cache, name in caches:
+            if (per_token := cache.get("kv_cache_bytes_per_token")) is None:
+                continue
+            sizes = [cache_size(tokens, per_token, cache.get("kv_cache_windows") or []) for tokens in LENGTHS]
+            weights = memory.get("resident_bytes")
+            both = None if weights is None else weights + sizes[-1]
+            rows.append([run.title, name, say.cache_per_token({**cache, "kv_cache": None}), *map(say.size, sizes)])
+            rows[-1].append(say.size(both))
+    header = ["run", "cache", "per token", *(f"{tokens:,} tokens" for tokens in LENGTHS)]
+    note = (
+        "Keys and values of one sequence, by the model's own heads and windows: a layer with a sliding window keeps "
+        "the last tokens only. A quantized cache is counted as a runtime keeps it that stores its codes, such as vLLM; "
+        "bitpress computes with the rounded numbers, and its own tensors are as large as unquantized ones. The lengths "
+        "are computed, whether the model was trained on such or not."
+    )
+    return "Long contexts", [*header, f"weights and {LENGTHS[-1]:,} tokens"], rows, note
 
 
 def _speed(runs: Sequence[ReportedRun], points: Mapping[SpeedPoint, str]) -> Table:

@@ -95,7 +95,10 @@ def cache_per_token(memory: Mapping[str, Any]) -> str:
     """What a token's keys and values take, and those of layers that keep the last tokens only."""
     windows = memory.get("kv_cache_windows") or []
     kept = [f"{size(window['bytes_per_token'])} of the last {window['tokens']:,.0f}" for window in windows]
-    return " + ".join([size(memory.get("kv_cache_bytes_per_token")), *kept])
+    own = " + ".join([size(memory.get("kv_cache_bytes_per_token")), *kept])
+    if cache := memory.get("kv_cache"):
+        return f"{own} ({cache['type']}; {cache_per_token(cache)} unquantized)"
+    return own
 
 
 def markdown_text(value: Any) -> Any:

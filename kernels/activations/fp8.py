@@ -58,7 +58,7 @@ class Fp8Token(_Fp8):
 
     rank: ClassVar[int] = 30
     name: ClassVar[str] = "fp8-token"
-    schemes: ClassVar[dict[str, str]] = {"fp8-dynamic": "fp8"}
+    schemes: ClassVar[dict[str, str]] = {"fp8-dynamic": "fp8", "fp8-tensor-dynamic": "fp8-tensor"}
 
     def description(self) -> dict[str, Any]:
         return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -96,7 +96,7 @@ class Fp8Tensor(_Fp8):
     rank: ClassVar[int] = 32
     name: ClassVar[str] = "fp8-tensor"
     dynamic: ClassVar[bool] = False
-    schemes: ClassVar[dict[str, str]] = {"fp8-static": "fp8"}
+    schemes: ClassVar[dict[str, str]] = {"fp8-static": "fp8", "fp8-tensor-static": "fp8-tensor"}
     statistics: ClassVar[tuple[type, ...]] = (InputCounts,)
     # E4M3's steps grow with the value: nothing is won by cutting the largest inputs off, as it is for integers.
     observers: ClassVar[tuple[str, ...]] = ("minmax", "mse", "percentile")

@@ -16,12 +16,17 @@ from .e2m1 import LARGEST, RATIOS, E2M1Grid, E2M1Weight, pack_e2m1, round_to_e2m
 GROUP = 16
 _LARGEST_SCALE = 448.0  # of E4M3
 _SMALLEST_SCALE = 2.0**-9
+_LARGEST_DIVISOR = 2.0**126  # the largest power of two whose reciprocal is a normal float32 number
 
 
 def _global_scale(peak: Tensor) -> Tensor:
-    """float32 [1]: with it the group of a weight's largest magnitude gets the scale 448."""
-    scale = (_LARGEST_SCALE * LARGEST / peak.to(torch.float32)).clamp(max=torch.finfo(torch.float32).max)
-    return torch.where(peak > 0, scale, 1.0).reshape(1)
+    """float32 [1]: with it the group of a weight's largest magnitude gets the scale 448.
+
+    It is the reciprocal of a float32 number that is its reciprocal: files of ModelOpt and GGUF store that one. Rounded
+    so twice, a number stays what it is (checked for every mantissa).
+    """
+    scale = (_LARGEST_SCALE * LARGEST / peak.to(torch.float32)).clamp(max=_LARGEST_DIVISOR)
+    return torch.where(peak > 0, scale.reciprocal().reciprocal(), 1.0).reshape(1)
 
 
 def _stored(scales: Tensor, divisor: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ class NVFP4(E2M1Weight):
     def random(self, shape: Shape, generator: torch.Generator) -> dict[str, Tensor]:
         codes = torch.randint(256, (shape[0], shape[1] // 2), dtype=torch.uint8, generator=generator)
         scales = torch.rand(shape[0], shape[1] // GROUP, generator=generator) * 300 + 100
-        divisor = torch.tensor([1000.0])
+        divisor = _global_scale(torch.tensor(2.688))  # about 1000
         return {"codes": codes, "scales": scales.to(torch.float8_e4m3fn), "global_scale": divisor}
 
     def rows(self, shape: Shape, tensors: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:

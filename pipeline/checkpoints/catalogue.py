@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from bitpress.kernels.base import Kernel
+from bitpress.kernels.caches.base import CacheType
+from bitpress.kernels.kv_cache import bytes_per_token, cache_examples, parse_cache
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import registry as kernels
 from bitpress.kernels.scheme import Scheme, examples
@@ -45,6 +47,7 @@ def catalogue() -> dict[str, dict[str, Entry]]:
     return {
         "recipes": {name: Entry(", ".join(keys)) for name, keys in named.items()},
         "schemes": {scheme.name: Entry(_described(scheme)) for scheme in schemes},
+        "key-value caches": {name: Entry(_cached(parse_cache(name))) for name in cache_examples()},
         "transforms": {name: Entry(transform.about) for name, transform in transforms().items()},
         "methods": {
             name: Entry(schemes=tuple(scheme.name for scheme in schemes if not method.problems(scheme)))
@@ -71,6 +74,14 @@ def _described(scheme: Scheme) -> str:
     words += f" of {facts.group_size}" if facts.group_size else ""
     words += "" if facts.symmetric else ", with zero points"
     return words + (f"; inputs {scheme.activations.name}" if scheme.activations else "")
+
+
+def _cached(cache: CacheType) -> str:
+    """The bits of a key's or value's number, scales included, in heads of 64 features, or of the least that fits."""
+    dim = next(dim for dim in (64 << power for power in range(8)) if not cache.problems(dim))
+    facts = cache.description()
+    words = f"{8 * bytes_per_token(cache, 1, dim) / dim:.2f} bits per number: {facts['type']}, "
+    return words + ("a scale for each group of each token" if cache.dynamic else f"calibrated, by {facts['strategy']}")
 
 
 def _serves(kernel: Kernel, schemes: list[Scheme], device: torch.device) -> Entry:

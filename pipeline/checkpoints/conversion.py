@@ -128,7 +128,11 @@ def write(conversion: Conversion, source: dict[str, Any], folder: Path, on_step:
         if name not in nothing:
             item = owner.get(name, name)
             sizes[item] = sizes.get(item, 0) + info.nbytes
-    shards = group_by_bytes(sizes, lambda item: sizes[item], _SHARD_BYTES)
+    units: dict[str, list[str]] = {}
+    for item in sizes:
+        units.setdefault(format.together(item), []).append(item)
+    grouped = group_by_bytes(units.values(), lambda items: sum(sizes[item] for item in items), _SHARD_BYTES)
+    shards = [[item for items in group for item in items] for group in grouped]
     writer = format.writer(folder, contents.model.dtype, len(shards))
     for number, items in enumerate(shards):
         on_step(number, len(shards))
@@ -137,7 +141,7 @@ def write(conversion: Conversion, source: dict[str, Any], folder: Path, on_step:
             writer.add(item, _converted(conversion, item) if item in contents.quantized else checkpoint.read(item))
         line = writer.cut(number).write()
         writer.adopt(line)
-        written = Checkpoint.single(folder / line["file"])
+        written = format.view(Checkpoint.single(folder / line["file"]))
         for layer in layers:
             again = read_layer(written, format, contents.schemes[layer], layer).dequantize()
             if not torch.equal(again, conversion.read(layer).dequantize()):

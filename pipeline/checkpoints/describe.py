@@ -4,7 +4,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..formats import count_schemes, open_quantized, quantization_section, scheme_name
+from ..formats import count_schemes, open_quantized, quantization_section, quantized_cache, scheme_name
 from ..formats.base import dtype_name
 
 
@@ -37,6 +37,8 @@ def describe(folder: Path) -> dict[str, Any]:
         "format": format.name,
         "quantized layers": sum(counts.values()),
     }
+    if cache := quantized_cache(checkpoint):
+        description["key-value cache"] = cache.name
     if len(counts) > 1:
         description["layers by scheme"] = [f"{name}: {count}" for name, count in sorted(counts.items())]
     return description

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bitpress.eval.report.words import printable
+from bitpress.kernels.caches.base import CacheType
 
 from ..errors import CheckpointError
-from ..formats import open_quantized, quantization_section, read_config, registry
+from ..formats import open_quantized, quantization_section, quantized_cache, read_config, registry
 from ..formats.base import Examination, Facts, LayerExamination, some
+from ..models.cache_scales import read_scale
 from ..models.dtypes import computing_dtype
 from ..models.stored_layer import check_shape, read_layer
 from ..storage import files as store
@@ -188,7 +190,7 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
         diagnosis.faults.append(_short(error, checkpoint.folder))
         return
     headers: Mapping[str, Any] | None = None
-    layers = [n.removesuffix(f".{format.marker}") for n in checkpoint.tensors if n.endswith(f".{format.marker}")]
+    layers = format.layers(checkpoint.tensors)
     try:
         headers = _headers(checkpoint)
         layers = list(headers["shapes"])
@@ -222,14 +224,36 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
     faults, notes = format.diagnose(seen)
     diagnosis.faults += faults
     diagnosis.notes += notes
-    rest = [name for name in checkpoint.tensors if name not in owned]
+    scales = {name for names, _ in (headers["cache"] if headers else ()) for name in names}
+    rest = [name for name in checkpoint.tensors if name not in owned and name not in scales]
     _check_plain(checkpoint, rest, headers, diagnosis, steps)
     if headers:
         schemes = {name: (layer.scheme, layer.shape) for name, layer in seen.layers.items()}
-        facts = facts_of(format, headers["model"], schemes, frozenset(seen.kept), bool(seen.ordered))
+        kept, cache = frozenset(seen.kept), quantized_cache(checkpoint)
+        _check_cache(checkpoint, cache, headers["cache"], diagnosis)
+        facts = facts_of(format, headers["model"], schemes, kept, bool(seen.ordered), cache)
         diagnosis.runtimes, diagnosis.tensor_parallel = verdicts(facts), tensor_parallel(facts)
         if facts.auto_class != Facts.auto_class:
             diagnosis.notes.append(f"transformers loads it by {facts.auto_class}, the class of its architecture")
+
+
+def _check_cache(checkpoint: Checkpoint, cache: CacheType | None, scales: list[Any], diagnosis: Diagnosis) -> None:
+    """The scales of a quantized cache: see Headers.cache."""
+    section = quantization_section(checkpoint)
+    described = read_config(checkpoint)[0].cache_scheme(section)
+    if cache is None:
+        if described:
+            diagnosis.notes.append(f"kv_cache_scheme {described}: bitpress has no such cache and leaves it alone")
+        return
+    for names, heads in scales:
+        for name in names:
+            try:
+                read_scale(checkpoint, cache, name, heads)
+            except CheckpointError as error:
+                diagnosis.faults.append(_short(error, checkpoint.folder))
+    one = "a scale for each head" if cache.description()["strategy"] == "attn_head" else "one scale for all heads"
+    kind = "scales computed for each token" if cache.dynamic else f"calibrated, {one}"
+    diagnosis.notes.append(f"key-value cache: keys and values are rounded to {cache.name} ({kind})")
 
 
 def _headers(checkpoint: Checkpoint) -> Mapping[str, Any]:

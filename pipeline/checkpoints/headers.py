@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, listing
+from ..models.kv_cache import key_value_heads
 from ..models.quantized import read_quantized
 from ..models.structure import (
     ParameterPath,
@@ -28,6 +29,7 @@ class Headers(TypedDict):
     faults: sentences on weights that are missing, or that contradict each other.
     shapes: quantized layer -> [out, in] by config.json. plain: the other tensors. kept: layers that are not quantized,
     and could be. unknown: tensors that the model does not have. mismatches: tensor -> why it does not fit its place.
+    cache: of each attention whose cache has stored scales, the names of these, and how many heads there are or None.
     repeated: whether a tensor repeats one that it is tied to, so that their values count, too. model: see model_facts;
     empty where nothing is quantized.
     """
@@ -38,6 +40,7 @@ class Headers(TypedDict):
     kept: list[str]
     unknown: list[str]
     mismatches: dict[str, str]
+    cache: list[tuple[list[str], int | None]]
     repeated: bool
     model: dict[str, Any]
 
@@ -58,6 +61,11 @@ def quantized_headers(checkpoint: Checkpoint) -> Headers:
         "kept": kept_names(tensors, contents.quantized, contents.model, names),
         "unknown": [name for name, target in plain.items() if not names.known(target.parameter)],
         "mismatches": names.mismatches(checkpoint.tensors, plain),
+        "cache": [
+            (list(scales), key_value_heads(contents.model, path))
+            for path, scales in (contents.cache.scales.items() if contents.cache else ())
+            if scales
+        ],
         "repeated": _repeats(contents.model, plain),
         "model": model_facts(contents.model, names, contents.quantized),
     }
@@ -85,6 +93,7 @@ def dense_headers(checkpoint: Checkpoint) -> Headers:
         "kept": [],
         "unknown": [name for name, target in targets.items() if not names.known(target.parameter)],
         "mismatches": names.mismatches(checkpoint.tensors, targets),
+        "cache": [],
         "repeated": _repeats(model, targets),
         "model": {},
     }

@@ -55,9 +55,10 @@ def verdicts(facts: Facts) -> dict[str, dict[str, Any]]:
     for name in dict.fromkeys((*RUNTIMES, *loadings)):
         loading = loadings.get(name, unknown)
         reasons = list(loading.reasons)
-        if name == "transformers" and facts.joined_experts:
+        single = not facts.format.joins_experts
+        if name == "transformers" and single and facts.joined_experts:
             reasons.append(("no", _JOINED))
-        if name == "vLLM" and facts.experts and (why := _VLLM_JOINED.get(facts.model_type)):
+        if name == "vLLM" and single and facts.experts and (why := _VLLM_JOINED.get(facts.model_type)):
             reasons.append(("no", why))
         if name in SERVERS:
             reasons += [*_split_units(facts), *_marlin(facts)]

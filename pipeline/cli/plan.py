@@ -241,13 +241,19 @@ def _show(plan: Any, rates: Any) -> None:
 
 
 def _details(job: Any) -> list[str]:
-    """Sentences on a job: who loads its artifact, what is kept and why."""
+    """Sentences on a job: who loads its artifact, what its cache takes, what is kept and why."""
+    from bitpress.eval.report.words import size
+
     lines = [f"cannot be done: {job.problem}"] if job.problem else []
     lines += [f"not known: {sentence}" for sentence in job.unknown]
     loading: dict[str, list[str]] = {level: [] for level in _LOADS}
     for name, verdict in job.runtimes.items():
         loading[verdict["loads"]].append(name)
     lines += [f"{_LOADS[level]}: {', '.join(names)}" for level, names in loading.items() if names]
+    lines += [
+        f"key-value cache, {name}: {', '.join(f'{size(n)} at {int(tokens):,} tokens' for tokens, n in sizes.items())}"
+        for name, sizes in job.cache.items()
+    ]
     for reason, names in job.kept.items():
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         lines.append(f"kept, {reason}: {', '.join(names[:_SHOWN])}{more}")

@@ -175,6 +175,10 @@ def quantize(
     observer: Annotated[
         str, typer.Option(help="Of the range of int8-static's inputs: mse (auto), percentile or minmax.")
     ] = "auto",
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(help="fp8, int8, int8-g64 or int4-g64: what keys and values are rounded to in attention's cache."),
+    ] = None,
     keep_inputs: Annotated[
         str | None,
         typer.Option(help="5%: at most so many layers leave their inputs alone, those where rounding them costs most."),
@@ -222,9 +226,10 @@ def quantize(
     settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
     settings |= {"max_fallback_layers": max_fallback_layers, "observer": observer, "sequential": not no_sequential}
     settings |= load_options([f"keep_inputs={keep_inputs}"] if keep_inputs else [])
+    settings |= {"kv_cache": kv_cache} if kv_cache else {}
     settings |= {"distill": distill} if distill else {}
     settings |= calibration_keys(calibration, windows, context, seed)
-    name = budget or recipe or DEFAULT_RECIPE
+    name = (budget or recipe or DEFAULT_RECIPE) + (f", key-value cache {kv_cache}" if kv_cache else "")
     with progress(f"quantizing to {name}") as step:
         artifact = quantize_api(model, settings, output, revision, device, step, keep, gpus)
     remember_headers(artifact.folder)
@@ -249,7 +254,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="A format: awq, compressed-tensors, gguf, gguf-q4_1, gptq, gptq-v2, mlx; or onnx. See `bitpress list`."
+            help="A format: awq, compressed-tensors, fp8, gguf, gguf-q4_1, gptq, gptq-v2, mlx, modelopt; or onnx. "
+            "See `bitpress list`."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],

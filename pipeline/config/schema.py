@@ -114,6 +114,7 @@ class RecipeDefaults(_Strict):
         0.0, ge=0, le=1
     )  # of the layers that quantize inputs, 5% at most leave them alone: the worst
     observer: str = AUTO  # of the range of static inputs: mse, percentile or minmax; auto is the first
+    kv_cache: str | None = None  # fp8, int8, int8-g64, int4-g64: keys and values are rounded to it; None: as they are
     calibration: Calibrate | None = None  # None: the defaults above, where a method needs any
     sequential: bool = True  # each block learns on what the quantized ones before it put out; false: unquantized ones
     distill: Distill | None = None  # the whole model is trained, once it is quantized; a number is that of its steps
@@ -202,12 +203,13 @@ class RecipeSettings(RecipeDefaults):
         spec = self.spec if self.budget is None else f"{'' if self.method == AUTO else f'{self.method}-'}{self.budget}"
         text = f"{self.transform}-{spec}" if self.transform else spec
         text = text.replace("/", "-") + ("-mixed" if self.layers else "")
+        text += f"-kv-{self.kv_cache}" if self.kv_cache else ""
         return self.name or text + ("-distilled" if self.distill else "")
 
     @property
     def baseline(self) -> bool:
         """Whether this is the unquantized model."""
-        return self.scheme == BASELINE and not self.layers
+        return self.scheme == BASELINE and not self.layers and self.kv_cache is None
 
     def with_defaults(self, defaults: RecipeDefaults) -> "RecipeSettings":
         """These settings, and what they do not say from the defaults; options come along with their method only."""

@@ -10,7 +10,7 @@ import gc
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ from ..config.schema import Eval, Speed
 from ..data.text import Text, read_text
 from ..data.tokens import BoundedTokenizer, encode, longest
 from ..errors import CheckpointError, ConfigError, NumericsError
-from ..formats import open_quantized, quantization_section
+from ..formats import open_quantized, quantization_section, quantized_cache
+from ..models.kv_cache import cache_token_bytes
 from ..models.loading import kernels_used, load_model
 from ..models.modules import names_of_experts, part_experts
 from ..models.pretrained import load_tokenizer
@@ -283,7 +284,9 @@ def _free() -> None:
 def _costs(job: _Measurement, model: Any, text: list[Window], loading: memory.Peak) -> dict[str, Any]:
     """Memory and speed."""
     resident = memory.resident_bytes(model)
-    prompt, reading = memory.prefill(model, max((window.ids for window in text), key=len))
+    cache = quantized_cache(job.checkpoint)
+    token_bytes = partial(cache_token_bytes, cache) if cache else None
+    prompt, reading = memory.prefill(model, max((window.ids for window in text), key=len), token_bytes)
     rates = _speeds(model, text, job.settings.speed, prompt)
     with memory.Peak(job.device) as scoring, job.numbers():
         scores.score(model, text[:1])
@@ -291,6 +294,10 @@ def _costs(job: _Measurement, model: Any, text: list[Window], loading: memory.Pe
     activations = prompt["activation_peak_bytes"]
     per_token = None if activations is None else activations / prompt["prompt"]
     limit = longest(model.config, _FAR)
+    if cache and (kept := prompt.pop("kv_cache", None)):  # as a runtime has it that keeps codes; bitpress keeps numbers
+        whole = {key: prompt[key] for key in ("kv_cache_bytes_per_token", "kv_cache_windows") if key in prompt}
+        prompt |= {"kv_cache_bytes_per_token": kept["bytes_per_token"], "kv_cache": {"type": cache.name, **whole}}
+        prompt |= {"kv_cache_windows": kept["windows"]} if kept["windows"] else {}
     return {
         "memory": {
             "resident_bytes": resident,

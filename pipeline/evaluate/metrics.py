@@ -123,11 +123,20 @@ class CacheWindow(_Part):
     bytes_per_token: Positive = None
 
 
+class QuantizedCache(_Part):
+    """A quantized cache: its type, and what the same keys and values take as they are."""
+
+    type: str | None = None
+    kv_cache_bytes_per_token: Positive = None
+    kv_cache_windows: list[CacheWindow] | None = None
+
+
 class Memory(_Part):
     resident_bytes: Count = None
     prompt: Count = None
     kv_cache_bytes_per_token: Positive = None  # of each further token, however many there are
     kv_cache_windows: list[CacheWindow] | None = None
+    kv_cache: QuantizedCache | None = None  # the two above are then those of a runtime that keeps its codes
     activation_peak_bytes: Count = None
     peak_rss_bytes: Count = None
     peak_cuda_bytes: Count = None

@@ -11,7 +11,7 @@ from bitpress.eval.report import report, results
 from ..checkpoints.coverage import coverage_of
 from ..config.options import options_of
 from ..config.schema import BASELINE, Run
-from ..formats import count_schemes, open_quantized, quantization_section, scheme_name
+from ..formats import count_schemes, open_quantized, quantization_section, quantized_cache, scheme_name
 from ..hub.download import Source
 from ..models.dtypes import computing_dtype
 from ..quantize.recipe import Recipe
@@ -103,6 +103,7 @@ def origin_of_run(run: Run, source: Source, recipe: Recipe | None, folder: Path)
     manifest = read_json(artifact.folder / MANIFEST)
     layers = manifest["coverage"]["layers"]
     schemes, methods = ({layer[key] for layer in layers} for key in ("scheme", "method"))
+    schemes |= {_scheme_of_cache(artifact)} if not layers else set()
     calibration = None
     if recipe.calibration:
         specs = [spec for spec in recipe.specs() if spec.method.needs_calibration]
@@ -127,6 +128,12 @@ def origin_of_run(run: Run, source: Source, recipe: Recipe | None, folder: Path)
     )
 
 
+def _scheme_of_cache(checkpoint: Checkpoint) -> str:
+    """What stands for a scheme where the key-value cache alone is quantized."""
+    cache = quantized_cache(checkpoint)
+    return f"kv-{cache.name}" if cache else BASELINE
+
+
 def origin_of_external(source: Source, baseline: Source | None, config: dict[str, Any]) -> Origin:
     """The origin of a checkpoint that no run of bitpress made, as far as its files say."""
     checkpoint = open_quantized(source.folder)
@@ -134,12 +141,12 @@ def origin_of_external(source: Source, baseline: Source | None, config: dict[str
     tensors = [*coverage["layers"], *coverage["kept"]]
     parameters = _parameters(Checkpoint(baseline.folder)) if baseline else sum(prod(x["shape"]) for x in tensors)
     size = sizes(checkpoint, coverage, parameters)
-    if baseline is None and not coverage["layers"]:
+    if baseline is None and not coverage["layers"] and quantized_cache(checkpoint) is None:
         return Origin(source.id, BASELINE, None, None, parameters, NO_COVERAGE, size, config)
     scheme, format = computing_dtype(checkpoint), None
     if quantization_section(checkpoint) is not None:
         stored_as, counts = count_schemes(checkpoint)
-        scheme, format = scheme_name(counts), stored_as.name
+        scheme, format = scheme_name(counts or [_scheme_of_cache(checkpoint)]), stored_as.name
     return Origin(source.id, scheme, None, format, parameters, coverage, size, config, checkpoint=source.to_dict())
 
 

@@ -10,6 +10,7 @@ from bitpress.kernels.linear import QEmbedding, QLinear
 
 from ..errors import ConfigError, NumericsError
 from ..formats import open_quantized
+from ..models.kv_cache import CacheRounding, intercept
 from ..models.loading import load_model
 from ..models.modules import dense_layer, replace_layers
 from ..models.structure import ParameterPath, TensorNames, tied
@@ -54,6 +55,9 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
         if target.expert and target.parameter in parameters and target not in layers:
             layers[target] = dense_layer(plan.checkpoint.read(tensor.info.name).to(model.device, model.dtype))
     replace_layers(model, TensorNames(plan.model), layers.items())
+    for path in plan.cache.shapes if plan.cache else ():
+        assert plan.cache
+        intercept(model.get_submodule(path), CacheRounding(plan.cache.cache))  # it is dynamic: nothing was calibrated
     return model(input_ids=ids.unsqueeze(0).to(device), use_cache=False).logits[0].cpu()
 
 

@@ -4,7 +4,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bitpress.kernels.caches.base import CacheType
 from bitpress.kernels.discovery import discover
+from bitpress.kernels.kv_cache import described_cache
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, ConfigError, listing
@@ -18,36 +20,68 @@ def registry() -> dict[str, Format]:
 
 
 def first_fitting(
-    layers: Mapping[str, tuple[Scheme, tuple[int, ...]]], embeddings: Collection[str] = ()
+    layers: Mapping[str, tuple[Scheme, tuple[int, ...]]],
+    embeddings: Collection[str] = (),
+    cache: CacheType | None = None,
 ) -> tuple[Format, list[str]]:
     """The first format, by rank, that holds every layer; and sentences on why those before it do not.
 
     Args:
         layers: name -> (scheme, [out_features, in_features]).
-        embeddings: those of them that are embeddings.
+        embeddings: those of them that are embeddings. cache: what keys and values are rounded to.
     Raises:
         ConfigError: none does; it says why, format by format.
     """
     reasons: list[str] = []
     for format in registry().values():
-        if not (problems := misfits(format, layers, embeddings)):
+        if not (problems := misfits(format, layers, embeddings, cache)):
             return format, reasons
         reasons += problems
     raise ConfigError(f"no format can hold every layer together:\n{listing(reasons)}")
 
 
 def misfits(
-    format: Format, layers: Mapping[str, tuple[Scheme, tuple[int, ...]]], embeddings: Collection[str] = ()
+    format: Format,
+    layers: Mapping[str, tuple[Scheme, tuple[int, ...]]],
+    embeddings: Collection[str] = (),
+    cache: CacheType | None = None,
 ) -> list[str]:
-    """Why a format cannot hold these layers, each reason once, with how many layers it is about; [] if it can."""
+    """Why a format cannot hold these layers, each reason once, with how many layers it is about; [] if it can.
+
+    Args:
+        cache: what keys and values are rounded to, which it must say, too.
+    """
     problems: dict[str, list[str]] = {}
     for layer, (scheme, shape) in layers.items():
         for problem in format.problems(scheme, shape):
             problems.setdefault(problem, []).append(layer)
     if embeddings and not format.holds_embeddings:
         problems[f"{format.name} has no place for quantized embeddings"] = list(embeddings)
+    if cache and (problem := cache_problem(format, cache)):
+        problems[problem] = []
     mixture = format.mixture_problems({layer: scheme for layer, (scheme, _) in layers.items()}) if not problems else []
     return [*(counted(problem, names) for problem, names in problems.items()), *mixture]
+
+
+def quantized_cache(checkpoint: Checkpoint) -> CacheType | None:
+    """What a checkpoint's config says keys and values are rounded to; None for nothing, or for what bitpress knows not.
+
+    Raises:
+        CheckpointError: see read_config.
+    """
+    config = quantization_section(checkpoint)
+    if config is None:
+        return None
+    format, _ = read_config(checkpoint)
+    scheme = format.cache_scheme(config)
+    return described_cache(scheme) if scheme else None
+
+
+def cache_problem(format: Format, cache: CacheType) -> str | None:
+    """Why a format cannot say what keys and values are rounded to; None if it can."""
+    if format.cache_section(cache.description()) is not None:
+        return None
+    return f"{format.name} has no place for a quantized key-value cache ({cache.name})"
 
 
 def detect(config: dict[str, Any], names: Iterable[str]) -> Format:
@@ -61,7 +95,10 @@ def detect(config: dict[str, Any], names: Iterable[str]) -> Format:
     candidates = [format for format in registry().values() if format.quant_method == method]
     declared = [format for format in candidates if tag in format.tags]
     for format in [*declared, *candidates]:
-        if any(name.endswith(f".{format.marker}") for name in names):
+        if format.layers(names):
+            return format
+    for format in candidates:
+        if format.only_cache(config):
             return format
     if candidates:
         raise ValueError(f"says {method}, but no tensor name ends in {' or '.join(f'.{f.marker}' for f in candidates)}")
@@ -81,7 +118,14 @@ def open_quantized(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint(folder)
     stored = checkpoint.as_stored()
     section = quantization_section(stored)
-    return stored if isinstance(section, dict) and readable(section) else checkpoint
+    if not isinstance(section, dict) or not readable(section):
+        return checkpoint
+    formats = [format for format in registry().values() if format.quant_method == section.get("quant_method")]
+    if any(format.unsupported(section, stored.tensors) for format in formats):
+        return checkpoint
+    for format in formats:
+        stored = format.view(stored)
+    return stored
 
 
 def quantization_section(checkpoint: Checkpoint) -> Any:
@@ -96,7 +140,7 @@ def quantization_section(checkpoint: Checkpoint) -> Any:
     if "quantization_config" in checkpoint.config:
         return checkpoint.config["quantization_config"]
     for format in registry().values():
-        if not any(name.endswith(f".{format.marker}") for name in checkpoint.tensors):
+        if not format.config_copies or not format.layers(checkpoint.tensors):
             continue
         for name in format.config_copies:
             if (checkpoint.folder / name).exists():
@@ -125,18 +169,16 @@ def count_schemes(checkpoint: Checkpoint) -> tuple[Format, dict[str, int]]:
         CheckpointError: nothing that bitpress reads.
     """
     format, rules = read_config(checkpoint)
-    ending = f".{format.marker}"
     counts: dict[str, int] = {}
-    for name in checkpoint.tensors:
-        if name.endswith(ending):
-            scheme = rules.get(name.removesuffix(ending))
-            counts[scheme.name if scheme else "unknown"] = counts.get(scheme.name if scheme else "unknown", 0) + 1
+    for layer in format.layers(checkpoint.tensors):
+        scheme = rules.get(layer)
+        counts[scheme.name if scheme else "unknown"] = counts.get(scheme.name if scheme else "unknown", 0) + 1
     return format, counts
 
 
 def scheme_name(names: Iterable[str]) -> str:
-    """The name of the scheme that all layers have, or "mixed"."""
-    distinct = set(names)
+    """The name of the scheme that all layers have, or "mixed"; "none" where there is no layer."""
+    distinct = set(names) or {"none"}
     return distinct.pop() if len(distinct) == 1 else "mixed"
 
 

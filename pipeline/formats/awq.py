@@ -132,6 +132,7 @@ class AWQ(Format):
         zeros = config.get("zero_point", True)
         require(zeros is True, f"zero_point is {zeros!r}; version {version!r} has zero points")
         symmetric = config.get(_SYMMETRIC, False)
+        _left_alone(config)  # refuses what is no list of names
         return NameRules(integer_scheme(bits, None if size == -1 else size, symmetric))
 
     def kept(self, config: dict[str, Any]) -> list[str]:

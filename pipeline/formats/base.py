@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from bitpress.kernels.caches.base import CacheType
 from bitpress.kernels.packing import words
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
@@ -19,6 +20,7 @@ from ..errors import ConfigError
 from ..storage import files
 from ..storage.checkpoint import INDEX, Checkpoint
 from ..storage.fingerprint import MANIFEST
+from ..storage.tensor_info import TensorInfo
 from .names import NameRules
 
 SECTIONS = ("quantization_config", "quantization")  # keys of config.json that say how a model is quantized
@@ -47,7 +49,7 @@ class Facts:
     there are some that transformers knows in one tensor only, all of a block. model_type: of config.json. heads:
     attention heads, and key-value heads. kept: linear layers that are not quantized. auto_class: transformers' class
     that builds its model. blocks: the list of decoder blocks, by transformers' name; "" where it is not known.
-    embeddings: the layers that are embeddings.
+    embeddings: the layers that are embeddings. cache: what keys and values are rounded to; None where they are not.
     """
 
     format: "Format"
@@ -63,6 +65,7 @@ class Facts:
     auto_class: str = "AutoModelForCausalLM"
     blocks: str = ""
     embeddings: frozenset[str] = frozenset()
+    cache: CacheType | None = None
 
     def by_scheme(self, rule: Callable[[Scheme], Iterable[Reason]]) -> list[Reason]:
         """The reasons that a rule gives for each scheme; the scheme is named where there are several."""
@@ -152,8 +155,10 @@ class Format(ABC):
     hf_methods: under which names transformers registers it.
     marker: the suffix of the tensor that every quantized layer has and no other has.
     suffixes: of all tensors that a layer may have, `marker` among them (the bias is not the format's).
+    beside: of tensors that may lie beside a layer's own, and that only servers read: scales of a key-value cache.
     holds_embeddings: whether its readers take quantized embeddings.
     holds_order: whether it can say in what order the inputs were quantized (see QTensor.order).
+    joins_experts: whether the experts of a block lie in one tensor, as transformers and vLLM know some architectures.
     exact_scales: whether its readers take scales in `scale_dtype` only.
     convertible: whether `bitpress convert` writes it. read_only: whether nothing writes it: `problems` says so.
     packages: names of the packages, beside bitpress's own requirements, that it takes to write it.
@@ -168,9 +173,11 @@ class Format(ABC):
     tags: ClassVar[tuple[str, ...]]
     marker: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
+    beside: ClassVar[tuple[str, ...]] = ()
     hf_methods: ClassVar[tuple[str, ...]] = ()
     holds_embeddings: ClassVar[bool] = False
     holds_order: ClassVar[bool] = False
+    joins_experts: ClassVar[bool] = False
     exact_scales: ClassVar[bool] = False
     convertible: ClassVar[bool] = False
     read_only: ClassVar[bool] = False
@@ -255,6 +262,28 @@ class Format(ABC):
             ValueError: it describes something that bitpress does not read.
         """
 
+    def layers(self, names: Iterable[str]) -> list[str]:
+        """The quantized layers of a checkpoint whose tensors are called so, in their order."""
+        ending = f".{self.marker}"
+        return [name.removesuffix(ending) for name in names if name.endswith(ending)]
+
+    def unsupported(self, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+        """Why a checkpoint can only be read as a source, dequantized, though `scheme_rules` takes its config; None if
+        its layers can be read as they lie in the files.
+
+        Args:
+            tensors: of the files, by their headers.
+        """
+        return None
+
+    def view(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A checkpoint of this format as `layers` and `read` know it: each layer's tensors by themselves."""
+        return checkpoint
+
+    def together(self, name: str) -> str:
+        """What a tensor or a quantized layer must lie in one file with: all have the same answer, by default alone."""
+        return name
+
     def kept(self, config: dict[str, Any]) -> list[str]:
         """What a quantization_config says is not quantized, as quantization_config takes it ("re:…" for patterns)."""
         return []
@@ -266,6 +295,10 @@ class Format(ABC):
     def cache_section(self, cache: Mapping[str, Any]) -> dict[str, Any] | None:
         """The keys of a quantization_config that say what `cache_scheme` returns; None: there is no place for it."""
         return None
+
+    def only_cache(self, config: dict[str, Any]) -> bool:
+        """Whether a quantization_config says that the key-value cache is quantized, and no layer."""
+        return False
 
     def missing_tensors(self, config: dict[str, Any], layers: Iterable[str], names: Iterable[str]) -> str | None:
         """What a config says the files have and they do not have; a sentence that begins with the reason."""

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bitpress.kernels.caches.base import CacheType
 from bitpress.kernels.packing import pack, unpack, words
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
@@ -50,6 +51,7 @@ _VERSION = "0.15.0"  # of the layout: the oldest release whose readers take what
 _PACKED = "pack-quantized"
 _PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
 _MIXED = "mixed-precision"
+_DENSE = "dense"  # no layer is quantized, and the key-value cache is
 _GLOBAL = "weight_global_scale"
 # What floats of 4 bits are called, by their strategy and group size, with the tensors of a layer: its name here -> the
 # suffix in the files.
@@ -65,6 +67,14 @@ _VLLM_EMBEDDINGS: Reason = (
     "quantized embeddings: vLLM 0.32 knows them in some architectures (Qwen 2), not in others (Llama, Mixtral), and "
     "on a CPU has no kernel for them",
 )
+_CACHES: Mapping[str, Reason] = {  # what others make of a quantized key-value cache
+    "transformers": ("unknown", "whether compressed-tensors rounds the key-value cache as it is stored was not tried"),
+    "SGLang": ("unknown", "whether it reads the key-value cache's stored scales was not tried"),
+    "llama.cpp": (
+        "limited",
+        "its converter leaves the cache's scales out; -ctk and -ctv round by its own rule",
+    ),
+}
 _FLOATS = ("bfloat16", "float16", "float32")  # dtypes of scales that readers may round
 _MARLIN_BITS = (4, 8)
 _PER_WORD = 32
@@ -86,7 +96,7 @@ class CompressedTensors(Format):
     name = "compressed-tensors"
     rank = 20
     quant_method = "compressed-tensors"
-    tags: ClassVar[tuple[str, ...]] = (_PACKED, *_PLAIN, *(name for name, _ in _FLOAT4.values()), _MIXED)
+    tags: ClassVar[tuple[str, ...]] = (_PACKED, *_PLAIN, *(name for name, _ in _FLOAT4.values()), _MIXED, _DENSE)
     hf_methods = ("compressed-tensors",)
     marker = "weight_scale"
     suffixes = ("weight_packed", "weight_scale", "weight_shape", _ZEROS, _ORDER, _GLOBAL, "weight", *_INPUTS)
@@ -157,7 +167,7 @@ class CompressedTensors(Format):
             groups[f"group_{number}"] = group | ({"format": _kind(scheme)} if len(kinds) > 1 or scheme.joined else {})
         return {
             "quant_method": "compressed-tensors",
-            "format": kinds.pop() if len(kinds) == 1 else _MIXED,
+            "format": kinds.pop() if len(kinds) == 1 else _MIXED if kinds else _DENSE,
             "quantization_status": "compressed",
             "version": _VERSION,
             "global_compression_ratio": None,
@@ -172,6 +182,8 @@ class CompressedTensors(Format):
         sparsity = config.get("sparsity_config") or {}
         kind = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
         require(kind in (None, "dense"), f"sparsity_config has the format {kind!r}, only 'dense' is read")
+        if self.only_cache(config):
+            return NameRules()
         rules = _groups(config)
         known = {id(group): _scheme(group, str(group.get("format") or config.get("format"))) for group in _each(rules)}
         return NameRules(
@@ -190,7 +202,12 @@ class CompressedTensors(Format):
     def cache_section(self, cache: Mapping[str, Any]) -> dict[str, Any]:
         return {_CACHE: dict(cache)}
 
+    def only_cache(self, config: dict[str, Any]) -> bool:
+        return bool(config.get(_CACHE)) and not config.get("config_groups")
+
     def missing_tensors(self, config: dict[str, Any], layers: Iterable[str], names: Iterable[str]) -> str | None:
+        if self.only_cache(config):
+            return None
         rules, present = _groups(config), set(names)
         scattered = (
             layer for layer in layers if ((rules.get(layer) or {}).get("weights") or {}).get("actorder") in _SCATTERED
@@ -204,8 +221,6 @@ class CompressedTensors(Format):
         if (scales := [name for name in seen.scale_dtypes if name in _FLOATS]) not in ([], [seen.dtype]):
             dtypes = " and ".join(scales)
             notes.append(f"scales are {dtypes}: a runtime that computes in {seen.dtype} rounds them to it")
-        if seen.config.get(_CACHE):
-            notes.append(f"{_CACHE}: vLLM quantizes the key-value cache as it says; bitpress leaves the cache alone")
         ignored: NameRules[bool] = NameRules(False)
         try:
             for entry in self.kept(seen.config):
@@ -238,11 +253,18 @@ class CompressedTensors(Format):
         several: list[Reason] = []
         if len(set(facts.schemes.values())) > 1:
             several.append(("no", "its converter reads one config group only"))
+        cache = {name: [reason] for name, reason in _CACHES.items()} if facts.cache else {}
+        if facts.cache:
+            cache["vLLM"] = list(_vllm_cache(facts.cache))
+            transformers = replace(transformers, reasons=[*transformers.reasons, *cache["transformers"]])
+        vllm = [*embeddings, *facts.by_scheme(lambda scheme: _vllm(scheme, experts, ordered)), *cache.get("vLLM", ())]
+        sglang = [*facts.by_scheme(lambda scheme: _sglang(scheme, ordered)), *cache.get("SGLang", ())]
+        llamacpp = [*several, *facts.by_scheme(lambda scheme: _llamacpp(scheme, ordered)), *cache.get("llama.cpp", ())]
         return {
             "transformers": transformers,
-            "vLLM": Loading([*embeddings, *facts.by_scheme(lambda scheme: _vllm(scheme, experts, ordered))]),
-            "SGLang": Loading(facts.by_scheme(lambda scheme: _sglang(scheme, ordered))),
-            "llama.cpp": Loading([*several, *facts.by_scheme(lambda scheme: _llamacpp(scheme, ordered))]),
+            "vLLM": Loading(vllm),
+            "SGLang": Loading(sglang),
+            "llama.cpp": Loading(llamacpp),
             "MLX": Loading([("no", "mlx-lm does not know the names of compressed-tensors' tensors")]),
             "ORT GenAI": Loading([on_cuda], serve=GENAI_BUILDER.format(device="cuda")),
             "TensorRT-LLM": Loading([("unknown", "its documents do not name compressed-tensors")]),
@@ -327,6 +349,16 @@ def _vllm(scheme: Scheme, experts: bool, ordered: bool) -> Iterator[Reason]:
             yield ON_GPUS
         elif experts:
             yield WITH_AMX
+
+
+def _vllm_cache(cache: CacheType) -> Iterator[Reason]:
+    described = cache.description()
+    if (described["type"], described["num_bits"]) != ("float", 8) or cache.dynamic:
+        yield "no", f"it stops at a key-value cache of {cache.name}: it has 8-bit floats with stored scales"
+    elif described["strategy"] == "attn_head":
+        yield "limited", "the cache's scales of heads count with FlashAttention alone; on a CPU the largest is for all"
+    else:
+        yield "yes", "it keeps keys and values in FP8 by the stored scales; on a CPU it cuts bits off, and rounds not"
 
 
 def _llamacpp(scheme: Scheme, ordered: bool) -> Iterator[Reason]:

@@ -24,6 +24,7 @@ from ..system.device import pick_device
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
 from .dense import read_dense
+from .kv_cache import round_cache
 from .modules import assembled_tensors, experts_of, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
 from .pretrained import generation_config, load_tokenizer
@@ -107,12 +108,19 @@ def _load_quantized(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str, on_step: OnStep
 ) -> PreTrainedModel:
     contents = read_quantized(checkpoint, dtype)
+    scheme = contents.format.cache_scheme(quantization_section(checkpoint))
+    if scheme and contents.cache is None:
+        _log.warning(
+            "its config quantizes the key-value cache in a way that bitpress has not: it is left as it is: %s", scheme
+        )
     model, experts = contents.model, experts_of(contents)
     plain = {name: target for name, target in contents.plain.items() if target.parameter not in experts}
     _fill(checkpoint, model, contents.names, plain, device)
     layers = quantized_layers(checkpoint, contents, lambda target: device, kernel, on_step)
     replace_layers(model, contents.names, layers)
     model = _finish(checkpoint, model, device)
+    if contents.cache:
+        round_cache(model, checkpoint, contents.cache)
     optimize_for_decoding(model)
     attach(model, checkpoint, contents)
     return model

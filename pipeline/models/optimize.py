@@ -28,6 +28,7 @@ from bitpress.kernels.cpu.native import DTYPES, FLOAT32, dense_linear, dense_uns
 from bitpress.kernels.decoder_layer import ACTIVATIONS, NativeLayer, NativeLayers, Norm, Parts
 from bitpress.kernels.linear import QLinear, join_projections
 
+from .kv_cache import rounds_cache
 from .structure import decoder
 
 _ROOM = 256  # tokens that a cache grows by, at least; an eighth of what it holds where that is more
@@ -103,6 +104,8 @@ def fuse(model: PreTrainedModel) -> Fusing:
                 raise _Unfit(reason)
             if any("forward" in module.__dict__ for module in layer.modules()):
                 raise _Unfit("its forward was replaced")
+            if rounds_cache(layer):
+                raise _Unfit("its keys and values are rounded for the cache")
             step = _Decoding(layer, NativeLayers([NativeLayer(parts)]), masks)
             _try(layer, step, rotary, model.config)
         except _Unfit as reason:

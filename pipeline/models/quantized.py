@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, listing
-from ..formats import quantization_section, read_config
+from ..formats import quantization_section, quantized_cache, read_config
 from ..formats.base import Format
 from ..storage.checkpoint import Checkpoint
+from .kv_cache import StoredCache, stored_cache
 from .structure import ParameterPath, TensorNames, skeleton, tied, tied_copies, weight_kind
 
 
@@ -23,6 +24,7 @@ class QuantizedCheckpoint:
     shapes: layer -> [out_features, in_features], by config.json.
     plain: every other tensor -> where it goes, if the model has it.
     shared: layer -> the linear layers that are tied to it, such as a head to an embedding.
+    cache: what keys and values are rounded to; None where they stay as they are.
     """
 
     format: Format
@@ -34,6 +36,7 @@ class QuantizedCheckpoint:
     shapes: dict[str, tuple[int, ...] | None]
     plain: dict[str, ParameterPath]
     shared: dict[str, list[ParameterPath]]
+    cache: StoredCache | None = None
 
     def tensors_of(self, checkpoint: Checkpoint, layer: str) -> list[str]:
         """The names of a quantized layer's tensors in the files."""
@@ -57,7 +60,13 @@ def read_quantized(
     quantized = _quantized_layers(checkpoint, format, model, names)
     owned = {f"{layer}.{suffix}" for layer in quantized for suffix in format.suffixes}
     plain = {name: names.target(name) for name in checkpoint.tensors if name not in owned}
-    _check_plain(checkpoint, names, plain, set(quantized))
+    cache = None
+    if (kind := quantized_cache(checkpoint)) is not None:
+        weights = {f"{layer}.weight": target for layer, target in quantized.items()}
+        cache = stored_cache(checkpoint, model, kind, weights | plain)
+        for name in cache.tensors:
+            del plain[name]
+    _check_plain(checkpoint, format, names, plain, set(quantized))
     if missing := names.missing([*plain.values(), *quantized.values()]):
         raise CheckpointError(f"{checkpoint.folder}: weights of the model are missing:\n{listing(missing)}")
     schemes: dict[str, Scheme] = {}
@@ -76,7 +85,7 @@ def read_quantized(
         raise CheckpointError(f"{checkpoint.folder}: {lost}")
     shared = _untie(checkpoint, model, quantized, plain)
     tied_copies(checkpoint, plain, model)  # refuses copies that differ
-    return QuantizedCheckpoint(format, model, names, quantized, schemes, kinds, shapes, plain, shared)
+    return QuantizedCheckpoint(format, model, names, quantized, schemes, kinds, shapes, plain, shared, cache)
 
 
 def _quantized_layers(
@@ -87,17 +96,17 @@ def _quantized_layers(
     candidates = dict.fromkeys(
         name.removesuffix(suffix) for name in checkpoint.tensors for suffix in telling if name.endswith(suffix)
     )
-    layers = {}
+    layers, marked = {}, set(format.layers(checkpoint.tensors))
     for layer in candidates:
         target = names.target(f"{layer}.weight")
         linear = names.known(target.parameter) and weight_kind(model, target) is not None
-        if linear or f"{layer}.{format.marker}" in checkpoint.tensors:
+        if linear or layer in marked:
             layers[layer] = target
     return layers
 
 
 def _check_plain(
-    checkpoint: Checkpoint, names: TensorNames, plain: dict[str, ParameterPath], quantized: set[str]
+    checkpoint: Checkpoint, format: Format, names: TensorNames, plain: dict[str, ParameterPath], quantized: set[str]
 ) -> None:
     """Nothing that quantization left behind is taken for a weight, or left out though it would change the numbers.
 
@@ -107,6 +116,8 @@ def _check_plain(
     faults = list(names.mismatches(checkpoint.tensors, plain).values())
     for name, target in plain.items():
         owner = next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in quantized), None)
+        if owner and name.removeprefix(f"{owner}.") in format.beside:
+            continue
         if owner and name != f"{owner}.bias":
             faults.append(f"{name} does not belong to a quantized layer of this format")
         elif owner and not names.known(target.parameter) and checkpoint.read(name).any():  # AutoGPTQ wrote zeros

@@ -21,6 +21,7 @@ from ..config.schema import RecipeSettings
 from ..errors import CheckpointError, ConfigError
 from ..formats import open_quantized, quantization_section
 from ..storage.checkpoint import Checkpoint
+from .kv_cache import round_cache
 from .modules import experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
 from .quantized import QuantizedCheckpoint, read_quantized
@@ -128,6 +129,8 @@ class BitpressQuantizer(HfQuantizer):
         replace_layers(model, self.contents.names, layers)
         for target, tensor in joined_experts(self.contents.names, self._unmerged(), self.checkpoint.read):
             set_tensor(model, target, tensor, model.get_parameter(target.parameter).device)
+        if self.contents.cache:
+            round_cache(model, self.checkpoint, self.contents.cache)
         optimize_for_decoding(model)
         if split:
             dispatch_model(model, places, main_device="cpu" if "cpu" in places.values() else None)
@@ -141,7 +144,8 @@ class BitpressQuantizer(HfQuantizer):
         """
         try:
             self.checkpoint.check_unchanged()
-            ours = {**dict(self._ours()), **self._unmerged()}
+            ours = [*dict(self._ours()), *self._unmerged()]
+            ours += self.contents.cache.tensors if self.contents.cache else []
             quantized = {name: self.checkpoint.read(name) for name in ours}
         except FileNotFoundError as error:
             raise CheckpointError(

@@ -7,7 +7,7 @@ whatever the model's size.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError
 from ..storage.checkpoint import Checkpoint
+from .kv_cache import CacheShape, cache_windows, shapes_seen
 from .modules import replace_layers
 from .structure import ParameterPath, TensorNames, decoder, skeleton
 
@@ -208,6 +209,33 @@ def layers_to_keep(
             if same and layers[other].scheme:
                 reasons[other] = f"{reader} reads its weight itself"
     return reasons
+
+
+def cache_shapes(checkpoint: Checkpoint) -> dict[str, CacheShape]:
+    """Path of each attention that puts keys and values into a cache -> what it keeps of each token.
+
+    Raises:
+        CheckpointError: the model does not run on token ids alone.
+    """
+    error: Exception | None = None
+    for repeat in (True, False):
+        trial = _Trial(checkpoint, {}, repeat)
+        with shapes_seen(trial.model) as seen:
+            error = trial.run()
+        if error is None:
+            break
+    if error is not None:
+        name = type(trial.model).__name__
+        raise CheckpointError(f"{name} does not run on token ids alone in transformers ({_line(error)})") from error
+    inside: dict[int | None, dict[str, CacheShape]] = {}
+    for path, shape in seen.items():
+        inside.setdefault(trial.names.block(path), {})[trial.names.in_block(path)] = shape
+    blocks, windows = decoder(trial.model), cache_windows(trial.model)
+    return {
+        f"{blocks}.{number}.{path}": replace(shape, window=windows.get(number))
+        for number, kind in trial.kinds.items()
+        for path, shape in inside.get(kind, {}).items()
+    }
 
 
 def _try(

@@ -99,7 +99,8 @@ def _compare_names(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
     written, layers, format = set(open_quantized(folder).tensors), plan.schemes.keys(), plan.format
     kept = {tensor.info.name for tensor in plan.tensors if not tensor.spec}
     owned = {name for name in written for suffix in format.suffixes if name.removesuffix(f".{suffix}") in layers}
-    missing = sorted(kept - written) + sorted({f"{layer}.{format.marker}" for layer in layers} - written)
+    kept |= set(plan.cache.tensors if plan.cache else ())
+    missing = sorted(kept - written) + sorted(layers - set(format.layers(written)))
     extra = sorted(written - kept - owned)
     if missing or extra:
         faults = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in extra]
@@ -160,7 +161,7 @@ def quantize(
         statistics = SharedStatistics(plan, source, recipe, shared)
     if recipe.calibration:
         # of what is solved already, one window makes the reference logits, unless blocks are learned from it
-        learns = any(spec.method.learns for spec in recipe.rules.specs())
+        learns = recipe.static_cache or any(spec.method.learns for spec in recipe.rules.specs())
         ids = recipe.calibration.ids[:1] if solved and not learns else recipe.calibration.ids
         one = replace(recipe, calibration=replace(recipe.calibration, ids=ids))
         blocks = CalibratedBlocks(plan, one, work, solved, statistics)
@@ -233,6 +234,8 @@ def _close(writer: Writer, checkpoint: Checkpoint, plan: Plan, folder: Path) -> 
     names = TensorNames(plan.model)
     schemes, kept = with_module_paths(plan.schemes, names), with_module_paths(dict.fromkeys(plan.kept), names)
     section = plan.format.quantization_config(schemes, list(kept), plan.dtype)
+    if plan.cache:
+        section |= plan.format.cache_section(plan.cache.cache.description()) or {}
     files = writer.close(checkpoint.config, section, checkpoint.other_files())
     _compare_names(checkpoint, plan, folder)
     return files

@@ -90,6 +90,7 @@ class BlockRunner:
     """The blocks of a checkpoint's model, and what each is called with for the token ids [windows, context].
 
     `embed` comes first; then `load_block`, any of the block's methods, and `unload_block`, for block after block.
+    path: of the list of blocks in the model.
     """
 
     def __init__(
@@ -116,8 +117,8 @@ class BlockRunner:
         self.devices = [self.device, *map(torch.device, more_devices)]
         self.model = skeleton(checkpoint, dtype)
         self.names = TensorNames(self.model)
-        self._path = decoder(self.model)
-        blocks = self.model.get_submodule(self._path)
+        self.path = decoder(self.model)
+        blocks = self.model.get_submodule(self.path)
         assert isinstance(blocks, nn.ModuleList)
         self._blocks, self._real = blocks, list(blocks)
         for module in self.model.modules():
@@ -425,7 +426,7 @@ class BlockRunner:
         def watch(path: str, module: nn.Module) -> Any:
             return module.register_forward_hook(lambda _, inputs, output: normalized.append((path, output)))
 
-        prefix = f"{self._path}.{self._number}"
+        prefix = f"{self.path}.{self._number}"
         handles = [
             watch(f"{prefix}.{path}", module)
             for path, module in self._block.named_modules()

@@ -10,6 +10,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from bitpress.kernels.caches.base import CacheType
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
@@ -18,6 +19,8 @@ from ..formats import first_fitting, misfits, quantization_section
 from ..formats.base import Format, group_by_bytes
 from ..models.dtypes import dtype_of_most
 from ..models.experts import ExpertSlice, SplitCheckpoint
+from ..models.kv_cache import CacheShape, scale_names
+from ..models.kv_cache import unsupported as unsupported_cache
 from ..models.structure import (
     ParameterPath,
     TensorNames,
@@ -31,7 +34,7 @@ from ..models.structure import (
     tied_copies,
     weight_kind,
 )
-from ..models.trial import TrialLayer, layers_to_keep
+from ..models.trial import TrialLayer, cache_shapes, layers_to_keep
 from ..storage.checkpoint import Checkpoint, TensorInfo
 from .recipe import Recipe
 from .spec import KEPT, LayerSpec, Rules
@@ -104,12 +107,30 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class PlannedCache:
+    """What keys and values are rounded to, in the cache of which attention.
+
+    shapes: attention's path in the model -> what it keeps of each token. scales: the same -> the names of the tensors
+    that are stored, of its keys and its values; empty where the type is dynamic.
+    """
+
+    cache: CacheType
+    shapes: dict[str, CacheShape]
+    scales: dict[str, tuple[str, str]]
+
+    @property
+    def tensors(self) -> list[str]:
+        return [name for names in self.scales.values() for name in names]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be done to a checkpoint.
 
     checkpoint: where the tensors are read from; experts that the files hold in one tensor are seen one by one in it.
     dtype: that of most weights that are quantized. dropped: tensors that repeat a weight they are tied to.
     format: how the artifact is stored. notes: sentences on what the recipe left open and the plan decided.
+    cache: what keys and values are rounded to; None where they stay as they are.
     """
 
     model: PreTrainedModel
@@ -120,6 +141,7 @@ class Plan:
     dropped: list[str]
     format: Format
     notes: list[str] = field(default_factory=list)
+    cache: "PlannedCache | None" = None
 
     @property
     def activation_dtype(self) -> torch.dtype:
@@ -286,15 +308,16 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         if any("group_size" in problem for problem in unfit.layers):
             keep += ", or set fit_groups: true (--fit-groups)"
         raise ConfigError(f"{recipe.scheme} does not fit every weight{keep}:\n{listing(unfit.sentences())}")
-    if not any(tensor.spec for tensor in tensors):
+    cache = _plan_cache(checkpoint, model, recipe.cache, tensors) if recipe.cache else None
+    if cache is None and not any(tensor.spec for tensor in tensors):
         raise ConfigError(f"nothing to quantize in {checkpoint.folder.name}: the recipe's rules keep every layer")
     if not recipe.allow_split_fused:
         _refuse_split_units(tensors, recipe.rules, aliases)
-    format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec])
+    format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec], recipe.cache)
     stored = {tensor.module: tensor.spec.scheme for tensor in tensors if tensor.spec}
     if problems := format.checkpoint_problems(checkpoint, stored):
         raise ConfigError(f"{checkpoint.folder.name} cannot be saved as {format.name}:\n{listing(problems)}")
-    dtype = dtype_of_most(tensor.info for tensor in tensors if tensor.spec)
+    dtype = dtype_of_most(tensor.info for tensor in [t for t in tensors if t.spec] or tensors)
     notes = [checkpoint.dequantization] if checkpoint.dequantization else []
     notes += checkpoint.remarks
     notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
@@ -302,7 +325,28 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     notes += format.remarks(dict.fromkeys(stored.values()))
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
-    return Plan(model, checkpoint, tensors, _units(tensors), dtype, list(copies), format, notes)
+    return Plan(model, checkpoint, tensors, _units(tensors), dtype, list(copies), format, notes, cache)
+
+
+def _plan_cache(
+    checkpoint: Checkpoint, model: PreTrainedModel, cache: CacheType, tensors: Sequence[PlannedTensor]
+) -> PlannedCache:
+    """Which attention rounds its keys and values.
+
+    Raises:
+        ConfigError: the model keeps something else in its cache, or its heads do not fit the type.
+    """
+    if reason := unsupported_cache(model):
+        raise ConfigError(f"kv_cache: {reason}; leave kv_cache out")
+    shapes = cache_shapes(checkpoint)
+    dims = {dim: path for path, shape in shapes.items() for dim in (shape.key_dim, shape.value_dim)}
+    if problems := [f"{dims[dim]}: {problem}" for dim in dims for problem in cache.problems(dim)]:
+        raise ConfigError(f"kv_cache {cache.name} does not fit {checkpoint.folder.name}:\n{listing(problems)}")
+    targets = {tensor.info.name: tensor.target for tensor in tensors}
+    scales = {} if cache.dynamic else {path: scale_names(path, targets) for path in shapes}
+    if taken := [name for names in scales.values() for name in names if name in targets]:
+        raise ConfigError(f"{checkpoint.folder.name} has tensors of a quantized cache already:\n{listing(taken)}")
+    return PlannedCache(cache, shapes, scales)
 
 
 def _split_experts(
@@ -406,7 +450,9 @@ def _refuse_split_units(tensors: list[PlannedTensor], rules: Rules, aliases: Map
         )
 
 
-def _choose_format(wanted: Format | None, tensors: list[PlannedTensor]) -> tuple[Format, list[str]]:
+def _choose_format(
+    wanted: Format | None, tensors: list[PlannedTensor], cache: CacheType | None
+) -> tuple[Format, list[str]]:
     """The format that is wanted or, for None, the first that can hold every layer; and why those before it cannot.
 
     Raises:
@@ -415,8 +461,8 @@ def _choose_format(wanted: Format | None, tensors: list[PlannedTensor]) -> tuple
     layers = {tensor.module: (tensor.spec.scheme, tensor.shape) for tensor in tensors if tensor.spec}
     embeddings = [tensor.module for tensor in tensors if tensor.kind == "embedding"]
     if wanted is None:
-        return first_fitting(layers, embeddings)
-    if problems := misfits(wanted, layers, embeddings):
+        return first_fitting(layers, embeddings, cache)
+    if problems := misfits(wanted, layers, embeddings, cache):
         keep = "keep such layers by a rule, as in layers: {'NAME': none} (--layer 'NAME=none')"
         raise ConfigError(f"{wanted.name} cannot hold every layer; {keep}:\n{listing(problems)}")
     return wanted, []

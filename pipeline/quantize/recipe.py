@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from bitpress.kernels.caches.base import CacheType
+from bitpress.kernels.kv_cache import cache_examples, parse_cache
+
 from ..config.budget import Budget
 from ..config.load import load_recipe
 from ..config.messages import Problem
@@ -14,8 +17,8 @@ from ..config.options import options_of
 from ..config.schema import AUTO, Distill, RecipeSettings
 from ..data.calibration import Calibration
 from ..errors import ConfigError, nearest
+from ..formats import cache_problem, scheme_name
 from ..formats import registry as formats
-from ..formats import scheme_name
 from ..formats.base import Format
 from ..methods import registry as methods
 from ..methods import with_options
@@ -28,6 +31,7 @@ from .spec import KEPT, LayerSpec, Rules
 
 FORMAT_VERSION = 2
 DISTILL_VERSION = 1  # goes up whenever the same start would be trained to other bytes
+CACHE_VERSION = 1  # goes up whenever the same keys and values would get other scales
 KEEP_INPUTS_VERSION = 1  # goes up whenever the same errors would be measured or judged otherwise
 # What a budget chooses from: 2.1 to 8 bits. Finer groups than 32 cost what the next width does.
 CHOICES = (
@@ -53,6 +57,7 @@ class Recipe:
     observer: how the range of static inputs is chosen; None for the first way that their type has.
     keep_inputs: at most this share of the layers that quantize their inputs leave them alone; see quantize/inputs.py.
     budget: a size to meet; each layer that `rules.layers` does not name gets one of `choices`, None to keep it.
+    cache: what keys and values are rounded to in the cache of attention; None to leave them.
     distill: how scales and norms are trained once all layers are quantized; None to leave them.
     """
 
@@ -72,6 +77,7 @@ class Recipe:
     budget: Budget | None = None
     choices: tuple[LayerSpec | None, ...] = ()
     distill: Distill | None = None
+    cache: CacheType | None = None
 
     @staticmethod
     def make(settings: "str | Mapping[str, Any] | RecipeSettings", device: str = "auto", gpus: int = 1) -> "Recipe":
@@ -115,13 +121,19 @@ class Recipe:
             budget=Budget.parse(settings.budget) if settings.budget else None,
             choices=choices,
             distill=settings.distill,
+            cache=parse_cache(settings.kv_cache) if settings.kv_cache else None,
         )
 
     @property
     def calibrated(self) -> bool:
         """Whether a step on the whole model, or some layer's method or inputs, need calibration."""
-        whole = self.transform or self.budget or self.keep_inputs or self.distill
+        whole = self.transform or self.budget or self.keep_inputs or self.distill or self.static_cache
         return bool(whole) or any(spec.needs_calibration for spec in self.rules.specs())
+
+    @property
+    def static_cache(self) -> bool:
+        """Whether the scales of the cache are calibrated and stored."""
+        return self.cache is not None and not self.cache.dynamic
 
     def specs(self) -> list[LayerSpec]:
         """Every spec that some layer may get."""
@@ -129,7 +141,7 @@ class Recipe:
 
     @property
     def scheme(self) -> str:
-        """The scheme's name, or "mixed" where layers may differ."""
+        """The scheme's name, "mixed" where layers may differ, or "none" where weights are left as they are."""
         return scheme_name(spec.scheme.name for spec in self.specs())
 
     @property
@@ -164,6 +176,8 @@ class Recipe:
             described |= {"observer": self.observer}
         if self.keep_inputs:
             described |= {"keep_inputs": self.keep_inputs, "keep_inputs.version": KEEP_INPUTS_VERSION}
+        if self.cache:
+            described |= {"kv_cache": self.cache.name, "kv_cache.version": CACHE_VERSION}
         if self.distill:
             described |= {f"distill.{name}": value for name, value in self.distill.model_dump().items()}
             described |= {"distill.version": DISTILL_VERSION}
@@ -233,17 +247,29 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         faults += _budget_problems(settings)
     if not settings.sequential and not faults:
         faults += [(("sequential",), said) for said in _unsequential_problems(settings, specs)]
-    if not specs and not faults and not settings.baseline:
+    cache: CacheType | None = None
+    if settings.kv_cache:
+        try:
+            cache = parse_cache(settings.kv_cache)
+        except ValueError as error:
+            faults.append((("kv_cache",), f"{error}{nearest(settings.kv_cache, cache_examples())}"))
+    if cache and settings.distill:
+        said = "distill trains the model with a cache that is not rounded; take distill out, or kv_cache"
+        faults.append((("kv_cache",), said))
+    if not specs and not faults and not settings.baseline and not cache:
         faults.append((("scheme",), "the recipe quantizes nothing: its scheme is none, and so is every layer's"))
     unused = (
         settings.calibration
         and not (settings.transform or settings.budget or settings.keep_inputs or settings.distill)
+        and not (cache and not cache.dynamic)
         and not any(spec.needs_calibration for spec in specs)
     )
-    if unused and specs and not faults and not settings.inherits("calibration"):
+    if unused and (specs or cache) and not faults and not settings.inherits("calibration"):
         faults.append((("calibration",), NO_CALIBRATION))
     if settings.format != AUTO and not faults:
         target = formats()[settings.format]
+        if cache and (problem := cache_problem(target, cache)):
+            faults.append((("format",), problem))
         for spec in specs:
             fitting = (1024, 32 * (spec.scheme.weight.description().group_size or 32))
             faults += [(("format",), problem) for problem in target.problems(spec.scheme, fitting)]

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 
-from ..errors import ConfigError, LockedError
+from ..errors import ConfigError, LockedError, NumericsError
 from ..formats.base import Writer, group_by_bytes
 from ..methods.base import Diagnostics, Method, Tuned
+from ..models.kv_cache import CachePeaks, CacheRounding, intercept
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
@@ -201,6 +202,7 @@ class CalibratedBlocks:
             for planned, qtensor, diagnostics in self._quantized(block, unit, weights):
                 shard.add(planned, qtensor, diagnostics)
         tuned = self._tune(block, unit, weights, tuning, shard, on_part) if tuning else []
+        self._round_cache(block, writer)
         line = shard.line(digest)
         if tuned:
             line["tuned"] = [{"block": block, **asdict(each)} for each in tuned]
@@ -214,6 +216,47 @@ class CalibratedBlocks:
             line["state"] = self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
             self.runner.unload_block()
         return line
+
+    def _round_cache(self, block: int, writer: Writer) -> None:
+        """From now on the block's attention rounds its keys and values; their scales go into the shard.
+
+        The scales are set by what the block puts into its cache once its layers are quantized.
+
+        Raises:
+            ConfigError: they are to be calibrated, and text alone does not go through the block.
+        """
+        planned, prefix = self.plan.cache, f"{self.runner.path}.{block}."
+        if planned is None:
+            return
+        paths = [path for path in planned.shapes if path.startswith(prefix)]
+        peaks = self._cache_peaks(block, paths) if planned.scales else {}
+        for path in paths:
+            scales: list[Tensor] = []
+            for name, peak in zip(planned.scales.get(path, ()), peaks.get(path, ())):
+                scales.append(planned.cache.scale(peak))
+                writer.add(name, scales[-1])
+            intercept(self.runner.model.get_submodule(path), CacheRounding(planned.cache, *scales))
+
+    def _cache_peaks(self, block: int, paths: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Attention -> the largest magnitude of each head's keys, and of its values, over the calibration text."""
+        peaks = {path: CachePeaks() for path in paths}
+        handles = [intercept(self.runner.model.get_submodule(path), own) for path, own in peaks.items()]
+        for _ in self.runner.outputs(self._inputs(block)) if paths else ():
+            pass
+        for handle in handles:
+            handle.remove()
+        result: dict[str, tuple[Tensor, Tensor]] = {}
+        for path, own in peaks.items():
+            if own.peaks is None:
+                raise ConfigError(
+                    f"{path}: kv_cache calibrates its scales, and text alone does not go through its block; use a type "
+                    "that needs no calibration, such as int8-g64"
+                )
+            for which, peak in zip(("keys", "values"), own.peaks):
+                if not peak.isfinite().all():
+                    raise NumericsError(f"{path}: its {which} are NaN or infinite on the calibration text")
+            result[path] = own.peaks
+        return result
 
     def _transform(self, block: int, unit: Unit, weights: dict[str, Tensor]) -> list[Transformed]:
         """Transform a block that is loaded, and `weights` with it; says what was done."""

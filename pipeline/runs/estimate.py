@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bitpress.eval.measure import speed, stored_predictions
+from bitpress.eval.measure.memory import LENGTHS
 from bitpress.eval.measure.protocols import CONTEXTS
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import AUTOMATIC, select
@@ -181,6 +182,7 @@ def quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, se
         unknown=[text.why] if text.why and work else [],
         kept=kept,
         runtimes=runtimes_of(plan),
+        cache=_cache_sizes(plan),
         notes=plan.notes,
         layers=[(spec, _largest(plan, spec, units)) for spec in specs.values()],
         search=recipe.budget is not None,
@@ -193,7 +195,19 @@ def runtimes_of(plan: Plan) -> dict[str, dict[str, Any]]:
     targets = {tensor.module: tensor.target for tensor in plan.quantized}
     layers = {t.module: (t.spec.scheme, (t.shape[0], t.shape[1])) for t in plan.quantized if t.spec}
     model = model_facts(plan.model, TensorNames(plan.model), targets)
-    return verdicts(facts_of(plan.format, model, layers, plan.kept))
+    cache = plan.cache.cache if plan.cache else None
+    return verdicts(facts_of(plan.format, model, layers, plan.kept, cache=cache))
+
+
+def _cache_sizes(plan: Plan) -> dict[str, dict[str, int]]:
+    """Type of cache, and "unquantized" -> number of tokens -> bytes of one sequence; {} where it is not quantized."""
+    if plan.cache is None:
+        return {}
+    sizes = {}
+    for name, cache in ((plan.cache.cache.name, plan.cache.cache), ("unquantized", None)):
+        kept = [(each.window, each.nbytes(cache, plan.model.dtype)) for each in plan.cache.shapes.values()]
+        sizes[name] = {str(n): sum(min(n, window or n) * nbytes for window, nbytes in kept) for n in LENGTHS}
+    return sizes
 
 
 def _within(recipe: Recipe, plan: Plan, units: list[BudgetUnit], written: dict[str, int], fixed: int) -> dict[str, int]:
@@ -258,14 +272,14 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
         for unit in plan.units
     ]
     threads, workers = torch.get_num_threads(), blocks_at_a_time(plan)
-    widest = max(prod(tensor.shape) for tensor in plan.quantized)
+    widest = max((prod(tensor.shape) for tensor in plan.quantized), default=0)
     layer = _ROUNDED * min(widest, threads << 20) + _DEQUANTIZED * widest
     if not recipe.calibrated:
         return _PROCESS + (workers + 1) * max(sizes) + workers * layer
     config = plan.model.config.get_text_config()
     outside = sum(tensor.info.nbytes for tensor in plan.tensors if tensor.block is None)
     logits = 4 * longest(plan.model.config, calibration_of(settings).context) * config.vocab_size
-    inner = max(max(tensor.shape) for tensor in plan.quantized)
+    inner = max(max(tensor.shape) for tensor in plan.tensors if tensor.block is not None)
     batch = BATCH_TOKENS.get(torch.device(recipe.device).type, BATCH_TOKENS["cpu"])
     activations = min(threads, _BATCHES_AT_A_TIME) * batch * 3 * inner * 4
     statistics, solving = 0, layer
@@ -333,7 +347,8 @@ def _quantize_work(
     if tokens:
         batches = max(1, tokens // BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]))
         learned = max((spec.method.learning_passes(batches) for spec in recipe.rules.specs()), default=0.0)
-        passes = (2.0 + (2.0 if recipe.transform else 0.0)) / gpus + learned
+        whole = 2.0 + (1.0 if recipe.static_cache else 0.0) + (2.0 if recipe.transform else 0.0)
+        passes = whole / gpus + learned
         products = 2.0 * inside * tokens * passes
         inputs = {(tensor.block, tensor.shape[1]): tensor for tensor in plan.quantized if tensor.block is not None}
         statistics = sum(

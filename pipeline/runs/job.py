@@ -129,7 +129,8 @@ def _metrics(job: Job, say: Say) -> dict[str, Any]:
     if job.redo:
         _remove_work(job.folder)
     start = time.perf_counter()
-    say(f"quantize by {recipe.method}{f', calibrated on {recipe.calibration}' if recipe.calibration else ''}")
+    by = f" by {recipe.method}" if recipe.method else " the key-value cache alone"
+    say(f"quantize{by}{f', calibrated on {recipe.calibration}' if recipe.calibration else ''}")
     if recipe.calibration and recipe.calibration.name == job.conditions.text:
         say(f"{job.conditions.text} is also what is measured, so the figures will flatter: give eval.text another text")
     shared = beside / SHARED if job.shares else None

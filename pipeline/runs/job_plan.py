@@ -55,6 +55,7 @@ class JobPlan:
     disk: bytes that it adds to its folder at most. work: stage -> what it does; a stage that is done is left out.
     unknown: sentences on what no plan can tell. kept: reason -> names of tensors that stay as they are.
     runtimes: see checkpoints.runtimes.verdicts. notes: what the recipe left open and the plan decided.
+    cache: of a quantized key-value cache, type, and "unquantized" -> number of tokens -> bytes of one sequence.
     layers: for each spec its largest layer. search: whether it takes part in a search that budgets share.
     gathering: floating-point operations of a pass of the unquantized model, which other jobs may take up.
     """
@@ -74,6 +75,7 @@ class JobPlan:
     unknown: list[str] = field(default_factory=list)
     kept: dict[str, list[str]] = field(default_factory=dict)
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cache: dict[str, dict[str, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     layers: list[tuple[LayerSpec, Shape]] = field(default_factory=list)
     search: bool = False

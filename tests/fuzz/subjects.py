@@ -49,6 +49,8 @@ RECIPES = {
     "gguf": {"scheme": "int4-g32", "format": "gguf"},
     "mlx": {"scheme": "int4-g32-asym", "format": "mlx"},
     "awq": {"scheme": "int4-g32-asym", "format": "awq"},
+    "fp8 artifact": {"scheme": "fp8-block", "format": "fp8"},
+    "modelopt": {"scheme": "nvfp4", "format": "modelopt"},
 }
 
 

@@ -100,6 +100,7 @@ OURS = [
     ("demo", "fp8-block", "compressed-tensors", TRANSFORMERS),
     ("demo", "mxfp4", "compressed-tensors", BFLOAT16),
     ("demo", "nvfp4", "compressed-tensors", BFLOAT16),
+    ("demo", "fp8-tensor", "compressed-tensors", TRANSFORMERS),
     ("demo", "int4-g32", "gguf", LLAMACPP),
     ("demo", "int4-g32-asym", "gguf", LLAMACPP),
     ("demo", "int3-g64", "gguf", LLAMACPP),

@@ -38,13 +38,16 @@ def load_transformers(request: Request) -> Any:
 
 def compute_in(model: Any, dtype: torch.dtype) -> None:
     """Whatever is asked for, bitsandbytes' layers compute in the dtypes that the files name, their fused CPU kernel in
-    bfloat16, to which it rounds the scales too; and beside them transformers leaves everything in the files' dtype."""
+    bfloat16, to which it rounds the scales too; and beside them transformers leaves everything in the files' dtype.
+
+    Nothing becomes narrower: nvfp4's global scales are float32, and its weights are made of them at the first forward.
+    """
     for module in model.modules():
         if hasattr(module, "compute_dtype"):
             module.compute_dtype = module.weight.quant_state.dtype = dtype
             module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and parameter.element_size() <= dtype.itemsize:
             parameter.data = parameter.data.to(dtype)
 
 

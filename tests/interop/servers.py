@@ -6,6 +6,10 @@ float32 logits, over the 63 positions of a prompt, may be twice that. All of 32 
 before one that is a tie: bitpress puts vLLM's token no further below its own than bfloat16 moves log-probabilities.
 
 What vLLM refuses, the doctor must have said: that it does not, or on GPUs and not on CPUs, or by a plug-in.
+
+vLLM's attention for CPUs reads every key and value from its cache, a prompt's too, as bitpress does. But what it puts
+there in FP8 it cuts off: csrc/cpu/cpu_attn_fp8.hpp shifts the bits of a float32 to the right, where bitpress and GPUs
+round to nearest. Such a cache is compared with one that cuts bits off too, and has one scale for all heads.
 """
 
 import json
@@ -29,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen2Config
 
+from bitpress.kernels.caches.static import Float8Cache
 from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline import load, quantize
 from bitpress.pipeline.checkpoints.doctor import diagnose
@@ -69,6 +74,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gptq/int4-g128": {"method": "gptq", "scheme": "int4-g128", "calibration": TEXT},
     "int8-static": {"scheme": "int8-static", "calibration": TEXT},
     "int8-static-asym": {"scheme": "int8-static-asym", "calibration": TEXT},
+    "weights alone, cache in fp8": {"scheme": "none", "kv_cache": "fp8", "calibration": TEXT},
+    "int4-g32, cache in fp8": {"scheme": "int4-g32", "kv_cache": "fp8", "calibration": TEXT},
+    "int8-dynamic, cache in fp8 by head": {"scheme": "int8-dynamic", "kv_cache": "fp8-head", "calibration": TEXT},
+    "int4-g32, cache in int8": {"scheme": "int4-g32", "kv_cache": "int8", "calibration": TEXT},
     "int4-g128, q in 8 bits": {
         "scheme": "int4-g128", "layers": {"*.q_proj": "int8-g128"}, "allow_split_fused": True
     },
@@ -120,6 +129,10 @@ VLLM: list[tuple[str, str, str, str | None]] = [
     ("demo", "4 bits, embeddings too", CT, r"no module or parameter named 'embed_tokens\.weight_packed'"),
     ("qwen2", "4 bits, embeddings too", CT, "'triton' has no attribute"),
     ("demo", "int4-g128, q in 8 bits", CT, "."),
+    ("demo", "weights alone, cache in fp8", CT, None),
+    ("demo", "int4-g32, cache in fp8", CT, None),
+    ("demo", "int8-dynamic, cache in fp8 by head", CT, None),
+    ("demo", "int4-g32, cache in int8", CT, "supported kv cache quantization is num_bits=8, type=float"),
     ("experts", "int4-g128", CT, NO_EXPERTS),
     ("experts", "int8-dynamic", CT, NO_EXPERTS),
     ("experts", "int8-static", CT, "Unsupported FusedMoe scheme"),
@@ -277,9 +290,23 @@ def written(shared: SimpleNamespace, model: str, name: str, format: str, folder:
         quantize(shared.models[model], {**RECIPES.get(name, {"scheme": name}), "format": format}, folder)
 
 
+def cut_off(cache: Float8Cache, states: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """E4M3 codes as vLLM makes them on a CPU: three bits of mantissa, and below 2^-6 multiples of 2^-9, toward zero."""
+    x = (states.to(torch.float32) / scale.amax()).clamp(-448, 448)
+    normal = (x.view(torch.int32) & ~((1 << 20) - 1)).view(torch.float32)
+    return {"codes": torch.where(x.abs() < 2**-6, (x * 512).trunc() / 512, normal).to(torch.float8_e4m3fn)}
+
+
 @pytest.mark.parametrize(("model", "name", "format", "error"), VLLM)
 def test_vllm(
-    shared: SimpleNamespace, vllm: Any, tmp_path: Path, model: str, name: str, format: str, error: str | None
+    shared: SimpleNamespace,
+    vllm: Any,
+    tmp_path: Path,
+    model: str,
+    name: str,
+    format: str,
+    error: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, output = tmp_path / "quantized", tmp_path / "logprobs.safetensors"
     written(shared, model, name, format, folder)
@@ -297,6 +324,8 @@ def test_vllm(
     assert "error" not in answered, answered["error"]
     assert verdict["loads"] in ("yes", "limited"), verdict
     theirs, prompt = load_file(output), shared.prompts[model]
+    monkeypatch.setattr(Float8Cache, "encode", cut_off)
+    monkeypatch.setattr(Float8Cache, "decode", lambda _, codes, scale: codes["codes"].float() * scale.float().amax())
     exact, _ = load(folder, device="cpu", dtype="float32", kernel="reference")
     rounded, _ = load(folder, device="cpu", dtype="bfloat16", kernel="reference")
     reference, own = (log_probabilities(each, prompt)[:-1] for each in (exact, rounded))

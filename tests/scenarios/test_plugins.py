@@ -5,6 +5,7 @@ which nothing is edited, and fresh processes run that copy.
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ PLUGINS = ROOT / "tests" / "fixtures" / "plugins"
 KINDS = {
     "weight type": "kernels/weights/toy6.py",
     "activation type": "kernels/activations/toy_token.py",
+    "cache type": "kernels/caches/toy_cache.py",
     "kernel": "kernels/external/toy_kernel.py",
     "method": "pipeline/methods/toy_smooth.py",
     "format": "pipeline/formats/toy.py",
@@ -46,6 +48,7 @@ REFUSED = {
     "nf4-dq as toy": "toy holds codes and scales alone, not nf4-dq",
     "nf4 by toy-smooth": "rounds to nearest, which nf4 does not define",
     "whole to gptq": "(toy6 as toy) cannot become gptq",
+    "toy-cache as gptq": "gptq has no place for a quantized key-value cache (toy-cache)",
 }
 
 # One process does all that needs no other, because it takes seconds to start one: the commands of the command line,
@@ -113,7 +116,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(model: Path) -> dict[str, Any]:
-    """All six in one model, schemes new and old beside each other."""
+    """All but the cache in one model, schemes new and old beside each other."""
     recipe = {"name": "mixture", "method": "toy-smooth", "scheme": "int4-g32", "format": "toy"}
     return {
         "name": "toys",
@@ -128,7 +131,7 @@ def config(model: Path) -> dict[str, Any]:
 
 
 def commands(model: Path) -> dict[str, list[str]]:
-    """All six in a run; some by themselves; conversions, diagnoses, and what is refused."""
+    """These in a run; some by themselves; conversions, diagnoses, and what is refused."""
 
     def quantize(recipe: str, out: str, *more: str) -> list[str]:
         return ["quantize", str(model), "--recipe", recipe, "-o", out, *more]
@@ -137,7 +140,8 @@ def commands(model: Path) -> dict[str, list[str]]:
     chosen = {
         "run": ["run", "toys.yaml"],
         "whole": quantize("toy6", "whole", "--format", "toy"),
-        "calibrated": quantize("gptq/toy6", "calibrated", *calibration),
+        "calibrated": quantize("gptq/toy6", "calibrated", "--kv-cache", "toy-cache", *calibration),
+        "toy-cache as gptq": quantize("int4-g32", "refused", "--kv-cache", "toy-cache", "--format", "gptq"),
         "dynamic": quantize("toy6-dynamic", "dynamic"),
         "smooth": quantize("toy-smooth/int8-g32", "smooth", *calibration),
         "list": ["list", "--json"],
@@ -232,6 +236,19 @@ def test_the_format_has_its_own_files(answer: dict[str, Any], folder: Path) -> N
     assert config["quantization_config"]["kept"] == ["lm_head"]
     assert config["quantization_config"]["schemes"].keys() == sums.keys()
     assert "toy.json" in manifest["files"]
+
+
+def test_the_cache_has_its_scales_and_everyone_says_so(answer: dict[str, Any], folder: Path) -> None:
+    scales: dict[str, float] = {}
+    for file in (folder / "calibrated").glob("*.safetensors"):
+        tensors = load_file(file)
+        scales |= {name: tensor.item() for name, tensor in tensors.items() if name.endswith(("k_scale", "v_scale"))}
+    assert scales.keys() == {f"model.layers.{n}.self_attn.{which}_scale" for n in range(2) for which in "kv"}
+    assert all(math.frexp(scale)[0] == 0.5 for scale in scales.values())
+    diagnosis, description = (json.loads(answer["results"][f"{name} calibrated"][1]) for name in ("doctor", "inspect"))
+    assert description["key-value cache"] == "toy-cache"
+    assert diagnosis["runtimes"]["vLLM"]["loads"] == "no"
+    assert "toy-cache" in json.loads(answer["results"]["list"][1])["key-value caches"]
 
 
 @pytest.mark.parametrize("artifact", ARTIFACTS)

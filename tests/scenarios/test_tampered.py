@@ -12,6 +12,7 @@ from torch import Tensor
 from bitpress.kernels.linear import QLinear
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.errors import CheckpointError
+from bitpress.pipeline.formats import open_quantized
 from bitpress.pipeline.models import modules
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.models.stored_layer import read_layer
@@ -27,6 +28,13 @@ Fault = tuple[str, Change, str]
 def with_nan(tensor: Tensor) -> Tensor:
     tensor = tensor.clone()
     tensor.view(-1)[-1] = torch.nan
+    return tensor
+
+
+def with_byte(tensor: Tensor, value: int) -> Tensor:
+    """The last element of one byte replaced."""
+    tensor = tensor.clone()
+    tensor.view(torch.uint8).view(-1)[-1] = value
     return tensor
 
 
@@ -184,8 +192,44 @@ DOUBLE_ONLY: list[Fault] = [
     ("state: no offset", state(nested_offset=None), "nested_offset is None"),
     ("state: nested blocks of 64", state(nested_blocksize=64), "nested_blocksize is 64"),
 ]
+FP8: list[Fault] = [
+    ("weight: a column less", replaced("weight", lambda t: t[:, :-1]), "shape [64, 127] in the file"),
+    ("weight: flat", replaced("weight", lambda t: t.flatten()), "has shape [8192], expected"),
+    ("weight: bytes", replaced("weight", lambda t: t.view(torch.uint8)), "elements have dtype torch.uint8"),
+    ("weight: of another float8", replaced("weight", lambda t: t.view(torch.float8_e5m2)), ""),
+    ("weight: NaN", replaced("weight", lambda t: with_byte(t, 0x7F)), "codes has 1 NaN"),
+    ("weight: missing", without("weight"), "is the scale of a weight that is not in the files"),
+    ("scale: NaN", replaced("weight_scale_inv", with_nan), "scales has 1 NaN"),
+    ("scale: zero", replaced("weight_scale_inv", torch.zeros_like), "1 scales are not positive"),
+    ("scale: another shape", replaced("weight_scale_inv", lambda t: t.repeat(2, 1)), "has shape [2, 1], expected"),
+    ("scale: float64", replaced("weight_scale_inv", lambda t: t.double()), "is no dtype of scales"),
+    ("scale: a NaN power of two", replaced("weight_scale_inv", lambda t: torch.full_like(t, 255).byte()), "NaN"),
+    ("scale: missing", without("weight_scale_inv"), "its scales are missing"),
+    ("scale: two of them", with_extra("weight_scale", torch.ones(1)), "several tensors of scales"),
+    ("a tensor of another format", with_extra("weight_packed"), "does not belong"),
+]
+MODELOPT: list[Fault] = [
+    ("weight: a byte less", replaced("weight", lambda t: t[:, :-1]), "is not divisible by 16"),
+    ("weight: a row less", replaced("weight", lambda t: t[:-1]), "scales has shape"),
+    ("weight: signed", replaced("weight", lambda t: t.view(torch.int8)), "codes has dtype"),
+    ("weight: flat", replaced("weight", lambda t: t.flatten()), "expected a matrix"),
+    ("weight: missing", without("weight"), "weight is missing"),
+    ("scale: NaN", replaced("weight_scale", lambda t: with_byte(t, 0x7F)), "scales has 1 NaN"),
+    ("scale: negative", replaced("weight_scale", lambda t: with_byte(t, 0x81)), "1 scales are negative"),
+    ("scale: a group less", replaced("weight_scale", lambda t: t[:, :-1]), "scales has shape"),
+    ("scale: floats", replaced("weight_scale", lambda t: t.float()), "scales has dtype"),
+    ("factor: NaN", replaced("weight_scale_2", lambda t: t * torch.nan), "weight_scale_2 is nan, expected positive"),
+    ("factor: zero", replaced("weight_scale_2", torch.zeros_like), "weight_scale_2 is 0.0, expected positive"),
+    ("factor: tiny", replaced("weight_scale_2", lambda t: t.fill_(1e-45)), "global_scale has 1 NaN or infinite"),
+    ("factor: two", replaced("weight_scale_2", lambda t: t.repeat(2)), "expected a single number"),
+    ("factor: float64", replaced("weight_scale_2", lambda t: t.double()), "weight_scale_2 has dtype"),
+    ("factor: missing", without("weight_scale_2"), "weight_scale_2 is missing"),
+    ("a scale for the inputs", with_extra("input_scale", torch.ones(1)), "does not belong"),
+]
 FAULTS = {
     "int4-g32": GPTQ,
+    "fp8-block": FP8,
+    "nvfp4": MODELOPT,
     "int4-g32-asym": PACKED,
     "int8-dynamic": INT8,
     "nf4": NF4 + SINGLE_ONLY,
@@ -197,8 +241,9 @@ FAULTS = {
 def artifacts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Scheme -> a whole artifact, read only."""
     folder = tmp_path_factory.mktemp("artifacts")
+    formats = {"fp8-block": "fp8", "nvfp4": "modelopt"}  # others have the first that holds them
     for scheme in FAULTS:
-        quantize(tiny_llama, scheme, folder / scheme)
+        quantize(tiny_llama, {"scheme": scheme, "format": formats.get(scheme, "auto")}, folder / scheme)
     return {scheme: folder / scheme for scheme in FAULTS}
 
 
@@ -240,7 +285,7 @@ def tamper(folder: Path, change: Change, edit_tensors: Any) -> None:
 
 
 def load_reference(folder: Path) -> Any:
-    return load_model(Checkpoint(folder), torch.device("cpu"), "auto", "reference")
+    return load_model(open_quantized(folder), torch.device("cpu"), "auto", "reference")
 
 
 @pytest.mark.usefixtures("no_kernel")
@@ -309,7 +354,7 @@ def outputs(section: dict[str, Any]) -> None:
         ("int8-dynamic", inputs(symmetric=False), "input activations of"),
         ("int8-dynamic", inputs(dynamic=False), "input activations of"),
         ("int8-dynamic", inputs(dynamic="local"), "input activations of"),
-        ("int8-dynamic", inputs(type="float"), "fp8-token activations go with fp8 weights, not int8-channel"),
+        ("int8-dynamic", inputs(type="float"), "fp8-token activations go with fp8 or fp8-tensor weights, not"),
         ("int8-dynamic", inputs(num_bits=4), "input activations of"),
         ("int8-dynamic", inputs(strategy="group", group_size=128), "input activations of"),
         ("int8-dynamic", inputs(group_size=128), "input_activations with group_size 128"),

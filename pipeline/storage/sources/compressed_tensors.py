@@ -7,7 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..tensor_info import TensorInfo
-from .base import PER_CHANNEL, PER_TENSOR, Block, Coding, Source, block_size, float8_coding, packed_coding
+from .base import (
+    PER_CHANNEL,
+    PER_TENSOR,
+    Block,
+    Coding,
+    Source,
+    block_size,
+    float8_coding,
+    packed_coding,
+    set_aside,
+)
+
+_PACKED, _DIVISOR = "weight_packed", "weight_global_scale"
+_NVFP4, _MXFP4 = "4 tensor_group 16", "4 group 32"
 
 
 class FloatQuantized(Source):
@@ -25,18 +38,37 @@ class FloatQuantized(Source):
     def coding(self, section: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> Coding:
         keys = ("num_bits", "strategy", "group_size")
         kinds = {" ".join(str(weights.get(key)) for key in keys) for weights in _weights(section)}
-        if kinds == {"4 tensor_group 16"}:  # NVFP4
-            return packed_coding(stored, "weight_packed", 16, "weight_global_scale", divides=True)
-        if kinds == {"4 group 32"}:  # MXFP4
-            return packed_coding(stored, "weight_packed", 32)
-        if odd := sorted(kind for kind in kinds if not kind.startswith("8 ")):
+        if odd := sorted(kind for kind in kinds - {_NVFP4, _MXFP4} if not kind.startswith("8 ")):
             return Coding(
                 problems=[f"its floats are of num_bits, strategy, group_size {odd[0]}; 8 bits, NVFP4 or MXFP4 are read"]
             )
+        packed = {name.removesuffix(f".{_PACKED}") for name in stored if name.endswith(f".{_PACKED}")}
+        divided = {stem for stem in packed if kinds == {_NVFP4} or f"{stem}.{_DIVISOR}" in stored}
         blocks = {block: None for weights in _weights(section) if (block := _block(weights))}
-        if not blocks:
+        parts: list[Coding] = []
+        if _NVFP4 in kinds:
+            parts.append(packed_coding(_of(stored, divided), _PACKED, 16, _DIVISOR, divides=True))
+        if _MXFP4 in kinds:
+            parts.append(packed_coding(_of(stored, packed - divided), _PACKED, 32))
+        plain = {name: info for name, info in stored.items() if name.rpartition(".")[0] not in packed}
+        if blocks and kinds - {_NVFP4, _MXFP4}:
+            parts.append(float8_coding(plain, list(blocks)))
+        elif kinds <= {_NVFP4, _MXFP4}:
+            set_aside(rest := Coding(), plain, ())
+            parts.append(rest)
+        else:
             return Coding(problems=["no config group has a strategy: tensor, channel, block with its block_structure"])
-        return float8_coding(stored, list(blocks))
+        coding = Coding()
+        for part in parts:
+            coding.weights |= part.weights
+            coding.problems += part.problems
+            coding.other_scales += part.other_scales
+        return coding
+
+
+def _of(stored: Mapping[str, TensorInfo], stems: set[str]) -> dict[str, TensorInfo]:
+    """The tensors of these layers."""
+    return {name: info for name, info in stored.items() if name.rpartition(".")[0] in stems}
 
 
 def _weights(section: Mapping[str, Any]) -> list[dict[str, Any]]:

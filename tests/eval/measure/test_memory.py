@@ -159,6 +159,8 @@ def test_the_cache_of_sliding_windows_stops_growing():
     layer = 2 * 16 * 4
     assert costs["kv_cache_bytes_per_token"] == layer
     assert costs["kv_cache_windows"] == [{"tokens": 15, "bytes_per_token": 5 * layer}]
+    quantized, _ = memory.prefill(model, torch.arange(12), lambda heads, key, value: heads * (key + value))
+    assert quantized["kv_cache"] == {"bytes_per_token": 32, "windows": [{"tokens": 15, "bytes_per_token": 5 * 32}]}
     for tokens in (12, 15, 100):
         with torch.inference_mode():
             cache = model(input_ids=torch.arange(tokens).remainder(64)[None], use_cache=True).past_key_values

@@ -306,6 +306,18 @@ def test_what_was_measured_beside_the_summary_is_told():
             assert words in page, words
 
 
+def test_a_quantized_cache_stands_beside_what_it_would_be():
+    run = measured()
+    windows = [{"tokens": 511, "bytes_per_token": 1000.0}]
+    run["memory"] |= {"kv_cache_bytes_per_token": 1536, "kv_cache_windows": windows}
+    run["memory"]["kv_cache"] = {"type": "fp8", "kv_cache_bytes_per_token": 3072}
+    page = plain(report.markdown([metrics(), run])).replace("\u00a0", " ")
+    assert "1.54 kB + 1.00 kB of the last 511 (fp8; 3.07 kB unquantized)" in page
+    rows = [line for line in page.splitlines() if line.startswith("| int4-g128 | fp8 |")]
+    assert [cell.strip() for cell in rows[0].split("|")[4:7]] == ["6.80 MB", "50.8 MB", "202 MB"]
+    assert "| int4-g128 | unquantized | 3.07 kB | 12.6 MB | 101 MB | 403 MB |" in page
+
+
 def test_tasks_are_compared_with_the_baselines_in_pairs():
     """Of 100 documents the baseline has 60, the other lost two of them: error sqrt((2 - 4 / 100) / 99 / 100)."""
     line = {

@@ -232,21 +232,6 @@ def test_early_compressed_tensors_named_the_section_otherwise(
     assert "compression_config" not in read_json(tmp_path / "out" / "config.json")
 
 
-def test_the_scheme_of_the_cache_is_carried_over_or_refused(
-    made: Callable[..., Path], copy_of: Callable[..., Path], edit_json: Callable[..., None], tmp_path: Path
-) -> None:
-    source = copy_of(made("int4-g32", "compressed-tensors"))
-    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-    section = Checkpoint(source).config["quantization_config"] | {"kv_cache_scheme": cache}
-    edit_json(source / "config.json", quantization_config=section)
-    convert(source, "compressed-tensors", tmp_path / "same")
-    assert Checkpoint(tmp_path / "same").config["quantization_config"]["kv_cache_scheme"] == cache
-    with pytest.raises(ConfigError, match=r"cannot become gptq: .* quantize the key-value cache .*'num_bits': 8"):
-        convert(source, "gptq", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-    assert any("kv_cache_scheme" in note for note in diagnose(source).notes)
-
-
 def test_the_same_bytes_twice_and_in_any_number_of_shards(
     made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,7 +425,7 @@ def test_the_command(
     assert "14 layers from gptq to gptq-v2" in err
     code, _, err = run(source, "--to", "nf4", "-o", tmp_path / "other")
     assert code == 2
-    targets = "awq, compressed-tensors, gguf, gguf-q4_1, gptq, gptq-v2, mlx, onnx"
+    targets = "awq, compressed-tensors, fp8, gguf, gguf-q4_1, gptq, gptq-v2, mlx, modelopt, onnx"
     assert err == f"error: nothing can be converted to 'nf4'; use {targets}\n"
 
 

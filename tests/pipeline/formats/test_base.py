@@ -24,7 +24,8 @@ from bitpress.pipeline.methods import default_method
 INTEGERS = [
     f"int{b}-{group}{asym}" for b in (2, 3, 4, 8) for group in ("g32", "g64", "channel") for asym in ("", "-asym")
 ]
-SCHEMES = [Scheme.parse(name) for name in (*INTEGERS, "int8-dynamic", "nf4", "nf4-dq")]
+FLOATS = ["fp8-block", "fp8-dynamic", "fp8-tensor-dynamic", "fp8-tensor-static", "nvfp4"]
+SCHEMES = [Scheme.parse(name) for name in (*INTEGERS, "int8-dynamic", "nf4", "nf4-dq", *FLOATS)]
 SHAPE = (64, 128)
 CASES = [
     pytest.param(fmt, scheme, id=f"{fmt.name}-{scheme.name}")
@@ -51,6 +52,9 @@ def random_qtensor(scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dt
     generator = torch.Generator().manual_seed(shape[0])
     weight = torch.randn(shape, generator=generator)
     q, _ = default_method(scheme).quantize(weight, scheme, scale_dtype)
+    if scheme.weight.description().type == "float":
+        q.extra.update(scheme.static.random(generator) if scheme.static else {})
+        return q
     if scheme.weight.description().type == "codebook":
         codes = torch.randint(256, q.codes.shape, dtype=torch.uint8, generator=generator)
         return QTensor(scheme, shape, codes, q.scales, extra=q.extra)
@@ -131,6 +135,8 @@ def read_packed(stored: Stored, scheme: Scheme) -> np.ndarray:
 
 
 def read_compressed(stored: Stored, scheme: Scheme) -> np.ndarray:
+    if scheme.weight.description().type == "float":
+        return read_floats(stored, scheme)
     return read_packed(stored, scheme) if "weight_packed" in stored else read_int8(stored, scheme)
 
 
@@ -179,6 +185,23 @@ def read_q4_1(stored: Stored, scheme: Scheme) -> np.ndarray:
     return ((codes + np.round(minima / scales)) * scales).reshape(len(blocks), -1)
 
 
+def read_floats(stored: Stored, scheme: Scheme) -> np.ndarray:
+    """ModelOpt's layout, fp8's and that of compressed-tensors differ in names and in how the factor is meant."""
+    scales = stored.get("weight_scale", stored.get("weight_scale_inv")).float().numpy()
+    if (packed := stored.get("weight", stored.get("weight_packed"))).dtype == torch.uint8:
+        magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+        table = np.concatenate([magnitudes, -magnitudes])
+        codes = np.stack([packed.numpy() & 15, packed.numpy() >> 4], -1).reshape(len(packed), -1)
+        divisor = np.float32(1) / stored["weight_scale_2"].numpy() if "weight_scale_2" in stored else None
+        divisor = stored["weight_global_scale"].numpy() if divisor is None else divisor
+        return table[codes] * (scales / divisor).repeat(16, 1)
+    values, block = packed.float().numpy(), scheme.weight.description().strategy == "block"
+    if block:
+        scales = scales.reshape(-(-values.shape[0] // 128), -1).repeat(128, 0)[: len(values)]
+        return values * scales.repeat(128, 1)[:, : values.shape[1]]
+    return values * (scales.reshape(-1, 1) if scales.size == len(values) else scales.reshape(1, 1))
+
+
 READERS: dict[str, Callable[[Stored, Scheme], np.ndarray]] = {
     "gptq": read_gptq,
     "gptq-v2": read_gptq_v2,
@@ -188,6 +211,8 @@ READERS: dict[str, Callable[[Stored, Scheme], np.ndarray]] = {
     "gguf-q4_1": read_q4_1,
     "awq": read_awq,
     "mlx": read_mlx,
+    "fp8": read_floats,
+    "modelopt": read_floats,
 }
 
 
@@ -214,7 +239,7 @@ class TestEveryFormat:
             for dtype in DTYPES:
                 q, stored = written(format, scheme, shape, dtype)
                 assert stored.keys() <= set(format.suffixes)
-                assert format.marker in stored
+                assert format.layers(f"a.{suffix}" for suffix in stored) == ["a"]
                 found = format.read(scheme, {suffix: tensor.clone() for suffix, tensor in stored.items()})
                 found.check()
                 if (
@@ -241,9 +266,11 @@ class TestEveryFormat:
         if format.quant_method in ("gguf", "mlx"):  # others read what the files hold, and not this section
             return
         every = [*KEPT, "model.layers.10.mlp.gate"]
-        if format.quant_method != "awq":  # whose readers look for entries anywhere in a name
+        if format.quant_method not in ("awq", "modelopt"):  # whose readers look for entries anywhere in a name
             every.append("model.layers.1.mlp.gate_proj")
-        always = {"lm_head"} if format.quant_method in ("gptq", "awq") else set()  # readers leave it alone unasked
+        always = (
+            {"lm_head"} if format.quant_method in ("gptq", "awq", "fp8") else set()
+        )  # readers leave it alone unasked
         assert told_to_keep(config, every) == set(kept) | always
 
 
@@ -256,6 +283,10 @@ def told_to_keep(config: dict[str, Any], names: list[str]) -> set[str]:
         return {name for name in names if name == "lm_head" or any(re.match(pattern, name) for pattern in patterns)}
     if config["quant_method"] == "compressed-tensors":
         return set(names) & set(config["ignore"])
+    if config["quant_method"] == "fp8":
+        return set(names) & set(config["modules_to_not_convert"])
+    if config["quant_method"] == "modelopt":
+        return {name for name in names if any(entry in name for entry in config["ignore"])}
     if config["quant_method"] == "awq":
         return {name for name in names if any(entry in name for entry in config["modules_to_not_convert"])}
     return set(names) & set(config["llm_int8_skip_modules"] or [])

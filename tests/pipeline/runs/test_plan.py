@@ -73,6 +73,20 @@ def test_bytes_of_many_rows_follow_from_those_of_few(name: str) -> None:
             assert abs(_stored_bytes(format, scheme, shape, torch.bfloat16) - whole) <= 8, format.name
 
 
+def test_a_quantized_cache_is_counted_in_advance(make_run: Callable[..., Run]) -> None:
+    """Two layers of two heads have 128 numbers for each token; the model's are bfloat16."""
+    run = make_run({"scheme": "none", "kv_cache": "fp8"}, {"scheme": "int4-g32", "kv_cache": "int4-g16"}, "int4-g32")
+    _, alone, both, plain = plan_run(run, jobs_of(run)).jobs
+    assert [job.problem for job in (alone, both, plain)] == [None] * 3
+    lengths = (4096, 32768, 131072)
+    sizes = {"fp8": 128, "unquantized": 256, "int4-g16": 64 + 16}
+    expected = {name: {str(tokens): tokens * size for tokens in lengths} for name, size in sizes.items()}
+    assert alone.cache == {name: expected[name] for name in ("fp8", "unquantized")}
+    assert both.cache == {name: expected[name] for name in ("int4-g16", "unquantized")}
+    assert plain.cache == {}
+    assert (alone.weights, alone.format, alone.runtimes["vLLM"]["loads"]) == (0, "compressed-tensors", "yes")
+
+
 def test_a_budget_takes_what_it_says(make_run: Callable[..., Run]) -> None:
     run = make_run({"budget": "4.5 bits", "choices": ["int3-g32", "int4-g32", "int8-channel"]}, {"budget": "200 kB"})
     _, bits, whole = plan_run(run, jobs_of(run)).jobs

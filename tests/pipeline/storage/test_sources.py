@@ -14,10 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
+from bitpress.kernels.qtensor import QTensor
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.checkpoints.describe import describe
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.errors import CheckpointError
+from bitpress.pipeline.formats import open_quantized
+from bitpress.pipeline.models.quantized import read_quantized
+from bitpress.pipeline.models.stored_layer import read_layer
 from bitpress.pipeline.storage.checkpoint import INDEX, SINGLE, Checkpoint
 
 Tensors = dict[str, Tensor]
@@ -87,9 +91,9 @@ class Layout:
         return tensors, bfloat16(decoded(table[codes], scales, block))
 
 
-def compressed(weights: dict[str, Any]) -> dict[str, Any]:
+def compressed(weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
     weights = {"num_bits": 8, "type": "float", "symmetric": True, **weights}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}}
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
@@ -106,6 +110,7 @@ def exponents(scales: np.ndarray) -> Tensor:
     return torch.from_numpy(scales.astype(np.uint8))
 
 
+STATIC = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
 LAYOUTS = {
     "deepseek": Layout({**FP8, "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}),
@@ -118,6 +123,21 @@ LAYOUTS = {
         suffix="scale",
         powers=True,
         stored=lambda s: exponents(s).view(torch.float8_e8m0fnu),
+    ),
+    "powers of two": Layout(
+        {**FP8, "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}, powers=True, stored=exponents
+    ),
+    "transformers": Layout(
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+        (None, None),
+        stored=scalar,
+        extra={"activation_scale": ()},
+    ),
+    "dynamic": Layout(
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": ["lm_head"]},
+        (None, None),
+        "weight_scale",
+        lambda s: scalar(s).reshape(1),
     ),
     "mxfp8": Layout({"quant_method": "mxfp8", "weight_block_size": [1, 32]}, (1, 32), stored=exponents, powers=True),
     "static": Layout(
@@ -140,7 +160,7 @@ LAYOUTS = {
         compressed({"strategy": "channel"}), (1, None), "weight_scale", lambda s: torch.from_numpy(s).bfloat16()
     ),
     "compressed tensor": Layout(
-        compressed({"strategy": "tensor"}),
+        compressed({"strategy": "tensor"}, STATIC),
         (None, None),
         "weight_scale",
         lambda s: scalar(s).reshape(1),
@@ -148,11 +168,17 @@ LAYOUTS = {
     ),
     "compressed block": Layout(compressed({"strategy": "block", "block_structure": [128, 128]}), suffix="weight_scale"),
     "modelopt": Layout(
-        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
         (None, None),
         "weight_scale",
         scalar,
-        extra={"input_scale": ()},
+        extra={"input_scale": (), "k_scale": ()},
+    ),
+    "modelopt channel": Layout(
+        {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "ignore": ["lm_head"]},
+        (1, None),
+        "weight_scale",
+        lambda s: torch.from_numpy(s.astype(np.float32)).flatten(),
     ),
     "modelopt side file": Layout(
         {"quant_algo": "FP8_PB_WO"},
@@ -232,6 +258,41 @@ def test_is_read_as_what_it_stands_for(coded: Callable[[str], tuple[Path, Path]]
     assert [path.name for path in checkpoint.other_files()] == [path.name for path in expected.other_files()]
 
 
+# what a layout is as an artifact; the others are sources only
+ARTIFACTS = {
+    "deepseek": "fp8-block",
+    "powers of two": "fp8-block",
+    "static": "fp8-tensor-static",
+    "transformers": "fp8-tensor-static",
+    "dynamic": "fp8-tensor-dynamic",
+    "compressed channel": "fp8",
+    "compressed tensor": "fp8-tensor-static",
+    "compressed block": "fp8-b128",
+    "modelopt": "fp8-tensor-static",
+    "modelopt channel": "fp8-dynamic",
+    "modelopt side file": "fp8-block",
+}
+
+
+def test_is_an_artifact_where_a_scheme_holds_it(coded: Callable[[str], tuple[Path, Path]], layout: str):
+    """The same weights, layer by layer, and inputs as the config says."""
+    folder, dense = coded(layout)
+    checkpoint, expected = open_quantized(folder), Checkpoint(dense)
+    assert (checkpoint.dequantization is None) == (layout in ARTIFACTS)
+    if layout in ARTIFACTS:
+        layers = quantized_layers(checkpoint)
+        assert {qtensor.scheme.name for qtensor in layers.values()} == {ARTIFACTS[layout]}
+        assert len(layers) == 7
+        for layer, qtensor in layers.items():
+            assert torch.equal(qtensor.dequantize(torch.bfloat16), expected.read(f"{layer}.weight")), layer
+
+
+def quantized_layers(checkpoint: Checkpoint) -> dict[str, QTensor]:
+    """Every quantized layer of a checkpoint, checked."""
+    contents = read_quantized(checkpoint)
+    return {layer: read_layer(checkpoint, contents.format, own, layer) for layer, own in contents.schemes.items()}
+
+
 def test_identity_is_that_of_the_files(coded: Callable[[str], tuple[Path, Path]]):
     folder, dense = coded("modelopt side file")
     before = Checkpoint(folder).identity()
@@ -291,14 +352,16 @@ def test_a_published_model(
     config = AutoConfig.for_model(model_type, **SHAPE, **MODELS[model_type])
     folder = save_model(config, tmp_path / model_type)
     dense = code(folder, LAYOUTS["deepseek"])
-    assert torch.equal(logits(folder), logits(dense))
+    expected = Checkpoint(dense)
+    for layer, qtensor in quantized_layers(open_quantized(folder)).items():
+        assert torch.equal(qtensor.dequantize(torch.bfloat16), expected.read(f"{layer}.weight")), layer
     for source in (folder, dense):
         quantize(source, "int4-g16", tmp_path / f"{source.name}-int4")
     assert torch.equal(logits(tmp_path / f"{model_type}-int4"), logits(tmp_path / f"{model_type}-dense-int4"))
 
 
 def test_inspect_and_doctor_say_it(coded: Callable[[str], tuple[Path, Path]]):
-    folder, dense = coded("static")
+    folder, dense = coded("fbgemm")
     described, plain = describe(folder), describe(dense)
     assert described["parameters"] == plain["parameters"]
     assert described["bytes"] < plain["bytes"]
@@ -323,6 +386,13 @@ def put(name: str, index: Any, value: float) -> Callable[[Tensors], Any]:
     return change
 
 
+# what the doctor says of values that a source and an artifact check each in its own way
+AS_ARTIFACT = {
+    "NaN codes": f"{GATE}: codes has 2 NaN or infinite values",
+    "zero scale": f"{GATE}: 1 scales are not positive",
+    "negative scale": f"{Q}: 1 scales are not positive",
+    "too large": f"{Q}: 1 scales are too large for weights in float32",
+}
 DAMAGES: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
     "NaN codes": ("deepseek", put(f"{GATE}.weight", (slice(1, 3), 0), 0xFF), f"{GATE}.weight: 2 of its codes are NaN"),
     "infinite code": ("e5m2", put(f"{Q}.weight", (0, 0), 0x7C), f"{Q}.weight: 1 of its codes are NaN or infinite"),
@@ -382,7 +452,7 @@ def test_damage_is_named(coded: Callable[[str], tuple[Path, Path]], edit_tensors
         read_everything(folder)
     assert sentence in str(caught.value)
     diagnosis = diagnose(folder)
-    assert sentence in "\n".join(diagnosis.faults)
+    assert AS_ARTIFACT.get(damage, sentence) in "\n".join(diagnosis.faults)
 
 
 @pytest.mark.parametrize(
@@ -540,7 +610,7 @@ def test_float8_is_no_dtype_of_a_model(
     coded: Callable[[str], tuple[Path, Path]], edit_json: Callable[..., None], logits: Callable[[Path], Tensor]
 ):
     """Some configs name the dtype of their codes."""
-    folder, dense = coded("deepseek")
+    folder, dense = coded("e5m2")
     edit_json(folder / "config.json", dtype="float8_e4m3fn")
     assert Checkpoint(folder).config["dtype"] == "bfloat16"
     assert torch.equal(logits(folder), logits(dense))

@@ -1,0 +1,265 @@
+"""NVIDIA's ModelOpt: FP8 and NVFP4 as TensorRT-LLM, vLLM and SGLang load them, described by a `quant_algo`.
+
+Sources: ModelOptQuantConfigBase, QuantKeyScheme and resolve of vLLM (layers/quantization/modelopt.py), which is read as
+the specification; modelopt/torch/export of ModelOpt.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bitpress.kernels.qtensor import QTensor
+from bitpress.kernels.scheme import Scheme
+from bitpress.kernels.weights.base import WeightDescription
+
+from ..errors import NumericsError
+from ..storage.tensor_info import TensorInfo
+from .base import (
+    ON_GPUS,
+    Examination,
+    Facts,
+    Format,
+    Loading,
+    Reason,
+    SchemeRules,
+    counted,
+    require,
+    some,
+)
+from .fp8 import CACHE_SCALES, INPUT_TYPES, read_fp8
+from .names import NameRules, fused_unit
+
+_SIDE_FILE = "hf_quant_config.json"
+_SCALE, _FACTOR, _INPUT = "weight_scale", "weight_scale_2", "input_scale"
+_PRODUCER = {"name": "bitpress", "version": "1"}
+# quant_algo -> what it says of weights and of inputs, these as compressed-tensors describes them
+_ALGORITHMS: Mapping[str, tuple[WeightDescription, dict[str, Any] | None]] = {
+    "W4A16_NVFP4": (WeightDescription("float", 4, "tensor_group", 16), None),
+    "FP8": (WeightDescription("float", 8, "tensor"), INPUT_TYPES["tensor", "static"]),
+    "FP8_PER_CHANNEL_PER_TOKEN": (WeightDescription("float", 8, "channel"), INPUT_TYPES["tensor", "dynamic"]),
+    "FP8_PB_WO": (WeightDescription("float", 8, "block", 128), INPUT_TYPES["block", "dynamic"]),
+}
+# The shape of weight_scale in the files, of scales as the weight type has them, by the strategy of the weights.
+_STORED: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "tensor": lambda scales: scales.reshape(()),
+    "channel": lambda scales: scales.reshape(-1),
+    "block": lambda scales: scales[:, None, :, None],
+    "tensor_group": lambda scales: scales,
+}
+_READ: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "channel": lambda scales: scales.reshape(-1, 1),
+    "block": lambda scales: scales[:, 0, :, 0] if scales.dim() == 4 else scales,
+}
+
+
+class ModelOpt(Format):
+    """FP8: weight float8_e4m3fn [out, in] and weight_scale float32 of shape [], [out] or
+    [ceil(out / 128), 1, ceil(in / 128), 1]; input_scale float32 [] where inputs are rounded by a stored scale.
+
+    NVFP4: weight uint8 [out, in / 2], the even input in the low half; weight_scale float8_e4m3fn [out, in / 16];
+    weight_scale_2 float32 [], which multiplies them: the reciprocal of the global scale."""
+
+    name = "modelopt"
+    rank = 70
+    quant_method = "modelopt"
+    tags: ClassVar[tuple[str, ...]] = ()
+    marker = _SCALE
+    suffixes = ("weight", _SCALE, _FACTOR, _INPUT)
+    beside = CACHE_SCALES
+    convertible = True
+    config_copies: ClassVar[Mapping[str, tuple[str, ...]]] = {_SIDE_FILE: ()}
+
+    def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
+        if scheme in (known := _schemes()):
+            return []
+        return [f"{self.name} holds {', '.join(each.name for each in known)}, not {scheme.name}"]
+
+    def mixture_problems(self, schemes: Mapping[str, Scheme]) -> list[str]:
+        names = sorted({scheme.name for scheme in schemes.values()})
+        several = f"{self.name} holds one scheme for all layers, got {' and '.join(names)}"
+        return [f"{several}; use format compressed-tensors"] if len(names) > 1 else []
+
+    def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
+        return torch.float8_e4m3fn if scheme.bits == 4 else torch.float32
+
+    def write(self, qtensor: QTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Raises NumericsError where the reciprocal of a global scale does not lead back to it."""
+        tensors = dict(qtensor.tensors())
+        scales = _STORED[qtensor.scheme.weight.description().strategy](tensors["scales"])
+        stored = {"weight": tensors["codes"].contiguous(), _SCALE: scales.contiguous()}
+        if (divisor := tensors.get("global_scale")) is not None:
+            if not torch.equal(divisor.reciprocal().reciprocal(), divisor):
+                raise NumericsError(
+                    f"{self.name} stores the reciprocal of a global scale, and that of {divisor.item()!r} rounds to a "
+                    "number with another reciprocal; keep its format, or quantize the original to this one"
+                )
+            stored[_FACTOR] = divisor.reciprocal().reshape(())
+        if (inputs := tensors.get(_INPUT)) is not None:
+            stored[_INPUT] = inputs.to(torch.float32).reshape(())
+        return stored
+
+    def read(self, scheme: Scheme, tensors: dict[str, Tensor]) -> QTensor:
+        described = scheme.weight.description()
+        if described.num_bits == 8:
+            reshape = _READ.get(described.strategy)
+            scale = tensors[_SCALE]
+            own = {**tensors, _SCALE: reshape(scale) if reshape and scale.dim() in (1, 4) else scale}
+            return read_fp8(scheme, own, (_SCALE,), (_INPUT,))
+        require(_INPUT not in tensors, f"{_INPUT} does not belong to a layer of {scheme.name}")
+        codes, scales, factor = (tensors[name] for name in ("weight", _SCALE, _FACTOR))
+        require(codes.dim() == 2, f"weight has shape {list(codes.shape)}, expected two dimensions")
+        require(factor.numel() == 1, f"{_FACTOR} has shape {list(factor.shape)}, expected a single number")
+        require(factor.dtype == torch.float32, f"{_FACTOR} has dtype {factor.dtype}, expected torch.float32")
+        require(bool(factor > 0) and bool(factor.isfinite()), f"{_FACTOR} is {factor.item()}, expected positive")
+        shape = (codes.shape[0], 2 * codes.shape[1])
+        own = {"codes": codes, "scales": scales, "global_scale": factor.reshape(1).reciprocal()}
+        return QTensor.of(scheme, shape, own)
+
+    def quantization_config(
+        self, schemes: Mapping[str, Scheme], kept: Sequence[str], dtype: torch.dtype, ordered: bool = False
+    ) -> dict[str, Any]:
+        """Readers leave alone every layer whose name holds an entry of "ignore" anywhere. An entry that the name of a
+        quantized layer holds, too, or of what servers fuse it into, is left out."""
+        (scheme,) = set(schemes.values())
+        size = {"group_size": scheme.weight.description().group_size} if scheme.bits == 4 else {}
+        names = {*schemes, *map(fused_unit, schemes)}
+        ignore = [name for name in kept if not name.startswith("re:") and not any(name in each for each in names)]
+        return {"quant_method": self.quant_method, "quant_algo": _schemes()[scheme], **size, "ignore": ignore}
+
+    def side_files(self, section: dict[str, Any]) -> dict[str, Any]:
+        """The section again, by the names that older readers know."""
+        old = {
+            "quant_algo": section["quant_algo"],
+            "kv_cache_quant_algo": None,
+            **({"group_size": section["group_size"]} if "group_size" in section else {}),
+            "exclude_modules": section["ignore"],
+        }
+        return {_SIDE_FILE: {"producer": _PRODUCER, "quantization": old}}
+
+    def scheme_rules(self, config: dict[str, Any]) -> SchemeRules:
+        _left_alone(config)  # refuses what is no list of names
+        algorithm = str(_section(config).get("quant_algo")).upper()
+        known = ", ".join(_ALGORITHMS)
+        require(algorithm in _ALGORITHMS, f"quant_algo {algorithm!r} is not read as it lies, only {known}")
+        weights, inputs = _ALGORITHMS[algorithm]
+        size = _section(config).get("group_size")
+        require(
+            size is None or weights.num_bits == 8 or size == weights.group_size,
+            f"group_size {size!r} is not supported, only {weights.group_size}",
+        )
+        return NameRules(Scheme.from_description(weights, inputs))
+
+    def unsupported(self, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+        for layer in self.layers(tensors):
+            weight = tensors.get(f"{layer}.weight")
+            if weight is not None and len(weight.shape) != 2:
+                return f"{layer}.weight has {len(weight.shape)} dimensions: all experts in one tensor"
+        return None
+
+    def kept(self, config: dict[str, Any]) -> list[str]:
+        return [entry for entry in _left_alone(config) if "*" not in entry]
+
+    def cache_scheme(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        section = _section(config)
+        if scheme := section.get("kv_cache_scheme"):
+            return scheme if isinstance(scheme, dict) else {"kv_cache_scheme": scheme}
+        algorithm = section.get("kv_cache_quant_algo")
+        return {"kv_cache_quant_algo": algorithm} if algorithm else None
+
+    def diagnose(self, seen: Examination) -> tuple[list[str], list[str]]:
+        entries = _left_alone(seen.config)
+        faults = []
+        if hidden := [layer for layer in seen.layers if _listed(layer, entries)]:
+            faults.append(
+                f"{some(hidden)}: quantized, and excluded by the config, so runtimes look for a plain weight there"
+            )
+        if unlisted := [name for name in seen.kept if not _listed(name, entries)]:
+            faults.append(
+                f"{some(unlisted)}: neither quantized nor excluded by the config, so runtimes look for quantized "
+                "weights there"
+            )
+        notes = []
+        if scheme := self.cache_scheme(seen.config):
+            notes.append(f"servers quantize the key-value cache ({scheme}); bitpress leaves the cache alone")
+        return faults, notes
+
+    def runtimes(self, facts: Facts) -> dict[str, Loading]:
+        return {
+            "transformers": Loading([("no", "it does not read ModelOpt's checkpoints")]),
+            "vLLM": Loading(list(_vllm(facts))),
+            "SGLang": Loading(facts.by_scheme(_sglang)),
+            "llama.cpp": Loading(facts.by_scheme(_llamacpp)),
+            "MLX": Loading([("no", "mlx-lm does not know the names of ModelOpt's tensors")]),
+            "ORT GenAI": Loading([("limited", "its builder reads ModelOpt for CUDA alone (-e cuda)")]),
+            "TensorRT-LLM": Loading(facts.by_scheme(_tensorrt)),
+        }
+
+
+@cache
+def _schemes() -> dict[Scheme, str]:
+    """The schemes that the format holds -> their quant_algo."""
+    return {Scheme.from_description(*described): name for name, described in _ALGORITHMS.items()}
+
+
+def _section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What describes the quantization: the config itself, or a part of it, as in hf_quant_config.json."""
+    inner = config.get("quantization", config)
+    require(isinstance(inner, dict), f"quantization is {inner!r}, expected an object")
+    return inner
+
+
+def _left_alone(config: Mapping[str, Any]) -> list[str]:
+    """Names of layers that are not quantized, or patterns of them as of files."""
+    section = _section(config)
+    entries = section.get("exclude_modules") or section.get("ignore") or []
+    require(
+        isinstance(entries, list) and all(isinstance(entry, str) and entry for entry in entries),
+        f"exclude_modules is {entries!r}, expected a list of names",
+    )
+    return entries
+
+
+def _listed(layer: str, entries: Sequence[str]) -> bool:
+    """Whether vLLM leaves a layer alone: it looks for an entry in the name, and for one that matches as of files."""
+    return any(entry in layer or ("*" in entry and fnmatchcase(layer, entry)) for entry in entries)
+
+
+def _vllm(facts: Facts) -> Iterator[Reason]:
+    if facts.experts:
+        yield "unknown", "experts in this layout were not tried"
+    square = {layer for layer, scheme in facts.schemes.items() if scheme.weight.description().strategy == "block"}
+    if odd := [layer for layer, shape in facts.shapes.items() if layer in square and shape[1] % 128]:
+        yield "no", counted("inputs of FP8_PB_WO must be a multiple of 128", odd)
+    if all(scheme.bits == 4 for scheme in facts.schemes.values()):
+        yield "limited", "by Marlin from compute capability 7.5, inputs left alone"
+    else:
+        yield "yes", "on GPUs from compute capability 8.9 in FP8"
+    yield ON_GPUS
+
+
+def _sglang(scheme: Scheme) -> Iterator[Reason]:
+    if scheme.weight.description().strategy == "tensor":
+        yield "yes", "on GPUs from compute capability 8.9"
+    else:
+        yield "unknown", "its documents name FP8 per tensor and NVFP4 with inputs in NVFP4"
+
+
+def _llamacpp(scheme: Scheme) -> Iterator[Reason]:
+    if scheme.bits == 4:
+        yield "unknown", "its converter moves NVFP4's codes as they are; files without scales of inputs were not tried"
+    else:
+        yield "limited", "its converter dequantizes the layers"
+
+
+def _tensorrt(scheme: Scheme) -> Iterator[Reason]:
+    if scheme.bits == 4:
+        yield "unknown", "its documents name NVFP4 with inputs in NVFP4, and these inputs are left alone"
+    else:
+        yield "yes", "by its documents; it was not tried"
+
+
+PLUGINS = (ModelOpt(),)
