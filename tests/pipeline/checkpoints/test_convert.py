@@ -425,7 +425,7 @@ def test_the_command(
     assert "14 layers from gptq to gptq-v2" in err
     code, _, err = run(source, "--to", "nf4", "-o", tmp_path / "other")
     assert code == 2
-    targets = "awq, compressed-tensors, fp8, gguf, gguf-q4_1, gptq, gptq-v2, mlx, modelopt, onnx"
+    targets = "awq, compressed-tensors, fp8, gguf, gguf-q4_1, gptq, gptq-v2, mlx, modelopt, mxfp4, onnx"
     assert err == f"error: nothing can be converted to 'nf4'; use {targets}\n"
 
 
