@@ -385,6 +385,8 @@ COMMON_WORDS = {"int", "float", "codebook", "auto", "none", "cpu", "cuda", "refe
 OTHER_MEANINGS = {
     "eval/measure/protocols.py": "protocols of perplexity are named after the papers of methods",
     "pipeline/bench/scripts/*_job.py": "the options of another program",
+    "pipeline/formats/gguf.py": "MXFP4 and NVFP4 are ggml's types of blocks, too",
+    "pipeline/storage/gguf/blocks.py": "MXFP4 and NVFP4 are ggml's types of blocks, too",
 }
 # A registry finds a plug-in by a name that it was handed; it holds no name itself. So does a scheme, of its two parts.
 REGISTRIES = (
