@@ -1,13 +1,16 @@
-"""What Llama-like decoder layers do for the next tokens of some sequences, in one call of csrc/layer.c.
+"""What decoder layers do for the next tokens of some sequences, in one call of csrc/layer.c.
 
 Python and transformers take about as long for the hundred small operations of a layer as its quantized weights take to
 be read. Here they are one, for a layer or for all of them: from the input to the output everything is float32, where a
 model rounds to its own dtype after every operation; keys and values are kept in the model's dtype.
+
+A layer is a description of its parts: which linear layers are fused, where norms sit and of which kind, what attention
+reads, whether an MLP has a gate or a layer has experts. Llama, Gemma, Phi-3, GPT-2 and Mixtral are such descriptions.
 """
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,58 +21,146 @@ from .cpu.native import DTYPES, NativeWeight, inputs_of, rounds_rows
 from .linear import QLinear
 from .registry import Selection
 
-ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _LANES = 16  # of the widest registers
+_QUERY, _KEY, _VALUE, _OUTPUT, _GATE, _UP, _DOWN = range(7)
+_Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Norm:
-    """x / sqrt(mean(x^2) + eps) * weight; `weight` float32 [features]."""
+    """x / sqrt(mean(x^2) + eps) * weight + bias, of x less its mean where it is `centered`.
+
+    weight, bias: float32 [features]. A norm of fewer features than its input has takes one head after the other.
+    """
 
     weight: Tensor
     eps: float
+    bias: Tensor | None = None
+    centered: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Each token goes to the `active` experts that its softmax of `router` likes best, its probabilities the shares.
+
+    Attributes:
+        router: float32 [experts, hidden].
+        renormalized: a token's shares are divided by their sum.
+        linears: gate, up and down of each expert; as Parts has them.
+        shared_gate: float32 [hidden], whose sigmoid is the share of the layer's own MLP, which serves each token
+            besides, where it has one; None: its share is 1.
+    """
+
+    router: Tensor
+    active: int
+    renormalized: bool
+    linears: tuple[tuple[QLinear, QLinear | None, QLinear], ...]
+    shared_gate: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A decoder layer: x += o(attention(q, k, v of norm(x))), x += down(activation(gate) * up of norm(x)).
+    """A decoder layer: x += norm(o(attention(q, k, v of norm(x)))), x += norm(down(activation(gate) * up of norm(x))).
 
-    linears: q, k, v, o, gate, up, down, with or without bias. norms: of the input and after attention, then those of
-    each head's queries and keys, or None. Heads have `dim` features, rotated in halves; queries are multiplied by
-    `scale`; heads of q that follow each other share a head of k and v.
+    Attributes:
+        linears: q, k, v, o, gate, up, down, with or without bias. Without k and v, q has the outputs of all three, one
+            after the other. Without up, gate has the outputs of both, or there is no up to multiply by. Without gate
+            and down, the experts are the MLP.
+        norms: before attention, after it, before the MLP, after it, of queries and of keys; None: there is none.
+        heads, key_heads, dim: heads of q that follow each other share a head of k and v. Features of a head, as many as
+            the rotation has, are rotated in halves.
+        scale: queries are multiplied by it. cap: scores become cap * tanh(score / cap); None: they stay.
     """
 
-    linears: tuple[QLinear, ...]
-    norms: tuple[Norm, Norm, Norm | None, Norm | None]
+    linears: tuple[QLinear | None, ...]
+    norms: tuple[Norm | None, ...]
+    heads: int
+    key_heads: int
     dim: int
     scale: float
     activation: str
+    cap: float | None = None
+    experts: Experts | None = None
+
+    @property
+    def hidden(self) -> int:
+        """The features of the layer's input."""
+        query = self.linears[_QUERY]
+        assert query is not None
+        return query.in_features
+
+    def all_linears(self) -> list[QLinear]:
+        """The layer's and its experts', those that there are."""
+        rows = [self.linears, *(self.experts.linears if self.experts else ())]
+        return [layer for row in rows for layer in row if layer is not None]
 
     def unsupported(self) -> str | None:
         """Why NativeLayer cannot run it, in a few words; None if it can."""
-        for layer in self.linears:
+        for layer in self.all_linears():
             if not isinstance(layer.packed, NativeWeight):
                 return f"a linear layer runs on {layer.selection.kernel.name}"
             if rounds_rows(layer.scheme):
                 return f"{layer.scheme.name} has a scale for whole rows of inputs"
-        q, k, _, _, gate, _, _ = self.linears
-        queries, keys, hidden, inner = q.out_features, k.out_features, q.in_features, gate.out_features
-        if self.dim % _LANES or queries % self.dim or keys % self.dim:
+        if self.dim % _LANES:
             return f"heads of {self.dim} features; expected a multiple of {_LANES}"
-        if queries % keys:
-            return f"{keys} features of keys to {queries} of queries"
-        shapes = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
-        shapes += [(inner, hidden), (inner, hidden), (hidden, inner)]
-        widths = [norm.weight.numel() for norm in self.norms if norm]
-        if shapes != [(layer.out_features, layer.in_features) for layer in self.linears]:
-            return "linear layers that do not fit each other"
-        if widths != [hidden, hidden, self.dim, self.dim][: len(widths)]:
+        if self.heads % self.key_heads:
+            return f"{self.key_heads} heads of keys to {self.heads} of queries"
+        queries, keys, hidden = self.heads * self.dim, self.key_heads * self.dim, self.hidden
+        attention = [_shape(layer) for layer in self.linears[:_GATE]]
+        apart: list[_Shape | None] = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+        if attention not in (apart, [(queries + 2 * keys, hidden), None, None, (hidden, queries)]):
+            return "linear layers of attention that do not fit each other"
+        mlps = [self.linears[_GATE:], *(self.experts.linears if self.experts else ())]
+        if any(not _fits(mlp, hidden) for mlp in mlps if not (self.experts and mlp == (None, None, None))):
+            return "linear layers of an MLP that do not fit each other"
+        widths = [[hidden]] * 4 + [[self.dim, queries], [self.dim, keys]]
+        if any(norm and norm.weight.numel() not in width for norm, width in zip(self.norms, widths)):
             return "norms that do not fit the linear layers"
         if self.activation not in ACTIVATIONS:
-            return f"activation {self.activation}; expected {' or '.join(ACTIVATIONS)}"
+            return f"activation {self.activation}; expected one of {', '.join(ACTIVATIONS)}"
+        if self.experts and (hidden % _LANES or self.experts.router.shape != (len(self.experts.linears), hidden)):
+            return f"a router {list(self.experts.router.shape)} of {len(self.experts.linears)} experts"
         return None
+
+
+def _shape(layer: QLinear | None) -> _Shape | None:
+    return None if layer is None else (layer.out_features, layer.in_features)
+
+
+def _fits(mlp: Sequence[QLinear | None], hidden: int) -> bool:
+    """Whether gate, up and down multiply by each other's outputs; see Parts."""
+    gate, up, down = map(_shape, mlp)
+    if gate is None or down is None:
+        return False
+    inner = down[1]
+    gates: list[tuple[_Shape, _Shape | None]] = [
+        ((inner, hidden), None),
+        ((2 * inner, hidden), None),
+        ((inner, hidden), (inner, hidden)),
+    ]
+    return down[0] == hidden and (gate, up) in gates
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is a layer's own in a step, besides its input.
+
+    Attributes:
+        keys, values: contiguous [batch, key_heads, capacity, dim], in the input's dtype; filled from place 0 on, with
+            room for those of the step.
+        rotation: cos and sin [batch or 1, count, rotated features], contiguous, likewise; None: nothing is rotated.
+        start: the number, in its sequence, of the token at place 0.
+        window: a token sees so many, itself the last; None: all before it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rotation: tuple[Tensor, Tensor] | None
+    start: int = 0
+    window: int | None = None
 
 
 class _Linear(ctypes.Structure):
@@ -79,22 +170,38 @@ class _Linear(ctypes.Structure):
     )  # fmt: skip
 
 
-class _Layer(ctypes.Structure):
+class _Norm(ctypes.Structure):
     _fields_ = (
-        ("linears", _Linear * 7), ("norms", _POINTER * 4), ("heads", _INT64), ("key_heads", _INT64), ("dim", _INT64),
-        ("activation", _INT64), ("kernel", _INT64), ("eps", _FLOAT * 4), ("scale", _FLOAT),
+        ("weight", _POINTER), ("bias", _POINTER), ("features", _INT64), ("centered", _INT64), ("eps", _FLOAT)
     )  # fmt: skip
 
 
-class _Cache(ctypes.Structure):
-    _fields_ = (("keys", _POINTER), ("values", _POINTER), ("capacity", _INT64))
+class _Experts(ctypes.Structure):
+    _fields_ = (
+        ("linears", _POINTER), ("router", _POINTER), ("shared_gate", _POINTER), ("count", _INT64), ("active", _INT64),
+        ("renormalized", _INT64),
+    )  # fmt: skip
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("linears", _Linear * 7), ("norms", _Norm * 6), ("experts", _POINTER), ("heads", _INT64),
+        ("key_heads", _INT64), ("dim", _INT64), ("activation", _INT64), ("kernel", _INT64), ("scale", _FLOAT),
+        ("cap", _FLOAT),
+    )  # fmt: skip
+
+
+class _Context(ctypes.Structure):
+    _fields_ = (
+        ("keys", _POINTER), ("values", _POINTER), ("cos", _POINTER), ("sin", _POINTER), ("capacity", _INT64),
+        ("start", _INT64), ("window", _INT64), ("rotated", _INT64), ("apart", _INT64),
+    )  # fmt: skip
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        ("x", _POINTER), ("cos", _POINTER), ("sin", _POINTER), ("y", _POINTER), ("caches", _POINTER),
-        ("first", _POINTER), ("norm", _POINTER), ("batch", _INT64), ("count", _INT64), ("length", _INT64),
-        ("rotations", _INT64), ("dtype", _INT64), ("eps", _FLOAT), ("threads", ctypes.c_int),
+        ("x", _POINTER), ("y", _POINTER), ("contexts", _POINTER), ("first", _POINTER), ("norm", _Norm),
+        ("batch", _INT64), ("count", _INT64), ("length", _INT64), ("dtype", _INT64), ("threads", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -112,31 +219,56 @@ class NativeLayer:
 
     def __init__(self, parts: Parts):
         self.parts = parts
-        self.hidden = parts.linears[0].in_features
-        self.key_heads = parts.linears[1].out_features // parts.dim
-        self._tensors: list[Tensor] = []  # that the structure points to
-        self.structure = self._structure()
+        self.linears = parts.all_linears()
+        self._tensors: list[Tensor] = []  # that the structures point to
+        self._selections: list[Selection] = []  # by which the structures' inputs are
+        self._inputs: frozenset[int | None] = frozenset()
+        self.structure, self._experts = _Layer(), _Experts()
+        self._of_experts = (_Linear * (3 * len(parts.experts.linears) if parts.experts else 0))()
+        self._structures: list[_Linear] = []  # parts of these two, one for each of `linears`
+        self._fill()
 
     def __reduce__(self) -> tuple[type["NativeLayer"], tuple[Parts]]:
         """Copies point to the tensors of the copied parts."""
         return NativeLayer, (self.parts,)
 
-    def _structure(self) -> _Layer:
-        parts, layer = self.parts, _Layer()
-        first = parts.linears[0]
-        assert isinstance(first.packed, NativeWeight)
-        for to, linear in zip(layer.linears, parts.linears):
-            to.packed = self._pointer(linear.packed.get_buffer("data"))
-            to.bias = None if linear.bias is None else self._pointer(linear.bias.detach().to(torch.float32))
-            to.order = None if linear.order is None else self._order(linear.order)
-            to.in_features, to.out_features = linear.in_features, linear.out_features
+    def inputs(self) -> frozenset[int | None]:
+        """What the linear layers' kernels round inputs to now, as csrc/ numbers it; None among them for others."""
+        selections = [linear.selection for linear in self.linears]
+        if selections != self._selections:
+            self._selections = selections
+            inputs = [inputs_of(selection.kernel) for selection in selections]
+            for to, own in zip(self._structures, inputs):
+                to.inputs = -1 if own is None else own  # the library refuses -1
+            self._inputs = frozenset(inputs)
+        return self._inputs
+
+    def _fill(self) -> None:
+        parts, layer = self.parts, self.structure
+        rows = [(layer.linears, parts.linears)]
+        if (experts := parts.experts) is not None:
+            rows.append((self._of_experts, tuple(each for row in experts.linears for each in row)))
+            own = self._experts
+            own.linears, own.router = ctypes.addressof(self._of_experts), self._pointer(experts.router)
+            own.shared_gate = None if experts.shared_gate is None else self._pointer(experts.shared_gate)
+            own.count, own.active, own.renormalized = len(experts.linears), experts.active, experts.renormalized
+            layer.experts = ctypes.addressof(own)
+        for structures, linears in rows:
+            for to, linear in zip(structures, linears):
+                if linear is not None:
+                    to.packed = self._pointer(linear.packed.get_buffer("data"))
+                    to.bias = None if linear.bias is None else self._pointer(linear.bias.detach().to(torch.float32))
+                    to.order = None if linear.order is None else self._order(linear.order)
+                    to.in_features, to.out_features = linear.in_features, linear.out_features
+                    self._structures.append(to)
         for place, norm in enumerate(parts.norms):
             if norm is not None:
-                layer.norms[place], layer.eps[place] = self._pointer(norm.weight), norm.eps
-        layer.heads, layer.key_heads = parts.linears[0].out_features // parts.dim, self.key_heads
-        layer.dim, layer.activation, layer.scale = parts.dim, ACTIVATIONS.index(parts.activation), parts.scale
-        layer.kernel = first.packed.instructions
-        return layer
+                layer.norms[place] = _norm_structure(norm, self._pointer)
+        layer.heads, layer.key_heads, layer.dim = parts.heads, parts.key_heads, parts.dim
+        layer.activation, layer.scale, layer.cap = ACTIVATIONS.index(parts.activation), parts.scale, parts.cap or 0.0
+        first = self.linears[0].packed
+        assert isinstance(first, NativeWeight)
+        layer.kernel = first.instructions
 
     def _order(self, order: Tensor) -> int:
         """Layers that read the same inputs in the same order have the same pointer: these are then quantized once."""
@@ -148,67 +280,63 @@ class NativeLayer:
         return self._tensors[-1].data_ptr()
 
 
+def _norm_structure(norm: Norm, pointer: Callable[[Tensor], int]) -> _Norm:
+    """A norm, as csrc/layer.c reads it. pointer: gives a tensor's address, and keeps it."""
+    bias = None if norm.bias is None else pointer(norm.bias)
+    return _Norm(pointer(norm.weight), bias, norm.weight.numel(), norm.centered, norm.eps)
+
+
 class NativeLayers:
     """Layers of as many features, one after the other, and the norm that their output goes through, or none."""
 
     def __init__(self, layers: Sequence[NativeLayer], norm: Norm | None = None):
         self.layers, self.norm = list(layers), norm
-        self.hidden = layers[0].hidden
-        self._structures = [_Layer.from_buffer_copy(layer.structure) for layer in layers]
-        self._pointers = (_POINTER * len(layers))(*map(ctypes.addressof, self._structures))
-        self._linears = [linear for layer in layers for linear in layer.parts.linears]
-        self._selections: list[Selection] = []  # by which the structures' inputs are
-        self._inputs: frozenset[int | None] = frozenset()
+        self.hidden = layers[0].parts.hidden
+        self._pointers = (_POINTER * len(layers))(*(ctypes.addressof(layer.structure) for layer in layers))
+        self._tensors: list[Tensor] = []  # that the norm points to
+        self._norm = _Norm() if norm is None else _norm_structure(norm, self._pointer)
         self._function = _function()
 
     def __reduce__(self) -> tuple[type["NativeLayers"], tuple[list[NativeLayer], Norm | None]]:
         """Copies point to the structures of the copied layers."""
         return NativeLayers, (self.layers, self.norm)
 
-    def inputs(self) -> frozenset[int | None]:
-        """What the linear layers' kernels round inputs to now, as csrc/ numbers it; None among them for others."""
-        selections = [linear.selection for linear in self._linears]
-        if selections != self._selections:
-            self._selections = selections
-            inputs = [inputs_of(selection.kernel) for selection in selections]
-            places = (to for structure in self._structures for to in structure.linears)
-            for to, own in zip(places, inputs):
-                to.inputs = -1 if own is None else own  # the library refuses -1
-            self._inputs = frozenset(inputs)
-        return self._inputs
+    def _pointer(self, tensor: Tensor) -> int:
+        self._tensors.append(tensor.contiguous())
+        return self._tensors[-1].data_ptr()
 
-    def step(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        caches: Sequence[tuple[Tensor, Tensor]],
-        length: int,
-        first: Tensor | None = None,
-    ) -> Tensor:
+    def inputs(self) -> frozenset[int | None]:
+        """What the linear layers' kernels round inputs to now; see NativeLayer."""
+        return frozenset[int | None]().union(*(layer.inputs() for layer in self.layers))
+
+    def step(self, x: Tensor, contexts: Sequence[Context], length: int, first: Tensor | None = None) -> Tensor:
         """The output [batch, count, hidden] for each sequence's next tokens; appends their keys and values.
 
         A token sees those before it in its own sequence, and itself. Inputs are rounded as each linear layer's kernel
         does it now.
 
         Args:
-            x: contiguous [batch, count, hidden], float32, float16 or bfloat16; so are all others.
-            rotation: cos and sin [batch or 1, count, dim], contiguous.
-            caches: of each layer, keys and values: contiguous [batch, key_heads, capacity, dim]; `length` of them are
-                filled, and there is room for `count` more.
-            first: contiguous int64 [batch], the first place of each sequence that counts; those before it are padding,
+            x: contiguous [batch, count, hidden], float32, float16 or bfloat16.
+            contexts: one for each layer; tokens up to number `length` are filled in, or those of them that the next
+                token's window reaches.
+            first: contiguous int64 [batch], the first token of each sequence that counts; those before it are padding,
                 which nothing sees and whose outputs mean nothing. None: 0 for all.
         """
         y = torch.empty_like(x)
-        cos, sin = rotation
         self.inputs()
-        places = (_Cache * len(caches))(*(_Cache(k.data_ptr(), v.data_ptr(), k.shape[2]) for k, v in caches))
+        count, own = x.shape[1], (_Context * len(contexts))()
+        for to, context in zip(own, contexts):
+            to.keys, to.values, to.capacity = context.keys.data_ptr(), context.values.data_ptr(), context.keys.shape[2]
+            to.start, to.window = context.start, context.window or 0
+            if context.rotation is not None:
+                cos, sin = context.rotation
+                to.cos, to.sin, to.rotated = cos.data_ptr(), sin.data_ptr(), cos.shape[2]
+                to.apart = 0 if cos.shape[0] == 1 else count * cos.shape[2]
         arguments = _Step(
-            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), ctypes.addressof(places),
-            None if first is None else first.data_ptr(), None if self.norm is None else self.norm.weight.data_ptr(),
-            x.shape[0], x.shape[1], length, 0 if cos.shape[0] == 1 else x.shape[1] * cos.shape[2], DTYPES[x.dtype],
-            0.0 if self.norm is None else self.norm.eps, torch.get_num_threads(),
+            x.data_ptr(), y.data_ptr(), ctypes.addressof(own), None if first is None else first.data_ptr(), self._norm,
+            x.shape[0], count, length, DTYPES[x.dtype], torch.get_num_threads(),
         )  # fmt: skip
         if self._function(self._pointers, len(self.layers), ctypes.addressof(arguments)):
-            tokens = f"{x.shape[0] * x.shape[1]} tokens"
+            tokens = f"{x.shape[0] * count} tokens"
             raise MemoryError(f"no memory for {tokens} in decoder layers of {self.hidden} features and {length} keys")
         return y

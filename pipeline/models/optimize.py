@@ -9,24 +9,26 @@ Where all layers of a decoder are changed, it gets another forward itself, by wh
 one call; again after both gave the same output, and only for what the layers serve.
 """
 
+import inspect
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bitpress.eval.measure.cache import cache_name
 from bitpress.kernels.cpu.native import DTYPES, FLOAT32, dense_linear, dense_unsupported
-from bitpress.kernels.decoder_layer import ACTIVATIONS, NativeLayer, NativeLayers, Norm, Parts
-from bitpress.kernels.linear import QLinear, join_projections
+from bitpress.kernels.decoder_layer import ACTIVATIONS, Context, Experts, NativeLayer, NativeLayers, Norm, Parts
+from bitpress.kernels.linear import QExperts, QLinear, join_projections
 
 from .kv_cache import rounds_cache
 from .structure import decoder
@@ -35,17 +37,44 @@ _ROOM = 256  # tokens that a cache grows by, at least; an eighth of what it hold
 # Inputs of 16 bits that are to stay as they are: from so many rows on, torch's product with a dequantized weight is the
 # faster one. A layer of SmolLM2 on Zen 4 takes 36 ms by it and 49 in one call for 512 rows, 8.2 and 5.7 for 64.
 _LONG = 192
-_STATES = ("keys", "values", "room", "_length", "_states")
+_STATES = ("keys", "values", "room", "_start", "_length", "_states")
 # Up to so many rows, and numbers in them, a dense head's product is the library's. On two cores of Zen 4, with torch's:
 # 1 row of SmolLM2 (49152 x 576) 1.7 and 3.7 ms, 4 rows 2.4 and 4.1; of 32000 x 2048 3.6 and 6.8, 4 rows 10.0 and 6.4.
 _HEAD_ROWS, _HEAD_NUMBERS = 4, 4096
 _PASSED = {"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "position_embeddings"}
 _CAPTURING = "transformers.utils.output_capturing"  # whose hooks stay, but do nothing unless outputs are asked for
-_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_LINEARS = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+# What layers call their parts, each row one way. None: the part before has its outputs too, or there is no such part.
+_ATTENTIONS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+    ("self_attn.qkv_proj", None, None, "self_attn.o_proj"),
+    ("attn.c_attn", None, None, "attn.c_proj"),
+)
+_MLPS = (
+    ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    ("mlp.gate_up_proj", None, "mlp.down_proj"),
+    ("mlp.c_fc", None, "mlp.c_proj"),
+    ("fc1", None, "fc2"),
+)
+_EXPERTS = ("mlp.gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")  # the router first
+_SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
+_SHARED_GATE = "mlp.shared_expert_gate"
+_NORMS = (  # before attention, after it, before the MLP, after it
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    ("ln_1", None, "ln_2", None),
+    ("self_attn_layer_norm", None, "final_layer_norm", None),
+)
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-_KNOWN = {*_LINEARS, *_NORMS, *_HEAD_NORMS, "self_attn", "mlp", "mlp.act_fn"}
+_ACT = ("mlp.act_fn", "mlp.activation_fn", "mlp.act", "activation_fn", "mlp.experts.act_fn", "mlp.shared_expert.act_fn")
+_DECODERS = (
+    ("embed_tokens", None, "norm", "rotary_emb"),
+    ("wte", "wpe", "ln_f", None),
+)  # embeddings of positions second
+_NOTHING = (nn.Dropout, nn.Identity)  # what these do when nothing is trained
 
 # Relative to the layer's update, in float32: rounding flips an activation's int8 code here and there, which changes a
 # sum of products by the order of 1e-4; another formula changes it by more than this.
@@ -55,6 +84,10 @@ _EXACT_TOLERANCE = 1e-5  # of norms and activations, which are compared by thems
 # A layer is tried with two sequences, from place 40 on: 4 tokens at once, then one, then 2. The second sequence's first
 # token is padding.
 _PIECES, _POSITION, _FIRST = (4, 1, 2), 40, (0, 1)
+_WINDOW = 3  # of layers that have one, for the trial
+_CONVERTED = (
+    1 << 22
+)  # numbers of a parameter that is made float32 for the trial: no embeddings, whose rows are looked up
 
 
 @dataclass(frozen=True)
@@ -99,15 +132,11 @@ def fuse(model: PreTrainedModel) -> Fusing:
     steps: list[_Decoding] = []
     for layer in layers:
         try:
-            parts = _parts(layer)
-            if reason := parts.unsupported():
-                raise _Unfit(reason)
-            if any("forward" in module.__dict__ for module in layer.modules()):
-                raise _Unfit("its forward was replaced")
-            if rounds_cache(layer):
-                raise _Unfit("its keys and values are rounded for the cache")
-            step = _Decoding(layer, NativeLayers([NativeLayer(parts)]), masks)
-            _try(layer, step, rotary, model.config)
+            with _in_float32(layer):
+                step = _Decoding(layer, _parts(layer), rotary, masks)
+                _try(step)
+                if step.parts.cap is not None:
+                    _try_cap(step)
         except _Unfit as reason:
             why[str(reason)] += 1
         else:
@@ -118,8 +147,9 @@ def fuse(model: PreTrainedModel) -> Fusing:
         return Fusing(len(layers) - why.total(), len(layers), dict(why))
     apart = None
     try:
-        whole = _WholeDecoder(base, steps, _layers_alone(base, path.rpartition(".")[2]))
-        _try_whole(base, whole)
+        whole = _WholeDecoder(base, steps, path.rpartition(".")[2])
+        with _in_float32(base), _small_window(whole.config):
+            _try_whole(base, whole)
     except _Unfit as reason:
         apart = str(reason)
     else:
@@ -138,8 +168,9 @@ def unfuse(model: nn.Module) -> None:
 def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Stands in the place of a decoder layer's forward."""
     step = layer.__dict__["decoding"]
-    if not args and step.serves(hidden_states, kwargs):
-        return step(hidden_states, kwargs)
+    arguments = {**dict(zip(step.names, args)), **kwargs} if args else kwargs
+    if step.serves(hidden_states, arguments):
+        return step(hidden_states, arguments)
     return type(layer).forward(layer, hidden_states, *args, **kwargs)
 
 
@@ -150,7 +181,7 @@ def _forward_of_all(base: nn.Module, input_ids: Tensor | None = None, *args: Any
     return type(base).forward(base, input_ids, *args, **kwargs)
 
 
-class GrowingLayer(DynamicLayer):
+class _Growing(DynamicLayer):
     """A layer's cache whose keys and values are views of larger tensors, until someone else replaces them.
 
     The views are made when somebody asks for them.
@@ -158,16 +189,21 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self, layer: DynamicLayer):
         self.room: tuple[Tensor, Tensor] | None = None
-        self._length = 0  # of what is filled in the room
+        self._start = 0  # the number of the token that the room begins with
+        self._length = 0  # tokens so far
         self._states: list[Any] | None = [None, None]  # keys and values; None: views of the room
-        super().__init__()
         self.__dict__.update({name: value for name, value in layer.__dict__.items() if name not in _STATES})
         self.keys, self.values = layer.keys, layer.values
+
+    def kept(self) -> int:
+        """How many of the last tokens the cache has to hold."""
+        return self._length
 
     def _both(self) -> list[Any]:
         if self._states is None:
             assert self.room is not None
-            self._states = [states.narrow(2, 0, self._length) for states in self.room]
+            kept = self.kept()
+            self._states = [states.narrow(2, self._length - kept - self._start, kept) for states in self.room]
         return self._states
 
     def _replace(self, place: int, states: Tensor | None) -> None:
@@ -178,21 +214,23 @@ class GrowingLayer(DynamicLayer):
     keys = property(lambda self: self._both()[0], lambda self, states: self._replace(0, states))
     values = property(lambda self: self._both()[1], lambda self, states: self._replace(1, states))
 
-    def make_room(self, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [batch, heads, capacity, dim] that begin with the cache's, and have room for `count` tokens.
+    def make_room(self, like: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
+        """Keys and values [batch, heads, capacity, dim] that begin with the cache's, and have room for `count` tokens;
+        and the number of the token that they begin with.
 
         Args:
             like: [batch, heads, 0, dim], what an empty cache is to hold.
         """
-        if self.room is None or self.room[0].shape[2] < self._length + count:
+        if self.room is None or self.room[0].shape[2] < self._length - self._start + count:
             keys, values = self._both()
             if not self.is_initialized or keys is None or keys.numel() == 0:
                 self.lazy_initialization(like, like)
                 keys = values = like
-            self._length = keys.shape[2]
+            self._length = self.get_seq_length() if keys.shape[2] else 0
+            self._start = self._length - keys.shape[2]
             self.room = (_with_room(keys, count), _with_room(values, count))
             self._states = None
-        return self.room
+        return *self.room, self._start
 
     def advance(self, count: int) -> None:
         """So many tokens after the last are in the room now."""
@@ -201,16 +239,43 @@ class GrowingLayer(DynamicLayer):
         self._states = None
 
 
-def filled(layer: Any, batch: int, heads: int, dim: int, dtype: torch.dtype) -> int | None:
-    """How many tokens a layer's cache holds; None where it is of another kind, shape or dtype."""
-    if type(layer) is GrowingLayer and layer.room is not None:
-        states, length = layer.room, layer._length
-    elif type(layer) not in (DynamicLayer, GrowingLayer):
+class GrowingLayer(_Growing):
+    """The cache of a layer whose tokens see all before them."""
+
+
+class GrowingWindowLayer(_Growing, DynamicSlidingWindowLayer):
+    """The cache of a layer whose tokens see a window of those before them; what is beyond it goes when room is made."""
+
+    def kept(self) -> int:
+        return min(self._length, self.sliding_window - 1)
+
+    def advance(self, count: int) -> None:
+        super().advance(count)
+        self.cumulative_length = self._length
+
+
+_GROWING: dict[type, type[_Growing]] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingWindowLayer}
+
+
+def filled(layer: Any, window: int | None, batch: int, heads: int, dim: int, dtype: torch.dtype) -> int | None:
+    """How many tokens a layer's cache has taken in; None where it is of another kind, shape or dtype.
+
+    Args:
+        window: how many tokens the layer's tokens see; None: all.
+    """
+    if type(layer) not in _GROWING and not isinstance(layer, _Growing):
         return None
+    slides = isinstance(layer, DynamicSlidingWindowLayer)
+    if slides and (layer.sliding_window != window or layer.record_past):
+        return None
+    if isinstance(layer, _Growing) and layer.room is not None:
+        states, length = layer.room, layer._length
     elif not layer.is_initialized or layer.keys is None or layer.keys.numel() == 0:
-        return 0
+        return None if slides and layer.cumulative_length else 0
     else:
-        states, length = (layer.keys, layer.values), layer.keys.shape[-2]
+        states, length = (layer.keys, layer.values), layer.get_seq_length()
+        if slides and layer.keys.shape[2] != min(length, layer.sliding_window - 1):
+            return None
     if states[0].dim() != 4 or not states[0].dtype == states[1].dtype == dtype:
         return None
     shape = states[0].shape
@@ -229,30 +294,43 @@ class _Masks:
     """Reads attention masks, each once for all layers of a forward."""
 
     def __init__(self) -> None:
-        self.last: tuple[weakref.ref[Tensor], int, Tensor | None] | None = None
+        self.last: dict[int | None, tuple[weakref.ref[Tensor], int, Tensor | None]] = {}  # by window
 
-    def first(self, mask: Tensor, batch: int, count: int) -> Tensor | None:
-        """int64 [batch], the first place that each sequence's tokens see.
+    def first(self, mask: Tensor, batch: int, count: int, length: int, window: int | None) -> Tensor | None:
+        """int64 [batch], the first token of each sequence that is seen.
 
-        None where the mask is not that of tokens that see those before them, from a first place on, and themselves.
+        None where the mask is not that of tokens that see those before them, or so many as the window has, from a first
+        token on, and themselves.
 
         Args:
-            mask: of the last `count` places; only bool [batch, 1, count, places] can be such a mask.
+            mask: of the last `count` tokens, `length` come before; bool [batch, 1, count, places], or numbers that are
+                added, 0 or the smallest of the dtype. The places are those of the last tokens.
         """
         if mask.is_inference():  # changes of such a one are not counted
-            return self._read(mask, batch, count)
-        last = self.last
+            return self._read(mask, batch, count, length, window)
+        last = self.last.get(window)
         if last is None or last[0]() is not mask or last[1] != mask._version:
-            last = self.last = (weakref.ref(mask), mask._version, self._read(mask, batch, count))
+            read = self._read(mask, batch, count, length, window)
+            last = self.last[window] = (weakref.ref(mask), mask._version, read)
         return last[2]
 
     @staticmethod
-    def _read(mask: Tensor, batch: int, count: int) -> Tensor | None:
-        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[:3] != (batch, 1, count):
+    def _read(mask: Tensor, batch: int, count: int, length: int, window: int | None) -> Tensor | None:
+        if mask.dim() != 4 or mask.shape[:3] != (batch, 1, count) or not count <= mask.shape[3] <= length + count:
             return None
-        places = torch.arange(mask.shape[3])
-        first = mask[:, 0, -1].to(torch.uint8).argmax(-1)
-        seen = (places >= first.view(-1, 1, 1)) & (places <= places[-count:].unsqueeze(1))
+        if mask.is_floating_point():
+            lowest = torch.finfo(mask.dtype).min
+            if not ((mask == 0) | (mask == lowest)).all():
+                return None
+            mask = mask == 0
+        elif mask.dtype != torch.bool:
+            return None
+        tokens = torch.arange(length + count - mask.shape[3], length + count)
+        first = tokens[mask[:, 0].any(1).to(torch.uint8).argmax(-1)]
+        own = tokens[-count:].unsqueeze(1)
+        seen = (tokens >= first.view(-1, 1, 1)) & (tokens <= own)
+        if window is not None:
+            seen &= tokens > own - window
         return first if torch.equal(mask[:, 0], seen) else None
 
 
@@ -273,13 +351,33 @@ def _native_takes(x: Tensor, native: NativeLayers, module: nn.Module) -> bool:
 
 
 class _Decoding:
-    """How a layer runs in one call. It steps aside when the modules below it are not those that were compared."""
+    """How a layer runs in one call. It steps aside when the modules below it are not those that were compared.
 
-    def __init__(self, layer: nn.Module, native: NativeLayers, masks: _Masks):
-        self.layer, self.native, self.masks = layer, native, masks
-        self.key_heads, self.dim = native.layers[0].key_heads, native.layers[0].parts.dim
-        attention: Any = layer.get_submodule("self_attn")
+    Raises:
+        _Unfit: the library cannot run these parts.
+    """
+
+    def __init__(self, layer: nn.Module, parts: Parts, rotary: nn.Module | None, masks: _Masks):
+        if reason := parts.unsupported():
+            raise _Unfit(reason)
+        if any("forward" in module.__dict__ for module in layer.modules()):
+            raise _Unfit("its forward was replaced")
+        if rounds_cache(layer):
+            raise _Unfit("its keys and values are rounded for the cache")
+        self.layer, self.parts, self.masks = layer, parts, masks
+        self.native = NativeLayers([NativeLayer(parts)])
+        attention = _attention_of(layer)
         self.index, self.config = int(attention.layer_idx), attention.config
+        self.implementation = "sdpa" if parts.cap is None else "eager"  # only this one knows caps
+        self.names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and the layer's input
+        self.rotary = rotary if "position_embeddings" in self.names else None
+        kinds = self.rotary is not None and "layer_type" in inspect.signature(self.rotary.forward).parameters
+        self.kind = self.config.layer_types[self.index] if kinds else None  # of several tables of the rotation
+        try:
+            cache = DynamicCache(config=self.config).layers[self.index]
+        except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            raise _Unfit(f"it has no cache that is known: {error}") from error
+        self.slides = isinstance(cache, DynamicSlidingWindowLayer)
         self.children: list[tuple[dict, dict]] | None = None
         self.hooks: list[dict] = []
 
@@ -287,31 +385,50 @@ class _Decoding:
         """A copy looks at the modules of the copied layer, which are not there yet when it is made."""
         return {**self.__dict__, "children": None, "hooks": []}
 
+    @property
+    def window(self) -> int | None:
+        """How many tokens a token sees, itself the last; None: all before it."""
+        return self.config.sliding_window if self.slides else None
+
+    def rotation(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos and sin for tokens at these positions [batch or 1, count]; None where the layer rotates nothing."""
+        if self.rotary is None:
+            return None
+        return self.rotary(x, positions) if self.kind is None else self.rotary(x, positions, self.kind)
+
     def serves(self, x: Tensor, arguments: dict[str, Any]) -> bool:
         """Whether these are tokens that see those before them, and nothing but the next hidden state is wanted.
 
         Args:
-            x: the layer's input. arguments: the keyword arguments of the layer's forward.
+            x: the layer's input. arguments: those of the layer's forward by name.
         """
         if torch.compiler.is_compiling() or self.layer.training or not _native_takes(x, self.native, self.layer):
             return False
         if arguments.get("is_causal") is not None or any(arguments[name] for name in arguments.keys() - _PASSED):
             return False
-        (batch, count, _), dim = x.shape, self.dim
+        batch, count, _ = x.shape
         rotation = arguments.get("position_embeddings")
-        if not isinstance(rotation, tuple) or len(rotation) != 2:
+        if (rotation is None) != (self.rotary is None):
             return False
-        shapes = {tuple(table.shape) for table in rotation}
-        if shapes not in ({(1, count, dim)}, {(batch, count, dim)}) or any(t.dtype != x.dtype for t in rotation):
-            return False
+        if rotation is not None:
+            if not isinstance(rotation, tuple) or len(rotation) != 2:
+                return False
+            features = rotation[0].shape[-1]
+            shapes = {tuple(table.shape) for table in rotation}
+            if shapes not in ({(1, count, features)}, {(batch, count, features)}) or features > self.parts.dim:
+                return False
+            if any(table.dtype != x.dtype for table in rotation):
+                return False
         if (length := self._length(_cache_in(arguments), x)) is None:
             return False
         mask = arguments.get("attention_mask")
-        if (mask is None and count > 1 and length) or self.config._attn_implementation != "sdpa":
+        if (mask is None and count > 1 and length) or self.config._attn_implementation != self.implementation:
             return False
-        if mask is not None and (mask.shape[-1] != length + count or self.masks.first(mask, batch, count) is None):
+        if mask is None and self.implementation == "eager" and count > 1:
             return False
-        return self._untouched()
+        if mask is not None and self.masks.first(mask, batch, count, length, self.window) is None:
+            return False
+        return not _captures() and self._untouched()
 
     def _length(self, cache: Any, x: Tensor) -> int | None:
         """How many tokens the cache of this layer holds; None where it is another kind of cache, or another's."""
@@ -319,7 +436,8 @@ class _Decoding:
             return 0
         if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) <= self.index:
             return None
-        return filled(cache.layers[self.index], len(x), self.key_heads, self.dim, x.dtype)
+        parts = self.parts
+        return filled(cache.layers[self.index], self.window, len(x), parts.key_heads, parts.dim, x.dtype)
 
     def _untouched(self) -> bool:
         """Whether the modules below the layer are those that were compared, and nobody else hooked into them."""
@@ -333,34 +451,45 @@ class _Decoding:
 
     def __call__(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The layer's output, where `serves` these; their keys and values are in the cache then."""
-        cos, sin = arguments["position_embeddings"]
-        cache, mask = _cache_in(arguments), arguments.get("attention_mask")
+        cache, mask, rotation = _cache_in(arguments), arguments.get("attention_mask"), None
         batch, count, _ = x.shape
-        first = None if mask is None else self.masks.first(mask, batch, count)
         length = self._length(cache, x)
         assert length is not None
-        rotation = (cos.contiguous(), sin.contiguous())
+        first = None if mask is None else self.masks.first(mask, batch, count, length, self.window)
+        if (tables := arguments.get("position_embeddings")) is not None:
+            rotation = (tables[0].contiguous(), tables[1].contiguous())
         with _room_for(cache, [self], x) as rooms:
-            return self.native.step(x.contiguous(), rotation, rooms, length, first)
+            return self.native.step(
+                x.contiguous(), [Context(*rooms[0][:2], rotation, rooms[0][2], self.window)], length, first
+            )
+
+
+def _captures() -> bool:
+    """Whether transformers records, during this forward, what modules below a layer put out."""
+    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
+    recorded = None if collector is None else collector.get()
+    return bool(recorded) and any(not name.startswith(("hidden_states", "_hidden_states")) for name in recorded)
 
 
 @contextmanager
-def _room_for(cache: Any, steps: "list[_Decoding]", x: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Keys and values of these layers with room for x [batch, count, hidden]; at the end they are the cache's.
+def _room_for(cache: Any, steps: "list[_Decoding]", x: Tensor) -> Iterator[list[tuple[Tensor, Tensor, int]]]:
+    """Keys and values of these layers with room for x [batch, count, hidden], and the number of the token that they
+    begin with; at the end they are the cache's.
 
     Each layer has its own, without a cache too: the first tokens are through all layers before the next ones begin.
     """
     count = x.shape[1]
-    rooms: list[tuple[Tensor, Tensor]] = []
-    growing: list[GrowingLayer] = []
+    rooms: list[tuple[Tensor, Tensor, int]] = []
+    growing: list[_Growing] = []
     for step in steps:
-        states = torch.empty((len(x), step.key_heads, 0 if cache is not None else count, step.dim), dtype=x.dtype)
+        shape = (len(x), step.parts.key_heads, 0 if cache is not None else count, step.parts.dim)
+        states = torch.empty(shape, dtype=x.dtype)
         if cache is None:
-            rooms.append((states, torch.empty_like(states)))
+            rooms.append((states, torch.empty_like(states), 0))
             continue
         layer: Any = cache.layers[step.index]
-        if type(layer) is not GrowingLayer:
-            layer = cache.layers[step.index] = GrowingLayer(layer)
+        if not isinstance(layer, _Growing):
+            layer = cache.layers[step.index] = _GROWING[type(layer)](layer)
         growing.append(layer)
         rooms.append(layer.make_room(states, count))
     yield rooms
@@ -371,8 +500,9 @@ def _room_for(cache: Any, steps: "list[_Decoding]", x: Tensor) -> Iterator[list[
 class _WholeDecoder:
     """How all layers of a decoder and its last norm run in one call. It steps aside where one of the layers would."""
 
-    def __init__(self, base: nn.Module, steps: list[_Decoding], norm: Norm):
+    def __init__(self, base: nn.Module, steps: list[_Decoding], layers: str):
         self.base, self.steps = base, steps
+        self.embed, self.positions, self.norm, norm = _around(base, layers)
         self.native = NativeLayers([step.native.layers[0] for step in steps], norm)
         self.config: Any = steps[0].config
         self.output: Any = None  # the class of what the decoder returns
@@ -404,13 +534,14 @@ class _WholeDecoder:
             return None
         config, base = self.config, self.base
         wants_more = config.output_hidden_states or config.output_attentions or not config.return_dict
+        wants_more = wants_more or getattr(config, "output_router_logits", False)
         if wants_more or others.get("return_dict") is False or getattr(config, "is_causal", None) is not None:
             return None
         if (input_ids is None) == (inputs_embeds is None) or torch.compiler.is_compiling() or base.training:
             return None
-        if config._attn_implementation != "sdpa" or not self._untouched():
+        if config._attn_implementation != self.steps[0].implementation or not self._untouched():
             return None
-        x: Any = base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[operator]
+        x: Any = base.get_submodule(self.embed)(input_ids) if inputs_embeds is None else inputs_embeds
         if not _native_takes(x, self.native, base):
             return None
         batch, count, _ = x.shape
@@ -436,15 +567,25 @@ class _WholeDecoder:
             return None
         elif attention_mask is None and count > 1 and not (position_ids.diff() == 1).all():
             return None  # several texts in one sequence
-        cos, sin = base.rotary_emb(x, position_ids=position_ids)  # type: ignore[operator]
+        if self.positions is not None:
+            x = x + base.get_submodule(self.positions)(position_ids)
+        rotations: dict[str | None, tuple[Tensor, Tensor] | None] = {}
+        for step in self.steps:
+            if step.kind not in rotations:
+                tables = step.rotation(x, position_ids)
+                rotations[step.kind] = tables and (tables[0].contiguous(), tables[1].contiguous())
         with _room_for(cache, self.steps, x) as rooms:
-            y = self.native.step(x.contiguous(), (cos.contiguous(), sin.contiguous()), rooms, length, first)
+            contexts = [
+                Context(keys, values, rotations[step.kind], start, step.window)
+                for step, (keys, values, start) in zip(self.steps, rooms)
+            ]
+            y = self.native.step(x.contiguous(), contexts, length, first)
         return self.output(last_hidden_state=y, **{self.cache: cache})
 
     def _untouched(self) -> bool:
         """Whether nobody hooked into the layers or the last norm, or changed what the layers hold."""
         if self.children is None:
-            alone = [self.base.get_submodule("norm"), *(step.layer for step in self.steps)]
+            alone = [self.base.get_submodule(self.norm), *(step.layer for step in self.steps)]
             below = [module for step in self.steps for module in step.layer.modules()]
             self.alone = alone
             self.hooks = [hooks for m in (*alone, *below) for hooks in (m._forward_hooks, m._forward_pre_hooks)]
@@ -490,20 +631,23 @@ def _forward_of_head(head: nn.Module, x: Tensor) -> Tensor:
     return head.__dict__["decoding"](x)
 
 
-def _layers_alone(base: nn.Module, layers: str) -> Norm:
-    """The last norm of a decoder that has embeddings, layers, this norm, a rotary_emb, and nothing else.
+def _around(base: nn.Module, layers: str) -> tuple[str, str | None, str, Norm]:
+    """What is around a decoder's layers: its embeddings, those of positions, its last norm, and what that computes.
 
     Raises:
-        _Unfit: it has something else.
+        _Unfit: there is something else.
     """
-    parts = {name for name, _ in base.named_children()}
-    if parts != {"embed_tokens", layers, "norm", "rotary_emb"}:
-        raise _Unfit(
-            f"the decoder has {', '.join(sorted(parts))}, and a Llama's embed_tokens, layers, norm, rotary_emb"
-        )
+    parts = {name for name, module in base.named_children() if not isinstance(module, _NOTHING)}
+    for embed, positions, norm, rotary in _DECODERS:
+        if parts == {embed, positions, layers, norm, rotary} - {None}:
+            break
+    else:
+        expected = ", ".join(name for name in (_DECODERS[0][0], layers, *_DECODERS[0][2:]) if name)
+        raise _Unfit(f"the decoder has {', '.join(sorted(parts))}, and a Llama's {expected}")
     if "forward" in base.__dict__:
         raise _Unfit("the decoder's forward was replaced")
-    return _norm("norm", base.norm)  # type: ignore[arg-type]
+    with _in_float32(base.get_submodule(norm)):
+        return embed, positions, norm, _norm(norm, base.get_submodule(norm))
 
 
 @torch.inference_mode()
@@ -516,7 +660,7 @@ def _try_whole(base: nn.Module, whole: _WholeDecoder) -> None:
         _Unfit: they differ, or the decoder cannot be run by itself.
     """
     own: Any = type(base).forward
-    embed: Any = base.get_submodule("embed_tokens")
+    embed: Any = base.get_submodule(whole.embed)
     first = torch.tensor(_FIRST)
     count = sum(_PIECES)
     ids = torch.arange(len(first) * count).view(len(first), count) % embed.num_embeddings
@@ -551,6 +695,30 @@ def _cache_in(arguments: dict[str, Any]) -> Any:
     return arguments["cache"] if "cache" in arguments else arguments.get("past_key_values")
 
 
+def _attention_of(layer: nn.Module) -> Any:
+    """The part of a layer that attention is done by: that which the first of its linear layers belongs to.
+
+    Raises:
+        _Unfit: it has none.
+    """
+    names = _names(dict(layer.named_modules()), _ATTENTIONS)
+    return layer.get_submodule(str(names[0]).rpartition(".")[0])
+
+
+def _names(modules: dict[str, nn.Module], rows: tuple[tuple[str | None, ...], ...]) -> tuple[str | None, ...]:
+    """The first row all of whose names are modules.
+
+    Raises:
+        _Unfit: there is none; says what is missing of the row that most of is there.
+    """
+    missing = [[name for name in row if name and name not in modules] for row in rows]
+    shares = [len(absent) / sum(name is not None for name in row) for absent, row in zip(missing, rows)]
+    best = shares.index(min(shares))
+    if missing[best]:
+        raise _Unfit(f"it has no {missing[best][0]}")
+    return rows[best]
+
+
 def _parts(layer: nn.Module) -> Parts:
     """The parts of a layer, by its modules' names and by what they compute.
 
@@ -558,58 +726,144 @@ def _parts(layer: nn.Module) -> Parts:
         _Unfit: a part is missing, or the layer has another one.
     """
     modules = dict(layer.named_modules())
-    for name in (*_LINEARS, *_NORMS):
-        if name not in modules:
-            raise _Unfit(f"it has no {name}")
-    for name in _LINEARS:
-        if not isinstance(modules[name], QLinear):
+    attention = _attention_of(layer)
+    names = _names(modules, _ATTENTIONS)
+    routed = _EXPERTS[1] in modules
+    mlp: tuple[str | None, ...] = (None, None, None) if routed else _names(modules, _MLPS)
+    if routed and _SHARED[0] in modules:
+        mlp = _names(modules, (_SHARED,))
+    around = _names(modules, tuple(sorted(_NORMS, key=lambda row: -sum(name in modules for name in row))))
+    heads = tuple(name if name in modules else None for name in _HEAD_NORMS)
+    act = next((name for name in _ACT if name in modules), None)
+    used = {name for name in (*names, *mlp, *around, *heads, *_ACT) if name is not None}
+    if routed:
+        used |= {*_EXPERTS, _SHARED_GATE}
+    for name, module in modules.items():
+        holds = not name or any(each.startswith(f"{name}.") for each in used)
+        if not holds and not isinstance(module, _NOTHING) and not f"{name}.".startswith(tuple(f"{u}." for u in used)):
+            raise _Unfit(f"it has a {name}, which no layer that can be fused has")
+    for name in (*names, *mlp):
+        if name and not isinstance(modules[name], QLinear):
             raise _Unfit(f"{name} is not quantized")
-    for name in sorted(modules.keys() - _KNOWN - {""}):
-        if not name.startswith(_LINEARS):
-            raise _Unfit(f"it has a {name}, which a Llama's layer has not")
-    attention: Any = modules["self_attn"]
     dim, scale = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
-    if not isinstance(dim, int) or not isinstance(scale, float):
-        raise _Unfit("self_attn does not say its head_dim and scaling")
-    if attention.config._attn_implementation != "sdpa":
-        raise _Unfit(f"attention is {attention.config._attn_implementation}, not sdpa")
-    norms = [_norm(name, modules[name]) for name in _NORMS]
-    of_heads = [_norm(name, modules[name]) if name in modules else None for name in _HEAD_NORMS]
-    linears = tuple(modules[name] for name in _LINEARS)
-    return Parts(linears, (*norms, *of_heads), dim, scale, _activation(modules.get("mlp.act_fn")))  # type: ignore[arg-type]
+    known = isinstance(dim, int) and isinstance(scale, float) and isinstance(getattr(attention, "layer_idx", None), int)
+    if not known or not hasattr(attention, "config"):
+        raise _Unfit("attention does not say its head_dim, scaling, layer_idx and config")
+    cap = getattr(attention, "attn_logit_softcapping", None)
+    kind = attention.config._attn_implementation
+    if kind != ("sdpa" if cap is None else "eager"):
+        raise _Unfit(f"attention is {kind}, not {'sdpa' if cap is None else 'eager'}")
+    linears: Any = tuple(None if name is None else modules[name] for name in (*names, *mlp))
+    norms = tuple(None if name is None else _norm(name, modules[name]) for name in (*around, *heads))
+    outputs, mixed = linears[0].out_features, linears[3].in_features
+    keys = linears[1].out_features if linears[1] is not None else (outputs - mixed) // 2
+    experts = _experts(modules) if routed else None
+    return Parts(linears, norms, mixed // dim, keys // dim, dim, scale, _activation(act, modules), cap, experts)
+
+
+def _experts(modules: dict[str, nn.Module]) -> Experts:
+    """The experts of a layer, and how its router sends tokens to them.
+
+    Raises:
+        _Unfit: it does so in another way.
+    """
+    router, gates, downs = (modules.get(name) for name in _EXPERTS)
+    weight = getattr(router, "weight", None)
+    if router is None or not isinstance(weight, Tensor) or downs is None:
+        raise _Unfit(f"its experts have no {' or '.join(_EXPERTS[:1] + _EXPERTS[2:])}")
+    if not isinstance(gates, QExperts) or not isinstance(downs, QExperts) or gates.interleaved:
+        raise _Unfit("its experts are not quantized, or gates and ups alternate")
+    linears: Any = []
+    each_gate: Any
+    for each_gate, down in zip(gates.experts, downs.experts):
+        expert: list[Any] = [*each_gate, *([None] if len(each_gate) == 1 else []), *down.children()]
+        if len(expert) != 3 or not all(each is None or isinstance(each, QLinear) for each in expert):
+            raise _Unfit("some experts are not quantized")
+        linears.append(tuple(expert))
+    hidden = weight.shape[1]
+    x = torch.randn(16, hidden, generator=torch.Generator().manual_seed(0))
+    outputs: Any = router(x)
+    if not isinstance(outputs, tuple) or len(outputs) != 3:
+        raise _Unfit("its router does not say which experts it chose")
+    _, shares, chosen = outputs
+    probabilities = (x @ weight.float().t()).softmax(-1)
+    top, expected = probabilities.topk(shares.shape[-1], dim=-1)
+    renormalized = not _close(shares, top, _EXACT_TOLERANCE)
+    if renormalized:
+        top = top / top.sum(-1, keepdim=True)
+    if not torch.equal(chosen, expected) or not _close(shares, top, _EXACT_TOLERANCE):
+        raise _Unfit("its router computes something else than the softmax of a product")
+    shared = modules.get(_SHARED_GATE)
+    gate = None if shared is None else getattr(shared, "weight", None)
+    if shared is not None:
+        gate = (gate.float() if isinstance(gate, Tensor) else shared(torch.eye(hidden))).flatten().clone()
+    return Experts(weight.detach().float().clone(), shares.shape[-1], renormalized, tuple(linears), gate)
 
 
 def _norm(name: str, module: nn.Module) -> Norm:
-    """The weight and epsilon of an RMS norm. The weight is the output for ones: some norms store it less 1.
+    """The weight, bias and epsilon of an RMS norm or a LayerNorm. What counts is the output: some store weights less 1.
 
     Raises:
         _Unfit: it computes something else.
     """
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
-        raise _Unfit(f"{name} is not an RMS norm")
-    ones = torch.ones(weight.numel())
-    norm = Norm(module(ones).to(torch.float32) * (1 + eps) ** 0.5, eps)
-    x = torch.randn(weight.numel(), generator=torch.Generator().manual_seed(0)) * eps**0.5  # so small that eps counts
-    expected = x * torch.rsqrt(x.square().mean() + eps) * norm.weight
-    if not _close(module(x), expected, _EXACT_TOLERANCE):
-        raise _Unfit(f"{name} is not an RMS norm")
-    return norm
+        raise _Unfit(f"{name} is not a norm with a weight")
+    count = weight.numel()
+    signs = torch.ones(count)
+    signs[::2] = -1  # of mean 0 and mean square 1, for the even counts that layers have
+    bias = module(torch.zeros(count)).to(torch.float32)
+    scales = (module(signs).to(torch.float32) - bias) * signs * (1 + eps) ** 0.5
+    x = (torch.randn(count, generator=torch.Generator().manual_seed(0)) + 0.5) * eps**0.5  # so small that eps counts
+    for centered in (False, True):
+        y = x - x.mean() if centered else x
+        norm = Norm(scales, eps, bias if bias.any() else None, centered)
+        if _close(module(x), y * torch.rsqrt(y.square().mean() + eps) * scales + bias, _EXACT_TOLERANCE):
+            return norm
+    raise _Unfit(f"{name} is neither an RMS norm nor a LayerNorm")
 
 
-def _activation(module: nn.Module | None) -> str:
+def _activation(name: str | None, modules: dict[str, nn.Module]) -> str:
     """The name of an activation function, by what it computes.
 
     Raises:
         _Unfit: NativeLayer has no such function.
     """
-    if module is None:
-        raise _Unfit("mlp has no act_fn")
+    if name is None:
+        raise _Unfit(f"it has no {_ACT[0]}")
     x = torch.linspace(-8, 8, 1001)
-    for name, expected in zip(ACTIVATIONS, (F.silu(x), F.gelu(x, approximate="tanh"))):
-        if _close(module(x), expected, _EXACT_TOLERANCE):
-            return name
-    raise _Unfit(f"mlp.act_fn is {type(module).__name__}")
+    functions = (F.silu(x), F.gelu(x, approximate="tanh"), F.gelu(x), F.relu(x))
+    for activation, expected in zip(ACTIVATIONS, functions):
+        if _close(modules[name](x), expected, _EXACT_TOLERANCE):
+            return activation
+    raise _Unfit(f"{name} is {type(modules[name]).__name__}")
+
+
+@contextmanager
+def _in_float32(module: nn.Module) -> Iterator[None]:
+    """Meanwhile, parameters that are not quantized are float32, so that a trial rounds nothing."""
+    own = [(parameter, parameter.data) for parameter in module.parameters()]
+    try:
+        for parameter, data in own:
+            if data.is_floating_point() and data.numel() <= _CONVERTED:
+                parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data
+
+
+@contextmanager
+def _small_window(config: Any) -> Iterator[None]:
+    """Meanwhile, layers with a window have one that a trial's tokens reach beyond."""
+    window = getattr(config, "sliding_window", None)
+    try:
+        if window is not None:
+            config.sliding_window = _WINDOW
+        yield
+    finally:
+        if window is not None:
+            config.sliding_window = window
 
 
 def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
@@ -618,49 +872,78 @@ def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 @torch.inference_mode()
-def _try(layer: nn.Module, step: _Decoding, rotary: nn.Module | None, config: PreTrainedConfig) -> None:
-    """Run random rows through a layer's own forward and through the native one.
+def _try(step: _Decoding) -> Any:
+    """Run random rows through a layer's own forward and through the native one; the cache that its own leaves.
 
     Raises:
         _Unfit: they differ, or the layer cannot be run by itself.
     """
-    if rotary is None:
+    layer, config = step.layer, step.config
+    if step.rotary is None and "position_embeddings" in step.names:
         raise _Unfit("the model has no rotary_emb")
     count, first = sum(_PIECES), torch.tensor(_FIRST)
     x = torch.randn(len(first), count, step.native.hidden, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(_POSITION, _POSITION + count).unsqueeze(0)
     places = torch.arange(count)
-    seen = (places <= places.unsqueeze(1)) & (places >= first.view(-1, 1, 1, 1))
     name = cache_name(layer) or "past_key_values"
-    theirs: Any = DynamicCache(config=config)
-    ours: Any = DynamicCache(config=config)
+    with _small_window(config):
+        theirs: Any = DynamicCache(config=config)
+        ours: Any = DynamicCache(config=config)
+        seen = (places <= places.unsqueeze(1)) & (places >= first.view(-1, 1, 1, 1))
+        if step.window is not None:
+            seen &= places > places.unsqueeze(1) - step.window
+        try:
+            tables = step.rotation(x, positions)
+            start = 0
+            for piece in _PIECES:
+                end = start + piece
+                mask = seen[:, :, start:end, :end]
+                if step.window is not None:
+                    mask = mask[..., max(0, start - step.window + 1) :]  # what the cache no longer has
+                if step.implementation == "eager":
+                    mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+                arguments: dict[str, Any] = {"attention_mask": mask}
+                if tables is not None:
+                    arguments["position_embeddings"] = (tables[0][:, start:end], tables[1][:, start:end])
+                rows = x[:, start:end]
+                expected = type(layer).forward(
+                    layer, rows, position_ids=positions[:, start:end], use_cache=True, **{name: theirs}, **arguments
+                )
+                if not step.serves(rows, {name: ours, **arguments}):
+                    raise _Unfit(f"its cache is a {type(ours.layers[step.index]).__name__}")
+                got = step(rows, {name: ours, **arguments})
+                real = places[start:end] >= first.unsqueeze(1)
+                _compare((got - rows)[real], (expected - rows)[real])
+                start = end
+        except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            raise _Unfit(f"it cannot be tried by itself: {error}") from error
+    for states in ("keys", "values"):
+        own, right = (getattr(cache.layers[step.index], states) for cache in (ours, theirs))
+        real = (places[-own.shape[2] :] >= first.unsqueeze(1)).unsqueeze(1).expand(own.shape[:3])
+        _compare(own[real], right[real])
+    return theirs
+
+
+def _try_cap(step: _Decoding) -> None:
+    """Try the layer again, its scores so large that the cap changes them.
+
+    Raises:
+        _Unfit: outputs differ.
+    """
+    attention, parts = _attention_of(step.layer), step.parts
+    keys = _try(step).layers[step.index].keys
+    assert parts.cap is not None
+    size = (
+        keys.square().sum(-1).mean().item() / parts.dim**0.5
+    )  # what scores are about, where queries are as large as keys
+    scale = parts.cap / 4 / size
     try:
-        cos, sin = rotary(x, positions)
-        start = 0
-        for piece in _PIECES:
-            end = start + piece
-            arguments = {
-                "attention_mask": seen[:, :, start:end, :end],
-                "position_embeddings": (cos[:, start:end], sin[:, start:end]),
-            }
-            rows = x[:, start:end]
-            expected = type(layer).forward(
-                layer, rows, position_ids=positions[:, start:end], use_cache=True, **{name: theirs}, **arguments
-            )
-            if not step.serves(rows, {name: ours, **arguments}):
-                raise _Unfit(f"its cache is a {type(ours.layers[step.index]).__name__}")
-            got = step(rows, {name: ours, **arguments})
-            real = places[start:end] >= first.unsqueeze(1)
-            _compare((got - rows)[real], (expected - rows)[real])
-            start = end
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        raise _Unfit(f"it cannot be tried by itself: {error}") from error
-    for name in ("keys", "values"):
-        states, right = (getattr(cache.layers[step.index], name) for cache in (ours, theirs))
-        real = (places >= first.unsqueeze(1)).unsqueeze(1).expand(states.shape[:3])
-        _compare(states[real], right[real])
+        attention.scaling = scale
+        _try(_Decoding(step.layer, replace(parts, scale=scale), step.rotary, step.masks))
+    finally:
+        attention.scaling = parts.scale
 
 
 def _compare(got: Tensor, expected: Tensor) -> None:
     if not _close(got, expected, _TOLERANCE):
-        raise _Unfit("it computes something else than a Llama's layer")
+        raise _Unfit("it computes something else than its parts say")

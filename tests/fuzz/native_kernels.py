@@ -36,7 +36,7 @@ from bitpress.kernels.activations.int8_token import quantize_rows
 from bitpress.kernels.cpu import library as native_library
 from bitpress.kernels.cpu import native
 from bitpress.kernels.cpu.library import Library, library
-from bitpress.kernels.decoder_layer import ACTIVATIONS, NativeLayer, NativeLayers, Norm, Parts
+from bitpress.kernels.decoder_layer import ACTIVATIONS, Context, Experts, NativeLayer, NativeLayers, Norm, Parts
 from bitpress.kernels.linear import QLinear
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import Selection
@@ -250,6 +250,15 @@ class LayerCall:
     instructions: str
     values: str
     at_end: bool
+    fused: bool
+    gated: bool
+    sandwich: bool
+    centered: bool
+    cap: float | None
+    experts: int
+    shared: bool
+    window: int | None
+    rotated: int
 
 
 def make_layer_call(number: int, seed: int, runnable: list[str]) -> LayerCall:
@@ -268,6 +277,9 @@ def make_layer_call(number: int, seed: int, runnable: list[str]) -> LayerCall:
         generator.choice(ACTIVATIONS), generator.choice(DTYPES), generator.choice(KINDS).name,
         generator.choice((1, 1, 2, 3)), generator.choice(runnable),
         generator.choice(("normal", "normal", "zero", "huge", "nan")), generator.random() < 0.7,
+        *(generator.random() < 0.4 for _ in range(4)), generator.choice((None, None, 2.5)),
+        generator.choice((0, 0, 1, 2, 5, 17)), generator.random() < 0.5,
+        generator.choice((None, None, 1, 2, 30, 64, 90)), generator.choice((0, 2, 8, dim, dim)),
     )  # fmt: skip
 
 
@@ -300,15 +312,35 @@ def perform_layer(call: LayerCall, loaded: Library) -> None:
         return layer
 
     def norm(features: int) -> Norm:
-        return Norm(copied(torch.randn(features, generator=generator)), 1e-3)
+        weight, bias = (torch.randn(features, generator=generator) for _ in range(2))
+        return Norm(copied(weight), 1e-3, copied(bias) if call.centered else None, call.centered)
+
+    def mlp() -> tuple[QLinear, QLinear | None, QLinear]:
+        both = call.fused and call.gated
+        gate = linear(call.inner * (2 if both else 1), call.hidden)
+        return (
+            gate,
+            linear(call.inner, call.hidden) if call.gated and not both else None,
+            linear(call.hidden, call.inner),
+        )
 
     queries, keys = call.heads * call.dim, call.key_heads * call.dim
-    shapes = [(queries, call.hidden), (keys, call.hidden), (keys, call.hidden), (call.hidden, queries)]
-    shapes += [(call.inner, call.hidden), (call.inner, call.hidden), (call.hidden, call.inner)]
+    shapes = [(queries + 2 * keys, call.hidden)] if call.fused else [(queries, call.hidden), *[(keys, call.hidden)] * 2]
     of_heads = (norm(call.dim), norm(call.dim)) if call.extras else (None, None)
+    routed: Experts | None = None
     with packs_between_guards(guarded, call.at_end):
-        linears = tuple(linear(*shape) for shape in shapes)
-    parts = Parts(linears, (norm(call.hidden), norm(call.hidden), *of_heads), call.dim, 0.3, call.activation)
+        attention = [*(linear(*shape) for shape in shapes), *[None] * (3 - len(shapes)), linear(call.hidden, queries)]
+        own = mlp() if call.shared or not call.experts else (None, None, None)
+        if call.experts:
+            router = copied(torch.randn(call.experts, call.hidden, generator=generator))
+            gate = copied(torch.randn(call.hidden, generator=generator)) if call.centered else None
+            experts = tuple(mlp() for _ in range(call.experts))
+            routed = Experts(router, min(2, call.experts), call.gated, experts, gate)
+    after = norm(call.hidden) if call.sandwich else None
+    norms = (norm(call.hidden), after, norm(call.hidden), after, *of_heads)
+    parts = Parts(
+        (*attention, *own), norms, call.heads, call.key_heads, call.dim, 0.3, call.activation, call.cap, routed
+    )
     assert parts.unsupported() is None, parts.unsupported()
     batch = len(call.first)
     x = torch.randn(batch, call.count, call.hidden, generator=generator)
@@ -316,31 +348,37 @@ def perform_layer(call: LayerCall, loaded: Library) -> None:
     if call.values == "nan":
         x[0, 0, call.number % call.hidden] = torch.nan
     x = copied(x.to(call.dtype))
-    angles = 6 * torch.rand(batch if call.number % 4 > 1 else 1, call.count, call.dim, generator=generator)
+    angles = 6 * torch.rand(batch if call.number % 4 > 1 else 1, call.count, call.rotated, generator=generator)
     cos, sin = copied(angles.cos().to(call.dtype)), copied(angles.sin().to(call.dtype))
     cache = torch.full((2, batch, call.key_heads, call.length + call.count + call.room - 1, call.dim), torch.nan)
     for sequence, start in enumerate(call.first):
         filled = cache[:, sequence, :, start : call.length]
         filled.copy_(torch.randn(filled.shape, generator=generator))
-    key_cache, value_cache = (copied(each.to(call.dtype)) for each in cache)
-    expected = _layer(call, parts, weights, x, (cos, sin), key_cache.clone(), value_cache.clone())
+    expected = _layer(call, parts, weights, x, (cos, sin), *(each.to(call.dtype) for each in cache.clone()))
+    begin = 0 if call.window is None else max(0, call.length + 1 - call.window)
+    key_cache, value_cache = (copied(each[:, :, begin:].to(call.dtype)) for each in cache)
     first = copied(torch.tensor(call.first)) if any(call.first) else None
     original = torch.empty_like
     torch.empty_like = lambda like: guarded.empty(tuple(like.shape), like.dtype, call.at_end, like.itemsize)
     torch.set_num_threads(call.threads)
     try:
         layers = NativeLayers([NativeLayer(parts)])
-        y = layers.step(x, (cos, sin), [(key_cache, value_cache)], call.length, first)
+        rotation = (cos, sin) if call.rotated else None
+        y = layers.step(x, [Context(key_cache, value_cache, rotation, begin, call.window)], call.length, first)
     finally:
         torch.empty_like = original
         torch.set_num_threads(1)
     guarded.check()
     for cached in (key_cache, value_cache):
-        assert cached[:, :, call.length + call.count :].isnan().all(), "written into the room of other tokens"
+        end = call.length + call.count - begin
+        assert cached[:, :, end:].isnan().all(), "written into the room of other tokens"
     if call.values == "nan":
         assert not y[0, 0].isfinite().any(), "NaN came out finite"
         assert y[1:].isfinite().all(), "NaN came out of another sequence"
-    elif kernel.input_bits != 8:  # a code of 8 bits may jump at a difference in the last bit
+    elif kernel.input_bits != 8 and not (
+        call.experts > 2 and call.values != "normal"
+    ):  # a code of 8 bits may jump at a
+        # difference in the last bit, and so may the choice between experts that are liked about as much
         places = call.length + torch.arange(call.count)
         real = places >= torch.tensor(call.first).unsqueeze(1)
         error = (y.double() - expected)[real].norm()
@@ -360,42 +398,72 @@ def _layer(
     """In float64 the output [batch, count, hidden] of linear layers with these weights; fills keys and values."""
     dtype, (cos, sin) = x.dtype, (table.double().unsqueeze(1) for table in rotation)
     batch, end = len(x), call.length + call.count
+    weight_of = dict(zip(map(id, parts.all_linears()), weights))
 
-    def linear(number: int, x: Tensor) -> Tensor:
-        layer = parts.linears[number]
+    def linear(layer: QLinear | None, x: Tensor) -> Tensor:
+        assert layer is not None
         x = x if layer.order is None else x.index_select(-1, layer.order)
-        return x @ weights[number].t() + (0 if layer.bias is None else layer.bias.double())
+        return x @ weight_of[id(layer)].t() + (0 if layer.bias is None else layer.bias.double())
 
     def normed(x: Tensor, norm: Norm | None) -> Tensor:
         if norm is None:
             return x
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+        x = x - x.mean(-1, keepdim=True) if norm.centered else x
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+        return x if norm.bias is None else x + norm.bias
 
     def rotated(x: Tensor) -> Tensor:
-        low, high = x.chunk(2, -1)
-        return x * cos + torch.cat([-high, low], -1) * sin
+        low, high = x[..., : call.rotated].chunk(2, -1)
+        turned = torch.cat([-high, low], -1) * sin
+        return torch.cat([x[..., : call.rotated] * cos + turned, x[..., call.rotated :]], -1)
 
     def heads(x: Tensor) -> Tensor:
         return x.view(batch, call.count, -1, parts.dim).transpose(1, 2)
 
+    def activated(x: Tensor) -> Tensor:
+        if parts.activation.startswith("gelu"):
+            return F.gelu(x, approximate="tanh" if parts.activation == "gelu_tanh" else "none")
+        return F.relu(x) if parts.activation == "relu" else F.silu(x)
+
+    def through(mlp: tuple[QLinear | None, ...], h: Tensor) -> Tensor:
+        if not call.gated:
+            return linear(mlp[2], activated(linear(mlp[0], h)))
+        gate, up = linear(mlp[0], h).chunk(2, -1) if call.fused else (linear(mlp[0], h), linear(mlp[1], h))
+        return linear(mlp[2], activated(gate) * up)
+
     x = x.double()
     h = normed(x, parts.norms[0])
-    q, k, v = (heads(linear(number, h)) for number in range(3))
-    keys[:, :, call.length : end] = rotated(normed(k, parts.norms[3])).to(dtype)
+    sizes = [call.heads * call.dim, *[call.key_heads * call.dim] * 2]
+    projected = torch.cat([linear(each, h) for each in parts.linears[:3] if each is not None], -1).split(sizes, -1)
+    q, k, v = map(heads, projected)
+    keys[:, :, call.length : end] = rotated(normed(k, parts.norms[5])).to(dtype)
     values[:, :, call.length : end] = v.to(dtype)
-    query, mixed = rotated(normed(q, parts.norms[2])), torch.zeros_like(q)
+    query, mixed = rotated(normed(q, parts.norms[4])), torch.zeros_like(q)
+    group = call.heads // call.key_heads
     for sequence, start in enumerate(call.first):
         for token in range(max(0, start - call.length), call.count):
-            seen = (slice(sequence, sequence + 1), slice(None), slice(start, call.length + token + 1))
-            mixed[sequence, :, token] = F.scaled_dot_product_attention(
-                query[sequence : sequence + 1, :, token : token + 1], keys[seen].double(), values[seen].double(),
-                scale=parts.scale, enable_gqa=True,
-            )[0, :, 0]  # fmt: skip
-    x = x + linear(3, mixed.transpose(1, 2).reshape(batch, call.count, -1))
-    h = normed(x, parts.norms[1])
-    gate = linear(4, h)
-    act = F.gelu(gate, approximate="tanh") if parts.activation == "gelu_tanh" else F.silu(gate)
-    return x + linear(6, act * linear(5, h))
+            own = call.length + token
+            seen = slice(max(start, own + 1 - (call.window or own + 1)), own + 1)
+            each = keys[sequence, :, seen].double().repeat_interleave(group, 0)
+            scores = parts.scale * (each @ query[sequence, :, token].unsqueeze(-1)).squeeze(-1)
+            if parts.cap is not None:
+                scores = parts.cap * torch.tanh(scores / parts.cap)
+            shares = scores.softmax(-1).unsqueeze(1)
+            each = values[sequence, :, seen].double().repeat_interleave(group, 0)
+            mixed[sequence, :, token] = (shares @ each).squeeze(1)
+    x = x + normed(linear(parts.linears[3], mixed.transpose(1, 2).reshape(batch, call.count, -1)), parts.norms[1])
+    h, y = normed(x, parts.norms[2]), torch.zeros_like(x)
+    if parts.linears[4] is not None:
+        y = through(parts.linears[4:], h)
+    if (routed := parts.experts) is not None:
+        if routed.shared_gate is not None:
+            y = y * (h @ routed.shared_gate.double()).sigmoid().unsqueeze(-1)
+        liked = (h @ routed.router.double().t()).softmax(-1)
+        top, chosen = liked.topk(routed.active, -1)
+        kept = torch.zeros_like(liked).scatter(-1, chosen, top / top.sum(-1, True) if routed.renormalized else top)
+        for number, mlp in enumerate(routed.linears):
+            y = y + kept[..., number : number + 1] * through(mlp, h)
+    return x + normed(y, parts.norms[3])
 
 
 def run_batch(first: int, count: int, seed: int, loaded: Library) -> list[str]:

@@ -1,8 +1,9 @@
 """The native decoder layer against the same formulas in torch, on every instruction set that this machine has."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from bitpress.kernels.cpu.library import library
 from bitpress.kernels.cpu.native import NativeExact, NativeInt8, NativeInt16
-from bitpress.kernels.decoder_layer import NativeLayer, NativeLayers, Norm, Parts
+from bitpress.kernels.decoder_layer import Context, Experts, NativeLayer, NativeLayers, Norm, Parts
 from bitpress.kernels.linear import QLinear
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import Selection
@@ -28,7 +29,7 @@ MakeParts = Callable[..., Parts]
 
 @pytest.fixture
 def make_parts(make_qtensor: Callable[..., QTensor], generator: torch.Generator) -> MakeParts:
-    """make_parts(heads=4, ...): a random layer; everything that is optional in it where `extras`."""
+    """make_parts(heads=4, ...): a random layer; everything that is optional in a Llama's where `extras`."""
 
     def make(
         heads: int = 4,
@@ -38,6 +39,14 @@ def make_parts(make_qtensor: Callable[..., QTensor], generator: torch.Generator)
         inner: int = 96,
         extras: bool = False,
         kernel: NativeInt8 | None = None,
+        fused: bool = False,
+        gated: bool = True,
+        around: str = "attention, mlp",
+        centered: bool = False,
+        activation: str | None = None,
+        cap: float | None = None,
+        experts: int = 0,
+        shared: bool = False,
     ) -> Parts:
         def linear(out_features: int, in_features: int) -> QLinear:
             qtensor = make_qtensor("int4-g32", out_features, in_features)
@@ -52,15 +61,30 @@ def make_parts(make_qtensor: Callable[..., QTensor], generator: torch.Generator)
             return layer
 
         def norm(features: int) -> Norm:
-            return Norm(torch.randn(features, generator=generator), 1e-3)
+            weight = torch.randn(features, generator=generator)
+            bias = torch.randn(features, generator=generator) if centered else None
+            return Norm(weight, 1e-3, bias, centered)
+
+        def mlp() -> tuple[QLinear, QLinear | None, QLinear]:
+            up = linear(inner, hidden) if gated and not fused else None
+            return linear(inner * (2 if gated and fused else 1), hidden), up, linear(hidden, inner)
 
         queries, keys = heads * dim, key_heads * dim
-        shapes = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
-        shapes += [(inner, hidden), (inner, hidden), (hidden, inner)]
+        shapes: list[tuple[int, int] | None] = [(queries, hidden), (keys, hidden), (keys, hidden)]
+        if fused:
+            shapes = [(queries + 2 * keys, hidden), None, None]
+        attention = [shape and linear(*shape) for shape in (*shapes, (hidden, queries))]
         of_heads = (norm(dim), norm(dim)) if extras else (None, None)
-        activation = "gelu_tanh" if extras else "silu"
-        linears = tuple(linear(*shape) for shape in shapes)
-        return Parts(linears, (norm(hidden), norm(hidden), *of_heads), dim, 0.3, activation)
+        places = ("attention", "after attention", "mlp", "after mlp")
+        norms = (*(norm(hidden) if place in around.split(", ") else None for place in places), *of_heads)
+        routed = None
+        if experts:
+            router = torch.randn(experts, hidden, generator=generator)
+            gate = torch.randn(hidden, generator=generator) if shared else None
+            routed = Experts(router, 2, not shared, tuple(mlp() for _ in range(experts)), gate)
+        own = mlp() if shared or not experts else (None, None, None)
+        activation = activation or ("gelu_tanh" if extras else "silu")
+        return Parts((*attention, *own), norms, heads, key_heads, dim, 0.3, activation, cap, routed)
 
     return make
 
@@ -68,19 +92,47 @@ def make_parts(make_qtensor: Callable[..., QTensor], generator: torch.Generator)
 def normed(x: Tensor, norm: Norm | None) -> Tensor:
     if norm is None:
         return x
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+    if norm.centered:
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.chunk(2, -1)
-    return x * cos + torch.cat([-high, low], -1) * sin
+    features = cos.shape[-1]
+    low, high = x[..., :features].chunk(2, -1)
+    return torch.cat([x[..., :features] * cos + torch.cat([-high, low], -1) * sin, x[..., features:]], -1)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu
+}  # fmt: skip
+
+
+def through(mlp: Sequence[QLinear | None], activation: str, h: Tensor) -> Tensor:
+    """What gate, up and down make of h."""
+    gate, up, down = mlp
+    assert gate is not None
+    assert down is not None
+    a = gate(h)
+    b: Tensor | float = 1.0 if up is None else up(h)
+    if gate.out_features == 2 * down.in_features:
+        a, b = a.chunk(2, -1)
+    return down(ACTIVATIONS[activation](a) * b)
 
 
 def expected(
-    parts: Parts, x: Tensor, rotation: list[Tensor], keys: Tensor, values: Tensor, first: Tensor | None = None
+    parts: Parts,
+    x: Tensor,
+    rotation: list[Tensor],
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In float32 the output [batch, count, hidden], and keys and values [batch, key_heads, length + count, dim]."""
-    q, k, v, o, gate, up, down = parts.linears
+    q, k, v, o = parts.linears[:4]
+    assert q is not None
+    assert o is not None
     cos, sin = (table.float().unsqueeze(1) for table in rotation)
     (batch, count), dtype, x = x.shape[:2], x.dtype, x.float()
 
@@ -88,37 +140,59 @@ def expected(
         return projected.view(batch, count, -1, parts.dim).transpose(1, 2)
 
     h = normed(x, parts.norms[0])
-    query = rotated(normed(heads(q(h)), parts.norms[2]), cos, sin)
-    key = rotated(normed(heads(k(h)), parts.norms[3]), cos, sin)
+    sizes = [parts.heads * parts.dim, *[parts.key_heads * parts.dim] * 2]
+    projected = q(h).split(sizes, -1) if k is None or v is None else (q(h), k(h), v(h))
+    query = rotated(normed(heads(projected[0]), parts.norms[4]), cos, sin)
+    key = rotated(normed(heads(projected[1]), parts.norms[5]), cos, sin)
     length = keys.shape[2]
     keys = torch.cat([keys, key.to(dtype)], 2).float()
-    values = torch.cat([values, heads(v(h)).to(dtype)], 2).float()
+    values = torch.cat([values, heads(projected[2]).to(dtype)], 2).float()
     places = torch.arange(length + count)
     seen = (places <= places[length:].unsqueeze(1)).expand(batch, 1, -1, -1)
     if first is not None:
         seen = seen & (places >= first.view(-1, 1, 1, 1))
-    mixed = F.scaled_dot_product_attention(query, keys, values, seen, scale=parts.scale, enable_gqa=True)
-    x = x + o(mixed.transpose(1, 2).reshape(batch, count, -1))
-    h = normed(x, parts.norms[1])
-    act = F.gelu(gate(h), approximate="tanh") if parts.activation == "gelu_tanh" else F.silu(gate(h))
-    return x + down(act * up(h)), keys, values
+    if window is not None:
+        seen = seen & (places > places[length:].unsqueeze(1) - window)
+    group = parts.heads // parts.key_heads
+    scores = query @ keys.repeat_interleave(group, 1).transpose(2, 3) * parts.scale
+    if parts.cap is not None:
+        scores = parts.cap * torch.tanh(scores / parts.cap)
+    weights = scores.masked_fill(~seen, -1e30).softmax(-1)
+    mixed = weights @ values.repeat_interleave(group, 1)
+    x = x + normed(o(mixed.transpose(1, 2).reshape(batch, count, -1)), parts.norms[1])
+    h = normed(x, parts.norms[2])
+    routed, own = parts.experts, parts.linears[4:]
+    y = torch.zeros_like(h) if own[0] is None else through(own, parts.activation, h)
+    if routed is not None:
+        if routed.shared_gate is not None:
+            y = y * (h @ routed.shared_gate).sigmoid().unsqueeze(-1)
+        shares = (h @ routed.router.t()).softmax(-1)
+        top = shares.topk(routed.active, -1)
+        kept = torch.zeros_like(shares).scatter(-1, top.indices, top.values)
+        kept = kept / kept.sum(-1, keepdim=True) if routed.renormalized else kept
+        for number, mlp in enumerate(routed.linears):
+            y = y + kept[..., number : number + 1] * through(mlp, parts.activation, h)
+    return x + normed(y, parts.norms[3]), keys, values
 
 
 def inputs(
-    parts: Parts, length: int, dtype: torch.dtype, batch: int = 1, count: int = 1
+    parts: Parts, length: int, dtype: torch.dtype, batch: int = 1, count: int = 1, rotated: int | None = None
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """x, [cos, sin], and keys and values with room, which is NaN."""
     generator = torch.Generator().manual_seed(length)
-    hidden, key_heads = parts.linears[0].in_features, parts.linears[1].out_features // parts.dim
-    x = torch.randn(batch, count, hidden, generator=generator).to(dtype)
-    angles = torch.rand(batch, count, parts.dim, generator=generator) * 6
-    keys = torch.full((2, batch, key_heads, length + count + ROOM - 1, parts.dim), torch.nan).to(dtype)
-    keys[:, :, :, :length] = torch.randn(2, batch, key_heads, length, parts.dim, generator=generator).to(dtype)
+    x = torch.randn(batch, count, parts.hidden, generator=generator).to(dtype)
+    angles = torch.rand(batch, count, rotated or parts.dim, generator=generator) * 6
+    keys = torch.full((2, batch, parts.key_heads, length + count + ROOM - 1, parts.dim), torch.nan).to(dtype)
+    keys[:, :, :, :length] = torch.randn(2, batch, parts.key_heads, length, parts.dim, generator=generator).to(dtype)
     return x, [angles.cos().to(dtype), angles.sin().to(dtype)], keys[0], keys[1]
 
 
 def one(parts: Parts) -> NativeLayers:
     return NativeLayers([NativeLayer(parts)])
+
+
+def context(rotation: list[Tensor], keys: Tensor, values: Tensor) -> list[Context]:
+    return [Context(keys, values, (rotation[0], rotation[1]))]
 
 
 def check(
@@ -129,12 +203,24 @@ def check(
     batch: int = 1,
     count: int = 1,
     first: list[int] | None = None,
+    window: int | None = None,
+    rotated: int | None = None,
 ) -> None:
-    """What NativeLayer computes is what torch does, and it touches no other place of the cache."""
-    x, rotation, keys, values = inputs(parts, length, dtype, batch, count)
+    """What NativeLayer computes is what torch does, and it touches no other place of the cache.
+
+    Args:
+        window: the cache then begins with the first token that is seen.
+    """
+    x, rotation, keys, values = inputs(parts, length, dtype, batch, count, rotated)
     starts = None if first is None else torch.tensor(first)
-    want, all_keys, all_values = expected(parts, x, rotation, keys[:, :, :length], values[:, :, :length], starts)
-    got = one(parts).step(x, (rotation[0], rotation[1]), [(keys, values)], length, starts)
+    want, all_keys, all_values = expected(
+        parts, x, rotation, keys[:, :, :length], values[:, :, :length], starts, window
+    )
+    begin = 0 if window is None else max(0, length + 1 - window)
+    left = (keys[:, :, begin:].contiguous(), values[:, :, begin:].contiguous())
+    own = Context(*left, (rotation[0], rotation[1]), begin, window)
+    got = one(parts).step(x, [own], length, starts)
+    keys[:, :, begin:], values[:, :, begin:] = left
     assert got.dtype == dtype
     end = length + count
     for sequence in range(batch):
@@ -215,20 +301,42 @@ def test_heads_of_many_tokens(shape: tuple[int, int, int], dtype: torch.dtype, m
     check(parts, 5, dtype, EXACT, batch=2, count=40, first=[0, 7])
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "phi": {"fused": True},
+    "gemma": {"around": "attention, after attention, mlp, after mlp", "cap": 2.0, "activation": "gelu_tanh"},
+    "gpt": {"fused": True, "gated": False, "centered": True, "activation": "gelu", "extras": True},
+    "relu after": {"around": "after attention, after mlp", "gated": False, "activation": "relu"},
+    "mixtral": {"experts": 5},
+    "qwen-moe": {"experts": 3, "shared": True, "fused": True},
+}
+SHAPES = [(1, 1, 20, None, None), (1, 1, 20, 7, None), (2, 37, 0, None, [0, 9]), (1, 150, 40, 70, None),
+          (2, 70, 90, 3, [0, 120]), (3, 1, 90, 33, [0, 80, 5])]  # fmt: skip
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_layers_and_windows(kind: str, instructions: str, make_parts: MakeParts, poisoned_empty: None):
+    parts = make_parts(kernel=NativeExact(instructions), **KINDS[kind])
+    assert parts.unsupported() is None
+    for batch, count, length, window, first in SHAPES:
+        check(parts, length, torch.float32, EXACT, batch, count, first, window, rotated=8)
+
+
 def test_more_tokens_than_are_taken_at_once(make_parts: MakeParts):
     """A chunk of 512, then one of 512, then a single token, whose attention is another program."""
     check(make_parts(), 3, torch.float32, 1e-4, count=1025)  # rotated by angles that float32 knows to 1e-5
+    check(make_parts(experts=3), 3, torch.float32, 1e-4, count=1025, window=100)
 
 
 def test_sequences_do_not_depend_on_their_company(make_parts: MakeParts):
     """The same bits alone and beside others, wherever padding puts them."""
     native = one(make_parts(kernel=NativeInt16()))
     x, rotation, keys, values = inputs(native.layers[0].parts, 0, torch.float32, count=70)
-    alone = native.step(x, (rotation[0], rotation[1]), [(keys, values)], 0)
+    alone = native.step(x, context(rotation, keys, values), 0)
     wide, tables, more_keys, more_values = inputs(native.layers[0].parts, 0, torch.float32, batch=3, count=90)
     wide[1, 20:], tables[0][1, 20:], tables[1][1, 20:] = x[0], rotation[0][0], rotation[1][0]
     first = torch.tensor([3, 20, 50])
-    beside = native.step(wide, (tables[0], tables[1]), [(more_keys, more_values)], 0, first)
+    beside = native.step(wide, context(tables, more_keys, more_values), 0, first)
     assert torch.equal(beside[1, 20:], alone[0])
 
 
@@ -242,27 +350,27 @@ def test_each_linear_layer_has_its_own_inputs(make_parts: MakeParts):
     """A layer whose scheme quantizes its inputs, among others whose inputs stay as they are."""
     parts = make_parts()
     mixed = NativeInt8(), *[NativeExact()] * 6
-    for layer, kernel in zip(parts.linears, mixed):
+    for layer, kernel in zip(parts.all_linears(), mixed):
         layer.selection = Selection(kernel, {})
     check(parts, 20, torch.float32, 1e-2)
     x, rotation, keys, values = inputs(parts, 20, torch.float32)
-    one(parts).step(x, (rotation[0], rotation[1]), [(keys, values)], 20)
+    one(parts).step(x, context(rotation, keys, values), 20)
     added = keys[:, :, 20].clone()
-    parts.linears[1].selection = Selection(NativeInt8(), {})
-    one(parts).step(x, (rotation[0], rotation[1]), [(keys, values)], 20)
+    parts.all_linears()[1].selection = Selection(NativeInt8(), {})
+    one(parts).step(x, context(rotation, keys, values), 20)
     assert not torch.equal(keys[:, :, 20], added)
 
 
 def test_layers_in_one_call_are_those_one_after_the_other(make_parts: MakeParts):
     """Then the norm; in float32 nothing is rounded between two calls, so it is the same to the bit."""
     layers = [NativeLayer(make_parts(inner=inner)) for inner in (96, 64)]
-    norm = Norm(torch.linspace(0.5, 1.5, layers[0].hidden), 1e-3)
+    norm = Norm(torch.linspace(0.5, 1.5, layers[0].parts.hidden), 1e-3)
     x, rotation, keys, values = inputs(layers[0].parts, 5, torch.float32, batch=2, count=3)
     second = (keys.flip(0).clone(), values.flip(0).clone())
     caches = [(keys.clone(), values.clone()), (second[0].clone(), second[1].clone())]
-    got = NativeLayers(layers, norm).step(x, (rotation[0], rotation[1]), caches, 5)
+    got = NativeLayers(layers, norm).step(x, [context(rotation, *cache)[0] for cache in caches], 5)
     for layer, cache in zip(layers, [(keys, values), second]):
-        x = NativeLayers([layer]).step(x, (rotation[0], rotation[1]), [cache], 5)
+        x = NativeLayers([layer]).step(x, context(rotation, *cache), 5)
     want = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(a[:, :, :8], b[:, :, :8]) for a, b in zip(caches[1], second))
@@ -273,7 +381,7 @@ def test_large_scores_and_activations_stay_finite(value: float, make_parts: Make
     parts = make_parts()
     x, rotation, keys, values = inputs(parts, 9, torch.float32)
     keys[:, :, 3] = values[:, :, 3] = value
-    assert one(parts).step(x, (rotation[0], rotation[1]), [(keys, values)], 9).isfinite().all()
+    assert one(parts).step(x, context(rotation, keys, values), 9).isfinite().all()
 
 
 @pytest.mark.parametrize("length", [40, 600])
@@ -286,7 +394,7 @@ def test_threads_change_nothing(length: int, count: int, make_parts: MakeParts):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             x, rotation, keys, values = inputs(parts, length, torch.bfloat16, count=count)
-            outputs.append(one(parts).step(x, (rotation[0], rotation[1]), [(keys, values)], length))
+            outputs.append(one(parts).step(x, context(rotation, keys, values), length))
     finally:
         torch.set_num_threads(was)
     assert all(torch.equal(output, outputs[0]) for output in outputs)
@@ -296,18 +404,18 @@ def test_a_copy_has_its_own_weights(make_parts: MakeParts):
     native = one(make_parts(extras=True))
     copied = copy.deepcopy(native)
     x, rotation, keys, values = inputs(native.layers[0].parts, 4, torch.float32)
-    want = native.step(x, (rotation[0], rotation[1]), [(keys, values)], 4)
-    for linear in native.layers[0].parts.linears:
+    want = native.step(x, context(rotation, keys, values), 4)
+    for linear in native.layers[0].linears:
         linear.packed.get_buffer("data")[128:] = 0
-    assert torch.equal(copied.step(x, (rotation[0], rotation[1]), [(keys, values)], 4), want)
-    assert not torch.equal(native.step(x, (rotation[0], rotation[1]), [(keys, values)], 4), want)
+    assert torch.equal(copied.step(x, context(rotation, keys, values), 4), want)
+    assert not torch.equal(native.step(x, context(rotation, keys, values), 4), want)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"dim": 8}, "heads of 8 features; expected a multiple of 16"),
-        ({"heads": 3, "key_heads": 2}, "32 features of keys to 48 of queries"),
+        ({"heads": 3, "key_heads": 2}, "2 heads of keys to 3 of queries"),
     ],
 )
 def test_reasons(changes: dict[str, int], said: str, make_parts: MakeParts):
@@ -317,8 +425,15 @@ def test_reasons(changes: dict[str, int], said: str, make_parts: MakeParts):
 def test_more_reasons(make_parts: MakeParts):
     parts = make_parts()
     assert parts.unsupported() is None
-    assert replace(parts, activation="relu").unsupported() == "activation relu; expected silu or gelu_tanh"
+    wanted = "activation tanh; expected one of silu, gelu_tanh, gelu, relu"
+    assert replace(parts, activation="tanh").unsupported() == wanted
     swapped = (*parts.linears[:6], parts.linears[0])
-    assert replace(parts, linears=swapped).unsupported() == "linear layers that do not fit each other"
-    short = (parts.norms[0], Norm(torch.ones(63), 1e-3), None, None)
+    assert replace(parts, linears=swapped).unsupported() == "linear layers of an MLP that do not fit each other"
+    swapped = (parts.linears[6], *parts.linears[1:])
+    assert replace(parts, linears=swapped).unsupported() == "linear layers of attention that do not fit each other"
+    routed = make_parts(experts=2)
+    assert routed.experts is not None
+    lost = replace(routed.experts, router=torch.ones(3, 64))
+    assert replace(routed, experts=lost).unsupported() == "a router [3, 64] of 2 experts"
+    short = (parts.norms[0], None, Norm(torch.ones(63), 1e-3), None, None, None)
     assert replace(parts, norms=short).unsupported() == "norms that do not fit the linear layers"

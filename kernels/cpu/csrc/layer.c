@@ -1,4 +1,5 @@
-/* Decoder layers on the next tokens of some sequences: what a Llama-like model does, from its first layer to its last norm.
+/* Decoder layers on the next tokens of some sequences: what a Llama-, Gemma-, Phi-, GPT-2- or Mixtral-like model does, from
+ * its first layer to its last norm.
  *
  * Between the first layer's input and the end everything is float32, where a model rounds to its own dtype after every
  * operation.
@@ -22,11 +23,12 @@
 #define OUTPUTS 256 /* of a dense weight that are a task: their rows stay in a core's second cache */
 #define TILE 64 /* queries, and keys, that a tile of attention takes at once */
 
-typedef enum { SILU, GELU_TANH } Activation;
+typedef enum { SILU, GELU_TANH, GELU, RELU } Activation;
 typedef enum { QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN } Part;
+typedef enum { BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP, OF_QUERIES, OF_KEYS } Place;
 
-/* packed: as bitpress_pack made it. bias: [out], or NULL. order: [in], the input that comes in each place, or NULL.
- * inputs: one of Inputs. */
+/* packed: as bitpress_pack made it, or NULL: there is no such layer. bias: [out], or NULL. order: [in], the input that
+ * comes in each place, or NULL. inputs: one of Inputs. */
 typedef struct {
     const void *packed;
     const float *bias;
@@ -34,44 +36,73 @@ typedef struct {
     int64_t in, out, inputs;
 } Linear;
 
-/* Weights of norms: input_norm and post_norm [hidden], q_norm and k_norm [dim] or NULL. eps: of each of these four. */
+/* RMS norm of each `features` numbers, or where it is `centered` LayerNorm. weight [features], or NULL: there is no norm.
+ * bias [features], or NULL. */
+typedef struct {
+    const float *weight, *bias;
+    int64_t features, centered;
+    float eps;
+} Norm;
+
+/* Each row goes to the `active` of `count` experts whose router's scores are the highest, with the softmax of its scores
+ * as shares; where these are `renormalized`, their sum is 1. linears: gate, up and down of each. router [count][hidden].
+ * The layer's own MLP serves each row besides, where there is one, with the sigmoid of shared_gate [hidden] as its share,
+ * or whole where that is NULL. */
+typedef struct {
+    const Linear *linears;
+    const float *router, *shared_gate;
+    int64_t count, active, renormalized;
+} Experts;
+
+/* Without a KEY layer, outputs of QUERY are those of all three, one after the other. Without an UP layer, outputs of GATE
+ * are those of both, if they are twice what DOWN reads; otherwise nothing is multiplied by. cap: scores become
+ * cap * tanh(score / cap); 0: they stay. experts: NULL where there are none. */
 typedef struct {
     Linear linears[7]; /* by Part */
-    const float *input_norm, *post_norm, *q_norm, *k_norm;
+    Norm norms[6]; /* by Place */
+    const Experts *experts;
     int64_t heads, key_heads, dim, activation, kernel;
-    float eps[4], scale;
+    float scale, cap;
 } Layer;
 
-/* Where a layer's keys and values are: each [batch][key_heads][capacity][dim], in the step's dtype. */
+/* What a layer's own is in a step. keys and values: each [batch][key_heads][capacity][dim], whose first token is number
+ * `start` of each sequence. window: a token sees so many, up to itself; 0: all. Features 0 .. rotated of each head are
+ * rotated by cos and sin, of token t of sequence b [rotated], b * apart + t * rotated numbers on. In the step's dtype. */
 typedef struct {
     void *keys, *values;
-    int64_t capacity;
-} Cache;
+    const void *cos, *sin;
+    int64_t capacity, start, window, rotated, apart;
+} Context;
 
-/* `count` tokens of each of `batch` sequences. x and y [batch][count][hidden]. cos and sin [dim] of token t of sequence b lie
- * b * rotations + t * dim numbers on. caches: of each layer, `length` tokens filled; these are appended. first [batch]: the
- * first key of each sequence that counts, those before are padding; NULL: 0. norm [hidden]: what y goes through at the
- * end, float32 as its eps, or NULL. All others have the dtype. */
+/* `count` tokens of each of `batch` sequences. x and y [batch][count][hidden]. contexts: of each layer, which has the keys
+ * and values of `length` tokens, or those that its window still reaches; these tokens' are appended. first [batch]: the
+ * first key of each sequence that counts, those before are padding; NULL: 0. norm: what y goes through at the end. All
+ * others have the dtype. */
 typedef struct {
-    const void *x, *cos, *sin;
+    const void *x;
     void *y;
-    const Cache *caches;
+    const Context *contexts;
     const int64_t *first;
-    const float *norm;
-    int64_t batch, count, length, rotations, dtype;
-    float eps;
+    Norm norm;
+    int64_t batch, count, length, dtype;
     int threads;
 } Step;
 
-/* The rows of some tokens of all sequences in one layer, sequence by sequence: x, normed [rows][hidden], q, mixed [rows][heads][dim],
- * k, v [rows][key_heads][dim], gate, up [rows][inner], rotation [rows][2][dim]. Their first token is number `from` of the
- * step's; there are `count` of each sequence. scores [batch * heads + TOGETHER][stride], where count is 1. */
+/* The rows of some tokens of all sequences in one layer, sequence by sequence: x, normed [rows][hidden], mixed
+ * [rows][heads][dim], rotation [rows][2][dim]. q [heads][dim] of a row lies `query_apart` numbers from the next row's, k and
+ * v [key_heads][dim] `key_apart`. Their first token is number `from` of the step's; there are `count` of each sequence.
+ * scores [batch * heads + TOGETHER][stride], where count is 1.
+ *
+ * An MLP has `inner_rows` rows: gate, up and what they become, activated; of the first two, [inner] of a row lie
+ * `inner_apart` numbers from the next row's. For experts: gathered, outputs, sum [rows][hidden], shares [rows][routes],
+ * chosen [rows][active]. */
 typedef struct {
     const Layer *l;
-    const Cache *cache;
+    const Context *c;
     const Step *s;
-    float *x, *normed, *q, *k, *v, *mixed, *gate, *up, *rotation, *scores;
-    int64_t from, count, rows, stride;
+    float *x, *normed, *q, *k, *v, *mixed, *gate, *up, *activated, *rotation, *scores, *gathered, *outputs, *sum, *shares;
+    int32_t *chosen;
+    int64_t from, count, rows, stride, query_apart, key_apart, inner, inner_rows, inner_apart, routes;
     atomic_llong next;
     atomic_int failed;
 } Rows;
@@ -102,10 +133,22 @@ INLINE float exponential(float x) {
     return p * bits_to_float((float_to_bits(shifted) + 127) << 23);
 }
 
+/* Abramowitz and Stegun's formula 7.1.26: absolute error 1.5e-7. */
+INLINE float error_function(float x) {
+    const float size = x < 0 ? -x : x, t = 1 / (1 + 0.3275911f * size);
+    const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    const float value = 1 - p * exponential(-x * x);
+    return x < 0 ? -value : value;
+}
+
 INLINE float activated(float gate, const Activation activation) {
+    if (activation == RELU) return gate < 0 ? 0 : gate;
+    if (activation == GELU) return 0.5f * gate * (1 + error_function(gate * 0.70710678f));
     const float inner = activation == SILU ? gate : 1.5957691216f * (gate + 0.044715f * gate * gate * gate);
     return gate / (1 + exponential(-inner));
 }
+
+INLINE float capped(float score, float cap) { return cap - 2 * cap / (exponential(2 / cap * score) + 1); }
 
 INLINE void narrow(const float *values, int64_t count, DType dtype, void *out) {
     if (dtype == FLOAT32) memcpy(out, values, (size_t)count * 4);
@@ -113,11 +156,11 @@ INLINE void narrow(const float *values, int64_t count, DType dtype, void *out) {
     else for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[i] = to_bfloat(values[i]);
 }
 
-/* Rotates each head's halves (RoFormer, arXiv 2104.09864, in the order of GPT-NeoX). */
-INLINE void rotate(float *x, int64_t heads, int64_t dim, const float *cosine, const float *sine) {
+/* Rotates the halves of each head's first features (RoFormer, arXiv 2104.09864, in the order of GPT-NeoX). */
+INLINE void rotate(float *x, int64_t heads, int64_t dim, int64_t rotated, const float *cosine, const float *sine) {
     for (float *end = x + heads * dim, *low = x; low < end; low += dim) {
-        float *high = low + dim / 2;
-        for (int64_t i = 0, j = dim / 2; i < dim / 2; i++, j++) {
+        float *high = low + rotated / 2;
+        for (int64_t i = 0, j = rotated / 2; i < rotated / 2; i++, j++) {
             const float a = low[i], b = high[i];
             low[i] = a * cosine[i] - b * sine[i];
             high[i] = b * cosine[j] + a * sine[j];
@@ -129,25 +172,32 @@ INLINE void rotate(float *x, int64_t heads, int64_t dim, const float *cosine, co
 INLINE void append(const float *from, const Rows *r, int64_t row, void *to) {
     const Layer *l = r->l;
     const Step *s = r->s;
-    const int64_t item = s->dtype == FLOAT32 ? 4 : 2, place = s->length + r->from + row % r->count;
+    const int64_t item = s->dtype == FLOAT32 ? 4 : 2, place = s->length + r->from + row % r->count - r->c->start;
     for (int64_t h = 0; h < l->key_heads; h++) {
         const int64_t head = row / r->count * l->key_heads + h;
-        narrow(from + h * l->dim, l->dim, (DType)s->dtype, (char *)to + (head * r->cache->capacity + place) * l->dim * item);
+        narrow(from + h * l->dim, l->dim, (DType)s->dtype, (char *)to + (head * r->c->capacity + place) * l->dim * item);
     }
 }
 
-/* The outputs of `count` linear layers that read the same x; those whose order and inputs agree, at once. */
-static int multiply(const Rows *r, Part part, int count, const float *x, float *const *y) {
-    const Linear *linears = r->l->linears + part;
+/* The outputs of those of `count` linear layers that there are, which read the same `rows` of x; those whose order and
+ * inputs agree, at once. */
+static int multiply(const Rows *r, const Linear *linears, int count, int64_t rows, const float *x, float *const *y) {
     int status = 0;
+    while (count && !linears[count - 1].packed) count--;
     for (int from = 0, to = 0; from < count && !status; from = to) {
         Factor factors[3];
         for (; to < count && linears[to].order == linears[from].order && linears[to].inputs == linears[from].inputs; to++)
             factors[to - from] = (Factor){linears[to].packed, linears[to].bias, y[to]};
-        status = bitpress_products(factors, to - from, x, linears[from].order, r->rows, FLOAT32, (int)linears[from].inputs,
+        status = bitpress_products(factors, to - from, x, linears[from].order, rows, FLOAT32, (int)linears[from].inputs,
                           (int)r->l->kernel, r->s->threads);
     }
     return status;
+}
+
+/* The first token that token number `token` of a sequence sees. */
+INLINE int64_t first_seen(const Rows *r, int64_t sequence, int64_t token) {
+    const int64_t first = r->s->first ? r->s->first[sequence] : 0, windowed = r->c->window ? token + 1 - r->c->window : 0;
+    return windowed > first ? windowed : first;
 }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -42,20 +42,29 @@ LOCAL V NAME(fold)(V *sums) {
     return sums[0];
 }
 
-/* x / root mean square(x) * weight (arXiv 1910.07467, equation 4, with eps added to the mean); y may be x. */
-LOCAL void NAME(norm)(const float *x, int64_t count, const float *weight, float eps, float *y) {
-    float squares[LANES] = {0}, sum = 0;
+/* x / root mean square(x) * weight (arXiv 1910.07467, equation 4, with eps added to the mean), or x less its mean and plus a
+ * bias (LayerNorm, arXiv 1607.06450, equation 4); y may be x. */
+TARGET static void NAME(norm)(const float *x, const Norm *n, float *y) {
+    const int64_t count = n->features;
+    float squares[LANES] = {0}, sum = 0, mean = 0;
     int64_t i = 0;
+    if (n->centered) {
+        for (; i < count; i++) mean += x[i];
+        mean /= (float)count;
+        i = 0;
+    }
     for (; i + LANES <= count; i += LANES)
-        for (int j = 0; j < LANES; j++) squares[j] += x[i + j] * x[i + j];
-    for (; i < count; i++) sum += x[i] * x[i];
+        for (int j = 0; j < LANES; j++) squares[j] += (x[i + j] - mean) * (x[i + j] - mean);
+    for (; i < count; i++) sum += (x[i] - mean) * (x[i] - mean);
     for (int j = 0; j < LANES; j++) sum += squares[j];
-    const float factor = 1 / sqrtf(sum / (float)count + eps);
-    for (i = 0; i < count; i++) y[i] = weight[i] * (x[i] * factor);
+    const float factor = 1 / sqrtf(sum / (float)count + n->eps);
+    for (i = 0; i < count; i++) y[i] = n->weight[i] * ((x[i] - mean) * factor);
+    for (i = 0; n->bias && i < count; i++) y[i] += n->bias[i];
 }
 
-LOCAL void NAME(norm_heads)(float *x, int64_t heads, int64_t dim, const float *weight, float eps) {
-    for (int64_t h = 0; weight && h < heads; h++) NAME(norm)(x + h * dim, dim, weight, eps, x + h * dim);
+/* All parts of a row that a norm takes, where there is one. */
+TARGET static void NAME(norm_parts)(float *x, int64_t features, const Norm *n) {
+    for (int64_t i = 0; n->weight && i < features; i += n->features) NAME(norm)(x + i, n, x + i);
 }
 
 /* Keys or values of one sequence and head: `length` of them, [length][dim], from number `first` on. */
@@ -116,26 +125,31 @@ LOCAL void NAME(mix)(const NAME(States) values, const float *weights, int64_t st
     }
 }
 
-/* The states of a sequence's key head, `length` of them from the first that counts. */
-LOCAL NAME(States) NAME(states)(const Rows *r, const void *data, int64_t sequence, int64_t key_head, int64_t length) {
-    const int64_t first = r->s->first ? r->s->first[sequence] : 0, dim = r->l->dim;
-    const int64_t head = sequence * r->l->key_heads + key_head;
-    return (NAME(States)){data, (head * r->cache->capacity + first) * dim, length - first, dim};
+/* The states of a sequence's key head, of tokens from .. to. */
+LOCAL NAME(States) NAME(states)(const Rows *r, const void *data, int64_t sequence, int64_t key_head, int64_t from,
+                                int64_t to) {
+    const int64_t head = sequence * r->l->key_heads + key_head, dim = r->l->dim;
+    return (NAME(States)){data, (head * r->c->capacity + from - r->c->start) * dim, to - from, dim};
 }
 
 LOCAL void NAME(attend_heads)(const Rows *r, int64_t sequence, int64_t head, int64_t key_head, const int count,
                               const DType dtype) {
-    const int64_t length = r->s->length + r->from + 1, at = sequence * r->l->heads + head;
-    float *scores = r->scores + at * r->stride;
-    const NAME(States) keys = NAME(states)(r, r->cache->keys, sequence, key_head, length);
+    const Layer *l = r->l;
+    const int64_t token = r->s->length + r->from, from = first_seen(r, sequence, token);
+    float *q = r->q + sequence * r->query_apart + head * l->dim;
+    float *mixed = r->mixed + (sequence * l->heads + head) * l->dim;
+    float *scores = r->scores + (sequence * l->heads + head) * r->stride;
+    const NAME(States) keys = NAME(states)(r, r->c->keys, sequence, key_head, from, token + 1);
     if (keys.length <= 0) { /* a padding token sees no key */
-        memset(r->mixed + at * r->l->dim, 0, (size_t)(count * r->l->dim) * 4);
+        memset(mixed, 0, (size_t)(count * l->dim) * 4);
         return;
     }
-    NAME(score)(keys, r->q + at * r->l->dim, r->l->scale, count, dtype, r->stride, scores);
-    for (int g = 0; g < count; g++) NAME(softmax)(scores + g * r->stride, r->stride);
-    NAME(mix)(NAME(states)(r, r->cache->values, sequence, key_head, length), scores, r->stride, count, dtype,
-              r->mixed + at * r->l->dim);
+    const int64_t stride = (keys.length + LANES - 1) / LANES * LANES;
+    NAME(score)(keys, q, l->scale, count, dtype, stride, scores);
+    for (int g = 0; l->cap && g < count; g++)
+        for (int64_t i = 0; i < keys.length; i++) scores[g * stride + i] = capped(scores[g * stride + i], l->cap);
+    for (int g = 0; g < count; g++) NAME(softmax)(scores + g * stride, stride);
+    NAME(mix)(NAME(states)(r, r->c->values, sequence, key_head, from, token + 1), scores, stride, count, dtype, mixed);
 }
 
 /* One token of each sequence: up to TOGETHER heads of it are a task. */
@@ -225,20 +239,23 @@ typedef struct {
     float *q, *keys, *values, *weights, *out, most[TILE], sum[TILE];
 } NAME(Tile);
 
-/* Up to TILE queries (token by token, the heads of one key head) of a sequence, over all keys up to their own: a tile of
- * keys at a time, with the largest score and the sum so far (FlashAttention, arXiv 2205.14135, algorithm 1). Tiles begin
- * at the sequence's first key, so that other sequences change nothing. */
+/* Up to TILE queries (token by token, the heads of one key head) of a sequence, over all keys that one of them sees: a tile
+ * of keys at a time, with the largest score and the sum so far (FlashAttention, arXiv 2205.14135, algorithm 1). Tiles
+ * begin at multiples of TILE from the sequence's first key, so that other sequences change nothing. */
 LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, int64_t from, int64_t count,
                              const DType dtype, NAME(Tile) *t) {
     const Layer *l = r->l;
     const int64_t group = l->heads / l->key_heads, dim = l->dim, filled = r->s->length + r->from;
     const int64_t first = r->s->first ? r->s->first[sequence] : 0;
+    const int64_t begin = first + (first_seen(r, sequence, filled + from / group) - first) / TILE * TILE;
     const int64_t end = filled + (from + count - 1) / group + 1; /* beyond the last key of the last query */
-    const NAME(States) keys = NAME(states)(r, r->cache->keys, sequence, key_head, end);
-    const NAME(States) values = NAME(states)(r, r->cache->values, sequence, key_head, end);
+    const int64_t gone = larger(r->c->start - begin, 0); /* keys of the first tile that the cache no longer has */
+    const NAME(States) keys = NAME(states)(r, r->c->keys, sequence, key_head, begin, end);
+    const NAME(States) values = NAME(states)(r, r->c->values, sequence, key_head, begin, end);
     for (int64_t i = 0; i < count; i++) {
-        const int64_t row = sequence * r->count + (from + i) / group, head = key_head * group + (from + i) % group;
-        for (int64_t j = 0; j < dim; j++) t->q[i * dim + j] = r->q[(row * l->heads + head) * dim + j] * l->scale;
+        const float *q = r->q + (sequence * r->count + (from + i) / group) * r->query_apart;
+        const int64_t head = key_head * group + (from + i) % group;
+        for (int64_t j = 0; j < dim; j++) t->q[i * dim + j] = q[head * dim + j] * l->scale;
         t->most[i] = -INFINITY;
         t->sum[i] = 0;
     }
@@ -247,7 +264,7 @@ LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, 
         const int64_t width = keys.length - start < TILE ? keys.length - start : TILE;
         for (int64_t j = 0; j < dim; j += LANES)
             for (int64_t k = 0; k < TILE; k++) {
-                const int64_t at = (start + (k < width ? k : width - 1)) * dim + j;
+                const int64_t at = larger(start + (k < width ? k : width - 1), gone) * dim + j;
                 float lanes[LANES];
                 NAME(store)(lanes, NAME(load)(keys.data, keys.first + at, dtype));
                 for (int n = 0; n < LANES; n++) t->keys[(j + n) * TILE + k] = lanes[n];
@@ -255,19 +272,24 @@ LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, 
             }
         NAME(product)(t->q, dim, t->keys, TILE, dim, count, TILE, 0, t->weights, TILE);
         for (int64_t i = 0; i < count; i++) {
-            const int64_t own = filled + (from + i) / group + 1 - first - start; /* keys that this query may see */
+            const int64_t token = filled + (from + i) / group;
+            const int64_t own = token + 1 - begin - start; /* keys that this query may see */
             const int64_t seen = own < 0 ? 0 : own < width ? own : width;
+            const int64_t hidden = larger(first_seen(r, sequence, token) - begin - start, 0); /* keys before its window */
             float *weights = t->weights + i * TILE, most = t->most[i], sum = 0, lanes[LANES];
-            if (!seen) {
+            if (seen <= hidden) {
                 memset(weights, 0, TILE * sizeof *weights);
                 continue;
             }
+            for (int64_t k = 0; l->cap && k < TILE; k++) weights[k] = capped(weights[k], l->cap);
+            for (int64_t k = 0; k < hidden; k++) weights[k] = -INFINITY;
             for (int64_t k = seen; k < TILE; k++) weights[k] = -INFINITY;
             for (int n = 0; n < LANES; n++) lanes[n] = most;
             for (int64_t k = 0; k < TILE; k += LANES)
                 for (int n = 0; n < LANES; n++) lanes[n] = weights[k + n] > lanes[n] ? weights[k + n] : lanes[n];
             for (int n = 0; n < LANES; n++) most = lanes[n] > most ? lanes[n] : most;
             for (int64_t k = 0; k < TILE; k++) weights[k] = exponential(weights[k] - most);
+            for (int64_t k = 0; k < hidden; k++) weights[k] = 0;
             for (int64_t k = seen; k < TILE; k++) weights[k] = 0;
             for (int n = 0; n < LANES; n++) lanes[n] = 0;
             for (int64_t k = 0; k < TILE; k += LANES)
@@ -319,9 +341,9 @@ TARGET static void NAME(attend)(void *context) {
     free(memory);
 }
 
-LOCAL void NAME(activate)(float *gate, const float *up, int64_t count, Activation activation) {
-    if (activation == SILU) for (int64_t i = 0; i < count; i++) gate[i] = activated(gate[i], SILU) * up[i];
-    else for (int64_t i = 0; i < count; i++) gate[i] = activated(gate[i], GELU_TANH) * up[i];
+LOCAL void NAME(activate)(float *gate, const float *up, int64_t count, const Activation activation) {
+    if (up) for (int64_t i = 0; i < count; i++) gate[i] = activated(gate[i], activation) * up[i];
+    else for (int64_t i = 0; i < count; i++) gate[i] = activated(gate[i], activation);
 }
 
 /* Which of the step's tokens a row is. */
@@ -341,26 +363,31 @@ TARGET static void NAME(read_rows)(void *context) {
 TARGET static void NAME(begin_rows)(void *context) {
     Rows *r = context;
     const int64_t hidden = r->l->linears[QUERY].in;
-    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;)
-        NAME(norm)(r->x + row * hidden, hidden, r->l->input_norm, r->l->eps[0], r->normed + row * hidden);
+    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
+        memcpy(r->normed + row * hidden, r->x + row * hidden, (size_t)hidden * 4);
+        NAME(norm_parts)(r->normed + row * hidden, hidden, &r->l->norms[BEFORE_ATTENTION]);
+    }
 }
 
 TARGET static void NAME(rotate_rows)(void *context) {
     Rows *r = context;
     const Layer *l = r->l;
-    const int64_t dim = l->dim, item = r->s->dtype == FLOAT32 ? 4 : 2;
+    const Context *c = r->c;
+    const int64_t dim = l->dim, rotated = c->rotated, item = r->s->dtype == FLOAT32 ? 4 : 2;
     for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
-        const int64_t at = (row / r->count * r->s->rotations + (r->from + row % r->count) * dim) * item;
+        const int64_t at = (row / r->count * c->apart + (r->from + row % r->count) * rotated) * item;
         float *cosine = r->rotation + row * 2 * dim, *sine = cosine + dim;
-        float *q = r->q + row * l->heads * dim, *k = r->k + row * l->key_heads * dim;
-        generic_widen((const char *)r->s->cos + at, (DType)r->s->dtype, dim, cosine);
-        generic_widen((const char *)r->s->sin + at, (DType)r->s->dtype, dim, sine);
-        NAME(norm_heads)(q, l->heads, dim, l->q_norm, l->eps[2]);
-        NAME(norm_heads)(k, l->key_heads, dim, l->k_norm, l->eps[3]);
-        rotate(q, l->heads, dim, cosine, sine);
-        rotate(k, l->key_heads, dim, cosine, sine);
-        append(k, r, row, r->cache->keys);
-        append(r->v + row * l->key_heads * dim, r, row, r->cache->values);
+        float *q = r->q + row * r->query_apart, *k = r->k + row * r->key_apart;
+        NAME(norm_parts)(q, l->heads * dim, &l->norms[OF_QUERIES]);
+        NAME(norm_parts)(k, l->key_heads * dim, &l->norms[OF_KEYS]);
+        if (rotated) {
+            generic_widen((const char *)c->cos + at, (DType)r->s->dtype, rotated, cosine);
+            generic_widen((const char *)c->sin + at, (DType)r->s->dtype, rotated, sine);
+            rotate(q, l->heads, dim, rotated, cosine, sine);
+            rotate(k, l->key_heads, dim, rotated, cosine, sine);
+        }
+        append(k, r, row, c->keys);
+        append(r->v + row * r->key_apart, r, row, c->values);
     }
 }
 
@@ -369,24 +396,34 @@ TARGET static void NAME(continue_rows)(void *context) {
     const int64_t hidden = r->l->linears[QUERY].in;
     for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
         float *x = r->x + row * hidden, *normed = r->normed + row * hidden;
+        NAME(norm_parts)(normed, hidden, &r->l->norms[AFTER_ATTENTION]);
         for (int64_t i = 0; i < hidden; i++) x[i] += normed[i];
-        NAME(norm)(x, hidden, r->l->post_norm, r->l->eps[1], normed);
+        memcpy(normed, x, (size_t)hidden * 4);
+        NAME(norm_parts)(normed, hidden, &r->l->norms[BEFORE_MLP]);
     }
 }
 
 TARGET static void NAME(activate_rows)(void *context) {
     Rows *r = context;
-    const int64_t inner = r->l->linears[GATE].out;
-    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;)
-        NAME(activate)(r->gate + row * inner, r->up + row * inner, inner, (Activation)r->l->activation);
+    const int64_t inner = r->inner;
+    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->inner_rows;) {
+        float *gate = r->gate + row * r->inner_apart;
+        const float *up = r->up ? r->up + row * r->inner_apart : NULL;
+        if (r->l->activation == SILU) NAME(activate)(gate, up, inner, SILU);
+        else if (r->l->activation == GELU_TANH) NAME(activate)(gate, up, inner, GELU_TANH);
+        else if (r->l->activation == GELU) NAME(activate)(gate, up, inner, GELU);
+        else NAME(activate)(gate, up, inner, RELU);
+        if (r->activated != r->gate) memcpy(r->activated + row * inner, gate, (size_t)inner * 4);
+    }
 }
 
 TARGET static void NAME(end_rows)(void *context) {
     Rows *r = context;
     const int64_t hidden = r->l->linears[QUERY].in;
     for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
-        float *x = r->x + row * hidden;
-        for (int64_t i = 0; i < hidden; i++) x[i] += r->normed[row * hidden + i];
+        float *x = r->x + row * hidden, *normed = r->normed + row * hidden;
+        NAME(norm_parts)(normed, hidden, &r->l->norms[AFTER_MLP]);
+        for (int64_t i = 0; i < hidden; i++) x[i] += normed[i];
     }
 }
 
@@ -395,24 +432,101 @@ TARGET static void NAME(write_rows)(void *context) {
     const int64_t hidden = r->l->linears[QUERY].in, item = r->s->dtype == FLOAT32 ? 4 : 2;
     for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
         float *x = r->x + row * hidden;
-        if (r->s->norm) NAME(norm)(x, hidden, r->s->norm, r->s->eps, x);
+        NAME(norm_parts)(x, hidden, &r->s->norm);
         narrow(x, hidden, (DType)r->s->dtype, (char *)r->s->y + NAME(token_of)(r, row) * hidden * item);
     }
 }
 
+/* y [rows][hidden] = what gate, up and down make of x. */
+TARGET static int NAME(mlp)(Rows *r, const Linear *linears, int64_t rows, const float *x, float *y) {
+    const Linear *gate = linears, *up = linears + 1, *down = linears + 2;
+    const int fused = !up->packed && gate->out == 2 * down->in;
+    r->inner = down->in, r->inner_rows = rows, r->inner_apart = gate->out;
+    r->up = fused ? r->gate + r->inner : up->packed ? r->gate + rows * r->inner : NULL;
+    r->activated = fused ? r->gate + rows * gate->out : r->gate;
+    int failed = multiply(r, linears, 2, rows, x, (float *[]){r->gate, r->up});
+    run(NAME(activate_rows), r, rows > 1 && rows * r->inner >= MIN_ROWS);
+    return failed | multiply(r, down, 1, rows, r->activated, &y);
+}
+
+/* Which experts a row goes to, and with what shares. */
+TARGET static void NAME(route_rows)(void *context) {
+    Rows *r = context;
+    const Experts *e = r->l->experts;
+    const int64_t hidden = r->l->linears[QUERY].in;
+    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
+        float *shares = r->shares + row * r->routes, sum = 0;
+        int32_t *chosen = r->chosen + row * e->active;
+        NAME(score)((NAME(States)){e->router, 0, e->count, hidden}, r->normed + row * hidden, 1, 1, FLOAT32, r->routes, shares);
+        NAME(softmax)(shares, r->routes);
+        for (int64_t i = 0; i < e->active; i++) {
+            int64_t best = 0;
+            for (int64_t n = 1; n < e->count; n++) best = shares[n] > shares[best] ? n : best;
+            chosen[i] = (int32_t)best;
+            sum += shares[best];
+            shares[best] = -shares[best]; /* lower than all that are left */
+        }
+        for (int64_t n = 0; n < e->count; n++)
+            shares[n] = shares[n] < 0 ? -shares[n] / (e->renormalized ? sum : 1) : 0;
+    }
+}
+
+/* normed becomes what its experts make of each row. An expert takes all of its rows at once. */
+TARGET static int NAME(consult)(Rows *r, int many) {
+    const Experts *e = r->l->experts;
+    const int64_t hidden = r->l->linears[QUERY].in;
+    run(NAME(route_rows), r, many);
+    memset(r->sum, 0, (size_t)(r->rows * hidden) * 4);
+    int failed = 0;
+    for (int64_t n = 0; n <= e->count && !failed; n++) {
+        const int shared = n == e->count;
+        const Linear *linears = shared ? r->l->linears + GATE : e->linears + 3 * n;
+        int64_t own = 0;
+        if (!linears->packed) continue;
+        for (int64_t row = 0; row < r->rows; row++) {
+            int sent = shared;
+            for (int64_t i = 0; i < e->active; i++) sent |= r->chosen[row * e->active + i] == n;
+            if (sent) memcpy(r->gathered + own++ * hidden, r->normed + row * hidden, (size_t)hidden * 4);
+        }
+        if (!own) continue;
+        failed = NAME(mlp)(r, linears, own, r->gathered, r->outputs);
+        own = 0;
+        for (int64_t row = 0; row < r->rows; row++) {
+            float share = 1;
+            int sent = shared;
+            for (int64_t i = 0; i < e->active; i++) sent |= r->chosen[row * e->active + i] == n;
+            if (!sent) continue;
+            if (!shared) share = r->shares[row * r->routes + n];
+            else if (e->shared_gate) {
+                float score[LANES];
+                const NAME(States) gate = {e->shared_gate, 0, 1, hidden};
+                NAME(score)(gate, r->normed + row * hidden, 1, 1, FLOAT32, LANES, score);
+                share = 1 / (1 + exponential(-score[0]));
+            }
+            const float *output = r->outputs + own++ * hidden;
+            for (int64_t i = 0; i < hidden; i++) r->sum[row * hidden + i] += share * output[i];
+        }
+    }
+    float *given = r->normed;
+    r->normed = r->sum, r->sum = given;
+    return failed;
+}
+
 TARGET static int NAME(layer)(Rows *r) {
     const Layer *l = r->l;
-    const int64_t hidden = l->linears[QUERY].in, length = r->s->length + r->from + r->count;
-    const int many = r->rows > 1 && r->rows * hidden >= MIN_ROWS;
+    const int64_t hidden = l->linears[QUERY].in, end = r->s->length + r->from + r->count;
+    const int64_t queries = l->heads * l->dim, keys = l->key_heads * l->dim, length = end - r->c->start;
+    const int many = r->rows > 1 && r->rows * hidden >= MIN_ROWS, apart = !!l->linears[KEY].packed;
+    r->query_apart = l->linears[QUERY].out, r->key_apart = apart ? keys : r->query_apart;
+    r->k = r->q + (apart ? r->rows : 1) * queries, r->v = r->k + (apart ? r->rows : 1) * keys;
     run(NAME(begin_rows), r, many);
-    int failed = multiply(r, QUERY, 3, r->normed, (float *[]){r->q, r->k, r->v});
+    int failed = multiply(r, l->linears, 3, r->rows, r->normed, (float *[]){r->q, r->k, r->v});
     run(NAME(rotate_rows), r, many);
     run(NAME(attend), r, r->rows * l->heads * l->dim * length >= MIN_ATTENTION);
-    failed |= r->failed | multiply(r, OUTPUT, 1, r->mixed, &r->normed);
+    failed |= r->failed | multiply(r, l->linears + OUTPUT, 1, r->rows, r->mixed, &r->normed);
     run(NAME(continue_rows), r, many);
-    failed |= multiply(r, GATE, 2, r->normed, (float *[]){r->gate, r->up});
-    run(NAME(activate_rows), r, many);
-    failed |= multiply(r, DOWN, 1, r->gate, &r->normed);
+    if (l->experts) failed |= NAME(consult)(r, many);
+    else failed |= NAME(mlp)(r, l->linears + GATE, r->rows, r->normed, r->normed);
     run(NAME(end_rows), r, many);
     return failed;
 }
@@ -420,22 +534,28 @@ TARGET static int NAME(layer)(Rows *r) {
 /* Some tokens at a time go through all layers: later ones read the keys and values of earlier ones from the caches. */
 TARGET static int NAME(layers)(const Layer *const *layers, int64_t count, const Step *s) {
     const int64_t hidden = layers[0]->linears[QUERY].in;
-    int64_t inner = 0, all = 0, some = 0, dim = 0, heads = 0;
+    int64_t inner = 0, all = 0, some = 0, dim = 0, heads = 0, routes = 0, active = 0;
     for (int64_t i = 0; i < count; i++) {
         const Layer *l = layers[i];
-        inner = larger(inner, l->linears[GATE].out), dim = larger(dim, l->dim), heads = larger(heads, l->heads);
+        inner = larger(inner, l->linears[DOWN].in), dim = larger(dim, l->dim), heads = larger(heads, l->heads);
         all = larger(all, l->heads * l->dim), some = larger(some, l->key_heads * l->dim);
+        if (!l->experts) continue;
+        routes = larger(routes, (l->experts->count + LANES - 1) / LANES * LANES);
+        active = larger(active, l->experts->active);
+        for (int64_t n = 0; n < l->experts->count; n++) inner = larger(inner, l->experts->linears[3 * n + 2].in);
     }
     int64_t most = MOST_ROWS / s->batch;
     most = most < 1 ? 1 : most > s->count ? s->count : most;
     const int64_t rows = s->batch * most, ends = s->length + s->count, stride = (ends + LANES - 1) / LANES * LANES;
     const int64_t scores = most == 1 || s->count % most == 1 ? (s->batch * heads + TOGETHER) * stride : 0;
-    float *memory = malloc((size_t)(rows * (2 * hidden + 2 * all + 2 * some + 2 * inner + 2 * dim) + scores) * 4);
+    const int64_t row = 2 * hidden + 2 * all + 2 * some + 3 * inner + 2 * dim + (active ? 3 * hidden + routes + active : 0);
+    float *memory = malloc((size_t)(rows * row + scores) * 4);
     if (!memory) return 1;
     Rows r = {.l = layers[0], .s = s, .x = memory};
-    r.normed = r.x + rows * hidden, r.q = r.normed + rows * hidden, r.mixed = r.q + rows * all;
-    r.k = r.mixed + rows * all, r.v = r.k + rows * some, r.gate = r.v + rows * some, r.up = r.gate + rows * inner;
-    r.rotation = r.up + rows * inner, r.scores = r.rotation + rows * 2 * dim;
+    r.normed = r.x + rows * hidden, r.q = r.normed + rows * hidden, r.mixed = r.q + rows * (all + 2 * some);
+    r.gate = r.mixed + rows * all, r.rotation = r.gate + rows * 3 * inner, r.scores = r.rotation + rows * 2 * dim;
+    r.gathered = r.scores + scores, r.outputs = r.gathered + rows * hidden, r.sum = r.outputs + rows * hidden;
+    r.shares = r.sum + rows * hidden, r.chosen = (int32_t *)(r.shares + rows * routes);
     atomic_init(&r.failed, 0);
     int failed = 0;
     for (r.from = 0; r.from < s->count && !failed; r.from += r.count) {
@@ -445,7 +565,8 @@ TARGET static int NAME(layers)(const Layer *const *layers, int64_t count, const 
         const int many = r.rows > 1 && r.rows * hidden >= MIN_ROWS;
         run(NAME(read_rows), &r, many);
         for (int64_t i = 0; i < count && !failed; i++) {
-            r.l = layers[i], r.cache = &s->caches[i];
+            r.l = layers[i], r.c = &s->contexts[i];
+            r.routes = r.l->experts ? (r.l->experts->count + LANES - 1) / LANES * LANES : 0;
             failed = NAME(layer)(&r);
         }
         run(NAME(write_rows), &r, many);
