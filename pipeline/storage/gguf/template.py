@@ -163,14 +163,14 @@ class Template:
                 continue
             theirs = self._values(tensor, number)
             place = Place(own, number, wide=tensor.kind.dtype == torch.float32)
-            found = _fitting(value, theirs, orders, place, turned=name in rounded)
-            if found is None:
+            fitting = _fitting(value, theirs, orders, place, turned=name in rounded)
+            if fitting is None:
                 problems.append(
                     f"{name} has shape {list(value.shape)}, and {own} there {list(theirs.shape)}"
                     + ("; turned, it can lie there quantized" if value.shape == theirs.shape[::-1] else "")
                 )
                 continue
-            place, apart = found
+            place, apart = fitting
             if apart > (_ROUNDED if name in rounded or tensor.kind.dtype is None else _EXACT):
                 problems.append(f"the values of {name} are not those of {own}, they are apart by {apart:.1%}")
             places[name] = place
