@@ -125,7 +125,7 @@ class Template:
 
     @property
     def identity(self) -> str:
-        """Of its header, which has all that is taken from it."""
+        """The SHA-256 of its header, which has nearly all that is taken from it, in hex."""
         with self.path.open("rb") as file:
             return hashlib.sha256(file.read(self.file.data_start)).hexdigest()
 
