@@ -12,10 +12,9 @@ from .checkpoints.describe import describe
 from .config.load import load_recipe
 from .config.schema import RecipeSettings
 from .errors import ConfigError
-from .formats import quantization_section
+from .formats import open_quantized, quantization_section
 from .models.loading import kernels_used
 from .quantize.recipe import problems
-from .storage.checkpoint import Checkpoint
 
 
 class Recipe(RecipeSettings):
@@ -64,7 +63,7 @@ class Artifact:
 
     def section(self) -> dict[str, Any]:
         """The quantization_config of its config.json."""
-        return quantization_section(Checkpoint(self.folder))
+        return quantization_section(open_quantized(self.folder))
 
     def _rows(self) -> list[tuple[str, str]]:
         facts = self.facts()

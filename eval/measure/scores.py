@@ -1,5 +1,6 @@
 """How well a model predicts a text, token by token: alone, or beside its unquantized baseline."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -17,9 +18,14 @@ _CHUNK = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 
 def logits(model: nn.Module, window: Window) -> Tensor:
-    """A causal LM's logits for the window's targets: [targets, vocabulary], in the model's dtype."""
-    every = model(input_ids=window.ids.unsqueeze(0), use_cache=False).logits[0]
-    return every[window.first : window.first + window.targets.numel()]
+    """A causal LM's logits for the window's targets: [targets, vocabulary], in the model's dtype.
+
+    Those of the tokens before are not computed, where the model's forward can leave them out.
+    """
+    skipped, arguments = window.first, {"input_ids": window.ids.unsqueeze(0), "use_cache": False}
+    if skipped and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        skipped, arguments["logits_to_keep"] = 0, window.ids.numel() - skipped
+    return model(**arguments).logits[0][skipped : skipped + window.targets.numel()]
 
 
 def rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -224,8 +224,8 @@ def _check_quantized(checkpoint: Checkpoint, diagnosis: Diagnosis, steps: _Steps
     faults, notes = format.diagnose(seen)
     diagnosis.faults += faults
     diagnosis.notes += notes
-    scales = {name for names, _ in (headers["cache"] if headers else ()) for name in names}
-    rest = [name for name in checkpoint.tensors if name not in owned and name not in scales]
+    owned |= {name for names, _ in (headers["cache"] if headers else ()) for name in names}
+    rest = [name for name in checkpoint.tensors if name not in owned]
     _check_plain(checkpoint, rest, headers, diagnosis, steps)
     if headers:
         schemes = {name: (layer.scheme, layer.shape) for name, layer in seen.layers.items()}

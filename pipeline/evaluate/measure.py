@@ -295,9 +295,11 @@ def _costs(job: _Measurement, model: Any, text: list[Window], loading: memory.Pe
     per_token = None if activations is None else activations / prompt["prompt"]
     limit = longest(model.config, _FAR)
     if cache and (kept := prompt.pop("kv_cache", None)):  # as a runtime has it that keeps codes; bitpress keeps numbers
-        whole = {key: prompt[key] for key in ("kv_cache_bytes_per_token", "kv_cache_windows") if key in prompt}
-        prompt |= {"kv_cache_bytes_per_token": kept["bytes_per_token"], "kv_cache": {"type": cache.name, **whole}}
-        prompt |= {"kv_cache_windows": kept["windows"]} if kept["windows"] else {}
+        keys = ("kv_cache_bytes_per_token", "kv_cache_windows")
+        prompt["kv_cache"] = {"type": cache.name, **{key: prompt[key] for key in keys if key in prompt}}
+        prompt["kv_cache_bytes_per_token"] = kept["bytes_per_token"]
+        if kept["windows"]:
+            prompt["kv_cache_windows"] = kept["windows"]
     return {
         "memory": {
             "resident_bytes": resident,

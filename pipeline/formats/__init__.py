@@ -57,8 +57,8 @@ def misfits(
             problems.setdefault(problem, []).append(layer)
     if embeddings and not format.holds_embeddings:
         problems[f"{format.name} has no place for quantized embeddings"] = list(embeddings)
-    if cache and (problem := cache_problem(format, cache)):
-        problems[problem] = []
+    if cache and (why := cache_problem(format, cache)):
+        problems[why] = []
     mixture = format.mixture_problems({layer: scheme for layer, (scheme, _) in layers.items()}) if not problems else []
     return [*(counted(problem, names) for problem, names in problems.items()), *mixture]
 
@@ -140,9 +140,10 @@ def quantization_section(checkpoint: Checkpoint) -> Any:
     if "quantization_config" in checkpoint.config:
         return checkpoint.config["quantization_config"]
     for format in registry().values():
-        if not format.config_copies or not format.layers(checkpoint.tensors):
+        others = [name for name in (*format.config_copies, format.side_config) if name]
+        if not others or not format.layers(checkpoint.tensors):
             continue
-        for name in format.config_copies:
+        for name in others:
             if (checkpoint.folder / name).exists():
                 return {"quant_method": format.quant_method, **read_json(checkpoint.folder / name)}
     return None

@@ -24,6 +24,8 @@ from ..storage.tensor_info import TensorInfo
 from .names import NameRules
 
 SECTIONS = ("quantization_config", "quantization")  # keys of config.json that say how a model is quantized
+# Suffixes of tensors that may lie beside a layer's own, and that servers read: scales of a key-value cache.
+CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "output_scale")
 LEVELS = ("yes", "limited", "unknown", "no")  # how a runtime loads a checkpoint; the worst of all reasons counts
 Reason = tuple[str, str]  # one of LEVELS, and a sentence
 HEAD_IS_ROUNDED: Reason = (  # by ONNX Runtime GenAI's builder
@@ -155,7 +157,6 @@ class Format(ABC):
     hf_methods: under which names transformers registers it.
     marker: the suffix of the tensor that every quantized layer has and no other has.
     suffixes: of all tensors that a layer may have, `marker` among them (the bias is not the format's).
-    beside: of tensors that may lie beside a layer's own, and that only servers read: scales of a key-value cache.
     holds_embeddings: whether its readers take quantized embeddings.
     holds_order: whether it can say in what order the inputs were quantized (see QTensor.order).
     joins_experts: whether the experts of a block lie in one tensor, as transformers and vLLM know some architectures.
@@ -163,6 +164,7 @@ class Format(ABC):
     convertible: whether `bitpress convert` writes it. read_only: whether nothing writes it: `problems` says so.
     packages: names of the packages, beside bitpress's own requirements, that it takes to write it.
     config_copies: other files that repeat the config, and the keys on which both must agree.
+    side_config: another file that counts where config.json has no quantization_config; "" where there is none.
     output_multiple: what the number of output features must be a multiple of for servers' kernels.
     uncuttable: why it is not known how servers cut its layers for several GPUs; None where it is.
     """
@@ -173,7 +175,6 @@ class Format(ABC):
     tags: ClassVar[tuple[str, ...]]
     marker: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
-    beside: ClassVar[tuple[str, ...]] = ()
     hf_methods: ClassVar[tuple[str, ...]] = ()
     holds_embeddings: ClassVar[bool] = False
     holds_order: ClassVar[bool] = False
@@ -183,6 +184,7 @@ class Format(ABC):
     read_only: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
     config_copies: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    side_config: ClassVar[str] = ""
     output_multiple: ClassVar[int] = 1
     uncuttable: ClassVar[str | None] = None
 

@@ -15,6 +15,7 @@ from bitpress.kernels.weights.base import WeightDescription
 
 from ..storage.tensor_info import TensorInfo
 from .base import (
+    CACHE_SCALES,
     ON_GPUS,
     WITH_AMX,
     Examination,
@@ -42,8 +43,8 @@ INPUT_TYPES = {  # what `activation_scheme` stands for, by the strategy of the w
     ("tensor", "dynamic"): {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
     ("tensor", "static"): {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
 }
-# Scales of a key-value cache that lie beside a layer's tensors.
-CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "output_scale")
+# A key-value cache in FP8, as compressed-tensors describes it.
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
 class FP8Layers(Format):
@@ -61,7 +62,6 @@ class FP8Layers(Format):
     hf_methods = ("fp8",)
     marker = _SQUARES
     suffixes = ("weight", *_WHOLE, *_INPUTS)
-    beside = CACHE_SCALES
     convertible = True
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
@@ -140,15 +140,16 @@ class FP8Layers(Format):
                 return f"{layer} has a scale for its inputs, and the config does not say activation_scheme static"
             if scales[0].dtype not in _SCALE_DTYPES:
                 return f"{scales[0].name} is {scales[0].dtype}, which is no dtype of scales"
-        lost = [layer for layer in self.layers(tensors) if f"{layer}.weight" not in tensors]
-        return f"{lost[0]} has scales and no weight" if lost else None
+        if lost := [layer for layer in self.layers(tensors) if f"{layer}.weight" not in tensors]:
+            return f"{lost[0]} has scales and no weight"
+        return unscaled_cache(self.cache_scheme(config), tensors)
 
     def kept(self, config: dict[str, Any]) -> list[str]:
         return _left_alone(config)
 
     def cache_scheme(self, config: dict[str, Any]) -> dict[str, Any] | None:
         scheme = config.get("kv_cache_scheme")
-        return scheme if isinstance(scheme, dict) else {"kv_cache_scheme": scheme} if scheme else None
+        return fp8_cache(scheme) if isinstance(scheme, dict) else FP8_CACHE if scheme else None  # AutoFP8: "static"
 
     def diagnose(self, seen: Examination) -> tuple[list[str], list[str]]:
         entries = _left_alone(seen.config)
@@ -203,6 +204,17 @@ def read_fp8(scheme: Scheme, tensors: dict[str, Tensor], names: Sequence[str], i
     shape = (weight.shape[0], weight.shape[1])
     elements = scheme.weight.from_elements(shape, weight, _float_scales(tensors[scale]), None)
     return QTensor.of(scheme, shape, {**elements, **extra})
+
+
+def fp8_cache(scheme: Mapping[str, Any]) -> dict[str, Any]:
+    """A kv_cache_scheme with what those of FP8 leave out."""
+    return {**FP8_CACHE, **scheme} if (scheme.get("num_bits"), scheme.get("type")) == (8, "float") else dict(scheme)
+
+
+def unscaled_cache(scheme: Mapping[str, Any] | None, tensors: Iterable[str]) -> str | None:
+    """Why a cache that a config describes cannot be followed: servers take 1 where the files have no scales."""
+    scaled = not scheme or any(name.rpartition(".")[2] in CACHE_SCALES for name in tensors)
+    return None if scaled else "the config has servers quantize the key-value cache, and no scales for it are stored"
 
 
 def _float_scales(scales: Tensor) -> Tensor:

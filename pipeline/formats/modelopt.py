@@ -30,11 +30,12 @@ from .base import (
     require,
     some,
 )
-from .fp8 import CACHE_SCALES, INPUT_TYPES, read_fp8
+from .fp8 import FP8_CACHE, INPUT_TYPES, fp8_cache, read_fp8, unscaled_cache
 from .names import NameRules, fused_unit
 
 _SIDE_FILE = "hf_quant_config.json"
 _SCALE, _FACTOR, _INPUT = "weight_scale", "weight_scale_2", "input_scale"
+_CACHE, _FP8 = "kv_cache_scheme", "FP8"
 _PRODUCER = {"name": "bitpress", "version": "1"}
 # quant_algo -> what it says of weights and of inputs, these as compressed-tensors describes them
 _ALGORITHMS: Mapping[str, tuple[WeightDescription, dict[str, Any] | None]] = {
@@ -69,9 +70,8 @@ class ModelOpt(Format):
     tags: ClassVar[tuple[str, ...]] = ()
     marker = _SCALE
     suffixes = ("weight", _SCALE, _FACTOR, _INPUT)
-    beside = CACHE_SCALES
     convertible = True
-    config_copies: ClassVar[Mapping[str, tuple[str, ...]]] = {_SIDE_FILE: ()}
+    side_config = _SIDE_FILE
 
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
         if scheme in (known := _schemes()):
@@ -134,7 +134,7 @@ class ModelOpt(Format):
         """The section again, by the names that older readers know."""
         old = {
             "quant_algo": section["quant_algo"],
-            "kv_cache_quant_algo": None,
+            "kv_cache_quant_algo": _FP8 if section.get(_CACHE) else None,
             **({"group_size": section["group_size"]} if "group_size" in section else {}),
             "exclude_modules": section["ignore"],
         }
@@ -158,17 +158,21 @@ class ModelOpt(Format):
             weight = tensors.get(f"{layer}.weight")
             if weight is not None and len(weight.shape) != 2:
                 return f"{layer}.weight has {len(weight.shape)} dimensions: all experts in one tensor"
-        return None
+        return unscaled_cache(self.cache_scheme(config), tensors)
 
     def kept(self, config: dict[str, Any]) -> list[str]:
         return [entry for entry in _left_alone(config) if "*" not in entry]
 
     def cache_scheme(self, config: dict[str, Any]) -> dict[str, Any] | None:
         section = _section(config)
-        if scheme := section.get("kv_cache_scheme"):
-            return scheme if isinstance(scheme, dict) else {"kv_cache_scheme": scheme}
-        algorithm = section.get("kv_cache_quant_algo")
-        return {"kv_cache_quant_algo": algorithm} if algorithm else None
+        scheme, algorithm = section.get(_CACHE), section.get("kv_cache_quant_algo")
+        if isinstance(scheme, dict) and scheme:
+            return fp8_cache(scheme)
+        return FP8_CACHE if algorithm == _FP8 else {"kv_cache_quant_algo": algorithm} if algorithm else None
+
+    def cache_section(self, cache: Mapping[str, Any]) -> dict[str, Any] | None:
+        """vLLM takes it for FP8, one scale for all heads, where it is of 8 bits and floating, and knows no other."""
+        return {_CACHE: dict(cache)} if dict(cache) == FP8_CACHE else None
 
     def diagnose(self, seen: Examination) -> tuple[list[str], list[str]]:
         entries = _left_alone(seen.config)
@@ -182,10 +186,7 @@ class ModelOpt(Format):
                 f"{some(unlisted)}: neither quantized nor excluded by the config, so runtimes look for quantized "
                 "weights there"
             )
-        notes = []
-        if scheme := self.cache_scheme(seen.config):
-            notes.append(f"servers quantize the key-value cache ({scheme}); bitpress leaves the cache alone")
-        return faults, notes
+        return faults, []
 
     def runtimes(self, facts: Facts) -> dict[str, Loading]:
         return {

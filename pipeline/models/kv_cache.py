@@ -30,6 +30,8 @@ from .cache_scales import read_scale
 from .structure import ParameterPath, decoder
 
 SCALES = ("k_scale", "v_scale")  # of a layer's keys and values, beside its projections in the files
+# Where ModelOpt and AutoFP8 put them, in this order; vLLM reads these names, too.
+_ELSEWHERE = (("k_proj.k_scale", "v_proj.v_scale"), ("k_proj.output_scale", "v_proj.output_scale"))
 _ARGUMENTS = ("past_key_values", "cache", "past_key_value", "layer_past")  # what attention calls its cache
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -105,13 +107,12 @@ def attentions(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-@functools.cache
 def _fills_cache(kind: type[nn.Module]) -> bool:
     """Whether a class's forward takes a cache and calls its `update`."""
     forward = inspect.unwrap(kind.forward)
-    code = getattr(forward, "__code__", None)
-    takes = any(name in inspect.signature(forward).parameters for name in _ARGUMENTS)
-    return code is not None and takes and "update" in code.co_names
+    if "update" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return False
+    return any(name in inspect.signature(forward).parameters for name in _ARGUMENTS)
 
 
 class CacheRounding:
@@ -250,6 +251,10 @@ def stored_cache(
     if cache.dynamic:
         return StoredCache(cache, dict.fromkeys(paths, ()))
     scales = {path: scale_names(path, targets) for path in paths}
+    for path, (keys, _) in scales.items():
+        owner = keys.removesuffix(SCALES[0])
+        others = [(f"{owner}{key}", f"{owner}{value}") for key, value in _ELSEWHERE]
+        scales[path] = next((pair for pair in others if checkpoint.tensors.keys() >= set(pair)), scales[path])
     if missing := [name for names in scales.values() for name in names if name not in checkpoint.tensors]:
         raise CheckpointError(
             f"{checkpoint.folder}: config.json quantizes the key-value cache to {cache.name}, and scales are missing:\n"

@@ -10,7 +10,7 @@ from bitpress.kernels.scheme import Scheme
 
 from ..errors import CheckpointError, listing
 from ..formats import quantization_section, quantized_cache, read_config
-from ..formats.base import Format
+from ..formats.base import CACHE_SCALES, Format
 from ..storage.checkpoint import Checkpoint
 from .kv_cache import StoredCache, stored_cache
 from .structure import ParameterPath, TensorNames, skeleton, tied, tied_copies, weight_kind
@@ -60,13 +60,13 @@ def read_quantized(
     quantized = _quantized_layers(checkpoint, format, model, names)
     owned = {f"{layer}.{suffix}" for layer in quantized for suffix in format.suffixes}
     plain = {name: names.target(name) for name in checkpoint.tensors if name not in owned}
-    cache = None
-    if (kind := quantized_cache(checkpoint)) is not None:
+    cache: StoredCache | None = None
+    if cache_type := quantized_cache(checkpoint):
         weights = {f"{layer}.weight": target for layer, target in quantized.items()}
-        cache = stored_cache(checkpoint, model, kind, weights | plain)
+        cache = stored_cache(checkpoint, model, cache_type, weights | plain)
         for name in cache.tensors:
             del plain[name]
-    _check_plain(checkpoint, format, names, plain, set(quantized))
+    _check_plain(checkpoint, names, plain, set(quantized))
     if missing := names.missing([*plain.values(), *quantized.values()]):
         raise CheckpointError(f"{checkpoint.folder}: weights of the model are missing:\n{listing(missing)}")
     schemes: dict[str, Scheme] = {}
@@ -106,7 +106,7 @@ def _quantized_layers(
 
 
 def _check_plain(
-    checkpoint: Checkpoint, format: Format, names: TensorNames, plain: dict[str, ParameterPath], quantized: set[str]
+    checkpoint: Checkpoint, names: TensorNames, plain: dict[str, ParameterPath], quantized: set[str]
 ) -> None:
     """Nothing that quantization left behind is taken for a weight, or left out though it would change the numbers.
 
@@ -116,7 +116,7 @@ def _check_plain(
     faults = list(names.mismatches(checkpoint.tensors, plain).values())
     for name, target in plain.items():
         owner = next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix in quantized), None)
-        if owner and name.removeprefix(f"{owner}.") in format.beside:
+        if owner and name.removeprefix(f"{owner}.") in CACHE_SCALES:
             continue
         if owner and name != f"{owner}.bias":
             faults.append(f"{name} does not belong to a quantized layer of this format")

@@ -154,8 +154,14 @@ def write_card(
 def _what(metrics: Mapping[str, Any], origin: Origin) -> str:
     bits = metrics["size"]["bits_per_weight"]["quantized"]
     calibrated = f", calibrated on {metrics['calibration']['text']}" if metrics["calibration"] else ""
-    stored = f"stored in the format {metrics['format']} ({bits:.2f} bits per quantized weight)"
-    return f"{origin.id}, its weights quantized to {metrics['scheme']} by {metrics['method']}{calibrated}, {stored}."
+    stored = f"stored in the format {metrics['format']}"
+    cache = (metrics["memory"].get("kv_cache") or {}).get("type")
+    rounded = f", keys and values rounded to {cache}" if cache else ""
+    if bits is None:
+        return f"{origin.id}, its weights as they are{rounded}{calibrated}, {stored}."
+    stored += f" ({bits:.2f} bits per quantized weight)"
+    weights = f"its weights quantized to {metrics['scheme']} by {metrics['method']}"
+    return f"{origin.id}, {weights}{rounded}{calibrated}, {stored}."
 
 
 def _provenance(metrics: Mapping[str, Any], origin: Origin) -> list[tuple[str, str]]:
@@ -163,7 +169,7 @@ def _provenance(metrics: Mapping[str, Any], origin: Origin) -> list[tuple[str, s
     return [
         ("from", source),
         ("scheme", metrics["scheme"]),
-        ("method", metrics["method"]),
+        *([("method", metrics["method"])] if metrics["method"] else []),
         ("format", metrics["format"]),
     ]
 

@@ -325,6 +325,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     notes += format.remarks(dict.fromkeys(stored.values()))
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
+    if cache and (others := names.block_count - len({names.block(path) for path in cache.shapes})):
+        notes.append(f"kv_cache: {others} of {names.block_count} layers keep no keys and values, and stay as they are")
     return Plan(model, checkpoint, tensors, _units(tensors), dtype, list(copies), format, notes, cache)
 
 

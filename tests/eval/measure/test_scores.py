@@ -271,3 +271,15 @@ def test_only_the_targets_are_scored(data):
     log_p = model.table.double().log_softmax(-1)
     expected = [-log_p[ids[2], 3].item(), -log_p[ids[3], 4].item()]
     assert scores["nll"].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@torch.inference_mode()
+def test_logits_that_no_target_needs_are_not_computed(small_vocabulary):
+    model, ids = small_vocabulary
+    lengths = []
+    model.lm_head.register_forward_hook(lambda head, given, output: lengths.append(output.shape[1]))
+    window = Window(ids[:12], ids[8:12], 7)
+    got = quality.logits(model, window)
+    want = model(input_ids=ids[:12].unsqueeze(0)).logits[0, 7:11]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert lengths == [5, 12]

@@ -24,7 +24,7 @@ from bitpress.pipeline.methods import default_method
 INTEGERS = [
     f"int{b}-{group}{asym}" for b in (2, 3, 4, 8) for group in ("g32", "g64", "channel") for asym in ("", "-asym")
 ]
-FLOATS = ["fp8-block", "fp8-dynamic", "fp8-tensor-dynamic", "fp8-tensor-static", "nvfp4"]
+FLOATS = ["fp8-block", "fp8-dynamic", "fp8-tensor-dynamic", "fp8-tensor-static", "nvfp4", "mxfp4"]
 SCHEMES = [Scheme.parse(name) for name in (*INTEGERS, "int8-dynamic", "nf4", "nf4-dq", *FLOATS)]
 SHAPE = (64, 128)
 CASES = [
@@ -187,11 +187,16 @@ def read_q4_1(stored: Stored, scheme: Scheme) -> np.ndarray:
 
 def read_floats(stored: Stored, scheme: Scheme) -> np.ndarray:
     """ModelOpt's layout, fp8's and that of compressed-tensors differ in names and in how the factor is meant."""
-    scales = stored.get("weight_scale", stored.get("weight_scale_inv")).float().numpy()
-    if (packed := stored.get("weight", stored.get("weight_packed"))).dtype == torch.uint8:
+    first = ("weight_scale", "weight_scale_inv", "scales"), ("weight", "weight_packed", "blocks")
+    scales, packed = (next(stored[name] for name in names if name in stored) for names in first)
+    powers = np.exp2(scales.numpy().astype(np.float32) - 127) if scales.dtype == torch.uint8 else None
+    scales = scales.float().numpy()
+    if packed.dtype == torch.uint8:
         magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
         table = np.concatenate([magnitudes, -magnitudes])
         codes = np.stack([packed.numpy() & 15, packed.numpy() >> 4], -1).reshape(len(packed), -1)
+        if powers is not None:
+            return table[codes] * powers.repeat(32, 1)
         divisor = np.float32(1) / stored["weight_scale_2"].numpy() if "weight_scale_2" in stored else None
         divisor = stored["weight_global_scale"].numpy() if divisor is None else divisor
         return table[codes] * (scales / divisor).repeat(16, 1)
@@ -213,6 +218,7 @@ READERS: dict[str, Callable[[Stored, Scheme], np.ndarray]] = {
     "mlx": read_mlx,
     "fp8": read_floats,
     "modelopt": read_floats,
+    "mxfp4": read_floats,
 }
 
 
@@ -283,7 +289,7 @@ def told_to_keep(config: dict[str, Any], names: list[str]) -> set[str]:
         return {name for name in names if name == "lm_head" or any(re.match(pattern, name) for pattern in patterns)}
     if config["quant_method"] == "compressed-tensors":
         return set(names) & set(config["ignore"])
-    if config["quant_method"] == "fp8":
+    if config["quant_method"] in ("fp8", "mxfp4"):
         return set(names) & set(config["modules_to_not_convert"])
     if config["quant_method"] == "modelopt":
         return {name for name in names if any(entry in name for entry in config["ignore"])}

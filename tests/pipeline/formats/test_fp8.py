@@ -55,7 +55,8 @@ def test_through_every_layout_and_back(tiny_llama: Path, tmp_path: Path, scheme:
 
 def test_transformers_dequantizes_the_same_weights(tiny_llama: Path, tmp_path: Path) -> None:
     """As it does without a GPU."""
-    quantize(tiny_llama, {"scheme": "fp8-block", "format": "fp8"}, tmp_path / "out")
+    artifact = quantize(tiny_llama, {"scheme": "fp8-block", "format": "fp8"}, tmp_path / "out")
+    assert artifact.section()["quant_method"] == "fp8"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     for layer, q in layers(tmp_path / "out").items():
         assert torch.equal(model.get_submodule(layer).weight, q.dequantize(torch.bfloat16)), layer

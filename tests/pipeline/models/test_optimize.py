@@ -536,7 +536,7 @@ def test_the_whole_decoder_steps_aside_for_hooks_and_other_modules(model: PreTra
 def test_a_decoder_that_does_more_than_its_layers_says_so(pressed: Callable[[Any], Path]):
     other = load(pressed(CONFIGS["llama"]))
     optimize.unfuse(other)
-    other.model.extra = torch.nn.Identity()
+    other.model.extra = torch.nn.Tanh()
     assert "the decoder has embed_tokens, extra, layers" in str(optimize.fuse(other).apart)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
 from bitpress.kernels.qtensor import QTensor
-from bitpress.pipeline.api import quantize
+from bitpress.pipeline.api import convert, quantize
 from bitpress.pipeline.checkpoints.describe import describe
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.errors import CheckpointError
@@ -172,7 +172,7 @@ LAYOUTS = {
         (None, None),
         "weight_scale",
         scalar,
-        extra={"input_scale": (), "k_scale": ()},
+        extra={"input_scale": (), "k_scale": (), "v_scale": ()},
     ),
     "modelopt channel": Layout(
         {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "ignore": ["lm_head"]},
@@ -285,6 +285,21 @@ def test_is_an_artifact_where_a_scheme_holds_it(coded: Callable[[str], tuple[Pat
         assert len(layers) == 7
         for layer, qtensor in layers.items():
             assert torch.equal(qtensor.dequantize(torch.bfloat16), expected.read(f"{layer}.weight")), layer
+
+
+def test_scales_of_a_cache_come_along(coded: Callable[[str], tuple[Path, Path]], tmp_path: Path):
+    """Beside a layer, where servers look for them; that they count is said in the config."""
+    folder, _ = coded("modelopt")
+    convert(folder, "compressed-tensors", tmp_path / "out")
+    before, after = open_quantized(folder), open_quantized(tmp_path / "out")
+    name = "model.layers.0.self_attn.k_proj.k_scale"
+    assert torch.equal(before.read(name), after.read(name))
+    assert after.config["quantization_config"]["kv_cache_scheme"]["strategy"] == "tensor"
+    assert read_quantized(after).cache == read_quantized(before).cache is not None
+    assert len(quantized_layers(after)) == 7
+    convert(tmp_path / "out", "modelopt", tmp_path / "back")
+    side = json.loads((tmp_path / "back" / "hf_quant_config.json").read_text())["quantization"]
+    assert (side["quant_algo"], side["kv_cache_quant_algo"]) == ("FP8", "FP8")
 
 
 def quantized_layers(checkpoint: Checkpoint) -> dict[str, QTensor]:
