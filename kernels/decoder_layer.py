@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .cpu.library import Library, library
-from .cpu.native import DTYPES, NativeWeight, inputs_of, rounds_rows
+from .cpu.native import DTYPES, NativeWeight, inputs_of, rounds_inputs
 from .linear import QLinear
 from .registry import Selection
 
@@ -102,8 +102,8 @@ class Parts:
         for layer in self.all_linears():
             if not isinstance(layer.packed, NativeWeight):
                 return f"a linear layer runs on {layer.selection.kernel.name}"
-            if rounds_rows(layer.scheme):
-                return f"{layer.scheme.name} has a scale for whole rows of inputs"
+            if rounds_inputs(layer.scheme):
+                return f"the inputs of {layer.scheme.name} are rounded by rows, or to FP8"
         if self.dim % _LANES:
             return f"heads of {self.dim} features; expected a multiple of {_LANES}"
         if self.heads % self.key_heads:

@@ -51,6 +51,18 @@ class _Fp8:
         codes, scales, _ = self.codes(x, tensors)
         return codes.to(torch.float32).mul_(scales)
 
+    def layout(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        return {}
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        return
+
+    def tensors(self, statistics: Mapping[type, Any], observer: str = "minmax") -> dict[str, Tensor]:
+        return {}
+
+    def random(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {}
+
 
 @dataclass(frozen=True)
 class Fp8Token(_Fp8):

@@ -185,7 +185,7 @@ def _is_ours(path: Path) -> bool:
 def _load(path: Path, origin: str) -> Library:
     lib = ctypes.CDLL(str(path))
     lib.bitpress_kernel_name.restype = ctypes.c_char_p
-    lib.bitpress_layout.argtypes = [_POINTER, *[_INT64] * 8]
+    lib.bitpress_layout.argtypes = [_POINTER, *[_INT64] * 9]
     lib.bitpress_layout.restype = _INT64
     lib.bitpress_use_huge_pages.argtypes = [_POINTER, _INT64]
     lib.bitpress_pack.argtypes = [_POINTER, _POINTER, *[_INT64] * 4, _INT]

@@ -1,8 +1,9 @@
-"""Weights of 2 to 8 bits and NF4 on the CPU, by csrc/: VNNI and AMX where the machine has them.
+"""Weights of 2 to 8 bits, NF4, FP4 and FP8 on the CPU, by csrc/: VNNI and AMX where the machine has them.
 
 Inputs are quantized as they come, one scale per row and group of weights (at most 128 features; the whole row for
 int8-dynamic, as that scheme has it), products summed in int32 and scaled in float32. 16 bits are the default; 8 bits
-are faster, and may lose more than the weights of an int4 file did. Or inputs stay as they are.
+are faster, and may lose more than the weights of an int4 file did. Or inputs stay as they are, always beside FP8
+weights, which are no whole numbers: E4M3 spans 18 bits.
 """
 
 import functools
@@ -14,18 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..activations.fp8 import Fp8Group, Fp8Tensor, Fp8Token
 from ..activations.int8_token import Int8Token
 from ..base import Kernel, PackedWeight, Serves
 from ..packing import pack, unpack
 from ..qtensor import QTensor
 from ..scheme import Scheme
+from ..weights.fp8 import Float8, Float8Tensor
 from ..weights.integer import INT_BITS, Integer
-from ..weights.nf4 import NF4, NF4_BLOCK, block_scales
+from ..weights.mxfp4 import MXFP4
+from ..weights.nf4 import NF4, NF4_BLOCK
+from ..weights.nvfp4 import NVFP4
 from .library import Library, library, pending
 
 INT8, INT16, FLOAT32 = range(3)  # what inputs are rounded to, as csrc/ numbers it
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/ numbers them
-_INT4, _NF4, _INT8 = range(3)
+_INT4, _TABLE, _INT8, _FP8 = range(4)
+_NF4, _FP4 = range(2)  # tables
 
 _STEP = 128  # features that share an activation scale, where a group of weights has no fewer
 _HEADER = 128  # bytes
@@ -34,14 +40,15 @@ _PIECE = 512  # output features dequantized at once
 _HUGE_PAGE = 2 << 20  # bytes
 _SHARED = 16 << 20  # bytes that smaller weights share
 
-_NF4_ZERO = 128  # is added to NF4's code book in int8 where weights must be unsigned
+_TABLE_ZERO = 128  # is added to what a table says in int8 where weights must be unsigned
 
 # From so many rows on, inputs that stay as they are meet a dequantized weight and torch's own product.
 _EXACT_ROWS = 48
 
 
 class NativeWeight(PackedWeight):
-    """`data` uint8 [bytes]: a header and what csrc/bitpress.h calls Weight. `instructions`: which set multiplies."""
+    """`data` uint8 [bytes]: a header and what csrc/bitpress.h calls Weight. `instructions`: which set multiplies. Other
+    buffers are what the inputs' type stores."""
 
     data: Tensor
     instructions: int
@@ -58,6 +65,8 @@ class NativeInt8(Kernel):
     serves: ClassVar[tuple[Serves, ...]] = (
         Serves("integer weights of 2, 3, 4 or 8 bits", Integer, INT_BITS),
         Serves("nf4, nf4-dq", NF4),
+        Serves("mxfp4", MXFP4),
+        Serves("nvfp4", NVFP4),
         Serves("int8-dynamic", Integer, (8,), Int8Token),
     )
     input_bits: ClassVar[int | None] = 8
@@ -92,7 +101,9 @@ class NativeInt8(Kernel):
     def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
         native = library()
         assert isinstance(native, Library)
-        packed = NativeWeight(qtensor, data=_pack(native, qtensor))
+        static = qtensor.scheme.static
+        stored = {name: qtensor.extra[name] for name in (static.layout() if static else ())}
+        packed = NativeWeight(qtensor, data=_pack(native, qtensor), **stored)
         packed.instructions = self.chosen()
         return packed
 
@@ -120,28 +131,40 @@ class NativeInt16(NativeInt8):
     rank: ClassVar[int] = 11
     name: ClassVar[str] = "native-int16"
     serves: ClassVar[tuple[Serves, ...]] = (
-        *NativeInt8.serves[:2],
+        *(each for each in NativeInt8.serves if each.activations is None),
         Serves("int4-g128-int8-dynamic and others of 2 to 4 bits", Integer, (2, 3, 4), Int8Token),
     )
     input_bits: ClassVar[int | None] = 16
     inputs: ClassVar[int] = INT16
 
     def unserved(self, scheme: Scheme) -> str | None:
-        quantizes = scheme.activations is not None and not rounds_rows(scheme)
+        quantizes = scheme.activations is not None and not rounds_inputs(scheme)
         return f"{scheme.name} quantizes its inputs" if quantizes else super().unserved(scheme)
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-        if not rounds_rows(packed.scheme):
+        if not rounds_inputs(packed.scheme):
             return super().linear(x, packed, bias)
         assert packed.scheme.activations is not None
-        return super().linear(packed.scheme.activations.apply(x, {}), packed, bias).to(x.dtype)
+        stored = {name: tensor for name, tensor in packed.named_buffers() if name != "data"}
+        return super().linear(packed.scheme.activations.apply(x, stored), packed, bias).to(x.dtype)
 
 
 class NativeExact(NativeInt16):
-    """Inputs stay as they are: weights are dequantized in registers, and multiplied in float32."""
+    """Inputs stay as they are, or as the scheme rounds them: weights are dequantized in registers, and multiplied in
+    float32."""
 
     rank: ClassVar[int] = 12
     name: ClassVar[str] = "native-bf16"
+    serves: ClassVar[tuple[Serves, ...]] = (
+        *NativeInt16.serves,
+        Serves("fp8, fp8-b128", Float8),
+        Serves("fp8-tensor", Float8Tensor),
+        Serves("fp8-dynamic", Float8, (), Fp8Token),
+        Serves("fp8-tensor-dynamic", Float8Tensor, (), Fp8Token),
+        Serves("fp8-block", Float8, (), Fp8Group),
+        Serves("fp8-static", Float8, (), Fp8Tensor),
+        Serves("fp8-tensor-static", Float8Tensor, (), Fp8Tensor),
+    )
     input_bits: ClassVar[int | None] = None
     inputs: ClassVar[int] = FLOAT32
 
@@ -149,9 +172,9 @@ class NativeExact(NativeInt16):
         return None
 
 
-def rounds_rows(scheme: Scheme) -> bool:
-    """Whether whole rows of inputs are rounded before csrc/ gets them, which has a scale for each group of weights."""
-    return scheme.joined
+def rounds_inputs(scheme: Scheme) -> bool:
+    """Whether inputs are rounded before csrc/ gets them, which rounds by groups of weights, and to integers only."""
+    return scheme.activations is not None and (scheme.joined or scheme.weight.description().type == "float")
 
 
 def inputs_of(kernel: Kernel) -> int | None:
@@ -161,41 +184,41 @@ def inputs_of(kernel: Kernel) -> int | None:
 
 def _misfit(scheme: Scheme, in_features: int) -> str | None:
     """Why csrc/ cannot multiply by a weight of so many input features; None if it can."""
-    if _is_table(scheme) and in_features % NF4_BLOCK:
+    kind = scheme.weight.description().type
+    if kind == "codebook" and in_features % NF4_BLOCK:
         return f"in_features {in_features} is not divisible by {NF4_BLOCK}: blocks would run across rows"
-    if scheme.group_size and scheme.group_size % 32:
+    if kind == "int" and scheme.group_size and scheme.group_size % 32:
         return f"group_size {scheme.group_size} is not a multiple of 32"
-    if scheme.activations is not None and in_features > 1 << 16:
+    if scheme.activations is not None and not rounds_inputs(scheme) and in_features > 1 << 16:
         return f"in_features {in_features} is more than 65536: sums of products could exceed int32"
     return None
-
-
-def _is_table(scheme: Scheme) -> bool:
-    """Whether codes are places in a table; NF4's is the only one that is served."""
-    return scheme.weight.description().type == "codebook"
 
 
 def _pack(native: Library, qtensor: QTensor) -> Tensor:
     """The header and everything after it, as csrc/ reads it."""
     scheme, (out_features, in_features) = qtensor.scheme, qtensor.shape
-    table = _is_table(scheme)
-    code, zero = (_NF4, _NF4_ZERO) if table else (_INT8 if scheme.bits == 8 else _INT4, scheme.middle)
+    kind, codes = scheme.weight.description().type, qtensor.codes
+    is_nf4 = kind == "codebook"  # of those, NF4 is the only one that is served
+    if kind == "float" and scheme.bits == 8:
+        code, zero = _FP8, 0
+        codes = F.pad(codes.view(torch.uint8), (0, -in_features % 4)).contiguous().view(torch.int32)
+    elif kind == "int":
+        code, zero = _INT8 if scheme.bits == 8 else _INT4, scheme.middle
+        if scheme.bits in (2, 3):
+            codes = pack(unpack(codes, scheme.bits, in_features), 4)
+    else:
+        code, zero = _TABLE, _TABLE_ZERO
+        codes = codes.contiguous().view(out_features, -1).view(torch.int32)
     step, group = _grouping(scheme, in_features)
     single = group >= in_features  # the multiplier is its scale
     header = torch.zeros(_HEADER, dtype=torch.uint8)
-    layout = (out_features, in_features, group, step, code, zero)
+    layout = (out_features, in_features, group, step, code, _NF4 if is_nf4 else _FP4, zero)
     size = native.lib.bitpress_layout(header.data_ptr(), *layout, not single, qtensor.zeros is not None)
     assert size > 0, layout
     packed = _pool.take(native, size)
     packed[:_HEADER] = header
-    codes = qtensor.codes
-    if table:
-        codes = codes.view(torch.int32).view(out_features, -1)
-    elif scheme.bits in (2, 3):
-        codes = pack(unpack(codes, scheme.bits, in_features), 4)
     words, strides = codes.shape[1], codes.stride()
-    high_first = table
-    native.lib.bitpress_pack(packed.data_ptr(), codes.data_ptr(), words, *strides, high_first, torch.get_num_threads())
+    native.lib.bitpress_pack(packed.data_ptr(), codes.data_ptr(), words, *strides, is_nf4, torch.get_num_threads())
     _fill_scales(packed, qtensor, single)
     return packed
 
@@ -235,16 +258,16 @@ def _grouping(scheme: Scheme, in_features: int) -> tuple[int, int]:
     group = scheme.group_size
     if group is None:
         whole = -(-in_features // _STEP) * _STEP
-        return (_STEP if scheme.activations is None or rounds_rows(scheme) else whole), whole
-    step = next(step for step in (_STEP, 96, 64, 32) if group % step == 0)
+        return (_STEP if scheme.activations is None or rounds_inputs(scheme) else whole), whole
+    step = next(step for step in (_STEP, 96, 64, 32, 16) if group % step == 0)
     return step, group
 
 
 def _fill_scales(packed: Tensor, qtensor: QTensor, single: bool) -> None:
     """scales = float16(scale / multiplier), the multiplier a power of two for each row, so that only small scales,
     of less than 2^-28 of the row's largest, lose more than float16's 11 bits; zeros as they are."""
-    out_features = qtensor.shape[0]
-    scales = block_scales(dict(qtensor.tensors())) if _is_table(qtensor.scheme) else qtensor.scales
+    out_features, factored = qtensor.shape[0], getattr(qtensor.scheme.weight, "factored_scales", None)
+    scales, factor = factored(qtensor.shape, dict(qtensor.tensors())) if factored else (qtensor.scales, 1.0)
     scales = scales.to(torch.float32).view(out_features, -1)
     offsets = packed[:_HEADER].view(torch.int64).tolist()
     scale_at, zero_at, multiplier_at = offsets[9:12]
@@ -255,7 +278,7 @@ def _fill_scales(packed: Tensor, qtensor: QTensor, single: bool) -> None:
         _put(packed, scale_at, (scales / multiplier.unsqueeze(1)).to(torch.float16))
     if qtensor.zeros is not None:
         _put(packed, zero_at, qtensor.zeros)
-    packed[multiplier_at:].view(torch.float32)[:out_features] = multiplier
+    packed[multiplier_at:].view(torch.float32)[:out_features] = multiplier * factor
 
 
 def _put(packed: Tensor, at: int, values: Tensor) -> None:

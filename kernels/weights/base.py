@@ -45,9 +45,10 @@ class WeightType(Protocol):
     rank: the place among the types, lower first. forms: how the names look, for messages. examples: common names.
     holds_order: the columns may lie in another order (see QTensor.order).
 
-    A type may have two methods more. grid(weight, scale_dtype) is the CodeGrid of a layer (see grid.py), for methods
+    A type may have three methods more. grid(weight, scale_dtype) is the CodeGrid of a layer (see grid.py), for methods
     that set codes one column after the other; integers have one without it. fused(weights) is the type with what layers
-    must have in common that servers multiply by as by one.
+    must have in common that servers multiply by as by one. factored_scales(shape, tensors) is a tuple: float32 scales
+    [out, groups], and a number that all of them are multiplied by; types whose "scales" are these do without.
     """
 
     rank: ClassVar[int]

@@ -177,6 +177,10 @@ class Float8(_Elements):
             return wide
         return wide.repeat_interleave(SQUARE, 0)[: shape[0]].repeat_interleave(SQUARE, 1)[:, : shape[1]]
 
+    def factored_scales(self, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+        scales = tensors["scales"].to(torch.float32)
+        return (scales.repeat_interleave(SQUARE, 0)[: shape[0]] if self.squares else scales), 1.0
+
     def random(self, shape: Shape, generator: torch.Generator) -> dict[str, Tensor]:
         return self.nearest(torch.randn(shape, generator=generator), torch.float32)
 
@@ -246,6 +250,9 @@ class Float8Tensor(_Elements):
     def _scale(self, weight: Tensor, scale_dtype: torch.dtype) -> Tensor:
         peak = weight.abs().amax().to(torch.float32) if self.peak is None else self.peak.to(weight.device)
         return _scales(peak.reshape(1), scale_dtype)
+
+    def factored_scales(self, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+        return tensors["scales"].to(torch.float32).expand(shape[0], 1), 1.0
 
     def random(self, shape: Shape, generator: torch.Generator) -> dict[str, Tensor]:
         return self.nearest(torch.randn(shape, generator=generator), torch.float32)

@@ -83,6 +83,9 @@ class MXFP4(E2M1Weight):
         values = unpack_e2m1(tensors["codes"]).unflatten(1, (-1, GROUP))
         return values.mul_(_power(tensors["scales"]).unsqueeze(-1)).view(shape).to(dtype)
 
+    def factored_scales(self, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+        return _power(tensors["scales"]), 1.0
+
     def nearest(self, weight: Tensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         """Each group's scale is set by its largest magnitude; `scale_dtype` does not matter."""
         groups = weight.to(torch.float32).unflatten(1, (-1, GROUP))

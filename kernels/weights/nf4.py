@@ -114,6 +114,10 @@ class NF4:
         values = values.view(-1, NF4_BLOCK) * scales.unsqueeze(-1)
         return values.flatten()[: shape[0] * shape[1]].view(shape).to(dtype)
 
+    def factored_scales(self, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+        """See WeightType; for in_features that 64 divides."""
+        return block_scales(tensors).view(shape[0], -1), 1.0
+
     def random(self, shape: Shape, generator: torch.Generator) -> dict[str, Tensor]:
         def integers(count: int) -> Tensor:
             return torch.randint(256, (count,), dtype=torch.uint8, generator=generator)

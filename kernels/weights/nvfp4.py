@@ -114,6 +114,9 @@ class NVFP4(E2M1Weight):
         values = unpack_e2m1(tensors["codes"]).unflatten(1, (-1, GROUP))
         return values.mul_(scales.unsqueeze(-1)).view(shape).to(dtype)
 
+    def factored_scales(self, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+        return tensors["scales"].to(torch.float32), 1 / tensors["global_scale"].item()
+
     def nearest(self, weight: Tensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         """Each group's scale is set by its largest magnitude; `scale_dtype` does not matter."""
         groups = weight.to(torch.float32).unflatten(1, (-1, GROUP))

@@ -127,16 +127,22 @@ def fuse(model: PreTrainedModel) -> Fusing:
     layers = list(model.get_submodule(path).children())
     base = model.get_submodule(path.rpartition(".")[0])
     rotary = getattr(base, "rotary_emb", None)
+    config = model.config.get_text_config(decoder=True)
+    try:
+        with _small_window(config):
+            caches = DynamicCache(config=config), DynamicCache(config=config)  # for the trials of all layers
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        return Fusing(0, len(layers), {f"it has no key-value cache that is known: {error}": len(layers)})
     why: Counter[str] = Counter()
     masks = _Masks()
     steps: list[_Decoding] = []
     for layer in layers:
         try:
             with _in_float32(layer):
-                step = _Decoding(layer, _parts(layer), rotary, masks)
-                _try(step)
+                step = _Decoding(layer, _parts(layer), rotary, masks, caches[0])
+                _try(step, *caches)
                 if step.parts.cap is not None:
-                    _try_cap(step)
+                    _try_cap(step, caches[0])
         except _Unfit as reason:
             why[str(reason)] += 1
         else:
@@ -353,11 +359,13 @@ def _native_takes(x: Tensor, native: NativeLayers, module: nn.Module) -> bool:
 class _Decoding:
     """How a layer runs in one call. It steps aside when the modules below it are not those that were compared.
 
+    Args:
+        cache: such as the model makes; tells whether the layer has a window.
     Raises:
         _Unfit: the library cannot run these parts.
     """
 
-    def __init__(self, layer: nn.Module, parts: Parts, rotary: nn.Module | None, masks: _Masks):
+    def __init__(self, layer: nn.Module, parts: Parts, rotary: nn.Module | None, masks: _Masks, cache: DynamicCache):
         if reason := parts.unsupported():
             raise _Unfit(reason)
         if any("forward" in module.__dict__ for module in layer.modules()):
@@ -373,11 +381,9 @@ class _Decoding:
         self.rotary = rotary if "position_embeddings" in self.names else None
         kinds = self.rotary is not None and "layer_type" in inspect.signature(self.rotary.forward).parameters
         self.kind = self.config.layer_types[self.index] if kinds else None  # of several tables of the rotation
-        try:
-            cache = DynamicCache(config=self.config).layers[self.index]
-        except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-            raise _Unfit(f"it has no cache that is known: {error}") from error
-        self.slides = isinstance(cache, DynamicSlidingWindowLayer)
+        if self.index >= len(cache.layers):
+            raise _Unfit("its cache is not one of its own")
+        self.slides = isinstance(cache.layers[self.index], DynamicSlidingWindowLayer)
         self.children: list[tuple[dict, dict]] | None = None
         self.hooks: list[dict] = []
 
@@ -467,8 +473,8 @@ class _Decoding:
 def _captures() -> bool:
     """Whether transformers records, during this forward, what modules below a layer put out."""
     collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
-    recorded = None if collector is None else collector.get()
-    return bool(recorded) and any(not name.startswith(("hidden_states", "_hidden_states")) for name in recorded)
+    recorded: dict[str, Any] = (None if collector is None else collector.get()) or {}
+    return any(not name.startswith(("hidden_states", "_hidden_states")) for name in recorded)
 
 
 @contextmanager
@@ -746,8 +752,8 @@ def _parts(layer: nn.Module) -> Parts:
         if name and not isinstance(modules[name], QLinear):
             raise _Unfit(f"{name} is not quantized")
     dim, scale = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
-    known = isinstance(dim, int) and isinstance(scale, float) and isinstance(getattr(attention, "layer_idx", None), int)
-    if not known or not hasattr(attention, "config"):
+    says = isinstance(getattr(attention, "layer_idx", None), int) and hasattr(attention, "config")
+    if not isinstance(dim, int) or not isinstance(scale, float) or not says:
         raise _Unfit("attention does not say its head_dim, scaling, layer_idx and config")
     cap = getattr(attention, "attn_logit_softcapping", None)
     kind = attention.config._attn_implementation
@@ -872,9 +878,11 @@ def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 @torch.inference_mode()
-def _try(step: _Decoding) -> Any:
-    """Run random rows through a layer's own forward and through the native one; the cache that its own leaves.
+def _try(step: _Decoding, theirs: Any, ours: Any) -> None:
+    """Run random rows through a layer's own forward and through the native one.
 
+    Args:
+        theirs, ours: caches in which nothing of this layer is yet.
     Raises:
         _Unfit: they differ, or the layer cannot be run by itself.
     """
@@ -887,8 +895,6 @@ def _try(step: _Decoding) -> Any:
     places = torch.arange(count)
     name = cache_name(layer) or "past_key_values"
     with _small_window(config):
-        theirs: Any = DynamicCache(config=config)
-        ours: Any = DynamicCache(config=config)
         seen = (places <= places.unsqueeze(1)) & (places >= first.view(-1, 1, 1, 1))
         if step.window is not None:
             seen &= places > places.unsqueeze(1) - step.window
@@ -921,25 +927,28 @@ def _try(step: _Decoding) -> Any:
         own, right = (getattr(cache.layers[step.index], states) for cache in (ours, theirs))
         real = (places[-own.shape[2] :] >= first.unsqueeze(1)).unsqueeze(1).expand(own.shape[:3])
         _compare(own[real], right[real])
-    return theirs
 
 
-def _try_cap(step: _Decoding) -> None:
+def _try_cap(step: _Decoding, tried: Any) -> None:
     """Try the layer again, its scores so large that the cap changes them.
 
+    Args:
+        tried: the cache that its own forward left.
     Raises:
         _Unfit: outputs differ.
     """
     attention, parts = _attention_of(step.layer), step.parts
-    keys = _try(step).layers[step.index].keys
+    keys = tried.layers[step.index].keys
     assert parts.cap is not None
-    size = (
-        keys.square().sum(-1).mean().item() / parts.dim**0.5
-    )  # what scores are about, where queries are as large as keys
+    # what scores are about, where queries are as large as keys
+    size = keys.square().sum(-1).mean().item() / parts.dim**0.5
     scale = parts.cap / 4 / size
     try:
         attention.scaling = scale
-        _try(_Decoding(step.layer, replace(parts, scale=scale), step.rotary, step.masks))
+        with _small_window(step.config):
+            caches = DynamicCache(config=step.config), DynamicCache(config=step.config)
+        other = _Decoding(step.layer, replace(parts, scale=scale), step.rotary, step.masks, caches[0])
+        _try(other, *caches)
     finally:
         attention.scaling = parts.scale
 

@@ -484,6 +484,7 @@ class BlockRunner:
             return seen.inputs
 
         exact = all(kind.multiplies_inputs for _, kinds in wanted for kind in kinds)
+        wide = _WIDE if len(self.devices) == 1 else math.inf  # several devices share no threads
         with self._hooked(layers, note), self._start() as run:
             forward = self._forwards()  # copies have the hooks, too
             for wave in self._waves(inputs):
@@ -497,10 +498,10 @@ class BlockRunner:
                                 statistic.add(x.to(places[layer]))
 
                 with bfloat16_products(x.dtype for _, x in collected) if exact else contextlib.nullcontext():
-                    narrow = [planned for planned in layers if planned.shape[1] <= _WIDE]
+                    narrow = [planned for planned in layers if planned.shape[1] <= wide]
                     list(run(add, narrow, [places[id(planned)] for planned in narrow]))
                     for planned in layers:
-                        if planned.shape[1] > _WIDE:
+                        if planned.shape[1] > wide:
                             add(planned)
         for planned in layers:
             for statistic in statistics[id(planned)].values():

@@ -27,7 +27,6 @@ import torch
 import uninstalled  # noqa: F401
 from torch import Tensor
 
-from bitpress.kernels.activations.int8_token import quantize_rows
 from bitpress.kernels.base import Kernel
 from bitpress.kernels.bench.entrants import DENSE, entrants
 from bitpress.kernels.bench.measure import Cell, Job, Result, measure, random_weight
@@ -35,10 +34,10 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import registry
 from bitpress.kernels.scheme import Scheme
 
-SCHEMES = ("int4-g128", "int8-dynamic", "nf4")
+SCHEMES = ("int4-g128", "int8-dynamic", "nf4", "fp8-dynamic", "fp8-block")
 CHECKED = (
     "int4-g32", "int4-g64-asym", "int4-g96", "int4-g128", "int4-channel-asym", "int3-g128", "int8-dynamic",
-    "int8-channel", "nf4", "nf4-dq",
+    "int8-channel", "nf4", "nf4-dq", "fp8", "fp8-b128", "fp8-dynamic", "fp8-block", "fp8-static",
 )  # fmt: skip
 SHAPES = "4096x4096,6144x4096,14336x4096,28672x4096,4096x14336,8192x8192,28672x8192,8192x28672"
 ROWS = "1,2,4,8,16,32,64,128,512,2048,4096"
@@ -136,8 +135,7 @@ def relative(found: Tensor, q: QTensor, x: Tensor, bias: Tensor | None) -> float
     """RMS error, relative to the larger of the product and of what independent terms would add up to."""
     inputs = x.double()
     if q.scheme.activations:
-        codes, scales = quantize_rows(x)
-        inputs = codes.double() * scales.double()
+        inputs = q.scheme.activations.apply(x, dict(q.tensors())).double()
     weight = q.dequantize().double().t()
     expected = inputs @ weight if bias is None else inputs @ weight + bias.double()
     terms = (inputs.square() @ weight.square()).sqrt()

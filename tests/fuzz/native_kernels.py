@@ -45,14 +45,17 @@ from bitpress.kernels.scheme import Scheme
 BATCH = 100  # calls of one process
 PATTERN = 0xA5
 DTYPES = tuple(native.DTYPES)
-BASES = ("int2", "int3", "int4", "int8", "int4-asym", "int8-asym", "int8-dynamic", "nf4", "nf4-dq")
+BASES = (
+    "int2", "int3", "int4", "int8", "int4-asym", "int8-asym", "int8-dynamic", "nf4", "nf4-dq", "mxfp4", "nvfp4", "fp8",
+    "fp8-b128", "fp8-tensor",
+)  # fmt: skip
 # RMS, relative to what independent terms would add up to; see tests/kernels/cpu/test_native.py. Outputs are rounded to
 # the inputs' dtype, and scales to float16.
 BOUND = {torch.float32: 2.0**-10, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-7}
 CODEBOOK = 2.0**-6  # NF4's code book in int8
 KINDS = (native.NativeInt8, native.NativeInt16, native.NativeExact)
 LAYERS = 10  # one call of so many is a step of a decoder layer
-LAYER_SCHEMES = ("int3-g32", "int4-g32", "int4-g64-asym", "int8-channel", "int8-g128", "nf4")
+LAYER_SCHEMES = ("int3-g32", "int4-g32", "int4-g64-asym", "int8-channel", "int8-g128", "nf4", "mxfp4", "nvfp4", "fp8")
 
 
 class Guarded:
@@ -115,6 +118,10 @@ def make_call(number: int, seed: int, runnable: list[str]) -> Call:
     columns = generator.choice((1, 2, 7, 31, 32, 33, 64, 127, 200, 509, 640, 1151))
     if base.startswith("nf4"):
         columns, name = 64 * generator.randrange(1, 12), base
+    elif base in ("mxfp4", "nvfp4"):
+        columns, name = (32 if base == "mxfp4" else 16) * generator.randrange(1, 30), base
+    elif base.startswith("fp8"):
+        name = base
     elif base != "int8-dynamic":
         group = generator.choice((32, 64, 96, 128, 256, None))
         name = f"{name}-{'channel' if group is None else f'g{group}'}{asym}"
@@ -122,6 +129,7 @@ def make_call(number: int, seed: int, runnable: list[str]) -> Call:
     out = generator.choice((1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129))
     rows = generator.choice((1, 2, 3, 7, 8, 9, 16, 17, 33, 47, 64, 65))
     kind = native.NativeInt8 if base == "int8-dynamic" else generator.choice(KINDS)
+    kind = native.NativeExact if base.startswith("fp8") else kind
     return Call(
         number, seed, name, (out, columns), rows, generator.choice(DTYPES), generator.random() < 0.3, kind.name,
         generator.choice((1, 1, 2, 3, 5)), generator.choice(runnable), generator.random() < 0.3,
@@ -274,7 +282,8 @@ def make_layer_call(number: int, seed: int, runnable: list[str]) -> LayerCall:
     return LayerCall(
         number, seed, scheme, first, count, heads, key_heads, dim, step * generator.randrange(1, 4),
         step * generator.randrange(1, 6), length, generator.choice((1, 2, 7)), generator.random() < 0.5,
-        generator.choice(ACTIVATIONS), generator.choice(DTYPES), generator.choice(KINDS).name,
+        generator.choice(ACTIVATIONS), generator.choice(DTYPES),
+        (native.NativeExact if scheme == "fp8" else generator.choice(KINDS)).name,
         generator.choice((1, 1, 2, 3)), generator.choice(runnable),
         generator.choice(("normal", "normal", "zero", "huge", "nan")), generator.random() < 0.7,
         *(generator.random() < 0.4 for _ in range(4)), generator.choice((None, None, 2.5)),
@@ -301,9 +310,14 @@ def perform_layer(call: LayerCall, loaded: Library) -> None:
         scheme = Scheme.parse(call.scheme)
         shape = (out_features, in_features)
         qtensor = QTensor.of(scheme, shape, scheme.weight.random(shape, generator))
-        qtensor = replace(qtensor, scales=qtensor.scales / in_features**0.5)
+        if call.scheme == "mxfp4":
+            qtensor.scales.sub_(in_features.bit_length() // 2)
+        elif call.scheme == "nvfp4":
+            qtensor.extra["global_scale"].mul_(in_features**0.5)
+        else:
+            qtensor.scales.div_(in_features**0.5)
         weights.append(qtensor.dequantize().double())
-        if call.extras and not call.scheme.startswith("nf4"):
+        if call.extras and scheme.weight.holds_order:
             qtensor = replace(qtensor, order=torch.randperm(in_features, generator=generator).to(torch.int32))
         bias = copied(torch.randn(out_features, generator=generator)) if call.extras else None
         layer = QLinear(qtensor, bias, torch.float32, "native-bf16")

@@ -44,6 +44,8 @@ def make_qtensor(generator: torch.Generator) -> Callable[..., QTensor]:
 
     def make(name: str, out_features: int, in_features: int, scale_dtype: torch.dtype = torch.float32) -> QTensor:
         scheme, shape = Scheme.parse(name), (out_features, in_features)
+        if scheme.weight.description().type == "float":
+            return QTensor.of(scheme, shape, scheme.random(shape, generator))
         if scheme.weight.description().type == "codebook":
             blocks = -(-out_features * in_features // NF4_BLOCK)
             codes = randint(256, -(-out_features * in_features // 2))

@@ -148,6 +148,11 @@ def test_forms_of_input(make_qtensor: Make, generator: torch.Generator, name: st
         ("nf4", "native-int16"),
         ("int4-g64", "native-bf16"),
         ("nf4", "native-bf16"),
+        ("nvfp4", "native-int16"),
+        ("mxfp4", "native-bf16"),
+        ("fp8", "native-bf16"),
+        ("fp8-dynamic", "native-bf16"),
+        ("fp8-static", "native-bf16"),
     ],
 )
 def test_nan_in_the_input_shows(make_qtensor: Make, scheme: str, name: str, rows: int) -> None:

@@ -29,7 +29,8 @@ int has_amx_int8(void) {
 AMX static void unpack(const Weight *w, int64_t block, int64_t from, int64_t to, int64_t ahead, int8_t *panel) {
     if (w->code == INT8) return;
     const __m512i nibble = _mm512_set1_epi8(15);
-    const __m512i codebook = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)nf4_codes));
+    const int8_t *in_table = (w->code == TABLE ? w->table : tables)->codes;
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)in_table));
     const __m512i replicate = _mm512_set1_epi32(0x01010101);
     const int64_t groups = w->padded / w->group;
     for (int64_t j = 0; j < 2; j++) {
@@ -40,9 +41,9 @@ AMX static void unpack(const Weight *w, int64_t block, int64_t from, int64_t to,
             _mm_prefetch((const char *)codes + ahead, _MM_HINT_T1);
             __m512i first = _mm512_and_si512(both, nibble);
             __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-            if (w->code == NF4) {
-                first = _mm512_shuffle_epi8(codebook, first);
-                second = _mm512_shuffle_epi8(codebook, second);
+            if (w->code == TABLE) {
+                first = _mm512_shuffle_epi8(table, first);
+                second = _mm512_shuffle_epi8(table, second);
             } else {
                 if (w->zeros && (k == from || k % w->group == 0)) {
                     const uint8_t *zeros = w->zeros + ((block + j) * groups + k / w->group) * BLOCK;
@@ -59,6 +60,9 @@ AMX static void unpack(const Weight *w, int64_t block, int64_t from, int64_t to,
     }
 }
 
+/* Features of a tile: what one instruction takes, within a step. */
+static int64_t tile_features(const Weight *w) { return w->step % CHUNK == 0 ? CHUNK : w->step % 32 == 0 ? 32 : 16; }
+
 /* Tiles 0..3 hold sums (rows x outputs), 4 and 5 inputs, 6 and 7 weights. */
 AMX static void begin(const Weight *w, int64_t count) {
     struct {
@@ -68,7 +72,7 @@ AMX static void begin(const Weight *w, int64_t count) {
         uint8_t rows[16];
     } config = {.palette = 1};
     const int upper = count < 16 ? (int)count : 16, lower = count > 16 ? (int)count - 16 : 1;
-    const int features = w->step % CHUNK ? 32 : CHUNK;
+    const int features = (int)tile_features(w);
     for (int t = 0; t < 8; t++) config.bytes_per_row[t] = 64;
     config.bytes_per_row[4] = config.bytes_per_row[5] = (uint16_t)features;
     config.rows[0] = config.rows[1] = config.rows[4] = (uint8_t)upper;
@@ -91,7 +95,7 @@ AMX static void fold(const Weight *w, const Input *in, int64_t block, int64_t ro
     __m512 scale[2], zeros[2];
     for (int j = 0; j < 2; j++) {
         const int64_t at = ((block + j) * groups + s * w->step / w->group) * BLOCK;
-        scale[j] = _mm512_set1_ps(w->code == NF4 ? 1 / NF4_STEPS : 1);
+        scale[j] = _mm512_set1_ps(w->code == TABLE ? 1 / w->table->steps : 1);
         zeros[j] = _mm512_setzero_ps();
         if (w->scales)
             scale[j] = _mm512_mul_ps(
@@ -156,7 +160,7 @@ AMX static void tile(const Weight *w, const Input *in, int64_t block, int64_t fr
                      int64_t row, int64_t count, float *out) {
     _Alignas(64) int32_t sums[PAIR * PAIR], low_sums[PAIR * PAIR];
     const int spans = w->step > STRETCH;
-    const int64_t features = w->step % CHUNK ? 32 : CHUNK, step = spans ? to - from : w->step;
+    const int64_t features = tile_features(w), step = spans ? to - from : w->step;
     const int64_t first = row * CHUNK * chunks(w->padded);
     const int8_t *x = in->codes + first, *low = in->low ? in->low + first : NULL, *left = panel, *right = panel + BLOCK * CHUNK;
     int64_t stride = PAIR * CHUNK;

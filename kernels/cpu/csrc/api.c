@@ -95,7 +95,7 @@ EXPORT void bitpress_use_huge_pages(void *start, int64_t bytes) {
 typedef struct {
     int64_t magic, out_features, in_features, padded, group, step, code, zero;
     int64_t codes, scales, zeros, multiplier; /* bytes from the header's start; 0: there is none */
-    int64_t bytes, unused[3];
+    int64_t bytes, table, unused[2];
 } Header;
 
 static Weight weight_of(const void *packed) {
@@ -106,7 +106,7 @@ static Weight weight_of(const void *packed) {
                     .codes = (const uint8_t *)(base + h->codes),
                     .scales = h->scales ? (const uint16_t *)(base + h->scales) : NULL,
                     .zeros = h->zeros ? (const uint8_t *)(base + h->zeros) : NULL,
-                    .multiplier = (const float *)(base + h->multiplier)};
+                    .multiplier = (const float *)(base + h->multiplier), .table = &tables[h->table]};
 }
 
 static int64_t blocks_of(const Weight *w) { return (w->out_features + PAIR - 1) / PAIR * 2; }
@@ -116,14 +116,15 @@ static int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Fills the header; returns the bytes that the whole takes, -1 where the numbers do not fit together. */
 EXPORT int64_t bitpress_layout(void *packed, int64_t out_features, int64_t in_features, int64_t group, int64_t step,
-                               int64_t code, int64_t zero, int64_t has_scales, int64_t has_zeros) {
-    if (out_features < 1 || in_features < 1 || step < 32 || step % 32 || group % step || code < INT4 || code > INT8)
+                               int64_t code, int64_t table, int64_t zero, int64_t has_scales, int64_t has_zeros) {
+    if (out_features < 1 || in_features < 1 || step < 16 || step % 16 || group % step || code < INT4 || code > FP8 ||
+        table < NF4 || table > FP4)
         return -1;
     const int64_t padded = (in_features + group - 1) / group * group;
     const Weight w = {.out_features = out_features, .padded = padded, .code = code};
     const int64_t outputs = blocks_of(&w) * BLOCK, groups = padded / group;
     Header h = {.magic = MAGIC, .out_features = out_features, .in_features = in_features, .padded = padded,
-                .group = group, .step = step, .code = code, .zero = zero};
+                .group = group, .step = step, .code = code, .zero = zero, .table = table};
     int64_t end = sizeof(Header);
     h.codes = end, end = aligned(end + outputs * padded / code_bytes(&w));
     if (has_scales) h.scales = end, end = aligned(end + outputs * groups * 2);
@@ -153,7 +154,7 @@ static uint32_t interleaved(uint32_t codes) {
 static void pack_blocks(void *context) {
     Packing *p = context;
     const Weight *w = &p->w;
-    const int64_t blocks = blocks_of(w), words = w->padded / (w->code == INT8 ? 4 : 8);
+    const int64_t blocks = blocks_of(w), words = w->padded / (4 * code_bytes(w));
     for (int64_t block; (block = atomic_fetch_add(&p->next, 1)) < blocks;) {
         const int64_t outputs = maximum(minimum(w->out_features - block * BLOCK, BLOCK), 0);
         const uint32_t *from = p->from + block * BLOCK * p->row_stride;
@@ -164,7 +165,7 @@ static void pack_blocks(void *context) {
                 line[n] = from[n * p->row_stride + i * p->word_stride];
             for (int64_t n = 0; p->high_first && n < BLOCK; n++)
                 line[n] = (line[n] & 0x0f0f0f0f) << 4 | (line[n] >> 4 & 0x0f0f0f0f);
-            for (int64_t n = 0; w->code != INT8 && n < BLOCK; n++) line[n] = interleaved(line[n]);
+            for (int64_t n = 0; code_bytes(w) == 2 && n < BLOCK; n++) line[n] = interleaved(line[n]);
             memcpy(to + i * sizeof line, line, sizeof line);
         }
     }
@@ -406,7 +407,7 @@ int bitpress_products(const Factor *factors, int count, const void *x, const int
         for (; to < count && p.count < MOST_FACTORS; to++) {
             if (((const Header *)factors[to].packed)->magic != MAGIC) return 2;
             const Weight w = weight_of(factors[to].packed);
-            if (inputs == INPUTS_INT16 && w.step > 128) return 2;
+            if ((inputs == INPUTS_INT16 && w.step > 128) || (inputs != INPUTS_FLOAT32 && w.code == FP8)) return 2;
             if (p.count && !alike(&w, &p.outputs[0].w)) break;
             p.outputs[p.count++] = (Output){.w = w, .bias = factors[to].bias, .y = factors[to].y};
         }
@@ -417,8 +418,8 @@ int bitpress_products(const Factor *factors, int count, const void *x, const int
 
 /* y [rows][out_features] = x [rows][in_features] times the weight + bias (float32 [out_features], or NULL).
  *
- * x and y have the dtype. inputs: one of Inputs; int16 needs steps of at most 128. Returns 0; 1: out of memory; 2: no such
- * weight, inputs or kernel.
+ * x and y have the dtype. inputs: one of Inputs; int16 needs steps of at most 128, and FP8 weights need float32. Returns
+ * 0; 1: out of memory; 2: no such weight, inputs or kernel.
  */
 EXPORT int bitpress_linear(const void *packed, const void *x, int64_t rows, int64_t dtype, const float *bias, void *y,
                            int inputs, int kernel, int threads) {

@@ -35,6 +35,12 @@ AVX2_INLINE __m256 group_zeros(const Weight *w, int64_t index, int half) {
         _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(w->zeros + index * BLOCK + half * 8))));
 }
 
+/* Bytes that codes of 4 bits select. */
+AVX2_INLINE __m256i signed_table(const Weight *w) {
+    const int8_t *codes = (w->code == TABLE ? w->table : tables)->codes;
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codes));
+}
+
 /* Sums of pairs of products in int16. With codes 0..15 they are at most 2 * 15 * 127, so that two fit together; signed
  * codes are multiplied as |w| * (x with w's sign), at most 2 * 128 * 127 = 32512. */
 AVX2_INLINE __m256i products(__m256i codes, __m256i x, const Code kind) {
@@ -46,7 +52,7 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
                          const Code kind, float *out) {
     const int64_t groups = w->padded / w->group, steps = w->group / w->step;
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), middle = _mm256_set1_epi8((char)0x80);
-    const __m256i codebook = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)nf4_codes));
+    const __m256i table = signed_table(w);
     const int64_t per_load = kind == INT8 ? 4 : 8;
     for (int half = 0; half < 4; half++) { /* of a block; two blocks */
         const uint8_t *codes = w->codes + (block + half / 2) * BLOCK * (w->padded / code_bytes(w)) + half % 2 * 32;
@@ -55,9 +61,9 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
         for (int m = 0; m < count; m++) totals[m] = _mm256_setzero_ps();
         for (int64_t g = 0, s = 0; g < groups; g++) {
             const __m256 group_scale = group_scales(w, (block + half / 2) * groups + g, half % 2);
-            /* signed codes have 128 taken off already, and NF4's have no zero point */
+            /* signed codes have 128 taken off already, and a table has no zero point */
             const float off = kind == INT8 ? 128 : 0;
-            const __m256 zero = kind == NF4 ? _mm256_setzero_ps()
+            const __m256 zero = kind == TABLE ? _mm256_setzero_ps()
                                 : w->zeros  ? _mm256_sub_ps(group_zeros(w, (block + half / 2) * groups + g, half % 2), _mm256_set1_ps(off))
                                             : _mm256_set1_ps((float)w->zero - off);
             for (int64_t last = s + steps; s < last; s++, x += w->step) {
@@ -68,9 +74,9 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
                     _mm_prefetch((const char *)codes + 2048, _MM_HINT_T0);
                     __m256i first = kind == INT8 ? _mm256_xor_si256(both, middle) : _mm256_and_si256(both, nibble);
                     __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-                    if (kind == NF4) {
-                        first = _mm256_shuffle_epi8(codebook, first);
-                        second = _mm256_shuffle_epi8(codebook, second);
+                    if (kind == TABLE) {
+                        first = _mm256_shuffle_epi8(table, first);
+                        second = _mm256_shuffle_epi8(table, second);
                     }
                     for (int m = 0; m < count; m++) {
                         const int8_t *here = x + m * in->padded + k;
@@ -78,7 +84,7 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
                         if (kind == INT4)
                             pairs = _mm256_add_epi16(pairs, products(second, four_inputs(here + 4), kind));
                         sums[m] = _mm256_add_epi32(sums[m], _mm256_madd_epi16(pairs, ones));
-                        if (kind == NF4)
+                        if (kind == TABLE)
                             sums[m] = _mm256_add_epi32(
                                 sums[m], _mm256_madd_epi16(products(second, four_inputs(here + 4), kind), ones));
                     }
@@ -93,7 +99,7 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
             }
         }
         for (int m = 0; m < count; m++) {
-            if (kind == NF4) totals[m] = _mm256_mul_ps(totals[m], _mm256_set1_ps(1 / NF4_STEPS));
+            if (kind == TABLE) totals[m] = _mm256_mul_ps(totals[m], _mm256_set1_ps(1 / w->table->steps));
             _mm256_storeu_ps(out + m * PAIR + half * 8, totals[m]);
         }
     }
@@ -105,8 +111,7 @@ AVX2_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block, i
                               const Code kind, float *out) {
     const int64_t groups = w->padded / w->group, steps = w->group / w->step;
     const __m256i nibble = _mm256_set1_epi8(15), even = _mm256_set1_epi16(255);
-    const __m256i codebook = _mm256_xor_si256(
-        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)nf4_codes)), _mm256_set1_epi8((char)0x80));
+    const __m256i table = _mm256_xor_si256(signed_table(w), _mm256_set1_epi8((char)0x80));
     const int64_t per_load = kind == INT8 ? 4 : 8;
     for (int half = 0; half < 4; half++) { /* of a block; two blocks */
         const uint8_t *codes = w->codes + (block + half / 2) * BLOCK * (w->padded / code_bytes(w)) + half % 2 * 32;
@@ -133,7 +138,7 @@ AVX2_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block, i
                         fours[1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
                     }
                     for (int j = 0; j < (kind == INT8 ? 1 : 2); j++) {
-                        if (kind == NF4) fours[j] = _mm256_shuffle_epi8(codebook, fours[j]);
+                        if (kind == TABLE) fours[j] = _mm256_shuffle_epi8(table, fours[j]);
                         const __m256i first = _mm256_and_si256(fours[j], even), second = _mm256_srli_epi16(fours[j], 8);
                         for (int m = 0; m < count; m++) {
                             const int16_t *here = x + m * in->padded + k + 4 * j;
@@ -149,16 +154,22 @@ AVX2_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block, i
             }
         }
         for (int m = 0; m < count; m++) {
-            if (kind == NF4) totals[m] = _mm256_mul_ps(totals[m], _mm256_set1_ps(1 / NF4_STEPS));
+            if (kind == TABLE) totals[m] = _mm256_mul_ps(totals[m], _mm256_set1_ps(1 / w->table->steps));
             _mm256_storeu_ps(out + m * PAIR + half * 8, totals[m]);
         }
     }
 }
 
-AVX2_INLINE __m256 code_values(__m256i next, const Code kind, float zero) {
+/* The lowest code of each lane as a number; FP8: see from_e4m3. */
+AVX2_INLINE __m256 code_values(const Weight *w, __m256i next, const Code kind, float zero) {
+    if (kind == FP8) {
+        const __m256i wide = _mm256_srai_epi32(_mm256_slli_epi32(next, 24), 4);
+        return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(wide, _mm256_set1_epi32((int)0x87f00000))),
+                             _mm256_set1_ps(0x1p120f));
+    }
     if (kind == INT8)
         return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(next, _mm256_set1_epi32(255))), _mm256_set1_ps(zero));
-    if (kind == NF4) return _mm256_i32gather_ps(nf4_codebook, _mm256_and_si256(next, _mm256_set1_epi32(15)), 4);
+    if (kind == TABLE) return _mm256_i32gather_ps(w->table->values, _mm256_and_si256(next, _mm256_set1_epi32(15)), 4);
     return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(next, _mm256_set1_epi32(15))), _mm256_set1_ps(zero));
 }
 
@@ -166,7 +177,7 @@ AVX2_INLINE void exact_of(const Weight *w, const Input *in, int64_t block, int64
                           const Code kind, float *out) {
     const int64_t groups = w->padded / w->group;
     const float zero = w->zeros ? 0 : (float)w->zero;
-    const int per_load = kind == INT8 ? 4 : 8;
+    const int bytes = kind == INT8 || kind == FP8, per_load = bytes ? 4 : 8;
     for (int half = 0; half < 4; half++) { /* of a block; two blocks */
         const uint8_t *codes = w->codes + (block + half / 2) * BLOCK * (w->padded / code_bytes(w)) + half % 2 * 32;
         const float *x = in->values + row * in->padded;
@@ -178,8 +189,8 @@ AVX2_INLINE void exact_of(const Weight *w, const Input *in, int64_t block, int64
             for (int64_t k = 0; k < w->group; k += per_load, codes += 64) {
                 const __m256i quad = _mm256_loadu_si256((const __m256i *)codes);
                 for (int b = 0; b < per_load; b++) {
-                    const int shift = kind == INT8 ? 8 * b : 8 * (b % 4) + 4 * (b / 4);
-                    const __m256 value = code_values(_mm256_srli_epi32(quad, shift), kind, zero);
+                    const int shift = bytes ? 8 * b : 8 * (b % 4) + 4 * (b / 4);
+                    const __m256 value = code_values(w, _mm256_srli_epi32(quad, shift), kind, zero);
                     for (int m = 0; m < count; m++)
                         sums[m] = _mm256_fmadd_ps(value, _mm256_set1_ps(x[m * in->padded + k + b]), sums[m]);
                 }
@@ -206,19 +217,20 @@ AVX2_INLINE void exact_of(const Weight *w, const Input *in, int64_t block, int64
 
 AVX2 static void some_rows(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
     if (w->code == INT4) EACH_COUNT(rows_of, INT4)
-    else if (w->code == NF4) EACH_COUNT(rows_of, NF4)
+    else if (w->code == TABLE) EACH_COUNT(rows_of, TABLE)
     else EACH_COUNT(rows_of, INT8)
 }
 
 AVX2 static void some_wide(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
     if (w->code == INT4) EACH_COUNT(wide_rows_of, INT4)
-    else if (w->code == NF4) EACH_COUNT(wide_rows_of, NF4)
+    else if (w->code == TABLE) EACH_COUNT(wide_rows_of, TABLE)
     else EACH_COUNT(wide_rows_of, INT8)
 }
 
 AVX2 static void some_exact(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
     if (w->code == INT4) EACH_COUNT(exact_of, INT4)
-    else if (w->code == NF4) EACH_COUNT(exact_of, NF4)
+    else if (w->code == TABLE) EACH_COUNT(exact_of, TABLE)
+    else if (w->code == FP8) EACH_COUNT(exact_of, FP8)
     else EACH_COUNT(exact_of, INT8)
 }
 

@@ -36,12 +36,19 @@ AVX512_INLINE __m512 group_zeros(const Weight *w, int64_t index) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->zeros + index * BLOCK))));
 }
 
-/* Writes the totals [count, wide] of rows and blocks to out. NF4's are sums of codes of NF4_STEPS. */
-AVX512_INLINE void store_totals(const __m512 *totals, const int count, const int wide, const Code kind, float *out) {
+/* Bytes that codes of 4 bits select; 128 is added, so that they have no sign. */
+AVX512_INLINE __m512i unsigned_table(const Weight *w) {
+    const __m128i codes = _mm_loadu_si128((const __m128i *)(w->code == TABLE ? w->table : tables)->codes);
+    return _mm512_xor_si512(_mm512_broadcast_i32x4(codes), _mm512_set1_epi8((char)0x80));
+}
+
+/* Writes the totals [count, wide] of rows and blocks to out. A table's are sums of its steps. */
+AVX512_INLINE void store_totals(const Weight *w, const __m512 *totals, const int count, const int wide, const Code kind,
+                                float *out) {
     for (int m = 0; m < count; m++)
         for (int j = 0; j < wide; j++) {
             __m512 total = totals[m * wide + j];
-            if (kind == NF4) total = _mm512_mul_ps(total, _mm512_set1_ps(1 / NF4_STEPS));
+            if (kind == TABLE) total = _mm512_mul_ps(total, _mm512_set1_ps(1 / w->table->steps));
             _mm512_storeu_ps(out + m * PAIR + j * BLOCK, total);
         }
 }
@@ -55,8 +62,7 @@ AVX512_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int6
     const int64_t groups = w->padded / w->group, steps = w->group / w->step;
     const int64_t apart = BLOCK * (w->padded / code_bytes(w)); /* bytes from one block's codes to the next one's */
     const __m512i nibble = _mm512_set1_epi8(15);
-    const __m512i codebook = _mm512_xor_si512(
-        _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)nf4_codes)), _mm512_set1_epi8((char)0x80));
+    const __m512i table = unsigned_table(w);
     const uint8_t *codes = w->codes + block * apart;
     const int8_t *x = in->codes + row * in->padded;
     const float *scales = in->scales + row * in->steps;
@@ -86,9 +92,9 @@ AVX512_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int6
                 const __m512i both = _mm512_loadu_si512(at);
                 first[j] = _mm512_and_si512(both, nibble);
                 second[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-                if (kind == NF4) {
-                    first[j] = _mm512_shuffle_epi8(codebook, first[j]);
-                    second[j] = _mm512_shuffle_epi8(codebook, second[j]);
+                if (kind == TABLE) {
+                    first[j] = _mm512_shuffle_epi8(table, first[j]);
+                    second[j] = _mm512_shuffle_epi8(table, second[j]);
                 }
             }
             codes += kind == INT8 ? 128 : 64;
@@ -116,7 +122,7 @@ AVX512_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int6
         scales++;
         sums++;
     }
-    store_totals(totals, count, wide, kind, out);
+    store_totals(w, totals, count, wide, kind, out);
 }
 
 /* As rows_of, of inputs in int16: two of them, and two weights in int16, for each lane. Masks and shifts of 16 bits take
@@ -126,8 +132,7 @@ AVX512_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block,
     const int64_t groups = w->padded / w->group, steps = w->group / w->step;
     const int64_t apart = BLOCK * (w->padded / code_bytes(w)); /* bytes from one block's codes to the next one's */
     const __m512i nibble = _mm512_set1_epi16(15), even_bytes = _mm512_set1_epi16(255);
-    const __m512i codebook = _mm512_xor_si512(
-        _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)nf4_codes)), _mm512_set1_epi8((char)0x80));
+    const __m512i table = unsigned_table(w);
     const uint8_t *codes = w->codes + block * apart;
     const int16_t *x = in->wide + row * in->padded;
     const float *scales = in->scales + row * in->steps;
@@ -142,7 +147,9 @@ AVX512_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block,
             const __m512i zero = at ? _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at))
                                     : _mm512_set1_epi32((int32_t)w->zero);
             for (int m = 0; m < count; m++) {
-                even[m * wide + j] = _mm512_mullo_epi32(zero, _mm512_set1_epi32(-sums[m * in->steps]));
+                const int32_t inputs = -sums[m * in->steps];
+                even[m * wide + j] = kind == TABLE ? _mm512_set1_epi32((int32_t)w->zero * inputs)
+                                                   : _mm512_mullo_epi32(zero, _mm512_set1_epi32(inputs));
                 odd[m * wide + j] = _mm512_setzero_si512();
             }
         }
@@ -159,11 +166,11 @@ AVX512_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block,
                     pairs[3][j] = _mm512_srli_epi16(both, 12);
                     continue;
                 }
-                const __m512i low = kind == INT8 ? both : _mm512_shuffle_epi8(codebook, _mm512_and_si512(both, _mm512_set1_epi8(15)));
+                const __m512i low = kind == INT8 ? both : _mm512_shuffle_epi8(table, _mm512_and_si512(both, _mm512_set1_epi8(15)));
                 pairs[0][j] = _mm512_and_si512(low, even_bytes);
                 pairs[1][j] = _mm512_srli_epi16(low, 8);
-                if (kind == NF4) {
-                    const __m512i high = _mm512_shuffle_epi8(codebook, _mm512_and_si512(_mm512_srli_epi16(both, 4), _mm512_set1_epi8(15)));
+                if (kind == TABLE) {
+                    const __m512i high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), _mm512_set1_epi8(15)));
                     pairs[2][j] = _mm512_and_si512(high, even_bytes);
                     pairs[3][j] = _mm512_srli_epi16(high, 8);
                 }
@@ -191,43 +198,54 @@ AVX512_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block,
         scales++;
         sums++;
     }
-    store_totals(totals, count, wide, kind, out);
+    store_totals(w, totals, count, wide, kind, out);
 }
 
-/* Looks codes up, or converts them, and multiplies in float32: nothing about the inputs is rounded. */
+/* Codes of E4M3, one in the upper byte of each lane, with another bias; 2^120 moves it. See from_e4m3. */
+AVX512_INLINE __m512 e4m3_values(__m512i codes) {
+    const __m512i wide = _mm512_and_si512(_mm512_srai_epi32(codes, 4), _mm512_set1_epi32((int)0x87f00000));
+    return _mm512_mul_ps(_mm512_castsi512_ps(wide), _mm512_set1_ps(0x1p120f));
+}
+
+/* Looks codes up, or converts them, and multiplies in float32: nothing about the inputs is rounded. Two sums for each row
+ * hide half of the instructions' latency. */
 AVX512_INLINE void exact_of(const Weight *w, const Input *in, int64_t block, int64_t row, const int count,
                             const Code kind, float *out) {
     const int64_t groups = w->padded / w->group;
-    const float zero = w->zeros || kind == NF4 ? 0 : (float)w->zero;
+    const float zero = w->zeros || kind == TABLE ? 0 : (float)w->zero;
     __m512 values = _mm512_sub_ps(
         _mm512_cvtepi32_ps(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)), _mm512_set1_ps(zero));
-    if (kind == NF4) values = _mm512_loadu_ps(nf4_codebook);
+    if (kind == TABLE) values = _mm512_loadu_ps(w->table->values);
     const uint8_t *codes = w->codes + block * BLOCK * (w->padded / code_bytes(w));
     const float *x = in->values + row * in->padded;
     __m512 totals[MAX_ROWS];
     for (int m = 0; m < count; m++) totals[m] = _mm512_setzero_ps();
 
     for (int64_t g = 0; g < groups; g++) {
-        __m512 sums[MAX_ROWS];
-        for (int m = 0; m < count; m++) sums[m] = _mm512_setzero_ps();
-        const int per_load = kind == INT8 ? 4 : 8;
+        __m512 sums[MAX_ROWS], odd[MAX_ROWS];
+        for (int m = 0; m < count; m++) sums[m] = odd[m] = _mm512_setzero_ps();
+        const int bytes = kind == INT8 || kind == FP8, per_load = bytes ? 4 : 8;
         for (int64_t k = 0; k < w->group; k += per_load, codes += 64) {
             const __m512i quad = _mm512_loadu_si512(codes);
             _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
             for (int b = 0; b < per_load; b++) { /* lanes are rotated so that their next code comes to the low bits */
-                __m512i next = kind == INT8 ? _mm512_srli_epi32(quad, 8 * b)
-                                            : _mm512_srli_epi32(quad, 8 * (b % 4) + 4 * (b / 4));
+                __m512i next = _mm512_srli_epi32(quad, bytes ? 8 * b : 8 * (b % 4) + 4 * (b / 4));
                 __m512 value;
-                if (kind == INT8)
+                if (kind == FP8)
+                    value = e4m3_values(_mm512_slli_epi32(quad, 24 - 8 * b));
+                else if (kind == INT8)
                     value = _mm512_sub_ps(
                         _mm512_cvtepi32_ps(_mm512_and_si512(next, _mm512_set1_epi32(255))), _mm512_set1_ps(zero));
                 else
                     value = _mm512_permutexvar_ps(next, values);
-                for (int m = 0; m < count; m++)
-                    sums[m] = _mm512_fmadd_ps(value, _mm512_set1_ps(x[m * in->padded + k + b]), sums[m]);
+                for (int m = 0; m < count; m++) {
+                    __m512 *sum = b % 2 ? odd + m : sums + m;
+                    *sum = _mm512_fmadd_ps(value, _mm512_set1_ps(x[m * in->padded + k + b]), *sum);
+                }
             }
         }
         for (int m = 0; m < count; m++) {
+            sums[m] = _mm512_add_ps(sums[m], odd[m]);
             if (w->zeros) {
                 const float value_sum = in->value_sums[(row + m) * in->groups + g];
                 sums[m] = _mm512_fnmadd_ps(group_zeros(w, block * groups + g), _mm512_set1_ps(value_sum), sums[m]);
@@ -271,19 +289,20 @@ AVX512_INLINE void exact_of(const Weight *w, const Input *in, int64_t block, int
 
 AVX512 static void rows(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
     if (w->code == INT4) EACH_ROWS(rows_of, INT4)
-    else if (w->code == NF4) EACH_ROWS(rows_of, NF4)
+    else if (w->code == TABLE) EACH_ROWS(rows_of, TABLE)
     else EACH_ROWS(rows_of, INT8)
 }
 
 AVX512 static void wide_rows(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
     if (w->code == INT4) EACH_ROWS(wide_rows_of, INT4)
-    else if (w->code == NF4) EACH_ROWS(wide_rows_of, NF4)
+    else if (w->code == TABLE) EACH_ROWS(wide_rows_of, TABLE)
     else EACH_ROWS(wide_rows_of, INT8)
 }
 
 AVX512 static void exact(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
     if (w->code == INT4) EACH_EXACT(INT4)
-    else if (w->code == NF4) EACH_EXACT(NF4)
+    else if (w->code == TABLE) EACH_EXACT(TABLE)
+    else if (w->code == FP8) EACH_EXACT(FP8)
     else EACH_EXACT(INT8)
 }
 
@@ -390,14 +409,15 @@ AVX512 static void finish(const float *values, const float *multiplier, const fl
 /* 16 outputs' values at one input, as `exact` reads them, each to its own row. */
 AVX512 static void dequantize(const Weight *w, int64_t block, int64_t from, int64_t to, float *out) {
     const int64_t groups = w->padded / w->group;
-    const __m512 codebook = _mm512_loadu_ps(nf4_codebook);
+    const __m512 values = _mm512_loadu_ps((w->code == TABLE ? w->table : tables)->values);
+    const int bytes = code_bytes(w) == 1;
     const __m512i rows = _mm512_mullo_epi32(
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)(to - from)));
     const uint8_t *codes = w->codes + block * BLOCK * (w->padded / code_bytes(w)) + from * BLOCK / code_bytes(w);
     const int64_t left = w->out_features - block * BLOCK;
     const __mmask16 real = left >= BLOCK ? 0xffff : (__mmask16)((1 << left) - 1);
     const __m512 multiplier = _mm512_maskz_loadu_ps(real, w->multiplier + block * BLOCK);
-    const int per_load = w->code == INT8 ? 4 : 8;
+    const int per_load = bytes ? 4 : 8;
     __m512 scale = multiplier, zero = _mm512_set1_ps((float)w->zero);
     for (int64_t k = from; k < to; k += per_load, codes += 64) {
         if (k == from || k % w->group == 0) {
@@ -406,11 +426,12 @@ AVX512 static void dequantize(const Weight *w, int64_t block, int64_t from, int6
         }
         const __m512i quad = _mm512_loadu_si512(codes);
         for (int b = 0; b < per_load; b++) {
-            const int shift = w->code == INT8 ? 8 * b : 8 * (b % 4) + 4 * (b / 4);
-            const __m512i mask = _mm512_set1_epi32(w->code == INT8 ? 255 : 15);
+            const int shift = bytes ? 8 * b : 8 * (b % 4) + 4 * (b / 4);
+            const __m512i mask = _mm512_set1_epi32(bytes ? 255 : 15);
             const __m512i code = _mm512_and_si512(_mm512_srl_epi32(quad, _mm_cvtsi32_si128(shift)), mask);
-            const __m512 value = w->code == NF4 ? _mm512_permutexvar_ps(code, codebook)
-                                                : _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero);
+            const __m512 value = w->code == TABLE ? _mm512_permutexvar_ps(code, values)
+                                 : w->code == FP8 ? e4m3_values(_mm512_slli_epi32(code, 24))
+                                                  : _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero);
             _mm512_i32scatter_ps(out + k - from + b, rows, _mm512_mul_ps(value, scale), 4);
         }
     }

@@ -14,20 +14,27 @@
 #define STRETCH 512 /* input features of a panel of unpacked weights: 16 KiB, a third of a first cache */
 #define MAX_ROWS 8  /* input rows that a rows kernel takes at once */
 
-typedef enum { INT4, NF4, INT8 } Code;
+typedef enum { INT4, TABLE, INT8, FP8 } Code;
+typedef enum { NF4, FP4 } TableName;
 typedef enum { FLOAT32, FLOAT16, BFLOAT16 } DType;
 typedef enum { INPUTS_INT8, INPUTS_INT16, INPUTS_FLOAT32 } Inputs; /* what inputs are rounded to before they are multiplied */
 
+/* What 4-bit codes stand for: values, and these times steps as whole numbers, rounded where steps cannot make them whole. */
+typedef struct {
+    float values[16], steps;
+    int8_t codes[16];
+} Table;
+
 /* A weight [out_features, in_features], as bitpress_pack lays it out.
  *
- * The value of output o and input k is multiplier[o] * scale[o, k / group] * (code - zero[o, k / group]), and of NF4
- * multiplier[o] * scale[o, k / group] * nf4_codebook[code].
+ * The value of output o and input k is multiplier[o] * scale[o, k / group] * (code - zero[o, k / group]); of TABLE, 4-bit
+ * places in a table, multiplier[o] * scale[o, k / group] * table->values[code]; of FP8 the code is a float, E4M3.
  *
  * codes: of 4 bits, uint8 [blocks][padded / 8][BLOCK][4]: byte b has input 8p + b in its low nibble, 8p + 4 + b in its
  *   high one; of 8 bits, uint8 [blocks][padded / 4][BLOCK][4]. blocks is even, padded a multiple of step.
  * scales: float16 [blocks][padded / group][BLOCK], or NULL: 1 everywhere. zeros: uint8, likewise, or NULL: `zero`.
  * multiplier: float32 [out_features].
- * step: the inputs that share an activation scale, a multiple of 32 that divides group; group divides padded.
+ * step: the inputs that share an activation scale, a multiple of 16 that divides group; group divides padded.
  */
 typedef struct {
     int64_t out_features, in_features, padded, group, step, code, zero;
@@ -35,6 +42,7 @@ typedef struct {
     const uint16_t *scales;
     const uint8_t *zeros;
     const float *multiplier;
+    const Table *table; /* of TABLE */
 } Weight;
 
 /* Rows of inputs as kernels read them, filled with zeros up to `padded` features.
@@ -118,15 +126,16 @@ int has_neon_i8mm(void);
 int has_neon_dotprod(void);
 #endif
 
-/* The NF4 code book (QLoRA, arXiv 2305.14314, appendix E), and rounded to steps of 1 / NF4_STEPS: of the step sizes that
- * fit int8 the one whose largest error is least, 0.0028. */
-#define NF4_STEPS 123.26f
-static const float nf4_codebook[16] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-static const int8_t nf4_codes[16] = {-123, -86, -65, -49, -35, -23, -11, 0, 10, 20, 30, 42, 54, 69, 89, 123};
+/* NF4: the code book (QLoRA, arXiv 2305.14314, appendix E); of the step sizes that fit int8 the one whose largest error is
+ * least, 0.0028. FP4: E2M1 (OCP Microscaling Formats, section 5.3.3), whose halves are exact. */
+static const Table tables[] = {
+    [NF4] = {{-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+              -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+              0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+              0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
+             123.26f, {-123, -86, -65, -49, -35, -23, -11, 0, 10, 20, 30, 42, 54, 69, 89, 123}},
+    [FP4] = {{0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1.5f, -2, -3, -4, -6},
+             2, {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}}};
 
 /* The largest int16 code that is 256 * a + b with a and b in int8. At most 128 products with codes of at most 255 fit
  * their sum in int32. */
@@ -137,6 +146,6 @@ static const int8_t nf4_codes[16] = {-123, -86, -65, -49, -35, -23, -11, 0, 10, 
 static inline int64_t wide_place(int64_t i) { return (i & ~(int64_t)3) | (i & 1) << 1 | (i >> 1 & 1); }
 
 static inline int64_t chunks(int64_t padded) { return (padded + CHUNK - 1) / CHUNK; }
-static inline int64_t code_bytes(const Weight *w) { return w->code == INT8 ? 1 : 2; } /* codes per byte */
+static inline int64_t code_bytes(const Weight *w) { return w->code == INT8 || w->code == FP8 ? 1 : 2; } /* codes per byte */
 
 #endif

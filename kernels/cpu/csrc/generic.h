@@ -37,6 +37,11 @@ INLINE uint16_t to_half(float value) {
     return (uint16_t)(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 
+/* E4M3, a float of 8 bits without infinities: 2^120 moves the exponent's bias from 7 to 127, subnormal numbers included. */
+INLINE float from_e4m3(uint32_t code) {
+    return bits_to_float(float_to_bits(bits_to_float((code & 127) << 20) * 0x1p120f) | (code & 128) << 24);
+}
+
 INLINE uint16_t to_bfloat(float value) {
     uint32_t bits = float_to_bits(value);
     if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
@@ -122,7 +127,7 @@ INLINE uint64_t generic_read(const uint64_t *from, int64_t words) {
 /* The code at input k of output n of a block, or of those after it, as it is stored. */
 INLINE int32_t code_at(const Weight *w, int64_t block, int64_t n, int64_t k) {
     block += n / BLOCK, n %= BLOCK;
-    if (w->code == INT8) return w->codes[((block * (w->padded / 4) + k / 4) * BLOCK + n) * 4 + k % 4];
+    if (code_bytes(w) == 1) return w->codes[((block * (w->padded / 4) + k / 4) * BLOCK + n) * 4 + k % 4];
     uint8_t both = w->codes[((block * (w->padded / 8) + k / 8) * BLOCK + n) * 4 + k % 4];
     return k % 8 < 4 ? both & 15 : both >> 4;
 }
@@ -137,14 +142,19 @@ INLINE int32_t zero_at(const Weight *w, int64_t block, int64_t n, int64_t k) {
     return w->zeros ? w->zeros[(block * (w->padded / w->group) + k / w->group) * BLOCK + n] : (int32_t)w->zero;
 }
 
+/* What that code stands for, without scales. */
+INLINE float value_at(const Weight *w, int64_t block, int64_t n, int64_t k) {
+    const int32_t code = code_at(w, block, n, k);
+    if (w->code == FP8) return from_e4m3((uint32_t)code);
+    return w->code == TABLE ? w->table->values[code] : (float)(code - zero_at(w, block, n, k));
+}
+
 INLINE void generic_dequantize(const Weight *w, int64_t block, int64_t from, int64_t to, float *out) {
     for (int64_t n = 0; n < BLOCK; n++) {
         int64_t o = block * BLOCK + n;
         float multiplier = o < w->out_features ? w->multiplier[o] : 0;
         for (int64_t k = from; k < to; k++) {
-            int32_t code = code_at(w, block, n, k);
-            float value = w->code == NF4 ? nf4_codebook[code] : (float)(code - zero_at(w, block, n, k));
-            out[n * (to - from) + k - from] = multiplier * scale_at(w, block, n, k) * value;
+            out[n * (to - from) + k - from] = multiplier * scale_at(w, block, n, k) * value_at(w, block, n, k);
         }
     }
 }

@@ -61,7 +61,7 @@ INLINE int32x4_t four_zeros(const Weight *w, int64_t at, int32_t off) {
     }
 #define EACH(call)                             \
     if (w->code == INT4) EACH_COUNT(call, INT4) \
-    else if (w->code == NF4) EACH_COUNT(call, NF4) \
+    else if (w->code == TABLE) EACH_COUNT(call, TABLE) \
     else EACH_COUNT(call, INT8)
 
 #define TARGET __attribute__((target("arch=armv8.2-a+dotprod+i8mm")))
@@ -77,9 +77,10 @@ INLINE int32x4_t four_zeros(const Weight *w, int64_t at, int32_t off) {
 INLINE void exact_of(const Weight *w, const Input *in, int64_t block, int64_t row, const int count, const Code kind,
                      float *out) {
     const int64_t groups = w->padded / w->group;
-    const int per_load = kind == INT8 ? 4 : 8;
-    const uint8x16x4_t codebook = {{vreinterpretq_u8_f32(vld1q_f32(nf4_codebook)), vreinterpretq_u8_f32(vld1q_f32(nf4_codebook + 4)),
-                                    vreinterpretq_u8_f32(vld1q_f32(nf4_codebook + 8)), vreinterpretq_u8_f32(vld1q_f32(nf4_codebook + 12))}};
+    const int bytes = kind == INT8 || kind == FP8, per_load = bytes ? 4 : 8;
+    const float *values = (w->code == TABLE ? w->table : tables)->values;
+    const uint8x16x4_t table = {{vreinterpretq_u8_f32(vld1q_f32(values)), vreinterpretq_u8_f32(vld1q_f32(values + 4)),
+                                 vreinterpretq_u8_f32(vld1q_f32(values + 8)), vreinterpretq_u8_f32(vld1q_f32(values + 12))}};
     for (int from = 0; from < 2 * BLOCK; from += 4) { /* outputs */
         const uint8_t *codes = w->codes + (block + from / BLOCK) * BLOCK * (w->padded / code_bytes(w)) + from % BLOCK * 4;
         const float *x = in->values + row * in->padded;
@@ -93,12 +94,17 @@ INLINE void exact_of(const Weight *w, const Input *in, int64_t block, int64_t ro
             for (int64_t k = 0; k < w->group; k += per_load, codes += 4 * BLOCK) {
                 const uint32x4_t four = vreinterpretq_u32_u8(vld1q_u8(codes));
                 for (int b = 0; b < per_load; b++) {
-                    const int shift = kind == INT8 ? 8 * b : 8 * (b % 4) + 4 * (b / 4);
-                    const uint32x4_t code = vandq_u32(vshlq_u32(four, vdupq_n_s32(-shift)), vdupq_n_u32(kind == INT8 ? 255 : 15));
+                    const int shift = bytes ? 8 * b : 8 * (b % 4) + 4 * (b / 4);
+                    const uint32x4_t code = vandq_u32(vshlq_u32(four, vdupq_n_s32(-shift)), vdupq_n_u32(bytes ? 255 : 15));
                     float32x4_t value = vsubq_f32(vcvtq_f32_u32(code), zero);
-                    if (kind == NF4) { /* the four bytes of each lane's number */
-                        const uint32x4_t bytes = vmlaq_n_u32(vdupq_n_u32(0x03020100), code, 0x04040404);
-                        value = vreinterpretq_f32_u8(vqtbl4q_u8(codebook, vreinterpretq_u8_u32(bytes)));
+                    if (kind == TABLE) { /* the four bytes of each lane's number */
+                        const uint32x4_t places = vmlaq_n_u32(vdupq_n_u32(0x03020100), code, 0x04040404);
+                        value = vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(places)));
+                    }
+                    if (kind == FP8) { /* see from_e4m3 */
+                        const int32x4_t wide = vshrq_n_s32(vreinterpretq_s32_u32(vshlq_n_u32(code, 24)), 4);
+                        const int32x4_t float_bits = vandq_s32(wide, vdupq_n_s32((int32_t)0x87f00000));
+                        value = vmulq_n_f32(vreinterpretq_f32_s32(float_bits), 0x1p120f);
                     }
                     for (int m = 0; m < count; m++) sums[m] = vfmaq_n_f32(sums[m], value, x[m * in->padded + k + b]);
                 }
@@ -112,7 +118,8 @@ INLINE void exact_of(const Weight *w, const Input *in, int64_t block, int64_t ro
 #define EXACT(count, kind) exact_of(w, in, block, row, count, kind, out)
 
 static void some_exact(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
-    EACH(EXACT)
+    if (w->code == FP8) EACH_COUNT(EXACT, FP8)
+    else EACH(EXACT)
 }
 
 static void exact(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {

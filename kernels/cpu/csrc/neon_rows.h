@@ -30,7 +30,7 @@ LOCAL void NAME(rows_of)(const Weight *w, const Input *in, int64_t block, int64_
                          const Code kind, float *out) {
     const int64_t groups = w->padded / w->group, steps = w->group / w->step, line = BLOCK * 4;
     const int pairs = (count + 1) / 2, quads = pairs == 1 ? 4 : 2; /* as many sums as fit the registers */
-    const int8x16_t codebook = vld1q_s8(nf4_codes);
+    const int8x16_t table = vld1q_s8((w->code == TABLE ? w->table : tables)->codes);
     for (int from = 0; from < 2 * BLOCK; from += 4 * quads) { /* outputs */
         const uint8_t *codes = w->codes + (block + from / BLOCK) * BLOCK * (w->padded / code_bytes(w)) + from % BLOCK * 4;
         int64_t at = 0;
@@ -65,7 +65,7 @@ LOCAL void NAME(rows_of)(const Weight *w, const Input *in, int64_t block, int64_
                         first = vandq_u8(first, vdupq_n_u8(15));
                     }
                     int8x16_t a = vreinterpretq_s8_u8(first), b = vreinterpretq_s8_u8(second);
-                    if (kind == NF4) a = vqtbl1q_s8(codebook, first), b = vqtbl1q_s8(codebook, second);
+                    if (kind == TABLE) a = vqtbl1q_s8(table, first), b = vqtbl1q_s8(table, second);
                     for (int p = 0; p < pairs; p++) {
                         NAME(add)(low[p][q], a, b, x[p], 2 * p + 1 < count);
                         if (wide) NAME(add)(high[p][q], a, b, x_high[p], 2 * p + 1 < count);
@@ -75,7 +75,7 @@ LOCAL void NAME(rows_of)(const Weight *w, const Input *in, int64_t block, int64_
             for (int q = 0; q < quads; q++) {
                 const int64_t group = ((block + from / BLOCK) * groups + s / steps) * BLOCK + from % BLOCK + 4 * q;
                 const float32x4_t group_scale = four_scales(w, group);
-                const int32x4_t zero = kind == NF4 ? vdupq_n_s32(0) : four_zeros(w, group, kind == INT8 ? 128 : 0);
+                const int32x4_t zero = kind == TABLE ? vdupq_n_s32(0) : four_zeros(w, group, kind == INT8 ? 128 : 0);
                 for (int m = 0; m < count; m++) {
                     const int two = m / 2 * 2 + 1 < count;
                     int32x4_t sum = NAME(sum)(low[m / 2][q], m % 2, two);
@@ -88,7 +88,7 @@ LOCAL void NAME(rows_of)(const Weight *w, const Input *in, int64_t block, int64_
         }
         for (int m = 0; m < count; m++)
             for (int q = 0; q < quads; q++) {
-                if (kind == NF4) totals[m][q] = vmulq_n_f32(totals[m][q], 1 / NF4_STEPS);
+                if (kind == TABLE) totals[m][q] = vmulq_n_f32(totals[m][q], 1 / w->table->steps);
                 vst1q_f32(out + m * PAIR + from + 4 * q, totals[m][q]);
             }
     }

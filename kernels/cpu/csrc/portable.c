@@ -4,7 +4,7 @@
 /* A code as the signed number that the input's code is multiplied by; what its group's zero point adds is in `zero`. */
 INLINE int32_t signed_code(const Weight *w, int64_t block, int64_t n, int64_t k) {
     int32_t code = code_at(w, block, n, k);
-    return w->code == NF4 ? nf4_codes[code] : code - zero_at(w, block, n, k);
+    return w->code == TABLE ? w->table->codes[code] : code - zero_at(w, block, n, k);
 }
 
 static void rows(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
@@ -17,7 +17,7 @@ static void rows(const Weight *w, const Input *in, int64_t block, int64_t row, i
                 for (int64_t k = s * w->step; k < (s + 1) * w->step; k++) sum += x[k] * signed_code(w, block, n, k);
                 total += (float)sum * (scale_at(w, block, n, s * w->step) * in->scales[(row + m) * in->steps + s]);
             }
-            out[m * PAIR + n] = w->code == NF4 ? total / NF4_STEPS : total;
+            out[m * PAIR + n] = w->code == TABLE ? total / w->table->steps : total;
         }
     }
 }
@@ -33,7 +33,7 @@ static void wide_rows(const Weight *w, const Input *in, int64_t block, int64_t r
                     sum += x[wide_place(k)] * signed_code(w, block, n, k);
                 total += (float)sum * (scale_at(w, block, n, s * w->step) * in->scales[(row + m) * in->steps + s]);
             }
-            out[m * PAIR + n] = w->code == NF4 ? total / NF4_STEPS : total;
+            out[m * PAIR + n] = w->code == TABLE ? total / w->table->steps : total;
         }
     }
 }
@@ -45,10 +45,7 @@ static void exact(const Weight *w, const Input *in, int64_t block, int64_t row, 
             float total = 0;
             for (int64_t start = 0; start < w->padded; start += w->group) {
                 float sum = 0;
-                for (int64_t k = start; k < start + w->group; k++) {
-                    int32_t code = code_at(w, block, n, k);
-                    sum += x[k] * (w->code == NF4 ? nf4_codebook[code] : (float)(code - zero_at(w, block, n, k)));
-                }
+                for (int64_t k = start; k < start + w->group; k++) sum += x[k] * value_at(w, block, n, k);
                 total += sum * scale_at(w, block, n, start);
             }
             out[m * PAIR + n] = total;

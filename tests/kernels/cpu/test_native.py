@@ -45,9 +45,14 @@ SHAPES = {  # a block is 16 outputs, a pair 32; steps are 32 to 128 inputs, a st
     "int8-dynamic": [(1, 1), (15, 17), (33, 509), (47, 1151), (32, 4096)],
     "nf4": [(1, 64), (33, 192), (47, 704)],
     "nf4-dq": [(65, 128)],
+    "mxfp4": [(1, 32), (33, 544)],
+    "nvfp4": [(17, 16), (33, 208), (63, 1152)],
+    "fp8": [(1, 1), (33, 509), (47, 1152)],
+    "fp8-b128": [(129, 131), (37, 640)],
+    "fp8-tensor": [(17, 63)],
 }
 CASES = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
-STEPS = {"g32": 32, "g64": 64, "g96": 96}  # inputs that share a scale; else 128
+STEPS = {"g32": 32, "g64": 64, "g96": 96, "nf4": 64, "mxfp4": 32, "nvfp4": 16}  # inputs that share a scale; else 128
 
 
 def found_library() -> Library:
@@ -72,7 +77,7 @@ def rounded(x: Tensor, scheme: str, bits: int = 8) -> Tensor:
     if scheme == "int8-dynamic":
         step = x.shape[-1]
     else:
-        step = 64 if scheme.startswith("nf4") else STEPS.get(scheme.split("-")[1], 128)
+        step = next((step for name, step in STEPS.items() if name in scheme.split("-")), 128)
     padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % step)).unflatten(-1, (-1, step))
     if bits == 16:
         scales = padded.abs().amax(-1, keepdim=True) / 32639
@@ -88,39 +93,65 @@ def relative(found: Tensor, inputs: Tensor, weight: Tensor) -> float:
     return float((found.double() - inputs @ weight.t()).norm() / terms.sum().sqrt())
 
 
+def bound(kernel: NativeInt8, q: QTensor) -> float:
+    """Of `relative`. NF4: scales to float16, 2^-12 in RMS; with int8 inputs the code book by 0.0020 of 0.55. Squares:
+    their scales to float16. Inputs that stay as they are meet codes of up to 255, whose zero points are taken off from
+    the sum."""
+    exact, weight = kernel.input_bits is None, q.scheme.weight.description()
+    if weight.type == "codebook":
+        return 2.0**-11 if exact else 2.0**-7
+    if (weight.type, weight.strategy) == ("float", "block"):
+        return 2.0**-11
+    return 2.0**-17 if exact else 2.0**-20
+
+
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize(("scheme", "shape"), CASES)
 def test_products(
     make_qtensor: Make, generator: torch.Generator, instructions: str, scheme: str, shape: tuple[int, int]
 ) -> None:
-    """float32 in and out, float16 scales: what is left is the order of sums, and of NF4 the code book's rounding."""
+    """float32 in and out, float16 scales: what is left is the order of sums, of NF4 the code book's rounding, and of
+    squares that of their scales."""
     q = make_qtensor(scheme, *shape, torch.float16) if scheme.startswith("int") else make_qtensor(scheme, *shape)
     weight = q.dequantize().double()
     for kind, rows in itertools.product((NativeInt8, NativeInt16, NativeExact), ROWS):
         kernel = kind(instructions)
         if kernel.unsupported(q, torch.float32, CPU):
             continue
-        # NF4: scales to float16, 2^-12 in RMS; with int8 inputs the code book by 0.0020 of 0.55.
-        # Inputs that stay as they are meet codes of up to 255, whose zero points are taken off from the sum.
-        bound = 2.0**-17 if kind is NativeExact else 2.0**-20
-        if q.scheme.weight.description().type == "codebook":
-            bound = 2.0**-11 if kind is NativeExact else 2.0**-7
         x = torch.randn(rows, shape[1], generator=generator)
         y = kernel.linear(x, kernel.pack(q, torch.float32), None)
         inputs = x.double() if kernel.input_bits is None else rounded(x, scheme, kernel.input_bits)
-        assert relative(y, inputs, weight) <= bound, (kernel.name, rows)
+        assert relative(y, inputs, weight) <= bound(kernel, q), (kernel.name, rows)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape"),
+    [("fp8-dynamic", (17, 31)), ("fp8-block", (33, 257)), ("fp8-static", (31, 96)), ("fp8-tensor-static", (5, 33))],
+)
+def test_inputs_in_fp8(
+    make_qtensor: Make, generator: torch.Generator, instructions: str, scheme: str, shape: tuple[int, int]
+) -> None:
+    """Rounded as the reference rounds them; with those, no more is lost than with inputs that stay as they are."""
+    q, kernel = make_qtensor(scheme, *shape), NativeExact(instructions)
+    packed = kernel.pack(q, torch.bfloat16)
+    for rows in (1, 9, 49):
+        x = torch.randn(rows, shape[1], generator=generator)
+        inputs = q.scheme.activations.apply(x, dict(q.tensors())).double()
+        assert relative(kernel.linear(x, packed, None), inputs, q.dequantize().double()) <= bound(kernel, q)
+        assert kernel.linear(x.to(torch.bfloat16), packed, None).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("scheme", "shape"), CASES)
 def test_dequantized(make_qtensor: Make, instructions: str, scheme: str, shape: tuple[int, int]) -> None:
     """What the packed form stands for is what was packed, scales of any size included."""
     q = make_qtensor(scheme, *shape)
-    q.scales.mul_(torch.logspace(-5, 5, q.scales.numel()).view_as(q.scales)) if q.scales.is_floating_point() else None
+    if q.scales.is_floating_point() and q.scales.itemsize > 1:
+        q.scales.mul_(torch.logspace(-5, 5, q.scales.numel()).view_as(q.scales))
     found = found_library()
     packed = NativeInt8().pack(q, torch.float32).get_buffer("data")
     weight = native.dequantize(packed, torch.float32, found.instructions.index(instructions), 0, *q.shape)
     expected = q.dequantize()
-    single = q.scales.numel() == q.shape[0]
+    single = q.scales.numel() == q.shape[0] and not q.extra  # two scales are multiplied in another order
     largest = expected.abs().amax(1, keepdim=True)  # scales lose what lies 2^-28 below the row's largest
     assert ((weight - expected).abs() <= expected.abs() * (0 if single else 2.0**-11) + largest * 2.0**-26).all()
 
@@ -138,7 +169,32 @@ def test_outputs_are_rounded_once(make_qtensor: Make, instructions: str, dtype: 
         assert torch.equal(kernel.linear(x, packed, None), exact.to(dtype))
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [(NativeInt8, "int8-dynamic"), (NativeInt16, "int4-g128")])
+def test_which_serves_small_floats(make_qtensor: Make) -> None:
+    """FP4 values, doubled, are whole numbers; those of FP8 are too far apart, so that inputs stay as they are."""
+    found_library()
+    for scheme in ("mxfp4", "nvfp4"):
+        assert select(make_qtensor(scheme, 32, 64), torch.bfloat16, CPU).kernel.name == "native-int16"
+    for scheme in ("fp8", "fp8-b128", "fp8-tensor", "fp8-dynamic", "fp8-block", "fp8-static", "fp8-tensor-dynamic"):
+        selection = select(make_qtensor(scheme, 32, 64), torch.bfloat16, CPU)
+        assert selection.kernel.name == "native-bf16"
+        assert "serves" in selection.rejected["native-int16"]
+
+
+def test_every_code_of_e4m3(make_qtensor: Make, instructions: str) -> None:
+    """To the bit, subnormal numbers and both zeros too; NaN is no code of a weight."""
+    codes = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    codes[:, 127] = 0
+    q = replace(make_qtensor("fp8", 2, 128), codes=codes.view(torch.float8_e4m3fn), scales=torch.ones(2, 1))
+    kernel = NativeExact(instructions)
+    packed = kernel.pack(q, torch.float32)
+    each = found_library().instructions.index(instructions)
+    assert torch.equal(native.dequantize(packed.data, torch.float32, each, 0, 2, 128), q.dequantize())
+    assert torch.equal(kernel.linear(torch.eye(128)[:40], packed, None), q.dequantize().t()[:40])
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme"), [(NativeInt8, "int8-dynamic"), (NativeInt16, "int4-g128"), (NativeInt16, "nvfp4")]
+)
 def test_rows_do_not_depend_on_their_company(
     make_qtensor: Make, instructions: str, kind: type[NativeInt8], scheme: str
 ) -> None:

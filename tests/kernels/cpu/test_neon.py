@@ -19,7 +19,7 @@ from bitpress.kernels.cpu import library as native_library
 from bitpress.kernels.cpu.native import DTYPES, INT8, INT16, NativeExact, NativeInt8, NativeInt16
 from bitpress.kernels.qtensor import QTensor
 
-from .test_native import CASES, CPU, found_library, relative, rounded
+from .test_native import CASES, CPU, bound, found_library, relative, rounded
 
 Make = Callable[..., QTensor]
 
@@ -100,13 +100,10 @@ def test_products(
     for kernel, rows in itertools.product((NativeInt8(), NativeInt16(), NativeExact()), ROWS):
         if kernel.unsupported(q, torch.float32, CPU) or (instructions == "portable" and rows not in (1, 3)):
             continue
-        bound = 2.0**-17 if kernel.input_bits is None else 2.0**-20
-        if q.scheme.weight.description().type == "codebook":
-            bound = 2.0**-11 if kernel.input_bits is None else 2.0**-7
         x = torch.randn(rows, shape[1], generator=generator)
         inputs = x.double() if kernel.input_bits is None else rounded(x, scheme, kernel.input_bits)
         y = machine.linear(instructions, kernel, q, x)
-        assert relative(y, inputs, weight) <= bound, (kernel.name, rows)
+        assert relative(y, inputs, weight) <= bound(kernel, q), (kernel.name, rows)
 
 
 @pytest.mark.parametrize("kernel", [NativeInt8(), NativeInt16()])
@@ -132,7 +129,7 @@ def test_nan_stays_in_its_row(make_qtensor: Make, machine: Machine, inputs: int)
         assert y[[0, 2, 3, 4]].isfinite().all()
 
 
-@pytest.mark.parametrize("scheme", ["int3-g64", "int8-g128-asym", "nf4"])
+@pytest.mark.parametrize("scheme", ["int3-g64", "int8-g128-asym", "nf4", "nvfp4", "fp8"])
 def test_dequantized(make_qtensor: Make, machine: Machine, scheme: str) -> None:
     q = make_qtensor(scheme, 33, 384)
     packed, size = NativeInt8().pack(q, torch.float32).get_buffer("data"), 4 * 33 * 384
