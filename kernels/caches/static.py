@@ -82,7 +82,7 @@ class Float8Cache(_Static):
 
 @dataclass(frozen=True)
 class Int8Cache(_Static):
-    """q = clamp(round(x / S), -127, 127), with an S for each head."""
+    """q = clamp(round(x / S), -128, 127), with an S for each head, by which the largest magnitude becomes 127."""
 
     per_head: bool = True
 
@@ -97,7 +97,7 @@ class Int8Cache(_Static):
 
     def encode(self, states: Tensor, scale: Tensor | None) -> Codes:
         assert scale is not None
-        codes = (states.to(torch.float32) / scale.to(torch.float32)).round_().clamp_(-_INT8, _INT8)
+        codes = (states.to(torch.float32) / scale.to(torch.float32)).round_().clamp_(-_INT8 - 1, _INT8)
         return {"codes": codes.to(torch.int8)}
 
     def decode(self, codes: Codes, scale: Tensor | None) -> Tensor:

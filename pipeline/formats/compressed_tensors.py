@@ -67,14 +67,6 @@ _VLLM_EMBEDDINGS: Reason = (
     "quantized embeddings: vLLM 0.32 knows them in some architectures (Qwen 2), not in others (Llama, Mixtral), and "
     "on a CPU has no kernel for them",
 )
-_CACHES: Mapping[str, Reason] = {  # what others make of a quantized key-value cache
-    "transformers": ("unknown", "whether compressed-tensors rounds the key-value cache as it is stored was not tried"),
-    "SGLang": ("unknown", "whether it reads the key-value cache's stored scales was not tried"),
-    "llama.cpp": (
-        "limited",
-        "its converter leaves the cache's scales out; -ctk and -ctv round by its own rule",
-    ),
-}
 _FLOATS = ("bfloat16", "float16", "float32")  # dtypes of scales that readers may round
 _MARLIN_BITS = (4, 8)
 _PER_WORD = 32
@@ -253,13 +245,14 @@ class CompressedTensors(Format):
         several: list[Reason] = []
         if len(set(facts.schemes.values())) > 1:
             several.append(("no", "its converter reads one config group only"))
-        cache = {name: [reason] for name, reason in _CACHES.items()} if facts.cache else {}
+        caches = _caches(facts.cache) if facts.cache else {}
         if facts.cache:
-            cache["vLLM"] = list(_vllm_cache(facts.cache))
-            transformers = replace(transformers, reasons=[*transformers.reasons, *cache["transformers"]])
-        vllm = [*embeddings, *facts.by_scheme(lambda scheme: _vllm(scheme, experts, ordered)), *cache.get("vLLM", ())]
-        sglang = [*facts.by_scheme(lambda scheme: _sglang(scheme, ordered)), *cache.get("SGLang", ())]
-        llamacpp = [*several, *facts.by_scheme(lambda scheme: _llamacpp(scheme, ordered)), *cache.get("llama.cpp", ())]
+            transformers = replace(transformers, reasons=[*transformers.reasons, caches["transformers"]])
+        vllm = [*embeddings, *facts.by_scheme(lambda scheme: _vllm(scheme, experts, ordered))]
+        sglang = facts.by_scheme(lambda scheme: _sglang(scheme, ordered))
+        llamacpp = [*several, *facts.by_scheme(lambda scheme: _llamacpp(scheme, ordered))]
+        for name, reasons in (("vLLM", vllm), ("SGLang", sglang), ("llama.cpp", llamacpp)):
+            reasons += [caches[name]] if name in caches else []
         return {
             "transformers": transformers,
             "vLLM": Loading(vllm),
@@ -351,14 +344,26 @@ def _vllm(scheme: Scheme, experts: bool, ordered: bool) -> Iterator[Reason]:
             yield WITH_AMX
 
 
-def _vllm_cache(cache: CacheType) -> Iterator[Reason]:
+def _caches(cache: CacheType) -> dict[str, Reason]:
+    """What runtimes make of a quantized key-value cache."""
     described = cache.description()
     if (described["type"], described["num_bits"]) != ("float", 8) or cache.dynamic:
-        yield "no", f"it stops at a key-value cache of {cache.name}: it has 8-bit floats with stored scales"
+        why = f"it stops at a key-value cache of {cache.name}: it has 8-bit floats with stored scales"
+        vllm: Reason = ("no", why)
     elif described["strategy"] == "attn_head":
-        yield "limited", "the cache's scales of heads count with FlashAttention alone; on a CPU the largest is for all"
+        why = "the cache's scales of heads count with FlashAttention alone; on a CPU the largest is for all"
+        vllm = ("limited", why)
     else:
-        yield "yes", "it keeps keys and values in FP8 by the stored scales; on a CPU it cuts bits off, and rounds not"
+        why = "it keeps keys and values in FP8 by the stored scales; on a CPU it cuts bits off, and rounds not"
+        vllm = ("yes", why)
+    known = "it rounds keys and values by the stored scales, and keeps numbers, as bitpress does"
+    unknown = f"whether compressed-tensors rounds a key-value cache to {cache.name} was not tried"
+    return {
+        "transformers": ("unknown", unknown) if cache.dynamic else ("yes", known),
+        "vLLM": vllm,
+        "SGLang": ("unknown", "whether it reads the key-value cache's stored scales was not tried"),
+        "llama.cpp": ("limited", "its converter leaves the cache's scales out; -ctk and -ctv round by its own rule"),
+    }
 
 
 def _llamacpp(scheme: Scheme, ordered: bool) -> Iterator[Reason]:

@@ -52,7 +52,7 @@ def test_int8_has_a_scale_for_each_head() -> None:
     for head in range(3):
         step = scale[head].item()
         for value, found in zip(x[:, head].flatten().tolist(), result[:, head].flatten().tolist()):
-            assert found == pytest.approx(step * max(-127, min(127, round(value / step))), abs=1.001 * step * 1e-4)
+            assert found == pytest.approx(step * max(-128, min(127, round(value / step))), abs=1.001 * step * 1e-4)
     assert not parse_cache("int8").dynamic
 
 

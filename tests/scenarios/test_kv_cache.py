@@ -130,6 +130,8 @@ def test_the_doctor_says_who_loads_it(made: Callable[[str], Path], tmp_path: Pat
     diagnoses = {name: diagnose(made(name)) for name in RECIPES}
     loads = {name: diagnosis.runtimes["vLLM"]["loads"] for name, diagnosis in diagnoses.items()}
     assert loads == {"fp8": "yes", "int8": "no", "int4": "no"}
+    loads = {name: diagnosis.runtimes["transformers"]["loads"] for name, diagnosis in diagnoses.items()}
+    assert loads == {"fp8": "yes", "int8": "yes", "int4": "unknown"}
     assert "key-value cache: keys and values are rounded to int8 (calibrated, a scale for each head)" in (
         diagnoses["int8"].notes
     )
