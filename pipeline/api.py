@@ -170,12 +170,19 @@ def evaluate(
         return Measurements(process.measure(source.folder, original, chosen, device, Path(folder)))
 
 
-def convert(model: str | Path, to: str, output: str | Path, on_step: OnStep | None = None) -> Artifact:
+def convert(
+    model: str | Path,
+    to: str,
+    output: str | Path,
+    on_step: OnStep | None = None,
+    template: str | Path | None = None,
+) -> Artifact:
     """A quantized checkpoint in another format, its weights the same to the bit.
 
     Args:
         model: a folder, or a Hub id.
         to: a format, such as "compressed-tensors", "gptq" or "gptq-v2".
+        template: to "gguf", a GGUF file of the unquantized model, for architectures that bitpress has no table of.
     Returns:
         The artifact, with sentences on what was done.
     Raises:
@@ -185,7 +192,8 @@ def convert(model: str | Path, to: str, output: str | Path, on_step: OnStep | No
     out = Path(output).expanduser()
     source.check_output(out)
     with shown(on_step, f"converting to {to}") as step:
-        return Artifact(out, to, convert_checkpoint(open_quantized(source.folder), source.to_dict(), to, out, step))
+        checkpoint, other = open_quantized(source.folder), Path(template).expanduser() if template else None
+        return Artifact(out, to, convert_checkpoint(checkpoint, source.to_dict(), to, out, step, other))
 
 
 def imatrix(

@@ -46,6 +46,7 @@ LATE_IMPORTS = {
     "pipeline/system/redact.py": "every command imports it, and huggingface_hub takes its time",
     "pipeline/data/text.py": "the text is large, pyarrow and datasets are optional",
     "pipeline/formats/gguf.py": "gguf is optional",
+    "pipeline/storage/gguf/template.py": "gguf is optional",
     "pipeline/storage/gguf/view.py": "gguf is optional",
     "pipeline/quantize/imatrix.py": "gguf is optional",
     "pipeline/checkpoints/onnx_logits.py": "onnx and onnxruntime-genai are optional",
@@ -384,6 +385,8 @@ COMMON_WORDS = {"int", "float", "codebook", "auto", "none", "cpu", "cuda", "refe
 OTHER_MEANINGS = {
     "eval/measure/protocols.py": "protocols of perplexity are named after the papers of methods",
     "pipeline/bench/scripts/*_job.py": "the options of another program",
+    "pipeline/formats/gguf.py": "MXFP4 and NVFP4 are ggml's types of blocks, too",
+    "pipeline/storage/gguf/blocks.py": "MXFP4 and NVFP4 are ggml's types of blocks, too",
 }
 # A registry finds a plug-in by a name that it was handed; it holds no name itself. So does a scheme, of its two parts.
 REGISTRIES = (

@@ -204,7 +204,7 @@ class Float8Tensor(_Elements):
     peak: Tensor | None = field(default=None, compare=False, repr=False)
 
     rank: ClassVar[int] = 31
-    name: ClassVar[str] = "fp8-tensor"
+    name: ClassVar[str] = "fp8-tensor"  # type: ignore[misc]
     forms: ClassVar[str] = "fp8-tensor"
     examples: ClassVar[tuple[str, ...]] = ("fp8-tensor",)
 

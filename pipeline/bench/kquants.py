@@ -110,7 +110,7 @@ def _unquantized(comparison: Comparison) -> Path:
     if (folder / _FILE).exists():
         return folder
     format = registry()[_FORMAT]
-    if problems := format.checkpoint_problems(checkpoint, []):
+    if problems := format.checkpoint_problems(checkpoint, {}):
         raise ConfigError(f"{checkpoint.folder.name} cannot be saved as {_FORMAT}:\n{listing(problems)}")
     files.make_folder(folder)
     writer = format.writer(folder, skeleton(checkpoint).dtype, 1)

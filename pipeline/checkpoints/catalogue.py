@@ -54,7 +54,10 @@ def catalogue() -> dict[str, dict[str, Entry]]:
             for name, method in methods().items()
         },
         "formats": {
-            name: Entry(schemes=tuple(scheme.name for scheme in schemes if not format.problems(scheme, _PROBE)))
+            name: Entry(
+                "read, not written" if format.read_only else "",
+                tuple(scheme.name for scheme in schemes if not format.problems(scheme, _PROBE)),
+            )
             for name, format in formats().items()
         },
         f"kernels on {device.type}": {kernel.name: _serves(kernel, schemes, device) for kernel in kernels()},

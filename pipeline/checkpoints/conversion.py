@@ -60,7 +60,8 @@ def examine(checkpoint: Checkpoint, format: Format) -> Conversion:
     contents = read_quantized(checkpoint)
     embeddings = [layer for layer, kind in contents.kinds.items() if kind == "embedding"]
     layers = {layer: (scheme, contents.shapes[layer] or ()) for layer, scheme in contents.schemes.items()}
-    if problems := misfits(format, layers, embeddings) or format.checkpoint_problems(checkpoint, layers):
+    problems = misfits(format, layers, embeddings) or format.checkpoint_problems(checkpoint, contents.schemes)
+    if problems:
         names = " and ".join(dict.fromkeys(scheme.name for scheme in contents.schemes.values()))
         raise ConfigError(
             f"{checkpoint.folder} ({names} as {contents.format.name}) cannot become {format.name}:\n{listing(problems)}"
@@ -215,7 +216,8 @@ def notes(conversion: Conversion) -> list[str]:
     count = len(conversion.contents.quantized)
     sentences = [
         f"{count} layers from {conversion.contents.format.name} to {conversion.format.name}; each was read back, and "
-        "its weights are the same to the bit"
+        "its weights are the same to the bit",
+        *conversion.format.remarks(dict.fromkeys(conversion.contents.schemes.values())),
     ]
     if conversion.ordered:
         sentences.append(

@@ -23,12 +23,14 @@ def convert(
     to: str,
     out: Path,
     on_step: OnStep = lambda done, total: None,
+    template: Path | None = None,
 ) -> list[str]:
     """Make `out`, a whole folder in the format `to`; nothing of that name appears before it is whole.
 
     Args:
         source: what to record of where the checkpoint came from ({"id", "revision"}).
         on_step: called with (shards done, shards in all).
+        template: see Format.with_template.
     Returns:
         Sentences on what was done.
     Raises:
@@ -41,8 +43,11 @@ def convert(
         hint = nearest(to, targets) or f"; use {', '.join(targets)}"
         raise ConfigError(f"nothing can be converted to {to!r}{hint}")
     if to in EXPORTS:
+        if template:
+            raise ConfigError(f"--template is for GGUF files, and {to} takes none; leave it out")
         return EXPORTS[to](checkpoint, source, out, on_step)
-    conversion = examine(checkpoint, registry()[to])
+    format = registry()[to]
+    conversion = examine(checkpoint, format.with_template(template) if template else format)
     with unfinished(out, int(1.05 * sum(info.nbytes for info in checkpoint.tensors.values()))) as folder:
         write(conversion, source, folder, on_step)
         checkpoint.check_unchanged()

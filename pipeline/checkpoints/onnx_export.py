@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,12 @@ NAME = "onnx"
 _PACKAGES = {"onnxruntime_genai": "onnxruntime-genai", "onnx_ir": "onnx-ir"}  # module -> package
 _LARGEST_GROUP, _SMALLEST_GROUP = 128, 16  # blocks of MatMulNBits are powers of two; the builder documents 16 to 256
 _BITS = (2, 4, 8)
+# what the builder of onnxruntime-genai 0.18 makes of text models whose weights lie as here (models/builder.py)
+_ARCHITECTURES = (
+    "Ernie4_5ForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "GraniteForCausalLM", "InternLM2ForCausalLM",
+    "LlamaForCausalLM", "MistralForCausalLM", "NemotronForCausalLM", "OlmoForCausalLM", "PhiForCausalLM",
+    "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM",
+)  # fmt: skip
 _OUTSIDE = {"model.embed_tokens": "/model/embed_tokens/Gather", "lm_head": "/lm_head/MatMul"}  # the builder's nodes
 _IN_A_BLOCK = re.compile(r"layers\.\d+\.(self_attn|mlp)\.[a-z_]+_proj\.weight$")
 _TOKENS = 64  # of the comparison
@@ -141,6 +147,8 @@ def export(checkpoint: Checkpoint, source: dict[str, Any], out: Path, on_step: O
             f"{NAME} is made by the packages {' and '.join(_PACKAGES.values())}, and {' and '.join(missing)} cannot be "
             f"imported: {'; '.join(map(install, missing))}"
         )
+    if reason := unsupported(checkpoint.config):
+        raise ConfigError(f"{checkpoint.folder} cannot become {NAME}: {reason}")
     conversion = examine(checkpoint, _BuilderInput())
     if unquantized := [name for name in conversion.contents.plain if _IN_A_BLOCK.search(name)]:
         raise ConfigError(
@@ -182,6 +190,29 @@ def export(checkpoint: Checkpoint, source: dict[str, Any], out: Path, on_step: O
         "same",
         "what is not quantized is float32 there, the head and the embeddings among it",
     ]
+
+
+def unsupported(config: Mapping[str, Any]) -> str | None:
+    """Why the builder cannot make a model of this config.json; None where it can."""
+    (architecture, *_) = config.get("architectures") or [None]
+    if architecture == "Gemma3ForCausalLM":
+        return (
+            "the builder of onnxruntime-genai 0.18 asks Gemma 3's config for rope_local_base_freq, and transformers 5 "
+            "has that under rope_parameters"
+        )
+    if architecture not in _ARCHITECTURES:
+        return (
+            f"the builder of onnxruntime-genai 0.18 does not know {architecture} with weights in GPTQ's layout, only "
+            f"{', '.join(_ARCHITECTURES)}"
+        )
+    length, original = (config.get(f"{key}max_position_embeddings") for key in ("", "original_"))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if architecture == "Phi3ForCausalLM" and original not in (None, length) and "long_factor" not in rope:
+        return (
+            f"max_position_embeddings is {length} and original_max_position_embeddings {original}: the builder takes "
+            "that for a Phi-3 with the rotary embedding longrope, and the config has no long_factor"
+        )
+    return None
 
 
 def _section(conversion: Conversion) -> dict[str, Any]:

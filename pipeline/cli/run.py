@@ -166,6 +166,9 @@ def quantize(
     format: Annotated[
         str, typer.Option(help="auto: the first that holds every layer; or one of `bitpress list`.")
     ] = "auto",
+    template: Annotated[
+        Path | None, typer.Option(help="With --format gguf: a GGUF of the unquantized model, for what bitpress lacks.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="key=value, an option of the method; may be repeated.")
     ] = None,
@@ -218,6 +221,7 @@ def quantize(
 
     quiet_libraries()
     settings = {**recipe_keys(recipe, budget, choice), "format": format}
+    settings |= {"template": str(template)} if template else {}
     settings |= {"layers": load_layers(layer or []), "options": load_options(option or [])}
     settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
     settings |= {"max_fallback_layers": max_fallback_layers, "observer": observer, "sequential": not no_sequential}
@@ -250,11 +254,14 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="A format: awq, compressed-tensors, fp8, gguf, gptq, gptq-v2, mlx, modelopt; or onnx. "
+            help="A format: awq, compressed-tensors, fp8, gguf, gguf-q4_1, gptq, gptq-v2, mlx, modelopt; or onnx. "
             "See `bitpress list`."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    template: Annotated[
+        Path | None, typer.Option(help="With --to gguf: a GGUF of the unquantized model, for what bitpress lacks.")
+    ] = None,
 ) -> None:
     """A quantized checkpoint in another format, its weights the same to the bit, or a refusal that says why."""
     from ..api import convert as convert_api
@@ -262,7 +269,7 @@ def convert(
 
     quiet_libraries()
     with progress(f"converting to {to}") as step:
-        artifact = convert_api(model, to, output, step)
+        artifact = convert_api(model, to, output, step, template)
     for note in artifact.notes:
         news(note)
     print_line(f"{output}: {to}" + (f"; try `bitpress doctor {output}`" if to in registry() else ""))

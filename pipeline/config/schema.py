@@ -177,6 +177,7 @@ class RecipeSettings(RecipeDefaults):
     name: str | None = Field(None, pattern=_NAME)
     scheme: str = Field(min_length=1)  # of every layer that no rule names; none keeps them; auto, of a budget
     budget: BudgetName | None = None  # 4.25 bits, 4.1 GB: each layer gets one of the choices
+    template: str | None = None  # of format: gguf, a GGUF file of the unquantized model, where bitpress has no table
     _inherited: frozenset[str] = PrivateAttr(frozenset())
 
     @model_validator(mode="before")

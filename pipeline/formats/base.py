@@ -16,6 +16,7 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.weights.base import WeightDescription
 
+from ..errors import ConfigError
 from ..storage import files
 from ..storage.checkpoint import INDEX, Checkpoint
 from ..storage.fingerprint import MANIFEST
@@ -160,7 +161,7 @@ class Format(ABC):
     holds_order: whether it can say in what order the inputs were quantized (see QTensor.order).
     joins_experts: whether the experts of a block lie in one tensor, as transformers and vLLM know some architectures.
     exact_scales: whether its readers take scales in `scale_dtype` only.
-    convertible: whether `bitpress convert` writes it.
+    convertible: whether `bitpress convert` writes it. read_only: whether nothing writes it: `problems` says so.
     packages: names of the packages, beside bitpress's own requirements, that it takes to write it.
     config_copies: other files that repeat the config, and the keys on which both must agree.
     side_config: another file that counts where config.json has no quantization_config; "" where there is none.
@@ -180,11 +181,25 @@ class Format(ABC):
     joins_experts: ClassVar[bool] = False
     exact_scales: ClassVar[bool] = False
     convertible: ClassVar[bool] = False
+    read_only: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
     config_copies: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     side_config: ClassVar[str] = ""
     output_multiple: ClassVar[int] = 1
     uncuttable: ClassVar[str | None] = None
+
+    def with_template(self, path: Path) -> "Format":
+        """This format, which takes what else its readers want to know of a model from another file of it.
+
+        Raises:
+            ConfigError: it takes none, or the file is none.
+        """
+        raise ConfigError(f"template is for GGUF files of models that bitpress has no table of; {self.name} takes none")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What an artifact's bytes depend on beside the format's name, in plain values."""
+        return {}
 
     @abstractmethod
     def problems(self, scheme: Scheme, shape: tuple[int, ...]) -> list[str]:
@@ -198,11 +213,15 @@ class Format(ABC):
         """
         return []
 
-    def checkpoint_problems(self, checkpoint: Checkpoint, layers: Iterable[str]) -> list[str]:
-        """Why this model or its tokenizer cannot be stored so, whatever the schemes; [] if it can.
+    def remarks(self, schemes: Iterable[Scheme]) -> list[str]:
+        """What somebody who has a checkpoint stored so must know, such as what its readers round; [] for nothing."""
+        return []
+
+    def checkpoint_problems(self, checkpoint: Checkpoint, layers: Mapping[str, Scheme]) -> list[str]:
+        """Why this model or its tokenizer cannot be stored so; [] if it can.
 
         Args:
-            layers: that are, or will be, quantized, by their names in the files.
+            layers: name in the files -> scheme, of those that are, or will be, quantized.
         """
         return []
 

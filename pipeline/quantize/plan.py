@@ -314,7 +314,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if not recipe.allow_split_fused:
         _refuse_split_units(tensors, recipe.rules, aliases)
     format, reasons = _choose_format(recipe.format, [tensor for tensor in tensors if tensor.spec], recipe.cache)
-    stored = [tensor.module for tensor in tensors if tensor.spec]
+    stored = {tensor.module: tensor.spec.scheme for tensor in tensors if tensor.spec}
     if problems := format.checkpoint_problems(checkpoint, stored):
         raise ConfigError(f"{checkpoint.folder.name} cannot be saved as {format.name}:\n{listing(problems)}")
     dtype = dtype_of_most(tensor.info for tensor in [t for t in tensors if t.spec] or tensors)
@@ -322,6 +322,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     notes += checkpoint.remarks
     notes += [f"fit_groups: {sentence}" for sentence in fitted.sentences()]
     notes += [f"kept as it is: {sentence}" for sentence in impossible.sentences()]
+    notes += format.remarks(dict.fromkeys(stored.values()))
     if reasons:
         notes.append(f"saved as {format.name}, because {'; '.join(reasons)}")
     if cache and (others := names.block_count - len({names.block(path) for path in cache.shapes})):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ class Recipe:
                 named[0] if settings.budget else LayerSpec.parse(settings.spec, method),
                 {pattern: LayerSpec.parse(text, method) for pattern, text in settings.layers.items()},
             ),
-            format=None if settings.format == AUTO else formats()[settings.format],
+            format=_format(settings),
             max_fallback_layers=settings.max_fallback_layers,
             fit_groups=settings.fit_groups,
             allow_split_fused=settings.allow_split_fused,
@@ -165,6 +166,8 @@ class Recipe:
         for method in {spec.method.name: spec.method for spec in self.specs()}.values():
             described[f"{method.name}.version"] = method.version
             described |= {f"{method.name}.{name}": value for name, value in options_of(method).items()}
+        if self.format:
+            described |= self.format.options
         if not self.sequential:
             described |= {"sequential": False}
         if self.transform:
@@ -196,6 +199,8 @@ def problems(settings: RecipeSettings) -> list[Problem]:
         faults.append((("transform",), f"transform {settings.transform!r} is unknown{hint}"))
     if faults:
         return faults
+    if settings.template and settings.format == AUTO:
+        return [(("template",), "a template is for one format, and format is auto: name it, as in format: gguf")]
     if settings.options and settings.method == AUTO:
         sentence = "these are options of one method, and method is auto: name it, as in method: gptq"
         return [(("options",), sentence)]
@@ -269,6 +274,14 @@ def problems(settings: RecipeSettings) -> list[Problem]:
             fitting = (1024, 32 * (spec.scheme.weight.description().group_size or 32))
             faults += [(("format",), problem) for problem in target.problems(spec.scheme, fitting)]
     return list(dict.fromkeys(faults))
+
+
+def _format(settings: RecipeSettings) -> Format | None:
+    """The format that settings name, with its template; None for the first that fits."""
+    if settings.format == AUTO:
+        return None
+    format = formats()[settings.format]
+    return format.with_template(Path(settings.template).expanduser()) if settings.template else format
 
 
 def _budget_problems(settings: RecipeSettings) -> list[Problem]:

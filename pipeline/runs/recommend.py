@@ -158,7 +158,8 @@ def _option(first: Plan, measured: Measured, runtimes: tuple[str, ...], beside: 
     fitted = any(scheme != spec.scheme for scheme, _ in layers.values())
     best: Option | None = None
     for format in formats().values():
-        if problems := misfits(format, layers) or format.checkpoint_problems(first.checkpoint, layers):
+        schemes = {layer: scheme for layer, (scheme, _) in layers.items()}
+        if problems := misfits(format, layers) or format.checkpoint_problems(first.checkpoint, schemes):
             why += problems
             continue
         plan = replace(first, tensors=tensors, format=format)

@@ -48,6 +48,7 @@ _EXPERTS = {f"mlp.experts.{{e}}.{part}_proj": f"ffn_{part}_exps" for part in ("g
 _EXPERTS |= {"mlp.gate": "ffn_gate_inp"}
 _SHARED = {f"mlp.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")}
 _SHARED |= {"mlp.shared_expert_gate": "ffn_gate_inp_shexp"}
+FACTOR = ".scale"  # of a weight's name in place of ".weight"
 _GENERATED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # no weights of the model
 
 
@@ -58,6 +59,8 @@ class Place:
     name: of the GGUF tensor. expert: its place there, where that holds all experts; else None.
     heads: rows lie in another order within each of so many heads (see permute); 0 where they lie as they are.
     shift: what the file has more of each value. flat: the file has it without its first dimension, which is 1.
+    factor: what the products of a weight are multiplied by, the reciprocal of its global scale. wide: float32, where it
+    is not quantized.
     """
 
     name: str
@@ -65,6 +68,12 @@ class Place:
     heads: int = 0
     shift: float = 0.0
     flat: bool = False
+    factor: bool = False
+    wide: bool = False
+
+    def of_factor(self) -> "Place":
+        """The place of the factor of a weight that lies here."""
+        return Place(f"{self.name.removesuffix('.weight')}{FACTOR}", self.expert, factor=True)
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,9 @@ class Architecture:
 
     name: llama.cpp's. layers: of a block, as transformers calls them -> as llama.cpp does; "{e}" is an expert's number.
     permuted: q's and k's rows lie in the order of another kind of rotary embedding. shifted: norms lie plus 1.
-    defaults: what a config means that leaves a key out. problems: why a config means another model than llama.cpp's.
+    defaults: what a config means that leaves a key out. factors: how the names of layers begin whose products llama.cpp
+    multiplies by the factor of an NVFP4 weight (src/models/); elsewhere it reads the factor and leaves it out.
+    problems: why a config means another model than llama.cpp's.
     """
 
     name: str
@@ -82,6 +93,7 @@ class Architecture:
     permuted: bool = False
     shifted: bool = False
     activations: tuple[str, ...] = ("silu", "swish")
+    factors: tuple[str, ...] = ("attn_", "ffn_", "output")
     problems: Callable[[Mapping[str, Any]], Iterator[str]] = lambda config: iter(())
 
     def place(self, name: str, config: Mapping[str, Any]) -> Place | None:
@@ -107,6 +119,21 @@ class Architecture:
         if self.shifted and name.endswith("norm.weight"):
             return Place(place.name, place.expert, place.heads, 1.0)
         return place
+
+    def holds(self, gguf_name: str) -> bool:
+        """Whether a tensor is one of the model, or may be, and not made of its config."""
+        return not is_generated(gguf_name)
+
+    def applies_factor(self, name: str, config: Mapping[str, Any], biased: bool) -> bool:
+        """Whether llama.cpp multiplies by the factor of a layer's NVFP4 weight.
+
+        Args:
+            name: of the layer in the checkpoint. biased: whether it has a bias, before which feed-forward layers
+                cannot have the factor.
+        """
+        place = self.place(f"{name}.weight", config)
+        own = _BLOCK.sub("", place.name) if place else ""
+        return own.startswith(self.factors) and not (biased and own.startswith("ffn_"))
 
     def names(self, gguf_name: str, experts: int) -> list[str] | None:
         """The checkpoint's names of what a GGUF tensor holds: one, or one of each expert; None: nothing of the model.
@@ -174,16 +201,21 @@ _GEMMA3: dict[str, float] = {"max_position_embeddings": 131072, "num_attention_h
 _GEMMA3 |= {"sliding_window": 4096, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "vocab_size": 262208}
 _LLAMA_LAYERS = {**_ATTENTION, **_FEED_FORWARD, **_NORMS}
 _QWEN_MOE = {**_ATTENTION, **_NORMS, **_EXPERTS}
+_OUTSIDE_FFN = ("attn_", "output")
 _GELU = ("gelu_pytorch_tanh", "gelu_new")
 
 ARCHITECTURES: dict[str, Architecture] = {  # by transformers' model_type
     "llama": Architecture("llama", _LLAMA_LAYERS, permuted=True),
     "mistral": Architecture("llama", _LLAMA_LAYERS, permuted=True),
     "mixtral": Architecture("llama", {**_ATTENTION, **_NORMS, **_MIXTRAL}, {"rope_theta": 1e6}, permuted=True),
-    "qwen2": Architecture("qwen2", _LLAMA_LAYERS),
+    "qwen2": Architecture("qwen2", _LLAMA_LAYERS, factors=_OUTSIDE_FFN),
     "qwen3": Architecture("qwen3", {**_LLAMA_LAYERS, **_HEAD_NORMS}),
     "qwen2_moe": Architecture(
-        "qwen2moe", {**_QWEN_MOE, **_SHARED}, {"norm_topk_prob": False}, problems=_no_normalized_routing
+        "qwen2moe",
+        {**_QWEN_MOE, **_SHARED},
+        {"norm_topk_prob": False},
+        factors=_OUTSIDE_FFN,
+        problems=_no_normalized_routing,
     ),
     "qwen3_moe": Architecture("qwen3moe", {**_QWEN_MOE, **_HEAD_NORMS}, problems=_normalized_routing),
     "gemma2": Architecture(
@@ -192,6 +224,7 @@ ARCHITECTURES: dict[str, Architecture] = {  # by transformers' model_type
         {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096},
         shifted=True,
         activations=_GELU,
+        factors=_OUTSIDE_FFN,
         problems=_gemma_scale,
     ),
     "gemma3_text": Architecture(
@@ -200,9 +233,10 @@ ARCHITECTURES: dict[str, Architecture] = {  # by transformers' model_type
         {**_GEMMA, **_GEMMA3},
         shifted=True,
         activations=_GELU,
+        factors=_OUTSIDE_FFN,
         problems=_gemma_scale,
     ),
-    "phi3": Architecture("phi3", {**_FUSED, **_NORMS}),
+    "phi3": Architecture("phi3", {**_FUSED, **_NORMS}, factors=_OUTSIDE_FFN),
 }
 
 

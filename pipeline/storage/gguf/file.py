@@ -46,7 +46,7 @@ _BLOCKS = {
     14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18),
     16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
     21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56),
-    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
 }  # fmt: skip
 TYPES = {number: BlockType(number, name, 1, dtype.itemsize, dtype) for number, (name, dtype) in _PLAIN.items()}
 TYPES |= {number: BlockType(number, *facts) for number, facts in _BLOCKS.items()}

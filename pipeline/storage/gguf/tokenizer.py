@@ -36,6 +36,21 @@ PRE_TOKENIZERS = {
 _SPECIAL = ("bos", "eos", "unk", "pad")
 
 
+def tokens_of(files: Mapping[str, Path]) -> dict[str, int]:
+    """The tokens of a checkpoint's tokenizer.json with their ids; {} where it has none.
+
+    Args:
+        files: name -> path of the checkpoint's small files.
+    """
+    if "tokenizer.json" not in files:
+        return {}
+    tokenizer = read_json(files["tokenizer.json"])
+    vocabulary = _part(tokenizer, "model")["vocab"]  # of Unigram a list of tokens with their scores
+    pairs = enumerate(vocabulary) if isinstance(vocabulary, list) else ()
+    tokens = {token: number for number, (token, _) in pairs} or dict(vocabulary)
+    return tokens | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []}
+
+
 def tokenizer_metadata(files: Mapping[str, Path], config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys tokenizer.* of a checkpoint's tokenizer.
 

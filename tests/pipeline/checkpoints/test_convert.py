@@ -1,6 +1,8 @@
 """From one format to another: the same weights to the bit, or a refusal with a reason and nothing written."""
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from bitpress.pipeline.checkpoints import conversion
 from bitpress.pipeline.checkpoints.convert import convert as convert_checkpoint
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.errors import BitpressError, CheckpointError, ConfigError, DiskError, NumericsError
-from bitpress.pipeline.formats import registry
+from bitpress.pipeline.formats import open_quantized, registry
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.models.quantized import read_quantized
 from bitpress.pipeline.models.stored_layer import read_layer
@@ -25,16 +27,21 @@ from bitpress.pipeline.storage import files as store
 from bitpress.pipeline.storage.checkpoint import INDEX, Checkpoint, read_json
 
 LAYER = "model.layers.0.mlp.down_proj"
-TARGETS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "mlx")
-INTEGER = ("int4-g32", "int8-channel", "int3-g64", "int2-g32", "int4-g32-asym", "int8-channel-asym")
+TARGETS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "mlx", "gguf")
+INTEGER = (
+    "int4-g32", "int8-channel", "int3-g64", "int2-g32", "int4-g32-asym", "int3-g32-asym", "int8-channel-asym"
+)  # fmt: skip
+ALL = (*INTEGER, "int8-dynamic", "mxfp4", "nvfp4", "nf4", "nf4-dq")
 
 
 def refusal(scheme: str, to: str) -> str | None:
     """The table: what a scheme cannot become, and why."""
-    if scheme == "int8-dynamic" and to == "compressed-tensors":
-        return None
+    if to == "compressed-tensors":
+        return "holds weight-only integers, and weights whose elements" if scheme.startswith("nf4") else None
     if not scheme.startswith("int") or scheme == "int8-dynamic":
-        return "holds weight-only integers"
+        return None if to == "gguf" and scheme.endswith("fp4") else "holds weight-only integers"
+    if to == "gguf":
+        return "no type of nine bits" if scheme == "int8-channel-asym" else None
     if to == "awq" and not scheme.startswith("int4"):
         return "holds weight-only integers of 4 bits"
     if to == "mlx" and "channel" in scheme:
@@ -42,26 +49,37 @@ def refusal(scheme: str, to: str) -> str | None:
     return "cannot hold a zero point of 0" if to == "gptq" and "asym" in scheme else None
 
 
-SOURCES = [(scheme, form) for scheme in INTEGER for form in TARGETS if not refusal(scheme, form)]
-SOURCES += [("int8-dynamic", "compressed-tensors"), ("nf4", "bitsandbytes"), ("nf4-dq", "bitsandbytes")]
+HOLDERS = {scheme: [form for form in TARGETS if not refusal(scheme, form)] or ["bitsandbytes"] for scheme in ALL}
 
 
 @pytest.fixture(scope="module")
-def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def source_model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a tokenizer that llama.cpp has a name for."""
+    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("source") / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["use_regex"] = True
+    vocabulary = {token: number for token, number in tokenizer["model"]["vocab"].items() if number != 254}
+    tokenizer["model"] |= {"vocab": vocabulary | {"he": 254}, "merges": [["h", "e"]]}  # without any it reads none
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(source_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """made(scheme, format): an artifact, read only."""
     folder = tmp_path_factory.mktemp("made")
 
     def make(scheme: str, form: str) -> Path:
         out = folder / f"{scheme}.{form}"
         if not out.exists():
-            quantize(tiny_llama, {"scheme": scheme, "format": form}, out)
+            quantize(source_model, {"scheme": scheme, "format": form}, out)
         return out
 
     return make
 
 
 def layers(folder: Path) -> dict[str, QTensor]:
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_quantized(folder)
     contents = read_quantized(checkpoint)
     return {layer: read_layer(checkpoint, contents.format, own, layer) for layer, own in contents.schemes.items()}
 
@@ -74,24 +92,97 @@ def assert_same_weights(found: Path, expected: Path) -> None:
         assert torch.equal(qtensor.dequantize(), other[layer].dequantize()), layer
 
 
-@pytest.mark.parametrize("to", TARGETS)
-@pytest.mark.parametrize(("scheme", "form"), SOURCES)
-def test_lossless_or_refused(made: Callable[..., Path], tmp_path: Path, scheme: str, form: str, to: str) -> None:
-    source, out = made(scheme, form), tmp_path / "out"
-    if said := refusal(scheme, to):
-        with pytest.raises(ConfigError, match=said):
-            convert(source, to, out)
-        assert not list(tmp_path.iterdir())
-        return
+def assert_converts(source: Path, to: str, out: Path, scheme: str) -> None:
     notes = convert(source, to, out).notes
     assert "14 layers" in notes[0]
     assert "read back" in notes[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    contents = read_quantized(Checkpoint(out))
+    contents = read_quantized(open_quantized(out))
     assert (contents.format.name, {own.name for own in contents.schemes.values()}) == (to, {scheme})
     assert_same_weights(out, source)
     found = diagnose(out)
     assert found.sound, found.faults
+
+
+@pytest.mark.parametrize(("form", "to"), itertools.product(TARGETS, TARGETS))
+def test_every_format_becomes_every_other(made: Callable[..., Path], tmp_path: Path, form: str, to: str) -> None:
+    """tests/pipeline/formats/test_pairs.py has all schemes, without files."""
+    assert_converts(made("int4-g32", form), to, tmp_path / "out", "int4-g32")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("scheme", ALL[1:])
+def test_around_all_formats_that_hold_a_scheme_and_no_other(
+    made: Callable[..., Path], tmp_path: Path, scheme: str
+) -> None:
+    first, *others = HOLDERS[scheme]
+    source = made(scheme, first)
+    for to in (to for to in TARGETS if refusal(scheme, to)):
+        with pytest.raises(ConfigError, match=refusal(scheme, to)):
+            convert(source, to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    last = source
+    for to in [*others, first] if first in TARGETS else []:
+        assert_converts(last, to, tmp_path / to, scheme)
+        last = tmp_path / to
+    assert_same_weights(last, source)
+
+
+def as_llm_int8(model: Path, folder: Path, edit_json: Callable[..., None]) -> dict[str, Tensor]:
+    """Make a copy of a model one of LLM.int8, as transformers saves it; returns layer -> its weight by bitsandbytes."""
+    weights = {}
+    (file,) = folder.glob("*.safetensors")
+    tensors: dict[str, Tensor] = load_file(file)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        layer, weight = name.removesuffix(".weight"), tensors[name].float()
+        peaks = weight.abs().amax(1)
+        codes = (weight * (127 / peaks).unsqueeze(1)).round().to(torch.int8)
+        tensors |= {name: codes, f"{layer}.SCB": peaks, f"{layer}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+        weights[layer] = codes.float() * peaks.unsqueeze(1) / 127
+    store.write_safetensors(file, tensors)
+    section = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True, "llm_int8_threshold": 6.0}
+    edit_json(folder / "config.json", quantization_config=section | {"llm_int8_skip_modules": ["lm_head"]})
+    return weights
+
+
+def test_llm_int8_is_read_and_becomes_what_holds_its_scales(
+    tiny: Callable[..., Path], copy_of: Callable[..., Path], edit_json: Callable[..., None], tmp_path: Path
+) -> None:
+    source = copy_of(tiny("qwen2"), "source")
+    weights = as_llm_int8(tiny("qwen2"), source, edit_json)
+    convert(source, "compressed-tensors", tmp_path / "out")
+    assert_same_weights(tmp_path / "out", source)
+    for layer, qtensor in layers(tmp_path / "out").items():
+        torch.testing.assert_close(qtensor.dequantize(), weights.pop(layer), rtol=2.0**-22, atol=0)
+    assert not weights
+    found = diagnose(source)
+    assert (found.faults, any("rounds the inputs" in note for note in found.notes)) == ([], True)
+    assert found.runtimes["transformers"]["loads"] == "yes"
+    ids = torch.arange(32).unsqueeze(0)
+    with torch.inference_mode():
+        one, other = (
+            load_model(Checkpoint(folder), torch.device("cpu"), "float32", "reference")(ids).logits
+            for folder in (source, tmp_path / "out")
+        )
+    assert torch.equal(one, other)
+    with pytest.raises(NumericsError, match=r"scales are torch\.float32 numbers that torch\.float16 rounds"):
+        convert(source, "gptq", tmp_path / "gptq")
+    with pytest.raises(ConfigError, match="llm-int8 is read, and not written"):
+        quantize(tiny("qwen2"), {"scheme": "int8-channel", "format": "llm-int8"}, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "value", "reason"),
+    [
+        ("SCB", torch.ones(3), r"SCB has shape \[3\], expected \[64\]"),
+        ("SCB", torch.full((64,), torch.inf), "NaN or infinite"),
+        ("weight", torch.ones(64, 64), "expected torch.int8"),
+        ("weight_format", torch.tensor(2, dtype=torch.uint8), "weight_format is 2; only plain rows"),
+    ],
+)
+def test_llm_int8_that_is_damaged(suffix: str, value: Tensor, reason: str) -> None:
+    tensors = {"weight": torch.ones(64, 64, dtype=torch.int8), "SCB": torch.ones(64)} | {suffix: value}
+    with pytest.raises(ValueError, match=reason):
+        registry()["llm-int8"].read(Scheme.parse("int8-channel"), tensors).check()
 
 
 @pytest.mark.parametrize("scheme", ["int4-g32", "int8-channel-asym"])
@@ -334,7 +425,7 @@ def test_the_command(
     assert "14 layers from gptq to gptq-v2" in err
     code, _, err = run(source, "--to", "nf4", "-o", tmp_path / "other")
     assert code == 2
-    targets = "awq, compressed-tensors, gguf, gptq, gptq-v2, mlx, onnx"
+    targets = "awq, compressed-tensors, fp8, gguf, gguf-q4_1, gptq, gptq-v2, mlx, modelopt, mxfp4, onnx"
     assert err == f"error: nothing can be converted to 'nf4'; use {targets}\n"
 
 

@@ -13,7 +13,7 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.pipeline.api import convert, load, quantize
 from bitpress.pipeline.checkpoints import onnx_export
-from bitpress.pipeline.checkpoints.onnx_export import _BuilderInput, as_built, widened
+from bitpress.pipeline.checkpoints.onnx_export import _BuilderInput, as_built, unsupported, widened
 from bitpress.pipeline.errors import ConfigError, NumericsError
 
 BUILDER = all(map(importlib.util.find_spec, ("onnxruntime_genai", "onnx_ir")))
@@ -78,6 +78,38 @@ def test_layers_of_a_block_that_are_not_quantized(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj\.weight and 2 more: not quantized"):
         convert(tmp_path / "mixed", "onnx", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, None),
+        ({"architectures": ["MixtralForCausalLM"]}, "does not know MixtralForCausalLM"),
+        ({}, "does not know None"),
+        ({"architectures": ["Gemma3ForCausalLM"]}, "asks Gemma 3's config for rope_local_base_freq"),
+        ({"architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 4096}, None),
+        (
+            {
+                "architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 64,
+                "original_max_position_embeddings": 4096,
+            },
+            "the config has no long_factor",
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_builder_cannot_make_is_refused_before_it_starts(
+    config: dict[str, Any], reason: str | None, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = unsupported(config)
+    assert (said is None) == (reason is None)
+    if reason is None:
+        return
+    assert reason in str(said)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(onnx_export, "unsupported", lambda config: said)
+    with pytest.raises(ConfigError, match="cannot become onnx: "):
+        convert(quantized, "onnx", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

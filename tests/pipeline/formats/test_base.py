@@ -166,8 +166,23 @@ def read_nf4(stored: Stored, scheme: Scheme) -> np.ndarray:
 def read_blocks(stored: Stored, scheme: Scheme) -> np.ndarray:
     """As the package gguf itself decodes them; the type of a block is known by its size."""
     blocks = stored["blocks"].numpy()
-    sizes = {gguf.GGML_QUANT_SIZES[kind][1]: kind for kind in map(gguf.GGMLQuantizationType, (2, 6, 8, 11))}
-    return gguf.quants.dequantize(blocks.reshape(len(blocks), -1), sizes[blocks.shape[-1]])
+    sizes = {gguf.GGML_QUANT_SIZES[kind][1]: kind for kind in map(gguf.GGMLQuantizationType, (2, 6, 8, 11, 39, 40))}
+    weight = gguf.quants.dequantize(blocks.reshape(len(blocks), -1), sizes[blocks.shape[-1]])
+    if "global_scale" not in stored:
+        return weight
+    scales = stored["blocks"][..., :4].reshape(len(blocks), -1, 1).view(torch.float8_e4m3fn).float().numpy()
+    codes = weight.reshape(len(blocks), -1, 16) / scales  # exact
+    return (codes * (scales / stored["global_scale"].numpy())).reshape(weight.shape)
+
+
+def read_q4_1(stored: Stored, scheme: Scheme) -> np.ndarray:
+    """With a minimum that is the product of scale and zero point, and not yet rounded to float16."""
+    blocks = stored["blocks"].numpy()
+    if blocks.shape[-1] != 20:
+        return read_blocks(stored, scheme)
+    scales, minima = (blocks[..., i : i + 2].copy().view(np.float16).astype(np.float32) for i in (0, 2))
+    codes = np.concatenate([blocks[..., 4:] & 15, blocks[..., 4:] >> 4], -1).astype(np.float32)
+    return ((codes + np.round(minima / scales)) * scales).reshape(len(blocks), -1)
 
 
 def read_floats(stored: Stored, scheme: Scheme) -> np.ndarray:
@@ -198,6 +213,7 @@ READERS: dict[str, Callable[[Stored, Scheme], np.ndarray]] = {
     "compressed-tensors": read_compressed,
     "bitsandbytes": read_nf4,
     "gguf": read_blocks,
+    "gguf-q4_1": read_q4_1,
     "awq": read_awq,
     "mlx": read_mlx,
     "fp8": read_floats,
@@ -216,7 +232,9 @@ def assert_same(found: QTensor, expected: QTensor) -> None:
 
 def test_every_scheme_has_a_format() -> None:
     assert {case.values[1].name for case in CASES} == {scheme.name for scheme in SCHEMES}
-    assert {case.values[0].name for case in CASES} == set(registry())
+    assert {case.values[0].name for case in CASES} == {
+        name for name, format in registry().items() if not format.read_only
+    }
     assert all(not first_fitting({"": (scheme, SHAPE)})[0].problems(scheme, SHAPE) for scheme in SCHEMES)
 
 
@@ -230,7 +248,9 @@ class TestEveryFormat:
                 assert format.layers(f"a.{suffix}" for suffix in stored) == ["a"]
                 found = format.read(scheme, {suffix: tensor.clone() for suffix, tensor in stored.items()})
                 found.check()
-                if format.name == "gguf" and not scheme.symmetric:  # its blocks hold codes less their zero points
+                if (
+                    format.quant_method == "gguf" and not scheme.symmetric
+                ):  # its blocks hold codes less their zero points
                     assert torch.equal(found.dequantize(), q.dequantize())
                 else:
                     assert_same(found, q)
@@ -249,7 +269,7 @@ class TestEveryFormat:
         assert format.scheme_rules(config).get(QUANTIZED) == scheme
         _, stored = written(format, scheme, SHAPE, torch.bfloat16)
         assert detect(config, [f"model.layers.0.q_proj.{suffix}" for suffix in stored]).name == format.name
-        if format.name in ("gguf", "mlx"):  # others read what the files hold, and not this section
+        if format.quant_method in ("gguf", "mlx"):  # others read what the files hold, and not this section
             return
         every = [*KEPT, "model.layers.10.mlp.gate"]
         if format.quant_method not in ("awq", "modelopt"):  # whose readers look for entries anywhere in a name

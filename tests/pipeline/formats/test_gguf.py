@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from bitpress.pipeline.errors import CheckpointError, ConfigError
 from bitpress.pipeline.evaluate import worker
 from bitpress.pipeline.evaluate.verify import verify_artifact, verify_task
 from bitpress.pipeline.formats import registry
-from bitpress.pipeline.formats.gguf import FILE, block_type
+from bitpress.pipeline.formats.gguf import FILE
 from bitpress.pipeline.hub.download import resolve
 from bitpress.pipeline.models.loading import load_dense, load_model
 from bitpress.pipeline.models.pretrained import load_tokenizer
@@ -84,7 +85,9 @@ def assert_read_without_its_folder(artifact: Path, folder: Path, alone: Path) ->
     for layer, scheme in contents.schemes.items():
         dense = read_layer(own, contents.format, scheme, layer).dequantize()
         read = other.read(f"{layer}.weight")
-        assert torch.equal(read, dense.to(read.dtype)), layer
+        # a global scale lies in the file as its reciprocal, which float32 rounds, as it does the product
+        exact = 0.0 if f"{layer}.global_scale" not in own.tensors else 2.0**-22
+        torch.testing.assert_close(read, dense.to(read.dtype), rtol=exact, atol=0)
     for name in contents.plain:
         assert torch.equal(other.read(name).float(), own.read(name).float()), name
     text = "hello world, hello"
@@ -98,22 +101,44 @@ def assert_read_without_its_folder(artifact: Path, folder: Path, alone: Path) ->
         ("int4-g32", "Q4_0"), ("int4-g128", "Q4_0"), ("int4-channel", "Q4_0"), ("int4-g64-asym", "Q5_0"),
         ("int8-g32", "Q8_0"), ("int8-channel", "Q8_0"), ("int3-g32", "Q4_0"), ("int3-channel", "Q3_K"),
         ("int3-g256", "Q3_K"), ("int3-g128-asym", "Q4_0"), ("int2-g32", "Q4_0"), ("int2-channel-asym", "Q4_0"),
+        ("mxfp4", "MXFP4"), ("nvfp4", "NVFP4"),
     ],
 )  # fmt: skip
 def test_blocks_stand_for_the_weights_to_the_bit(name: str, kind: str) -> None:
     scheme, shape = Scheme.parse(name), (5, 512)
     tensors = scheme.weight.random(shape, torch.Generator().manual_seed(3))
     qtensor = QTensor.of(scheme, shape, tensors)
-    assert block_type(scheme, shape[1]) == kind
-    blocks = FORMAT.write(qtensor, torch.bfloat16)["blocks"]
-    theirs = gguf.quants.dequantize(blocks.flatten(1).numpy(), gguf.GGMLQuantizationType[kind])
-    assert np.array_equal(theirs, qtensor.dequantize().numpy())
-    again = FORMAT.read(scheme, {"blocks": blocks})
+    assert FORMAT.block_type(scheme, shape[1]) == kind
+    written = FORMAT.write(qtensor, torch.bfloat16)
+    theirs = gguf.quants.dequantize(written["blocks"].flatten(1).numpy(), gguf.GGMLQuantizationType[kind])
+    one = {"global_scale": torch.ones(1)} if qtensor.extra else {}  # llama.cpp multiplies products by its reciprocal
+    assert np.array_equal(theirs, replace(qtensor, extra=one).dequantize().numpy())
+    again = FORMAT.read(scheme, written)
     again.check()
     assert torch.equal(again.dequantize(), qtensor.dequantize())
     if scheme.symmetric:
         assert torch.equal(again.codes, qtensor.codes)
         assert torch.equal(again.scales, qtensor.scales)
+
+
+@pytest.mark.parametrize("scale", [0.013, 3.1e-7])
+def test_q4_1_rounds_the_minimum_and_nothing_else(scale: float) -> None:
+    form, scheme, shape = registry()["gguf-q4_1"], Scheme.parse("int4-g64-asym"), (64, 512)
+    qtensor = QTensor.of(scheme, shape, scheme.weight.random(shape, torch.Generator().manual_seed(3)))
+    scales = (qtensor.scales * (scale / qtensor.scales.mean())).to(torch.float16)
+    qtensor = replace(qtensor, scales=scales.clamp(min=2.0**-24))
+    written = form.write(qtensor, torch.bfloat16)
+    theirs = gguf.quants.dequantize(written["blocks"].flatten(1).numpy(), gguf.GGMLQuantizationType.Q4_1)
+    steps = (torch.from_numpy(theirs) - qtensor.dequantize()).unflatten(1, (8, 64)) / qtensor.scales.unsqueeze(-1)
+    assert (scale < 1e-4) != (0.001 < steps.abs().max() < 0.008)  # multiples of the smallest float16 are exact
+    again = form.read(scheme, written)
+    for (_, one), (_, other) in zip(again.tensors(), qtensor.tensors()):
+        assert torch.equal(one, other)
+    written["blocks"][5, 3, 3] ^= 0x10
+    with pytest.raises(ValueError, match="1 minima of its Q4_1 blocks are those of no zero point"):
+        form.read(scheme, written)
+    with pytest.raises(ValueError, match="too large for float16"):
+        form.write(replace(qtensor, scales=torch.full_like(scales, 6e4)), torch.bfloat16)
 
 
 def test_types_have_the_sizes_of_the_gguf_package() -> None:
@@ -142,7 +167,7 @@ def test_rows_of_heads_come_back() -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"])
 def test_transformers_computes_the_same(name: str, source: Callable[..., Path], tmp_path: Path) -> None:
     artifact, gemma = tmp_path / "artifact", name.startswith("gemma")  # whose embeddings are scaled, and not quantized
-    layers = {"*down_proj": "int8-g32"} | ({} if gemma else {"*embed_tokens": "int8-g32"})
+    layers = {"*down_proj": "int8-g32"} | ({} if gemma else {"*embed_tokens": "int8-g32", "lm_head": "int8-g32"})
     folder = source(name, **({"query_pre_attn_scalar": 16} if gemma else {}))
     quantize(folder, {"scheme": "int4-g32", "format": "gguf", "layers": layers}, artifact)
     assert sorted(path.name for path in artifact.iterdir() if path.suffix in (".gguf", ".safetensors")) == [FILE]
@@ -172,17 +197,61 @@ def test_experts_lie_in_one_tensor(name: str, source: Callable[..., Path], tmp_p
     assert first.dim() == 3
 
 
-def test_an_artifact_is_sound_and_converts_back(source: Callable[..., Path], tmp_path: Path) -> None:
-    first, file, back = tmp_path / "gptq", tmp_path / "gguf", tmp_path / "back"
-    quantize(source("llama"), {"scheme": "int4-g32", "format": "gptq", "layers": {"*down_proj": "int8-g64"}}, first)
+@pytest.mark.parametrize(
+    ("model", "scheme", "form", "layers"),
+    [
+        ("llama", "int4-g32", "gptq", {"*down_proj": "int8-g64"}),
+        ("mixtral", "nvfp4", "compressed-tensors", {}),
+        ("qwen2", "mxfp4", "compressed-tensors", {}),
+    ],
+)
+def test_an_artifact_is_sound_and_converts_back(
+    source: Callable[..., Path], tmp_path: Path, model: str, scheme: str, form: str, layers: dict[str, str]
+) -> None:
+    first, file, back = tmp_path / "first", tmp_path / "gguf", tmp_path / "back"
+    folder = source(model)
+    quantize(folder, {"scheme": scheme, "format": form, "layers": layers}, first)
     assert any("same to the bit" in note for note in convert(first, "gguf", file).notes)
-    convert(file, "gptq", back)
+    convert(file, form, back)
     one, two = Checkpoint(first), Checkpoint(back)
     assert one.tensors.keys() == two.tensors.keys()
     assert all(torch.equal(one.read(name), two.read(name)) for name in one.tensors)
     diagnosis = diagnose(file)
     assert diagnosis.faults == []
     assert diagnosis.runtimes["llama.cpp"]["loads"] == "yes"
+    (tmp_path / "alone").mkdir()
+    shutil.copy(file / FILE, tmp_path / "alone")
+    assert_read_without_its_folder(file, folder, tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "layers", "named"),
+    [
+        ("qwen2", {}, {}, "mlp"), ("gemma2", {"query_pre_attn_scalar": 16}, {}, "mlp"),
+        ("llama", {}, {"*embed_tokens": "nvfp4"}, "embed_tokens"), ("llama", {"mlp_bias": True}, {}, "mlp"),
+    ],
+)  # fmt: skip
+def test_nvfp4_where_llamacpp_leaves_its_factor_out_is_refused(
+    source: Callable[..., Path], tmp_path: Path, model: str, changes: dict[str, Any], layers: dict[str, str], named: str
+) -> None:
+    recipe = {"scheme": "nvfp4", "format": "gguf", "layers": layers}
+    with pytest.raises(ConfigError, match=f"leaves out what the weights of .*{named}.* use mxfp4 there"):
+        quantize(source(model, **changes), recipe, tmp_path / "artifact")
+
+
+def test_global_scales_that_are_not_those_of_the_file_are_refused(source: Callable[..., Path], tmp_path: Path) -> None:
+    artifact = tmp_path / "artifact"
+    quantize(source("llama"), {"scheme": "nvfp4", "format": "gguf"}, artifact)
+    data = (artifact / FILE).read_bytes()
+    place = data.index(b"bitpress.global_scales") + len(b"bitpress.global_scales")
+    nothing, other = struct.pack("<f", float("nan")), struct.pack("<f", 1.5)
+    whole = struct.pack("<I", 5)  # the type of its numbers: integers
+    for offset, value, reason in ((16, nothing, "14 numbers"), (4, whole, "14 numbers"), (16, other, "differ")):
+        changed = bytearray(data)
+        changed[place + offset : place + offset + 4] = value
+        (artifact / FILE).write_bytes(changed)
+        with pytest.raises(CheckpointError, match=reason):
+            list(map(Checkpoint(artifact).read, Checkpoint(artifact).tensors))
 
 
 def test_the_file_says_what_the_config_says(source: Callable[..., Path], tmp_path: Path) -> None:
@@ -200,6 +269,12 @@ def test_the_file_says_what_the_config_says(source: Callable[..., Path], tmp_pat
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=FILE)
     for text in ("hello world", "it's 2024:  well\n\nhello"):
         assert theirs(text).input_ids == tokenizer(text).input_ids
+
+
+def test_a_name_with_phi3_in_it_needs_its_tokens(source: Callable[..., Path], tmp_path: Path) -> None:
+    """As of Phi-4 mini, whose config calls it Phi3ForCausalLM: llama.cpp would not load the file."""
+    quantize(source("phi3"), {"scheme": "int4-g32", "format": "gguf"}, tmp_path / "artifact")
+    assert read_gguf(tmp_path / "artifact" / FILE).metadata["general.name"] == "PhiForCausalLM"
 
 
 def test_llama3_scales_frequencies(source: Callable[..., Path], tmp_path: Path) -> None:
@@ -260,6 +335,22 @@ def test_known_splits_have_their_names(tmp_path: Path) -> None:
         save_tokenizer(tmp_path, **changes)
         files = {path.name: path for path in tmp_path.iterdir()}
         assert tokenizer_metadata(files, config)["tokenizer.ggml.pre"] == name
+
+
+def test_what_q4_1_costs_is_said_wherever_it_is_made(source: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = {"scheme": "int4-g32-asym", "format": "gguf-q4_1", "layers": {"*down_proj": "int8-g32"}}
+    artifact = quantize(source("llama"), recipe, tmp_path / "artifact")
+    converted = convert(tmp_path / "artifact", "gguf", tmp_path / "exact")
+    again = convert(tmp_path / "exact", "gguf-q4_1", tmp_path / "again")
+    one, other = Checkpoint(tmp_path / "again"), Checkpoint(tmp_path / "artifact")
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(one.read(name), other.read(name)) for name in one.tensors)
+    said = "int4-g32-asym lies there as Q4_1, whose minimum is float16"
+    for notes, expected in (
+        (artifact.notes, True), (again.notes, True), (diagnose(tmp_path / "again").notes, True),
+        (converted.notes, False), (diagnose(tmp_path / "exact").notes, False),
+    ):  # fmt: skip
+        assert any(said in note for note in notes) == expected
 
 
 def test_an_unknown_architecture_is_refused(source: Callable[..., Path], tmp_path: Path) -> None:
