@@ -270,7 +270,7 @@ def _transformers(facts: Facts) -> Iterator[Reason]:
 def _vllm(facts: Facts) -> Iterator[Reason]:
     if all(scheme.weight.description().strategy == "tensor" for scheme in facts.schemes.values()):
         yield "yes", "on GPUs from compute capability 8.9 in FP8; on 7.5 to 8.8 by Marlin, inputs left alone"
-        if facts.experts:
+        if facts.experts or any(scheme.static for scheme in facts.schemes.values()):
             yield ON_GPUS
         return
     yield "yes", "on GPUs from compute capability 8.9 in FP8; on 7.5 to 8.8 by Marlin, inputs left alone"

@@ -239,7 +239,8 @@ def _vllm(facts: Facts) -> Iterator[Reason]:
         yield "limited", "by Marlin from compute capability 7.5, inputs left alone"
     else:
         yield "yes", "on GPUs from compute capability 8.9 in FP8"
-    yield ON_GPUS
+    if any(scheme.weight.description().strategy != "channel" for scheme in facts.schemes.values()):
+        yield ON_GPUS
 
 
 def _sglang(scheme: Scheme) -> Iterator[Reason]:

@@ -237,7 +237,7 @@ def test_compiled_quantizing(kind: str, capability: int, compiled: Callable[...,
 
 def test_reasons(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, cpu, cuda = TritonFp8(), torch.device("cpu"), torch.device("cuda")
-    assert "fp8-static only" in kernel.unsupported(make_qtensor("int8-channel", 64, 64), torch.bfloat16, cpu)
+    assert "fp8-tensor-static only" in kernel.unsupported(make_qtensor("int8-channel", 64, 64), torch.bfloat16, cpu)
     q, dynamic = make_qtensor("fp8", 64, 64), make_qtensor("fp8-dynamic", 64, 64)
     assert "torch.float32, expected float16 or bfloat16" in kernel.unsupported(q, torch.float32, cpu)
     assert "torch.float64" in kernel.unsupported(dynamic, torch.float64, cpu)

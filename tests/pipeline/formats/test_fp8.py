@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
@@ -53,8 +54,11 @@ def test_through_every_layout_and_back(tiny_llama: Path, tmp_path: Path, scheme:
                for name in before.tensors)  # fmt: skip
 
 
-def test_transformers_dequantizes_the_same_weights(tiny_llama: Path, tmp_path: Path) -> None:
-    """As it does without a GPU."""
+def test_transformers_dequantizes_the_same_weights(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does without a GPU, and without bitpress in its registry, where another test may have put it."""
+    monkeypatch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "fp8", FineGrainedFP8Config)
     artifact = quantize(tiny_llama, {"scheme": "fp8-block", "format": "fp8"}, tmp_path / "out")
     assert artifact.section()["quant_method"] == "fp8"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)

@@ -658,7 +658,7 @@ class TestMxfp4:
         return folder, rewrite(folder, self.encode, lambda name: name.endswith(("up_proj", "down_proj")), section)
 
     def test_is_read_and_used_as_the_model_has_it(
-        self, folders: tuple[Path, Path], tmp_path: Path, logits: Callable[[Path], Tensor]
+        self, folders: tuple[Path, Path], tmp_path: Path, logits: Callable[..., Tensor]
     ):
         """[experts, in, out], one expert or all; loaded and quantized it is its dense twin."""
         checkpoint, expected = map(Checkpoint, folders)
@@ -668,7 +668,7 @@ class TestMxfp4:
             assert torch.equal(checkpoint.read(name), weight)
             (row,) = checkpoint.read_rows(name, [1], first=1)
             assert torch.equal(row, weight[1:2])
-        assert torch.equal(*map(logits, folders))
+        assert torch.equal(*(logits(folder, "reference") for folder in folders))
         outputs = [tmp_path / "artifact", tmp_path / "artifact-dense"]
         for folder, out in zip(folders, outputs, strict=True):
             quantize(folder, "int4-g32", out)
