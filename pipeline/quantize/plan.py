@@ -42,7 +42,7 @@ from .spec import KEPT, LayerSpec, Rules
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_AT_A_TIME = 4  # blocks: each is rounded by all threads, and more only hide reading and writing
 _SHARE = 8  # of the memory: what blocks that are worked on at a time may take
-_SAMPLE_ROWS = (128, 256)  # of a layer, from whose sizes that of all follows: tensors grow by rows, or by squares of 128
+_SAMPLE_ROWS = (128, 256)  # of a layer, from whose sizes that of all follows; tensors grow by rows or squares of 128
 
 
 @dataclass(frozen=True)
