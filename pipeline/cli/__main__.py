@@ -1,5 +1,5 @@
 """`python -m bitpress.pipeline.cli` is `bitpress`."""
 
-from .app import command
+from .app import main
 
-command()
+main()

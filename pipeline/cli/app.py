@@ -1,13 +1,9 @@
 """The command line: which commands there are, and the exit code of each error. Commands parse and print; no logic."""
 
-import atexit
-import contextlib
 import gc
 import io
-import os
 import sys
-import threading
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -119,24 +115,3 @@ def main() -> None:
     finally:
         interrupts.handle(interrupts.end_now)
         gc.freeze()  # the process ends: to look through all that was imported once more takes tenths of a second
-
-
-def command() -> NoReturn:
-    """`bitpress`: main, and then the end of the process without Python's taking every module apart.
-
-    That would take half a second of processor time after torch and transformers. What asked to be called at the end is
-    called. Where a thread still works, as one of a library may, Python ends as it always does and waits for it.
-    """
-    code = 0
-    try:
-        main()
-    except SystemExit as leaving:
-        others = (each for each in threading.enumerate() if each is not threading.main_thread())
-        if not isinstance(leaving.code, int | None) or not all(each.daemon for each in others):
-            raise
-        code = leaving.code or 0
-    atexit._run_exitfuncs()
-    with contextlib.suppress(BrokenPipeError):  # who reads it, such as `head`, has seen enough
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)

@@ -1,14 +1,11 @@
 """The command line: exit codes, sentences in place of tracebacks, and JSON where a script would read it."""
 
-import atexit
-import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -194,21 +191,6 @@ class TestExitCodes:
         assert found.returncode == 3
         assert found.stderr.startswith("error: ")
         assert found.stdout == ""
-
-    @pytest.mark.parametrize(("code", "ends"), [(3, [3]), (None, [0]), ("a sentence", [])])
-    def test_the_end_of_the_process(self, monkeypatch: pytest.MonkeyPatch, code: int | str | None, ends: list[int]):
-        """At once, after what asked to be called; by Python where a thread still works, or there is more to say."""
-        calls: list[Any] = []
-        monkeypatch.setattr(app, "main", lambda: sys.exit(code))
-        monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: calls.append("called at the end"))
-        monkeypatch.setattr(os, "_exit", calls.append)
-        with pytest.raises(SystemExit) if not ends else contextlib.nullcontext():
-            app.command()
-        assert calls == ([] if not ends else ["called at the end", *ends])
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(abs, 1).result()
-            with pytest.raises(SystemExit):
-                app.command()
 
 
 def test_eval_beside_its_baseline(bitpress: Bitpress, tiny_llama: Path, artifact: Path, tmp_path: Path):
