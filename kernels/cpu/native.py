@@ -201,14 +201,14 @@ def _pack(native: Library, qtensor: QTensor) -> Tensor:
     is_nf4 = kind == "codebook"  # of those, NF4 is the only one that is served
     if kind == "float" and scheme.bits == 8:
         code, zero = _FP8, 0
-        codes = F.pad(codes.view(torch.uint8), (0, -in_features % 4)).contiguous().view(torch.int32)
+        codes = _words(F.pad(codes.view(torch.uint8), (0, -in_features % 4)), out_features)
     elif kind == "int":
         code, zero = _INT8 if scheme.bits == 8 else _INT4, scheme.middle
         if scheme.bits in (2, 3):
             codes = pack(unpack(codes, scheme.bits, in_features), 4)
     else:
         code, zero = _TABLE, _TABLE_ZERO
-        codes = codes.contiguous().view(out_features, -1).view(torch.int32)
+        codes = _words(codes, out_features)
     step, group = _grouping(scheme, in_features)
     single = group >= in_features  # the multiplier is its scale
     header = torch.zeros(_HEADER, dtype=torch.uint8)
@@ -221,6 +221,11 @@ def _pack(native: Library, qtensor: QTensor) -> Tensor:
     native.lib.bitpress_pack(packed.data_ptr(), codes.data_ptr(), words, *strides, is_nf4, torch.get_num_threads())
     _fill_scales(packed, qtensor, single)
     return packed
+
+
+def _words(codes: Tensor, out_features: int) -> Tensor:
+    """uint8 codes of any strides as int32 [out, words]."""
+    return codes.flatten().view(torch.int32).view(out_features, -1)  # flat first: a single row may have any stride
 
 
 class _Pool:
