@@ -53,28 +53,6 @@ static void exact(const Weight *w, const Input *in, int64_t block, int64_t row, 
     }
 }
 
-static void quantize(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes, int64_t stride,
-                     float *scales, int32_t *sums, int64_t apart) {
-    generic_quantize(x, in_features, padded, step, codes, stride, scales, sums, apart);
-}
+GENERIC_FUNCTIONS()
 
-static void quantize_wide(const float *x, int64_t in_features, int64_t padded, int64_t step, int16_t *codes,
-                          float *scales, int32_t *sums, int64_t apart) {
-    generic_quantize_wide(x, in_features, padded, step, codes, scales, sums, apart);
-}
-
-static void widen(const void *x, DType dtype, int64_t count, float *out) { generic_widen(x, dtype, count, out); }
-
-static void finish(const float *values, const float *multiplier, const float *bias, int64_t count, DType dtype,
-                   void *y) {
-    generic_finish(values, multiplier, bias, count, dtype, y);
-}
-
-static void dequantize(const Weight *w, int64_t block, int64_t from, int64_t to, float *out) {
-    generic_dequantize(w, block, from, to, out);
-}
-
-static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
-
-const Kernels portable_kernels = {.rows = rows, .wide_rows = wide_rows, .exact = exact, .quantize = quantize,
-    .quantize_wide = quantize_wide, .widen = widen, .finish = finish, .read = read_words, .dequantize = dequantize};
+const Kernels portable_kernels = {.rows = rows, .wide_rows = wide_rows, .exact = exact, GENERIC_MEMBERS};
