@@ -26,7 +26,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .product import INTERPRETED, dot, store
+    from .product import INTERPRETED, dot, row_peak, scales_of, store
 except ImportError:  # it comes with torch's CUDA builds, not with its CPU ones
     triton = None
 
@@ -239,23 +239,12 @@ if triton is not None:
             return tl.where(ideal != ideal, ideal, limited).to(tl.float8e4nv)
 
     @triton.jit
-    def _scales(most, missing):
-        """Those of groups of inputs with these largest magnitudes; NaN where there was one, which a maximum misses."""
-        scales = tl.div_rn(most, 448.0)
-        scales = tl.where(scales < 1.1754943508222875e-38, 1.0, scales)  # float32's least normal number
-        return tl.where(missing > 0, float("nan"), scales)
-
-    @triton.jit
     def _quantize_rows(x_at, codes_at, scales_at, ins, width, BLOCK: tl.constexpr):
         """One row of x, read twice; the second time it comes from a cache."""
         row = tl.program_id(0).to(tl.int64)
         place = tl.arange(0, BLOCK)
-        most, missing = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
-        for start in range(0, ins, BLOCK):
-            x = tl.load(x_at + row * ins + start + place, mask=start + place < ins, other=0.0).to(tl.float32)
-            most = tl.maximum(most, tl.abs(x))
-            missing |= (x != x).to(tl.int32)
-        scale = _scales(tl.max(most, 0), tl.max(missing, 0))
+        most, missing = row_peak(x_at, row, ins, BLOCK)
+        scale = scales_of(most, missing, 448.0)
         tl.store(scales_at + row, scale)
         for start in range(0, width, BLOCK):
             x = tl.load(x_at + row * ins + start + place, mask=start + place < ins, other=0.0).to(tl.float32)
@@ -273,7 +262,7 @@ if triton is not None:
         if STATIC:
             codes = _codes(x, tl.load(scales_at))
         else:
-            scales = _scales(tl.max(tl.abs(x), 1), tl.max((x != x).to(tl.int32), 1))
+            scales = scales_of(tl.max(tl.abs(x), 1), tl.max((x != x).to(tl.int32), 1), 448.0)
             tl.store(scales_at + row * groups + group, scales, mask=group < groups)
             codes = _codes(x, scales[:, None])
         tl.store(codes_at + row * width + place, codes, mask=place < width)

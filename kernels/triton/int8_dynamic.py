@@ -23,6 +23,8 @@ from .product import add_parts
 try:
     import triton
     import triton.language as tl
+
+    from .product import row_peak, scales_of
 except ImportError:  # it comes with torch's CUDA builds, not with its CPU ones
     triton = None
 
@@ -155,14 +157,8 @@ if triton is not None:
         """One row of x, read twice; the second time it comes from a cache."""
         row = tl.program_id(0).to(tl.int64)
         place = tl.arange(0, BLOCK)
-        most, missing = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
-        for start in range(0, ins, BLOCK):
-            x = tl.load(x_at + row * ins + start + place, mask=start + place < ins, other=0.0).to(tl.float32)
-            most = tl.maximum(most, tl.abs(x))
-            missing |= (x != x).to(tl.int32)  # NaN, which a maximum passes over
-        scale = tl.div_rn(tl.max(most, 0), 127.0)
-        scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)  # float32's least normal number, as the reference
-        scale = tl.where(tl.max(missing, 0) > 0, float("nan"), scale)
+        most, missing = row_peak(x_at, row, ins, BLOCK)
+        scale = scales_of(most, missing, 127.0)
         tl.store(scales_at + row, scale)
         finite = tl.abs(scale) < float("inf")
         for start in range(0, width, BLOCK):

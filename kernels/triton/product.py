@@ -1,4 +1,4 @@
-"""What Triton products with packed weights share: the dot, the end, the sum of parts, the way for very many rows."""
+"""What Triton products with packed weights share: inputs' scales, the dot, the end, sums of parts, very many rows."""
 
 from collections.abc import Callable
 
@@ -71,6 +71,24 @@ if triton is not None:
             return tl.reshape(tl.join(lower, upper), (patterns.shape[0], 2 * patterns.shape[1]))
         else:
             return tl.reshape(tl.join(lower, upper), (patterns.shape[0], patterns.shape[1], 2 * patterns.shape[2]))
+
+    @triton.jit
+    def row_peak(x_at, row, ins, BLOCK: tl.constexpr):
+        """The largest magnitude in a row of x, float32; and 1 where it holds NaN, which a maximum misses, else 0."""
+        place = tl.arange(0, BLOCK)
+        most, missing = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
+        for start in range(0, ins, BLOCK):
+            x = tl.load(x_at + row * ins + start + place, mask=start + place < ins, other=0.0).to(tl.float32)
+            most = tl.maximum(most, tl.abs(x))
+            missing |= (x != x).to(tl.int32)
+        return tl.max(most, 0), tl.max(missing, 0)
+
+    @triton.jit
+    def scales_of(most, missing, LARGEST: tl.constexpr):
+        """Scales by which these magnitudes become LARGEST: 1 where they are nearly 0, NaN where an input was NaN."""
+        scales = tl.div_rn(most, LARGEST)
+        scales = tl.where(scales < 1.1754943508222875e-38, 1.0, scales)  # float32's least normal number
+        return tl.where(missing > 0, float("nan"), scales)
 
     @triton.jit
     def store(total, bias_at, y_at, row, out, rows, outs):

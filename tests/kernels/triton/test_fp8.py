@@ -1,6 +1,5 @@
 """FP8 in Triton: on a GPU, in Triton's interpreter on any CPU, and as compiled code on neither."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +11,12 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.triton import fp8
 from bitpress.kernels.triton.fp8 import FEW, MANY, MANY_AS_IS, SOME, TritonFp8, quantize
-from bitpress.kernels.triton.launch import Config, unsupported_device
+from bitpress.kernels.triton.launch import Config
+
+from .devices import DEVICE, INTERPRETED, ON_CUDA, needs_triton, runs
 
 Make = Callable[..., QTensor]
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_CUDA = not INTERPRETED and unsupported_device(torch.device("cuda")) is None
-DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
-
-runs = pytest.mark.skipif(
-    not (INTERPRETED or ON_CUDA), reason="here it runs in test_in_the_interpreter only, if at all"
-)
-needs_triton = pytest.mark.skipif(
-    fp8.triton is None or INTERPRETED, reason="Triton is not installed; there is none but on Linux"
-)
 INPUTS = {"fp8-dynamic": fp8.TOKEN, "fp8-block": fp8.GROUPED, "fp8-static": fp8.TENSOR}
 WEIGHTS = [
     ("fp8-dynamic", (1, 1)), ("fp8-dynamic", (65, 129)), ("fp8-dynamic", (40, 1000)), ("fp8-block", (13, 31)),

@@ -1,6 +1,5 @@
 """INT8 weights in Triton: on a GPU, in Triton's interpreter on any CPU, and as compiled code on neither."""
 
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,20 +11,12 @@ from torch import Tensor
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.triton import int8
 from bitpress.kernels.triton.int8 import TORCH, TritonInt8Weights, configs, constants_of
-from bitpress.kernels.triton.launch import Config, unsupported_device
+from bitpress.kernels.triton.launch import Config
+
+from .devices import DEVICE, INTERPRETED, needs_triton, runs
 
 Make = Callable[..., QTensor]
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_CUDA = not INTERPRETED and unsupported_device(torch.device("cuda")) is None
-DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
-
-runs = pytest.mark.skipif(
-    not (INTERPRETED or ON_CUDA), reason="here it runs in test_in_the_interpreter only, if at all"
-)
-needs_triton = pytest.mark.skipif(
-    int8.triton is None or INTERPRETED, reason="Triton is not installed; there is none but on Linux"
-)
 WEIGHTS = [
     ("int8-channel", (1, 1)), ("int8-channel", (13, 31)), ("int8-channel-asym", (65, 129)), ("int8-g64", (63, 192)),
     ("int8-g64-asym", (7, 320)), ("int8-g128", (129, 384)), ("int8-g128-asym", (31, 256)), ("int8-g192", (17, 384)),

@@ -1,6 +1,5 @@
 """int8-dynamic in Triton: on a GPU, in Triton's interpreter on any CPU, and as compiled code on neither."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,21 +12,13 @@ from bitpress.kernels.packing import unpack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.triton import int8_dynamic
 from bitpress.kernels.triton.int8_dynamic import FEW, MANY, SOME, TritonInt8, quantize
-from bitpress.kernels.triton.launch import Config, unsupported_device
+from bitpress.kernels.triton.launch import Config
+
+from .devices import DEVICE, INTERPRETED, needs_triton, runs
 
 Make = Callable[..., QTensor]
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_CUDA = not INTERPRETED and unsupported_device(torch.device("cuda")) is None
-DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-runs = pytest.mark.skipif(
-    not (INTERPRETED or ON_CUDA), reason="here it runs in test_in_the_interpreter only, if at all"
-)
-needs_triton = pytest.mark.skipif(
-    int8_dynamic.triton is None or INTERPRETED, reason="Triton is not installed; there is none but on Linux"
-)
 SHAPES = [(1, 1), (13, 31), (64, 64), (65, 127), (129, 257), (40, 1000)]
 EVERY = [*FEW, *SOME, *MANY]
 

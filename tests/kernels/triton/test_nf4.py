@@ -1,7 +1,6 @@
 """NF4 in Triton: on a GPU where there is one, in Triton's interpreter on any CPU, and as compiled code on neither."""
 
 import itertools
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,22 +11,14 @@ from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.triton import nf4
-from bitpress.kernels.triton.launch import Config, unsupported_device
+from bitpress.kernels.triton.launch import Config
 from bitpress.kernels.triton.nf4 import FEW, TORCH, TritonNF4, configs
 from bitpress.kernels.weights.nf4 import NF4_CODEBOOK
 
+from .devices import DEVICE, INTERPRETED, needs_triton, runs
+
 Make = Callable[..., QTensor]
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_CUDA = not INTERPRETED and unsupported_device(torch.device("cuda")) is None
-DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
-
-runs = pytest.mark.skipif(
-    not (INTERPRETED or ON_CUDA), reason="here it runs in test_in_the_interpreter only, if at all"
-)
-needs_triton = pytest.mark.skipif(
-    nf4.triton is None or INTERPRETED, reason="Triton is not installed; there is none but on Linux"
-)
 ROWS = {torch.bfloat16: (1, 8, 33, 257), torch.float16: (2, 9, 17, 65)}
 SHAPES = [(1, 64), (13, 128), (63, 192), (64, 256), (65, 320), (3, 2304)]
 EVERY = list(dict.fromkeys(config for rows in (8, 16, 32, 64) for config in configs(rows)))
