@@ -8,7 +8,6 @@ as X.3.gate_proj.blocks, and are put together as they are written.
 Sources: gpt_oss/torch/weights.py of OpenAI; Mxfp4Config and integrations/mxfp4.py of transformers.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.weights.base import WeightDescription
 
-from ..storage.checkpoint import Checkpoint
+from ..storage.checkpoint import Checkpoint, CheckpointView
 from ..storage.tensor_info import TensorInfo
 from .base import Examination, Facts, Format, Loading, SafetensorsWriter, SchemeRules, Shard, require, some
 from .names import NameRules
@@ -140,12 +139,11 @@ def _scheme() -> Scheme:
     return Scheme.from_description(WeightDescription("float", 4, "group", _GROUP))
 
 
-class _SingleExperts(Checkpoint):
+class _SingleExperts(CheckpointView):
     """A checkpoint whose tensors of all experts are seen as tensors of each layer of each expert."""
 
     def __init__(self, checkpoint: Checkpoint):
-        vars(self).update({key: value for key, value in vars(checkpoint).items() if key not in ("tensors", "_data")})
-        self.whole = checkpoint
+        super().__init__(checkpoint)
         self._places: dict[str, tuple[TensorInfo, int, int, int]] = {}  # name -> tensor, expert, piece, pieces
         coded = {name.removesuffix(f"_{_CODES}") for name in checkpoint.tensors if name.endswith(f"_{_CODES}")}
         infos: list[TensorInfo] = []
@@ -163,24 +161,12 @@ class _SingleExperts(Checkpoint):
                     infos.append(replace(info, name=name, shape=shape, nbytes=size))
         self.tensors = {info.name: info for info in infos}
 
-    def read(self, name: str, digest: "hashlib._Hash | None" = None) -> Tensor:
+    def part(self, name: str) -> Tensor | None:
         if name not in self._places:
-            return self.whole.read(name, digest)
+            return None
         info, expert, number, pieces = self._places[name]
         (rows,) = self.whole.read_rows(info.name, [1], first=expert)
-        piece = rows[0, number::pieces].contiguous()
-        if digest is not None:
-            digest.update(piece.flatten().view(torch.uint8).numpy().data)
-        return piece
-
-    def read_rows(self, name: str, counts: Iterable[int], first: int = 0) -> Iterable[Tensor]:  # type: ignore[override]
-        if name not in self._places:
-            yield from self.whole.read_rows(name, counts, first)
-            return
-        tensor, start = self.read(name), first
-        for count in counts:
-            yield tensor[start : start + count]
-            start += count
+        return rows[0, number::pieces].contiguous()
 
 
 class _ExpertsWriter(SafetensorsWriter):

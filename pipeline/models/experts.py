@@ -4,14 +4,13 @@ transformers keeps all experts of a block in one parameter, mlp.experts.gate_up_
 Models differ in how each expert lies in it. Here that is data: an ExpertLayout for every such parameter.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..storage.checkpoint import Checkpoint, TensorInfo
+from ..storage.checkpoint import Checkpoint, CheckpointView, TensorInfo
 
 _GATE_UP = ("gate_proj", "up_proj")
 _PIECES = {"gate_up_proj": _GATE_UP, "gate_proj": ("gate_proj",), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
@@ -108,10 +107,10 @@ class ExpertSlice:
     piece: int
 
 
-class SplitCheckpoint(Checkpoint):
+class SplitCheckpoint(CheckpointView):
     """A checkpoint whose tensors of many experts are seen as one tensor [out, in] for each layer of each expert.
 
-    One expert is in memory at a time. `whole` is the checkpoint as it is.
+    One expert is in memory at a time.
     """
 
     def __init__(self, checkpoint: Checkpoint, slices: Mapping[str, ExpertSlice]):
@@ -120,8 +119,8 @@ class SplitCheckpoint(Checkpoint):
         Args:
             slices: name -> the layer that it stands for. Their sources are seen no more; the rest is seen as it is.
         """
-        vars(self).update(vars(checkpoint))
-        self.whole, self._slices = checkpoint, slices
+        super().__init__(checkpoint)
+        self._slices = slices
         self._last: tuple[tuple[str, int], Tensor] | None = None  # the expert that was read last: pieces share it
         parts: dict[str, list[TensorInfo]] = {}
         for name, part in slices.items():
@@ -133,26 +132,14 @@ class SplitCheckpoint(Checkpoint):
             info.name: info for whole in checkpoint.tensors.values() for info in parts.get(whole.name, [whole])
         }
 
-    def read(self, name: str, digest: "hashlib._Hash | None" = None) -> Tensor:
+    def part(self, name: str) -> Tensor | None:
         part = self._slices.get(name)
         if part is None:
-            return self.whole.read(name, digest)
+            return None
         last = self._last
         if last is None or last[0] != (part.source, part.expert):
             shape = self.whole.tensors[part.source].shape
             rows = shape[0] // part.layout.experts
             (expert,) = self.whole.read_rows(part.source, [rows], first=rows * part.expert)
             last = self._last = (part.source, part.expert), expert.view(part.layout.expert_shape(shape))
-        piece = part.layout.split(last[1])[part.piece].contiguous()
-        if digest is not None:
-            digest.update(piece.flatten().view(torch.uint8).numpy().data)
-        return piece
-
-    def read_rows(self, name: str, counts: Iterable[int], first: int = 0) -> Iterator[Tensor]:
-        if name not in self._slices:
-            yield from self.whole.read_rows(name, counts, first)
-            return
-        tensor, start = self.read(name), first
-        for count in counts:
-            yield tensor[start : start + count]
-            start += count
+        return part.layout.split(last[1])[part.piece].contiguous()

@@ -489,3 +489,35 @@ class Checkpoint:
             if path.is_file() and name not in (*_OTHER_PURPOSES, *coding_files()):
                 companions.append(regular_file(path))
         return companions
+
+
+class CheckpointView(Checkpoint):
+    """A checkpoint some of whose tensors are seen as parts, each by a name of its own.
+
+    `whole` is the checkpoint as it is. A kind of view sets `tensors`, and makes the parts.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        vars(self).update(vars(checkpoint))
+        self.whole = checkpoint
+
+    def part(self, name: str) -> Tensor | None:
+        """A part, contiguous; None for a tensor that is seen as it is."""
+        raise NotImplementedError
+
+    def read(self, name: str, digest: "hashlib._Hash | None" = None) -> Tensor:
+        part = self.part(name)
+        if part is None:
+            return self.whole.read(name, digest)
+        if digest is not None:
+            digest.update(part.flatten().view(torch.uint8).numpy().data)
+        return part
+
+    def read_rows(self, name: str, counts: Iterable[int], first: int = 0) -> Iterator[Tensor]:
+        part, start = self.part(name), first
+        if part is None:
+            yield from self.whole.read_rows(name, counts, first)
+            return
+        for count in counts:
+            yield part[start : start + count]
+            start += count
