@@ -28,7 +28,9 @@ from .base import (
     integer_scheme,
     is_packed_integer,
     middle_code,
+    one_scheme_problems,
     require,
+    require_names,
     some,
 )
 from .names import NameRules, exactly
@@ -64,9 +66,7 @@ class AWQ(Format):
         return []
 
     def mixture_problems(self, schemes: Mapping[str, Scheme]) -> list[str]:
-        names = sorted({scheme.name for scheme in schemes.values()})
-        several = f"{self.name} holds one scheme for all layers, got {' and '.join(names)}"
-        return [f"{several}; use format compressed-tensors"] if len(names) > 1 else []
+        return one_scheme_problems(self, schemes)
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return torch.float16
@@ -183,12 +183,7 @@ class AWQ(Format):
 
 def _left_alone(config: dict[str, Any]) -> list[str]:
     """The texts of "modules_to_not_convert"."""
-    entries = config.get("modules_to_not_convert") or []
-    require(
-        isinstance(entries, list) and all(isinstance(entry, str) and entry for entry in entries),
-        f"modules_to_not_convert is {entries!r}, expected a list of names",
-    )
-    return entries
+    return require_names(config.get("modules_to_not_convert") or [], "modules_to_not_convert")
 
 
 def _pack_outputs(codes: Tensor) -> Tensor:

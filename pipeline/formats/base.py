@@ -516,3 +516,17 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless the condition holds: the check of untrusted tensors."""
     if not condition:
         raise ValueError(message)
+
+
+def require_names(entries: Any, key: str) -> list[str]:
+    """The names that a config has under `key`; ValueError unless it is a list of texts that are not empty."""
+    names = isinstance(entries, list) and all(isinstance(entry, str) and entry for entry in entries)
+    require(names, f"{key} is {entries!r}, expected a list of names")
+    return list(entries)
+
+
+def one_scheme_problems(format: Format, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Why a format that describes one scheme cannot hold these layers; [] where all have the same."""
+    names = sorted({scheme.name for scheme in schemes.values()})
+    several = f"{format.name} holds one scheme for all layers, got {' and '.join(names)}"
+    return [f"{several}; use format compressed-tensors"] if len(names) > 1 else []

@@ -25,7 +25,9 @@ from .base import (
     Reason,
     SchemeRules,
     counted,
+    one_scheme_problems,
     require,
+    require_names,
     some,
 )
 from .names import NameRules, fused_unit
@@ -71,9 +73,7 @@ class FP8Layers(Format):
         return []
 
     def mixture_problems(self, schemes: Mapping[str, Scheme]) -> list[str]:
-        names = sorted({scheme.name for scheme in schemes.values()})
-        several = f"{self.name} holds one scheme for all layers, got {' and '.join(names)}"
-        return [f"{several}; use format compressed-tensors"] if len(names) > 1 else []
+        return one_scheme_problems(self, schemes)
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return torch.float32
@@ -241,11 +241,7 @@ def _input_scheme(scheme: Scheme) -> str | None:
 def _left_alone(config: dict[str, Any]) -> list[str]:
     """The entries of "modules_to_not_convert", or of "ignored_layers", which some programs write."""
     entries = config.get("ignored_layers") or config.get("modules_to_not_convert") or []
-    require(
-        isinstance(entries, list) and all(isinstance(entry, str) and entry for entry in entries),
-        f"modules_to_not_convert is {entries!r}, expected a list of names",
-    )
-    return entries
+    return require_names(entries, "modules_to_not_convert")
 
 
 def _listed(layer: str, entries: Sequence[str]) -> bool:

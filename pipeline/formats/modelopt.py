@@ -27,7 +27,9 @@ from .base import (
     Reason,
     SchemeRules,
     counted,
+    one_scheme_problems,
     require,
+    require_names,
     some,
 )
 from .fp8 import FP8_CACHE, INPUT_TYPES, fp8_cache, read_fp8, unscaled_cache
@@ -79,9 +81,7 @@ class ModelOpt(Format):
         return [f"{self.name} holds {', '.join(each.name for each in known)}, not {scheme.name}"]
 
     def mixture_problems(self, schemes: Mapping[str, Scheme]) -> list[str]:
-        names = sorted({scheme.name for scheme in schemes.values()})
-        several = f"{self.name} holds one scheme for all layers, got {' and '.join(names)}"
-        return [f"{several}; use format compressed-tensors"] if len(names) > 1 else []
+        return one_scheme_problems(self, schemes)
 
     def scale_dtype(self, scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
         return torch.float8_e4m3fn if scheme.bits == 4 else torch.float32
@@ -217,11 +217,7 @@ def _left_alone(config: Mapping[str, Any]) -> list[str]:
     """Names of layers that are not quantized, or patterns of them as of files."""
     section = _section(config)
     entries = section.get("exclude_modules") or section.get("ignore") or []
-    require(
-        isinstance(entries, list) and all(isinstance(entry, str) and entry for entry in entries),
-        f"exclude_modules is {entries!r}, expected a list of names",
-    )
-    return entries
+    return require_names(entries, "exclude_modules")
 
 
 def _listed(layer: str, entries: Sequence[str]) -> bool:

@@ -164,7 +164,7 @@ def read_nf4(stored: Stored, scheme: Scheme) -> np.ndarray:
 
 
 def read_blocks(stored: Stored, scheme: Scheme) -> np.ndarray:
-    """As the package gguf itself decodes them; the type of a block is known by its size."""
+    """As the package gguf itself decodes them; each type of block has another size."""
     blocks = stored["blocks"].numpy()
     sizes = {gguf.GGML_QUANT_SIZES[kind][1]: kind for kind in map(gguf.GGMLQuantizationType, (2, 6, 8, 11, 39, 40))}
     weight = gguf.quants.dequantize(blocks.reshape(len(blocks), -1), sizes[blocks.shape[-1]])
