@@ -242,7 +242,7 @@ def _close(writer: Writer, checkpoint: Checkpoint, plan: Plan, folder: Path) -> 
     section = plan.format.quantization_config(schemes, list(kept), plan.dtype)
     if plan.cache:
         section |= plan.format.cache_section(plan.cache.cache.description()) or {}
-    files = writer.close(checkpoint.config, section, checkpoint.other_files())
+    files = writer.close(plan.checkpoint.config, section, checkpoint.other_files())
     _compare_names(checkpoint, plan, folder)
     return files
 

@@ -19,7 +19,7 @@ from ..data.calibration import Calibration
 from ..errors import ConfigError, nearest
 from ..formats import cache_problem, scheme_name
 from ..formats import registry as formats
-from ..formats.base import Format
+from ..formats.base import Format, dtype_name
 from ..methods import registry as methods
 from ..methods import with_options
 from ..storage.checkpoint import Checkpoint
@@ -60,6 +60,7 @@ class Recipe:
     budget: a size to meet; each layer that `rules.layers` does not name gets one of `choices`, None to keep it.
     cache: what keys and values are rounded to in the cache of attention; None to leave them.
     distill: how scales and norms are trained once all layers are quantized; None to leave them.
+    dtype: what the checkpoint is read in, so that what is not quantized is stored in it; None for its own.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Recipe:
     choices: tuple[LayerSpec | None, ...] = ()
     distill: Distill | None = None
     cache: CacheType | None = None
+    dtype: torch.dtype | None = None
 
     @staticmethod
     def make(settings: "str | Mapping[str, Any] | RecipeSettings", device: str = "auto", gpus: int = 1) -> "Recipe":
@@ -123,6 +125,7 @@ class Recipe:
             choices=choices,
             distill=settings.distill,
             cache=parse_cache(settings.kv_cache) if settings.kv_cache else None,
+            dtype=None if settings.dtype == AUTO else getattr(torch, settings.dtype),
         )
 
     @property
@@ -184,6 +187,8 @@ class Recipe:
             described |= {"keep_inputs": self.keep_inputs, "keep_inputs.version": KEEP_INPUTS_VERSION}
         if self.cache:
             described |= {"kv_cache": self.cache.name, "kv_cache.version": CACHE_VERSION}
+        if self.dtype:
+            described |= {"dtype": dtype_name(self.dtype)}
         if self.distill:
             described |= {f"distill.{name}": value for name, value in self.distill.model_dump().items()}
             described |= {"distill.version": DISTILL_VERSION}

@@ -66,6 +66,7 @@ MIXED: dict[str, dict[str, Any]] = {
     "mixed, all quantized": {"scheme": "int4-g128", "layers": {"*.down_proj": "int8-g128", "*.0.*": "int3-g64"}},
     "mixed, 8-bit head": {"scheme": "int4-g128", "layers": {**BLOCK_KEPT, "lm_head": "int8-channel"}},
     "mixed, 8-bit embeddings": {"scheme": "int4-g64", "layers": {**BLOCK_KEPT, "*embed_tokens": "int8-g64"}},
+    "int4-g32, embeddings F16": {"scheme": "int4-g32", "dtype": "float16"},
     "mixed, 8-bit inputs": {"scheme": "int4-g128", "layers": {"*.o_proj": "int8-dynamic", **BLOCK_KEPT}},
 }
 # model, scheme or name of a mixed recipe, format, who loads it
@@ -102,6 +103,7 @@ OURS = [
     ("demo", "nvfp4", "compressed-tensors", BFLOAT16),
     ("demo", "fp8-tensor", "compressed-tensors", TRANSFORMERS),
     ("demo", "int4-g32", "gguf", LLAMACPP),
+    ("demo", "int4-g32, embeddings F16", "gguf", LLAMACPP),
     ("demo", "int4-g32-asym", "gguf", LLAMACPP),
     ("demo", "int3-g64", "gguf", LLAMACPP),
     ("demo", "int8-g32", "gguf", LLAMACPP),
