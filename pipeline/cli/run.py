@@ -208,7 +208,10 @@ def quantize(
     seed: Seed = None,
     no_sequential: Annotated[
         bool,
-        typer.Option("--no-sequential", help="Calibrated methods learn from the unquantized model, as budgets do."),
+        typer.Option(
+            "--no-sequential",
+            help="Calibrated methods learn from the unquantized model; a budget packs what it searched.",
+        ),
     ] = False,
     max_fallback_layers: Annotated[
         int, typer.Option(min=0, help="Layers that may fall back to rounding to nearest.")
