@@ -66,9 +66,12 @@ def budget_tables(prefix: str, chosen: Mapping[str, Any], measured: float | None
     note = (
         "Bits are per weight of the layers that have a choice, sizes those of the whole artifact, rounded up. The "
         f"predicted KL is the sum of what each unit alone costs on {chosen['tokens']:,} calibration tokens, in nats. "
-        f"The chosen model measures {chosen['measured_kl']:.5f} on them, {chosen['predicted_kl']:.5f} was predicted"
-        + (f", and {measured:.5f} on the text of this report." if measured is not None else ".")
+        f"For the choice {chosen['predicted_kl']:.5f} is predicted; all its solutions together, as they were probed, "
+        f"measure {chosen['solutions_kl']:.5f} on them."
     )
+    if "measured_kl" in chosen:
+        note += f" The finished artifact measures {chosen['measured_kl']:.5f} on them"
+        note += f", and {measured:.5f} on the text of this report." if measured is not None else "."
     units = [
         [unit["name"], unit["choice"], f"{unit['bits']:.3f}", f"{unit['kl']:.6f}", _probes(unit["probes"])]
         for unit in chosen["units"]

@@ -1,6 +1,6 @@
 """Chooses a scheme for each layer so that the artifact meets a size and its KL divergence is the least.
 
-Three steps, each of which survives a crash and is done once for all budgets of one calibration:
+Three steps, each of which survives a crash. The first two are done once for all budgets of one calibration:
 
 - Solve. The unquantized model goes through the calibration tokens once, block by block. Each layer is quantized by each
   choice from the same statistics, and all solutions are kept. A few calibration windows are held out.
@@ -10,10 +10,14 @@ Three steps, each of which survives a crash and is done once for all budgets of 
   so must have one scheme: q, k and v; gate and up; all experts of a block.
 - Choose. Divergences of small errors add up over layers (HIGGS, arXiv 2411.17525, theorem 1), so the least sum within a
   size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes.
+
+Then the model is quantized by what was chosen, block by block, each on what the quantized blocks before it put out, as
+any calibrated recipe is: later blocks make up for some of the errors of earlier ones. With `sequential: false` the
+solutions that were probed are packed as they are.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -129,8 +133,8 @@ class Search:
     """The solutions and probes of one model and one calibration, in a folder of their own.
 
     A recipe's budget takes no part in them: all budgets that have the rest in common share them.
-    held_out: the calibration windows that probes read and solutions are not fitted to, int64 [windows, context]. A
-    single window is both.
+    held_out: the calibration windows that probes read and solutions are not fitted to, int64 [windows, context].
+    fitted: the calibration without these. A single window is both.
     """
 
     def __init__(self, checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe, folder: Path):
@@ -146,9 +150,11 @@ class Search:
         self.plan, self.units = plan_search(checkpoint, recipe)
         ids = recipe.calibration.ids
         fitted, self.held_out = hold_out(ids, max(1, PROBE_TOKENS // ids.shape[1]))
-        self._solving = replace(self.recipe, calibration=replace(recipe.calibration, ids=fitted))
+        self.fitted = replace(recipe.calibration, ids=fitted)
+        self._solving = replace(self.recipe, calibration=self.fitted)
         origin = fingerprint(checkpoint, source, recipe) | order_of_sums(recipe)
-        origin = {key: value for key, value in origin.items() if key != "quantize.budget"}
+        of_the_choice = ("quantize.budget", "quantize.budget.version", "quantize.sequential")  # not of what it is among
+        origin = {key: value for key, value in origin.items() if key not in of_the_choice}
         origin["search.held_out"] = len(self.held_out)
         self.folder = folder / digest(origin)[:12]
         files.make_folder(self.folder)
@@ -233,17 +239,22 @@ class Search:
         lines = self._solved[block].get("transform", [])
         return [Transformed(**{**line, "layers": tuple(line["layers"])}) for line in lines]
 
-    def _model(self, stack: ExitStack) -> BlockRunner:
-        """The whole model in float32: the rounding of bfloat16 would hide what 8 bits cost."""
-        outside = [replace(planned, spec=None) for planned in self.plan.tensors if planned.block is None]
-        runner = BlockRunner(self.plan.checkpoint, outside, self.held_out, torch.float32, self.recipe.device)
+    def _model(self, stack: ExitStack, plan: Plan, read: Callable[[PlannedTensor], Tensor]) -> BlockRunner:
+        """A whole model in float32: the rounding of bfloat16 would hide what 8 bits cost."""
+        outside = [planned for planned in plan.tensors if planned.block is None]
+        runner = BlockRunner(plan.checkpoint, outside, self.held_out, torch.float32, self.recipe.device, read)
         blocks = (
-            (unit.block, ((planned, self.read(planned)) for planned in unit.tensors))
-            for unit in self.plan.units
+            (unit.block, ((planned, read(planned)) for planned in unit.tensors))
+            for unit in plan.units
             if unit.block is not None
         )
         stack.enter_context(runner.whole_model(blocks))
         return runner
+
+    @staticmethod
+    def _batches(runner: BlockRunner) -> list[Tensor]:
+        """The windows held out, on the model's device."""
+        return [batch.to(runner.device) for batch in runner.batches]
 
     @torch.no_grad()
     def _probe(self, on_step: OnStep, total: int) -> None:
@@ -252,9 +263,9 @@ class Search:
         Blocks before the unit's are not run again: what they put out is the same for all its choices.
         """
         with ExitStack() as stack:
-            runner = self._model(stack)
+            runner = self._model(stack, self.plan, self.read)
             blocks = sorted({unit.block for unit in self.plan.units if unit.block is not None})
-            batches = [batch.to(runner.device) for batch in runner.batches]
+            batches = self._batches(runner)
             outputs: dict[int, list[Tensor]] = {block: [] for block in blocks}
             handles = [
                 runner.block(block).register_forward_hook(
@@ -293,23 +304,41 @@ class Search:
                     self._probed[unit.name] = lost
                 runner.drop_block(block)
 
-    @torch.no_grad()
     def measure(self, chosen: Sequence[int]) -> float:
-        """The mean KL divergence of the model with all units quantized so, on the windows held out, in nats."""
+        """The mean KL divergence of the model with all these solutions, on the windows held out, in nats."""
         key = digest({unit.name: own for unit, own in zip(self.units, chosen, strict=True)})[:16]
         if key not in self._measured:
-            with ExitStack() as stack:
-                runner = self._model(stack)
-                batches = [batch.to(runner.device) for batch in runner.batches]
-                baseline = [runner.model(input_ids=batch, use_cache=False).logits for batch in batches]
-                for unit, own in zip(self.units, chosen, strict=True):
-                    for planned in unit.layers if unit.specs[own] else ():
-                        qtensor, _ = self.solution(replace(planned, spec=unit.specs[own]))
-                        runner.set_weight(planned, qtensor.dequantize(torch.float32))
-                logits = (runner.model(input_ids=batch, use_cache=False).logits for batch in batches)
-                self._measured[key] = _divergence(baseline, logits)
+            specs = {
+                planned.info.name: unit.specs[own]
+                for unit, own in zip(self.units, chosen, strict=True)
+                for planned in unit.layers
+            }
+
+            def weight(planned: PlannedTensor, dtype: torch.dtype) -> Tensor:
+                if (spec := specs.get(planned.info.name)) is None:
+                    return self.read(planned)
+                solved = self.solution(replace(planned, spec=spec))[0].dequantize(dtype)
+                return solved.t().contiguous() if planned.kind == "conv1d" else solved
+
+            self._measured[key] = self.divergence(self.plan, weight)
             self.journal.append({"choice": key, "measured": self._measured[key]})
         return self._measured[key]
+
+    @torch.no_grad()
+    def divergence(self, plan: Plan, weight: Callable[[PlannedTensor, torch.dtype], Tensor]) -> float:
+        """The mean KL divergence of a quantized model on the windows held out, in nats.
+
+        Args:
+            weight: gives a tensor of its plan as an unquantized checkpoint's files would hold it, a layer's in the
+                dtype asked for.
+        """
+        with ExitStack() as stack:
+            runner = self._model(stack, self.plan, self.read)
+            baseline = [runner.model(input_ids=ids, use_cache=False).logits for ids in self._batches(runner)]
+        with ExitStack() as stack:
+            runner = self._model(stack, plan, lambda planned: weight(planned, torch.float32))
+            others = (runner.model(input_ids=ids, use_cache=False).logits for ids in self._batches(runner))
+            return _divergence(baseline, others)
 
     @cached_property
     def front(self) -> Front:
@@ -362,8 +391,8 @@ class Choice:
         return self.search.front.choice(self.point)
 
     def recipe(self) -> Recipe:
-        """The recipe with a rule for every layer in place of its budget."""
-        recipe = self.search.recipe
+        """The recipe with a rule for every layer in place of its budget; what is held out judges what comes of it."""
+        recipe = replace(self.search.recipe, calibration=self.search.fitted)
         own = {
             pattern: unit.specs[number]
             for unit, number in zip(self.search.units, self.chosen, strict=True)
@@ -377,7 +406,7 @@ class Choice:
         """The choice and the curve that it is of, in plain values; sizes in bytes, divergences in nats.
 
         Bits are per weight of the units. The divergences are means over the tokens that the probes read: predicted
-        ones are sums of probes, the measured one is of the model with all its units quantized.
+        ones are sums of probes, "solutions_kl" is of the model with all the solutions that were probed.
         """
         search, front = self.search, self.search.front
         sizes = np.linspace(front.nbytes[0], front.nbytes[-1], _CURVE)
@@ -388,7 +417,7 @@ class Choice:
             "budget": search.recipe.budget.name,
             "tokens": search.held_out.numel(),
             **self._at(self.point),
-            "measured_kl": search.measure(self.chosen),
+            "solutions_kl": search.measure(self.chosen),
             "curve": [self._at(point) for point in sorted(points)],
             "uniform": list(self._uniform()),
             "units": [

@@ -14,6 +14,8 @@
 
 #include "generic.h"
 
+HOLD_TEXT
+
 #define EXPORT __attribute__((visibility("default")))
 #define TOGETHER 4 /* query heads of one key head that read its keys and values together */
 #define POSITIONS 64 /* whose values stay in the first cache while all features of a head pass by */
