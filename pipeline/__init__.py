@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from .objects import Recipe
 
 __all__ = [
-    "BitpressConfig", "BitpressError", "Recipe", "convert", "evaluate", "load", "optimize", "plan", "publish", "quantize",
+    "BitpressConfig", "BitpressError", "Recipe", "convert", "evaluate", "load", "optimize", "plan", "publish",
+    "quantize",
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from .options import (
     Choices,
     Context,
     Device,
+    Dtype,
     Json,
     Keep,
     Revision,

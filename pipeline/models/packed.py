@@ -157,7 +157,11 @@ def _open(path: Path, checkpoint: Checkpoint, contents: QuantizedCheckpoint, ker
     _check_plain(plain, contents)
     chosen = selections(contents, kernel)
     layers = {layer: _restored(file, layer, contents, chosen) for layer in file.header["layers"]}
-    trials = file.header["trials"] if file.header.get("programs") == programs() else {}
+    trials = dict(file.header["trials"])
+    if any(why is not None and not isinstance(why, str) for why in trials.values()):
+        raise PackedFileError("its trials are none")
+    if file.header.get("programs") != programs():
+        trials = {}
     return PackedWeights(file, layers, plain, trials, ready)
 
 
