@@ -112,11 +112,11 @@ def key(checkpoint: Checkpoint, contents: QuantizedCheckpoint) -> dict[str, Any]
     manifest = checkpoint.folder / MANIFEST
     headers = [[info.name, str(info.dtype), info.shape, info.offset] for info in checkpoint.stored.values()]
     schemes = {layer: scheme.name for layer, scheme in contents.schemes.items()}
-    told = {"headers": headers, "schemes": schemes, "config": checkpoint.config}
+    described = {"headers": headers, "schemes": schemes, "config": checkpoint.config}
     return {
         "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files},
         "manifest": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None,
-        "content": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
+        "content": hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest(),
         "transformers": versions().get("transformers"),
     }
 
