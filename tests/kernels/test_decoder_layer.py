@@ -192,7 +192,7 @@ def one(parts: Parts) -> NativeLayers:
 
 
 def context(rotation: list[Tensor], keys: Tensor, values: Tensor) -> list[Context]:
-    return [Context(keys, values, (rotation[0], rotation[1]))]
+    return [Context({"codes": keys}, {"codes": values}, (rotation[0], rotation[1]))]
 
 
 def check(
@@ -218,7 +218,7 @@ def check(
     )
     begin = 0 if window is None else max(0, length + 1 - window)
     left = (keys[:, :, begin:].contiguous(), values[:, :, begin:].contiguous())
-    own = Context(*left, (rotation[0], rotation[1]), begin, window)
+    own = Context({"codes": left[0]}, {"codes": left[1]}, (rotation[0], rotation[1]), begin, window)
     got = one(parts).step(x, [own], length, starts)
     keys[:, :, begin:], values[:, :, begin:] = left
     assert got.dtype == dtype

@@ -184,7 +184,7 @@ def test_the_cache_grows_as_often_as_it_must(model: PreTrainedModel, monkeypatch
     monkeypatch.setattr(optimize, "_ROOM", 3)
     got, cache = roll(model, [5] + [1] * 20)
     assert torch.equal(got, want)
-    assert cache.layers[0].room[0].shape[2] == 5 + 3 + 5 * (1 + 3)
+    assert cache.layers[0].room[0]["codes"].shape[2] == 5 + 3 + 5 * (1 + 3)
 
 
 CHANGES: dict[str, Callable[[DynamicCache], Any]] = {
