@@ -24,7 +24,7 @@ from .registry import Selection
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 
-# What codes of a rounded cache are in csrc/layer.c, by their type, their bits, and whether they come in groups of features.
+# What codes of a rounded cache are in csrc/layer.c, by their type, their bits, and whether features have groups.
 _CACHED = {("int", 8, False): 1, ("int", 8, True): 1, ("int", 4, True): 2, ("float", 8, False): 3}
 _CODE_DTYPES = (None, torch.int8, torch.uint8, torch.float8_e4m3fn)
 
@@ -366,7 +366,11 @@ class NativeLayers:
         count, own = x.shape[1], (_Context * len(contexts))()
         for to, context in zip(own, contexts):
             keys, values = context.keys, context.values
-            to.keys, to.values, to.capacity = keys["codes"].data_ptr(), values["codes"].data_ptr(), keys["codes"].shape[2]
+            to.keys, to.values, to.capacity = (
+                keys["codes"].data_ptr(),
+                values["codes"].data_ptr(),
+                keys["codes"].shape[2],
+            )
             to.start, to.window = context.start, context.window or 0
             if (coding := context.coding) is not None:
                 to.key_scales, to.value_scales = keys["scales"].data_ptr(), values["scales"].data_ptr()

@@ -5,11 +5,8 @@ that see those before them, with a key-value cache that grows or none, and nothi
 (csrc/layer.c): a prompt or a piece of it, and one token or several of a batch. Everything else goes to the layer's own
 forward. A layer is changed only after both gave the same output and the same keys and values.
 
-Where keys and values are rounded on their way to the cache, the cache of such a layer holds their codes, which attention
-reads as they lie; what it gives to others are the numbers that the codes stand for.
-
-Where all layers of a decoder are changed, it gets another forward itself, by which all of them and the last norm are
-one call; again after both gave the same output, and only for what the layers serve.
+Where keys and values are rounded on their way to the cache, such a layer's cache holds their codes. Attention reads
+these as they lie; others get the numbers that they stand for.
 """
 
 import inspect
@@ -261,7 +258,10 @@ class _Growing(DynamicLayer):
             self.room = (_coded(keys, rounding, 0), _coded(values, rounding, 1))
         if self.room[0]["codes"].shape[2] < self._length - self._start + count:
             begin, more = self._length - self.kept() - self._start, count + max(_ROOM, self.kept() // 8)
-            self.room = (_with_room(self.room[0], begin, self.kept(), more), _with_room(self.room[1], begin, self.kept(), more))
+            self.room = (
+                _with_room(self.room[0], begin, self.kept(), more),
+                _with_room(self.room[1], begin, self.kept(), more),
+            )
             self._start += begin
         self._states = None
         return *self.room, self._start
@@ -685,7 +685,11 @@ class _WholeDecoder:
             self.children = [module._modules for module in below if module._modules]
             self.compared = [dict(modules) for modules in self.children]
         hooks = [hook for hooks in self.hooks if hooks for hook in hooks.values()]
-        if hooks != self.interceptions or any(module.training for module in self.alone) or self.children != self.compared:
+        if (
+            hooks != self.interceptions
+            or any(module.training for module in self.alone)
+            or self.children != self.compared
+        ):
             return False
         return all("decoding" in step.layer.__dict__ for step in self.steps)
 
