@@ -60,15 +60,18 @@ def budget_tables(prefix: str, chosen: Mapping[str, Any], measured: float | None
         for point in chosen["curve"]
     ]
     points += [
-        [f"{each['bits']:.3f}", say.DASH, f"{each['predicted_kl']:.5f}", f"{each['choice']} everywhere"]
+        [f"{each['bits']:.3f}", say.size(each["nbytes"]), f"{each['predicted_kl']:.5f}", _everywhere(each, chosen)]
         for each in chosen["uniform"]
     ]
     note = (
         "Bits are per weight of the layers that have a choice, sizes those of the whole artifact, rounded up. The "
         f"predicted KL is the sum of what each unit alone costs on {chosen['tokens']:,} calibration tokens, in nats. "
-        f"The chosen model measures {chosen['measured_kl']:.5f} on them, {chosen['predicted_kl']:.5f} was predicted"
-        + (f", and {measured:.5f} on the text of this report." if measured is not None else ".")
+        f"For the choice {chosen['predicted_kl']:.5f} is predicted; all its solutions together, as they were probed, "
+        f"measure {chosen['solutions_kl']:.5f} on them."
     )
+    if "measured_kl" in chosen:
+        note += f" The finished artifact measures {chosen['measured_kl']:.5f} on them"
+        note += f", and {measured:.5f} on the text of this report." if measured is not None else "."
     units = [
         [unit["name"], unit["choice"], f"{unit['bits']:.3f}", f"{unit['kl']:.6f}", _probes(unit["probes"])]
         for unit in chosen["units"]
@@ -82,7 +85,16 @@ def budget_tables(prefix: str, chosen: Mapping[str, Any], measured: float | None
 
 
 def _mark(point: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
-    return f"chosen within {chosen['budget']}" if point["nbytes"] == chosen["nbytes"] else ""
+    same = all(point[key] == chosen[key] for key in ("nbytes", "predicted_kl"))
+    return f"chosen within {chosen['budget']}" if same else ""
+
+
+def _everywhere(uniform: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    """What is said of one choice for all units."""
+    said = [f"{uniform['choice']} everywhere", _mark(uniform, chosen)]
+    if (measured := uniform.get("solutions_kl")) is not None:
+        said.append(f"measures {measured:.5f}")
+    return ", ".join(filter(None, said))
 
 
 def _probes(probes: Mapping[str, float]) -> str:

@@ -54,11 +54,30 @@ def library() -> Library | str:
     """The library, or why there is none."""
     if sys.byteorder != "little":
         return "written for little-endian machines"
-    built = sorted(_HERE.glob("_native*.so"))
     try:
-        return _load(built[0], "built at installation") if built else _load(_build(), "built on first use")
+        if installed := _installed():
+            return _load(installed, "built at installation")
+        return _load(_build(), ", as ".join(["built on first use", *_stale()]))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         return f"no native library: {_reason(error)}"
+
+
+def _installed() -> Path | None:
+    """The library that was built at installation, if it is of the sources that are here: it holds the text of each.
+
+    After the sources have changed, by `git pull` say, it may lack functions, or lay weights out in another way.
+    """
+    texts = [source.read_bytes() + b"\0" for source in _sources()]
+    for path in sorted(_HERE.glob("_native*.so")):
+        content = path.read_bytes()
+        if all(text in content for text in texts):
+            return path
+    return None
+
+
+def _stale() -> list[str]:
+    """What is wrong with the installed library, in a list of one; [] where there is none."""
+    return [f"{path.name} is of other sources" for path in sorted(_HERE.glob("_native*.so"))[:1]]
 
 
 def _reason(error: Exception) -> str:
@@ -83,7 +102,7 @@ def pending() -> str | None:
     """What the first use does before it can compute, in words; None where the library is there, or cannot be."""
     command = compiler()
     with contextlib.suppress(OSError):
-        if sys.byteorder == "little" and command and not any(_HERE.glob("_native*.so")):
+        if sys.byteorder == "little" and command and not _installed():
             return None if _compiled(command, _cache()) else f"compiled by {command} on first use, once"
     return None
 
@@ -119,7 +138,10 @@ def _build() -> Path:
     """
     command = compiler()
     if command is None:
-        raise OSError("none came with the installation, and there is no C compiler here (cc, gcc or clang)")
+        wrong = "; ".join(f"{each}: install bitpress again" for each in _stale())
+        raise OSError(
+            f"{wrong or 'none came with the installation'}, and there is no C compiler here (cc, gcc or clang)"
+        )
     cache = _cache()
     if compiled_before := _compiled(command, cache):
         return compiled_before

@@ -166,6 +166,12 @@ def quantize(
     format: Annotated[
         str, typer.Option(help="auto: the first that holds every layer; or one of `bitpress list`.")
     ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float16, bfloat16 or float32, of what is not quantized, and of scales; auto: the model's own."
+        ),
+    ] = "auto",
     template: Annotated[
         Path | None, typer.Option(help="With --format gguf: a GGUF of the unquantized model, for what bitpress lacks.")
     ] = None,
@@ -202,7 +208,10 @@ def quantize(
     seed: Seed = None,
     no_sequential: Annotated[
         bool,
-        typer.Option("--no-sequential", help="Calibrated methods learn from the unquantized model, as budgets do."),
+        typer.Option(
+            "--no-sequential",
+            help="Calibrated methods learn from the unquantized model; a budget packs what it searched.",
+        ),
     ] = False,
     max_fallback_layers: Annotated[
         int, typer.Option(min=0, help="Layers that may fall back to rounding to nearest.")
@@ -220,7 +229,7 @@ def quantize(
     from ..config.load import load_layers, load_options
 
     quiet_libraries()
-    settings = {**recipe_keys(recipe, budget, choice), "format": format}
+    settings = {**recipe_keys(recipe, budget, choice), "format": format, "dtype": dtype}
     settings |= {"template": str(template)} if template else {}
     settings |= {"layers": load_layers(layer or []), "options": load_options(option or [])}
     settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}

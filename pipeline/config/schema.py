@@ -25,6 +25,7 @@ from .budget import Budget
 from .messages import Several
 
 AUTO = "auto"
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 BASELINE = "none"  # the unquantized model: the name of its run, and the scheme of a layer that is kept
 _SECRETS = ("token", "hf_token", "api_key", "password")
 _LONGEST_TITLE = 59  # characters; the Hub takes no longer ones
@@ -107,6 +108,7 @@ class RecipeDefaults(_Strict):
     transform: str | None = None  # of each block before its layers are quantized: smooth or awq
     method: str = AUTO  # the scheme's default; or one of `bitpress list`
     format: str = AUTO  # the first that can hold every layer
+    dtype: Dtype = AUTO  # of what is not quantized, and of scales; auto: the model's own
     choices: list[str] = []  # of a budget: the schemes to choose from, none for unquantized; [] for 2 to 8 bits
     options: dict[str, Any] = {}  # of the method, such as {damping: 1e-3} of gptq
     layers: dict[str, str] = {}  # shell pattern on the names in the files -> [method/]scheme, or none; the last wins
@@ -204,6 +206,7 @@ class RecipeSettings(RecipeDefaults):
         text = f"{self.transform}-{spec}" if self.transform else spec
         text = text.replace("/", "-") + ("-mixed" if self.layers else "")
         text += f"-kv-{self.kv_cache}" if self.kv_cache else ""
+        text += f"-{self.dtype}" if self.dtype != AUTO else ""
         return self.name or text + ("-distilled" if self.distill else "")
 
     @property
@@ -258,7 +261,7 @@ class Eval(_Strict):
     bos: Literal["auto", "first", "every"] = (
         "auto"  # which windows of gptq and sliding begin with BOS, see protocols.py
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = AUTO
     kernel: KernelName = "auto"
     speed: Speed | None = Speed()  # type: ignore[call-arg]
     output_errors: int = Field(1, ge=0)  # windows on which each layer's outputs are compared; 0: none

@@ -33,11 +33,12 @@ from bitpress.eval.measure.sample import sample
 from bitpress.eval.report.words import size
 from bitpress.kernels.linear import inputs_left_alone
 
-from ..config.schema import Eval, Speed
+from ..config.schema import AUTO, Eval, Speed
 from ..data.text import Text, read_text
 from ..data.tokens import BoundedTokenizer, encode, longest
 from ..errors import CheckpointError, ConfigError, NumericsError
 from ..formats import open_quantized, quantization_section, quantized_cache
+from ..models.dtypes import computing_dtype
 from ..models.kv_cache import cache_token_bytes
 from ..models.loading import kernels_used, load_model
 from ..models.modules import names_of_experts, part_experts
@@ -129,13 +130,22 @@ class _Measurement:
                 "the baseline's tokens, and whoever loads this checkpoint with its tokenizer gets others"
             )
 
+    @property
+    def dtype(self) -> str:
+        """What both models compute with: the settings' dtype or, with "auto", the baseline's. A checkpoint that is
+        stored in another one would be charged for how far the two dtypes are apart."""
+        if self.settings.dtype != AUTO or self.baseline is None:
+            return self.settings.dtype
+        own, other = computing_dtype(self.checkpoint), computing_dtype(self.baseline)
+        return AUTO if own == other else other
+
     def load(self) -> Any:
         with progress("loading") as step:
-            return load_model(self.checkpoint, self.device, self.settings.dtype, self.settings.kernel, step)
+            return load_model(self.checkpoint, self.device, self.dtype, self.settings.kernel, step)
 
     def load_baseline(self) -> Any:
         assert self.baseline is not None
-        return load_model(self.baseline, self.device, self.settings.dtype)
+        return load_model(self.baseline, self.device, self.dtype)
 
     def sample(self, model: Any) -> str:
         """What a model writes after the prompt of the settings.

@@ -201,10 +201,12 @@ class BudgetPoint(_Part):
 
 
 class Budget(BudgetPoint):
-    """What a budget chose. measured_kl: of the chosen model, on the tokens that the prediction is of."""
+    """What a budget chose. solutions_kl: of the model with all the solutions that were probed, on the tokens that the
+    prediction is of. measured_kl: of the artifact, on the same."""
 
     budget: str
     tokens: Count = None
+    solutions_kl: Number = None
     measured_kl: Number = None
     curve: list[BudgetPoint] = []
 

@@ -264,12 +264,10 @@ def _transformers(facts: Facts) -> Iterator[Reason]:
 
 
 def _vllm(facts: Facts) -> Iterator[Reason]:
-    if all(scheme.weight.description().strategy == "tensor" for scheme in facts.schemes.values()):
-        yield "yes", "on GPUs from compute capability 8.9 in FP8; on 7.5 to 8.8 by Marlin, inputs left alone"
-        if facts.experts or any(scheme.static for scheme in facts.schemes.values()):
-            yield ON_GPUS
-        return
     yield "yes", "on GPUs from compute capability 8.9 in FP8; on 7.5 to 8.8 by Marlin, inputs left alone"
+    if all(scheme.weight.description().strategy == "tensor" for scheme in facts.schemes.values()):
+        yield ON_GPUS
+        return
     yield WITH_AMX
     parts: dict[str, list[str]] = {}
     for layer in facts.shapes:

@@ -150,14 +150,16 @@ def quantize(
     folder = work / UNFINISHED
     workers = workers or blocks_at_a_time(plan)
     blocks, statistics = None, None
-    solved: Solutions | None = chosen.search if chosen else None
-    if recipe.calibration and not recipe.sequential:
+    solved: Solutions | None = None
+    if chosen and not recipe.sequential:
+        solved = chosen.search
+    elif recipe.calibration and not recipe.sequential:
         statistics = SharedStatistics(plan, source, recipe, shared or work / SHARED)
         wanted = {each.module: each.spec.statistics for each in plan.quantized if each.spec and each.block is not None}
         inside = [unit for unit in plan.units if unit.block is not None]
         statistics.gather(inside, wanted, partial(CalibratedBlocks, plan, recipe), on_step)
         solved = IndependentBlocks(plan, recipe, statistics, workers)
-    elif recipe.calibration and shared and not chosen:
+    elif recipe.calibration and shared:
         statistics = SharedStatistics(plan, source, recipe, shared)
     if recipe.calibration:
         # of what is solved already, one window makes the reference logits, unless blocks are learned from it
@@ -173,6 +175,10 @@ def quantize(
     writer = plan.format.writer(folder, plan.dtype, len(plan.units))
     lines = _write_units(plan, blocks, writer, progress, recipe.max_fallback_layers, on_step, workers)
     files = _close(writer, checkpoint, plan, folder)
+    budget: dict[str, Any] = {}
+    if chosen:
+        written_weights = Quantized.read(open_quantized(folder), plan)
+        budget = chosen.to_dict() | {"measured_kl": chosen.search.divergence(plan, written_weights.weight)}
     layers = [layer for line in lines for layer in line["layers"]]
     tuned = [each for line in lines for each in line.get("tuned", [])]
     manifest = {
@@ -180,7 +186,7 @@ def quantize(
         "versions": versions(),
         **order_of_sums(recipe),
         "recipe": recipe.to_dict() | {"format": plan.format.name},
-        **({"budget": chosen.to_dict()} if chosen else {}),
+        **({"budget": budget} if budget else {}),
         "coverage": plan.coverage() | {"layers": layers} | ({"tuned": tuned} if tuned else {}),
         **({"transform": [each for line in lines for each in line.get("transform", [])]} if recipe.transform else {}),
         **({"inputs": [asdict(error) for error in errors]} if errors else {}),
@@ -236,7 +242,7 @@ def _close(writer: Writer, checkpoint: Checkpoint, plan: Plan, folder: Path) -> 
     section = plan.format.quantization_config(schemes, list(kept), plan.dtype)
     if plan.cache:
         section |= plan.format.cache_section(plan.cache.cache.description()) or {}
-    files = writer.close(checkpoint.config, section, checkpoint.other_files())
+    files = writer.close(plan.checkpoint.config, section, checkpoint.other_files())
     _compare_names(checkpoint, plan, folder)
     return files
 
@@ -290,6 +296,8 @@ def _quantize_and_distill(
     for layer in manifest["coverage"]["layers"]:  # errors of the weights that were there before
         for figure in ("relative_error", "output_error") if layer["name"] in learned.layers else ():
             layer.pop(figure, None)
+    if chosen := settled.chosen:
+        manifest["budget"]["measured_kl"] = chosen.search.divergence(plan, final.weight)
     manifest |= {
         "fingerprint": fingerprint(checkpoint, source, recipe),
         "recipe": recipe.to_dict() | {"format": plan.format.name},

@@ -1,6 +1,6 @@
 """Chooses a scheme for each layer so that the artifact meets a size and its KL divergence is the least.
 
-Three steps, each of which survives a crash and is done once for all budgets of one calibration:
+Three steps, each of which survives a crash. The first two are done once for all budgets of one calibration:
 
 - Solve. The unquantized model goes through the calibration tokens once, block by block. Each layer is quantized by each
   choice from the same statistics, and all solutions are kept. A few calibration windows are held out.
@@ -9,14 +9,20 @@ Three steps, each of which survives a crash and is done once for all budgets of 
   would seem to cost less than it does on other text, and few bits would seem so most. A unit is what servers fuse and
   so must have one scheme: q, k and v; gate and up; all experts of a block.
 - Choose. Divergences of small errors add up over layers (HIGGS, arXiv 2411.17525, theorem 1), so the least sum within a
-  size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes.
+  size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes. Errors
+  of many units together are more than the sum; so what is best by it is measured beside one choice for all units.
+
+Then the model is quantized by what was chosen, block by block, each on what the quantized blocks before it put out, as
+any calibrated recipe is: later blocks make up for some of the errors of earlier ones. With `sequential: false` the
+solutions that were probed are packed as they are.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -129,8 +135,8 @@ class Search:
     """The solutions and probes of one model and one calibration, in a folder of their own.
 
     A recipe's budget takes no part in them: all budgets that have the rest in common share them.
-    held_out: the calibration windows that probes read and solutions are not fitted to, int64 [windows, context]. A
-    single window is both.
+    held_out: the calibration windows that probes read and solutions are not fitted to, int64 [windows, context].
+    fitted: the calibration without these. A single window is both.
     """
 
     def __init__(self, checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe, folder: Path):
@@ -146,9 +152,11 @@ class Search:
         self.plan, self.units = plan_search(checkpoint, recipe)
         ids = recipe.calibration.ids
         fitted, self.held_out = hold_out(ids, max(1, PROBE_TOKENS // ids.shape[1]))
-        self._solving = replace(self.recipe, calibration=replace(recipe.calibration, ids=fitted))
+        self.fitted = replace(recipe.calibration, ids=fitted)
+        self._solving = replace(self.recipe, calibration=self.fitted)
         origin = fingerprint(checkpoint, source, recipe) | order_of_sums(recipe)
-        origin = {key: value for key, value in origin.items() if key != "quantize.budget"}
+        of_the_choice = ("quantize.budget", "quantize.budget.version", "quantize.sequential")  # not of what it is among
+        origin = {key: value for key, value in origin.items() if key not in of_the_choice}
         origin["search.held_out"] = len(self.held_out)
         self.folder = folder / digest(origin)[:12]
         files.make_folder(self.folder)
@@ -233,17 +241,22 @@ class Search:
         lines = self._solved[block].get("transform", [])
         return [Transformed(**{**line, "layers": tuple(line["layers"])}) for line in lines]
 
-    def _model(self, stack: ExitStack) -> BlockRunner:
-        """The whole model in float32: the rounding of bfloat16 would hide what 8 bits cost."""
-        outside = [replace(planned, spec=None) for planned in self.plan.tensors if planned.block is None]
-        runner = BlockRunner(self.plan.checkpoint, outside, self.held_out, torch.float32, self.recipe.device)
+    def _model(self, stack: ExitStack, plan: Plan, read: Callable[[PlannedTensor], Tensor]) -> BlockRunner:
+        """A whole model in float32: the rounding of bfloat16 would hide what 8 bits cost."""
+        outside = [planned for planned in plan.tensors if planned.block is None]
+        runner = BlockRunner(plan.checkpoint, outside, self.held_out, torch.float32, self.recipe.device, read)
         blocks = (
-            (unit.block, ((planned, self.read(planned)) for planned in unit.tensors))
-            for unit in self.plan.units
+            (unit.block, ((planned, read(planned)) for planned in unit.tensors))
+            for unit in plan.units
             if unit.block is not None
         )
         stack.enter_context(runner.whole_model(blocks))
         return runner
+
+    @staticmethod
+    def _batches(runner: BlockRunner) -> list[Tensor]:
+        """The windows held out, on the model's device."""
+        return [batch.to(runner.device) for batch in runner.batches]
 
     @torch.no_grad()
     def _probe(self, on_step: OnStep, total: int) -> None:
@@ -252,9 +265,9 @@ class Search:
         Blocks before the unit's are not run again: what they put out is the same for all its choices.
         """
         with ExitStack() as stack:
-            runner = self._model(stack)
+            runner = self._model(stack, self.plan, self.read)
             blocks = sorted({unit.block for unit in self.plan.units if unit.block is not None})
-            batches = [batch.to(runner.device) for batch in runner.batches]
+            batches = self._batches(runner)
             outputs: dict[int, list[Tensor]] = {block: [] for block in blocks}
             handles = [
                 runner.block(block).register_forward_hook(
@@ -293,23 +306,48 @@ class Search:
                     self._probed[unit.name] = lost
                 runner.drop_block(block)
 
-    @torch.no_grad()
+    def _key(self, chosen: Sequence[int]) -> str:
+        return digest({unit.name: own for unit, own in zip(self.units, chosen, strict=True)})[:16]
+
+    def measured(self, chosen: Sequence[int]) -> float | None:
+        """What `measure` gave, where it was asked before."""
+        return self._measured.get(self._key(chosen))
+
     def measure(self, chosen: Sequence[int]) -> float:
-        """The mean KL divergence of the model with all units quantized so, on the windows held out, in nats."""
-        key = digest({unit.name: own for unit, own in zip(self.units, chosen, strict=True)})[:16]
+        """The mean KL divergence of the model with all these solutions, on the windows held out, in nats."""
+        key = self._key(chosen)
         if key not in self._measured:
-            with ExitStack() as stack:
-                runner = self._model(stack)
-                batches = [batch.to(runner.device) for batch in runner.batches]
-                baseline = [runner.model(input_ids=batch, use_cache=False).logits for batch in batches]
-                for unit, own in zip(self.units, chosen, strict=True):
-                    for planned in unit.layers if unit.specs[own] else ():
-                        qtensor, _ = self.solution(replace(planned, spec=unit.specs[own]))
-                        runner.set_weight(planned, qtensor.dequantize(torch.float32))
-                logits = (runner.model(input_ids=batch, use_cache=False).logits for batch in batches)
-                self._measured[key] = _divergence(baseline, logits)
+            specs = {
+                planned.info.name: unit.specs[own]
+                for unit, own in zip(self.units, chosen, strict=True)
+                for planned in unit.layers
+            }
+
+            def weight(planned: PlannedTensor, dtype: torch.dtype) -> Tensor:
+                if (spec := specs.get(planned.info.name)) is None:
+                    return self.read(planned)
+                solved = self.solution(replace(planned, spec=spec))[0].dequantize(dtype)
+                return solved.t().contiguous() if planned.kind == "conv1d" else solved
+
+            self._measured[key] = self.divergence(self.plan, weight)
             self.journal.append({"choice": key, "measured": self._measured[key]})
         return self._measured[key]
+
+    @torch.no_grad()
+    def divergence(self, plan: Plan, weight: Callable[[PlannedTensor, torch.dtype], Tensor]) -> float:
+        """The mean KL divergence of a quantized model on the windows held out, in nats.
+
+        Args:
+            weight: gives a tensor of its plan as an unquantized checkpoint's files would hold it, a layer's in the
+                dtype asked for.
+        """
+        with ExitStack() as stack:
+            runner = self._model(stack, self.plan, self.read)
+            baseline = [runner.model(input_ids=ids, use_cache=False).logits for ids in self._batches(runner)]
+        with ExitStack() as stack:
+            runner = self._model(stack, plan, lambda planned: weight(planned, torch.float32))
+            others = (runner.model(input_ids=ids, use_cache=False).logits for ids in self._batches(runner))
+            return _divergence(baseline, others)
 
     @cached_property
     def front(self) -> Front:
@@ -330,8 +368,30 @@ class Search:
         companions = sum(path.stat().st_size for path in self.checkpoint.other_files())
         return tensors + companions + _LINE * len(self.plan.tensors) + _FEW
 
+    @cached_property
+    def uniform(self) -> dict[str, list[int]]:
+        """Each choice that all units have -> its number in each. Units without a choice keep what their rule says."""
+        own = [[_name(spec) for spec in unit.specs] for unit in self.units]
+        free = [names for names, unit in zip(own, self.units) if not unit.fixed]
+        return {
+            name: [0 if unit.fixed else names.index(name) for names, unit in zip(own, self.units)]
+            for name in dict.fromkeys(chain.from_iterable(free))
+            if all(name in names for names in free)
+        }
+
+    def nbytes(self, chosen: Sequence[int]) -> int:
+        """The bytes of all units, each at its choice."""
+        return sum(unit.sizes(self.plan)[own] for unit, own in zip(self.units, chosen, strict=True))
+
+    def predicted(self, chosen: Sequence[int]) -> float:
+        """The sum of the probes of each unit's choice."""
+        return math.fsum(self._probed[unit.name][own] for unit, own in zip(self.units, chosen, strict=True))
+
     def choose(self) -> "Choice":
         """The best choice within the recipe's budget.
+
+        Probes do not tell how errors of many units act together. So the best sum is measured as a whole, beside the
+        best uniform choice that fits, and the one that diverges less is taken.
 
         Raises:
             ConfigError: the smallest choice of every unit is larger than the budget.
@@ -346,24 +406,22 @@ class Search:
                 f"weight, and the whole artifact {(least + self.rest) / 1e6:,.1f} MB; raise the budget, or name "
                 "smaller choices, as in choices: [int2-g128, int4-g128]"
             )
-        point = int(np.searchsorted(self.front.nbytes, limit, side="right")) - 1
-        return Choice(self, point)
+        best = self.front.choice(int(np.searchsorted(self.front.nbytes, limit, side="right")) - 1)
+        uniform = [own for own in self.uniform.values() if self.nbytes(own) <= limit]
+        candidates = [best, *sorted(uniform, key=self.predicted)[:1]]
+        return Choice(self, min(candidates, key=self.measure))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A point of a search's curve: a spec for every unit."""
+    """What a search chose: for each unit the number of its choice."""
 
     search: Search
-    point: int
-
-    @cached_property
-    def chosen(self) -> list[int]:
-        return self.search.front.choice(self.point)
+    chosen: Sequence[int]
 
     def recipe(self) -> Recipe:
-        """The recipe with a rule for every layer in place of its budget."""
-        recipe = self.search.recipe
+        """The recipe with a rule for every layer in place of its budget; what is held out judges what comes of it."""
+        recipe = replace(self.search.recipe, calibration=self.search.fitted)
         own = {
             pattern: unit.specs[number]
             for unit, number in zip(self.search.units, self.chosen, strict=True)
@@ -377,20 +435,24 @@ class Choice:
         """The choice and the curve that it is of, in plain values; sizes in bytes, divergences in nats.
 
         Bits are per weight of the units. The divergences are means over the tokens that the probes read: predicted
-        ones are sums of probes, the measured one is of the model with all its units quantized.
+        ones are sums of probes, "solutions_kl" is of the model with all the solutions that were probed.
         """
         search, front = self.search, self.search.front
-        sizes = np.linspace(front.nbytes[0], front.nbytes[-1], _CURVE)
-        points = {int(np.searchsorted(front.nbytes, size, side="right")) - 1 for size in sizes} | {self.point}
+        sizes = [*np.linspace(front.nbytes[0], front.nbytes[-1], _CURVE), search.nbytes(self.chosen)]
+        points = {int(np.searchsorted(front.nbytes, size, side="right")) - 1 for size in sizes}
         units = list(zip(search.units, self.chosen, strict=True))
         assert search.recipe.budget
         return {
             "budget": search.recipe.budget.name,
             "tokens": search.held_out.numel(),
-            **self._at(self.point),
-            "measured_kl": search.measure(self.chosen),
-            "curve": [self._at(point) for point in sorted(points)],
-            "uniform": list(self._uniform()),
+            **self._figures(search.nbytes(self.chosen), search.predicted(self.chosen)),
+            "solutions_kl": search.measure(self.chosen),
+            "curve": [self._figures(int(front.nbytes[point]), float(front.kl[point])) for point in sorted(points)],
+            "uniform": [
+                {"choice": name, **self._figures(search.nbytes(own), search.predicted(own))}
+                | ({"solutions_kl": measured} if (measured := search.measured(own)) is not None else {})
+                for name, own in search.uniform.items()
+            ],
             "units": [
                 {
                     "name": unit.name,
@@ -403,25 +465,13 @@ class Choice:
             ],
         }
 
-    def _at(self, point: int) -> dict[str, Any]:
-        """Bits, bytes and divergence at a point of the curve."""
-        nbytes = int(self.search.front.nbytes[point])
+    def _figures(self, nbytes: int, predicted: float) -> dict[str, Any]:
+        """Bits, bytes and divergence of units that take so many bytes."""
         return {
             "bits": 8 * nbytes / self.search.weights,
             "nbytes": nbytes + self.search.rest,
-            "predicted_kl": float(self.search.front.kl[point]),
+            "predicted_kl": predicted,
         }
-
-    def _uniform(self) -> Iterator[dict[str, Any]]:
-        """The same figures for each choice that all units have, given to all of them."""
-        search = self.search
-        for name in dict.fromkeys(_name(spec) for unit in search.units for spec in unit.specs):
-            own = [[_name(spec) for spec in unit.specs] for unit in search.units]
-            if all(name in names for names in own):
-                places = [(unit, names.index(name)) for unit, names in zip(search.units, own, strict=True)]
-                nbytes = sum(unit.sizes(search.plan)[place] for unit, place in places)
-                lost = sum(search._probed[unit.name][place] for unit, place in places)
-                yield {"choice": name, "bits": 8 * nbytes / search.weights, "predicted_kl": lost}
 
 
 def search(
@@ -442,9 +492,7 @@ def search(
     with journal.locked(folder, math.inf):  # whoever holds it computes what this search needs, too
         own = Search(checkpoint, source, recipe, folder)
         own.run(on_step)
-        choice = own.choose()
-        own.measure(choice.chosen)
-    return choice
+        return own.choose()
 
 
 def clean(run: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from bitpress.kernels.scheme import Scheme
 from ..errors import CheckpointError, ConfigError, listing
 from ..formats import first_fitting, misfits, quantization_section
 from ..formats.base import Format, group_by_bytes
-from ..models.dtypes import dtype_of_most
+from ..models.dtypes import CastCheckpoint, dtype_of_most
 from ..models.experts import ExpertSlice, SplitCheckpoint
 from ..models.kv_cache import CacheShape, scale_names
 from ..models.kv_cache import unsupported as unsupported_cache
@@ -245,6 +245,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if (section := quantization_section(checkpoint)) is not None:
         method = section.get("quant_method", "unknown") if isinstance(section, dict) else section
         raise CheckpointError(f"{checkpoint.folder.name} is quantized already ({method}); give the original checkpoint")
+    checkpoint = CastCheckpoint(checkpoint, recipe.dtype) if recipe.dtype else checkpoint
     model = skeleton(checkpoint)
     names = TensorNames(model)
     targets = {name: names.target(name) for name in checkpoint.tensors}

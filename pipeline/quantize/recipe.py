@@ -19,7 +19,7 @@ from ..data.calibration import Calibration
 from ..errors import ConfigError, nearest
 from ..formats import cache_problem, scheme_name
 from ..formats import registry as formats
-from ..formats.base import Format
+from ..formats.base import Format, dtype_name
 from ..methods import registry as methods
 from ..methods import with_options
 from ..storage.checkpoint import Checkpoint
@@ -32,6 +32,7 @@ from .spec import KEPT, LayerSpec, Rules
 FORMAT_VERSION = 2
 DISTILL_VERSION = 1  # goes up whenever the same start would be trained to other bytes
 CACHE_VERSION = 1  # goes up whenever the same keys and values would get other scales
+BUDGET_VERSION = 2  # goes up whenever the same probes would give other choices, or these would be solved otherwise
 KEEP_INPUTS_VERSION = 1  # goes up whenever the same errors would be measured or judged otherwise
 # What a budget chooses from: 2.1 to 8 bits. Finer groups than 32 cost what the next width does.
 CHOICES = (
@@ -59,6 +60,7 @@ class Recipe:
     budget: a size to meet; each layer that `rules.layers` does not name gets one of `choices`, None to keep it.
     cache: what keys and values are rounded to in the cache of attention; None to leave them.
     distill: how scales and norms are trained once all layers are quantized; None to leave them.
+    dtype: what the checkpoint is read in, so that what is not quantized is stored in it; None for its own.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Recipe:
     choices: tuple[LayerSpec | None, ...] = ()
     distill: Distill | None = None
     cache: CacheType | None = None
+    dtype: torch.dtype | None = None
 
     @staticmethod
     def make(settings: "str | Mapping[str, Any] | RecipeSettings", device: str = "auto", gpus: int = 1) -> "Recipe":
@@ -122,6 +125,7 @@ class Recipe:
             choices=choices,
             distill=settings.distill,
             cache=parse_cache(settings.kv_cache) if settings.kv_cache else None,
+            dtype=None if settings.dtype == AUTO else getattr(torch, settings.dtype),
         )
 
     @property
@@ -161,7 +165,12 @@ class Recipe:
         }
         if self.budget:
             choices = [spec.name if spec else KEPT for spec in self.choices]
-            described |= {"scheme": AUTO, "budget": self.budget.name, "choices": choices}
+            described |= {
+                "scheme": AUTO,
+                "budget": self.budget.name,
+                "budget.version": BUDGET_VERSION,
+                "choices": choices,
+            }
             described["method"] = ", ".join(sorted({spec.method.name for spec in self.choices if spec}))
         for method in {spec.method.name: spec.method for spec in self.specs()}.values():
             described[f"{method.name}.version"] = method.version
@@ -178,6 +187,8 @@ class Recipe:
             described |= {"keep_inputs": self.keep_inputs, "keep_inputs.version": KEEP_INPUTS_VERSION}
         if self.cache:
             described |= {"kv_cache": self.cache.name, "kv_cache.version": CACHE_VERSION}
+        if self.dtype:
+            described |= {"dtype": dtype_name(self.dtype)}
         if self.distill:
             described |= {f"distill.{name}": value for name, value in self.distill.model_dump().items()}
             described |= {"distill.version": DISTILL_VERSION}
@@ -285,7 +296,7 @@ def _format(settings: RecipeSettings) -> Format | None:
 
 
 def _budget_problems(settings: RecipeSettings) -> list[Problem]:
-    """What does not go together with a budget, whose layers are all solved by themselves on one calibration."""
+    """What does not go together with a budget, which chooses the scheme of each unit that servers fuse."""
     faults: list[Problem] = []
     if settings.keep_inputs and not settings.inherits("keep_inputs"):
         said = "a budget chooses the scheme of each layer; take keep_inputs out, or the budget"
@@ -295,24 +306,20 @@ def _budget_problems(settings: RecipeSettings) -> list[Problem]:
     if settings.allow_split_fused:
         said = "a budget chooses one scheme for what servers fuse; take allow_split_fused out, or the budget"
         faults.append((("allow_split_fused",), said))
-    if settings.options.get("true_sequential"):
-        said = "a budget calibrates all layers on the unquantized model; take true_sequential out, or the budget"
-        faults.append((("options", "true_sequential"), said))
     return faults
 
 
 def _unsequential_problems(settings: RecipeSettings, specs: Sequence[LayerSpec]) -> list[str]:
     """Why a recipe cannot learn from the statistics of the unquantized model alone."""
     after = "leave sequential at true, its default"
-    if settings.budget:
-        return [f"a budget learns from the unquantized model anyway; {after}"]
-    if settings.transform:
+    if settings.transform and not settings.budget:  # all of whose solutions are of transformed blocks
         return [f"{settings.transform} changes blocks before their statistics are gathered; {after}"]
     if settings.options.get("true_sequential"):
         return [f"true_sequential learns from quantized layers; take it out, or {after}"]
     if changing := [spec.method for spec in specs if spec.method.learns or spec.method.transforms]:
         return [f"{changing[0].name} works on whole blocks as the quantized ones before them feed them; {after}"]
-    if specs and not any(spec.needs_calibration for spec in specs) and not settings.inherits("sequential"):
+    calibrated = bool(settings.budget) or any(spec.needs_calibration for spec in specs)
+    if specs and not calibrated and not settings.inherits("sequential"):
         return [NO_CALIBRATION.replace("calibration out", "sequential out")]
     return []
 

@@ -160,7 +160,9 @@ def quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, se
     specs |= {tensor.spec.name: tensor.spec for tensor in plan.quantized if tensor.spec}
     work: dict[str, Work] = {}
     if not (job.folder / "artifact" / MANIFEST).exists():
-        work["quantize"] = _quantize_work(plan, recipe, settings, tokens, units, device, artifact, run.gpus)
+        if units:
+            work["search"] = _quantize_work(plan, recipe, settings, tokens, units, device, 0, run.gpus)
+        work["quantize"] = _quantize_work(plan, recipe, settings, tokens, [], device, artifact, run.gpus)
     else:
         disk = 0
     if job.state != FINISHED:
@@ -330,12 +332,14 @@ def _quantize_work(
     artifact: int,
     gpus: int,
 ) -> Work:
-    """The work of making an artifact. A budget solves each layer by each choice, and probes each of these.
+    """The work of making an artifact or, for the units of a budget, of solving them by each choice and probing each.
 
     Passes over calibration text are divided by the number of GPUs; statistics and solutions as the layers of a block
     can be. One GPU does the rest: what learns from a whole block, a budget's probes, distillation.
     """
-    inside = _inside(plan)
+    inside, source = _inside(plan), sum(tensor.info.nbytes for tensor in plan.tensors)
+    if recipe.budget and not recipe.sequential and not units:  # what was searched is packed
+        return Work(read=source, written=artifact)
     choices = [(tensor, spec) for unit in units for spec in unit.specs if spec for tensor in unit.layers]
     choices = choices or [(tensor, tensor.spec) for tensor in plan.quantized if tensor.spec]
     rounded: dict[str, tuple[LayerSpec, float]] = {}
@@ -343,11 +347,13 @@ def _quantize_work(
         slower = max(1.0, tensor.shape[1] / 2048) if spec.method.statistics else 1.0
         before = rounded.get(spec.name, (spec, 0.0))[1]
         rounded[spec.name] = spec, before + slower * prod(tensor.shape)
-    products, statistics = 0.0, 0.0
+    products, statistics, learned = 0.0, 0.0, 0.0
     if tokens:
         batches = max(1, tokens // BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]))
-        learned = max((spec.method.learning_passes(batches) for spec in recipe.rules.specs()), default=0.0)
-        whole = 2.0 + (1.0 if recipe.static_cache else 0.0) + (2.0 if recipe.transform else 0.0)
+        whole = 2.0 + (2.0 if recipe.transform else 0.0)
+        if not units:
+            whole += 1.0 if recipe.static_cache else 0.0
+            learned = max((spec.method.learning_passes(batches) for spec in recipe.rules.specs()), default=0.0)
         passes = whole / gpus + learned
         products = 2.0 * inside * tokens * passes
         inputs = {(tensor.block, tensor.shape[1]): tensor for tensor in plan.quantized if tensor.block is not None}
@@ -356,14 +362,17 @@ def _quantize_work(
             for tensor in inputs.values()
             if tensor.spec and tensor.spec.method.statistics
         )
+    reading = min(PROBE_TOKENS, tokens)
     if units:
-        reading = min(PROBE_TOKENS, tokens)
         products += sum(len(unit.specs) for unit in units) * inside * reading  # half of the blocks, on average
-    if recipe.distill:  # a step: a forward of the unquantized model, and a forward and a backward of the other
+    elif recipe.budget:  # the finished model is measured beside the unquantized one
+        products += 4.0 * inside * reading
+    if (
+        recipe.distill and not units
+    ):  # a step: a forward of the unquantized model, and a forward and a backward of the other
         width = longest(plan.model.config, calibration_of(settings).context)
         windows = 4 * recipe.distill.steps * recipe.distill.windows + 2 * CHECKS * MOST_HELD_OUT
         products += 2.0 * inside * width * windows
-    source = sum(tensor.info.nbytes for tensor in plan.tensors)
     share = 1.0
     if tokens and gpus > 1:  # blocks that do not wait for each other are divided as a whole
         share = _largest_share(plan, gpus) if recipe.sequential or recipe.budget else 1 / gpus

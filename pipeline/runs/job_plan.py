@@ -52,7 +52,8 @@ class JobPlan:
     problem: why it cannot be done; None if it can. Then the rest is empty.
     files: file of the artifact -> about how many bytes. format: of the artifact. weights: how many are quantized.
     memory: stage -> bytes at the peak, on the device that does the work. least: bytes without which it cannot run.
-    disk: bytes that it adds to its folder at most. work: stage -> what it does; a stage that is done is left out.
+    disk: bytes that it adds to its folder at most. work: stage -> what it does; a stage that is done is left out. A
+    budget has one more, "search", which comes before "quantize".
     unknown: sentences on what no plan can tell. kept: reason -> names of tensors that stay as they are.
     runtimes: see checkpoints.runtimes.verdicts. notes: what the recipe left open and the plan decided.
     cache: of a quantized key-value cache, type, and "unquantized" -> number of tokens -> bytes of one sequence.

@@ -29,7 +29,7 @@ from ..system.unexpected import unexpected
 from ..trackers import trackers
 from .executors import executor
 from .folders import run_folder
-from .job_plan import FINISHED, HALF_DONE, NOT_BEGUN, JobPlan, Work
+from .job_plan import FINISHED, HALF_DONE, NOT_BEGUN, JobPlan
 from .rates import Rates, measure
 
 ASSUMPTIONS = (
@@ -267,11 +267,10 @@ def _shared_searches(jobs: list[JobPlan], recipes: Mapping[str, RecipeSettings])
     seen: set[tuple[Path, str]] = set()
     result = []
     for job in jobs:
-        if job.search and "quantize" in job.work:
-            settings = recipes[job.recipe].model_copy(update={"budget": None, "name": None})
+        if "search" in job.work:
+            settings = recipes[job.recipe].model_copy(update={"budget": None, "name": None, "sequential": True})
             if (key := (job.folder.parent, settings.model_dump_json())) in seen:
-                own = job.work["quantize"]
-                job = replace(job, work=job.work | {"quantize": Work(read=own.read, written=own.written)})
+                job = replace(job, work={stage: work for stage, work in job.work.items() if stage != "search"})
             seen.add(key)
         result.append(job)
     return result

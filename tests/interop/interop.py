@@ -6,7 +6,9 @@ Both sides load the same folder in processes of their own, in the same dtype, an
 One difference is known: of int8-dynamic, compressed-tensors quantizes activations by absmax / 127.5, and bitpress by
 absmax / 127, as vLLM does.
 
-llama.cpp reads other files: it is given the demo's weights in float16 and asked for the perplexity of its own protocol.
+llama.cpp reads other files. Every architecture of which bitpress writes these is tried in a tiny random model, to a
+cosine of 0.9995, as llama.cpp rounds the inputs of its products to 8 bits. It is also given the demo's weights in
+float16 and asked for the perplexity of its own protocol.
 """
 
 import json
@@ -20,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import save_tiny, save_tokenizer_of_llamacpp
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
@@ -46,7 +49,7 @@ SCRIPTS = {
 }  # of the programs that peer.py does not load
 answer: Callable[[Any, dict[str, Any]], dict[str, torch.Tensor]] = runpy.run_path(str(PEER))["answer"]
 
-TOKENS, SIMILAR = 32, 0.9999
+TOKENS, SIMILAR, ROUNDED = 32, 0.9999, 0.9995
 CHUNKS, CHUNK = 40, 512  # of llama.cpp's perplexity
 GPTQMODEL = ("gptqmodel", "gptqmodel", "float16")  # environment, what loads in it, dtype
 GPTQ_TRANSFORMERS = ("gptqmodel", "transformers", "float32")
@@ -66,6 +69,7 @@ MIXED: dict[str, dict[str, Any]] = {
     "mixed, all quantized": {"scheme": "int4-g128", "layers": {"*.down_proj": "int8-g128", "*.0.*": "int3-g64"}},
     "mixed, 8-bit head": {"scheme": "int4-g128", "layers": {**BLOCK_KEPT, "lm_head": "int8-channel"}},
     "mixed, 8-bit embeddings": {"scheme": "int4-g64", "layers": {**BLOCK_KEPT, "*embed_tokens": "int8-g64"}},
+    "int4-g32, embeddings F16": {"scheme": "int4-g32", "dtype": "float16"},
     "mixed, 8-bit inputs": {"scheme": "int4-g128", "layers": {"*.o_proj": "int8-dynamic", **BLOCK_KEPT}},
 }
 # model, scheme or name of a mixed recipe, format, who loads it
@@ -102,6 +106,7 @@ OURS = [
     ("demo", "nvfp4", "compressed-tensors", BFLOAT16),
     ("demo", "fp8-tensor", "compressed-tensors", TRANSFORMERS),
     ("demo", "int4-g32", "gguf", LLAMACPP),
+    ("demo", "int4-g32, embeddings F16", "gguf", LLAMACPP),
     ("demo", "int4-g32-asym", "gguf", LLAMACPP),
     ("demo", "int3-g64", "gguf", LLAMACPP),
     ("demo", "int8-g32", "gguf", LLAMACPP),
@@ -115,6 +120,23 @@ OURS = [
     ("demo", "nf4", "bitsandbytes", TRANSFORMERS),
     ("demo", "nf4-dq", "bitsandbytes", TRANSFORMERS),
     ("qwen2", "nf4", "bitsandbytes", TRANSFORMERS),
+]
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32, "rope_theta": 500.0}  # fmt: skip
+GEMMA = {"query_pre_attn_scalar": 16}  # llama.cpp takes the size of a head
+# architecture, its config's keys, scheme
+IN_GGUF: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"rope_parameters": SCALED, "head_dim": 32}, "int4-g32"),
+    ("mistral", {}, "int4-g32"),
+    ("mixtral", {}, "int4-g32"),
+    ("mixtral", {}, "nvfp4"),
+    ("qwen2", {}, "int8-g32"),
+    ("qwen3", {}, "mxfp4"),
+    ("qwen2_moe", {}, "int4-g32-asym"),
+    ("qwen3_moe", {"norm_topk_prob": True}, "int4-g32"),
+    ("gemma2", GEMMA, "int4-g32"),
+    ("gemma3_text", GEMMA, "int4-g32"),
+    ("phi3", {}, "int4-g32"),
 ]
 # what fails -> what its error says, and why; once it passes, it goes out of here
 REFUSED = {
@@ -251,6 +273,19 @@ def test_they_read_ours(
     shared.rows.append([*row, f"{cosine:.7f}", "yes" if same else "NO", ""])
     assert cosine > SIMILAR
     assert same or reader == BFLOAT16  # its weights are rounded to bfloat16, bitpress's stay as they are
+
+
+@pytest.mark.parametrize(("architecture", "changes", "scheme"), IN_GGUF)
+def test_llama_cpp_reads_architectures(
+    shared: SimpleNamespace, tmp_path: Path, architecture: str, changes: dict[str, Any], scheme: str
+):
+    source = save_tiny(architecture, tmp_path / architecture, vocab_size=300, max_position_embeddings=128, **changes)
+    save_tokenizer_of_llamacpp(source)
+    quantize(source, {"scheme": scheme, "format": "gguf"}, tmp_path / "quantized")
+    cosine, same = compare(shared, tmp_path / "quantized", "qwen2", LLAMACPP)
+    row = ["bitpress", "gguf", scheme, architecture, *described(LLAMACPP)]
+    shared.rows.append([*row, f"{cosine:.7f}", "yes" if same else "no", ""])
+    assert cosine > ROUNDED
 
 
 @pytest.mark.parametrize("scheme", ["int4-g128", "int4-g64-asym", "mixed, all quantized"])

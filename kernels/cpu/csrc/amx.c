@@ -1,5 +1,9 @@
 /* AMX: tiles of 16 inputs x 64 features times 64 features x 16 outputs. Linux gives them to a process that asks. What a
  * few rows need is memory's speed, and AVX512's kernels serve those. */
+#include "bitpress.h"
+
+HOLD_TEXT
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #if defined(__linux__)

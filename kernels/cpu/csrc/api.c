@@ -9,6 +9,8 @@
 
 #include "bitpress.h"
 
+HOLD_TEXT
+
 #define EXPORT __attribute__((visibility("default")))
 #define MAGIC 0x3173736572706962 /* "bipress1" */
 #define FEW_ROWS 64              /* of a task: up to so many, its weights are read in the order in which they lie */

@@ -1,4 +1,8 @@
 /* AVX2: 8 outputs in the lanes of a register, two of them for a block. */
+#include "bitpress.h"
+
+HOLD_TEXT
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -1,4 +1,8 @@
 /* AVX512 with VNNI: 16 outputs in the lanes of a register, four inputs at a time in each lane's bytes. */
+#include "bitpress.h"
+
+HOLD_TEXT
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -8,6 +8,17 @@
 
 #include <stdint.h>
 
+/* The text of a file, in the library: library.py takes an installed library only where it holds every file of this folder
+ * as it is. A file that is included more than once is kept once, by the linker. */
+#if defined(__ELF__)
+#define TEXTS ".pushsection .rodata.texts,\"aMS\",%progbits,1\n"
+#else
+#define TEXTS ".pushsection __TEXT,__const\n"
+#endif
+#define HOLD_TEXT __asm__(TEXTS ".incbin \"" __FILE__ "\"\n.byte 0\n.popsection\n");
+
+HOLD_TEXT
+
 #define BLOCK 16    /* output features that lie together: int32 lanes of a 512-bit register, columns of an AMX tile */
 #define PAIR 32     /* blocks come in pairs, so that two tiles share their inputs */
 #define CHUNK 64    /* input features of an AMX tile */

@@ -7,6 +7,8 @@
 
 #include "bitpress.h"
 
+HOLD_TEXT
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE float bits_to_float(uint32_t bits) {

@@ -14,6 +14,8 @@
 
 #include "generic.h"
 
+HOLD_TEXT
+
 #define EXPORT __attribute__((visibility("default")))
 #define TOGETHER 4 /* query heads of one key head that read its keys and values together */
 #define PIECE 256 /* keys that are a task for one token: 64 KiB of int8 or less, and sums of int16 * int8 fit int32 */

@@ -2,6 +2,8 @@
  * its registers, EVEN and ODD the places of every other lane of two of them, NAME(x) a name of its own.
  * MULTIPLY_ADD(x, y, z) is x * y + z, of registers x and z and a number y; of MULTIPLY_ADD_ALL y is a register, too. */
 
+HOLD_TEXT
+
 #define LOCAL TARGET static inline __attribute__((always_inline))
 #define V NAME(Floats)
 

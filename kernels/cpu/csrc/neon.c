@@ -1,5 +1,9 @@
 /* NEON with dot products, and with products of matrices where there are these: four outputs in the lanes of a register, four
  * inputs in each lane's bytes. */
+#include "bitpress.h"
+
+HOLD_TEXT
+
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #if defined(__linux__)
@@ -131,4 +135,6 @@ GENERIC_FUNCTIONS()
 
 const Kernels neon_i8mm_kernels = {.rows = rows_i8mm, .wide_rows = wide_rows_i8mm, .exact = exact, GENERIC_MEMBERS};
 const Kernels neon_dotprod_kernels = {.rows = rows_dotprod, .wide_rows = wide_rows_dotprod, .exact = exact, GENERIC_MEMBERS};
+#else
+#include "neon_rows.h" /* its text alone */
 #endif

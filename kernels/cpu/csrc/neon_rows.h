@@ -1,6 +1,9 @@
 /* The integer products of neon.c, which includes this once for each instruction set: TARGET is its attribute, NAME(x) a name
  * of its own, MATRIX whether it multiplies matrices of 2 x 8 by 8 x 2 at once (i8mm). */
 
+HOLD_TEXT
+
+#if defined(__aarch64__)
 #define LOCAL TARGET static inline __attribute__((always_inline))
 
 /* sums += four outputs' weights (of eight inputs: first four, then four more) times x: eight inputs of one row, or of two.
@@ -116,3 +119,4 @@ TARGET static void NAME(wide_rows)(const Weight *w, const Input *in, int64_t blo
 #undef TARGET
 #undef NAME
 #undef MATRIX
+#endif

@@ -1,6 +1,8 @@
 /* Any CPU: plain loops. What the other files compute, in the fewest words. */
 #include "generic.h"
 
+HOLD_TEXT
+
 /* A code as the signed number that the input's code is multiplied by; what its group's zero point adds is in `zero`. */
 INLINE int32_t signed_code(const Weight *w, int64_t block, int64_t n, int64_t k) {
     int32_t code = code_at(w, block, n, k);

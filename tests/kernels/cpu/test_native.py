@@ -394,6 +394,23 @@ class TestCache:
         assert native_library.compiler() is None
 
 
+def check_installed(built: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed library serves as long as every source is as it was; then it is built anew, or that is asked for."""
+    installed = here / "_native.abi3.so"
+    shutil.copy(built, installed)
+    assert native_library._installed() == installed
+    for source in (here / "csrc").iterdir():
+        text = source.read_text()
+        source.write_text(text + "\n")
+        assert native_library._installed() is None, source
+        with monkeypatch.context() as patch:
+            patch.setattr(native_library, "compiler", lambda: None)
+            with pytest.raises(OSError, match=r"_native\.abi3\.so is of other sources: install bitpress again"):
+                native_library._build()
+        source.write_text(text)
+    installed.unlink()
+
+
 @pytest.mark.skipif(native_library.compiler() is None, reason="no C compiler")
 def test_built_on_first_use_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     here = tmp_path / "kernels"
@@ -407,6 +424,7 @@ def test_built_on_first_use_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "on first use" in str(native_library.pending())
     first = native_library._build()
     assert native_library.pending() is None
+    check_installed(first, here, monkeypatch)
     assert first.parent == tmp_path / "cache" / "bitpress"
     stamp = first.stat().st_mtime_ns
     assert native_library._build() == first

@@ -341,6 +341,26 @@ def test_verdicts(form: str, scheme: str, changes: dict[str, Any], first: str, o
     assert found["transformers"]["needs"] == needed.get(form, "compressed-tensors")
 
 
+NO_KERNEL, AMX = "as it has no kernel for it there", "unless the processor has AMX"
+
+
+@pytest.mark.parametrize(
+    ("form", "scheme", "loads", "stops"),
+    [
+        ("fp8", "fp8-tensor-dynamic", "yes", NO_KERNEL),
+        ("fp8", "fp8-tensor-static", "yes", NO_KERNEL),
+        ("fp8", "fp8-block", "yes", AMX),
+        ("modelopt", "fp8-tensor-static", "yes", NO_KERNEL),
+        ("modelopt", "nvfp4", "limited", NO_KERNEL),
+        ("modelopt", "fp8-dynamic", "yes", None),
+    ],
+)
+def test_where_vllm_stops_on_a_cpu(form: str, scheme: str, loads: str, stops: str | None) -> None:
+    verdict = verdicts(facts(form, scheme))["vLLM"]
+    said = [why for why in verdict["why"] if "on a CPU, vLLM 0.32 stops" in why]
+    assert (verdict["loads"], [stops in why for why in said] if stops else said) == (loads, [True] if stops else [])
+
+
 def test_the_commands_that_serve_it() -> None:
     found = verdicts(facts("gguf", "int4-g32"))
     assert serve_command(found["llama.cpp"], "/my models/a") == "llama-server -m '/my models/a'/model.gguf"

@@ -26,14 +26,14 @@ def artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def ask(tiny_llama: Path, artifact: Path, tmp_path: Path) -> Any:
-    """ask(baseline=…, setting=…): what the process answers."""
+    """ask(baseline=…, folder=…, setting=…): what the process answers."""
     (tmp_path / "text.txt").write_text(TEXT)
 
-    def call(baseline: bool = True, resume: bool = True, **settings: Any) -> dict[str, Any]:
+    def call(baseline: bool = True, resume: bool = True, folder: Path = artifact, **settings: Any) -> dict[str, Any]:
         chosen = {"text": str(tmp_path / "text.txt"), "context": 32, "windows": 9, "speed": None, **settings}
         kept = measure.Resume(str(tmp_path / "kept"), {"a": 1}, str(tmp_path / "kept-predictions"), {"b": 2})
         request = {
-            "artifact": str(artifact),
+            "artifact": str(folder),
             "baseline": str(tiny_llama) if baseline else None,
             "eval": Eval.model_validate(chosen).model_dump(),
             "device": "cpu",
@@ -171,6 +171,12 @@ def test_a_model_beside_itself(tiny_llama: Path, tmp_path: Path) -> None:
     assert found["sample"]["text"] == found["sample"]["baseline_text"]
     assert found["output_errors"]["layers"] == []
     assert {block["cumulative_error"] for block in found["output_errors"]["blocks"]} == {0.0}
+
+
+def test_both_models_compute_with_the_baseline_s_dtype(ask: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    quantize(tiny_llama, {"scheme": "int4-g32", "dtype": "float16"}, tmp_path / "half")
+    assert ask(folder=tmp_path / "half", windows=2, output_errors=0)["dtype"] == "bfloat16"
+    assert ask(folder=tmp_path / "half", windows=2, output_errors=0, baseline=False)["dtype"] == "float16"
 
 
 def test_costs(ask: Any) -> None:

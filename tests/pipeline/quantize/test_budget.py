@@ -11,7 +11,7 @@ import torch
 from bitpress.eval.report.tables import budget_tables
 from bitpress.pipeline.api import load
 from bitpress.pipeline.config.budget import Budget
-from bitpress.pipeline.data.calibration import Calibration
+from bitpress.pipeline.data.calibration import Calibration, hold_out
 from bitpress.pipeline.errors import ConfigError
 from bitpress.pipeline.quantize import budget
 from bitpress.pipeline.quantize.budget import Front, Search
@@ -80,7 +80,7 @@ def test_an_artifact_of_bits(budgeted):
             own = [f for f in schemes if f".{block}." in f and f.rpartition(".")[2].removesuffix("_proj") in fused]
             assert len({schemes[name] for name in own}) == 1
     assert chosen["predicted_kl"] == pytest.approx(sum(unit["kl"] for unit in chosen["units"]))
-    assert chosen["measured_kl"] == pytest.approx(chosen["predicted_kl"], rel=0.5)
+    assert chosen["solutions_kl"] == pytest.approx(chosen["predicted_kl"], rel=0.5)
     curve = chosen["curve"]
     assert [p["bits"] for p in curve] == sorted(p["bits"] for p in curve)
     assert [p["predicted_kl"] for p in curve] == sorted((p["predicted_kl"] for p in curve), reverse=True)
@@ -98,12 +98,27 @@ def test_an_artifact_of_bytes(budgeted, tiny_llama):
         budgeted("10 kB")
 
 
-def test_another_budget_costs_its_packing_alone(budgeted, monkeypatch):
+def test_another_budget_costs_its_packing_alone_or_one_more_solution(budgeted, monkeypatch):
     budgeted("4 bits")
     for kind, name in ((CalibratedBlocks, "solve_block"), (Search, "_probe")):
         monkeypatch.setattr(kind, name, lambda *a: pytest.fail("it was done before"))
-    out = budgeted("5 bits")
-    assert read_json(out / MANIFEST)["budget"]["bits"] <= 5
+    assert read_json(budgeted("5 bits") / MANIFEST)["budget"]["bits"] <= 5
+    monkeypatch.setattr(CalibratedBlocks, "_collect", lambda *a: pytest.fail("all was solved before"))
+    chosen = read_json(budgeted("4.5 bits", sequential=False) / MANIFEST)["budget"]
+    assert chosen["measured_kl"] == pytest.approx(chosen["solutions_kl"], rel=1e-6)
+
+
+def test_what_was_chosen_is_solved_as_a_recipe_of_the_same_schemes(budgeted, learn, tiny_llama, tmp_path):
+    """Block after block, on what the quantized ones before put out; it learns from no window that probes read."""
+    manifest = read_json((out := budgeted("4 bits")) / MANIFEST)
+    schemes = {layer["name"]: layer["scheme"] for layer in manifest["coverage"]["layers"]}
+    ids = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
+    settings = {"method": "gptq", "scheme": CHOICES[0], "layers": schemes, "format": manifest["recipe"]["format"]}
+    learn(tiny_llama, tmp_path / "rules", calibration=Calibration("a text", hold_out(ids, 1)[0], 0), **settings)
+    names = [path.name for path in out.glob("*.safetensors")]
+    assert names
+    assert all(sha256_file(out / name) == sha256_file(tmp_path / "rules" / name) for name in names)
+    assert manifest["budget"]["measured_kl"] != manifest["budget"]["solutions_kl"]
 
 
 def test_probes_read_what_no_solution_was_fitted_to(learn, tiny_llama, tmp_path):
@@ -119,6 +134,22 @@ def test_probes_read_what_no_solution_was_fitted_to(learn, tiny_llama, tmp_path)
     first, second = ([sha256_file(path) for path in sorted(own.glob("*.safetensors"))] for own in solutions)
     assert first == second
     assert probes[0] != probes[1]
+
+
+def test_one_scheme_for_all_is_taken_where_it_measures_better(budgeted, monkeypatch):
+    measure = Search.measure
+
+    def worse(search, chosen):
+        return measure(search, chosen) + (chosen not in search.uniform.values())
+
+    monkeypatch.setattr(Search, "measure", worse)
+    chosen = read_json(budgeted("6 bits") / MANIFEST)["budget"]
+    uniform = chosen["uniform"][1]
+    assert {unit["choice"] for unit in chosen["units"]} == {uniform["choice"]} == {"int4-g32"}
+    assert chosen["nbytes"] == uniform["nbytes"] < chosen["curve"][-1]["nbytes"]
+    (_, _, curve, _), _ = budget_tables("", chosen)
+    said = f"int4-g32 everywhere, chosen within 6bits, measures {uniform['solutions_kl']:.5f}"
+    assert said in [row[-1] for row in curve]
 
 
 def test_rules_leave_no_choice(budgeted):
@@ -138,7 +169,6 @@ def test_rules_leave_no_choice(budgeted):
         ({"budget": "4 bits", "scheme": "int4-g128"}, "take scheme out"),
         ({"budget": "4 bits", "choices": ["none"]}, "nothing to choose"),
         ({"budget": "4 bits", "choices": ["int5-g32"]}, "int5"),
-        ({"budget": "4 bits", "method": "gptq", "options": {"true_sequential": True}}, "take true_sequential out"),
         ({"scheme": "int4-g128", "choices": ["int4-g32"]}, "for a budget to choose from"),
     ],
 )
@@ -163,7 +193,7 @@ def test_goes_on_where_it_was_killed(learn, tmp_path, tiny_llama, killed_at, cha
     settings = {"method": "auto", "scheme": "auto", "budget": "4 bits", "choices": CHOICES, **changes}
     learn(tiny_llama, tmp_path / "whole", **settings)
     expected = (tmp_path / "whole" / MANIFEST).read_bytes()
-    for kill in range(3, 12, 4):
+    for kill in (4, 12):  # while it searches, and while it packs
         with killed_at(kill):
             learn(tiny_llama, tmp_path / f"killed{kill}", **settings)
         learn(tiny_llama, tmp_path / f"killed{kill}", **settings)

@@ -106,7 +106,7 @@ def test_how_many_blocks_are_worked_on_at_a_time_changes_no_byte(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"budget": "4 bits"}, "a budget learns from the unquantized model anyway"),
+        ({"budget": "4 bits", "method": "tune"}, "tune works on whole blocks"),
         ({"scheme": "int8-dynamic", "transform": "smooth", "method": "gptq"}, "smooth changes blocks before"),
         ({"scheme": "int4-g32", "method": "tune"}, "tune works on whole blocks"),
         ({"scheme": "int4-g32", "method": "gptq", "options": {"true_sequential": True}}, "take it out"),

@@ -96,7 +96,7 @@ def test_a_budget_takes_what_it_says(make_run: Callable[..., Run]) -> None:
     assert shards == pytest.approx(kept + 4.5 * bits.weights / 8, rel=1e-3)
     assert whole.nbytes == pytest.approx(200_000, rel=0.15)
     plain = make_run("gptq/int4-g32")
-    assert bits.work["quantize"].products > plan_run(plain, jobs_of(plain)).jobs[1].work["quantize"].products
+    assert bits.work["search"].products > plan_run(plain, jobs_of(plain)).jobs[1].work["quantize"].products
 
 
 def test_distillation_takes_steps_and_the_whole_model(make_run: Callable[..., Run]) -> None:
@@ -235,6 +235,8 @@ def test_budgets_that_share_a_search_pay_for_it_once(make_run: Callable[..., Run
         {"budget": "4 bits", "choices": choices},
         {"budget": "5 bits", "choices": choices},
         {"budget": "5 bits", "name": "other"},
+        {"budget": "6 bits", "name": "packed", "sequential": False, "choices": choices},
     )
-    products = [job.work["quantize"].products for job in plan_run(run, jobs_of(run)).jobs[1:]]
-    assert [value > 0 for value in products] == [True, False, True]
+    works = [job.work for job in plan_run(run, jobs_of(run)).jobs[1:]]
+    assert ["search" in work for work in works] == [True, False, True, False]
+    assert [work["quantize"].products > 0 for work in works] == [True, True, True, False]
