@@ -128,7 +128,7 @@ class CacheRounding:
         return self
 
     def scale(self, place: int) -> Tensor | None:
-        """Of keys (place 0) or values (1), as the files have it; None where the type is dynamic."""
+        """The scale of keys (place 0) or values (1), as the files have it; None where the type is dynamic."""
         return self._scales[place]
 
     def encode(self, states: Tensor, place: int) -> Codes:
