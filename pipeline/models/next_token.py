@@ -62,8 +62,9 @@ class NextToken:
         if reason is not None:
             raise _Unfit(reason)
         rows = self.embed.weight if type(self.embed) is nn.Embedding and self.embed.max_norm is None else None
-        fits = rows is not None and rows.dtype == self.dtype and rows.is_contiguous()
-        self.looks_up = fits and whole.positions is None and len(rows) >= self.head.out_features
+        if rows is not None and (rows.dtype != self.dtype or not rows.is_contiguous() or whole.positions is not None):
+            rows = None
+        self.looks_up = rows is not None and len(rows) >= self.head.out_features
         self.native = NativeDecoder(whole.native, rows if self.looks_up else None, weight, self.dtype)
         parameters: Any = getattr(whole.config, "rope_parameters", None) or {}
         kinds = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
@@ -225,7 +226,7 @@ class _Unended:
 
 def _sample(
     own: NextToken,
-    input_ids: Tensor,
+    input_ids: Any,
     stopping_criteria: StoppingCriteriaList,
     streamer: Any,
     cache: Any,
