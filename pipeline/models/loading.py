@@ -29,7 +29,7 @@ from .dense import read_dense
 from .kv_cache import round_cache
 from .modules import assembled_tensors, experts_of, quantized_layers, replace_layers, set_tensor
 from .optimize import Trials, optimize_for_decoding
-from .packed import PackedWeights, Packing, open_packed, packed_name, selections, write
+from .packed import Coming, PackedWeights, Packing, open_packed, packed_name, selections, write
 from .pretrained import generation_config, load_tokenizer
 from .quantized import QuantizedCheckpoint, read_quantized
 from .structure import ParameterPath, TensorNames, skeleton
@@ -116,8 +116,9 @@ def load_dense(checkpoint: Checkpoint, device: torch.device = CPU, dtype: torch.
 def _load_quantized(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str, on_step: OnStep
 ) -> PreTrainedModel:
+    coming = Coming(checkpoint.folder) if device.type == "cpu" else None
     contents = read_quantized(checkpoint, dtype)
-    packed = open_packed(checkpoint, contents, kernel) if device.type == "cpu" else None
+    packed = open_packed(coming, checkpoint, contents, kernel) if coming else None
     return _build(checkpoint, contents, device, kernel, on_step, packed)[0]
 
 
@@ -148,11 +149,11 @@ def _build(
     model = _finish(checkpoint, model, device)
     if contents.cache:
         round_cache(model, checkpoint, contents.cache)
-    if packed:
-        packed.wait()
     trials = Trials(packed.trials if packed else {})
     optimize_for_decoding(model, trials)
     attach(model, checkpoint, contents)
+    if packed:
+        packed.wait()
     return model, filled, trials
 
 

@@ -121,19 +121,43 @@ def key(checkpoint: Checkpoint, contents: QuantizedCheckpoint) -> dict[str, Any]
     }
 
 
-def open_packed(checkpoint: Checkpoint, contents: QuantizedCheckpoint, kernel: str) -> PackedWeights | None:
+class Coming:
+    """The packed weights that lie beside a checkpoint, and the only file of them on its way into memory already."""
+
+    def __init__(self, folder: Path):
+        self.paths = packed_files(folder)
+        self._opened: dict[Path, tuple[PackedFile, Future[bool]]] = {}
+        if len(self.paths) == 1:
+            with contextlib.suppress(PackedFileError):  # it is told of when the file is wanted
+                self.open(self.paths[0])
+
+    def open(self, path: Path) -> tuple[PackedFile, Future[bool]]:
+        """A file, and whether all of it can be read, once that is done: another thread brings it into memory.
+
+        Raises:
+            PackedFileError: as PackedFile does.
+        """
+        if path not in self._opened:
+            file, executor = PackedFile(path), ThreadPoolExecutor(1)
+            self._opened[path] = (file, executor.submit(page_in, file.whole()))
+            executor.shutdown(wait=False)
+        return self._opened[path]
+
+
+def open_packed(
+    coming: Coming, checkpoint: Checkpoint, contents: QuantizedCheckpoint, kernel: str
+) -> PackedWeights | None:
     """The packed weights of a checkpoint, if it has those that fit; a warning says why others are not used."""
-    files = packed_files(checkpoint.folder)
-    if not files:
-        return None
-    name = packed_name(contents, kernel)
+    files, name = coming.paths, None
+    if files:
+        name = packed_name(contents, kernel)
     if name is None:
         return None
     fitting = [path for path in files if path.name == name]
     why = "it was written for another dtype, kernel or machine"
     for path in fitting:
         try:
-            return _open(path, checkpoint, contents, kernel)
+            return _open(coming, path, checkpoint, contents, kernel)
         except PackedFileError as error:
             why = str(error)
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # a header that bitpress did not write
@@ -145,14 +169,13 @@ def open_packed(checkpoint: Checkpoint, contents: QuantizedCheckpoint, kernel: s
     return None
 
 
-def _open(path: Path, checkpoint: Checkpoint, contents: QuantizedCheckpoint, kernel: str) -> PackedWeights:
+def _open(
+    coming: Coming, path: Path, checkpoint: Checkpoint, contents: QuantizedCheckpoint, kernel: str
+) -> PackedWeights:
     """Raises PackedFileError: what does not fit, or is not safe to use. ValueError and others: a header of no sense."""
-    file = PackedFile(path)
+    file, ready = coming.open(path)
     if file.header.get("key") != key(checkpoint, contents):
         raise PackedFileError("the checkpoint, or transformers, changed since it was written")
-    with ThreadPoolExecutor(1) as executor:
-        ready = executor.submit(page_in, file.whole())  # goes on while the model is built
-        executor.shutdown(wait=False)
     plain = {name: file.tensor(f"{_PLAIN}{name}") for name in file.names(_PLAIN)}
     _check_plain(plain, contents)
     chosen = selections(contents, kernel)
