@@ -13,12 +13,13 @@ one call; again after both gave the same output, and only for what the layers se
 and the head in that call, too (next_token.py).
 """
 
+import functools
 import inspect
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
@@ -125,7 +126,30 @@ class _Unfit(Exception):
     """Why a layer is left as it is."""
 
 
-def optimize_for_decoding(model: PreTrainedModel) -> None:
+class Trials:
+    """What trials of a model's parts showed. What is known from the same weights and programs is not tried again.
+
+    Attributes:
+        outcomes: trial -> why not, None where all agreed.
+    """
+
+    def __init__(self, known: Mapping[str, str | None] | None = None):
+        self.outcomes = dict(known or {})
+
+    def run(self, name: str, trial: Callable[[], None]) -> None:
+        """Raises _Unfit where the trial does, or did."""
+        if name not in self.outcomes:
+            try:
+                trial()
+            except _Unfit as reason:
+                self.outcomes[name] = str(reason)
+                raise
+            self.outcomes[name] = None
+        elif (why := self.outcomes[name]) is not None:
+            raise _Unfit(why)
+
+
+def optimize_for_decoding(model: PreTrainedModel, trials: Trials | None = None) -> None:
     """Speed up a model whose layers are all in place.
 
     On the CPU, decoder layers run in one call where they can. On GPUs, projections of one input become one product.
@@ -133,14 +157,15 @@ def optimize_for_decoding(model: PreTrainedModel) -> None:
     devices = {layer.device.type for layer in model.modules() if isinstance(layer, QLinear)}
     split = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
     if devices == {"cpu"} and not split:
-        model.fusing = fuse(model)  # type: ignore[assignment]
+        model.fusing = fuse(model, trials)  # type: ignore[assignment]
     else:
         join_projections(model)
 
 
-def fuse(model: PreTrainedModel) -> Fusing:
+def fuse(model: PreTrainedModel, trials: Trials | None = None) -> Fusing:
     """Let decoder layers run in one call, those that can; the others stay as they are. A dense head may change too."""
-    _fuse_head(model)
+    trials = trials or Trials()
+    _fuse_head(model, trials)
     path = decoder(model)
     layers = list(model.get_submodule(path).children())
     base = model.get_submodule(path.rpartition(".")[0])
@@ -154,13 +179,11 @@ def fuse(model: PreTrainedModel) -> Fusing:
     why: Counter[str] = Counter()
     masks = _Masks()
     steps: list[_Decoding] = []
-    for layer in layers:
+    for number, layer in enumerate(layers):
         try:
             with _in_float32(layer):
                 step = _Decoding(layer, _parts(layer), rotary, masks, caches[0])
-                _try(step, *caches)
-                if step.parts.cap is not None:
-                    _try_cap(step, caches[0])
+                trials.run(f"layer {number}", functools.partial(_try_layer, step, *caches))
         except _Unfit as reason:
             why[str(reason)] += 1
         else:
@@ -173,7 +196,10 @@ def fuse(model: PreTrainedModel) -> Fusing:
     try:
         whole = WholeDecoder(base, steps, path.rpartition(".")[2])
         with _in_float32(base), _small_window(whole.config):
-            _try_whole(base, whole)
+            trials.run("decoder", functools.partial(_try_whole, base, whole))
+            if whole.output is None:  # it was tried before
+                with torch.inference_mode():
+                    whole.output = type(type(base).forward(base, torch.zeros(1, 1, dtype=torch.int64), use_cache=False))
     except _Unfit as reason:
         apart = str(reason)
     else:
@@ -724,7 +750,7 @@ class _Head:
 
 
 @torch.inference_mode()
-def _fuse_head(model: PreTrainedModel) -> None:
+def _fuse_head(model: PreTrainedModel, trials: Trials) -> None:
     """Let a dense head multiply a few rows by the library, where it is a plain nn.Linear and both agree."""
     head: Any = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or "forward" in head.__dict__:
@@ -732,8 +758,14 @@ def _fuse_head(model: PreTrainedModel) -> None:
     if dense_unsupported(head.weight):
         return
     step = _Head(head)
-    x = torch.randn(1, head.in_features, generator=torch.Generator().manual_seed(0)).to(head.weight.dtype)
-    if _close(step(x).float(), nn.Linear.forward(head, x).float(), _HEAD_TOLERANCE):
+
+    def trial() -> None:
+        x = torch.randn(1, head.in_features, generator=torch.Generator().manual_seed(0)).to(head.weight.dtype)
+        if not _close(step(x).float(), nn.Linear.forward(head, x).float(), _HEAD_TOLERANCE):
+            raise _Unfit("the library's product differs")
+
+    with suppress(_Unfit):
+        trials.run("head", trial)
         head.decoding = step
         head.forward = MethodType(_forward_of_head, head)
 
@@ -981,6 +1013,13 @@ def _small_window(config: Any) -> Iterator[None]:
 def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Whether two tensors differ by less than `tolerance`, relative to the norm; NaN is close to nothing."""
     return bool((got - expected).norm() <= tolerance * expected.norm())
+
+
+def _try_layer(step: _Decoding, theirs: Any, ours: Any) -> None:
+    """As _try; and with scores so large that their cap counts, where they have one."""
+    _try(step, theirs, ours)
+    if step.parts.cap is not None:
+        _try_cap(step, theirs)
 
 
 @torch.inference_mode()
