@@ -13,7 +13,7 @@ of scores, goes through transformers' loop.
 import copy
 from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from bitpress.eval.measure.cache import cache_name
 from bitpress.kernels.cpu.native import dense_unsupported
 from bitpress.kernels.decoder_layer import Context, NativeDecoder, head_unsupported
 from bitpress.kernels.linear import QLinear
-
-if TYPE_CHECKING:
-    from .optimize import WholeDecoder
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _OTHERS = ("assistant_model", "custom_generate", "tokenizer", "synced_gpus", "negative_prompt_ids", "position_ids")
@@ -45,11 +42,13 @@ class _Unfit(Exception):
 class NextToken:
     """What chooses the next tokens of a model whose decoder runs in one call.
 
+    Args:
+        whole: the WholeDecoder of optimize.py, which imports this file.
     Raises:
         _Unfit: its embedding or head are others.
     """
 
-    def __init__(self, model: PreTrainedModel, whole: "WholeDecoder"):
+    def __init__(self, model: PreTrainedModel, whole: Any):
         self.model, self.whole = model, whole
         self.embed: Any = whole.base.get_submodule(whole.embed)
         self.head: Any = model.get_output_embeddings()
@@ -145,7 +144,7 @@ class NextToken:
 
 
 @torch.inference_mode()
-def choose_tokens(model: PreTrainedModel, whole: "WholeDecoder") -> str | None:
+def choose_tokens(model: PreTrainedModel, whole: Any) -> str | None:
     """Let `generate` have one call a token, or say in a few words why it does not.
 
     It does after some tokens had the same logits, to the bit, as by the model's own forward.
