@@ -183,20 +183,22 @@ def _generate(model: Any, *arguments: Any, **options: Any) -> Any:
     if others or any(config.get_generation_mode() not in _MODES for config in configs):
         return usual(model, *arguments, **options)
 
-    def sample(self: Any, input_ids: Tensor, stopping_criteria: StoppingCriteriaList, **given: Any) -> Any:
+    def sample(self: Any, input_ids: Tensor, stopping_criteria: StoppingCriteriaList, **settings: Any) -> Any:
         own, name = self.__dict__.get("decoding"), cache_name(self) or ""
         known = {name, "use_cache", "logits_to_keep", "position_ids", "logits_processor", "generation_config"}
-        more = [key for key in given.keys() - known if given[key] is not None]
-        wanted = any(getattr(given["generation_config"], key, None) for key in _OUTPUTS)
+        more = [key for key in settings.keys() - known if settings[key] is not None]
+        wanted = any(getattr(settings["generation_config"], key, None) for key in _OUTPUTS)
         fits = (
             isinstance(own, NextToken)
             and len(input_ids) == 1
-            and given.get("use_cache")
-            and given.get(name) is not None
+            and settings.get("use_cache")
+            and settings.get(name) is not None
         )
         if not fits or more or wanted or own.unsupported() is not None:
-            return type(self)._sample(self, input_ids, stopping_criteria=stopping_criteria, streamer=streamer, **given)
-        return _sample(own, input_ids, stopping_criteria, streamer, given[name], given)
+            return type(self)._sample(
+                self, input_ids, stopping_criteria=stopping_criteria, streamer=streamer, **settings
+            )
+        return _sample(own, input_ids, stopping_criteria, streamer, settings[name], settings)
 
     return usual(model, *arguments, **options, custom_generate=sample)
 
@@ -229,14 +231,14 @@ def _sample(
     stopping_criteria: StoppingCriteriaList,
     streamer: Any,
     cache: Any,
-    given: dict[str, Any],
+    settings: dict[str, Any],
 ) -> Any:
-    """What transformers' `_sample` returns for one sequence. given: its other arguments, cache among them."""
-    config, processors, once = given["generation_config"], given["logits_processor"], _Once(stopping_criteria)
+    """What transformers' `_sample` returns for one sequence. settings: its other arguments, cache among them."""
+    config, processors, once = settings["generation_config"], settings["logits_processor"], _Once(stopping_criteria)
     kind: Any = type(own.model)
     output = kind._sample(
         own.model, input_ids, stopping_criteria=StoppingCriteriaList([once]),
-        streamer=None if streamer is None else _Unended(streamer), **given,
+        streamer=None if streamer is None else _Unended(streamer), **settings,
     )  # fmt: skip
     input_ids = output if isinstance(output, Tensor) else output.sequences
     read = own.reader(cache, input_ids.shape[1] - 1)
