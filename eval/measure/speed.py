@@ -87,8 +87,8 @@ class _Stopwatch:
 def once(model: nn.Module, prompt: Tensor, generate: int, meter: Meter | None) -> tuple[Phase, Phase]:
     """One prefill and one greedy decode, with the model's own key-value cache.
 
-    A model whose `generate` has a faster step for one sequence is measured by that: `decoding.reader(cache, length)` of the
-    model is a function from a token to the likeliest next one, and more.
+    A model whose `generate` has a faster step for one sequence is measured by that: `decoding.reader(cache, length)` of
+    the model is a function from a token to the likeliest next one, and more.
 
     Args:
         prompt: ids [batch, prompt]. generate: steps, each of one token for every prompt.
