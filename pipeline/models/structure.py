@@ -8,7 +8,8 @@ vision-language model is built whole, and its decoder blocks are those of its te
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -145,11 +146,22 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTra
             f"{checkpoint.folder / 'config.json'}: {what}; bitpress quantizes models that write text by a decoder, "
             "such as LlamaForCausalLM or Qwen2VLForConditionalGeneration: give one of these"
         )
-    with builds_a_model(checkpoint), init_empty_weights(include_buffers=False):
+    with builds_a_model(checkpoint), init_empty_weights(include_buffers=False), _without_random_weights():
         chosen = dtype or config.dtype or dtype_of_most(checkpoint.tensors.values())
         model = auto_class(config).from_config(config, trust_remote_code=False, dtype=chosen)
     _keep_in_float32(model, chosen)
     return model.eval()
+
+
+@contextmanager
+def _without_random_weights() -> Iterator[None]:
+    """Meanwhile models are built without drawing weights, which on the meta device takes longer than all the rest."""
+    draw = PreTrainedModel.initialize_weights
+    PreTrainedModel.initialize_weights = lambda self: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel.initialize_weights = draw  # type: ignore[method-assign]
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
