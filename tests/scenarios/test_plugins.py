@@ -25,7 +25,7 @@ KINDS = {
     "cache type": "kernels/caches/toy_cache.py",
     "kernel": "kernels/external/toy_kernel.py",
     "method": "pipeline/methods/toy_smooth.py",
-    "transform": "pipeline/transforms/toy_level.py",
+    "transform": "pipeline/transforms/toy_double.py",
     "format": "pipeline/formats/toy.py",
     "executor": "pipeline/runs/executors/toy_backwards.py",
 }
@@ -148,7 +148,7 @@ def commands(model: Path) -> dict[str, list[str]]:
         "toy-cache as gptq": quantize("int4-g32", "refused", "--kv-cache", "toy-cache", "--format", "gptq"),
         "dynamic": quantize("toy6-dynamic", "dynamic"),
         "smooth": quantize("toy-smooth/int8-g32", "smooth", *calibration),
-        "levelled": quantize("toy-level+int4-channel", "levelled", *calibration),
+        "doubled": quantize("toy-double+int4-channel", "doubled", *calibration),
         "list": ["list", "--json"],
         "toy6 as gptq": quantize("toy6", "refused", "--format", "gptq"),
         "nf4 by gptq": quantize("gptq/nf4", "refused"),
@@ -234,11 +234,18 @@ def test_the_transform_scaled_the_norms_by_powers_of_two(
     assert len(ratios.unique()) > 1
 
 
-def test_the_manifest_says_what_the_transform_did(answer: dict[str, Any], folder: Path) -> None:
-    assert "toy-level" in json.loads(answer["results"]["list"][1])["transforms"]
-    manifest = (folder / "levelled" / "bitpress.json").read_text()
-    assert '"toy-level"' in manifest
-    assert '"power ' in manifest
+def test_the_other_transform_halves_the_norms_and_the_manifest_says_so(
+    answer: dict[str, Any], folder: Path, tiny_llama: Path
+) -> None:
+    assert "toy-double" in json.loads(answer["results"]["list"][1])["transforms"]
+    manifest = json.loads((folder / "doubled" / "bitpress.json").read_text())
+    assert {group["note"] for group in manifest["transform"]} == {"doubled"}
+    before, after = load_file(tiny_llama / "model.safetensors"), {}
+    for file in (folder / "doubled").glob("*.safetensors"):
+        after |= load_file(file)
+    norms = [name for name in before if "layernorm" in name]
+    assert len(norms) == 4
+    assert all(torch.equal(after[name], before[name] / 2) for name in norms)
 
 
 def test_the_format_has_its_own_files(answer: dict[str, Any], folder: Path) -> None:
