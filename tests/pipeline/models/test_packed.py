@@ -240,6 +240,12 @@ def test_where_users_look(optimized: Path, packed: Path, artifact: Path) -> None
     assert "packed weights" not in describe(optimized)
 
 
+def test_what_measures_reads_the_checkpoint(optimized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quality is the file's: what lies beside it is not looked at."""
+    monkeypatch.setattr(loading, "Coming", None)
+    assert loading.load_model(Checkpoint(optimized), torch.device("cpu"), "auto")
+
+
 def test_in_the_users_cache(optimized: Path, packed: Path, mapped: Any, tmp_path: Path) -> None:
     api.clean(optimized)
     packing = api.optimize(optimized, user_cache=True)
