@@ -213,7 +213,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..., P
 
 @pytest.fixture(scope="module", autouse=True)
 def table(shared: SimpleNamespace) -> Iterator[None]:
-    """The results as they go into docs/measurements.md."""
+    """The results as docs/interop.md has them."""
     yield
     header = ["written by", "format", "scheme", "model", "read by", "dtype", "cosine", "same 32 tokens", "perplexity"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *shared.rows)]

@@ -233,7 +233,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..., P
 
 @pytest.fixture(scope="module", autouse=True)
 def table(shared: SimpleNamespace) -> Iterator[None]:
-    """The results as they go into docs/measurements.md."""
+    """The results as docs/interop.md has them."""
     yield
     header = ["model", "format", "scheme", "doctor", "vLLM", "KL of vLLM", "KL of bitpress in bfloat16", "same tokens"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *shared.rows)]
