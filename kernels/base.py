@@ -1,6 +1,6 @@
 """What a kernel is, and the weight in the layout that it multiplies by."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -88,6 +88,25 @@ class Kernel(Protocol):
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         """x [..., in_features] floating -> [..., out_features] in x's dtype."""
+        raise NotImplementedError
+
+    def packed_form(self) -> str | None:
+        """The name of the layout that `pack` makes on this machine; None where packed weights are not kept in files.
+
+        Two kernels, or two versions of one, that name the same layout read each other's packed weights.
+        """
+        return None
+
+    def restore(self, qtensor: QTensor, tensors: Mapping[str, Tensor]) -> PackedWeight:
+        """The packed weight of the buffers that `pack` made once, read from a file that nobody vouches for.
+
+        Whatever they hold, `linear` then reads nothing outside of them: their values may be wrong, as a file's may.
+
+        Args:
+            qtensor: the weight's scheme and shape, without content.
+        Raises:
+            ValueError: they are not those of such a weight.
+        """
         raise NotImplementedError
 
     def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:

@@ -16,12 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .caches.base import CacheType, Codes
 from .cpu.library import Library, library
 from .cpu.native import DTYPES, NativeWeight, inputs_of, rounds_inputs
 from .linear import QLinear
 from .registry import Selection
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+
+# What codes of a rounded cache are in csrc/layer.c, by their type, their bits, and whether features have groups.
+_CACHED = {("int", 8, False): 1, ("int", 8, True): 1, ("int", 4, True): 2, ("float", 8, False): 3}
+_CODE_DTYPES = (None, torch.int8, torch.uint8, torch.float8_e4m3fn)
 
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _LANES = 16  # of the widest registers
@@ -145,22 +150,55 @@ def _fits(mlp: Sequence[QLinear | None], hidden: int) -> bool:
 
 
 @dataclass(frozen=True)
+class Coding:
+    """How a cache holds what is rounded on its way into it: as codes, which attention reads as they lie.
+
+    Attributes:
+        number: which codes these are in csrc/layer.c.
+        group: the features of a token and head that share a scale, float16; 0: all tokens of a head share one.
+    """
+
+    number: int
+    group: int
+
+
+def coding(cache: CacheType, dim: int) -> Coding | str:
+    """How a cache of this type holds heads of `dim` features, or why csrc/layer.c does not read it."""
+    if problems := cache.problems(dim):
+        return problems[0]
+    says = cache.description()
+    group = says.get("group_size", 0) if says.get("strategy") == "group" else 0
+    number = _CACHED.get((says.get("type"), says.get("num_bits"), bool(group)))
+    scale = None if cache.dynamic else cache.scale(torch.ones(1))
+    codes = cache.encode(torch.zeros(1, 1, 1, dim), scale)
+    lies = {name: (codes[name].dtype, codes[name].numel()) for name in codes}
+    scales = {"scales": (torch.float16, dim // group)} if group else {}
+    bytes_ = dim // 2 if says.get("num_bits") == 4 else dim
+    if number is None or bool(group) != cache.dynamic or lies != {"codes": (_CODE_DTYPES[number], bytes_), **scales}:
+        return f"keys and values in a cache of {cache.name} are not read as they lie"
+    return Coding(number, group)
+
+
+@dataclass(frozen=True)
 class Context:
     """What is a layer's own in a step, besides its input.
 
     Attributes:
-        keys, values: contiguous [batch, key_heads, capacity, dim], in the input's dtype; filled from place 0 on, with
-            room for those of the step.
+        keys, values: contiguous [batch, key_heads, capacity, …]; filled from place 0 on, with room for those of the
+            step. "codes": without a coding the numbers themselves, [..., dim], in the input's dtype; otherwise as the
+            cache's type has them, and "scales", float16 [..., dim / group], or float32 [batch, key_heads] without
+            groups: these become NaN where a number was.
         rotation: cos and sin [batch or 1, count, rotated features], contiguous, likewise; None: nothing is rotated.
         start: the number, in its sequence, of the token at place 0.
         window: a token sees so many, itself the last; None: all before it.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: Codes
+    values: Codes
     rotation: tuple[Tensor, Tensor] | None
     start: int = 0
     window: int | None = None
+    coding: Coding | None = None
 
 
 class _Linear(ctypes.Structure):
@@ -193,8 +231,9 @@ class _Layer(ctypes.Structure):
 
 class _Context(ctypes.Structure):
     _fields_ = (
-        ("keys", _POINTER), ("values", _POINTER), ("cos", _POINTER), ("sin", _POINTER), ("capacity", _INT64),
-        ("start", _INT64), ("window", _INT64), ("rotated", _INT64), ("apart", _INT64),
+        ("keys", _POINTER), ("values", _POINTER), ("key_scales", _POINTER), ("value_scales", _POINTER),
+        ("cos", _POINTER), ("sin", _POINTER), ("capacity", _INT64), ("start", _INT64), ("window", _INT64),
+        ("rotated", _INT64), ("apart", _INT64), ("cached", _INT64), ("group", _INT64),
     )  # fmt: skip
 
 
@@ -326,8 +365,16 @@ class NativeLayers:
         self.inputs()
         count, own = x.shape[1], (_Context * len(contexts))()
         for to, context in zip(own, contexts):
-            to.keys, to.values, to.capacity = context.keys.data_ptr(), context.values.data_ptr(), context.keys.shape[2]
+            keys, values = context.keys, context.values
+            to.keys, to.values, to.capacity = (
+                keys["codes"].data_ptr(),
+                values["codes"].data_ptr(),
+                keys["codes"].shape[2],
+            )
             to.start, to.window = context.start, context.window or 0
+            if (coding := context.coding) is not None:
+                to.key_scales, to.value_scales = keys["scales"].data_ptr(), values["scales"].data_ptr()
+                to.cached, to.group = coding.number, coding.group
             if context.rotation is not None:
                 cos, sin = context.rotation
                 to.cos, to.sin, to.rotated = cos.data_ptr(), sin.data_ptr(), cos.shape[2]

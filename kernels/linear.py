@@ -26,13 +26,39 @@ class QLinear(nn.Module):
     number: int = 0  # among them
 
     def __init__(self, qtensor: QTensor, bias: Tensor | None, dtype: torch.dtype, kernel: str = "auto"):
+        order, qtensor = qtensor.order, replace(qtensor, order=None)
+        selection = select(qtensor, dtype, qtensor.codes.device, kernel)
+        self._hold(selection, selection.kernel.pack(qtensor, dtype), order, bias, dtype, qtensor.codes.device)
+
+    @classmethod
+    def restored(
+        cls,
+        selection: Selection,
+        packed: PackedWeight,
+        order: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "QLinear":
+        """The layer of a weight that its kernel has packed already; `order` as a QTensor has it."""
+        layer = cls.__new__(cls)
+        layer._hold(selection, packed, order, bias, dtype, device)
+        return layer
+
+    def _hold(
+        self,
+        selection: Selection,
+        packed: PackedWeight,
+        order: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         super().__init__()
-        self.scheme, (self.out_features, self.in_features) = qtensor.scheme, qtensor.shape
-        self.dtype, self.device = dtype, qtensor.codes.device
-        self.register_buffer("order", qtensor.order, persistent=False)  # so that its bytes count with the model's
-        qtensor = replace(qtensor, order=None)
-        self.selection: Selection = select(qtensor, dtype, self.device, kernel)
-        self.packed: nn.Module = self.selection.kernel.pack(qtensor, dtype)
+        self.scheme, (self.out_features, self.in_features) = packed.scheme, packed.shape
+        self.dtype, self.device, self.selection = dtype, device, selection
+        self.register_buffer("order", order, persistent=False)  # so that its bytes count with the model's
+        self.packed: nn.Module = packed
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLinear":

@@ -114,7 +114,7 @@ class QTensor:
         if self.scheme.static:
             self.scheme.static.check(tensors)
         if self.order is not None:
-            _check_permutation(self.order)
+            check_permutation(self.order)
 
 
 def _count_not_finite(tensor: Tensor) -> int:
@@ -125,7 +125,7 @@ def _count_not_finite(tensor: Tensor) -> int:
     return sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
 
 
-def _check_permutation(order: Tensor) -> None:
+def check_permutation(order: Tensor) -> None:
     """Raises ValueError unless the inputs' order names each of them once: kernels read memory by it."""
     count = order.numel()
     low, high = int(order.min()), int(order.max())

@@ -25,11 +25,14 @@ from typing import TYPE_CHECKING, Any
 from .errors import BitpressError
 
 if TYPE_CHECKING:
-    from .api import convert, evaluate, load, plan, publish, quantize
+    from .api import convert, evaluate, load, optimize, plan, publish, quantize
     from .hf import BitpressConfig
     from .objects import Recipe
 
-__all__ = ["BitpressConfig", "BitpressError", "Recipe", "convert", "evaluate", "load", "plan", "publish", "quantize"]
+__all__ = [
+    "BitpressConfig", "BitpressError", "Recipe", "convert", "evaluate", "load", "optimize", "plan", "publish",
+    "quantize",
+]  # fmt: skip
 
 
 class _Function(property):

@@ -15,19 +15,23 @@ from .formats import open_quantized
 from .hub.download import resolve
 from .models.loading import calibrate_on
 from .models.loading import load as load_checkpoint
+from .models.loading import optimize as pack_checkpoint
+from .models.packed import Packing
 from .objects import Artifact, Loaded, Measurements
 from .publish.upload import Publication, prepare, send
 from .quantize.artifact import quantize as quantize_checkpoint
-from .quantize.budget import clean, search
+from .quantize.budget import clean as clean_budgets
+from .quantize.budget import search
 from .quantize.imatrix import imatrix as write_imatrix
 from .quantize.recipe import Recipe
 from .storage import files, journal
 from .storage.artifacts import require_tokenizer
 from .storage.checkpoint import Checkpoint
+from .storage.packed_file import remove_packed
 from .system.device import pick_device
 from .system.progress import OnStep, shown
 
-__all__ = ["clean", "convert", "evaluate", "imatrix", "load", "plan", "publish", "quantize"]
+__all__ = ["clean", "convert", "evaluate", "imatrix", "load", "optimize", "plan", "publish", "quantize"]
 
 
 def quantize(
@@ -116,6 +120,43 @@ def load(
     _require_name(model)
     with shown(on_step, "loading") as step:
         return Loaded(*load_checkpoint(model, revision, device, dtype, kernel, step))
+
+
+def optimize(
+    model: str | Path,
+    revision: str | None = None,
+    dtype: str = "auto",
+    user_cache: bool = False,
+    on_step: OnStep | None = None,
+) -> Packing:
+    """Write a quantized checkpoint's packed weights beside it: `load` then maps them, on CPUs, and packs nothing.
+
+    They are as large as the checkpoint, and no part of it: they are not published, and are not used any more once its
+    files, this machine's instruction set or bitpress's layout change. `clean` deletes them.
+
+    Args:
+        model: a quantized checkpoint's folder, that of a run, or a Hub id.
+        dtype: as for load, which uses them for that dtype.
+        user_cache: write them into this user's cache, for a folder that cannot be written to.
+        on_step: called with (quantized layers done, layers in all); by default a bar on a terminal and in a notebook.
+    Raises:
+        BitpressError: it is not quantized, no kernel here keeps packed weights, or the disk is full or read-only.
+    """
+    _require_name(model)
+    with shown(on_step, "packing") as step:
+        return pack_checkpoint(model, revision, dtype, user_cache, step)
+
+
+def clean(folder: str | Path) -> list[Path]:
+    """Delete what a run keeps for further budgets, and the packed weights of its artifacts, or of one checkpoint.
+
+    Returns:
+        The folders that were deleted.
+    Raises:
+        ConfigError: there is no such folder. LockedError: somebody is writing there.
+    """
+    run = Path(folder).expanduser()
+    return clean_budgets(run) + remove_packed(run)
 
 
 def plan(

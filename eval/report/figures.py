@@ -217,7 +217,7 @@ def programs_plot(series: Mapping[str, Sequence[tuple[str, float, float, bool]]]
     points = [Point(label, x, y) for rows in series.values() for label, x, y, _ in rows]
     with mpl.rc_context(STYLE):
         lines = math.ceil(len(series) / 3)
-        figure = Figure(figsize=(WIDTH, 3.2 + 0.19 * lines + 0.05 * max(0, len(points) - 8)), layout="constrained")
+        figure = Figure(figsize=(LARGE, 3.4 + 0.19 * lines + 0.05 * max(0, len(points) - 8)), layout="constrained")
         axes = figure.add_subplot()
         for index, (program, rows) in enumerate(series.items()):
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
@@ -226,7 +226,7 @@ def programs_plot(series: Mapping[str, Sequence[tuple[str, float, float, bool]]]
             style: dict[str, Any] = {"color": colour, "marker": marker, "ms": 5.5, "ls": ""}
             axes.plot([x for _, x, _, _ in rows], [y for _, _, y, _ in rows], label=clean(program, 22), **style)
         log_if_wide(axes, [point.y for point in points])
-        axes.margins(0.14, 0.12)
+        axes.margins(0.18, 0.2)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.set_xlabel("bits per weight, all bytes; fewer is better")
         axes.set_ylabel("mean KL (nats), lower is better")

@@ -9,8 +9,9 @@ import io
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -50,7 +51,10 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
 ANGLES = (0, 180, 90, 270, 30, 150, 210, 330, 60, 120, 240, 300)  # from a point to its label, the best first
-Box = tuple[float, float, float, float]  # left, bottom, right, top
+_RADII = (7, 9, 12, 15, 18, 22, 26, 31, 36, 42, 48, 62, 78, 96)  # points
+_LEADER = {"arrowstyle": "-", "color": INK, "alpha": 0.5, "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
+Box = tuple[float, float, float, float]  # left, bottom, right, top; points
+Spot = tuple[float, float]  # points
 
 
 @dataclass(frozen=True)
@@ -83,48 +87,101 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
-def label_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Writes each label at the nearest place where it covers no point and no other label.
+@dataclass(frozen=True)
+class _Place:
+    """Where a label may be written. dx, dy: from its point, in points. cost: the lowest is best."""
 
-    A label's width is estimated from its number of letters, because the page's font is not known here. A label that
-    fits nowhere is left out: the table beside the figure has it.
+    cost: float
+    dx: float
+    dy: float
+    side: str
+    box: Box
+    leader: list[Spot]
+
+
+def label_points(axes: Axes, points: Sequence[Point]) -> None:
+    """Writes each label near its point, where it covers no point and no other label, and no line if that is possible.
+
+    Long labels are broken at their separators. A label's width is estimated from its number of letters, because the
+    page's font is not known here. The most crowded point chooses first; where a label finds no place, all choose anew
+    and its turn comes before the others'. What fits in no order is left out: the table beside the figure has it.
     """
     scale = 72 / axes.figure.dpi
     frame = axes.get_window_extent()
     area = (frame.x0 * scale, frame.y0 * scale, frame.x1 * scale, frame.y1 * scale)
-    places = [axes.transData.transform((p.x, p.y)) * scale for p in points]
-    taken: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    spots: list[Spot] = [tuple(axes.transData.transform((p.x, p.y)) * scale) for p in points]
+    labels = [_broken(clean(point.label, 48)) for point in points]
+    fixed: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
     # The baseline's dashed line would strike its label through.
-    taken += [(area[0], y - 1, area[2], y + 1) for p, (_, y) in zip(points, places, strict=True) if p.baseline]
-    for point, (px, py) in zip(points, places, strict=True):
-        label = clean(point.label, 24)
-        width, height = 0.62 * FONT * len(label), 1.25 * FONT
-        for radius, angle in ((r, a) for r in (7, 12, 18, 26, 36, 48, 62, 78, 96) for a in ANGLES):
-            dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
-            # The label hangs on its nearest side: left of it for labels to the right of the point, and so on.
-            side = "center" if angle in (90, 270) else "left" if dx > 0 else "right"
-            left = px + dx - {"left": 0.0, "center": width / 2, "right": width}[side]
-            box = (left, py + dy - height / 2, left + width, py + dy + height / 2)
-            if _inside(box, area) and not any(_overlap(box, other) for other in taken):
-                leader = {
-                    "arrowstyle": "-",
-                    "color": INK,
-                    "alpha": 0.5,
-                    "lw": 0.6,
-                    "shrinkA": 0,
-                    "shrinkB": 3,
-                }
-                axes.annotate(
-                    label,
-                    (point.x, point.y),
-                    (dx, dy),
-                    textcoords="offset points",
-                    ha=side,
-                    va="center",
-                    arrowprops=leader if radius > 12 else None,
-                )
-                taken.append(box)
-                break
+    fixed += [(area[0], y - 1, area[2], y + 1) for p, (_, y) in zip(points, spots, strict=True) if p.baseline]
+    drawn: list[Spot] = []
+    for line in axes.get_lines():
+        if line.get_linestyle() == "-":
+            corners = line.get_transform().transform(line.get_xydata()) * scale
+            drawn += [spot for start, end in pairwise(corners) for spot in _between(start, end)]
+
+    def room(index: int) -> float:
+        return min((math.dist(spots[index], other) for i, other in enumerate(spots) if i != index), default=0.0)
+
+    order, best = sorted(range(len(points)), key=room), dict[int, _Place]()
+    for _ in points:
+        places, taken, lines = dict[int, _Place](), list(fixed), list(drawn)
+        for index in order:
+            free = _free_places(labels[index], spots[index], area, taken, lines)
+            if place := min(free, key=lambda place: place.cost, default=None):
+                places[index] = place
+                taken.append(place.box)
+                lines += place.leader
+        best = max(best, places, key=len)
+        if len(best) == len(points):
+            break
+        order.sort(key=lambda index: index in places)
+    for index, place in best.items():
+        axes.annotate(
+            labels[index],
+            (points[index].x, points[index].y),
+            (place.dx, place.dy),
+            textcoords="offset points",
+            ha=place.side,
+            va="center",
+            linespacing=1.0,
+            arrowprops=_LEADER if place.leader else None,
+        )
+
+
+def _free_places(label: str, spot: Spot, area: Box, taken: Sequence[Box], lines: Sequence[Spot]) -> Iterator[_Place]:
+    """The places around a point where its label lies inside the area and covers no box that is taken."""
+    rows = label.split("\n")
+    width, height = 0.64 * FONT * max(map(len, rows)), 1.25 * FONT * len(rows)
+    for radius, angle in ((r, a) for r in _RADII for a in ANGLES):
+        dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
+        # The label hangs on its nearest side: left of it for labels to the right of the point, and so on.
+        side = "center" if angle in (90, 270) else "left" if dx > 0 else "right"
+        dy += 0.0 if angle in (0, 180) else math.copysign(height / 2 - 0.625 * FONT, dy)
+        left = spot[0] + dx - {"left": 0.0, "center": width / 2, "right": width}[side]
+        box = (left, spot[1] + dy - height / 2, left + width, spot[1] + dy + height / 2)
+        if _inside(box, area) and not any(_overlap(box, other) for other in taken):
+            leader = _between(spot, (spot[0] + dx, spot[1] + dy)) if radius > 12 else []
+            covered = sum(_overlap(box, (*each, *each)) for each in lines)
+            crossed = sum(_overlap(other, (*each, *each)) for each in leader[2:] for other in taken)
+            yield _Place(radius + 3 * covered + 20 * crossed, dx, dy, side, box, leader)
+
+
+def _between(start: Spot, end: Spot) -> list[Spot]:
+    """Spots from one to another on a straight line, about 4 points from each other."""
+    steps = max(1, round(math.dist(start, end) / 4))
+    (x, y), (end_x, end_y) = start, end
+    return [(x + (end_x - x) * step / steps, y + (end_y - y) * step / steps) for step in range(steps + 1)]
+
+
+def _broken(label: str) -> str:
+    """A label of more than 16 letters on several lines, broken after its separators."""
+    lines = [""]
+    for piece in re.findall(r"[^-+/, ]+[-+/, ]*|[-+/, ]+", label):
+        if lines[-1] and len(lines[-1]) + len(piece) > 16:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.strip() for line in lines)
 
 
 def _inside(box: Box, area: Box) -> bool:

@@ -60,7 +60,7 @@ def budget_tables(prefix: str, chosen: Mapping[str, Any], measured: float | None
         for point in chosen["curve"]
     ]
     points += [
-        [f"{each['bits']:.3f}", say.DASH, f"{each['predicted_kl']:.5f}", f"{each['choice']} everywhere"]
+        [f"{each['bits']:.3f}", say.size(each["nbytes"]), f"{each['predicted_kl']:.5f}", _everywhere(each, chosen)]
         for each in chosen["uniform"]
     ]
     note = (
@@ -85,7 +85,16 @@ def budget_tables(prefix: str, chosen: Mapping[str, Any], measured: float | None
 
 
 def _mark(point: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
-    return f"chosen within {chosen['budget']}" if point["nbytes"] == chosen["nbytes"] else ""
+    same = all(point[key] == chosen[key] for key in ("nbytes", "predicted_kl"))
+    return f"chosen within {chosen['budget']}" if same else ""
+
+
+def _everywhere(uniform: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    """What is said of one choice for all units."""
+    said = [f"{uniform['choice']} everywhere", _mark(uniform, chosen)]
+    if (measured := uniform.get("solutions_kl")) is not None:
+        said.append(f"measures {measured:.5f}")
+    return ", ".join(filter(None, said))
 
 
 def _probes(probes: Mapping[str, float]) -> str:

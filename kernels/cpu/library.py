@@ -210,6 +210,7 @@ def _load(path: Path, origin: str) -> Library:
     lib.bitpress_layout.argtypes = [_POINTER, *[_INT64] * 9]
     lib.bitpress_layout.restype = _INT64
     lib.bitpress_use_huge_pages.argtypes = [_POINTER, _INT64]
+    lib.bitpress_page_in.argtypes = [_POINTER, _INT64]
     lib.bitpress_pack.argtypes = [_POINTER, _POINTER, *[_INT64] * 4, _INT]
     lib.bitpress_linear.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER, _INT, _INT, _INT]
     lib.bitpress_dequantize.argtypes = [_POINTER, _INT64, _INT64, _INT64, _POINTER, _INT, _INT]

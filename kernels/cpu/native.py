@@ -9,6 +9,7 @@ weights, which are no whole numbers: E4M3 spans 18 bits.
 import functools
 import mmap
 import threading
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -33,8 +34,12 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/ num
 _INT4, _TABLE, _INT8, _FP8 = range(4)
 _NF4, _FP4 = range(2)  # tables
 
+# The number of the layout of packed weights: a new one whenever _pack makes other bytes of the same weight.
+_LAYOUT = 1
+
 _STEP = 128  # features that share an activation scale, where a group of weights has no fewer
 _HEADER = 128  # bytes
+_ALIGNMENT = 64  # bytes, of where packed weights begin
 _LANES = 16  # of the widest registers
 _PIECE = 512  # output features dequantized at once
 _HUGE_PAGE = 2 << 20  # bytes
@@ -99,11 +104,35 @@ class NativeInt8(Kernel):
         return f"{native.instructions[self.chosen()]}, {native.origin}"
 
     def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
-        native = library()
-        assert isinstance(native, Library)
         static = qtensor.scheme.static
         stored = {name: qtensor.extra[name] for name in (static.layout() if static else ())}
-        packed = NativeWeight(qtensor, data=_pack(native, qtensor), **stored)
+        return self._packed(qtensor, data=_pack(_shared(), qtensor), **stored)
+
+    def packed_form(self) -> str | None:
+        """The layout is the same for all sets of instructions today, and need not stay so."""
+        native = library()
+        return f"native-{_LAYOUT}-{native.instructions[self.chosen()]}" if isinstance(native, Library) else None
+
+    def restore(self, qtensor: QTensor, tensors: Mapping[str, Tensor]) -> PackedWeight:
+        """`data` must begin with the very header that this weight gets: all that the library finds anything by. Every
+        code, scale and zero point is a number to it, whatever its bits."""
+        static = qtensor.scheme.static
+        if tensors.keys() != {"data", *(static.layout() if static else ())}:
+            raise ValueError(f"it holds {', '.join(sorted(tensors))}")
+        data, (header, size, _) = tensors["data"], _layout(_shared(), qtensor)
+        if (data.dtype, data.shape) != (torch.uint8, (size,)) or data.data_ptr() % _ALIGNMENT:
+            raise ValueError(f"data is {data.dtype} {list(data.shape)}, expected {size} bytes, well aligned")
+        if not torch.equal(data[:_HEADER], header):
+            raise ValueError("its header is that of another weight")
+        if static:
+            for name, (shape, dtypes) in static.layout().items():
+                if tuple(tensors[name].shape) != shape or tensors[name].dtype not in dtypes:
+                    raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
+            static.check(dict(tensors))
+        return self._packed(qtensor, **tensors)
+
+    def _packed(self, qtensor: QTensor, **tensors: Tensor) -> PackedWeight:
+        packed = NativeWeight(qtensor, **tensors)
         packed.instructions = self.chosen()
         return packed
 
@@ -194,27 +223,39 @@ def _misfit(scheme: Scheme, in_features: int) -> str | None:
     return None
 
 
+def _layout(native: Library, qtensor: QTensor) -> tuple[Tensor, int, bool]:
+    """The header of a packed weight, uint8 [128]; the bytes of the whole; and whether each row has one scale, which
+    then is its multiplier. The scheme and the shape decide, not the content."""
+    scheme, (out_features, in_features) = qtensor.scheme, qtensor.shape
+    kind = scheme.weight.description().type
+    if kind == "float" and scheme.bits == 8:
+        code, zero = _FP8, 0
+    elif kind == "int":
+        code, zero = _INT8 if scheme.bits == 8 else _INT4, scheme.middle
+    else:
+        code, zero = _TABLE, _TABLE_ZERO
+    step, group = _grouping(scheme, in_features)
+    single = group >= in_features
+    header = torch.zeros(_HEADER, dtype=torch.uint8)
+    table = _NF4 if kind == "codebook" else _FP4  # of code books, NF4 is the only one that is served
+    layout = (out_features, in_features, group, step, code, table, zero)
+    size = native.lib.bitpress_layout(header.data_ptr(), *layout, not single, qtensor.zeros is not None)
+    assert size > 0, layout
+    return header, size, single
+
+
 def _pack(native: Library, qtensor: QTensor) -> Tensor:
     """The header and everything after it, as csrc/ reads it."""
     scheme, (out_features, in_features) = qtensor.scheme, qtensor.shape
     kind, codes = scheme.weight.description().type, qtensor.codes
-    is_nf4 = kind == "codebook"  # of those, NF4 is the only one that is served
+    is_nf4 = kind == "codebook"
     if kind == "float" and scheme.bits == 8:
-        code, zero = _FP8, 0
         codes = _words(F.pad(codes.view(torch.uint8), (0, -in_features % 4)), out_features)
-    elif kind == "int":
-        code, zero = _INT8 if scheme.bits == 8 else _INT4, scheme.middle
-        if scheme.bits in (2, 3):
-            codes = pack(unpack(codes, scheme.bits, in_features), 4)
-    else:
-        code, zero = _TABLE, _TABLE_ZERO
+    elif kind != "int":
         codes = _words(codes, out_features)
-    step, group = _grouping(scheme, in_features)
-    single = group >= in_features  # the multiplier is its scale
-    header = torch.zeros(_HEADER, dtype=torch.uint8)
-    layout = (out_features, in_features, group, step, code, _NF4 if is_nf4 else _FP4, zero)
-    size = native.lib.bitpress_layout(header.data_ptr(), *layout, not single, qtensor.zeros is not None)
-    assert size > 0, layout
+    elif scheme.bits in (2, 3):
+        codes = pack(unpack(codes, scheme.bits, in_features), 4)
+    header, size, single = _layout(native, qtensor)
     packed = _pool.take(native, size)
     packed[:_HEADER] = header
     words, strides = codes.shape[1], codes.stride()
@@ -291,6 +332,14 @@ def _put(packed: Tensor, at: int, values: Tensor) -> None:
     padded = F.pad(values, (0, 0, 0, -len(values) % 32))
     data = padded.unflatten(0, (-1, 16)).transpose(1, 2).contiguous().flatten().view(torch.uint8)
     packed[at : at + data.numel()] = data
+
+
+def page_in(mapped: Tensor) -> bool:
+    """Bring a mapped file into memory, in huge pages where its file system has them; returns whether all can be read.
+
+    Python's other threads go on meanwhile.
+    """
+    return _shared().lib.bitpress_page_in(mapped.data_ptr(), mapped.nbytes) == 0
 
 
 def dense_unsupported(weight: Tensor) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..formats import count_schemes, open_quantized, quantization_section, quantized_cache, scheme_name
 from ..formats.base import dtype_name
+from ..storage.packed_file import PackedFile, PackedFileError, packed_files
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -39,6 +40,17 @@ def describe(folder: Path) -> dict[str, Any]:
     }
     if cache := quantized_cache(checkpoint):
         description["key-value cache"] = cache.name
+    if packed := packed_files(folder):
+        description["packed weights"] = [f"{path}: {_packed(path)}" for path in packed]
     if len(counts) > 1:
         description["layers by scheme"] = [f"{name}: {count}" for name, count in sorted(counts.items())]
     return description
+
+
+def _packed(path: Path) -> str:
+    """What is to be said of a file of packed weights by its header."""
+    try:
+        file = PackedFile(path)
+    except PackedFileError as error:
+        return f"not used: {error}"
+    return f"{len(file.header.get('layers', ()))} layers, {file.nbytes} bytes"

@@ -21,6 +21,7 @@ from ..storage.artifacts import require_tokenizer
 from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.fingerprint import MANIFEST
 from ..storage.finite import count_not_finite
+from ..storage.packed_file import PackedFile, PackedFileError, packed_files
 from ..system import remembered as cache
 from ..system.collector import collector_paused
 from ..system.progress import OnStep
@@ -103,6 +104,10 @@ def _examine(folder: Path, on_step: OnStep) -> Diagnosis:
         _check_quantized(checkpoint, diagnosis, steps)
     else:
         _check_dense(checkpoint, diagnosis, steps)
+    for path in packed_files(folder):
+        with contextlib.suppress(PackedFileError):  # what a header tells of is said below
+            if PackedFile(path).damaged():
+                diagnosis.notes.append(f"packed weights {path} are damaged; write them again by `bitpress optimize`")
     try:
         diagnosis.what = describe(folder)
     except CheckpointError as error:

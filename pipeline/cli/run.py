@@ -24,6 +24,7 @@ from .options import (
     Choices,
     Context,
     Device,
+    Dtype,
     Json,
     Keep,
     Revision,
@@ -247,15 +248,18 @@ def quantize(
     print_line(f"{output}: {name}; try `bitpress eval {output}`")
 
 
-def clean(run: Annotated[Path, typer.Argument(help="The folder of a run: runs/NAME.")]) -> None:
-    """Delete what a run keeps for further budgets: statistics, solutions and probes. Artifacts and reports stay."""
+def clean(
+    run: Annotated[Path, typer.Argument(help="The folder of a run: runs/NAME; or of one checkpoint.")],
+) -> None:
+    """Delete what can be made again: a run's statistics, solutions and probes for further budgets, and packed weights.
+    Artifacts and reports stay."""
     from ..api import clean as clean_api
 
     deleted = clean_api(run.expanduser())
     for folder in deleted:
         print_line(f"deleted {folder}")
     if not deleted:
-        print_line(f"{run} keeps nothing for further budgets")
+        print_line(f"{run} keeps nothing for further budgets, and no packed weights")
 
 
 def convert(
@@ -282,6 +286,30 @@ def convert(
     for note in artifact.notes:
         news(note)
     print_line(f"{output}: {to}" + (f"; try `bitpress doctor {output}`" if to in registry() else ""))
+
+
+def optimize(
+    model: Annotated[str, typer.Argument(help="A quantized folder, that of a run, or a Hub id.")],
+    dtype: Dtype = "auto",
+    user_cache: Annotated[
+        bool, typer.Option("--user-cache", help="Write into your own cache, for a folder that cannot be written to.")
+    ] = False,
+    revision: Revision = None,
+) -> None:
+    """Write a checkpoint's packed weights beside it, so that loading it on this CPU maps them, and packs nothing.
+
+    They are as large as the checkpoint, and no part of it; clean deletes them.
+    """
+    from bitpress.eval.report.words import size
+
+    from ..api import optimize as optimize_api
+
+    quiet_libraries()
+    with progress("packing") as step:
+        packing = optimize_api(model, revision, dtype, user_cache, step)
+    for layer, why in packing.left.items():
+        news(f"read as before: {layer}, {why}")
+    print_line(f"{packing.path}: {packing.layers} layers, {size(packing.nbytes)}")
 
 
 def imatrix(

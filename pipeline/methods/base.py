@@ -166,6 +166,17 @@ class BlockView(Protocol):
     def collect(self, statistic: type[Statistic]) -> list[Any]:
         """The statistic of each group's input over all calibration tokens, in the order of `groups`."""
 
+    def as_quantized(self, layer: str, scale: Tensor) -> Tensor | None:
+        """What a layer's method would make of its weight times `scale`, for inputs that are divided by it.
+
+        None where the method does not tell, see Method.divided.
+
+        Args:
+            layer: of a group that has a folding and was not folded yet. scale: float32 [in], powers of two.
+        Returns:
+            float32 [out, in].
+        """
+
 
 @dataclass(frozen=True)
 class Tuned:
@@ -266,6 +277,14 @@ class Method(Protocol):
         Returns the same layers, with the same schemes, and how the error fell. Layers are left as they are here.
         """
         return dict(layers), Tuned((), ())
+
+    def divided(self, statistics: tuple[Any, ...], scale: Tensor) -> tuple[Any, ...] | None:
+        """What its statistics would be if the inputs were divided by `scale`, float32 [in], powers of two.
+
+        None where that does not follow from them. Transforms that scale weights are then judged by rounding to nearest
+        in place of this method.
+        """
+        return None
 
     def quantize(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()

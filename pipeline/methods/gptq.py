@@ -62,6 +62,10 @@ class GPTQ(Method):
         what = f"{self.name} produces weights that have a scale per channel or group"
         return [] if fits else [f"{what}, not {scheme.name}"]
 
+    def divided(self, statistics: tuple[Any, ...], scale: Tensor) -> tuple[Any, ...]:
+        (hessian,) = statistics
+        return (hessian.divided(scale),)
+
     def quantize(
         self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, statistics: tuple[Any, ...] = ()
     ) -> tuple[QTensor, Diagnostics]:

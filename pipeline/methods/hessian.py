@@ -93,6 +93,14 @@ class Hessian:
             panel.copy_(flat[: panel.numel()].view_as(panel))
             flat = flat[panel.numel() :]
 
+    def divided(self, scale: Tensor) -> "Hessian":
+        """The Hessian of the same inputs divided by `scale`, float32 [in], powers of two: exactly."""
+        assert self._dead is None, "a Hessian that was used is no sum any more"
+        other = Hessian(len(scale), self._sum.device)
+        other.tokens, other.dropped = self.tokens, self.dropped
+        torch.div(self._sum, scale, out=other._sum).div_(scale.unsqueeze(1))
+        return other
+
     def matrix(self) -> Tensor:
         """X^T X, float32 [in, in], symmetric; dead columns (inputs that were always 0) have the mean on the diagonal.
 

@@ -5,7 +5,8 @@ that returns. Here something stands between the two and rounds what is handed ov
 is computed, nor what kind of cache there is. Without one, as when a text is scored, attention gets a cache for the one
 call. So every key and value is read through the rounding, in a prompt, too: servers read a prompt's from the cache.
 
-What is saved is precision: the tensors in memory are as large as ever. Runtimes that keep codes save memory.
+Here what is saved is precision: the tensors in memory are as large as ever. Decoder layers that run in one call
+(optimize.py) keep the codes and save memory, too.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
-from bitpress.kernels.caches.base import CacheType
+from bitpress.kernels.caches.base import CacheType, Codes
 from bitpress.kernels.kv_cache import bytes_per_token, rounded
 
 from ..errors import CheckpointError, listing
@@ -73,7 +74,7 @@ class _Between:
         return getattr(self._cache, name)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Interception:
     """A hook before an attention's forward, which puts something between it and its cache."""
 
@@ -122,6 +123,22 @@ class CacheRounding:
         self.cache = cache
         self._scales = (k_scale, v_scale)
 
+    def __deepcopy__(self, memo: Any) -> "CacheRounding":
+        """Itself: nothing of it changes, and a copied cache still knows whose codes it has."""
+        return self
+
+    def scale(self, place: int) -> Tensor | None:
+        """The scale of keys (place 0) or values (1), as the files have it; None where the type is dynamic."""
+        return self._scales[place]
+
+    def encode(self, states: Tensor, place: int) -> Codes:
+        """The codes of keys (place 0), or values (1), [batch, heads, tokens, dim]; see CacheType."""
+        return self.cache.encode(states, self._scales[place])
+
+    def decode(self, codes: Codes, place: int) -> Tensor:
+        """What such codes stand for, float32 [batch, heads, tokens, dim]."""
+        return self.cache.decode(codes, self._scales[place])
+
     def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self._scales[0] is not None and self._scales[0].device != keys.device:
             self._scales = tuple(None if s is None else s.to(keys.device) for s in self._scales)  # type: ignore[assignment]
@@ -153,10 +170,10 @@ class CachePeaks:
         return keys, values
 
 
-def rounds_cache(block: nn.Module) -> bool:
-    """Whether an attention in a block has its keys and values changed on their way to the cache."""
+def interceptions(block: nn.Module) -> dict[Any, Change]:
+    """Hook -> how it changes keys and values on their way to the cache, of all attentions in a block."""
     hooks = (hook for module in block.modules() for hook in module._forward_pre_hooks.values())
-    return any(isinstance(hook, _Interception) for hook in hooks)
+    return {hook: hook.change for hook in hooks if isinstance(hook, _Interception)}
 
 
 @contextlib.contextmanager

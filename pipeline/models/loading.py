@@ -20,15 +20,18 @@ from ..hub.download import resolve
 from ..storage.artifacts import require_tokenizer
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite, check_range
+from ..storage.packed_file import place_to_write
+from ..system.collector import no_collection
 from ..system.device import pick_device
 from ..system.progress import OnStep
 from ..system.threads import one_ahead
 from .dense import read_dense
 from .kv_cache import round_cache
 from .modules import assembled_tensors, experts_of, quantized_layers, replace_layers, set_tensor
-from .optimize import optimize_for_decoding
+from .optimize import Trials, optimize_for_decoding
+from .packed import PackedWeights, Packing, open_packed, packed_name, selections, write
 from .pretrained import generation_config, load_tokenizer
-from .quantized import read_quantized
+from .quantized import QuantizedCheckpoint, read_quantized
 from .structure import ParameterPath, TensorNames, skeleton
 from .transformers import attach
 
@@ -56,11 +59,12 @@ def load(
         BitpressError: says what is wrong with the files, the options or the Hub.
     """
     folder = resolve(str(model), revision).folder
-    checkpoint = open_quantized(folder)
-    require_tokenizer(folder)
-    for remark in checkpoint.remarks:
-        _log.warning(remark)
-    return load_model(checkpoint, pick_device(device), dtype, kernel, on_step), load_tokenizer(folder)
+    with no_collection():
+        checkpoint = open_quantized(folder)
+        require_tokenizer(folder)
+        for remark in checkpoint.remarks:
+            _log.warning(remark)
+        return load_model(checkpoint, pick_device(device), dtype, kernel, on_step), load_tokenizer(folder)
 
 
 def calibrate_on(checkpoint: Checkpoint, settings: Calibrate) -> Calibration:
@@ -84,13 +88,18 @@ def load_model(
     Args:
         on_step: called with (quantized layers done, layers in all).
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is unknown; use auto or one of {', '.join(_DTYPES)}")
-    wanted = _DTYPES.get(dtype)
+    wanted = _dtype(dtype)
     checkpoint.fetch()
     if quantization_section(checkpoint) is not None:
         return _load_quantized(checkpoint, device, wanted, kernel, on_step)
     return load_dense(checkpoint, device, wanted)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    """None for "auto"."""
+    if name != "auto" and name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} is unknown; use auto or one of {', '.join(_DTYPES)}")
+    return _DTYPES.get(name)
 
 
 def load_dense(checkpoint: Checkpoint, device: torch.device = CPU, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -108,22 +117,77 @@ def _load_quantized(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str, on_step: OnStep
 ) -> PreTrainedModel:
     contents = read_quantized(checkpoint, dtype)
+    packed = open_packed(checkpoint, contents, kernel) if device.type == "cpu" else None
+    return _build(checkpoint, contents, device, kernel, on_step, packed)[0]
+
+
+def _build(
+    checkpoint: Checkpoint,
+    contents: QuantizedCheckpoint,
+    device: torch.device,
+    kernel: str,
+    on_step: OnStep,
+    packed: PackedWeights | None,
+) -> tuple[PreTrainedModel, list[str], Trials]:
+    """The model; its parameters and buffers that came from the files as they are; what trials of its parts showed."""
     scheme = contents.format.cache_scheme(quantization_section(checkpoint))
     if scheme and contents.cache is None:
         _log.warning(
             "its config quantizes the key-value cache in a way that bitpress has not: it is left as it is: %s", scheme
         )
     model, experts = contents.model, experts_of(contents)
-    plain = {name: target for name, target in contents.plain.items() if target.parameter not in experts}
-    _fill(checkpoint, model, contents.names, plain, device)
-    layers = quantized_layers(checkpoint, contents, lambda target: device, kernel, on_step)
+    if packed:
+        packed.fill(model)
+        filled = list(packed.plain)
+    else:
+        plain = {name: target for name, target in contents.plain.items() if target.parameter not in experts}
+        filled = _fill(checkpoint, model, contents.names, plain, device)
+    restored = packed.layers if packed else {}
+    layers = quantized_layers(checkpoint, contents, lambda target: device, kernel, on_step, restored)
     replace_layers(model, contents.names, layers)
     model = _finish(checkpoint, model, device)
     if contents.cache:
         round_cache(model, checkpoint, contents.cache)
-    optimize_for_decoding(model)
+    if packed:
+        packed.wait()
+    trials = Trials(packed.trials if packed else {})
+    optimize_for_decoding(model, trials)
     attach(model, checkpoint, contents)
-    return model
+    return model, filled, trials
+
+
+def optimize(
+    model: str | Path,
+    revision: str | None = None,
+    dtype: str = "auto",
+    user_cache: bool = False,
+    on_step: OnStep = lambda done, total: None,
+) -> Packing:
+    """Write a checkpoint's packed weights beside it, which `load` then maps on CPUs; see packed.
+
+
+    Args:
+        dtype: as for `load`, which uses them for that dtype alone.
+        user_cache: write them into this user's cache, for a folder that cannot be written to.
+        on_step: called with (quantized layers done, layers in all).
+    Raises:
+        ConfigError: it is not quantized, or no kernel here keeps packed weights, or the folder cannot be written to.
+        BitpressError: as `load` and write_packed raise it.
+    """
+    folder = resolve(str(model), revision).folder
+    checkpoint = open_quantized(folder)
+    if quantization_section(checkpoint) is None:
+        raise ConfigError(f"{folder} is not quantized: there is nothing to pack; give a quantized checkpoint")
+    checkpoint.fetch()
+    contents = read_quantized(checkpoint, _dtype(dtype))
+    name = packed_name(contents, "auto")
+    if name is None:
+        kernels = sorted({selection.kernel.name for selection in selections(contents, "auto").values()})
+        raise ConfigError(f"{folder}: its layers run on {', '.join(kernels)} here, which keep no packed weights")
+    path = place_to_write(folder, user_cache) / name
+    with no_collection():
+        built, filled, trials = _build(checkpoint, contents, CPU, "auto", on_step, None)
+    return write(path, checkpoint, contents, built, filled, trials.outcomes)
 
 
 def _fill(
@@ -132,13 +196,16 @@ def _fill(
     names: TensorNames,
     plain: dict[str, ParameterPath],
     device: torch.device,
-) -> None:
+) -> list[str]:
     """Put the tensors that are not quantized into the skeleton; those that the model does not have are left out.
 
+    Returns:
+        The parameters and buffers that were filled.
     Raises:
         NumericsError: NaN or infinite values, or values beyond the range of the model's dtype.
     """
     known = {name: target for name, target in plain.items() if names.known(target.parameter)}
+    filled: list[str] = []
     parts: dict[str, Tensor] = {}  # of parameters that are made of several tensors
     for (name, target), tensor in zip(known.items(), one_ahead(checkpoint.read, known)):
         check_finite(name, tensor)
@@ -147,9 +214,12 @@ def _fill(
             parts[name] = tensor
         else:
             set_tensor(model, target, tensor, device)
+            filled.append(target.parameter)
     places = {name: known[name] for name in parts}
     for target, tensor in assembled_tensors(names, places, parts.pop):
         set_tensor(model, target, tensor, device)
+        filled.append(target.parameter)
+    return filled
 
 
 def _finish(checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

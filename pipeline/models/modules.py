@@ -82,20 +82,30 @@ def quantized_layers(
     device_of: Callable[[ParameterPath], torch.device],
     kernel: str = "auto",
     on_step: OnStep = lambda done, total: None,
+    restored: Mapping[str, MakeLayer] | None = None,
 ) -> Iterator[tuple[ParameterPath, MakeLayer]]:
     """For replace_layers: each quantized layer, checked, and experts beside quantized ones as they are.
 
     The next layer is being read while a kernel repacks one.
+
+    Args:
+        restored: layers that are packed already, and are not read.
     """
+    restored = restored or {}
     experts, dtype, total = experts_of(contents), contents.model.dtype, len(contents.quantized)
     for name, target in contents.plain.items():
         if target.parameter in experts:
             yield target, dense_layer(checkpoint.read(name).to(device_of(target), dtype))
     qtensors = one_ahead(
-        lambda layer: read_layer(checkpoint, contents.format, contents.schemes[layer], layer), contents.quantized
+        lambda layer: read_layer(checkpoint, contents.format, contents.schemes[layer], layer),
+        [layer for layer in contents.quantized if layer not in restored],
     )
-    for number, ((layer, target), qtensor) in enumerate(zip(contents.quantized.items(), qtensors)):
+    for number, (layer, target) in enumerate(contents.quantized.items()):
         on_step(number, total)
+        if layer in restored:
+            yield target, restored[layer]
+            continue
+        qtensor = next(qtensors)
         check_shape(layer, contents.shapes[layer], qtensor)
         yield target, _maker(qtensor.to(device_of(target)), dtype, kernel, contents.kinds[layer])
         for tied in contents.shared.get(layer, ()):

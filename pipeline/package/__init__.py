@@ -19,7 +19,7 @@ if os.path.basename(os.path.dirname(__file__)) == "package":  # an editable inst
 if TYPE_CHECKING:
     from typing import Any
 
-    from bitpress.pipeline.api import convert, evaluate, load, plan, publish, quantize
+    from bitpress.pipeline.api import convert, evaluate, load, optimize, plan, publish, quantize
     from bitpress.pipeline.errors import BitpressError
     from bitpress.pipeline.hf import BitpressConfig
     from bitpress.pipeline.objects import Recipe
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "BitpressConfig", "BitpressError", "Recipe", "__version__", "convert", "evaluate", "load", "plan", "publish",
-    "quantize",
+    "BitpressConfig", "BitpressError", "Recipe", "__version__", "convert", "evaluate", "load", "optimize", "plan",
+    "publish", "quantize",
 ]  # fmt: skip
 
 

@@ -759,6 +759,28 @@ class BlockView:
         wanted = [(planned, (statistic,)) for planned in quantized]
         return [each[statistic] for each in self._runner.collect(wanted, self.inputs())]
 
+    @cached_property
+    def _statistics(self) -> dict[str, dict[type[Statistic], Statistic]]:
+        """Layer -> what its method wants to know of its inputs, for the groups that can be folded."""
+        groups = [group for (group, _), folding in zip(self._groups, self.foldings) if folding]
+        kinds = [
+            tuple(dict.fromkeys(kind for each in group if each.spec for kind in each.spec.method.statistics))
+            for group in groups
+        ]
+        collected = self._runner.collect([(group[0], own) for group, own in zip(groups, kinds)], self.inputs())
+        return {planned.module: own for group, own in zip(groups, collected) for planned in group}
+
+    def as_quantized(self, layer: str, scale: Tensor) -> Tensor | None:
+        spec = self._tensors[f"{layer}.weight"].spec
+        assert spec
+        if not spec.method.statistics:
+            return None
+        own = spec.method.divided(tuple(self._statistics[layer][kind] for kind in spec.method.statistics), scale)
+        if own is None:
+            return None
+        weight = self.tensor(f"{layer}.weight").to(scale) * scale
+        return spec.method.quantize(weight, spec.scheme, torch.float32, own)[0].dequantize()
+
 
 class TrainableBlock:
     """The block that a runner has loaded, as `Method.learn` learns it; see methods.base.TrainableBlock."""

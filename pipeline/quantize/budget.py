@@ -9,7 +9,8 @@ Three steps, each of which survives a crash. The first two are done once for all
   would seem to cost less than it does on other text, and few bits would seem so most. A unit is what servers fuse and
   so must have one scheme: q, k and v; gate and up; all experts of a block.
 - Choose. Divergences of small errors add up over layers (HIGGS, arXiv 2411.17525, theorem 1), so the least sum within a
-  size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes.
+  size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes. Errors
+  of many units together are more than the sum; so what is best by it is measured beside one choice for all units.
 
 Then the model is quantized by what was chosen, block by block, each on what the quantized blocks before it put out, as
 any calibrated recipe is: later blocks make up for some of the errors of earlier ones. With `sequential: false` the
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -304,9 +306,16 @@ class Search:
                     self._probed[unit.name] = lost
                 runner.drop_block(block)
 
+    def _key(self, chosen: Sequence[int]) -> str:
+        return digest({unit.name: own for unit, own in zip(self.units, chosen, strict=True)})[:16]
+
+    def measured(self, chosen: Sequence[int]) -> float | None:
+        """What `measure` gave, where it was asked before."""
+        return self._measured.get(self._key(chosen))
+
     def measure(self, chosen: Sequence[int]) -> float:
         """The mean KL divergence of the model with all these solutions, on the windows held out, in nats."""
-        key = digest({unit.name: own for unit, own in zip(self.units, chosen, strict=True)})[:16]
+        key = self._key(chosen)
         if key not in self._measured:
             specs = {
                 planned.info.name: unit.specs[own]
@@ -359,8 +368,30 @@ class Search:
         companions = sum(path.stat().st_size for path in self.checkpoint.other_files())
         return tensors + companions + _LINE * len(self.plan.tensors) + _FEW
 
+    @cached_property
+    def uniform(self) -> dict[str, list[int]]:
+        """Each choice that all units have -> its number in each. Units without a choice keep what their rule says."""
+        own = [[_name(spec) for spec in unit.specs] for unit in self.units]
+        free = [names for names, unit in zip(own, self.units) if not unit.fixed]
+        return {
+            name: [0 if unit.fixed else names.index(name) for names, unit in zip(own, self.units)]
+            for name in dict.fromkeys(chain.from_iterable(free))
+            if all(name in names for names in free)
+        }
+
+    def nbytes(self, chosen: Sequence[int]) -> int:
+        """The bytes of all units, each at its choice."""
+        return sum(unit.sizes(self.plan)[own] for unit, own in zip(self.units, chosen, strict=True))
+
+    def predicted(self, chosen: Sequence[int]) -> float:
+        """The sum of the probes of each unit's choice."""
+        return math.fsum(self._probed[unit.name][own] for unit, own in zip(self.units, chosen, strict=True))
+
     def choose(self) -> "Choice":
         """The best choice within the recipe's budget.
+
+        Probes do not tell how errors of many units act together. So the best sum is measured as a whole, beside the
+        best uniform choice that fits, and the one that diverges less is taken.
 
         Raises:
             ConfigError: the smallest choice of every unit is larger than the budget.
@@ -375,20 +406,18 @@ class Search:
                 f"weight, and the whole artifact {(least + self.rest) / 1e6:,.1f} MB; raise the budget, or name "
                 "smaller choices, as in choices: [int2-g128, int4-g128]"
             )
-        point = int(np.searchsorted(self.front.nbytes, limit, side="right")) - 1
-        return Choice(self, point)
+        best = self.front.choice(int(np.searchsorted(self.front.nbytes, limit, side="right")) - 1)
+        uniform = [own for own in self.uniform.values() if self.nbytes(own) <= limit]
+        candidates = [best, *sorted(uniform, key=self.predicted)[:1]]
+        return Choice(self, min(candidates, key=self.measure))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A point of a search's curve: a spec for every unit."""
+    """What a search chose: for each unit the number of its choice."""
 
     search: Search
-    point: int
-
-    @cached_property
-    def chosen(self) -> list[int]:
-        return self.search.front.choice(self.point)
+    chosen: Sequence[int]
 
     def recipe(self) -> Recipe:
         """The recipe with a rule for every layer in place of its budget; what is held out judges what comes of it."""
@@ -409,17 +438,21 @@ class Choice:
         ones are sums of probes, "solutions_kl" is of the model with all the solutions that were probed.
         """
         search, front = self.search, self.search.front
-        sizes = np.linspace(front.nbytes[0], front.nbytes[-1], _CURVE)
-        points = {int(np.searchsorted(front.nbytes, size, side="right")) - 1 for size in sizes} | {self.point}
+        sizes = [*np.linspace(front.nbytes[0], front.nbytes[-1], _CURVE), search.nbytes(self.chosen)]
+        points = {int(np.searchsorted(front.nbytes, size, side="right")) - 1 for size in sizes}
         units = list(zip(search.units, self.chosen, strict=True))
         assert search.recipe.budget
         return {
             "budget": search.recipe.budget.name,
             "tokens": search.held_out.numel(),
-            **self._at(self.point),
+            **self._figures(search.nbytes(self.chosen), search.predicted(self.chosen)),
             "solutions_kl": search.measure(self.chosen),
-            "curve": [self._at(point) for point in sorted(points)],
-            "uniform": list(self._uniform()),
+            "curve": [self._figures(int(front.nbytes[point]), float(front.kl[point])) for point in sorted(points)],
+            "uniform": [
+                {"choice": name, **self._figures(search.nbytes(own), search.predicted(own))}
+                | ({"solutions_kl": measured} if (measured := search.measured(own)) is not None else {})
+                for name, own in search.uniform.items()
+            ],
             "units": [
                 {
                     "name": unit.name,
@@ -432,25 +465,13 @@ class Choice:
             ],
         }
 
-    def _at(self, point: int) -> dict[str, Any]:
-        """Bits, bytes and divergence at a point of the curve."""
-        nbytes = int(self.search.front.nbytes[point])
+    def _figures(self, nbytes: int, predicted: float) -> dict[str, Any]:
+        """Bits, bytes and divergence of units that take so many bytes."""
         return {
             "bits": 8 * nbytes / self.search.weights,
             "nbytes": nbytes + self.search.rest,
-            "predicted_kl": float(self.search.front.kl[point]),
+            "predicted_kl": predicted,
         }
-
-    def _uniform(self) -> Iterator[dict[str, Any]]:
-        """The same figures for each choice that all units have, given to all of them."""
-        search = self.search
-        for name in dict.fromkeys(_name(spec) for unit in search.units for spec in unit.specs):
-            own = [[_name(spec) for spec in unit.specs] for unit in search.units]
-            if all(name in names for names in own):
-                places = [(unit, names.index(name)) for unit, names in zip(search.units, own, strict=True)]
-                nbytes = sum(unit.sizes(search.plan)[place] for unit, place in places)
-                lost = sum(search._probed[unit.name][place] for unit, place in places)
-                yield {"choice": name, "bits": 8 * nbytes / search.weights, "predicted_kl": lost}
 
 
 def search(
@@ -471,9 +492,7 @@ def search(
     with journal.locked(folder, math.inf):  # whoever holds it computes what this search needs, too
         own = Search(checkpoint, source, recipe, folder)
         own.run(on_step)
-        choice = own.choose()
-        own.measure(choice.chosen)
-    return choice
+        return own.choose()
 
 
 def clean(run: Path) -> list[Path]:

@@ -141,7 +141,8 @@ def write_text(path: Path, text: str) -> dict[str, Any]:
     return write_file(path, [text.encode()])
 
 
-def _raw(tensor: Tensor) -> memoryview:
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
@@ -161,7 +162,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         shape = list(tensor.shape)
         header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
-    return write_file(path, itertools.chain([_preamble(header)], (_raw(tensors[name]) for name in names)))
+    return write_file(path, itertools.chain([_preamble(header)], (raw(tensors[name]) for name in names)))
 
 
 def write_rows(
@@ -171,7 +172,7 @@ def write_rows(
     nbytes = math.prod(shape) * dtype.itemsize
     entry = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [0, nbytes]}
     preamble = _preamble({"__metadata__": {"format": "pt"}, name: entry})
-    written = write_file(path, itertools.chain([preamble], map(_raw, parts)))
+    written = write_file(path, itertools.chain([preamble], map(raw, parts)))
     assert written["bytes"] == len(preamble) + nbytes, "the parts do not add up to the shape"
     return written
 

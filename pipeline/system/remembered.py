@@ -28,7 +28,7 @@ def folder() -> Path | None:
 
 
 @functools.cache
-def _programs() -> dict[str, Any]:
+def programs() -> dict[str, Any]:
     """Everything whose change may change an answer: versions, and the state of bitpress's own sources."""
     sources = Path(__file__).parents[2]
     files = [path for top in ("pipeline", "kernels") for path in (sources / top).rglob("*.py")]
@@ -50,7 +50,7 @@ def remembered(
     where = folder()
     if where is None:
         return answer()
-    described = json.dumps({"key": key, "programs": _programs()}, sort_keys=True)
+    described = json.dumps({"key": key, "programs": programs()}, sort_keys=True)
     path = where / f"{question}-{hashlib.sha256(described.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(path.read_text(encoding="utf-8"))

@@ -15,7 +15,8 @@ class Awq(Scaling):
 
     name = "awq"
     rank = 20
-    version = 2
+    version = 3
+    by_method = True
     about = "scales weights that meet large inputs up before they are rounded; for schemes that leave inputs alone"
 
     def propose(self, inputs: InputRange, weights: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -89,6 +89,7 @@ class Scaling(ABC):
     rank: ClassVar[int]
     version: ClassVar[int]
     about: ClassVar[str]
+    by_method: ClassVar[bool] = False  # in the end layers are quantized as they will be, not rounded to nearest
 
     @abstractmethod
     def propose(self, inputs: InputRange, weights: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -128,10 +129,12 @@ class Scaling(ABC):
             errors = {}
             for words in (_NONE, *(min(own, key=lambda each: own[each][figure]) for figure in (0, 1))):
                 if words not in errors:
-                    products = {
-                        layer: _product(named[layer], scheme, scales[words], sample)
-                        for layer, scheme in schemes.items()
-                    }
+                    products = {}
+                    for layer, scheme in schemes.items():
+                        rounded = block.as_quantized(layer, scales[words]) if self.by_method else None
+                        if rounded is None:
+                            rounded = _rounded(named[layer] * scales[words], scheme)
+                        products[layer] = _product(rounded, scheme, scales[words], sample)
                     errors[words] = block.error(products)
             chosen = min(errors, key=lambda each: errors[each])
             if chosen != _NONE:
@@ -158,20 +161,20 @@ def _errors(layers: list[tuple[Tensor, Scheme, Tensor]], inputs: Tensor, scale: 
     """
     whole = tokens = 0.0
     for weight, scheme, expected in layers:
-        lost = (_product(weight, scheme, scale, inputs)(inputs) - expected).square().sum(1)
+        lost = (_product(_rounded(weight * scale, scheme), scheme, scale, inputs)(inputs) - expected).square().sum(1)
         size = expected.square().sum(1)
         whole += (lost.sum() / size.sum().clamp(min=1e-30)).item()
         tokens += (lost / size.clamp(min=1e-30)).mean().item()
     return whole, tokens
 
 
-def _product(weight: Tensor, scheme: Scheme, scale: Tensor, sample: Tensor) -> Callable[[Tensor], Tensor]:
-    """What a layer, its columns multiplied by a scale and rounded, makes of inputs that are divided by it.
+def _product(rounded: Tensor, scheme: Scheme, scale: Tensor, sample: Tensor) -> Callable[[Tensor], Tensor]:
+    """What a layer makes of inputs that are divided by a scale.
 
     Args:
+        rounded: its weight [out, in], of which the columns were multiplied by the scale before they were quantized.
         sample: inputs [tokens, in] that static activations are calibrated on.
     """
-    rounded = _rounded(weight * scale, scheme)
     activations = scheme.activations
     if activations is None:
         return lambda x: (x / scale) @ rounded.t()

@@ -36,7 +36,17 @@ from bitpress.kernels.activations.int8_token import quantize_rows
 from bitpress.kernels.cpu import library as native_library
 from bitpress.kernels.cpu import native
 from bitpress.kernels.cpu.library import Library, library
-from bitpress.kernels.decoder_layer import ACTIVATIONS, Context, Experts, NativeLayer, NativeLayers, Norm, Parts
+from bitpress.kernels.decoder_layer import (
+    ACTIVATIONS,
+    Context,
+    Experts,
+    NativeLayer,
+    NativeLayers,
+    Norm,
+    Parts,
+    coding,
+)
+from bitpress.kernels.kv_cache import parse_cache, rounded
 from bitpress.kernels.linear import QLinear
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import Selection
@@ -53,8 +63,10 @@ BASES = (
 # the inputs' dtype, and scales to float16.
 BOUND = {torch.float32: 2.0**-10, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-7}
 CODEBOOK = 2.0**-6  # NF4's code book in int8
+JUMPS = 2.0**-5  # of a rounded cache's codes, at a difference in a key's last bit
 KINDS = (native.NativeInt8, native.NativeInt16, native.NativeExact)
 LAYERS = 10  # one call of so many is a step of a decoder layer
+CACHES = ("fp8", "fp8-head", "int8", "int8-g2", "int8-g16", "int8-g32", "int8-g64", "int4-g16", "int4-g32")
 LAYER_SCHEMES = ("int3-g32", "int4-g32", "int4-g64-asym", "int8-channel", "int8-g128", "nf4", "mxfp4", "nvfp4", "fp8")
 
 
@@ -267,6 +279,7 @@ class LayerCall:
     shared: bool
     window: int | None
     rotated: int
+    cache: str | None
 
 
 def make_layer_call(number: int, seed: int, runnable: list[str]) -> LayerCall:
@@ -276,7 +289,8 @@ def make_layer_call(number: int, seed: int, runnable: list[str]) -> LayerCall:
     heads = key_heads * generator.choice((1, 2, 3, 5))
     while heads * dim % step:  # what o reads consists of whole groups
         heads += key_heads
-    length, count = generator.choice((0, 1, 2, 15, 16, 17, 63, 64, 100)), generator.choice((1, 1, 1, 2, 9, 65))
+    length = generator.choice((0, 1, 2, 15, 16, 17, 63, 64, 100, 255, 256, 700))
+    count = generator.choice((1, 1, 1, 2, 9, 65))
     batch = generator.choice((1, 1, 2, 3))
     first = tuple(generator.choice((0, 0, generator.randrange(length + count))) for _ in range(batch))
     return LayerCall(
@@ -289,6 +303,7 @@ def make_layer_call(number: int, seed: int, runnable: list[str]) -> LayerCall:
         *(generator.random() < 0.4 for _ in range(4)), generator.choice((None, None, 2.5)),
         generator.choice((0, 0, 1, 2, 5, 17)), generator.random() < 0.5,
         generator.choice((None, None, 1, 2, 30, 64, 90)), generator.choice((0, 2, 8, dim, dim)),
+        generator.choice((None, *(name for name in CACHES if not parse_cache(name).problems(dim)))),
     )  # fmt: skip
 
 
@@ -368,9 +383,22 @@ def perform_layer(call: LayerCall, loaded: Library) -> None:
     for sequence, start in enumerate(call.first):
         filled = cache[:, sequence, :, start : call.length]
         filled.copy_(torch.randn(filled.shape, generator=generator))
-    expected = _layer(call, parts, weights, x, (cos, sin), *(each.to(call.dtype) for each in cache.clone()))
+    kind = None if call.cache is None else parse_cache(call.cache)
+    scale = None if kind is None or kind.dynamic else kind.scale(torch.linspace(2, 9, call.key_heads))
+    filled = [each.to(call.dtype) for each in cache]
+    if kind is not None:
+        filled = [rounded(kind, each, scale) for each in filled]
+    expected = _layer(call, parts, weights, x, (cos, sin), *(each.clone() for each in filled), scale)
     begin = 0 if call.window is None else max(0, call.length + 1 - call.window)
-    key_cache, value_cache = (copied(each[:, :, begin:].to(call.dtype)) for each in cache)
+    caches: list[dict[str, Tensor]] = []
+    for each in filled:
+        each = each[:, :, begin:]
+        unread = each if kind is None or kind.dynamic else each.nan_to_num(1e4)
+        codes = {"codes": unread} if kind is None else dict(kind.encode(unread, scale))
+        if scale is not None:
+            codes["scales"] = scale.flatten().expand(batch, call.key_heads)
+        caches.append({name: copied(each) for name, each in codes.items()})
+    before = [{name: each.clone() for name, each in codes.items()} for codes in caches]
     first = copied(torch.tensor(call.first)) if any(call.first) else None
     original = torch.empty_like
     torch.empty_like = lambda like: guarded.empty(tuple(like.shape), like.dtype, call.at_end, like.itemsize)
@@ -378,14 +406,19 @@ def perform_layer(call: LayerCall, loaded: Library) -> None:
     try:
         layers = NativeLayers([NativeLayer(parts)])
         rotation = (cos, sin) if call.rotated else None
-        y = layers.step(x, [Context(key_cache, value_cache, rotation, begin, call.window)], call.length, first)
+        how = None if kind is None else coding(kind, call.dim)
+        assert not isinstance(how, str), how
+        y = layers.step(x, [Context(caches[0], caches[1], rotation, begin, call.window, how)], call.length, first)
     finally:
         torch.empty_like = original
         torch.set_num_threads(1)
     guarded.check()
-    for cached in (key_cache, value_cache):
-        end = call.length + call.count - begin
-        assert cached[:, :, end:].isnan().all(), "written into the room of other tokens"
+    end = call.length + call.count - begin
+    for codes, was in zip(caches, before):
+        for name, each in codes.items():
+            if each.dim() == 4:
+                now, then = (tensor[:, :, end:].contiguous().view(torch.uint8) for tensor in (each, was[name]))
+                assert torch.equal(now, then), "written into the room of other tokens"
     if call.values == "nan":
         assert not y[0, 0].isfinite().any(), "NaN came out finite"
         assert y[1:].isfinite().all(), "NaN came out of another sequence"
@@ -397,6 +430,7 @@ def perform_layer(call: LayerCall, loaded: Library) -> None:
         real = places >= torch.tensor(call.first).unsqueeze(1)
         error = (y.double() - expected)[real].norm()
         bound = BOUND[call.dtype] if kernel.input_bits is None or call.scheme != "nf4" else CODEBOOK
+        bound += 0 if kind is None else JUMPS
         assert error <= bound * expected[real].norm(), f"error {error} of {expected[real].norm()}"
 
 
@@ -408,6 +442,7 @@ def _layer(
     rotation: tuple[Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
+    scale: Tensor | None,
 ) -> Tensor:
     """In float64 the output [batch, count, hidden] of linear layers with these weights; fills keys and values."""
     dtype, (cos, sin) = x.dtype, (table.double().unsqueeze(1) for table in rotation)
@@ -450,8 +485,9 @@ def _layer(
     sizes = [call.heads * call.dim, *[call.key_heads * call.dim] * 2]
     projected = torch.cat([linear(each, h) for each in parts.linears[:3] if each is not None], -1).split(sizes, -1)
     q, k, v = map(heads, projected)
-    keys[:, :, call.length : end] = rotated(normed(k, parts.norms[5])).to(dtype)
-    values[:, :, call.length : end] = v.to(dtype)
+    for states, new in ((keys, rotated(normed(k, parts.norms[5]))), (values, v)):
+        kept = new if call.cache is None else rounded(parse_cache(call.cache), new.float(), scale)
+        states[:, :, call.length : end] = kept.to(dtype)
     query, mixed = rotated(normed(q, parts.norms[4])), torch.zeros_like(q)
     group = call.heads // call.key_heads
     for sequence, start in enumerate(call.first):

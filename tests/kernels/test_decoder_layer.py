@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from bitpress.kernels.cpu.library import library
 from bitpress.kernels.cpu.native import NativeExact, NativeInt8, NativeInt16
-from bitpress.kernels.decoder_layer import Context, Experts, NativeLayer, NativeLayers, Norm, Parts
+from bitpress.kernels.decoder_layer import Context, Experts, NativeLayer, NativeLayers, Norm, Parts, coding
+from bitpress.kernels.kv_cache import cache_examples, parse_cache, rounded
 from bitpress.kernels.linear import QLinear
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import Selection
@@ -128,8 +129,13 @@ def expected(
     values: Tensor,
     first: Tensor | None = None,
     window: int | None = None,
+    through_cache: Callable[[Tensor], Tensor] = lambda states: states,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In float32 the output [batch, count, hidden], and keys and values [batch, key_heads, length + count, dim]."""
+    """In float32 the output [batch, count, hidden], and keys and values [batch, key_heads, length + count, dim].
+
+    Args:
+        through_cache: what the cache makes of keys and values.
+    """
     q, k, v, o = parts.linears[:4]
     assert q is not None
     assert o is not None
@@ -145,8 +151,8 @@ def expected(
     query = rotated(normed(heads(projected[0]), parts.norms[4]), cos, sin)
     key = rotated(normed(heads(projected[1]), parts.norms[5]), cos, sin)
     length = keys.shape[2]
-    keys = torch.cat([keys, key.to(dtype)], 2).float()
-    values = torch.cat([values, heads(projected[2]).to(dtype)], 2).float()
+    keys = torch.cat([keys, through_cache(key.to(dtype))], 2).float()
+    values = torch.cat([values, through_cache(heads(projected[2]).to(dtype))], 2).float()
     places = torch.arange(length + count)
     seen = (places <= places[length:].unsqueeze(1)).expand(batch, 1, -1, -1)
     if first is not None:
@@ -192,7 +198,7 @@ def one(parts: Parts) -> NativeLayers:
 
 
 def context(rotation: list[Tensor], keys: Tensor, values: Tensor) -> list[Context]:
-    return [Context(keys, values, (rotation[0], rotation[1]))]
+    return [Context({"codes": keys}, {"codes": values}, (rotation[0], rotation[1]))]
 
 
 def check(
@@ -218,7 +224,7 @@ def check(
     )
     begin = 0 if window is None else max(0, length + 1 - window)
     left = (keys[:, :, begin:].contiguous(), values[:, :, begin:].contiguous())
-    own = Context(*left, (rotation[0], rotation[1]), begin, window)
+    own = Context({"codes": left[0]}, {"codes": left[1]}, (rotation[0], rotation[1]), begin, window)
     got = one(parts).step(x, [own], length, starts)
     keys[:, :, begin:], values[:, :, begin:] = left
     assert got.dtype == dtype
@@ -292,6 +298,82 @@ def test_many_tokens_and_sequences(
     """Chunks of a prompt from any place on, and sequences that begin at their own places."""
     for kernel, tolerance in ((NativeExact(instructions), EXACT), (NativeInt16(instructions), 1e-4)):
         check(make_parts(kernel=kernel), length, torch.float32, tolerance, batch, count, first)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("shape", [(5, 1, 64), (4, 2, 48)], ids=str)
+@pytest.mark.parametrize("name", [*cache_examples(), "int8-g16", "int4-g2"])
+def test_keys_and_values_are_read_as_the_cache_rounds_them(
+    name: str, shape: tuple[int, int, int], instructions: str, make_parts: MakeParts, poisoned_empty: None
+):
+    """What each type's own encode and decode make of them, for one token and many; codes beside these stay."""
+    _, key_heads, dim = shape
+    kind = parse_cache(name)
+    how = coding(kind, dim)
+    if kind.problems(dim):
+        assert isinstance(how, str)
+        return
+    assert not isinstance(how, str)
+    parts = make_parts(*shape, kernel=NativeExact(instructions))
+    scale = None if kind.dynamic else kind.scale(torch.linspace(1, 3, key_heads))
+    for batch, count, length, window in (
+        (1, 1, 0, None),
+        (2, 1, 300, None),
+        (2, 37, 29, None),
+        (1, 1, 90, 33),
+        (1, 70, 90, 9),
+    ):
+        x, rotation, *states = inputs(parts, length, torch.float32, batch, count)
+        past = [rounded(kind, each[:, :, :length], scale) for each in states]
+        want, *all_states = expected(
+            parts,
+            x,
+            rotation,
+            past[0],
+            past[1],
+            window=window,
+            through_cache=lambda states: rounded(kind, states, scale),
+        )
+        begin, both = 0 if window is None else max(0, length + 1 - window), []
+        for each in states:
+            codes = dict(kind.encode(each[:, :, begin:].nan_to_num(0.25), scale))  # 0.25: of the places beyond
+            if scale is not None:
+                codes["scales"] = scale.flatten().expand(batch, key_heads).clone()
+            both.append(codes)
+        before = [{key: each.clone() for key, each in codes.items()} for codes in both]
+        context = Context(both[0], both[1], (rotation[0], rotation[1]), begin, window, how)
+        got = one(parts).step(x, [context], length)
+        error = ((got - want).abs().max() / want.abs().max()).item()
+        assert error < 1e-3, error  # queries and weights of 16 bits
+        for codes, was, right in zip(both, before, all_states):
+            now = kind.decode(codes, scale)[:, :, : length + count - begin]
+            close = now.isclose(right[:, :, begin:], rtol=1e-3, atol=1e-4)
+            assert close.float().mean() > 0.999  # a last bit turns one over that lies between two codes
+            for key, each in codes.items():
+                if each.dim() == 4:
+                    same = each.view(torch.uint8) == was[key].view(torch.uint8)
+                    assert same[:, :, : length - begin].all()
+                    assert same[:, :, length + count - begin :].all()
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-g16", "fp8", "int4-g16"])
+def test_a_key_that_is_not_a_number_shows(name: str, make_parts: MakeParts):
+    """In its own sequence, also later, when it is long past; in no other."""
+    parts, kind = make_parts(), parse_cache(name)
+    how, scale = coding(kind, 16), None if kind.dynamic else kind.scale(torch.ones(2))
+    assert not isinstance(how, str)
+    x, rotation, *states = inputs(parts, 0, torch.float32, batch=2, count=4)
+    both = [dict(kind.encode(each.nan_to_num(), scale)) for each in states]
+    for codes in both if scale is not None else []:
+        codes["scales"] = scale.flatten().expand(2, 2).clone()
+    native = one(parts)
+    for place in range(4):
+        token = x[:, place : place + 1].clone()
+        token[0, 0, 3] = torch.nan if place == 1 else 0
+        tables = (rotation[0][:, place : place + 1].contiguous(), rotation[1][:, place : place + 1].contiguous())
+        y = native.step(token, [Context(both[0], both[1], tables, coding=how)], place)
+        assert y[1].isfinite().all()
+        assert y[0].isfinite().all() == (place < 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,5 @@
 /* What Python calls: packing, multiplying, and which instruction sets there are. */
+#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -90,6 +91,22 @@ EXPORT void bitpress_use_huge_pages(void *start, int64_t bytes) {
 #else
     (void)start, (void)bytes;
 #endif
+}
+
+/* Brings a file's mapped pages in now, as huge ones where its file system keeps such. Returns 0, or 1 where they cannot be
+ * read. A piece at a time, so that other threads can map memory meanwhile. */
+EXPORT int bitpress_page_in(void *start, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_POPULATE_READ)
+    const int64_t piece = 16 << 20;
+    madvise(start, (size_t)bytes, MADV_HUGEPAGE);
+    for (int64_t at = 0; at < bytes; at += piece)
+        while (madvise((char *)start + at, (size_t)(bytes - at < piece ? bytes - at : piece), MADV_POPULATE_READ))
+            if (errno == EINVAL) return 0; /* Linux before 5.14: they come when they are first read */
+            else if (errno != EINTR && errno != EAGAIN) return 1;
+#else
+    (void)start, (void)bytes;
+#endif
+    return 0;
 }
 
 /* ---- packed weights: a header, then the tensors that Weight names ---- */

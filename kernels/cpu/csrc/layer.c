@@ -18,7 +18,8 @@ HOLD_TEXT
 
 #define EXPORT __attribute__((visibility("default")))
 #define TOGETHER 4 /* query heads of one key head that read its keys and values together */
-#define POSITIONS 64 /* whose values stay in the first cache while all features of a head pass by */
+#define PIECE 256 /* keys that are a task for one token: 64 KiB of int8 or less, and sums of int16 * int8 fit int32 */
+#define EXPANDED 64 /* keys or values that are float32 at a time, so that they stay in the second cache */
 #define MIN_ATTENTION (256 << 10) /* products that are worth waking threads for */
 #define MIN_ROWS (32 << 10) /* features of rows that are worth waking threads for */
 #define MOST_ROWS 512 /* at a time, so that what lies between two products stays in the third cache */
@@ -27,6 +28,7 @@ HOLD_TEXT
 
 typedef enum { SILU, GELU_TANH, GELU, RELU } Activation;
 typedef enum { QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN } Part;
+typedef enum { NUMBERS, CODES8, CODES4, CODES_E4M3 } Cached;
 typedef enum { BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP, OF_QUERIES, OF_KEYS } Place;
 
 /* packed: as bitpress_pack made it, or NULL: there is no such layer. bias: [out], or NULL. order: [in], the input that
@@ -68,12 +70,15 @@ typedef struct {
 } Layer;
 
 /* What a layer's own is in a step. keys and values: each [batch][key_heads][capacity][dim], whose first token is number
- * `start` of each sequence. window: a token sees so many, up to itself; 0: all. Features 0 .. rotated of each head are
- * rotated by cos and sin, of token t of sequence b [rotated], b * apart + t * rotated numbers on. In the step's dtype. */
+ * `start` of each sequence; numbers of the step's dtype, or what `cached`, one of Cached, says: int8; uint8 with two codes
+ * of 4 bits, the even feature's in the low half; E4M3. Codes times their scales are numbers. Scales: float16 [batch]
+ * [key_heads][capacity][dim / group], or where group is 0 float32 [batch][key_heads], which become NaN where a number was.
+ * window: a token sees so many, up to itself; 0: all. Features 0 .. rotated of each head are rotated by cos and sin, of
+ * token t of sequence b [rotated], b * apart + t * rotated numbers on; in the step's dtype. */
 typedef struct {
-    void *keys, *values;
+    void *keys, *values, *key_scales, *value_scales;
     const void *cos, *sin;
-    int64_t capacity, start, window, rotated, apart;
+    int64_t capacity, start, window, rotated, apart, cached, group;
 } Context;
 
 /* `count` tokens of each of `batch` sequences. x and y [batch][count][hidden]. contexts: of each layer, which has the keys
@@ -93,7 +98,8 @@ typedef struct {
 /* The rows of some tokens of all sequences in one layer, sequence by sequence: x, normed [rows][hidden], mixed
  * [rows][heads][dim], rotation [rows][2][dim]. q [heads][dim] of a row lies `query_apart` numbers from the next row's, k and
  * v [key_heads][dim] `key_apart`. Their first token is number `from` of the step's; there are `count` of each sequence.
- * scores [batch * heads + TOGETHER][stride], where count is 1.
+ * parts: where count is 1, of each row, head and piece of its keys [dim] values by their weights, these weights' sum, and
+ * the largest score.
  *
  * An MLP has `inner_rows` rows: gate, up and what they become, activated; of the first two, [inner] of a row lie
  * `inner_apart` numbers from the next row's. For experts: gathered, outputs, sum [rows][hidden], shares [rows][routes],
@@ -102,9 +108,9 @@ typedef struct {
     const Layer *l;
     const Context *c;
     const Step *s;
-    float *x, *normed, *q, *k, *v, *mixed, *gate, *up, *activated, *rotation, *scores, *gathered, *outputs, *sum, *shares;
+    float *x, *normed, *q, *k, *v, *mixed, *gate, *up, *activated, *rotation, *parts, *gathered, *outputs, *sum, *shares;
     int32_t *chosen;
-    int64_t from, count, rows, stride, query_apart, key_apart, inner, inner_rows, inner_apart, routes;
+    int64_t from, count, rows, pieces, query_apart, key_apart, inner, inner_rows, inner_apart, routes;
     atomic_llong next;
     atomic_int failed;
 } Rows;
@@ -170,15 +176,83 @@ INLINE void rotate(float *x, int64_t heads, int64_t dim, int64_t rotated, const 
     }
 }
 
-/* One row's keys or values to their place in the cache. */
-INLINE void append(const float *from, const Rows *r, int64_t row, void *to) {
-    const Layer *l = r->l;
-    const Step *s = r->s;
-    const int64_t item = s->dtype == FLOAT32 ? 4 : 2, place = s->length + r->from + row % r->count - r->c->start;
-    for (int64_t h = 0; h < l->key_heads; h++) {
-        const int64_t head = row / r->count * l->key_heads + h;
-        narrow(from + h * l->dim, l->dim, (DType)s->dtype, (char *)to + (head * r->c->capacity + place) * l->dim * item);
+INLINE float nearest(float x, float low, float high) {
+    x = rintf(x);
+    return x < low ? low : x > high ? high : x;
+}
+
+/* The E4M3 code nearest to x, ties to even, of at most 448. Adding 2^14 times a subnormal's step, or rounding the bits. */
+INLINE uint32_t to_e4m3(float x) {
+    const uint32_t sign = float_to_bits(x) >> 24 & 128, bits = float_to_bits(x) & 0x7fffffff;
+    const float size = bits_to_float(bits), most = size > 448 ? 448 : size;
+    const uint32_t wide = float_to_bits(most), small = float_to_bits(most + 0x1p14f) - float_to_bits(0x1p14f);
+    const uint32_t large = (wide - 0x3c000000 + 0x7ffff + (wide >> 20 & 1)) >> 20;
+    return sign | (bits > 0x7f800000 ? 127 : most < 0x1p-6f ? small : large);
+}
+
+/* One head's keys or values of one token as the cache has them; kernels/caches/ says the same in torch.
+ *
+ * row: which [dim] of the cache. scale: of codes without groups. */
+INLINE void encode(const float *x, int64_t dim, const Context *c, int64_t row, float *scale, uint16_t *scales, void *to) {
+    const int64_t group = c->group ? c->group : dim;
+    const float largest = c->cached == CODES8 ? 127 : 7, lowest = c->group ? -largest : -128;
+    for (int64_t g = 0; g < dim; g += group) {
+        uint32_t most = 0; /* bits of absolute values are in the order of the values, NaN last */
+        for (int64_t i = g; i < g + group; i++) {
+            const uint32_t bits = float_to_bits(x[i]) & 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        float step = c->group ? 1 : *scale;
+        if (c->group) {
+            const float wanted = bits_to_float(most) / largest;
+            uint16_t *own = scales + row * (dim / group) + g / group;
+            *own = to_half(wanted > 65504 ? 65504 : wanted);
+            step = *own ? from_half(*own) : 1;
+        } else if (most > 0x7f800000) {
+            *scale = NAN;
+        }
+        if (c->cached == CODES_E4M3) {
+            for (int64_t i = g; i < g + group; i++) ((uint8_t *)to)[row * dim + i] = (uint8_t)to_e4m3(x[i] / step);
+        } else if (c->cached == CODES8) {
+            for (int64_t i = g; i < g + group; i++) {
+                const float code = nearest(x[i] / step, lowest, largest);
+                ((int8_t *)to)[row * dim + i] = (int8_t)(code == code ? code : 0);
+            }
+        } else {
+            for (int64_t i = g; i < g + group; i += 2) {
+                const float even = nearest(x[i] / step, lowest, largest), odd = nearest(x[i + 1] / step, lowest, largest);
+                const int low = (int)(even == even ? even : 0), high = (int)(odd == odd ? odd : 0);
+                ((uint8_t *)to)[(row * dim + i) / 2] = (uint8_t)((low & 15) | (high & 15) << 4);
+            }
+        }
     }
+}
+
+/* One row's keys or values to their place in the cache. */
+INLINE void append(const float *from, const Rows *r, int64_t row, void *to, void *scales) {
+    const Layer *l = r->l;
+    const Context *c = r->c;
+    const Step *s = r->s;
+    const int64_t item = s->dtype == FLOAT32 ? 4 : 2, place = s->length + r->from + row % r->count - c->start;
+    for (int64_t h = 0; h < l->key_heads; h++) {
+        const int64_t head = row / r->count * l->key_heads + h, own = head * c->capacity + place;
+        if (c->cached) encode(from + h * l->dim, l->dim, c, own, (float *)scales + head, scales, to);
+        else narrow(from + h * l->dim, l->dim, (DType)s->dtype, (char *)to + own * l->dim * item);
+    }
+}
+
+/* x [count] times 1 / scale, which this returns, as int16; codes 0 and a scale that shows it where there is NaN or infinity. */
+INLINE float to_int16(const float *x, int64_t count, int16_t *codes) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t bits = float_to_bits(x[i]) & 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float scale = bits_to_float(most) / 32767;
+    if (scale < 0x1p-100f) scale = 0x1p-100f;
+    const float inverse = most < 0x7f800000 ? 1 / scale : 0;
+    for (int64_t i = 0; i < count; i++) codes[i] = inverse ? (int16_t)(int32_t)rintf(x[i] * inverse) : 0;
+    return scale;
 }
 
 /* The outputs of those of `count` linear layers that there are, which read the same `rows` of x; those whose order and
@@ -210,11 +284,13 @@ static void run(void (*body)(void *), Rows *r, int worthwhile) {
     parallel(body, r, worthwhile ? r->s->threads : 1);
 }
 
+#define UNROLL _Pragma("GCC unroll 4") /* loops over constants, so that their arrays become registers */
 #if defined(__x86_64__)
-#define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
+#define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define NAME(name) name##_avx512
 #define LANES 16
 #define MULTIPLY_ADD(x, y, z) (V)_mm512_fmadd_ps((__m512)(x), _mm512_set1_ps(y), (__m512)(z))
+#define MULTIPLY_ADD_ALL(x, y, z) (V)_mm512_fmadd_ps((__m512)(x), (__m512)(y), (__m512)(z))
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #include "layer_step.h"
@@ -222,6 +298,7 @@ static void run(void (*body)(void *), Rows *r, int worthwhile) {
 #define NAME(name) name##_avx2
 #define LANES 8
 #define MULTIPLY_ADD(x, y, z) (V)_mm256_fmadd_ps((__m256)(x), _mm256_set1_ps(y), (__m256)(z))
+#define MULTIPLY_ADD_ALL(x, y, z) (V)_mm256_fmadd_ps((__m256)(x), (__m256)(y), (__m256)(z))
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15
 #include "layer_step.h"
@@ -231,8 +308,10 @@ static void run(void (*body)(void *), Rows *r, int worthwhile) {
 #define LANES 4
 #if defined(__aarch64__)
 #define MULTIPLY_ADD(x, y, z) (V)vfmaq_n_f32((float32x4_t)(z), (float32x4_t)(x), y)
+#define MULTIPLY_ADD_ALL(x, y, z) (V)vfmaq_f32((float32x4_t)(z), (float32x4_t)(x), (float32x4_t)(y))
 #else
 #define MULTIPLY_ADD(x, y, z) ((x) * (y) + (z))
+#define MULTIPLY_ADD_ALL(x, y, z) ((x) * (y) + (z))
 #endif
 #define EVEN 0, 2, 4, 6
 #define ODD 1, 3, 5, 7

@@ -1,6 +1,6 @@
 /* The layer of layer.c, which includes this once for each instruction set: TARGET is its attribute, LANES the floats of
  * its registers, EVEN and ODD the places of every other lane of two of them, NAME(x) a name of its own.
- * MULTIPLY_ADD(x, y, z) is x * y + z, of registers x and z and a number y. */
+ * MULTIPLY_ADD(x, y, z) is x * y + z, of registers x and z and a number y; of MULTIPLY_ADD_ALL y is a register, too. */
 
 HOLD_TEXT
 
@@ -30,19 +30,27 @@ LOCAL V NAME(load)(const void *from, int64_t at, const DType dtype) {
 
 LOCAL void NAME(store)(float *to, V value) { memcpy(to, &value, sizeof value); }
 
-/* Lane i of the result is the sum of the lanes of sums[i]: neighbours are added until one lane of each is left. */
-LOCAL V NAME(fold)(V *sums) {
-    for (int count = LANES / 2; count; count /= 2)
-        for (int i = 0; i < count; i++) {
-            const V a = sums[2 * i], b = sums[2 * i + 1];
+/* Neighbours of two registers are added: first a's, then b's. */
 #if defined(__clang__)
-            sums[i] = __builtin_shufflevector(a, b, EVEN) + __builtin_shufflevector(a, b, ODD);
+#define ADD_NEIGHBOURS(a, b) (__builtin_shufflevector(a, b, EVEN) + __builtin_shufflevector(a, b, ODD))
 #else
-            sums[i] = __builtin_shuffle(a, b, (NAME(Words)){EVEN}) + __builtin_shuffle(a, b, (NAME(Words)){ODD});
+#define ADD_NEIGHBOURS(a, b) (__builtin_shuffle(a, b, (NAME(Words)){EVEN}) + __builtin_shuffle(a, b, (NAME(Words)){ODD}))
 #endif
-        }
-    return sums[0];
-}
+
+/* The first of `count` registers, a constant, each of whose lanes is the sum of LANES / count lanes that lay together: those
+ * of the first register come first. */
+#define FOLD(type, name)                                                    \
+    LOCAL type NAME(name)(type *sums, const int count) {                    \
+        if (count > 8)                                                      \
+            _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) sums[i] = ADD_NEIGHBOURS(sums[2 * i], sums[2 * i + 1]); \
+        if (count > 4)                                                      \
+            _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) sums[i] = ADD_NEIGHBOURS(sums[2 * i], sums[2 * i + 1]); \
+        if (count > 2)                                                      \
+            _Pragma("GCC unroll 2") for (int i = 0; i < 2; i++) sums[i] = ADD_NEIGHBOURS(sums[2 * i], sums[2 * i + 1]); \
+        return count > 1 ? ADD_NEIGHBOURS(sums[0], sums[1]) : sums[0];      \
+    }
+FOLD(V, fold)
+FOLD(NAME(Words), fold_words)
 
 /* x / root mean square(x) * weight (arXiv 1910.07467, equation 4, with eps added to the mean), or x less its mean and plus a
  * bias (LayerNorm, arXiv 1607.06450, equation 4); y may be x. */
@@ -69,31 +77,63 @@ TARGET static void NAME(norm_parts)(float *x, int64_t features, const Norm *n) {
     for (int64_t i = 0; n->weight && i < features; i += n->features) NAME(norm)(x + i, n, x + i);
 }
 
-/* Keys or values of one sequence and head: `length` of them, [length][dim], from number `first` on. */
+/* Rows of a dense weight, or keys: `length` of them, [length][dim], from number `first` on. */
 typedef struct {
     const void *data;
     int64_t first, length, dim;
 } NAME(States);
 
-/* Scores of `count` queries, a constant, over all keys: [count][stride]; those beyond the last are -infinity. LANES
- * divides stride, which is larger than the number of keys by less than LANES, or by more if nobody reads these. */
-LOCAL void NAME(score)(const NAME(States) keys, const float *q, float scale, const int count, const DType dtype,
-                       int64_t stride, float *scores) {
-    for (int64_t s = 0; s < stride; s += LANES) {
-        V sums[TOGETHER][LANES];
-        for (int i = 0; i < LANES; i++) {
-            const int64_t row = keys.first + (s + i < keys.length ? s + i : keys.length - 1) * keys.dim;
-            V sum[TOGETHER] = {0};
-            for (int64_t j = 0; j < keys.dim; j += LANES) {
-                const V key = NAME(load)(keys.data, row + j, dtype);
-                for (int g = 0; g < count; g++) sum[g] += key * NAME(load)(q + g * keys.dim, j, FLOAT32);
-            }
-            for (int g = 0; g < count; g++) sums[g][i] = sum[g];
-        }
-        for (int g = 0; g < count; g++) NAME(store)(scores + g * stride + s, NAME(fold)(sums[g]) * scale);
+#define KEYS (LANES == 16 ? 4 : 2) /* that meet a query at once: their sums fit the registers */
+
+/* What is read later and comes from memory meanwhile: [rows][bytes] in two places. */
+typedef struct {
+    const char *one, *other;
+    int64_t bytes;
+} NAME(Ahead);
+
+LOCAL void NAME(fetch)(const NAME(Ahead) ahead, int64_t row) {
+    for (int64_t i = row * ahead.bytes; i < (row + 1) * ahead.bytes; i += 64) {
+        __builtin_prefetch(ahead.one + i);
+        __builtin_prefetch(ahead.other + i);
     }
+}
+
+/* Scores of `count` queries, a constant, over all keys, up to `width` of [count][stride]; those beyond the last are
+ * -infinity. LANES divides width, which is larger than the number of keys by less than LANES, or by more if nobody reads
+ * these. together: so many keys, a constant, meet the queries at once; 1 where they are read from memory. */
+LOCAL void NAME(score)(const NAME(States) keys, const float *q, float scale, const int count, const int together,
+                       const DType dtype, int64_t width, int64_t stride, float *scores, const NAME(Ahead) ahead) {
+    for (int64_t s = 0; s < width; s += LANES) {
+        V sums[TOGETHER][LANES];
+        for (int i = 0; i < LANES; i += together) {
+            int64_t rows[KEYS];
+            V sum[TOGETHER][KEYS] = {0};
+            UNROLL
+            for (int n = 0; n < together; n++) {
+                const int64_t row = s + i + n < keys.length ? s + i + n : keys.length - 1;
+                rows[n] = keys.first + row * keys.dim;
+                NAME(fetch)(ahead, row);
+            }
+            for (int64_t j = 0; j < keys.dim; j += LANES) {
+                V own[KEYS];
+                UNROLL
+                for (int n = 0; n < together; n++) own[n] = NAME(load)(keys.data, rows[n] + j, dtype);
+                UNROLL
+                for (int g = 0; g < count; g++) {
+                    const V query = NAME(load)(q + g * keys.dim, j, FLOAT32);
+                    UNROLL
+                    for (int n = 0; n < together; n++) sum[g][n] = MULTIPLY_ADD_ALL(own[n], query, sum[g][n]);
+                }
+            }
+            UNROLL
+            for (int g = 0; g < count; g++) sums[g][i / together] = NAME(fold)(sum[g], together);
+        }
+        UNROLL
+        for (int g = 0; g < count; g++) NAME(store)(scores + g * stride + s, NAME(fold)(sums[g], LANES / together) * scale);
+    }
+    UNROLL
     for (int g = 0; g < count; g++)
-        for (int64_t s = keys.length; s < stride; s++) scores[g * stride + s] = -INFINITY;
+        for (int64_t s = keys.length; s < width; s++) scores[g * stride + s] = -INFINITY;
 }
 
 /* Scores to probabilities: exp(score - the largest), divided by their sum. */
@@ -110,62 +150,277 @@ LOCAL void NAME(softmax)(float *scores, int64_t count) {
     for (int64_t s = 0; s < count; s++) scores[s] /= sum;
 }
 
-LOCAL void NAME(mix)(const NAME(States) values, const float *weights, int64_t stride, const int count, const DType dtype,
-                     float *out) {
-    memset(out, 0, (size_t)(count * values.dim) * 4);
-    for (int64_t start = 0; start < values.length; start += POSITIONS) {
-        const int64_t end = start + POSITIONS < values.length ? start + POSITIONS : values.length;
-        for (int64_t j = 0; j < values.dim; j += LANES) {
-            V sums[TOGETHER];
-            for (int g = 0; g < count; g++) sums[g] = NAME(load)(out + g * values.dim, j, FLOAT32);
-            for (int64_t s = start; s < end; s++) {
-                const V value = NAME(load)(values.data, values.first + s * values.dim + j, dtype);
-                for (int g = 0; g < count; g++) sums[g] += value * weights[g * stride + s];
+/* Rows row .. row + count of the cache's keys or values, which are of one head of a sequence, as float32: in `room`
+ * [count][dim], or where they lie. */
+TARGET static const float *NAME(expand)(const Rows *r, const void *data, const void *scales, int64_t row, int64_t count,
+                                        float *room) {
+    const Context *c = r->c;
+    const int64_t dim = r->l->dim, group = c->group ? c->group : dim;
+    const DType dtype = (DType)r->s->dtype;
+    if (c->cached == NUMBERS && dtype == FLOAT32) return (const float *)data + row * dim;
+    if (c->cached == NUMBERS) {
+        generic_widen((const uint16_t *)data + row * dim, dtype, count * dim, room);
+        return room;
+    }
+    const uint8_t *codes = (const uint8_t *)data + (c->cached == CODES4 ? row * dim / 2 : row * dim);
+    if (c->cached == CODES8) for (int64_t i = 0; i < count * dim; i++) room[i] = (float)((const int8_t *)codes)[i];
+    else if (c->cached == CODES_E4M3) for (int64_t i = 0; i < count * dim; i++) room[i] = from_e4m3(codes[i]);
+    else for (int64_t i = 0; i < count * dim / 2; i++) {
+        room[2 * i] = (float)(((codes[i] & 15) ^ 8) - 8);
+        room[2 * i + 1] = (float)((codes[i] >> 4 ^ 8) - 8);
+    }
+    for (int64_t g = 0; g < count * dim / group; g++) {
+        const float scale = c->group ? from_half(((const uint16_t *)scales)[row * (dim / group) + g])
+                                     : ((const float *)scales)[row / c->capacity];
+        for (int64_t i = g * group; i < (g + 1) * group; i++) room[i] *= scale;
+    }
+    return room;
+}
+
+/* The row of the cache that is token number `token` of a sequence's key head. */
+LOCAL int64_t NAME(cache_row)(const Rows *r, int64_t sequence, int64_t key_head, int64_t token) {
+    return (sequence * r->l->key_heads + key_head) * r->c->capacity + token - r->c->start;
+}
+
+/* `wide` registers of each row of out [count][apart] += weights [count][PIECE] times values [length][dim]. */
+LOCAL void NAME(mix_columns)(const float *values, int64_t length, int64_t dim, const float *weights, const int count,
+                             const int wide, float *out, int64_t apart) {
+    V sums[TOGETHER][2];
+    UNROLL
+    for (int g = 0; g < count; g++)
+        UNROLL
+        for (int n = 0; n < wide; n++) sums[g][n] = NAME(load)(out + g * apart, n * LANES, FLOAT32);
+    for (int64_t s = 0; s < length; s++)
+        UNROLL
+        for (int n = 0; n < wide; n++) {
+            const V value = NAME(load)(values + s * dim, n * LANES, FLOAT32);
+            UNROLL
+            for (int g = 0; g < count; g++) sums[g][n] = MULTIPLY_ADD(value, weights[g * PIECE + s], sums[g][n]);
+        }
+    UNROLL
+    for (int g = 0; g < count; g++)
+        UNROLL
+        for (int n = 0; n < wide; n++) NAME(store)(out + g * apart + n * LANES, sums[g][n]);
+}
+
+LOCAL void NAME(mix)(const float *values, int64_t length, int64_t dim, const float *weights, const int count, float *out,
+                     int64_t apart) {
+    int64_t j = 0;
+    for (; j + 2 * LANES <= dim; j += 2 * LANES)
+        NAME(mix_columns)(values + j, length, dim, weights, count, 2, out + j, apart);
+    if (j < dim) NAME(mix_columns)(values + j, length, dim, weights, count, 1, out + j, apart);
+}
+
+/* What a thread has for its tasks of attend_tokens. */
+typedef struct {
+    float *expanded, scores[TOGETHER * PIECE]; /* expanded [EXPANDED][dim] */
+#if LANES == 16
+    float *scales; /* [groups][PIECE] */
+    int16_t *q, weights[TOGETHER * PIECE];
+#endif
+} NAME(Room);
+
+#if LANES == 16 /* INT8 codes are multiplied as they are, by queries and weights of 16 bits: half of the instructions */
+/* Whether integers do it for this cache. */
+LOCAL int NAME(in_integers)(const Rows *r) {
+    return r->c->cached == CODES8 && r->l->dim % 32 == 0 && r->c->group % 32 == 0;
+}
+
+/* Scales of so many rows as float32 [groups][PIECE], of each row alike where the cache has no groups. */
+LOCAL void NAME(widen_scales)(const Rows *r, const void *scales, int64_t row, int64_t count, float *out) {
+    const int64_t groups = r->c->group ? r->l->dim / r->c->group : 1;
+    const uint16_t *halves = (const uint16_t *)scales + row * groups;
+    for (int64_t m = 0; m < groups; m++)
+        for (int64_t i = 0; i < count; i++)
+            out[m * PIECE + i] = r->c->group ? _cvtsh_ss(halves[i * groups + m]) : ((const float *)scales)[row / r->c->capacity];
+}
+
+LOCAL __m512i NAME(codes)(const int8_t *from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from)); }
+
+/* As score, of int8 codes [length][dim]. q float32 [count][dim]. */
+LOCAL void NAME(score_codes)(const Rows *r, const int8_t *codes, int64_t length, const float *q, const int count,
+                             NAME(Room) *room, const NAME(Ahead) ahead) {
+    const int64_t dim = r->l->dim, group = r->c->group ? r->c->group : dim, groups = dim / group;
+    float scales[TOGETHER];
+    for (int g = 0; g < count; g++) scales[g] = r->l->scale * to_int16(q + g * dim, dim, room->q + g * dim);
+    for (int64_t s = 0; s < length; s += LANES)
+        for (int64_t m = 0; m < groups; m++) {
+            NAME(Words) sums[TOGETHER][LANES / KEYS];
+            for (int i = 0; i < LANES; i += KEYS) {
+                const int8_t *rows[KEYS];
+                NAME(Words) products[TOGETHER][KEYS];
+                UNROLL
+                for (int n = 0; n < KEYS; n++) {
+                    const int64_t row = s + i + n < length ? s + i + n : length - 1;
+                    rows[n] = codes + row * dim + m * group;
+                    if (!m) NAME(fetch)(ahead, row);
+                }
+                UNROLL
+                for (int g = 0; g < count; g++)
+                    UNROLL
+                    for (int n = 0; n < KEYS; n++) products[g][n] = (NAME(Words)){0};
+                for (int64_t j = 0; j < group; j += 32) {
+                    __m512i own[KEYS];
+                    UNROLL
+                    for (int n = 0; n < KEYS; n++) own[n] = NAME(codes)(rows[n] + j);
+                    UNROLL
+                    for (int g = 0; g < count; g++) {
+                        const __m512i query = _mm512_loadu_si512(room->q + g * dim + m * group + j);
+                        UNROLL
+                        for (int n = 0; n < KEYS; n++)
+                            products[g][n] = (NAME(Words))_mm512_dpwssd_epi32((__m512i)products[g][n], own[n], query);
+                    }
+                }
+                UNROLL
+                for (int g = 0; g < count; g++) sums[g][i / KEYS] = NAME(fold_words)(products[g], KEYS);
             }
-            for (int g = 0; g < count; g++) NAME(store)(out + g * values.dim + j, sums[g]);
+            const __m512 scale = _mm512_loadu_ps(room->scales + m * PIECE + s); /* beyond the last key: never read */
+            for (int g = 0; g < count; g++) {
+                float *to = room->scores + g * PIECE + s;
+                const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)NAME(fold_words)(sums[g], LANES / KEYS)), scale);
+                const __m512 before = m ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(sum, _mm512_set1_ps(scales[g]), before));
+            }
+        }
+    for (int g = 0; g < count; g++)
+        for (int64_t s = length; s % LANES; s++) room->scores[g * PIECE + s] = -INFINITY;
+}
+
+/* As mix, of int8 codes [length][dim] and the room's scores. Two rows at a time, so that a register's lanes each multiply
+ * both by their weights. */
+LOCAL void NAME(mix_codes)(const Rows *r, const int8_t *codes, int64_t length, const int count, NAME(Room) *room,
+                           float *out, int64_t apart) {
+    const int64_t dim = r->l->dim, group = r->c->group ? r->c->group : dim, groups = dim / group;
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (int64_t n = 0; n < groups; n++) {
+        float scales[TOGETHER];
+        UNROLL
+        for (int g = 0; g < count; g++) {
+            float *own = room->expanded; /* EXPANDED * dim >= PIECE + 1 */
+            for (int64_t s = 0; s < length; s++) own[s] = room->scores[g * PIECE + s] * room->scales[n * PIECE + s];
+            own[length] = 0; /* of the row that an odd number of rows lacks */
+            scales[g] = to_int16(own, length + length % 2, room->weights + g * PIECE);
+        }
+        for (int64_t j = n * group; j < (n + 1) * group; j += 32) {
+            __m512i low[TOGETHER], high[TOGETHER];
+            UNROLL
+            for (int g = 0; g < count; g++) low[g] = high[g] = _mm512_setzero_si512();
+            for (int64_t s = 0; s < length; s += 2) {
+                const __m512i a = NAME(codes)(codes + s * dim + j);
+                const __m512i b = NAME(codes)(codes + (s + 1 < length ? s + 1 : s) * dim + j);
+                const __m512i even = _mm512_unpacklo_epi16(a, b), odd = _mm512_unpackhi_epi16(a, b);
+                UNROLL
+                for (int g = 0; g < count; g++) {
+                    int32_t both;
+                    memcpy(&both, room->weights + g * PIECE + s, 4);
+                    low[g] = _mm512_dpwssd_epi32(low[g], even, _mm512_set1_epi32(both));
+                    high[g] = _mm512_dpwssd_epi32(high[g], odd, _mm512_set1_epi32(both));
+                }
+            }
+            UNROLL
+            for (int g = 0; g < count; g++) {
+                float *to = out + g * apart + j;
+                const __m512 scale = _mm512_set1_ps(scales[g]);
+                _mm512_storeu_ps(to, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_permutex2var_epi32(low[g], first, high[g]))));
+                _mm512_storeu_ps(to + 16, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_permutex2var_epi32(low[g], second, high[g]))));
+            }
         }
     }
 }
+#endif
 
-/* The states of a sequence's key head, of tokens from .. to. */
-LOCAL NAME(States) NAME(states)(const Rows *r, const void *data, int64_t sequence, int64_t key_head, int64_t from,
-                                int64_t to) {
-    const int64_t head = sequence * r->l->key_heads + key_head, dim = r->l->dim;
-    return (NAME(States)){data, (head * r->c->capacity + from - r->c->start) * dim, to - from, dim};
-}
-
-LOCAL void NAME(attend_heads)(const Rows *r, int64_t sequence, int64_t head, int64_t key_head, const int count,
-                              const DType dtype) {
+/* A token's attention to keys from .. to, at most PIECE, of `count` heads that share them; see Rows.parts. */
+LOCAL void NAME(attend_piece)(const Rows *r, int64_t sequence, int64_t head, int64_t key_head, int64_t from, int64_t to,
+                              const int count, NAME(Room) *room, float *parts, int64_t apart) {
     const Layer *l = r->l;
-    const int64_t token = r->s->length + r->from, from = first_seen(r, sequence, token);
-    float *q = r->q + sequence * r->query_apart + head * l->dim;
-    float *mixed = r->mixed + (sequence * l->heads + head) * l->dim;
-    float *scores = r->scores + (sequence * l->heads + head) * r->stride;
-    const NAME(States) keys = NAME(states)(r, r->c->keys, sequence, key_head, from, token + 1);
-    if (keys.length <= 0) { /* a padding token sees no key */
-        memset(mixed, 0, (size_t)(count * l->dim) * 4);
-        return;
+    const Context *c = r->c;
+    const int64_t dim = l->dim, length = to - from, width = (length + LANES - 1) / LANES * LANES;
+    const int64_t row = NAME(cache_row)(r, sequence, key_head, from);
+    const int64_t bytes = c->cached == CODES4 ? dim / 2 : c->cached ? dim : dim * (r->s->dtype == FLOAT32 ? 4 : 2);
+    const char *all_keys = (const char *)c->keys + row * bytes, *all_values = (const char *)c->values + row * bytes;
+    const float *q = r->q + sequence * r->query_apart + head * dim;
+#if LANES == 16
+    const int integers = NAME(in_integers)(r);
+    if (integers) {
+        NAME(widen_scales)(r, c->key_scales, row, length, room->scales);
+        const NAME(Ahead) ahead = {all_keys + EXPANDED * bytes, all_values, bytes};
+        NAME(score_codes)(r, (const int8_t *)all_keys, length, q, count, room, ahead);
+    } else
+#endif
+    for (int64_t s = 0; s < length; s += EXPANDED) {
+        const int64_t some = length - s < EXPANDED ? length - s : EXPANDED;
+        const float *keys = NAME(expand)(r, c->keys, c->key_scales, row + s, some, room->expanded);
+        const NAME(Ahead) ahead = {all_keys + (s + EXPANDED) * bytes, all_values + s * bytes, bytes};
+        NAME(score)((NAME(States)){keys, 0, some, dim}, q, l->scale, count, KEYS, FLOAT32, (some + LANES - 1) / LANES * LANES,
+                    PIECE, room->scores + s, ahead);
     }
-    const int64_t stride = (keys.length + LANES - 1) / LANES * LANES;
-    NAME(score)(keys, q, l->scale, count, dtype, stride, scores);
-    for (int g = 0; l->cap && g < count; g++)
-        for (int64_t i = 0; i < keys.length; i++) scores[g * stride + i] = capped(scores[g * stride + i], l->cap);
-    for (int g = 0; g < count; g++) NAME(softmax)(scores + g * stride, stride);
-    NAME(mix)(NAME(states)(r, r->c->values, sequence, key_head, from, token + 1), scores, stride, count, dtype, mixed);
+    for (int g = 0; g < count; g++) {
+        float *scores = room->scores + g * PIECE, *part = parts + g * apart, lanes[LANES], top = -INFINITY, sum = 0;
+        for (int64_t i = 0; l->cap && i < length; i++) scores[i] = capped(scores[i], l->cap);
+        for (int j = 0; j < LANES; j++) lanes[j] = top;
+        for (int64_t i = 0; i < width; i += LANES)
+            for (int j = 0; j < LANES; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
+        for (int j = 0; j < LANES; j++) top = lanes[j] > top ? lanes[j] : top;
+        for (int64_t i = 0; i < width; i++) scores[i] = exponential(scores[i] - top);
+        for (int64_t i = length; i < width; i++) scores[i] = 0;
+        for (int j = 0; j < LANES; j++) lanes[j] = 0;
+        for (int64_t i = 0; i < width; i += LANES)
+            for (int j = 0; j < LANES; j++) lanes[j] += scores[i + j];
+        for (int j = 0; j < LANES; j++) sum += lanes[j];
+        memset(part, 0, (size_t)dim * 4);
+        part[dim] = sum, part[dim + 1] = top;
+    }
+#if LANES == 16
+    if (integers) {
+        NAME(widen_scales)(r, c->value_scales, row, length, room->scales);
+        NAME(mix_codes)(r, (const int8_t *)all_values, length, count, room, parts, apart);
+    } else
+#endif
+    for (int64_t s = 0; s < length; s += EXPANDED) {
+        const int64_t some = length - s < EXPANDED ? length - s : EXPANDED;
+        const float *values = NAME(expand)(r, c->values, c->value_scales, row + s, some, room->expanded);
+        NAME(mix)(values, some, dim, room->scores + s, count, parts, apart);
+    }
 }
 
-/* One token of each sequence: up to TOGETHER heads of it are a task. */
-LOCAL void NAME(attend_tokens)(Rows *r, const DType dtype) {
+/* One token of each sequence: up to TOGETHER heads of it and PIECE keys are a task, so that threads share a long cache
+ * (Flash-Decoding, pytorch.org/blog/flash-decoding). */
+LOCAL void NAME(attend_tokens)(Rows *r, NAME(Room) *room) {
     const Layer *l = r->l;
-    const int64_t group = l->heads / l->key_heads, tasks = (group + TOGETHER - 1) / TOGETHER;
-    for (int64_t task; (task = atomic_fetch_add(&r->next, 1)) < r->rows * l->key_heads * tasks;) {
-        const int64_t sequence = task / tasks / l->key_heads, key_head = task / tasks % l->key_heads;
-        const int64_t from = task % tasks * TOGETHER, head = key_head * group + from;
-        const int64_t heads = group - from;
-        if (heads >= TOGETHER) NAME(attend_heads)(r, sequence, head, key_head, TOGETHER, dtype);
-        else if (heads == 3) NAME(attend_heads)(r, sequence, head, key_head, 3, dtype);
-        else if (heads == 2) NAME(attend_heads)(r, sequence, head, key_head, 2, dtype);
-        else NAME(attend_heads)(r, sequence, head, key_head, 1, dtype);
+    const int64_t group = l->heads / l->key_heads, some = (group + TOGETHER - 1) / TOGETHER, end = r->s->length + r->from + 1;
+    const int64_t tasks = r->rows * l->key_heads * some * r->pieces, apart = r->pieces * (l->dim + 2);
+    for (int64_t task; (task = atomic_fetch_add(&r->next, 1)) < tasks;) {
+        const int64_t piece = task % r->pieces, unit = task / r->pieces % some, key_head = task / r->pieces / some % l->key_heads;
+        const int64_t sequence = task / r->pieces / some / l->key_heads, head = key_head * group + unit * TOGETHER;
+        const int64_t from = first_seen(r, sequence, end - 1) + piece * PIECE, to = end - from < PIECE ? end : from + PIECE;
+        float *parts = r->parts + ((sequence * l->heads + head) * r->pieces + piece) * (l->dim + 2);
+        const int64_t heads = group - unit * TOGETHER;
+        if (from >= end) continue;
+        if (heads >= TOGETHER) NAME(attend_piece)(r, sequence, head, key_head, from, to, TOGETHER, room, parts, apart);
+        else if (heads == 3) NAME(attend_piece)(r, sequence, head, key_head, from, to, 3, room, parts, apart);
+        else if (heads == 2) NAME(attend_piece)(r, sequence, head, key_head, from, to, 2, room, parts, apart);
+        else NAME(attend_piece)(r, sequence, head, key_head, from, to, 1, room, parts, apart);
+    }
+}
+
+/* Each head's parts to what it mixed; a padding token, which sees no key, has none. */
+TARGET static void NAME(join_parts)(void *context) {
+    Rows *r = context;
+    const Layer *l = r->l;
+    const int64_t dim = l->dim, end = r->s->length + r->from + 1;
+    for (int64_t task; (task = atomic_fetch_add(&r->next, 1)) < r->rows * l->heads;) {
+        const float *parts = r->parts + task * r->pieces * (dim + 2);
+        const int64_t seen = end - first_seen(r, task / l->heads, end - 1), pieces = seen > 0 ? (seen + PIECE - 1) / PIECE : 0;
+        float *mixed = r->mixed + task * dim, top = -INFINITY, sum = 0;
+        for (int64_t i = 0; i < pieces; i++) top = parts[i * (dim + 2) + dim + 1] > top ? parts[i * (dim + 2) + dim + 1] : top;
+        memset(mixed, 0, (size_t)dim * 4);
+        for (int64_t i = 0; i < pieces; i++) {
+            const float *part = parts + i * (dim + 2), factor = exponential(part[dim + 1] - top);
+            sum += part[dim] * factor;
+            for (int64_t j = 0; j < dim; j++) mixed[j] += part[j] * factor;
+        }
+        for (int64_t j = 0; pieces && j < dim; j++) mixed[j] /= sum;
     }
 }
 
@@ -174,7 +429,8 @@ LOCAL void NAME(dense_rows)(const Dense *d, int64_t from, int64_t to, int64_t ro
                             float *sums) {
     const NAME(States) weight = {d->weight, from * d->in_features, to - from, d->in_features};
     const int64_t item = dtype == FLOAT32 ? 4 : 2;
-    NAME(score)(weight, d->x + row * d->in_features, 1, count, dtype, OUTPUTS, sums);
+    NAME(score)(weight, d->x + row * d->in_features, 1, count, 1, dtype, OUTPUTS, OUTPUTS, sums,
+                (NAME(Ahead)){0});
     for (int64_t g = 0; g < count; g++)
         narrow(sums + g * OUTPUTS, to - from, dtype, (char *)d->y + ((row + g) * d->out_features + from) * item);
 }
@@ -236,24 +492,23 @@ LOCAL void NAME(product)(const float *a, int64_t a_stride, const float *b, int64
     }
 }
 
-/* Room of one thread for a tile of attention. keys are transposed [dim][TILE]. */
+/* Room of one thread for a tile of attention. keys are transposed [dim][TILE], expanded [TILE][dim]. */
 typedef struct {
-    float *q, *keys, *values, *weights, *out, most[TILE], sum[TILE];
+    float *q, *keys, *weights, *out, *expanded, most[TILE], sum[TILE];
 } NAME(Tile);
 
 /* Up to TILE queries (token by token, the heads of one key head) of a sequence, over all keys that one of them sees: a tile
  * of keys at a time, with the largest score and the sum so far (FlashAttention, arXiv 2205.14135, algorithm 1). Tiles
  * begin at multiples of TILE from the sequence's first key, so that other sequences change nothing. */
 LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, int64_t from, int64_t count,
-                             const DType dtype, NAME(Tile) *t) {
+                             NAME(Tile) *t) {
     const Layer *l = r->l;
     const int64_t group = l->heads / l->key_heads, dim = l->dim, filled = r->s->length + r->from;
     const int64_t first = r->s->first ? r->s->first[sequence] : 0;
     const int64_t begin = first + (first_seen(r, sequence, filled + from / group) - first) / TILE * TILE;
     const int64_t end = filled + (from + count - 1) / group + 1; /* beyond the last key of the last query */
     const int64_t gone = larger(r->c->start - begin, 0); /* keys of the first tile that the cache no longer has */
-    const NAME(States) keys = NAME(states)(r, r->c->keys, sequence, key_head, begin, end);
-    const NAME(States) values = NAME(states)(r, r->c->values, sequence, key_head, begin, end);
+    const int64_t length = end - begin, row = NAME(cache_row)(r, sequence, key_head, begin);
     for (int64_t i = 0; i < count; i++) {
         const float *q = r->q + (sequence * r->count + (from + i) / group) * r->query_apart;
         const int64_t head = key_head * group + (from + i) % group;
@@ -262,16 +517,18 @@ LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, 
         t->sum[i] = 0;
     }
     memset(t->out, 0, (size_t)(count * dim) * 4);
-    for (int64_t start = 0; start < keys.length; start += TILE) {
-        const int64_t width = keys.length - start < TILE ? keys.length - start : TILE;
+    for (int64_t start = 0; start < length; start += TILE) {
+        const int64_t width = length - start < TILE ? length - start : TILE;
+        const int64_t lost = gone - start < 0 ? 0 : gone - start < width ? gone - start : width, left = width - lost;
+        const float *keys = t->expanded, *values = t->expanded;
+        if (left) keys = NAME(expand)(r, r->c->keys, r->c->key_scales, row + start + lost, left, t->expanded);
         for (int64_t j = 0; j < dim; j += LANES)
             for (int64_t k = 0; k < TILE; k++) {
-                const int64_t at = larger(start + (k < width ? k : width - 1), gone) * dim + j;
-                float lanes[LANES];
-                NAME(store)(lanes, NAME(load)(keys.data, keys.first + at, dtype));
+                float lanes[LANES] = {0};
+                if (k >= lost && k < width) NAME(store)(lanes, NAME(load)(keys + (k - lost) * dim, j, FLOAT32));
                 for (int n = 0; n < LANES; n++) t->keys[(j + n) * TILE + k] = lanes[n];
-                if (k < width) NAME(store)(t->values + k * dim + j, NAME(load)(values.data, values.first + at, dtype));
             }
+        if (left) values = NAME(expand)(r, r->c->values, r->c->value_scales, row + start + lost, left, t->expanded);
         NAME(product)(t->q, dim, t->keys, TILE, dim, count, TILE, 0, t->weights, TILE);
         for (int64_t i = 0; i < count; i++) {
             const int64_t token = filled + (from + i) / group;
@@ -302,7 +559,7 @@ LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, 
             t->sum[i] = t->sum[i] * factor + sum;
             for (int64_t j = 0; j < dim; j++) t->out[i * dim + j] *= factor;
         }
-        NAME(product)(t->weights, TILE, t->values, dim, width, count, dim, 1, t->out, dim);
+        NAME(product)(t->weights + lost, TILE, values, dim, left, count, dim, 1, t->out, dim);
     }
     for (int64_t i = 0; i < count; i++) {
         const int64_t row = sequence * r->count + (from + i) / group, head = key_head * group + (from + i) % group;
@@ -311,35 +568,35 @@ LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, 
     }
 }
 
-LOCAL void NAME(attend_tiles)(Rows *r, const DType dtype, NAME(Tile) *t) {
+LOCAL void NAME(attend_tiles)(Rows *r, NAME(Tile) *t) {
     const Layer *l = r->l;
     const int64_t queries = r->count * (l->heads / l->key_heads), tiles = (queries + TILE - 1) / TILE;
     for (int64_t task; (task = atomic_fetch_add(&r->next, 1)) < r->s->batch * l->key_heads * tiles;) {
         const int64_t from = (tiles - 1 - task % tiles) * TILE, count = queries - from < TILE ? queries - from : TILE;
-        NAME(attend_tile)(r, task / tiles / l->key_heads, task / tiles % l->key_heads, from, count, dtype, t);
+        NAME(attend_tile)(r, task / tiles / l->key_heads, task / tiles % l->key_heads, from, count, t);
     }
 }
 
 TARGET static void NAME(attend)(void *context) {
     Rows *r = context;
-    const DType dtype = (DType)r->s->dtype;
-    if (r->count == 1) {
-        if (dtype == FLOAT32) NAME(attend_tokens)(r, FLOAT32);
-        else if (dtype == FLOAT16) NAME(attend_tokens)(r, FLOAT16);
-        else NAME(attend_tokens)(r, BFLOAT16);
-        return;
-    }
-    const int64_t tile = TILE * r->l->dim;
-    float *memory = malloc((size_t)(4 * tile + TILE * TILE) * 4);
+    const int64_t tile = TILE * r->l->dim, rooms = r->count == 1 ? EXPANDED * r->l->dim + PIECE * r->l->dim / LANES + 2 * r->l->dim
+                                                                 : 4 * tile + TILE * TILE;
+    float *memory = malloc((size_t)rooms * 4);
     if (!memory) {
         r->failed = 1;
         return;
     }
-    NAME(Tile) t = {.q = memory, .keys = memory + tile, .values = memory + 2 * tile, .out = memory + 3 * tile,
-                    .weights = memory + 4 * tile};
-    if (dtype == FLOAT32) NAME(attend_tiles)(r, FLOAT32, &t);
-    else if (dtype == FLOAT16) NAME(attend_tiles)(r, FLOAT16, &t);
-    else NAME(attend_tiles)(r, BFLOAT16, &t);
+    if (r->count == 1) {
+        NAME(Room) room = {.expanded = memory};
+#if LANES == 16
+        room.scales = memory + EXPANDED * r->l->dim, room.q = (int16_t *)(room.scales + PIECE * r->l->dim / LANES);
+#endif
+        NAME(attend_tokens)(r, &room);
+    } else {
+        NAME(Tile) t = {.q = memory, .keys = memory + tile, .expanded = memory + 2 * tile, .out = memory + 3 * tile,
+                        .weights = memory + 4 * tile};
+        NAME(attend_tiles)(r, &t);
+    }
     free(memory);
 }
 
@@ -388,8 +645,8 @@ TARGET static void NAME(rotate_rows)(void *context) {
             rotate(q, l->heads, dim, rotated, cosine, sine);
             rotate(k, l->key_heads, dim, rotated, cosine, sine);
         }
-        append(k, r, row, c->keys);
-        append(r->v + row * r->key_apart, r, row, c->values);
+        append(k, r, row, c->keys, c->key_scales);
+        append(r->v + row * r->key_apart, r, row, c->values, c->value_scales);
     }
 }
 
@@ -459,7 +716,8 @@ TARGET static void NAME(route_rows)(void *context) {
     for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
         float *shares = r->shares + row * r->routes, sum = 0;
         int32_t *chosen = r->chosen + row * e->active;
-        NAME(score)((NAME(States)){e->router, 0, e->count, hidden}, r->normed + row * hidden, 1, 1, FLOAT32, r->routes, shares);
+        NAME(score)((NAME(States)){e->router, 0, e->count, hidden}, r->normed + row * hidden, 1, 1, 1, FLOAT32, r->routes,
+                    r->routes, shares, (NAME(Ahead)){0});
         NAME(softmax)(shares, r->routes);
         for (int64_t i = 0; i < e->active; i++) {
             int64_t best = 0;
@@ -502,7 +760,7 @@ TARGET static int NAME(consult)(Rows *r, int many) {
             else if (e->shared_gate) {
                 float score[LANES];
                 const NAME(States) gate = {e->shared_gate, 0, 1, hidden};
-                NAME(score)(gate, r->normed + row * hidden, 1, 1, FLOAT32, LANES, score);
+                NAME(score)(gate, r->normed + row * hidden, 1, 1, 1, FLOAT32, LANES, LANES, score, (NAME(Ahead)){0});
                 share = 1 / (1 + exponential(-score[0]));
             }
             const float *output = r->outputs + own++ * hidden;
@@ -525,6 +783,7 @@ TARGET static int NAME(layer)(Rows *r) {
     int failed = multiply(r, l->linears, 3, r->rows, r->normed, (float *[]){r->q, r->k, r->v});
     run(NAME(rotate_rows), r, many);
     run(NAME(attend), r, r->rows * l->heads * l->dim * length >= MIN_ATTENTION);
+    if (r->count == 1) run(NAME(join_parts), r, r->rows * l->heads * l->dim * r->pieces >= MIN_ROWS);
     failed |= r->failed | multiply(r, l->linears + OUTPUT, 1, r->rows, r->mixed, &r->normed);
     run(NAME(continue_rows), r, many);
     if (l->experts) failed |= NAME(consult)(r, many);
@@ -548,22 +807,22 @@ TARGET static int NAME(layers)(const Layer *const *layers, int64_t count, const 
     }
     int64_t most = MOST_ROWS / s->batch;
     most = most < 1 ? 1 : most > s->count ? s->count : most;
-    const int64_t rows = s->batch * most, ends = s->length + s->count, stride = (ends + LANES - 1) / LANES * LANES;
-    const int64_t scores = most == 1 || s->count % most == 1 ? (s->batch * heads + TOGETHER) * stride : 0;
+    const int64_t rows = s->batch * most, pieces = (s->length + s->count + PIECE - 1) / PIECE;
+    const int64_t parts = most == 1 || s->count % most == 1 ? s->batch * heads * pieces * (dim + 2) : 0;
     const int64_t row = 2 * hidden + 2 * all + 2 * some + 3 * inner + 2 * dim + (active ? 3 * hidden + routes + active : 0);
-    float *memory = malloc((size_t)(rows * row + scores) * 4);
+    float *memory = malloc((size_t)(rows * row + parts) * 4);
     if (!memory) return 1;
     Rows r = {.l = layers[0], .s = s, .x = memory};
     r.normed = r.x + rows * hidden, r.q = r.normed + rows * hidden, r.mixed = r.q + rows * (all + 2 * some);
-    r.gate = r.mixed + rows * all, r.rotation = r.gate + rows * 3 * inner, r.scores = r.rotation + rows * 2 * dim;
-    r.gathered = r.scores + scores, r.outputs = r.gathered + rows * hidden, r.sum = r.outputs + rows * hidden;
+    r.gate = r.mixed + rows * all, r.rotation = r.gate + rows * 3 * inner, r.parts = r.rotation + rows * 2 * dim;
+    r.gathered = r.parts + parts, r.outputs = r.gathered + rows * hidden, r.sum = r.outputs + rows * hidden;
     r.shares = r.sum + rows * hidden, r.chosen = (int32_t *)(r.shares + rows * routes);
     atomic_init(&r.failed, 0);
     int failed = 0;
     for (r.from = 0; r.from < s->count && !failed; r.from += r.count) {
         r.count = s->count - r.from < most ? s->count - r.from : most;
         r.rows = s->batch * r.count;
-        r.stride = (s->length + r.from + 1 + LANES - 1) / LANES * LANES;
+        r.pieces = (s->length + r.from + PIECE) / PIECE;
         const int many = r.rows > 1 && r.rows * hidden >= MIN_ROWS;
         run(NAME(read_rows), &r, many);
         for (int64_t i = 0; i < count && !failed; i++) {
@@ -578,6 +837,10 @@ TARGET static int NAME(layers)(const Layer *const *layers, int64_t count, const 
 }
 
 #undef WIDE
+#undef ADD_NEIGHBOURS
+#undef FOLD
+#undef KEYS
+#undef MULTIPLY_ADD_ALL
 #undef TARGET
 #undef NAME
 #undef LANES

@@ -69,6 +69,14 @@ def test_all_forms_have_the_figures_and_what_failed():
     assert [one["kl_to_bitpress"] is None for one in data["rows"]] == [True, True, True, False, False, True, True]
 
 
+def test_the_plot_names_every_row_in_whole():
+    crowd = [row("bitpress", f"awq-{bits}bits-embeddings8", bits, 0.1 / bits) for bits in (2.6, 3.125, 4.125, 5.5)]
+    crowd += [row(f"peer{index}", "int4-g128", 5.2, 0.02 + 0.003 * index) for index in range(3)]
+    page = html(ABOUT, crowd)
+    assert [page.count(f">{part}<") for part in ("embeddings8", "awq-2.6bits-", "awq-3.125bits-")] == [4, 1, 1]
+    assert page.count(">int4-g128</text>") == 3
+
+
 def test_a_page_without_any_figure():
     assert "<svg" not in html(ABOUT, [ROWS[-1]])
     assert html(ABOUT, ROWS) == html(ABOUT, ROWS)

@@ -3,6 +3,7 @@
 test_kernels.py tries the best set as it does every kernel. Here each is forced, on shapes around its blocks.
 """
 
+import hashlib
 import itertools
 import os
 import shutil
@@ -24,6 +25,7 @@ from bitpress.kernels.cpu.library import Library, library
 from bitpress.kernels.cpu.native import NativeExact, NativeInt8, NativeInt16, touch
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import select
+from bitpress.kernels.scheme import Scheme
 
 Make = Callable[..., QTensor]
 
@@ -324,6 +326,53 @@ def test_weights_share_huge_pages_and_nothing_else(make_qtensor: Make) -> None:
     assert not second.any()
     packed = NativeInt8().pack(make_qtensor("int8-dynamic", 64, 64), torch.float32).get_buffer("data")
     assert packed.untyped_storage().nbytes() == packed.numel()
+
+
+def filled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The same values on every machine and with every torch."""
+    places = torch.arange(torch.Size(shape).numel())
+    values = (places % 97 + 64) / 128 if dtype.is_floating_point else places * 2654435761 % 2147483629
+    return values.to(dtype).view(shape)
+
+
+def test_the_layout_has_a_number() -> None:
+    """Files of packed weights name it: whoever changes what is packed gives it the next number, and this hash."""
+    digest = hashlib.sha256()
+    for name, shapes in SHAPES.items():
+        scheme, shape = Scheme.parse(name), (33, shapes[-1][1])
+        tensors = {each: filled(size, kinds[0]) for each, (size, kinds) in scheme.layout(shape).items()}
+        data = native._pack(found_library(), QTensor.of(scheme, shape, tensors))
+        digest.update(data.numpy().tobytes())
+    assert (native._LAYOUT, digest.hexdigest()[:16]) == (1, "4c3e7d4929cbc3db")
+
+
+@pytest.mark.parametrize("scheme", ["int4-g128-asym", "int8-dynamic", "fp8-static"])
+def test_packed_weights_are_restored(make_qtensor: Make, scheme: str) -> None:
+    kernel = NativeExact() if scheme.startswith("fp8") else NativeInt8()
+    qtensor = make_qtensor(scheme, 33, 256)
+    packed = kernel.pack(qtensor, torch.float32)
+    empty = QTensor.without_content(qtensor.scheme, qtensor.shape)
+    buffers = dict(packed.named_buffers())
+    x = torch.randn(3, 256)
+    restored = kernel.restore(empty, buffers)
+    assert torch.equal(kernel.linear(x, restored, None), kernel.linear(x, packed, None))
+    data = buffers.pop("data")
+    for at in range(128):
+        wrong = data.clone()
+        wrong[at] ^= 0x41
+        with pytest.raises(ValueError, match="its header is that of another weight"):
+            kernel.restore(empty, {"data": wrong, **buffers})
+    space = torch.empty(data.numel() + 64, dtype=torch.uint8)
+    for odd in (data[:-1], data.view(torch.int8), data.view(1, -1), space[1 : data.numel() + 1].copy_(data)):
+        with pytest.raises(ValueError, match="well aligned"):
+            kernel.restore(empty, {"data": odd, **buffers})
+    for names in ({}, {"data": data, "more": data, **buffers}):
+        with pytest.raises(ValueError, match="it holds"):
+            kernel.restore(empty, names)
+    for name, tensor in buffers.items():
+        with pytest.raises(ValueError, match=name):
+            kernel.restore(empty, {"data": data, name: tensor.double()})
+    assert kernel.packed_form() != type(kernel)("portable").packed_form()
 
 
 def test_without_a_library(make_qtensor: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

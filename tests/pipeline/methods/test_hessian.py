@@ -105,6 +105,12 @@ class TestSum:
         hessian_of(inputs).factor(0.01, True)
         assert torch.equal(inputs, before)
 
+    def test_divided_it_is_that_of_the_divided_inputs(self, panel: int) -> None:
+        inputs, scale = torch.randn(40, 10), torch.randint(-9, 9, (10,)).float().exp2()
+        divided = hessian_of(inputs).divided(scale)
+        assert torch.equal(divided.matrix(), hessian_of(inputs / scale).matrix())
+        assert divided.tokens == 40
+
     def test_dead_columns(self) -> None:
         inputs = correlated(30, 8)
         inputs[:, 2] = inputs[:, 7] = 0

@@ -23,9 +23,11 @@ from transformers import (
 
 from bitpress.kernels.cpu.library import library
 from bitpress.kernels.decoder_layer import NativeLayers
+from bitpress.kernels.kv_cache import bytes_per_token, parse_cache
 from bitpress.kernels.linear import inputs_left_alone
 from bitpress.pipeline.api import quantize
 from bitpress.pipeline.models import optimize
+from bitpress.pipeline.models.kv_cache import CacheRounding, attentions, intercept
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 
@@ -137,6 +139,74 @@ def test_logits_and_cache_are_those_of_the_layers_own_forward(
     assert cache.get_seq_length() == sum(pieces)
 
 
+def round_cache(model: PreTrainedModel, name: str) -> optimize.Fusing:
+    """Let the model's cache round keys and values, and fuse it anew."""
+    optimize.unfuse(model)
+    kind = parse_cache(name)
+    for attention in attentions(model).values():
+        scales = (None, None) if kind.dynamic else (kind.scale(torch.tensor([3.0, 4.0])), kind.scale(torch.ones(2)))
+        intercept(attention, CacheRounding(kind, *scales))
+    return optimize.fuse(model)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-head", "int8", "int8-g16", "int8-g4", "int4-g16"])
+def test_a_rounded_cache_holds_codes_that_attention_reads(
+    name: str, model: PreTrainedModel, steps: list[int], poisoned: None
+):
+    """As much memory as its type says, and the same as the layers' own forward; also through changes by others."""
+    assert round_cache(model, name) == optimize.Fusing(2, 2, {})
+    steps.clear()
+    pieces = TEXTS["chat"]
+    got, cache = roll(model, pieces)
+    assert len(steps) == 2 * len(pieces)
+    want, expected = roll(plain(model), pieces)
+    assert distance(got, want) < 5e-3  # a last bit turns a code over
+    for ours, theirs in zip(cache.layers, expected.layers):
+        assert distance(ours.keys, theirs.keys) < 5e-3
+        assert distance(ours.values, theirs.values) < 5e-3
+        codes = [each for each in (*ours.room[0].values(), *ours.room[1].values()) if each.dim() == 4]
+        places = codes[0].shape[2]
+        assert sum(each.nbytes for each in codes) == 2 * places * bytes_per_token(parse_cache(name), 2, 16)
+    assert cache.get_seq_length() == sum(pieces)
+    with torch.no_grad():
+        outputs = []
+        for whole, each in ((model, cache), (plain(model), expected)):
+            copied = copy.deepcopy(each)  # its codes are still known
+            copied.crop(-2)
+            copied.batch_repeat_interleave(2)
+            outputs.append(whole(input_ids=ids(3, 2, 1), past_key_values=copied, use_cache=True).logits)
+        assert distance(*outputs) < 5e-3
+        steps.clear()
+        assert distance(model(ids(40), use_cache=False).logits, plain(model)(ids(40), use_cache=False).logits) < 5e-3
+    assert steps == [0, 0]
+
+
+def test_windows_of_a_rounded_cache(pressed: Callable[[Any], Path], steps: list[int]):
+    model = load(pressed(MistralConfig(**SHAPE, sliding_window=12)))
+    assert round_cache(model, "int8") == optimize.Fusing(2, 2, {})
+    steps.clear()
+    got, _ = roll(model, [9, *[1] * 20, 30, 1])
+    assert len(steps) == 2 * 23
+    assert distance(got, roll(plain(model), [9, *[1] * 20, 30, 1])[0]) < 5e-3
+
+
+def test_a_cache_of_another_rounding_goes_through_the_layers_own_forward(model: PreTrainedModel, steps: list[int]):
+    _, cache = roll(model, [9, 1])
+    round_cache(model, "int8-g16")
+    steps.clear()
+    with torch.no_grad():
+        model(input_ids=ids(1), past_key_values=cache, use_cache=True)
+    assert steps == []
+
+
+def test_what_else_changes_keys_and_values_is_left_alone(model: PreTrainedModel):
+    optimize.unfuse(model)
+    for attention in attentions(model).values():
+        intercept(attention, lambda keys, values: (keys, values))
+    assert optimize.fuse(model).why == {"its keys and values are changed on their way to the cache": 2}
+    assert round_cache(model, "int8-g16").why == {"its keys and values are changed on their way to the cache": 2}
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """torch.empty makes NaN: room that is not filled yet is never read."""
@@ -184,7 +254,7 @@ def test_the_cache_grows_as_often_as_it_must(model: PreTrainedModel, monkeypatch
     monkeypatch.setattr(optimize, "_ROOM", 3)
     got, cache = roll(model, [5] + [1] * 20)
     assert torch.equal(got, want)
-    assert cache.layers[0].room[0].shape[2] == 5 + 3 + 5 * (1 + 3)
+    assert cache.layers[0].room[0]["codes"].shape[2] == 5 + 3 + 5 * (1 + 3)
 
 
 CHANGES: dict[str, Callable[[DynamicCache], Any]] = {

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.pytorch_utils import Conv1D
 
 from bitpress.pipeline.errors import CheckpointError, NumericsError
+from bitpress.pipeline.methods.gptq import GPTQ
 from bitpress.pipeline.methods.hessian import Hessian
 from bitpress.pipeline.quantize import block_runner as module
 from bitpress.pipeline.quantize.block_runner import BlockRunner, BlockView, divide, work_on
@@ -451,6 +452,19 @@ class TestBlockView:
         assert [len(hessian.matrix()) for hessian in found] == [64, 64, 64, 128]
         (rows,) = {hessian.tokens for hessian in found}
         assert rows == WINDOWS * CONTEXT
+
+    def test_a_scaled_layer_as_its_method_will_quantize_it(self, tiny: Tiny) -> None:
+        view, _ = self.view(tiny("llama"))
+        (folding,) = (each for each in view.foldings if each and each.group.layers[0].endswith("down_proj"))
+        (layer,), scale = folding.group.layers, torch.randint(-3, 3, (128,)).float().exp2()
+        judged = view.as_quantized(layer, scale)
+        view.fold(folding, scale)
+        scheme, hessian = view.scheme(layer), view.collect(Hessian)[-1]
+        assert scheme
+        weight = view.tensor(f"{layer}.weight")
+        expected, _ = GPTQ().quantize(weight.float(), scheme, torch.float32, (hessian,))
+        assert judged is not None
+        assert torch.equal(judged, expected.dequantize())
 
     # what each group's inputs are made by: a norm's name, or the layer before
     FOLDINGS: ClassVar[dict[str, dict[str, str | None]]] = {

@@ -136,6 +136,22 @@ def test_probes_read_what_no_solution_was_fitted_to(learn, tiny_llama, tmp_path)
     assert probes[0] != probes[1]
 
 
+def test_one_scheme_for_all_is_taken_where_it_measures_better(budgeted, monkeypatch):
+    measure = Search.measure
+
+    def worse(search, chosen):
+        return measure(search, chosen) + (chosen not in search.uniform.values())
+
+    monkeypatch.setattr(Search, "measure", worse)
+    chosen = read_json(budgeted("6 bits") / MANIFEST)["budget"]
+    uniform = chosen["uniform"][1]
+    assert {unit["choice"] for unit in chosen["units"]} == {uniform["choice"]} == {"int4-g32"}
+    assert chosen["nbytes"] == uniform["nbytes"] < chosen["curve"][-1]["nbytes"]
+    (_, _, curve, _), _ = budget_tables("", chosen)
+    said = f"int4-g32 everywhere, chosen within 6bits, measures {uniform['solutions_kl']:.5f}"
+    assert said in [row[-1] for row in curve]
+
+
 def test_rules_leave_no_choice(budgeted):
     rules = {"*.down_proj": "int8-g32", "*.0.self_attn.o_proj": "none", "*.embed_tokens.*": "int8-channel"}
     out = budgeted("5 bits", layers=rules)

@@ -38,7 +38,7 @@ def test_an_answer_is_worked_out_once(cache: Path) -> None:
 def test_other_programs_give_other_answers(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = Answer()
     answer @ "a"
-    monkeypatch.setattr(module, "_programs", lambda: {"transformers": "99"})
+    monkeypatch.setattr(module, "programs", lambda: {"transformers": "99"})
     answer @ "a"
     assert answer.asked == 2
 
