@@ -217,7 +217,8 @@ def table(shared: SimpleNamespace) -> Iterator[None]:
     yield
     header = ["written by", "format", "scheme", "model", "read by", "dtype", "cosine", "same 32 tokens", "perplexity"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *shared.rows)]
-    lines += ["", f"Perplexity is bitpress's, unquantized {shared.baseline:.2f}.", *shared.notes, ""]
+    notes = [f"Perplexity is bitpress's, unquantized {shared.baseline:.2f}.", *shared.notes]
+    lines += ["", *(f"- {note}" for note in notes), "", "Versions:", ""]
     for environment, versions in sorted(shared.versions.items()):
         lines.append(
             f"- .venv{'-' if environment else ''}{environment}: "

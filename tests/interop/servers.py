@@ -237,7 +237,12 @@ def table(shared: SimpleNamespace) -> Iterator[None]:
     yield
     header = ["model", "format", "scheme", "doctor", "vLLM", "KL of vLLM", "KL of bitpress in bfloat16", "same tokens"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *shared.rows)]
-    lines += ["", *shared.notes, "", ", ".join(f"{name} {version}" for name, version in shared.versions.items())]
+    lines += [
+        "",
+        *(f"- {note}" for note in shared.notes),
+        "",
+        ", ".join(f"{name} {version}" for name, version in shared.versions.items()),
+    ]
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text("\n".join(lines) + "\n")
 
