@@ -107,7 +107,7 @@ class Kernel(Protocol):
         Raises:
             ValueError: they are not those of such a weight.
         """
-        raise NotImplementedError
+        raise ValueError(f"{self.name} keeps no packed weights")
 
     def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
         """One packed weight of several of one scheme and number of input features, their output features one after the

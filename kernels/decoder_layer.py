@@ -12,6 +12,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,7 +169,7 @@ def coding(cache: CacheType, dim: int) -> Coding | str:
         return problems[0]
     says = cache.description()
     group = says.get("group_size", 0) if says.get("strategy") == "group" else 0
-    number = _CACHED.get((says.get("type"), says.get("num_bits"), bool(group)))
+    number = _CACHED.get((str(says.get("type")), int(says.get("num_bits", 0)), bool(group)))
     scale = None if cache.dynamic else cache.scale(torch.ones(1))
     codes = cache.encode(torch.zeros(1, 1, 1, dim), scale)
     lies = {name: (codes[name].dtype, codes[name].numel()) for name in codes}
@@ -244,13 +245,21 @@ class _Step(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Around(ctypes.Structure):
+    _fields_ = (
+        ("embedding", _POINTER), ("dense", _POINTER), ("tokens", _POINTER), ("head", _Linear), ("logits", _POINTER),
+        ("best", _POINTER), ("largest", _POINTER), ("vocabulary", _INT64),
+    )  # fmt: skip
+
+
 @functools.cache
-def _function() -> "ctypes._NamedFuncPointer":
+def _functions() -> tuple["ctypes._NamedFuncPointer", "ctypes._NamedFuncPointer"]:
+    """bitpress_layers_step and bitpress_next_tokens."""
     native = library()
     assert isinstance(native, Library)
-    function = native.lib.bitpress_layers_step
-    function.argtypes = [_POINTER, _INT64, _POINTER]
-    return function
+    step, next_tokens = native.lib.bitpress_layers_step, native.lib.bitpress_next_tokens
+    step.argtypes, next_tokens.argtypes = [_POINTER, _INT64, _POINTER], [_POINTER, _INT64, _POINTER, _POINTER]
+    return step, next_tokens
 
 
 class NativeLayer:
@@ -334,7 +343,7 @@ class NativeLayers:
         self._pointers = (_POINTER * len(layers))(*(ctypes.addressof(layer.structure) for layer in layers))
         self._tensors: list[Tensor] = []  # that the norm points to
         self._norm = _Norm() if norm is None else _norm_structure(norm, self._pointer)
-        self._function = _function()
+        self._function = _functions()[0]
 
     def __reduce__(self) -> tuple[type["NativeLayers"], tuple[list[NativeLayer], Norm | None]]:
         """Copies point to the structures of the copied layers."""
@@ -363,27 +372,119 @@ class NativeLayers:
         """
         y = torch.empty_like(x)
         self.inputs()
-        count, own = x.shape[1], (_Context * len(contexts))()
-        for to, context in zip(own, contexts):
-            keys, values = context.keys, context.values
-            to.keys, to.values, to.capacity = (
-                keys["codes"].data_ptr(),
-                values["codes"].data_ptr(),
-                keys["codes"].shape[2],
-            )
-            to.start, to.window = context.start, context.window or 0
-            if (coding := context.coding) is not None:
-                to.key_scales, to.value_scales = keys["scales"].data_ptr(), values["scales"].data_ptr()
-                to.cached, to.group = coding.number, coding.group
-            if context.rotation is not None:
-                cos, sin = context.rotation
-                to.cos, to.sin, to.rotated = cos.data_ptr(), sin.data_ptr(), cos.shape[2]
-                to.apart = 0 if cos.shape[0] == 1 else count * cos.shape[2]
+        count, own = x.shape[1], _contexts(contexts, x.shape[1])
         arguments = _Step(
             x.data_ptr(), y.data_ptr(), ctypes.addressof(own), None if first is None else first.data_ptr(), self._norm,
             x.shape[0], count, length, DTYPES[x.dtype], torch.get_num_threads(),
         )  # fmt: skip
-        if self._function(self._pointers, len(self.layers), ctypes.addressof(arguments)):
-            tokens = f"{x.shape[0] * count} tokens"
-            raise MemoryError(f"no memory for {tokens} in decoder layers of {self.hidden} features and {length} keys")
+        self._check(self._function(self._pointers, len(self.layers), ctypes.addressof(arguments)), x, length)
         return y
+
+    def _check(self, status: int, x: Tensor, length: int) -> None:
+        if status:
+            tokens = f"{x.shape[0] * x.shape[1]} tokens"
+            raise MemoryError(f"no memory for {tokens} in decoder layers of {self.hidden} features and {length} keys")
+
+
+def _contexts(contexts: Sequence[Context], count: int) -> "ctypes.Array[_Context]":
+    """Contexts of a step of `count` tokens, as csrc/layer.c reads them."""
+    own = (_Context * len(contexts))()
+    for to, context in zip(own, contexts):
+        keys, values = context.keys, context.values
+        to.keys, to.values, to.capacity = (
+            keys["codes"].data_ptr(),
+            values["codes"].data_ptr(),
+            keys["codes"].shape[2],
+        )
+        to.start, to.window = context.start, context.window or 0
+        if (coding := context.coding) is not None:
+            to.key_scales, to.value_scales = keys["scales"].data_ptr(), values["scales"].data_ptr()
+            to.cached, to.group = coding.number, coding.group
+        if context.rotation is not None:
+            cos, sin = context.rotation
+            to.cos, to.sin, to.rotated = cos.data_ptr(), sin.data_ptr(), cos.shape[2]
+            to.apart = 0 if cos.shape[0] == 1 else count * cos.shape[2]
+    return own
+
+
+class NativeDecoder:
+    """The layers of a decoder, its embedding before them, its last norm and its head after them, for one token of one
+    sequence at a time.
+
+    Args:
+        embedding: contiguous [vocabulary, hidden]; None: whoever calls has the rows.
+        head: the weight [vocabulary, hidden] of a dense one, supported by dense_linear; or a quantized one, see
+            head_unsupported.
+        dtype: of embedding, a dense head, keys and values, and logits.
+    """
+
+    def __init__(self, layers: NativeLayers, embedding: Tensor | None, head: Tensor | QLinear, dtype: torch.dtype):
+        self.layers, self.embedding, self.head, self.dtype = layers, embedding, head, dtype
+        vocabulary = len(head) if isinstance(head, Tensor) else head.out_features
+        with torch.inference_mode(False):  # what is made in that mode could not be written to outside of it
+            self.logits = torch.empty((1, vocabulary), dtype=dtype)
+            self.largest = torch.empty((1, 1))  # of the logits
+            self._best, self._token = torch.empty(1, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+            self._x, self._y = (torch.empty((1, 1, layers.hidden), dtype=dtype) for _ in range(2))
+        self._bias: Tensor | None = None
+        own = self._around = _Around()
+        own.logits, own.best, own.largest = self.logits.data_ptr(), self._best.data_ptr(), self.largest.data_ptr()
+        own.tokens, own.vocabulary = self._token.data_ptr(), vocabulary
+        own.embedding = None if embedding is None else embedding.data_ptr()
+        if isinstance(head, Tensor):
+            own.dense = head.data_ptr()
+        else:
+            own.head.packed = head.packed.get_buffer("data").data_ptr()
+            if head.bias is not None:
+                self._bias = head.bias.detach().to(torch.float32)
+                own.head.bias = self._bias.data_ptr()
+            own.head.in_features, own.head.out_features = head.in_features, head.out_features
+        self._step = _Step()
+        self._own = _contexts((), 1)
+        self._function = _functions()[1]
+
+    def __reduce__(self) -> tuple[type["NativeDecoder"], tuple[Any, ...]]:
+        """Copies point to the copied tensors."""
+        return NativeDecoder, (self.layers, self.embedding, self.head, self.dtype)
+
+    def begin(self, contexts: Sequence[Context]) -> None:
+        """From now on, tokens are read with these keys and values; rotations come with each token."""
+        self._contexts, self._own = list(contexts), _contexts(contexts, 1)
+        self.layers.inputs()
+        if isinstance(self.head, QLinear):
+            inputs = inputs_of(self.head.selection.kernel)
+            self._around.head.inputs = -1 if inputs is None else inputs
+        self._step = _Step(
+            self._x.data_ptr(), self._y.data_ptr(), ctypes.addressof(self._own), None, self.layers._norm, 1, 1, 0,
+            DTYPES[self.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+
+    def next(self, token: int, length: int, rotations: Sequence[tuple[Tensor, Tensor] | None], x: Tensor | None) -> int:
+        """The first token of the largest logit after `token`, number `length`; fills `logits` and `largest`.
+
+        Args:
+            rotations: of each layer, see Context.
+            x: the token's row [1, 1, hidden]; None where there is an embedding.
+        """
+        for to, rotation in zip(self._own, rotations):
+            if rotation is not None:
+                to.cos, to.sin, to.rotated = rotation[0].data_ptr(), rotation[1].data_ptr(), rotation[0].shape[2]
+        if x is not None:
+            self._x.copy_(x)
+        self._token[0] = token
+        self._step.length = length
+        layers = self.layers
+        status = self._function(
+            layers._pointers, len(layers.layers), ctypes.addressof(self._step), ctypes.addressof(self._around)
+        )
+        layers._check(status, self._x, length)
+        return int(self._best)
+
+
+def head_unsupported(head: QLinear) -> str | None:
+    """Why NativeDecoder cannot multiply by a quantized head, in a few words; None if it can."""
+    if not isinstance(head.packed, NativeWeight):
+        return f"the head runs on {head.selection.kernel.name}"
+    if head.order is not None or head.joined is not None or rounds_inputs(head.scheme):
+        return "the head's inputs are reordered, or rounded by rows"
+    return None

@@ -29,8 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAMES = ("gptq", "sliding", "llama.cpp", "word")
-CONTEXTS = {"gptq": 2048, "sliding": 2048, "llama.cpp": 512, "word": 2048}  # the usual lengths
+CONTEXTS = {"gptq": 2048, "sliding": 2048, "llama.cpp": 512, "word": 2048}  # name -> the usual length of a window
 _BLANK_LINE = "\n\n"
 # A page's title is a line such as " = Robert Boulter = "; a section's title has more signs.
 _TITLE = re.compile(r"^[^\S\n]*= (?!=)[^\n]*(?<!=) =[^\S\n]*$", re.MULTILINE)
@@ -88,7 +87,7 @@ def evaluation_windows(
     limit: int | None,
     bos: str = "auto",
 ) -> EvaluationWindows:
-    """The windows of a text under one protocol of NAMES.
+    """The windows of a text under one protocol of CONTEXTS.
 
     Args:
         tokenizer: transformers'.

@@ -109,7 +109,7 @@ def label_points(axes: Axes, points: Sequence[Point]) -> None:
     scale = 72 / axes.figure.dpi
     frame = axes.get_window_extent()
     area = (frame.x0 * scale, frame.y0 * scale, frame.x1 * scale, frame.y1 * scale)
-    spots: list[Spot] = [tuple(axes.transData.transform((p.x, p.y)) * scale) for p in points]
+    spots: list[Spot] = [(x * scale, y * scale) for x, y in (axes.transData.transform((p.x, p.y)) for p in points)]
     labels = [_broken(clean(point.label, 48)) for point in points]
     fixed: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
     # The baseline's dashed line would strike its label through.

@@ -6,8 +6,10 @@ are faster, and may lose more than the weights of an int4 file did. Or inputs st
 weights, which are no whole numbers: E4M3 spans 18 bits.
 """
 
+import contextlib
 import functools
 import mmap
+import re
 import threading
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -340,6 +342,24 @@ def page_in(mapped: Tensor) -> bool:
     Python's other threads go on meanwhile.
     """
     return _shared().lib.bitpress_page_in(mapped.data_ptr(), mapped.nbytes) == 0
+
+
+def mapped_in_huge_pages(mapped: Tensor) -> bool:
+    """Whether the beginning of a mapped file, once it is in memory, lies in huge pages; True where nothing tells."""
+    page_in(mapped[: 2 * _HUGE_PAGE])
+    inside = False
+    with contextlib.suppress(OSError), open("/proc/self/smaps") as mappings:
+        for line in mappings:
+            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(match[1], 16) <= mapped.data_ptr() < int(match[2], 16)
+            elif inside and line.startswith("FilePmdMapped:"):
+                return int(line.split()[1]) > 0
+    return True
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy of bytes, uint8 [n], in huge pages where the system has them."""
+    return _pool.take(_shared(), tensor.numel()).copy_(tensor)
 
 
 def dense_unsupported(weight: Tensor) -> str | None:

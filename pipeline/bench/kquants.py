@@ -39,7 +39,7 @@ from ..system.device import pick_device
 from ..system.progress import progress
 from .llamacpp import NAME, Worker, find
 from .programs import Program
-from .quality import Comparison, News
+from .quality import Comparison
 
 TYPES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q6_K")
 QUICK_TYPES = ("Q4_K_M",)
@@ -58,7 +58,7 @@ class KQuant:
     def fingerprint(self) -> Fingerprint:
         return {"program": self.program, "type": self.recipe, "importance": "mean square of inputs, blocks alone"}
 
-    def measure(self, comparison: Comparison, folder: Path, news: News) -> Row:
+    def measure(self, comparison: Comparison, folder: Path) -> Row:
         with contextlib.ExitStack() as stack:
             worker = Worker(self.peer)
             stack.callback(worker.close)

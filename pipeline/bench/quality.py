@@ -115,7 +115,7 @@ class Entrant(Protocol):
     def fingerprint(self) -> Fingerprint:
         """What its figures depend on, beside what they depend on in every row."""
 
-    def measure(self, comparison: Comparison, folder: Path, news: News) -> Row:
+    def measure(self, comparison: Comparison, folder: Path) -> Row:
         """The row. Called again in the same folder, it goes on where it was interrupted.
 
         Raises:
@@ -150,7 +150,7 @@ class OwnRecipe:
         described = Recipe.make(load_recipe(self.settings)).to_dict()
         return {**described, **{name: releases().get(name) for name in ("bitpress", "torch", "transformers")}}
 
-    def measure(self, comparison: Comparison, folder: Path, news: News) -> Row:
+    def measure(self, comparison: Comparison, folder: Path) -> Row:
         settings, output = self.settings, folder / "artifact"
         if Recipe.make(load_recipe(settings)).calibrated:
             settings |= {"calibration": comparison.settings.model_dump(exclude_unset=True)}
@@ -181,7 +181,7 @@ class PeerScheme:
     def fingerprint(self) -> Fingerprint:
         return {"program": self.peer.name, "scheme": self.scheme.name, **self.peer.options}
 
-    def measure(self, comparison: Comparison, folder: Path, news: News) -> Row:
+    def measure(self, comparison: Comparison, folder: Path) -> Row:
         output = folder / "artifact"
         if output.exists():  # of a process that was interrupted, or whose measuring was
             files.remove_folder(output)
@@ -259,7 +259,7 @@ def compare(comparison: Comparison, entrants: Sequence[Entrant], seconds: float 
                 rows.append(Row(entrant.program, entrant.recipe, problem="no time left for it (--minutes)"))
                 news(f"{place + 1} of {len(ordered)}: {_said(rows[-1])}")
             else:
-                rows.append(_row(entrant, comparison, folder, news))
+                rows.append(_row(entrant, comparison, folder))
                 if not rows[-1].problem:
                     files.write_json(folder / _ROW, asdict(rows[-1]))
                 took.setdefault(entrant.program, []).append(time.monotonic() - begun)
@@ -276,10 +276,10 @@ def _expected(took: dict[str, list[float]], program: str) -> float:
     return statistics.mean(known) if known else 0.0
 
 
-def _row(entrant: Entrant, comparison: Comparison, folder: Path, news: News) -> Row:
+def _row(entrant: Entrant, comparison: Comparison, folder: Path) -> Row:
     files.make_folder(folder)
     try:
-        return entrant.measure(comparison, folder, news)
+        return entrant.measure(comparison, folder)
     except Exception as error:  # one row without figures must not cost the others
         return Row(entrant.program, entrant.recipe, problem=str(unexpected(error, comparison.folder)))
 

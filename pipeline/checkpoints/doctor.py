@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ from ..storage.checkpoint import Checkpoint, read_json, regular_file
 from ..storage.fingerprint import MANIFEST
 from ..storage.finite import count_not_finite
 from ..storage.packed_file import PackedFile, PackedFileError, packed_files
-from ..system import remembered as cache
+from ..system import remembered
 from ..system.collector import collector_paused
 from ..system.progress import OnStep
-from ..system.remembered import remembered
 from .describe import describe
 from .facts import facts_of
 from .runtimes import serve_command, tensor_parallel, verdicts
@@ -79,12 +78,9 @@ def diagnose(folder: Path, on_step: OnStep = lambda done, total: None) -> Diagno
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a local checkpoint folder")
-    diagnosis = _examine(folder, on_step)
-    for name in ("what", "faults", "notes", "runtimes", "tensor_parallel"):
-        setattr(
-            diagnosis, name, printable(getattr(diagnosis, name))
-        )  # tensor names are the checkpoint's; terminals obey
-    return diagnosis
+    examined = _examine(folder, on_step)
+    # names of tensors come from the checkpoint, and could steer a terminal
+    return replace(examined, **printable({name: own for name, own in vars(examined).items() if name != "folder"}))
 
 
 def _examine(folder: Path, on_step: OnStep) -> Diagnosis:
@@ -278,7 +274,7 @@ def _headers(checkpoint: Checkpoint) -> Mapping[str, Any]:
         ask_model = dense_headers if quantization_section(checkpoint) is None else quantized_headers
         return {**ask_model(checkpoint)}
 
-    return remembered(
+    return remembered.remembered(
         "headers",
         {"files": checkpoint.model_identity()},
         ask,
@@ -288,7 +284,7 @@ def _headers(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 def remember_headers(folder: Path) -> None:
     """Ask for the headers of a checkpoint that was just made, while transformers is there, for doctors to come."""
-    if cache.folder() is not None:
+    if remembered.folder() is not None:
         with contextlib.suppress(CheckpointError):  # the doctor will say it
             _headers(open_quantized(folder))
 

@@ -266,10 +266,7 @@ def convert(
     model: Annotated[str, typer.Argument(help="A quantized folder, or a Hub id.")],
     to: Annotated[
         str,
-        typer.Option(
-            help="A format: awq, compressed-tensors, fp8, gguf, gguf-q4_1, gptq, gptq-v2, mlx, modelopt; or onnx. "
-            "See `bitpress list`."
-        ),
+        typer.Option(help="A format of `bitpress list`, such as gptq, compressed-tensors or gguf; or onnx."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
     template: Annotated[

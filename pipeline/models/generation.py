@@ -110,7 +110,12 @@ class Printer(TextStreamer):
 
 
 class FiniteLogits(LogitsProcessor):
-    """Stops a model that no longer computes: the token that follows would be nobody's choice."""
+    """Stops a model that no longer computes: the token that follows would be nobody's choice.
+
+    reads_largest_alone: the largest score of each row, [batch, 1], serves as well as all of them.
+    """
+
+    reads_largest_alone = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The scores [batch, vocabulary] as they are. Minus infinity is no fault: it rules a token out.

@@ -29,7 +29,7 @@ from .dense import read_dense
 from .kv_cache import round_cache
 from .modules import assembled_tensors, experts_of, quantized_layers, replace_layers, set_tensor
 from .optimize import Trials, optimize_for_decoding
-from .packed import PackedWeights, Packing, open_packed, packed_name, selections, write
+from .packed import Coming, PackedWeights, Packing, open_packed, packed_name, selections, write
 from .pretrained import generation_config, load_tokenizer
 from .quantized import QuantizedCheckpoint, read_quantized
 from .structure import ParameterPath, TensorNames, skeleton
@@ -59,12 +59,13 @@ def load(
         BitpressError: says what is wrong with the files, the options or the Hub.
     """
     folder = resolve(str(model), revision).folder
+    checkpoint = open_quantized(folder)
+    require_tokenizer(folder)
+    for remark in checkpoint.remarks:
+        _log.warning(remark)
+    loaded = load_model(checkpoint, pick_device(device), dtype, kernel, on_step, packed=True)
     with no_collection():
-        checkpoint = open_quantized(folder)
-        require_tokenizer(folder)
-        for remark in checkpoint.remarks:
-            _log.warning(remark)
-        return load_model(checkpoint, pick_device(device), dtype, kernel, on_step), load_tokenizer(folder)
+        return loaded, load_tokenizer(folder)
 
 
 def calibrate_on(checkpoint: Checkpoint, settings: Calibrate) -> Calibration:
@@ -82,16 +83,18 @@ def load_model(
     dtype: str,
     kernel: str = "auto",
     on_step: OnStep = lambda done, total: None,
+    packed: bool = False,
 ) -> PreTrainedModel:
     """The model of a checkpoint, quantized or not.
 
     Args:
         on_step: called with (quantized layers done, layers in all).
+        packed: use packed weights that lie beside it; what measures or verifies the checkpoint reads its own files.
     """
     wanted = _dtype(dtype)
     checkpoint.fetch()
     if quantization_section(checkpoint) is not None:
-        return _load_quantized(checkpoint, device, wanted, kernel, on_step)
+        return _load_quantized(checkpoint, device, wanted, kernel, on_step, packed)
     return load_dense(checkpoint, device, wanted)
 
 
@@ -114,11 +117,20 @@ def load_dense(checkpoint: Checkpoint, device: torch.device = CPU, dtype: torch.
 
 
 def _load_quantized(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, kernel: str, on_step: OnStep
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    kernel: str,
+    on_step: OnStep,
+    packed: bool,
 ) -> PreTrainedModel:
-    contents = read_quantized(checkpoint, dtype)
-    packed = open_packed(checkpoint, contents, kernel) if device.type == "cpu" else None
-    return _build(checkpoint, contents, device, kernel, on_step, packed)[0]
+    with no_collection():  # of what is small; weights that are read and packed would be kept too long
+        coming = Coming(checkpoint.folder) if packed and device.type == "cpu" else None
+        contents = read_quantized(checkpoint, dtype)
+        weights = open_packed(coming, checkpoint, contents, kernel) if coming else None
+        if weights:
+            return _build(checkpoint, contents, device, kernel, on_step, weights)[0]
+    return _build(checkpoint, contents, device, kernel, on_step, None)[0]
 
 
 def _build(
@@ -148,11 +160,11 @@ def _build(
     model = _finish(checkpoint, model, device)
     if contents.cache:
         round_cache(model, checkpoint, contents.cache)
-    if packed:
-        packed.wait()
     trials = Trials(packed.trials if packed else {})
     optimize_for_decoding(model, trials)
     attach(model, checkpoint, contents)
+    if packed:
+        packed.wait()
     return model, filled, trials
 
 
@@ -185,8 +197,7 @@ def optimize(
         kernels = sorted({selection.kernel.name for selection in selections(contents, "auto").values()})
         raise ConfigError(f"{folder}: its layers run on {', '.join(kernels)} here, which keep no packed weights")
     path = place_to_write(folder, user_cache) / name
-    with no_collection():
-        built, filled, trials = _build(checkpoint, contents, CPU, "auto", on_step, None)
+    built, filled, trials = _build(checkpoint, contents, CPU, "auto", on_step, None)
     return write(path, checkpoint, contents, built, filled, trials.outcomes)
 
 

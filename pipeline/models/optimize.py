@@ -7,6 +7,10 @@ forward. A layer is changed only after both gave the same output and the same ke
 
 Where keys and values are rounded on their way to the cache, such a layer's cache holds their codes. Attention reads
 these as they lie; others get the numbers that they stand for.
+
+Where all layers of a decoder are changed, it gets another forward itself, by which all of them and the last norm are
+one call; again after both gave the same output, and only for what the layers serve. `generate` then has the embedding
+and the head in that call, too (next_token.py).
 """
 
 import functools
@@ -43,6 +47,7 @@ from bitpress.kernels.decoder_layer import (
 from bitpress.kernels.linear import QExperts, QLinear, join_projections
 
 from .kv_cache import CacheRounding, interceptions
+from .next_token import NextToken, choose_tokens
 from .structure import decoder
 
 _ROOM = 256  # tokens that a cache grows by, at least; an eighth of what it holds where that is more
@@ -107,12 +112,14 @@ class Fusing:
     """How many of the model's `of` decoder layers run in one call. why: reason against it -> number of layers.
 
     apart: why all layers together do not run in one call, though each does; None if they do, or some layers do not.
+    around: why the embedding and the head do not run in that call; None if they do, or there is no such call.
     """
 
     fused: int
     of: int
     why: dict[str, int]
     apart: str | None = None
+    around: str | None = None
 
 
 class _Unfit(Exception):
@@ -185,9 +192,9 @@ def fuse(model: PreTrainedModel, trials: Trials | None = None) -> Fusing:
             layer.forward = MethodType(_forward, layer)
     if why:
         return Fusing(len(layers) - why.total(), len(layers), dict(why))
-    apart = None
+    apart = around = None
     try:
-        whole = _WholeDecoder(base, steps, path.rpartition(".")[2])
+        whole = WholeDecoder(base, steps, path.rpartition(".")[2])
         with _in_float32(base), _small_window(whole.config):
             trials.run("decoder", functools.partial(_try_whole, base, whole))
             if whole.output is None:  # it was tried before
@@ -198,14 +205,17 @@ def fuse(model: PreTrainedModel, trials: Trials | None = None) -> Fusing:
     else:
         base.decoding = whole  # type: ignore[assignment]
         base.forward = MethodType(_forward_of_all, base)
-    return Fusing(len(layers), len(layers), {}, apart)
+        around = choose_tokens(model, whole)
+    return Fusing(len(layers), len(layers), {}, apart, around)
 
 
 def unfuse(model: nn.Module) -> None:
     """Give every layer, the decoder and the head their own forward back."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("decoding"), _Decoding | _WholeDecoder | _Head):
+        if isinstance(module.__dict__.get("decoding"), _Decoding | WholeDecoder | _Head):
             del module.forward, module.decoding
+        elif isinstance(module.__dict__.get("decoding"), NextToken):
+            del module.generate, module.decoding
 
 
 def _forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -535,7 +545,7 @@ class _Decoding:
                 return False
             if any(table.dtype != x.dtype for table in rotation):
                 return False
-        if (length := self._length(_cache_in(arguments), x)) is None:
+        if (length := self.length(_cache_in(arguments), x)) is None:
             return False
         mask = arguments.get("attention_mask")
         if (mask is None and count > 1 and length) or self.config._attn_implementation != self.implementation:
@@ -544,9 +554,9 @@ class _Decoding:
             return False
         if mask is not None and self.masks.first(mask, batch, count, length, self.window) is None:
             return False
-        return not _captures() and self._untouched()
+        return not _captures() and self.untouched()
 
-    def _length(self, cache: Any, x: Tensor) -> int | None:
+    def length(self, cache: Any, x: Tensor) -> int | None:
         """How many tokens the cache of this layer holds; None where it is another kind of cache, or another's."""
         if cache is None:
             return 0
@@ -556,7 +566,14 @@ class _Decoding:
         layer = cache.layers[self.index]
         return filled(layer, self.window, self.rounding, len(x), parts.key_heads, parts.dim, x.dtype)
 
-    def _untouched(self) -> bool:
+    def growing(self, cache: Any) -> _Growing:
+        """The layer's own cache, of which `length` is known."""
+        layer = cache.layers[self.index]
+        if not isinstance(layer, _Growing):
+            layer = cache.layers[self.index] = _GROWING[type(layer)](layer)
+        return layer
+
+    def untouched(self) -> bool:
         """Whether the modules below the layer are those that were compared, and nobody else hooked into them."""
         if self.children is None:
             modules = list(self.layer.modules())
@@ -571,7 +588,7 @@ class _Decoding:
         """The layer's output, where `serves` these; their keys and values are in the cache then."""
         cache, mask, rotation = _cache_in(arguments), arguments.get("attention_mask"), None
         batch, count, _ = x.shape
-        length = self._length(cache, x)
+        length = self.length(cache, x)
         assert length is not None
         first = None if mask is None else self.masks.first(mask, batch, count, length, self.window)
         if (tables := arguments.get("position_embeddings")) is not None:
@@ -605,17 +622,14 @@ def _room_for(cache: Any, steps: "list[_Decoding]", x: Tensor) -> Iterator[list[
             keys, values = (_with_room(_coded(states, step.rounding, place), 0, 0, count) for place in (0, 1))
             rooms.append((keys, values, 0))
             continue
-        layer: Any = cache.layers[step.index]
-        if not isinstance(layer, _Growing):
-            layer = cache.layers[step.index] = _GROWING[type(layer)](layer)
-        growing.append(layer)
-        rooms.append(layer.make_room(states, count, step.rounding))
+        growing.append(step.growing(cache))
+        rooms.append(growing[-1].make_room(states, count, step.rounding))
     yield rooms
     for layer in growing:
         layer.advance(count)
 
 
-class _WholeDecoder:
+class WholeDecoder:
     """How all layers of a decoder and its last norm run in one call. It steps aside where one of the layers would."""
 
     def __init__(self, base: nn.Module, steps: list[_Decoding], layers: str):
@@ -658,7 +672,7 @@ class _WholeDecoder:
             return None
         if (input_ids is None) == (inputs_embeds is None) or torch.compiler.is_compiling() or base.training:
             return None
-        if config._attn_implementation != self.steps[0].implementation or not self._untouched():
+        if config._attn_implementation != self.steps[0].implementation or not self.untouched():
             return None
         x: Any = base.get_submodule(self.embed)(input_ids) if inputs_embeds is None else inputs_embeds
         if not _native_takes(x, self.native, base):
@@ -666,7 +680,7 @@ class _WholeDecoder:
         batch, count, _ = x.shape
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=config)
-        lengths = {step._length(cache, x) for step in self.steps}
+        lengths = {step.length(cache, x) for step in self.steps}
         length = lengths.pop()
         if lengths or length is None:
             return None
@@ -701,7 +715,7 @@ class _WholeDecoder:
             y = self.native.step(x.contiguous(), contexts, length, first)
         return self.output(last_hidden_state=y, **{self.cache: cache})
 
-    def _untouched(self) -> bool:
+    def untouched(self) -> bool:
         """Whether nobody hooked into the layers or the last norm, or changed what the layers hold."""
         if self.children is None:
             alone = [self.base.get_submodule(self.norm), *(step.layer for step in self.steps)]
@@ -781,7 +795,7 @@ def _around(base: nn.Module, layers: str) -> tuple[str, str | None, str, Norm]:
 
 
 @torch.inference_mode()
-def _try_whole(base: nn.Module, whole: _WholeDecoder) -> None:
+def _try_whole(base: nn.Module, whole: WholeDecoder) -> None:
     """Run random rows through a decoder's own forward, whose layers run in one call each, and through the one call.
 
     In float32 nothing is rounded between two layers, so both agree to the last bits of the norm.

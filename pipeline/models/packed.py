@@ -2,7 +2,9 @@
 
 `bitpress optimize` loads a checkpoint once and writes what its layers on the CPU hold by then, in their kernels' own
 layout, and every tensor that is not quantized. To load maps that file: nothing is read, checked or packed any more, and
-processes share its pages. Quantized layers whose kernel keeps no packed weights are read from the checkpoint as before.
+processes share its pages. Where the system maps no huge pages of files (Linux before 6.16 on ext4, say), packed weights
+are copied out of the file, as decoding would be a seventh slower otherwise. Quantized layers whose kernel keeps no
+packed weights are read from the checkpoint as before.
 """
 
 import contextlib
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitpress.kernels.cpu.native import page_in
+from bitpress.kernels.cpu.native import copied, mapped_in_huge_pages, page_in
 from bitpress.kernels.linear import QLinear
 from bitpress.kernels.qtensor import QTensor, check_permutation
 from bitpress.kernels.registry import Selection, select
@@ -121,19 +123,57 @@ def key(checkpoint: Checkpoint, contents: QuantizedCheckpoint) -> dict[str, Any]
     }
 
 
-def open_packed(checkpoint: Checkpoint, contents: QuantizedCheckpoint, kernel: str) -> PackedWeights | None:
+class Coming:
+    """The packed weights that lie beside a checkpoint, and the only file of them on its way into memory already."""
+
+    def __init__(self, folder: Path):
+        self.paths = packed_files(folder)
+        self._opened: dict[Path, Opened] = {}
+        if len(self.paths) == 1:
+            with contextlib.suppress(PackedFileError):  # it is told of when the file is wanted
+                self.open(self.paths[0])
+
+    def open(self, path: Path) -> "Opened":
+        """A file that another thread brings into memory.
+
+        Raises:
+            PackedFileError: as PackedFile does.
+        """
+        if path not in self._opened:
+            file, executor = PackedFile(path), ThreadPoolExecutor(1)
+            huge = mapped_in_huge_pages(file.whole())
+            self._opened[path] = Opened(file, executor.submit(page_in, file.whole()), huge)
+            executor.shutdown(wait=False)
+        return self._opened[path]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file of packed weights on its way into memory.
+
+    Attributes:
+        ready: whether all of it can be read, once that is done. huge: whether it lies in huge pages there.
+    """
+
+    file: PackedFile
+    ready: Future[bool]
+    huge: bool
+
+
+def open_packed(
+    coming: Coming, checkpoint: Checkpoint, contents: QuantizedCheckpoint, kernel: str
+) -> PackedWeights | None:
     """The packed weights of a checkpoint, if it has those that fit; a warning says why others are not used."""
-    files = packed_files(checkpoint.folder)
-    if not files:
-        return None
-    name = packed_name(contents, kernel)
+    files, name = coming.paths, None
+    if files:
+        name = packed_name(contents, kernel)
     if name is None:
         return None
     fitting = [path for path in files if path.name == name]
     why = "it was written for another dtype, kernel or machine"
     for path in fitting:
         try:
-            return _open(path, checkpoint, contents, kernel)
+            return _open(coming, path, checkpoint, contents, kernel)
         except PackedFileError as error:
             why = str(error)
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # a header that bitpress did not write
@@ -145,24 +185,24 @@ def open_packed(checkpoint: Checkpoint, contents: QuantizedCheckpoint, kernel: s
     return None
 
 
-def _open(path: Path, checkpoint: Checkpoint, contents: QuantizedCheckpoint, kernel: str) -> PackedWeights:
+def _open(
+    coming: Coming, path: Path, checkpoint: Checkpoint, contents: QuantizedCheckpoint, kernel: str
+) -> PackedWeights:
     """Raises PackedFileError: what does not fit, or is not safe to use. ValueError and others: a header of no sense."""
-    file = PackedFile(path)
+    opened = coming.open(path)
+    file = opened.file
     if file.header.get("key") != key(checkpoint, contents):
         raise PackedFileError("the checkpoint, or transformers, changed since it was written")
-    with ThreadPoolExecutor(1) as executor:
-        ready = executor.submit(page_in, file.whole())  # goes on while the model is built
-        executor.shutdown(wait=False)
     plain = {name: file.tensor(f"{_PLAIN}{name}") for name in file.names(_PLAIN)}
     _check_plain(plain, contents)
     chosen = selections(contents, kernel)
-    layers = {layer: _restored(file, layer, contents, chosen) for layer in file.header["layers"]}
+    layers = {layer: _restored(opened, layer, contents, chosen) for layer in file.header["layers"]}
     trials = dict(file.header["trials"])
     if any(why is not None and not isinstance(why, str) for why in trials.values()):
         raise PackedFileError("its trials are none")
     if file.header.get("programs") != programs():
         trials = {}
-    return PackedWeights(file, layers, plain, trials, ready)
+    return PackedWeights(file, layers, plain, trials, opened.ready)
 
 
 def _check_plain(plain: Mapping[str, Tensor], contents: QuantizedCheckpoint) -> None:
@@ -179,7 +219,7 @@ def _check_plain(plain: Mapping[str, Tensor], contents: QuantizedCheckpoint) -> 
 
 
 def _restored(
-    file: PackedFile,
+    opened: Opened,
     layer: str,
     contents: QuantizedCheckpoint,
     chosen: Mapping[tuple[Scheme, tuple[int, int]], Selection],
@@ -189,6 +229,7 @@ def _restored(
     Raises:
         PackedFileError, ValueError: they are not safe to multiply by.
     """
+    file = opened.file
     form, names = file.header["layers"][layer]
     if layer not in contents.quantized or layer in contents.shared or contents.kinds[layer] == "embedding":
         raise PackedFileError(f"{layer} is no layer of its own")
@@ -203,6 +244,9 @@ def _restored(
         if (order.dtype, order.shape) != (torch.int32, shape[1:]) or not scheme.weight.holds_order:
             raise PackedFileError(f"{layer}: its order of inputs is {order.dtype} {list(order.shape)}")
         check_permutation(order)
+    if not opened.huge:
+        bytes_alone = [name for name, tensor in tensors.items() if (tensor.dtype, tensor.dim()) == (torch.uint8, 1)]
+        tensors |= {name: copied(tensors[name]) for name in bytes_alone}
     try:
         packed = selection.kernel.restore(QTensor.without_content(scheme, shape), tensors)
     except ValueError as error:

@@ -341,7 +341,9 @@ def _quantize_work(
     if recipe.budget and not recipe.sequential and not units:  # what was searched is packed
         return Work(read=source, written=artifact)
     choices = [(tensor, spec) for unit in units for spec in unit.specs if spec for tensor in unit.layers]
-    choices = choices or [(tensor, tensor.spec) for tensor in plan.quantized if tensor.spec]
+    planned = [(tensor, tensor.spec) for tensor in plan.quantized if tensor.spec]
+    judged = recipe.transform.solves if recipe.transform else 0
+    choices = (choices or planned) + planned * judged
     rounded: dict[str, tuple[LayerSpec, float]] = {}
     for tensor, spec in choices:
         slower = max(1.0, tensor.shape[1] / 2048) if spec.method.statistics else 1.0
@@ -350,7 +352,7 @@ def _quantize_work(
     products, statistics, learned = 0.0, 0.0, 0.0
     if tokens:
         batches = max(1, tokens // BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]))
-        whole = 2.0 + (2.0 if recipe.transform else 0.0)
+        whole = 2.0 + (2.0 if recipe.transform else 0.0) + (1.0 if judged else 0.0)
         if not units:
             whole += 1.0 if recipe.static_cache else 0.0
             learned = max((spec.method.learning_passes(batches) for spec in recipe.rules.specs()), default=0.0)
@@ -361,15 +363,14 @@ def _quantize_work(
             float(tokens) * tensor.shape[1] ** 2
             for tensor in inputs.values()
             if tensor.spec and tensor.spec.method.statistics
-        )
+        ) * (2 if judged else 1)
     reading = min(PROBE_TOKENS, tokens)
     if units:
         products += sum(len(unit.specs) for unit in units) * inside * reading  # half of the blocks, on average
     elif recipe.budget:  # the finished model is measured beside the unquantized one
         products += 4.0 * inside * reading
-    if (
-        recipe.distill and not units
-    ):  # a step: a forward of the unquantized model, and a forward and a backward of the other
+    if recipe.distill and not units:
+        # a step: a forward of the unquantized model, and a forward and a backward of the other
         width = longest(plan.model.config, calibration_of(settings).context)
         windows = 4 * recipe.distill.steps * recipe.distill.windows + 2 * CHECKS * MOST_HELD_OUT
         products += 2.0 * inside * width * windows

@@ -1,5 +1,6 @@
 """The versions of everything that can change a result."""
 
+import functools
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -8,6 +9,11 @@ _PACKAGES = ("bitpress", "torch", "transformers", "safetensors", "accelerate", "
 
 def versions() -> dict[str, str]:
     """Package -> version, of those that are installed; and Python's."""
+    return dict(_installed())
+
+
+@functools.cache  # reading them takes 4 ms, and each job asks several times
+def _installed() -> dict[str, str]:
     installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -16,7 +16,7 @@ class Awq(Scaling):
     name = "awq"
     rank = 20
     version = 3
-    by_method = True
+    solves = 3  # unscaled, and with what either figure chooses
     about = "scales weights that meet large inputs up before they are rounded; for schemes that leave inputs alone"
 
     def propose(self, inputs: InputRange, weights: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -25,12 +25,14 @@ class Transform(Protocol):
 
     rank: as of methods. version: goes up whenever the same input would give other bytes.
     about: what it does and for which schemes, in one sentence for `bitpress list`.
+    solves: how often, at most, each layer is quantized by its method to judge what becomes of it; for plans of time.
     """
 
     name: ClassVar[str]
     rank: ClassVar[int]
     version: ClassVar[int]
     about: ClassVar[str]
+    solves: ClassVar[int]
 
     def transform(self, block: BlockView) -> list[Transformed]:
         """Change the block; returns a line for each group of layers that it looked at."""

@@ -89,7 +89,7 @@ class Scaling(ABC):
     rank: ClassVar[int]
     version: ClassVar[int]
     about: ClassVar[str]
-    by_method: ClassVar[bool] = False  # in the end layers are quantized as they will be, not rounded to nearest
+    solves: ClassVar[int] = 0  # of 0, the block's outputs are judged with weights rounded to nearest
 
     @abstractmethod
     def propose(self, inputs: InputRange, weights: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -131,7 +131,7 @@ class Scaling(ABC):
                 if words not in errors:
                     products = {}
                     for layer, scheme in schemes.items():
-                        rounded = block.as_quantized(layer, scales[words]) if self.by_method else None
+                        rounded = block.as_quantized(layer, scales[words]) if self.solves else None
                         if rounded is None:
                             rounded = _rounded(named[layer] * scales[words], scheme)
                         products[layer] = _product(rounded, scheme, scales[words], sample)

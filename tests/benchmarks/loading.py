@@ -2,10 +2,11 @@
 
     python tests/benchmarks/loading.py FOLDER [--rounds 5]
 
-Each in a fresh process whose imports are done, in turns; medians, with the least and the most. "Cold": the files' pages
-are dropped before (Linux). Peak memory is what the process holds at most beyond what it held before. Before each turn,
-several times as much memory is touched and given back: a virtual machine may have to get it from its host first, which
-takes longer than all else.
+Where `bitpress optimize FOLDER` was called before, loading is measured without its packed weights ("load") and with
+them ("map"). Each in a fresh process whose imports are done, in turns; medians, with the least and the most. "Cold":
+the files' pages are dropped before (Linux). Peak memory is what the process holds at most beyond what it held before.
+Before each turn, several times as much memory is touched and given back: a virtual machine may have to get it from its
+host first, which takes longer than all else.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from bitpress.pipeline.storage.packed_file import packed_files
+
 MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
@@ -23,6 +26,7 @@ import psutil, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from bitpress.kernels.cpu.library import library
 from bitpress.pipeline.api import load
+from bitpress.pipeline.models import loading
 
 def read(folder):
     kept = []
@@ -34,7 +38,9 @@ def read(folder):
                 filled += handle.readinto(view[filled:])
     return sum(tensor.nbytes for tensor in kept), kept
 
-def loaded(folder):
+def loaded(folder, mapped=False):
+    if not mapped:
+        loading.open_packed = lambda *arguments: None
     model, tokenizer = load(folder, device="cpu")
     return sum(t.nbytes for t in [*model.parameters(), *model.buffers()]), model
 
@@ -51,14 +57,14 @@ process = psutil.Process()
 before = peak = process.memory_info().rss
 threading.Thread(target=watch, daemon=True).start()
 start = time.perf_counter()
-size, kept = {"read": read, "load": loaded}[sys.argv[1]](sys.argv[2])
+size, kept = {"read": read, "load": loaded, "map": lambda folder: loaded(folder, True)}[sys.argv[1]](sys.argv[2])
 print(json.dumps({"seconds": time.perf_counter() - start, "peak": (peak - before) / size}))
 """
 
 
 def drop(folder: Path) -> None:
     """Let the system forget what it has read of the files."""
-    for file in folder.glob("*.safetensors"):
+    for file in [*folder.glob("*.safetensors"), *packed_files(folder)]:
         with file.open("rb") as handle:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -76,15 +82,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
+    ways = ("read", "load", *(["map"] if packed_files(given.folder) else []))
     measure("read", given.folder, cold=False)
     for cold in (False, True):
-        rounds = [[measure(what, given.folder, cold) for what in ("read", "load")] for _ in range(given.rounds)]
-        for number, what in enumerate(("read", "load")):
+        rounds = [[measure(what, given.folder, cold) for what in ways] for _ in range(given.rounds)]
+        for number, what in enumerate(ways):
             seconds = [found[number]["seconds"] for found in rounds]
             peak = max(found[number]["peak"] for found in rounds)
             shown = f"{median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
             print(f"{'cold' if cold else 'warm'}  {what}  {shown}, peak {peak:.2f} of what it keeps")
-        print(f"      load/read: {median(load['seconds'] / read['seconds'] for read, load in rounds):.2f}")
+        for number, what in enumerate(ways[1:], 1):
+            print(f"      {what}/read: {median(each[number]['seconds'] / each[0]['seconds'] for each in rounds):.2f}")
 
 
 if __name__ == "__main__":

@@ -158,7 +158,9 @@ def test_layers_run_where_a_device_map_puts_them(artifacts: dict[str, Path], mon
     )
     model = AutoModelForCausalLM.from_pretrained(artifacts["int4-g32"], device_map=places)
     assert dispatched == [((places,), {"main_device": "cpu"})]
-    monkeypatch.setattr(loading, "optimize_for_decoding", lambda model: None)  # layers of several devices do not fuse
+    monkeypatch.setattr(
+        loading, "optimize_for_decoding", lambda *arguments: None
+    )  # layers of several devices do not fuse
     own, _ = load(artifacts["int4-g32"])
     assert torch.equal(logits(model), logits(own))
     assert not hasattr(model, "fusing")

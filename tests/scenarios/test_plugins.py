@@ -1,7 +1,7 @@
 """Adding a plug-in is adding one file: one of each kind, dropped into its folder, goes all the way.
 
 The files of tests/fixtures/plugins lie there as they would lie in the package. They are copied into a copy of it, in
-which nothing is edited, and fresh processes run that copy.
+which nothing is edited, and a fresh process runs that copy.
 """
 
 import json
@@ -25,6 +25,7 @@ KINDS = {
     "cache type": "kernels/caches/toy_cache.py",
     "kernel": "kernels/external/toy_kernel.py",
     "method": "pipeline/methods/toy_smooth.py",
+    "transform": "pipeline/transforms/toy_double.py",
     "format": "pipeline/formats/toy.py",
     "executor": "pipeline/runs/executors/toy_backwards.py",
 }
@@ -51,13 +52,16 @@ REFUSED = {
     "toy-cache as gptq": "gptq has no place for a quantized key-value cache (toy-cache)",
 }
 
-# One process does all that needs no other, because it takes seconds to start one: the commands of the command line,
-# and then whatever a caller sees of the artifacts. A run starts its own processes, as always.
+# One process does everything, because it takes seconds to start one: the commands of the command line, what a run's
+# processes would do, and then whatever a caller sees of the artifacts.
 PROGRAM = """
 import contextlib, io, json, shutil, sys
 from pathlib import Path
 from bitpress.pipeline.cli.app import main
+from bitpress.pipeline.evaluate import worker
+from bitpress.pipeline.evaluate.__main__ import perform
 
+worker.call = lambda task, request: json.loads(json.dumps(perform({"task": task, **request})))
 commands, artifacts = map(json.loads, sys.argv[1:])
 results = {}
 for name, arguments in commands.items():
@@ -144,6 +148,7 @@ def commands(model: Path) -> dict[str, list[str]]:
         "toy-cache as gptq": quantize("int4-g32", "refused", "--kv-cache", "toy-cache", "--format", "gptq"),
         "dynamic": quantize("toy6-dynamic", "dynamic"),
         "smooth": quantize("toy-smooth/int8-g32", "smooth", *calibration),
+        "doubled": quantize("toy-double+int4-channel", "doubled", *calibration),
         "list": ["list", "--json"],
         "toy6 as gptq": quantize("toy6", "refused", "--format", "gptq"),
         "nf4 by gptq": quantize("gptq/nf4", "refused"),
@@ -227,6 +232,20 @@ def test_the_transform_scaled_the_norms_by_powers_of_two(
     assert len(norms) == 4
     assert torch.equal(ratios.log2(), ratios.log2().round())
     assert len(ratios.unique()) > 1
+
+
+def test_the_other_transform_halves_the_norms_and_the_manifest_says_so(
+    answer: dict[str, Any], folder: Path, tiny_llama: Path
+) -> None:
+    assert "toy-double" in json.loads(answer["results"]["list"][1])["transforms"]
+    manifest = json.loads((folder / "doubled" / "bitpress.json").read_text())
+    assert {group["note"] for group in manifest["transform"]} == {"doubled"}
+    before, after = load_file(tiny_llama / "model.safetensors"), {}
+    for file in (folder / "doubled").glob("*.safetensors"):
+        after |= load_file(file)
+    norms = [name for name in before if "layernorm" in name]
+    assert len(norms) == 4
+    assert all(torch.equal(after[name], before[name] / 2) for name in norms)
 
 
 def test_the_format_has_its_own_files(answer: dict[str, Any], folder: Path) -> None:

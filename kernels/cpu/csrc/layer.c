@@ -95,6 +95,19 @@ typedef struct {
     int threads;
 } Step;
 
+/* What is around the layers of a decoder. embedding [vocabulary][hidden], in the step's dtype, whose rows of `tokens` [batch]
+ * become its x; NULL: x is there already. head: packed, or where that is NULL dense [vocabulary][hidden] in that dtype. logits
+ * [batch][vocabulary], likewise; best and largest [batch]: the first of the largest logits, or the first that is NaN. */
+typedef struct {
+    const void *embedding, *dense;
+    const int64_t *tokens;
+    Linear head;
+    void *logits;
+    int64_t *best;
+    float *largest;
+    int64_t vocabulary;
+} Around;
+
 /* The rows of some tokens of all sequences in one layer, sequence by sequence: x, normed [rows][hidden], mixed
  * [rows][heads][dim], rotation [rows][2][dim]. q [heads][dim] of a row lies `query_apart` numbers from the next row's, k and
  * v [key_heads][dim] `key_apart`. Their first token is number `from` of the step's; there are `count` of each sequence.
@@ -345,4 +358,57 @@ EXPORT int bitpress_dense(const void *weight, const float *x, void *y, int64_t r
 #endif
     parallel(body, &d, threads);
     return 0;
+}
+
+enum { LOGITS = 1024 }; /* that are float32 at a time */
+
+/* Whose logit is the largest, the first of them, or the first that is NaN; its value to *largest. */
+static int64_t best_of(const char *logits, int64_t count, DType dtype, float *largest) {
+    const int64_t item = dtype == FLOAT32 ? 4 : 2;
+    float values[LOGITS];
+    int32_t most = INT32_MIN;
+    int64_t best = 0;
+    for (int64_t from = 0; from < count; from += LOGITS) {
+        const int64_t some = count - from < LOGITS ? count - from : LOGITS;
+        int32_t top = INT32_MIN, places[LOGITS];
+        generic_widen(logits + from * item, dtype, some, values);
+        for (int64_t i = 0; i < some; i++) { /* to integers in the same order, NaN of either sign last; -0 is 0 */
+            const int32_t bits = (int32_t)float_to_bits(values[i] + 0.0f), size = bits & 0x7fffffff;
+            places[i] = size > 0x7f800000 ? 0x7f800001 : bits < 0 ? -size : size;
+            top = places[i] > top ? places[i] : top;
+        }
+        if (top <= most) continue;
+        most = top;
+        for (best = from; places[best - from] != top;) best++;
+        *largest = values[best - from];
+    }
+    return best;
+}
+
+/* The next token of each sequence: rows of the embedding, all layers and the norm, the head, and its largest logit. Step's
+ * count is 1. Returns as bitpress_layers_step does. */
+EXPORT int bitpress_next_tokens(const Layer *const *layers, int64_t count, const Step *s, const Around *a) {
+    const int64_t hidden = layers[0]->linears[QUERY].in, item = s->dtype == FLOAT32 ? 4 : 2;
+    const DType dtype = (DType)s->dtype;
+    Step step = *s;
+    char *memory = malloc((size_t)(s->batch * hidden) * 4);
+    if (!memory) return 1;
+    if (a->embedding) {
+        for (int64_t i = 0; i < s->batch; i++)
+            memcpy(memory + i * hidden * item, (const char *)a->embedding + a->tokens[i] * hidden * item, (size_t)(hidden * item));
+        step.x = memory;
+    }
+    int failed = bitpress_layers_step(layers, count, &step);
+    if (!failed && a->head.packed) {
+        failed = bitpress_products(&(Factor){a->head.packed, a->head.bias, a->logits}, 1, s->y, NULL, s->batch, dtype,
+                                   (int)a->head.inputs, (int)layers[0]->kernel, s->threads);
+    } else if (!failed) {
+        generic_widen(s->y, dtype, s->batch * hidden, (float *)memory);
+        failed = bitpress_dense(a->dense, (float *)memory, a->logits, s->batch, a->vocabulary, hidden, dtype,
+                                (int)layers[0]->kernel, s->threads);
+    }
+    free(memory);
+    for (int64_t i = 0; i < s->batch && !failed; i++)
+        a->best[i] = best_of((char *)a->logits + i * a->vocabulary * item, a->vocabulary, dtype, a->largest + i);
+    return failed;
 }

@@ -4,7 +4,6 @@ test_kernels.py tries the best set as it does every kernel. Here each is forced,
 """
 
 import hashlib
-import itertools
 import os
 import shutil
 import subprocess
@@ -117,14 +116,15 @@ def test_products(
     squares that of their scales."""
     q = make_qtensor(scheme, *shape, torch.float16) if scheme.startswith("int") else make_qtensor(scheme, *shape)
     weight = q.dequantize().double()
-    for kind, rows in itertools.product((NativeInt8, NativeInt16, NativeExact), ROWS):
-        kernel = kind(instructions)
+    for kernel in (kind(instructions) for kind in (NativeInt8, NativeInt16, NativeExact)):
         if kernel.unsupported(q, torch.float32, CPU):
             continue
-        x = torch.randn(rows, shape[1], generator=generator)
-        y = kernel.linear(x, kernel.pack(q, torch.float32), None)
-        inputs = x.double() if kernel.input_bits is None else rounded(x, scheme, kernel.input_bits)
-        assert relative(y, inputs, weight) <= bound(kernel, q), (kernel.name, rows)
+        packed = kernel.pack(q, torch.float32)
+        for rows in ROWS:
+            x = torch.randn(rows, shape[1], generator=generator)
+            y = kernel.linear(x, packed, None)
+            inputs = x.double() if kernel.input_bits is None else rounded(x, scheme, kernel.input_bits)
+            assert relative(y, inputs, weight) <= bound(kernel, q), (kernel.name, rows)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ class Fake:
     def fingerprint(self) -> dict[str, Any]:
         return {}
 
-    def measure(self, comparison: Comparison, folder: Path, news: Callable[[str], None]) -> Row:
+    def measure(self, comparison: Comparison, folder: Path) -> Row:
         self.calls.append(folder)
         if self.problem:
             raise self.problem

@@ -15,21 +15,13 @@ from bitpress.pipeline import quantize
 from bitpress.pipeline.cli.app import app
 from bitpress.pipeline.config.schema import Run
 from bitpress.pipeline.errors import BitpressError, CheckpointError, ConfigError
-from bitpress.pipeline.evaluate import measure, process, verify, worker
+from bitpress.pipeline.evaluate import measure, process
 from bitpress.pipeline.evaluate.compare import compare
 from bitpress.pipeline.evaluate.metrics import read_metrics, sealed
 from bitpress.pipeline.runs.run import execute
 
 TEXT = "".join(f"{number} green bottles hanging on the wall\n" for number in range(20))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Any:
-    """Starting a process takes longer than measuring so small a model in it."""
-    tasks: dict[str, Callable[..., Any]] = {"verify": verify.verify_task, "measure": measure.measure_task}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "call", lambda task, request: json.loads(json.dumps(tasks[task](request))))
-        yield
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,7 @@ def test_every_protocol_compares(ask: Any, protocol: str) -> None:
     assert found["output_errors"] is None
 
 
-def test_a_model_beside_itself(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_model_beside_itself(tiny_llama: Path, tmp_path: Path, in_process: None) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     settings = {"text": str(tmp_path / "text.txt"), "context": 32, "windows": 2, "speed": None}
     found = evaluate(tiny_llama, settings=settings, baseline=tiny_llama)
@@ -248,7 +248,7 @@ def test_tasks_without_lm_eval_are_refused_before_any_work(
 
 
 def test_a_tokenizer_that_gives_other_tokens_is_told(
-    artifact: Path, tiny_llama: Path, copy_of: Any, ask: Any, tmp_path: Path
+    artifact: Path, tiny_llama: Path, copy_of: Any, ask: Any, tmp_path: Path, in_process: None
 ) -> None:
     assert ask()["warnings"] == []
     other = copy_of(artifact, "other")

@@ -35,6 +35,7 @@ INTEGER_CASES = [case for case in CASES if case.values[1].weight.description().t
 EVERY = pytest.mark.parametrize(("method", "scheme"), CASES)
 EVERY_INTEGER = pytest.mark.parametrize(("method", "scheme"), INTEGER_CASES)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KNOWN = ["absmax", "nf4", "gptq", "tune"]  # others join the tests of every method by themselves
 NF4_WIDEST_GAP = NF4_CODEBOOK[1] - NF4_CODEBOOK[0]
 CONSTANTS = (1e-30, -1e-30, 1e-8, -1e-8, 1.0, -3.0, 6e4, -6e4)
 
@@ -299,7 +300,8 @@ class TestNF4:
 
 class TestRegistry:
     def test_in_the_order_of_their_ranks(self) -> None:
-        assert list(registry()) == ["absmax", "nf4", "gptq", "tune"]
+        assert [method.rank for method in registry().values()] == sorted(method.rank for method in registry().values())
+        assert [name for name in registry() if name in KNOWN] == KNOWN
 
     def test_defaults(self) -> None:
         for name, method in {"int4-g128": "absmax", "int8-dynamic": "absmax", "nf4": "nf4", "nf4-dq": "nf4"}.items():
@@ -309,7 +311,7 @@ class TestRegistry:
             assert uncalibrated.name == method
 
     def test_what_each_needs(self) -> None:
-        needs = {name: (method.needs_calibration, method.packages) for name, method in registry().items()}
+        needs = {name: (registry()[name].needs_calibration, registry()[name].packages) for name in KNOWN}
         calibrated = dict.fromkeys(("gptq", "tune"), (True, ()))
         assert needs == {"absmax": (False, ()), "nf4": (False, ("bitsandbytes",))} | calibrated
 

@@ -75,10 +75,15 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], bool]:
     return load
 
 
-def test_the_same_logits(optimized: Path, packed: Path, logits: Logits, mapped: Any, caplog: Any) -> None:
+@pytest.mark.parametrize("huge", [True, False])
+def test_the_same_logits(
+    huge: bool, optimized: Path, packed: Path, logits: Logits, mapped: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether weights are used where they are mapped, or copied into huge pages."""
+    monkeypatch.setattr("bitpress.pipeline.models.packed.mapped_in_huge_pages", lambda whole: huge)
     assert mapped(optimized)
     assert not caplog.records
-    for kernel in ("auto", "auto-int8", "auto-bf16", "reference"):
+    for kernel in ("auto", "auto-int8", "auto-bf16", "reference") if huge else ("auto",):
         ours = logits(optimized, kernel)
         shutil.move(packed.parent, packed.parent.with_name("aside"))
         assert torch.equal(ours, logits(optimized, kernel)), kernel
@@ -233,6 +238,12 @@ def test_where_users_look(optimized: Path, packed: Path, artifact: Path) -> None
     assert "not used: it is not this user's alone" in describe(optimized)["packed weights"][0]
     assert api.clean(optimized) == [optimized / FOLDER]
     assert "packed weights" not in describe(optimized)
+
+
+def test_what_measures_reads_the_checkpoint(optimized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quality is the file's: what lies beside it is not looked at."""
+    monkeypatch.setattr(loading, "Coming", None)
+    assert loading.load_model(Checkpoint(optimized), torch.device("cpu"), "auto")
 
 
 def test_in_the_users_cache(optimized: Path, packed: Path, mapped: Any, tmp_path: Path) -> None:

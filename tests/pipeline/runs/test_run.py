@@ -11,7 +11,7 @@ import pytest
 
 from bitpress.pipeline.config.schema import Run
 from bitpress.pipeline.errors import ConfigError
-from bitpress.pipeline.evaluate import conditions, measure, process, verify, worker
+from bitpress.pipeline.evaluate import conditions, measure, process, worker
 from bitpress.pipeline.quantize import recipe
 from bitpress.pipeline.runs import executors
 from bitpress.pipeline.runs.job import Job, Outcome, run_job
@@ -22,15 +22,7 @@ from bitpress.pipeline.trackers.base import TrackedJob, Tracker
 TEXT = "".join(f"{number} green bottles hanging on the wall\n" for number in range(20))
 RECIPES = ["int4-g32", "int8-channel"]
 Change = Callable[[pytest.MonkeyPatch], None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process() -> Any:
-    """Starting a process takes longer than measuring so small a model in it."""
-    tasks: dict[str, Callable[..., Any]] = {"verify": verify.verify_task, "measure": measure.measure_task}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "call", lambda task, request: json.loads(json.dumps(tasks[task](request))))
-        yield
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture(scope="module")
