@@ -306,16 +306,9 @@ class Search:
                     self._probed[unit.name] = lost
                 runner.drop_block(block)
 
-    def _key(self, chosen: Sequence[int]) -> str:
-        return digest({unit.name: own for unit, own in zip(self.units, chosen, strict=True)})[:16]
-
-    def measured(self, chosen: Sequence[int]) -> float | None:
-        """What `measure` gave, where it was asked before."""
-        return self._measured.get(self._key(chosen))
-
     def measure(self, chosen: Sequence[int]) -> float:
         """The mean KL divergence of the model with all these solutions, on the windows held out, in nats."""
-        key = self._key(chosen)
+        key = digest({unit.name: own for unit, own in zip(self.units, chosen, strict=True)})[:16]
         if key not in self._measured:
             specs = {
                 planned.info.name: unit.specs[own]
@@ -335,7 +328,7 @@ class Search:
 
     @torch.no_grad()
     def divergence(self, plan: Plan, weight: Callable[[PlannedTensor, torch.dtype], Tensor]) -> float:
-        """The mean KL divergence of a quantized model on the windows held out, in nats.
+        """The mean KL divergence of a quantized model on the windows held out, in nats; no inputs or keys are rounded.
 
         Args:
             weight: gives a tensor of its plan as an unquantized checkpoint's files would hold it, a layer's in the
@@ -409,15 +402,19 @@ class Search:
         best = self.front.choice(int(np.searchsorted(self.front.nbytes, limit, side="right")) - 1)
         uniform = [own for own in self.uniform.values() if self.nbytes(own) <= limit]
         candidates = [best, *sorted(uniform, key=self.predicted)[:1]]
-        return Choice(self, min(candidates, key=self.measure))
+        return Choice(self, min(candidates, key=self.measure), candidates)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a search chose: for each unit the number of its choice."""
+    """What a search chose: for each unit the number of its choice.
+
+    candidates: among which it was chosen by how the model as a whole diverges.
+    """
 
     search: Search
     chosen: Sequence[int]
+    candidates: Sequence[Sequence[int]]
 
     def recipe(self) -> Recipe:
         """The recipe with a rule for every layer in place of its budget; what is held out judges what comes of it."""
@@ -450,7 +447,7 @@ class Choice:
             "curve": [self._figures(int(front.nbytes[point]), float(front.kl[point])) for point in sorted(points)],
             "uniform": [
                 {"choice": name, **self._figures(search.nbytes(own), search.predicted(own))}
-                | ({"solutions_kl": measured} if (measured := search.measured(own)) is not None else {})
+                | ({"solutions_kl": search.measure(own)} if own in self.candidates else {})
                 for name, own in search.uniform.items()
             ],
             "units": [
