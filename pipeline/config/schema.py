@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from huggingface_hub.utils import validate_repo_id
 from pydantic import (
@@ -24,7 +24,7 @@ from ..errors import nearest
 from .budget import Budget
 from .messages import Several
 
-AUTO = "auto"
+AUTO: Final = "auto"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 BASELINE = "none"  # the unquantized model: the name of its run, and the scheme of a layer that is kept
 _SECRETS = ("token", "hf_token", "api_key", "password")
@@ -253,6 +253,8 @@ class Speed(_Strict):
 
 
 class Eval(_Strict):
+    """How a model is measured: on which text, by which protocol, and what besides quality."""
+
     text: str | Dataset = "builtin:pydoc-topics"
     protocol: Literal["gptq", "sliding", "llama.cpp", "word"] = "gptq"
     context: int | None = Field(None, ge=2)  # None: the protocol's own; cut to what the model can hold

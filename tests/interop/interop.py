@@ -213,11 +213,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..., P
 
 @pytest.fixture(scope="module", autouse=True)
 def table(shared: SimpleNamespace) -> Iterator[None]:
-    """The results as they go into docs/measurements.md."""
+    """The results as docs/interop.md has them."""
     yield
     header = ["written by", "format", "scheme", "model", "read by", "dtype", "cosine", "same 32 tokens", "perplexity"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *shared.rows)]
-    lines += ["", f"Perplexity is bitpress's, unquantized {shared.baseline:.2f}.", *shared.notes, ""]
+    notes = [f"Perplexity is bitpress's, unquantized {shared.baseline:.2f}.", *shared.notes]
+    lines += ["", *(f"- {note}" for note in notes), "", "Versions:", ""]
     for environment, versions in sorted(shared.versions.items()):
         lines.append(
             f"- .venv{'-' if environment else ''}{environment}: "

@@ -233,11 +233,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..., P
 
 @pytest.fixture(scope="module", autouse=True)
 def table(shared: SimpleNamespace) -> Iterator[None]:
-    """The results as they go into docs/measurements.md."""
+    """The results as docs/interop.md has them."""
     yield
     header = ["model", "format", "scheme", "doctor", "vLLM", "KL of vLLM", "KL of bitpress in bfloat16", "same tokens"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *shared.rows)]
-    lines += ["", *shared.notes, "", ", ".join(f"{name} {version}" for name, version in shared.versions.items())]
+    lines += [
+        "",
+        *(f"- {note}" for note in shared.notes),
+        "",
+        ", ".join(f"{name} {version}" for name, version in shared.versions.items()),
+    ]
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text("\n".join(lines) + "\n")
 

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bitpress.kernels.weights.e2m1 import MAGNITUDES
+
 from ..tensor_info import TensorInfo
 
 ReadRows = Callable[[TensorInfo, int, int], Tensor]  # rows from start to stop of a tensor, as it lies in the file
@@ -26,7 +28,7 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _EXPONENTS = (torch.float8_e8m0fnu, torch.uint8)  # E8M0: 2^(v - 127), and 255 is NaN
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, *_EXPONENTS)
 _E8M0 = torch.tensor([math.ldexp(1.0, value - 127) for value in range(255)] + [math.nan])
-_E2M1 = [sign * value for sign in (1.0, -1.0) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
+_E2M1 = [sign * value for sign in (1.0, -1.0) for value in MAGNITUDES]
 _E2M1_PAIRS = torch.tensor([(low, high) for high in _E2M1 for low in _E2M1]).view(torch.int64).flatten()  # by byte
 _SCALE_NAMES = ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "qscale_weight")
 # What a runtime wants for inputs and for the cache of keys and values; the weights do not depend on it.
