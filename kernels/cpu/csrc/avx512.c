@@ -326,7 +326,8 @@ AVX512 static void quantize(const float *x, int64_t in_features, int64_t padded,
         float scale = bits_to_float(top) / 127;
         if (scale < 0x1p-126f) scale = 1;
         const int finite = top < 0x7f800000;
-        const __m512 divisor = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(1 / scale), half = _mm512_set1_ps(0.5f);
+        const __m512 divisor = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(finite ? 1 / scale : 0);
+        const __m512 half = _mm512_set1_ps(0.5f);
         __m512i sum = _mm512_setzero_si512();
         for (int64_t i = start; i < start + step; i += 16) {
             const int64_t left = finite ? end - i : 0;
@@ -360,7 +361,7 @@ AVX512 static void quantize_wide(const float *x, int64_t in_features, int64_t pa
         float scale = bits_to_float(top) / WIDE_MOST;
         if (scale < 0x1p-126f) scale = 1;
         const int finite = top < 0x7f800000;
-        const __m512 inverse = _mm512_set1_ps(1 / scale);
+        const __m512 inverse = _mm512_set1_ps(finite ? 1 / scale : 0);
         __m512i sum = _mm512_setzero_si512();
         for (int64_t i = start; i < start + step; i += 16) {
             const int64_t left = finite ? end - i : 0;
