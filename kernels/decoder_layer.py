@@ -465,7 +465,11 @@ class NativeDecoder:
         Args:
             rotations: of each layer, see Context.
             x: the token's row [1, 1, hidden]; None where there is an embedding.
+        Raises:
+            IndexError: the embedding has no row of the token.
         """
+        if self.embedding is not None and not 0 <= token < len(self.embedding):
+            raise IndexError(f"token {token} has no row in an embedding of {len(self.embedding)}")
         for to, rotation in zip(self._own, rotations):
             if rotation is not None:
                 to.cos, to.sin, to.rotated = rotation[0].data_ptr(), rotation[1].data_ptr(), rotation[0].shape[2]

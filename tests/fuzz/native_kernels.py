@@ -40,6 +40,7 @@ from bitpress.kernels.decoder_layer import (
     ACTIVATIONS,
     Context,
     Experts,
+    NativeDecoder,
     NativeLayer,
     NativeLayers,
     Norm,
@@ -408,7 +409,10 @@ def perform_layer(call: LayerCall, loaded: Library) -> None:
         rotation = (cos, sin) if call.rotated else None
         how = None if kind is None else coding(kind, call.dim)
         assert not isinstance(how, str), how
-        y = layers.step(x, [Context(caches[0], caches[1], rotation, begin, call.window, how)], call.length, first)
+        context = Context(caches[0], caches[1], rotation, begin, call.window, how)
+        y = layers.step(x, [context], call.length, first)
+        if batch == call.count == 1 and first is None:
+            after_layers(layers, context, x, y, call, guarded)
     finally:
         torch.empty_like = original
         torch.set_num_threads(1)
@@ -432,6 +436,31 @@ def perform_layer(call: LayerCall, loaded: Library) -> None:
         bound = BOUND[call.dtype] if kernel.input_bits is None or call.scheme != "nf4" else CODEBOOK
         bound += 0 if kind is None else JUMPS
         assert error <= bound * expected[real].norm(), f"error {error} of {expected[real].norm()}"
+
+
+def after_layers(
+    layers: NativeLayers, context: Context, x: Tensor, y: Tensor, call: LayerCall, guarded: Guarded
+) -> None:
+    """The same step of one token from its row of an embedding to the largest logit, by a dense head.
+
+    Raises:
+        AssertionError: a token or logits that are others than those of what the layers gave, `y` [1, 1, hidden].
+    """
+    generator, vocabulary = torch.Generator().manual_seed(call.number), 1 + call.number % 1100
+    rows = torch.randn(2, vocabulary, call.hidden, generator=generator).to(call.dtype)
+    rows[0, -1] = x.flatten()
+    embedding, head = (guarded.copy(each, call.at_end, each.itemsize) for each in rows)
+    if native.dense_unsupported(head) is not None:
+        return
+    decoder = NativeDecoder(layers, embedding, head, call.dtype)
+    decoder.begin([context])
+    best = decoder.next(vocabulary - 1, call.length, [context.rotation], None)
+    logits, expected = decoder.logits[0].double(), head.double() @ y.flatten().double()
+    order = logits.nan_to_num(torch.inf)  # NaN is the largest
+    assert best == int((order == order.max()).nonzero()[0]), f"token {best} is not the likeliest of {vocabulary}"
+    assert torch.equal(decoder.largest[0, 0].double().nan_to_num(torch.inf), order[best]), "another logit"
+    if y.isfinite().all() and logits.isfinite().all():
+        assert (logits - expected).norm() <= BOUND[call.dtype] * expected.norm(), "other logits"
 
 
 def _layer(

@@ -114,7 +114,7 @@ def text(model: Any, **how: Any) -> Any:
         {"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2, "min_new_tokens": 3}, {"max_new_tokens": 1},
         {"eos_token_id": list(range(48))}, {"stopping_criteria": StoppingCriteriaList([Twelfth()])},
     ],
-    ids=str,
+    ids=lambda how: ", ".join(how) or "greedy",
 )  # fmt: skip
 def test_the_same_tokens_from_one_call_each(how: dict[str, Any], llama: PreTrainedModel, calls: list[int]):
     listeners = Listener(), Listener()
@@ -132,7 +132,7 @@ def test_the_same_tokens_from_one_call_each(how: dict[str, Any], llama: PreTrain
         {"num_beams": 2}, {"output_scores": True, "return_dict_in_generate": True}, {"use_cache": False},
         {"num_return_sequences": 2, "do_sample": True},
     ],
-    ids=str,
+    ids=lambda how: ", ".join(how) or "greedy",
 )  # fmt: skip
 def test_everything_else_goes_through_transformers_loop(how: dict[str, Any], llama: PreTrainedModel, calls: list[int]):
     got, want = (text(model, **how) for model in (llama, plain(llama)))
