@@ -186,4 +186,7 @@ def facts_of(metrics: Mapping[str, Any]) -> list[list[str]]:
     if fused := kernels.get("fused"):
         why = "; ".join(f"{count}: {reason}" for reason, count in fused["why"].items())
         rows.append(["decoder layers in one call", f"{fused['fused']} of {fused['of']}{f' ({why})' if why else ''}"])
+        if fused["fused"] == fused["of"] and "around" in fused:
+            why = fused["apart"] or fused["around"]
+            rows.append(["a token in one call", f"no: {why}" if why else "yes"])
     return rows + [["warning", warning] for warning in metrics.get("warnings") or []]

@@ -40,9 +40,7 @@ def comparison(tiny: Callable[..., Path], copy_of: Callable[..., Path], tmp_path
 def test_a_row_is_measured_by_the_other_programs_logits(comparison: Comparison, tmp_path: Path):
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN.replace("WORDS", str(WORDS)))
-    row = KQuant(Program(kquants.NAME, "llama_cpp", script, sys.executable), "Q4_K_M").measure(
-        comparison, tmp_path, lambda line: None
-    )
+    row = KQuant(Program(kquants.NAME, "llama_cpp", script, sys.executable), "Q4_K_M").measure(comparison, tmp_path)
     tensors = Checkpoint(comparison.source.folder).tensors.values()
     assert row.perplexity == pytest.approx(WORDS, rel=1e-5)
     assert row.nbytes == sum(info.nbytes for info in tensors)
