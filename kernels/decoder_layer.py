@@ -20,6 +20,7 @@ from torch import Tensor
 from .caches.base import CacheType, Codes
 from .cpu.library import Library, library
 from .cpu.native import DTYPES, NativeWeight, inputs_of, rounds_inputs
+from .kv_cache import static
 from .linear import QLinear
 from .registry import Selection
 
@@ -170,7 +171,8 @@ def coding(cache: CacheType, dim: int) -> Coding | str:
     says = cache.description()
     group = says.get("group_size", 0) if says.get("strategy") == "group" else 0
     number = _CACHED.get((str(says.get("type")), int(says.get("num_bits", 0)), bool(group)))
-    scale = None if cache.dynamic else cache.scale(torch.ones(1))
+    calibrated = static(cache)
+    scale = calibrated.scale(torch.ones(1)) if calibrated else None
     codes = cache.encode(torch.zeros(1, 1, 1, dim), scale)
     lies = {name: (codes[name].dtype, codes[name].numel()) for name in codes}
     scales = {"scales": (torch.float16, dim // group)} if group else {}

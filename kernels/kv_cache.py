@@ -1,12 +1,12 @@
 """Types of quantized key-value caches by name, and what rounding does to keys and values."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .caches.base import CacheType
+from .caches.base import CacheType, StaticCacheType
 from .discovery import discover
 
 
@@ -38,6 +38,11 @@ def described_cache(description: Mapping[str, Any]) -> CacheType | None:
     return next((cache for cache in kinds if cache is not None), None)
 
 
+def static(cache: CacheType) -> StaticCacheType | None:
+    """The type, where its scales are calibrated and stored; None where it computes them from what comes."""
+    return None if cache.dynamic else cast(StaticCacheType, cache)
+
+
 def rounded(cache: CacheType, states: Tensor, scale: Tensor | None) -> Tensor:
     """States [batch, heads, tokens, dim] as a cache of this type gives them back, in their own dtype.
 
@@ -50,5 +55,6 @@ def rounded(cache: CacheType, states: Tensor, scale: Tensor | None) -> Tensor:
 
 def bytes_per_token(cache: CacheType, heads: int, dim: int) -> int:
     """What the keys, or the values, of one token take in this cache, counted on codes that are made."""
-    scale = None if cache.dynamic else cache.scale(torch.ones(heads))
+    calibrated = static(cache)
+    scale = calibrated.scale(torch.ones(heads)) if calibrated else None
     return sum(tensor.nbytes for tensor in cache.encode(torch.ones(1, heads, 1, dim), scale).values())

@@ -19,8 +19,8 @@ class CacheType(Protocol):
     either: [batch, heads, tokens, dim], where heads are those of keys and values.
 
     rank: the place among the types, lower first. forms: how names look, for messages. examples: common names.
-    dynamic: scales are computed from the states as they come, and nothing is stored with the model; `layout`, `check`
-    and `scale` are not asked for then.
+    dynamic: scales are computed from the states as they come, and nothing is stored with the model; the others are
+    StaticCacheType.
     """
 
     rank: ClassVar[int]
@@ -50,6 +50,20 @@ class CacheType(Protocol):
     def problems(self, dim: int) -> list[str]:
         """Why heads of `dim` features cannot be coded; [] if they can."""
 
+    def encode(self, states: Tensor, scale: Tensor | None) -> Codes:
+        """What is kept of states: tensors [batch, heads, tokens, …], so that tokens can be added.
+
+        Args:
+            scale: as StaticCacheType's `scale` made it; None where the type is dynamic.
+        """
+
+    def decode(self, codes: Codes, scale: Tensor | None) -> Tensor:
+        """The states that these codes stand for, float32 [batch, heads, tokens, dim]."""
+
+
+class StaticCacheType(CacheType, Protocol):
+    """A type whose scales are calibrated, and stored with the model."""
+
     def layout(self, heads: int) -> tuple[tuple[int, ...], tuple[torch.dtype, ...]]:
         """The shape of a layer's scale of its keys, and that of its values, and the dtypes that they may have."""
 
@@ -66,16 +80,6 @@ class CacheType(Protocol):
         Args:
             peaks: the largest magnitude of each head, float32 [heads].
         """
-
-    def encode(self, states: Tensor, scale: Tensor | None) -> Codes:
-        """What is kept of states: tensors [batch, heads, tokens, …], so that tokens can be added.
-
-        Args:
-            scale: as `scale` made it; None where the type is dynamic.
-        """
-
-    def decode(self, codes: Codes, scale: Tensor | None) -> Tensor:
-        """The states that these codes stand for, float32 [batch, heads, tokens, dim]."""
 
 
 def scale_of(peaks: Tensor, largest: float) -> Tensor:

@@ -68,15 +68,6 @@ class IntegerGroups:
             return [f"heads of {dim} features are no whole groups of {self.group_size}; use groups that divide it"]
         return []
 
-    def layout(self, heads: int) -> tuple[tuple[int, ...], tuple[torch.dtype, ...]]:
-        raise AssertionError("a dynamic type stores nothing")
-
-    def check(self, scale: Tensor) -> None:
-        raise AssertionError("a dynamic type stores nothing")
-
-    def scale(self, peaks: Tensor) -> Tensor:
-        raise AssertionError("a dynamic type stores nothing")
-
     def encode(self, states: Tensor, scale: Tensor | None) -> Codes:
         largest = (1 << (self.bits - 1)) - 1
         groups = states.to(torch.float32).unflatten(-1, (-1, self.group_size))

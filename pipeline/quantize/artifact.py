@@ -90,7 +90,7 @@ def _check_source(checkpoint: Checkpoint, unit: Unit, line: dict[str, Any]) -> N
         )
 
 
-def _compare_names(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
+def _compare_names(plan: Plan, folder: Path) -> None:
     """Check that every tensor of the source is in the artifact, as it was or quantized, and that nothing else is.
 
     Raises:
@@ -243,7 +243,7 @@ def _close(writer: Writer, checkpoint: Checkpoint, plan: Plan, folder: Path) -> 
     if plan.cache:
         section |= plan.format.cache_section(plan.cache.cache.description()) or {}
     files = writer.close(plan.checkpoint.config, section, checkpoint.other_files())
-    _compare_names(checkpoint, plan, folder)
+    _compare_names(plan, folder)
     return files
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bitpress.kernels.kv_cache import static
 from bitpress.kernels.qtensor import QTensor
 
 from ..errors import ConfigError, LockedError, NumericsError
@@ -229,12 +230,12 @@ class CalibratedBlocks:
         if planned is None:
             return
         paths = [path for path in planned.shapes if path.startswith(prefix)]
-        peaks = self._cache_peaks(block, paths) if planned.scales else {}
+        calibrated = static(planned.cache)
+        peaks = self._cache_peaks(block, paths) if calibrated else {}
         for path in paths:
-            scales: list[Tensor] = []
-            for name, peak in zip(planned.scales.get(path, ()), peaks.get(path, ())):
-                scales.append(planned.cache.scale(peak))
-                writer.add(name, scales[-1])
+            scales = [calibrated.scale(peak) for peak in peaks[path]] if calibrated else []
+            for name, scale in zip(planned.scales.get(path, ()), scales):
+                writer.add(name, scale)
             intercept(self.runner.model.get_submodule(path), CacheRounding(planned.cache, *scales))
 
     def _cache_peaks(self, block: int, paths: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
