@@ -277,6 +277,14 @@ class TestLinksAndPipes:
         refused_early(source, f"{name} is not a regular file")
 
     @pytest.mark.usefixtures("impatient")
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+    def test_in_the_place_of_a_shard(self, sharded: Path, make: Callable[[Path], None]):
+        shard = sorted(sharded.glob("*.safetensors"))[1]
+        shard.unlink()
+        make(shard)
+        with pytest.raises(CheckpointError, match=shard.name):
+            Checkpoint(sharded)
+
     def test_pipe_among_the_other_files_stays_behind(self, source: Path, tmp_path: Path):
         os.mkfifo(source / "pipe.txt")
         quantize(source, SCHEME, tmp_path / "out")
