@@ -130,11 +130,15 @@ def _header(path: Path) -> dict[str, TensorInfo]:
 
 def _fetch_headers(paths: list[Path]) -> None:
     """Let the system read the beginnings of all files at once, before each is waited for: of 17 that lie on a disk,
-    0.2 s become 0.05. What is no file, or cannot be read, is left to whoever reads it."""
+    0.2 s become 0.05. What cannot be read is left to whoever reads it.
+
+    Raises:
+        CheckpointError: see regular_file.
+    """
     if not hasattr(os, "posix_fadvise"):
         return
-    for path in filter(Path.is_file, paths):
-        with contextlib.suppress(OSError), path.open("rb") as file:
+    for path in paths:
+        with contextlib.suppress(OSError), regular_file(path).open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, _FIRST, os.POSIX_FADV_WILLNEED)
 
 

@@ -277,13 +277,25 @@ class TestLinksAndPipes:
         refused_early(source, f"{name} is not a regular file")
 
     @pytest.mark.usefixtures("impatient")
-    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/outside")])
     def test_in_the_place_of_a_shard(self, sharded: Path, make: Callable[[Path], None]):
         shard = sorted(sharded.glob("*.safetensors"))[1]
         shard.unlink()
         make(shard)
         with pytest.raises(CheckpointError, match=shard.name):
             Checkpoint(sharded)
+
+    def test_a_link_that_leads_out_is_never_opened(self, sharded: Path, tmp_path: Path, monkeypatch: Any):
+        opened, original = [], Path.open
+        monkeypatch.setattr(
+            Path, "open", lambda path, *mode, **how: (opened.append(path), original(path, *mode, **how))[1]
+        )
+        shard = sorted(sharded.glob("*.safetensors"))[1]
+        shard.rename(tmp_path / "other")
+        shard.symlink_to(tmp_path / "other")
+        with pytest.raises(CheckpointError, match="leads out"):
+            Checkpoint(sharded)
+        assert shard not in opened
 
     def test_pipe_among_the_other_files_stays_behind(self, source: Path, tmp_path: Path):
         os.mkfifo(source / "pipe.txt")
