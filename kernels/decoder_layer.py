@@ -10,7 +10,7 @@ reads, whether an MLP has a gate or a layer has experts. Llama, Gemma, Phi-3, GP
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -270,7 +270,7 @@ class NativeLayer:
     def __init__(self, parts: Parts):
         self.parts = parts
         self.linears = parts.all_linears()
-        self._tensors: list[Tensor] = []  # that the structures point to
+        self._address = _Addresses()
         self._selections: list[Selection] = []  # by which the structures' inputs are
         self._inputs: frozenset[int | None] = frozenset()
         self.structure, self._experts = _Layer(), _Experts()
@@ -299,21 +299,19 @@ class NativeLayer:
         if (experts := parts.experts) is not None:
             rows.append((self._of_experts, tuple(each for row in experts.linears for each in row)))
             own = self._experts
-            own.linears, own.router = ctypes.addressof(self._of_experts), self._pointer(experts.router)
-            own.shared_gate = None if experts.shared_gate is None else self._pointer(experts.shared_gate)
+            own.linears, own.router = ctypes.addressof(self._of_experts), self._address(experts.router)
+            own.shared_gate = None if experts.shared_gate is None else self._address(experts.shared_gate)
             own.count, own.active, own.renormalized = len(experts.linears), experts.active, experts.renormalized
             layer.experts = ctypes.addressof(own)
         for structures, linears in rows:
             for to, linear in zip(structures, linears):
                 if linear is not None:
-                    to.packed = self._pointer(linear.packed.get_buffer("data"))
-                    to.bias = None if linear.bias is None else self._pointer(linear.bias.detach().to(torch.float32))
+                    _fill_linear(to, linear, self._address)
                     to.order = None if linear.order is None else self._order(linear.order)
-                    to.in_features, to.out_features = linear.in_features, linear.out_features
                     self._structures.append(to)
         for place, norm in enumerate(parts.norms):
             if norm is not None:
-                layer.norms[place] = _norm_structure(norm, self._pointer)
+                layer.norms[place] = _norm_structure(norm, self._address)
         layer.heads, layer.key_heads, layer.dim = parts.heads, parts.key_heads, parts.dim
         layer.activation, layer.scale, layer.cap = ACTIVATIONS.index(parts.activation), parts.scale, parts.cap or 0.0
         first = self.linears[0].packed
@@ -322,18 +320,32 @@ class NativeLayer:
 
     def _order(self, order: Tensor) -> int:
         """Layers that read the same inputs in the same order have the same pointer: these are then quantized once."""
-        same = (each for each in self._tensors if each.dtype == order.dtype and torch.equal(each, order))
-        return self._pointer(next(same, order))
-
-    def _pointer(self, tensor: Tensor) -> int:
-        self._tensors.append(tensor.contiguous())
-        return self._tensors[-1].data_ptr()
+        same = (each for each in self._address.tensors if each.dtype == order.dtype and torch.equal(each, order))
+        return self._address(next(same, order))
 
 
-def _norm_structure(norm: Norm, pointer: Callable[[Tensor], int]) -> _Norm:
-    """A norm, as csrc/layer.c reads it. pointer: gives a tensor's address, and keeps it."""
-    bias = None if norm.bias is None else pointer(norm.bias)
-    return _Norm(pointer(norm.weight), bias, norm.weight.numel(), norm.centered, norm.eps)
+class _Addresses:
+    """Gives tensors' addresses, and keeps the tensors."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def __call__(self, tensor: Tensor) -> int:
+        self.tensors.append(tensor.contiguous())
+        return self.tensors[-1].data_ptr()
+
+
+def _fill_linear(to: _Linear, linear: QLinear, address: _Addresses) -> None:
+    """Describe a linear layer to csrc/layer.c, but for the order of its inputs and what they are rounded to."""
+    to.packed = address(linear.packed.get_buffer("data"))
+    to.bias = None if linear.bias is None else address(linear.bias.detach().to(torch.float32))
+    to.in_features, to.out_features = linear.in_features, linear.out_features
+
+
+def _norm_structure(norm: Norm, address: _Addresses) -> _Norm:
+    """A norm, as csrc/layer.c reads it."""
+    bias = None if norm.bias is None else address(norm.bias)
+    return _Norm(address(norm.weight), bias, norm.weight.numel(), norm.centered, norm.eps)
 
 
 class NativeLayers:
@@ -343,17 +355,13 @@ class NativeLayers:
         self.layers, self.norm = list(layers), norm
         self.hidden = layers[0].parts.hidden
         self._pointers = (_POINTER * len(layers))(*(ctypes.addressof(layer.structure) for layer in layers))
-        self._tensors: list[Tensor] = []  # that the norm points to
-        self._norm = _Norm() if norm is None else _norm_structure(norm, self._pointer)
+        self._address = _Addresses()
+        self._norm = _Norm() if norm is None else _norm_structure(norm, self._address)
         self._function = _functions()[0]
 
     def __reduce__(self) -> tuple[type["NativeLayers"], tuple[list[NativeLayer], Norm | None]]:
         """Copies point to the structures of the copied layers."""
         return NativeLayers, (self.layers, self.norm)
-
-    def _pointer(self, tensor: Tensor) -> int:
-        self._tensors.append(tensor.contiguous())
-        return self._tensors[-1].data_ptr()
 
     def inputs(self) -> frozenset[int | None]:
         """What the linear layers' kernels round inputs to now; see NativeLayer."""
@@ -393,11 +401,8 @@ def _contexts(contexts: Sequence[Context], count: int) -> "ctypes.Array[_Context
     own = (_Context * len(contexts))()
     for to, context in zip(own, contexts):
         keys, values = context.keys, context.values
-        to.keys, to.values, to.capacity = (
-            keys["codes"].data_ptr(),
-            values["codes"].data_ptr(),
-            keys["codes"].shape[2],
-        )
+        to.keys, to.values = keys["codes"].data_ptr(), values["codes"].data_ptr()
+        to.capacity = keys["codes"].shape[2]
         to.start, to.window = context.start, context.window or 0
         if (coding := context.coding) is not None:
             to.key_scales, to.value_scales = keys["scales"].data_ptr(), values["scales"].data_ptr()
@@ -428,7 +433,7 @@ class NativeDecoder:
             self.largest = torch.empty((1, 1))  # of the logits
             self._best, self._token = torch.empty(1, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
             self._x, self._y = (torch.empty((1, 1, layers.hidden), dtype=dtype) for _ in range(2))
-        self._bias: Tensor | None = None
+        self._address = _Addresses()
         own = self._around = _Around()
         own.logits, own.best, own.largest = self.logits.data_ptr(), self._best.data_ptr(), self.largest.data_ptr()
         own.tokens, own.vocabulary = self._token.data_ptr(), vocabulary
@@ -436,11 +441,7 @@ class NativeDecoder:
         if isinstance(head, Tensor):
             own.dense = head.data_ptr()
         else:
-            own.head.packed = head.packed.get_buffer("data").data_ptr()
-            if head.bias is not None:
-                self._bias = head.bias.detach().to(torch.float32)
-                own.head.bias = self._bias.data_ptr()
-            own.head.in_features, own.head.out_features = head.in_features, head.out_features
+            _fill_linear(own.head, head, self._address)
         self._step = _Step()
         self._own = _contexts((), 1)
         self._function = _functions()[1]
