@@ -12,14 +12,11 @@ def collector_paused() -> Iterator[None]:
     With torch and transformers, the collector's passes are a quarter of the processor time of the imports. Afterwards
     it leaves alone all that there is by then: to look through the modules again and again would cost as much.
     """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if enabled:
-            gc.enable()
+    with no_collection():
+        try:
+            yield
+        finally:
+            gc.freeze()
 
 
 @contextlib.contextmanager
