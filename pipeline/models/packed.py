@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitpress.kernels.cpu.native import copied, mapped_in_huge_pages, page_in
@@ -33,9 +33,9 @@ from ..storage.fingerprint import MANIFEST
 from ..storage.packed_file import PackedFile, PackedFileError, packed_files, write_packed
 from ..system.remembered import programs
 from ..system.versions import versions
-from .modules import MakeLayer
+from .modules import MakeLayer, set_tensor
 from .quantized import QuantizedCheckpoint
-from .structure import tied
+from .structure import ParameterPath, tied
 
 CPU = torch.device("cpu")
 _log = logging.getLogger(__name__)
@@ -62,12 +62,7 @@ class PackedWeights:
     def fill(self, model: PreTrainedModel) -> None:
         """Put what is not quantized into the model's skeleton."""
         for name, tensor in self.plain.items():
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            if leaf in module._buffers:
-                module._buffers[leaf] = tensor
-            else:
-                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            set_tensor(model, ParameterPath(name), tensor, CPU)
 
     def wait(self) -> None:
         """Return when all of the file is in memory.
@@ -205,10 +200,14 @@ def _open(
     return PackedWeights(file, layers, plain, trials, opened.ready)
 
 
+def _state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameter or buffer -> its tensor; buffers that a state_dict leaves out are among them."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def _check_plain(plain: Mapping[str, Tensor], contents: QuantizedCheckpoint) -> None:
     """Raises PackedFileError unless these are what the model has besides quantized layers, in its shapes and dtypes."""
-    model = contents.model
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    model, state = contents.model, _state(contents.model)
     for name, tensor in plain.items():
         if name not in state or (state[name].shape, state[name].dtype) != (tensor.shape, tensor.dtype):
             raise PackedFileError(f"{name} does not fit the model")
@@ -285,7 +284,7 @@ def write(
     Raises:
         CheckpointError: the checkpoint changed meanwhile. Else as write_packed.
     """
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = _state(model)
     tensors = {f"{_PLAIN}{name}": state[name].detach() for name in filled}
     layers: dict[str, tuple[str, list[str]]] = {}
     left: dict[str, str] = {}
