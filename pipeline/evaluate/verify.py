@@ -10,7 +10,7 @@ from bitpress.kernels.linear import QEmbedding, QLinear
 
 from ..errors import ConfigError, NumericsError
 from ..formats import open_quantized
-from ..models.dtypes import CastCheckpoint
+from ..models.dtypes import in_dtype
 from ..models.kv_cache import CacheRounding, intercept
 from ..models.loading import load_model
 from ..models.modules import dense_layer, replace_layers
@@ -35,8 +35,7 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device: torch.device, dtype: str) -> Tensor:
     """Logits [tokens, vocabulary] of the source model, quantized here and never written, by the reference kernel."""
     plan = make_plan(checkpoint, recipe)
-    source = CastCheckpoint(checkpoint, recipe.dtype) if recipe.dtype else checkpoint
-    model = load_model(source, device, dtype)
+    model = load_model(in_dtype(checkpoint, recipe.dtype), device, dtype)
     layers: dict[ParameterPath, Any] = {}
     with progress("quantizing in memory") as step:
         for number, tensor in enumerate(plan.quantized):

@@ -31,6 +31,11 @@ def dtype_of_most(tensors: Iterable[TensorInfo]) -> torch.dtype:
     return elements.most_common(1)[0][0]
 
 
+def in_dtype(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Checkpoint:
+    """The checkpoint, read in a dtype; as it is where that is None."""
+    return checkpoint if dtype is None else CastCheckpoint(checkpoint, dtype)
+
+
 class CastCheckpoint(CheckpointView):
     """A checkpoint that is read in another dtype, which its config.json names too.
 
@@ -49,7 +54,7 @@ class CastCheckpoint(CheckpointView):
 
     @property
     def config(self) -> dict[str, Any]:
-        return _in_dtype(self.whole.config, self.dtype)
+        return _computing_in(self.whole.config, self.dtype)
 
     def part(self, name: str) -> Tensor | None:
         return self._in_range(name, self.whole.read(name)) if name in self._cast else None
@@ -69,10 +74,10 @@ class CastCheckpoint(CheckpointView):
         return cast
 
 
-def _in_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _computing_in(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """A config.json whose model, and the models within it, compute with a dtype."""
     own: dict[str, Any] = {
-        key: _in_dtype(value, dtype) if isinstance(value, dict) and key.endswith("_config") else value
+        key: _computing_in(value, dtype) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in config.items()
     }
     named = [key for key in ("dtype", "torch_dtype") if key in own]
