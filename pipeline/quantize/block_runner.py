@@ -379,7 +379,7 @@ class BlockRunner:
 
     def set_weight(self, planned: PlannedTensor, weight: Tensor) -> None:
         """Replace a layer's weight by `weight` [out, in]."""
-        self.set_tensor(planned, weight.t().contiguous() if planned.kind == "conv1d" else weight)
+        self.set_tensor(planned, planned.turned(weight))
 
     @contextlib.contextmanager
     def with_weights(self, weights: Sequence[tuple[PlannedTensor, Tensor]]) -> Iterator[None]:

@@ -319,8 +319,7 @@ class Search:
             def weight(planned: PlannedTensor, dtype: torch.dtype) -> Tensor:
                 if (spec := specs.get(planned.info.name)) is None:
                     return self.read(planned)
-                solved = self.solution(replace(planned, spec=spec))[0].dequantize(dtype)
-                return solved.t().contiguous() if planned.kind == "conv1d" else solved
+                return planned.turned(self.solution(replace(planned, spec=spec))[0].dequantize(dtype))
 
             self._measured[key] = self.divergence(self.plan, weight)
             self.journal.append({"choice": key, "measured": self._measured[key]})

@@ -63,8 +63,7 @@ class Quantized:
         """A tensor as the files of an unquantized checkpoint would hold it; a layer's is dequantized to `dtype`."""
         if planned.spec is None:
             return self.others[planned.info.name]
-        weight = self.layers[planned.module].dequantize(dtype)
-        return weight.t().contiguous() if planned.kind == "conv1d" else weight
+        return planned.turned(self.layers[planned.module].dequantize(dtype))
 
 
 class _Norm:

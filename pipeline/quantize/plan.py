@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitpress.kernels.caches.base import CacheType
@@ -17,7 +18,7 @@ from bitpress.kernels.scheme import Scheme
 from ..errors import CheckpointError, ConfigError, listing
 from ..formats import first_fitting, misfits, quantization_section
 from ..formats.base import Format, group_by_bytes
-from ..models.dtypes import CastCheckpoint, dtype_of_most
+from ..models.dtypes import dtype_of_most, in_dtype
 from ..models.experts import ExpertSlice, SplitCheckpoint
 from ..models.kv_cache import CacheShape, scale_names
 from ..models.kv_cache import unsupported as unsupported_cache
@@ -71,6 +72,10 @@ class PlannedTensor:
     def shape(self) -> tuple[int, ...]:
         """[out_features, in_features]."""
         return self.info.shape[::-1] if self.kind == "conv1d" else self.info.shape
+
+    def turned(self, weight: Tensor) -> Tensor:
+        """A weight [out, in] as the files store it; or, the other way round, the files' as [out, in]."""
+        return weight.t().contiguous() if self.kind == "conv1d" else weight
 
 
 def blocks_at_a_time(plan: "Plan") -> int:
@@ -245,7 +250,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if (section := quantization_section(checkpoint)) is not None:
         method = section.get("quant_method", "unknown") if isinstance(section, dict) else section
         raise CheckpointError(f"{checkpoint.folder.name} is quantized already ({method}); give the original checkpoint")
-    checkpoint = CastCheckpoint(checkpoint, recipe.dtype) if recipe.dtype else checkpoint
+    checkpoint = in_dtype(checkpoint, recipe.dtype)
     model = skeleton(checkpoint)
     names = TensorNames(model)
     targets = {name: names.target(name) for name in checkpoint.tensors}

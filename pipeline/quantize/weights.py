@@ -95,7 +95,7 @@ def quantize_weight(
     assert planned.spec
     scheme = planned.spec.scheme
     check_finite(planned.info.name, weight)
-    weight = weight.t().contiguous() if planned.kind == "conv1d" else weight
+    weight = planned.turned(weight)
     try:
         scale_dtype = plan.format.scale_dtype(scheme, plan.dtype)
         qtensor, diagnostics = (method or planned.spec.method).quantize(weight, scheme, scale_dtype, statistics)
