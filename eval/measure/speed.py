@@ -100,16 +100,16 @@ def once(model: nn.Module, prompt: Tensor, generate: int, meter: Meter | None) -
     token = output.logits[:, -1:].argmax(-1)
     first = watch.stop()
     decoding: Any = getattr(model, "decoding", None)
-    if decoding is not None and len(prompt) == 1 and decoding.unsupported() is None:
-        watch.start()
+    alone = decoding is not None and len(prompt) == 1 and decoding.unsupported() is None
+    watch.start()
+    if alone:
         read, number = decoding.reader(cache_of(output), prompt.shape[1]), int(token)
         for _ in range(generate):
             number = read(number)[0]
-        return first, watch.stop()
-    watch.start()
-    for _ in range(generate):
-        output = model(input_ids=token, use_cache=True, **{name: cache_of(output)})
-        token = output.logits[:, -1:].argmax(-1)
+    else:
+        for _ in range(generate):
+            output = model(input_ids=token, use_cache=True, **{name: cache_of(output)})
+            token = output.logits[:, -1:].argmax(-1)
     return first, watch.stop()
 
 

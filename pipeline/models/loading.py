@@ -177,7 +177,6 @@ def optimize(
 ) -> Packing:
     """Write a checkpoint's packed weights beside it, which `load` then maps on CPUs; see packed.
 
-
     Args:
         dtype: as for `load`, which uses them for that dtype alone.
         user_cache: write them into this user's cache, for a folder that cannot be written to.
