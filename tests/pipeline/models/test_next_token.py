@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import SMALL
 from torch import Tensor
 from transformers import (
     Gemma2Config,
@@ -29,11 +30,7 @@ from bitpress.pipeline.storage.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
 
-SHAPE = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": None,
-    "pad_token_id": 0,
-}  # fmt: skip
+SHAPE = {**SMALL, "max_position_embeddings": 256, "eos_token_id": None}
 GPT2 = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 CAPPED = Gemma2Config(**SHAPE, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, final_logit_softcapping=5.0)
 IDS = torch.tensor([[5, 9, 2, 31, 7]])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import SMALL
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
@@ -33,11 +34,7 @@ from bitpress.pipeline.storage.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
 
-SHAPE = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": None,
-    "pad_token_id": 0,
-}  # fmt: skip
+SHAPE = {**SMALL, "max_position_embeddings": 256, "eos_token_id": None}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
     "qwen2": Qwen2Config(**SHAPE),
