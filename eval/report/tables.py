@@ -60,15 +60,17 @@ def budget_tables(prefix: str, chosen: Mapping[str, Any], measured: float | None
         for point in chosen["curve"]
     ]
     points += [
-        [f"{each['bits']:.3f}", say.size(each["nbytes"]), f"{each['predicted_kl']:.5f}", _everywhere(each, chosen)]
+        [f"{each['bits']:.3f}", say.size(each.get("nbytes")), f"{each['predicted_kl']:.5f}", _everywhere(each, chosen)]
         for each in chosen["uniform"]
     ]
     note = (
         "Bits are per weight of the layers that have a choice, sizes those of the whole artifact, rounded up. The "
         f"predicted KL is the sum of what each unit alone costs on {chosen['tokens']:,} calibration tokens, in nats. "
-        f"For the choice {chosen['predicted_kl']:.5f} is predicted; all its solutions together, as they were probed, "
-        f"measure {chosen['solutions_kl']:.5f} on them."
+        f"For the choice {chosen['predicted_kl']:.5f} is predicted"
     )
+    if (together := chosen.get("solutions_kl")) is not None:  # records of before have no such figure
+        note += f"; all its solutions together, as they were probed, measure {together:.5f} on them"
+    note += "."
     if "measured_kl" in chosen:
         note += f" The finished artifact measures {chosen['measured_kl']:.5f} on them"
         note += f", and {measured:.5f} on the text of this report." if measured is not None else "."
@@ -85,7 +87,7 @@ def budget_tables(prefix: str, chosen: Mapping[str, Any], measured: float | None
 
 
 def _mark(point: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
-    same = all(point[key] == chosen[key] for key in ("nbytes", "predicted_kl"))
+    same = all(point.get(key) == chosen[key] for key in ("nbytes", "predicted_kl"))
     return f"chosen within {chosen['budget']}" if same else ""
 
 

@@ -232,3 +232,14 @@ def test_tables(budgeted):
     assert [row[1] for row in units] == [unit["choice"] for unit in chosen["units"]]
     assert sum(row[-1] == "chosen within 4bits" for row in curve) == 1
     assert "0.50000 on the text" in note
+
+
+def test_tables_of_a_record_from_before_solutions_had_a_figure(budgeted):
+    chosen = read_json(budgeted("4 bits") / MANIFEST)["budget"]
+    figures = ("nbytes", "solutions_kl")
+    uniform = [{key: own for key, own in each.items() if key not in figures} for each in chosen["uniform"]]
+    before = {key: own for key, own in chosen.items() if key != "solutions_kl"} | {"uniform": uniform}
+    (_, _, curve, note), _ = budget_tables("", before, 0.5)
+    assert sum(row[-1] == "chosen within 4bits" for row in curve) == 1
+    assert "as they were probed" not in note
+    assert f"measures {chosen['measured_kl']:.5f} on them, and 0.50000 on the text" in note
