@@ -248,24 +248,30 @@ def compare(comparison: Comparison, entrants: Sequence[Entrant], seconds: float 
     with journal.locked(comparison.folder):
         start, rows, ordered = time.monotonic(), list[Row](), in_turns(entrants)
         common, took = comparison.fingerprint(), dict[str, list[float]]()
+        folders, kept = list[Path](), dict[int, Row]()
         for place, entrant in enumerate(ordered):
             own = digest({**common, **entrant.fingerprint(), "program": entrant.program})[:8]
-            folder = comparison.folder / "rows" / f"{entrant.program}-{entrant.recipe}-{own}".replace("/", "-")
+            folders.append(comparison.folder / "rows" / f"{entrant.program}-{entrant.recipe}-{own}".replace("/", "-"))
+            if (folders[place] / _ROW).exists():
+                kept[place] = Row(**read_json(folders[place] / _ROW))
+                took.setdefault(entrant.program, []).append(sum(kept[place].seconds.values()))
+        for place, (entrant, folder) in enumerate(zip(ordered, folders)):
             begun, spent = time.monotonic(), time.monotonic() - start
-            if (folder / _ROW).exists():
-                rows.append(Row(**read_json(folder / _ROW)))
-                news(f"{place + 1} of {len(ordered)}: {_said(rows[-1])}; measured before")
+            remaining = ""
+            if place in kept:
+                rows.append(kept[place])
+                remaining = "; measured before"
             elif seconds is not None and spent + _expected(took, entrant.program) > seconds:
                 rows.append(Row(entrant.program, entrant.recipe, problem="no time left for it (--minutes)"))
-                news(f"{place + 1} of {len(ordered)}: {_said(rows[-1])}")
             else:
                 rows.append(_row(entrant, comparison, folder))
                 if not rows[-1].problem:
                     files.write_json(folder / _ROW, asdict(rows[-1]))
                 took.setdefault(entrant.program, []).append(time.monotonic() - begun)
-                left = round(sum(_expected(took, later.program) for later in ordered[place + 1 :]) / 60)
-                remaining = f"; about {max(1, left)} min left" if place + 1 < len(ordered) else ""
-                news(f"{place + 1} of {len(ordered)}: {_said(rows[-1])}{remaining}")
+                if later := [ordered[other].program for other in range(place + 1, len(ordered)) if other not in kept]:
+                    left = round(sum(_expected(took, program) for program in later) / 60)
+                    remaining = f"; about {max(1, left)} min left"
+            news(f"{place + 1} of {len(ordered)}: {_said(rows[-1])}{remaining}")
             write_pages(comparison, rows)
     return rows
 

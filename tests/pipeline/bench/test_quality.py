@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,23 @@ def test_no_row_begins_that_would_end_too_late(comparison: Comparison, monkeypat
     problems = [row.problem for row in rows]
     assert problems[0] is None
     assert problems[-1] == "no time left for it (--minutes)"
+
+
+def test_rows_that_were_measured_before_tell_how_long_others_take(comparison: Comparison):
+    @dataclass
+    class Slow(Fake):
+        def measure(self, comparison: Comparison, folder: Path) -> Row:
+            return replace(super().measure(comparison, folder), seconds={"quantize": 500.0, "measure": 100.0})
+
+    everyone = [Slow("bitpress", str(number)) for number in range(4)]
+    compare(comparison, [everyone[0], everyone[3]], None, lambda line: None)
+    rows = compare(comparison, everyone, 590.0, lambda line: None)
+    assert [row.problem for row in rows] == [None, *2 * ["no time left for it (--minutes)"], None]
+    news: list[str] = []
+    compare(comparison, everyone, None, news.append)
+    # The third alone is left: the mean of 600 s, 600 s and next to nothing, which the second takes here, is 7 minutes.
+    assert news[1].endswith("; about 7 min left")
+    assert [len(entrant.calls) for entrant in everyone] == [1, 1, 1, 1]
 
 
 def test_programs_take_turns():
