@@ -28,6 +28,7 @@ class InputCounts:
     """
 
     multiplies_inputs = True  # it has no products at all
+    by_gradient = False
 
     def __init__(self, in_features: int, device: torch.device):
         self.tokens = 0

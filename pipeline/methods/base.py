@@ -56,9 +56,12 @@ class Statistic(Protocol):
     tokens: how many inputs were counted. dropped: how many were left out because they were not finite.
     multiplies_inputs: True if its only matrix products are those of inputs by inputs. Where the inputs are bfloat16,
         these products may then be taken by a processor's bfloat16 units, which lose nothing.
+    by_gradient: True if each input is to be multiplied by how much an error of the layer's output for that token moves
+        what the block puts out. Layers that read one input then have statistics of their own.
     """
 
     multiplies_inputs: bool
+    by_gradient: bool
     tokens: int
     dropped: int
 
@@ -232,8 +235,11 @@ class Method(Protocol):
     rank: ClassVar[int]
     version: ClassVar[int]
     packages: ClassVar[tuple[str, ...]] = ()
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
     true_sequential: bool = False
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        return ()
 
     @property
     def needs_calibration(self) -> bool:

@@ -28,7 +28,7 @@ from bitpress.kernels.weights.grid import CodeGrid, grid_of
 from ..system.threads import map_threads
 from .absmax import Absmax
 from .base import Diagnostics, Method, Statistic
-from .hessian import Factor, Hessian
+from .hessian import Factor, GradientHessian, Hessian
 
 _BLOCK = 128  # columns whose compensations reach all later ones by one matrix product
 _ROWS = (1024, 2048)  # that a thread works on: fewer would wait for the interpreter, more for the memory
@@ -44,6 +44,8 @@ class GPTQ(Method):
     rounds: how often columns are rounded: first with absmax's scales, then with scales searched on what was rounded.
     passes: of coordinate descent over scales and codes afterwards.
     true_sequential: within a block, each layer is calibrated on inputs that the quantized layers before it gave.
+    by_gradient: a token counts in a layer's Hessian by how much an error of the layer's output for it moves what the
+        block puts out; else all tokens count the same.
     """
 
     damping: Annotated[float, Field(gt=0, le=1)] = 1e-4
@@ -51,11 +53,15 @@ class GPTQ(Method):
     rounds: Annotated[int, Field(ge=1, le=10)] = 2
     passes: Annotated[int, Field(ge=0, le=10)] = 1
     true_sequential: bool = False
+    by_gradient: bool = False
 
     name: ClassVar[str] = "gptq"
     rank: ClassVar[int] = 30
     version: ClassVar[int] = 1
-    statistics: ClassVar[tuple[type[Statistic], ...]] = (Hessian,)
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        return (GradientHessian if self.by_gradient else Hessian,)
 
     def problems(self, scheme: Scheme) -> list[str]:
         fits = grid_of(scheme.weight) is not None

@@ -53,6 +53,7 @@ class Hessian:
     """
 
     multiplies_inputs = True
+    by_gradient = False
 
     def __init__(self, in_features: int, device: torch.device):
         self.tokens = 0
@@ -96,7 +97,7 @@ class Hessian:
     def divided(self, scale: Tensor) -> "Hessian":
         """The Hessian of the same inputs divided by `scale`, float32 [in], powers of two: exactly."""
         assert self._dead is None, "a Hessian that was used is no sum any more"
-        other = Hessian(len(scale), self._sum.device)
+        other = type(self)(len(scale), self._sum.device)
         other.tokens, other.dropped = self.tokens, self.dropped
         torch.div(self._sum, scale, out=other._sum).div_(scale.unsqueeze(1))
         return other
@@ -152,6 +153,15 @@ class Hessian:
                     return self._factors[key]
             damping *= 10
         return None
+
+
+class GradientHessian(Hessian):
+    """The same of inputs that are weighted by token: sum over tokens t of |g_t|^2 x_t x_t^T, where g_t is the gradient
+    of the block's output by the layer's output for the token. See GuidedQuant (arXiv 2505.07004, equation 7), whose
+    gradient is that of the model's loss.
+    """
+
+    by_gradient = True
 
 
 def _inverse_factor(matrix: Tensor, order: Tensor, added: float, dtype: torch.dtype) -> Tensor | None:

@@ -329,19 +329,22 @@ class BlockRunner:
         call = self._calls[batch][self._number]
         return _hidden(self._block(inputs.to(self.device), *call.arguments, **call.options))
 
-    def _forwards(self) -> Callable[[tuple[int, Tensor]], Tensor]:
+    def _forwards(self, differentiable: bool = False) -> Callable[[tuple[int, Tensor]], Tensor]:
         """A function of (number of a batch, its inputs) that gives the outputs of the block as it is now.
 
         It works on the batch's device. Devices are alike, so each gives a batch the same bits.
+
+        Args:
+            differentiable: the outputs have a gradient by the inputs.
         """
         copies = [self._block, *(_copy(self._block, device) for device in self.devices[1:])]
 
-        @torch.no_grad()
+        @torch.set_grad_enabled(differentiable)
         def forward(batch: tuple[int, Tensor]) -> Tensor:
             number, inputs = batch
             device = self._device(number)
             if device == self.device or not self.reached(self._number):
-                return self.forward(number, inputs)
+                return self.differentiable(number, inputs)
             call = self._calls[number][self._number]
             block = copies[self.devices.index(device)]
             return _hidden(block(inputs.to(device), *_moved(call.arguments, device), **_moved(call.options, device)))
@@ -470,34 +473,51 @@ class BlockRunner:
         statistics = {
             id(each): {kind: kind(each.shape[1], places[id(each)]) for kind in kinds} for each, kinds in wanted
         }
+        weighted = [planned for planned, kinds in wanted if any(kind.by_gradient for kind in kinds)]
         seen = threading.local()
 
         def note(planned: PlannedTensor, x: Tensor) -> None:
-            seen.inputs.append((id(planned), x))
-            if planned is layers[-1] and not planned.target.expert:
+            seen.inputs.append((id(planned), False, x.detach()))
+            if planned is layers[-1] and not planned.target.expert and not weighted:
                 raise _Done
 
-        def run_block(batch: tuple[int, Tensor]) -> list[tuple[int, Tensor]]:
+        def note_weighted(planned: PlannedTensor, x: Tensor, output: Tensor) -> None:
+            inputs = seen.inputs  # a GPU's gradients come in a thread of their own
+
+            def weigh(gradient: Tensor) -> None:
+                size = gradient.to(torch.float32).square().sum(-1, keepdim=True).sqrt()
+                inputs.append((id(planned), True, (x.detach().to(torch.float32) * size).to(x.dtype)))
+
+            output.register_hook(weigh)
+
+        def run_block(batch: tuple[int, Tensor]) -> list[tuple[int, bool, Tensor]]:
             seen.inputs = []
+            if weighted:
+                number, states = batch
+                with torch.enable_grad():
+                    states = states.to(self._device(number)).detach().requires_grad_()
+                    torch.autograd.grad(_projection(forward((number, states)), number), states)
+                return seen.inputs
             with contextlib.suppress(_Done):
                 forward(batch)
             return seen.inputs
 
         exact = all(kind.multiplies_inputs for _, kinds in wanted for kind in kinds)
         wide = _WIDE if len(self.devices) == 1 else math.inf  # several devices share no threads
-        with self._hooked(layers, note), self._start() as run:
-            forward = self._forwards()  # copies have the hooks, too
+        with self._hooked(layers, note), self._watched(weighted, note_weighted), self._start() as run:
+            forward = self._forwards(bool(weighted))  # copies have the hooks, too
             for wave in self._waves(inputs):
                 through = run(run_block, wave, [self._device(number) for number, _ in wave])
                 collected = [item for batch in through for item in batch]
 
-                def add(planned: PlannedTensor, collected: list[tuple[int, Tensor]] = collected) -> None:
-                    for layer, x in collected:
+                def add(planned: PlannedTensor, collected: list[tuple[int, bool, Tensor]] = collected) -> None:
+                    for layer, by_gradient, x in collected:
                         if layer == id(planned):
-                            for statistic in statistics[layer].values():
-                                statistic.add(x.to(places[layer]))
+                            for kind, statistic in statistics[layer].items():
+                                if kind.by_gradient == by_gradient:
+                                    statistic.add(x.to(places[layer]))
 
-                with bfloat16_products(x.dtype for _, x in collected) if exact else contextlib.nullcontext():
+                with bfloat16_products(x.dtype for _, _, x in collected) if exact else contextlib.nullcontext():
                     narrow = [planned for planned in layers if planned.shape[1] <= wide]
                     list(run(add, narrow, [places[id(planned)] for planned in narrow]))
                     for planned in layers:
@@ -548,6 +568,23 @@ class BlockRunner:
         handles = [
             self.layer(planned).register_forward_pre_hook(
                 lambda _, inputs, planned=planned: note(planned, inputs[0]) if inputs else None
+            )
+            for planned in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def _watched(
+        self, layers: Sequence[PlannedTensor], note: Callable[[PlannedTensor, Tensor, Tensor], None]
+    ) -> Iterator[None]:
+        """note(layer, input, output) at each call of a layer's module."""
+        handles = [
+            self.layer(planned).register_forward_hook(
+                lambda _, inputs, output, planned=planned: note(planned, inputs[0], output) if inputs else None
             )
             for planned in layers
         ]
@@ -762,7 +799,9 @@ class BlockView:
     @cached_property
     def _statistics(self) -> dict[str, dict[type[Statistic], Statistic]]:
         """Layer -> what its method wants to know of its inputs, for the groups that can be folded."""
-        groups = [group for (group, _), folding in zip(self._groups, self.foldings) if folding]
+        folded = [group for (group, _), folding in zip(self._groups, self.foldings) if folding]
+        methods = [each.spec.method for group in folded for each in group if each.spec]
+        groups = apart(folded, chain.from_iterable(method.statistics for method in methods))
         kinds = [
             tuple(dict.fromkeys(kind for each in group if each.spec for kind in each.spec.method.statistics))
             for group in groups
@@ -874,6 +913,24 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _hidden(output: Any) -> Tensor:
     """The hidden states among a block's outputs."""
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def _projection(outputs: Tensor, seed: int) -> Tensor:
+    """Outputs [..., hidden], each token's divided by its norm, on a random direction of signs.
+
+    The squared gradient of this by anything is, on average over directions, how much that moves the outputs: the sum of
+    the relative squared errors of all tokens, to first order (Hutchinson's estimator).
+    """
+    signs = torch.randint(0, 2, outputs.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    wide = outputs.to(torch.float32)
+    norms = wide.detach().square().sum(-1, keepdim=True).clamp(min=1e-30).sqrt()
+    return (wide * (2 * signs - 1).to(wide) / norms).sum()
+
+
+def apart(groups: list[list[PlannedTensor]], kinds: Iterable[type[Statistic]]) -> list[list[PlannedTensor]]:
+    """Groups of layers that have the same statistics, given those that read the same input."""
+    alone = any(kind.by_gradient for kind in kinds)
+    return [[planned] for group in groups for planned in group] if alone else groups
 
 
 def relative_errors(outputs: Tensor, expected: Tensor) -> Tensor:

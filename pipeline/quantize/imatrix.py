@@ -39,6 +39,7 @@ class SquareSums:
     """
 
     multiplies_inputs = True  # it has no matrix products at all
+    by_gradient = False
 
     def __init__(self, in_features: int, device: torch.device):
         self.tokens = 0

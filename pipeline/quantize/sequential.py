@@ -28,7 +28,7 @@ from ..storage.finite import check_finite
 from ..system.progress import OnStep
 from ..system.threads import divided
 from ..transforms.base import Transformed
-from .block_runner import BlockRunner, BlockView, TrainableBlock
+from .block_runner import BlockRunner, BlockView, TrainableBlock, apart
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
 from .spec import LayerSpec
@@ -329,15 +329,16 @@ class CalibratedBlocks:
                 yield planned, *quantize_unreached(planned, weights.pop(planned.info.name), self.plan)
             return
         stages: dict[str, list[list[PlannedTensor]]] = {"": []}
-        for group in self.runner.groups(layers, next(self._inputs(block))) if layers else ():
+        groups = self.runner.groups(layers, next(self._inputs(block))) if layers else []
+        for group in apart(groups, _kinds(layers)):
             ordered = any(planned.spec.method.true_sequential for planned in group if planned.spec)
             # all experts of a kind are one stage: they share a parameter of the model
             stages.setdefault(group[0].target.parameter if ordered else "", []).append(group)
         unquantized = block == self.first and not self.changes
         for name, stage in stages.items():
             finished: list[tuple[PlannedTensor, QTensor]] = []
-            for groups in group_by_bytes(stage, lambda group: _bytes(group, _kinds(group)), MOST_STATISTICS):
-                for solution in self._solved(block, groups, unquantized and not name, weights.pop):
+            for part in group_by_bytes(stage, lambda group: _bytes(group, _kinds(group)), MOST_STATISTICS):
+                for solution in self._solved(block, part, unquantized and not name, weights.pop):
                     finished.append(solution[:2])
                     yield solution
             for planned, qtensor in finished:  # not before: all passes of a stage see the same block
@@ -425,7 +426,11 @@ class CalibratedBlocks:
         self.changed = {name: tensor for name, tensor in weights.items() if not torch.equal(tensor, before[name])}
         layers = [planned for planned in unit.tensors if planned.module in choices]
         groups = self.runner.groups(layers, next(self._inputs(block))) if layers and self.runner.reached(block) else []
-        every = [[replace(each, spec=spec) for each in group for spec in choices[each.module]] for group in groups]
+        kinds = (kind for each in layers for spec in choices[each.module] for kind in spec.statistics)
+        every = [
+            [replace(each, spec=spec) for each in group for spec in choices[each.module]]
+            for group in apart(groups, kinds)
+        ]
         for part in group_by_bytes(every, lambda group: _bytes(group, _kinds(group)), MOST_STATISTICS):
             yield from self._solved(block, part, not self.changes, weights.__getitem__)
         for planned in layers if not groups else ():
@@ -453,7 +458,8 @@ class CalibratedBlocks:
             self._start(block)
         self._load(unit, hashlib.sha256())
         layers = [planned for planned in unit.tensors if wanted.get(planned.module)]
-        groups = self.runner.groups(layers, next(self._inputs(block))) if layers and self.runner.reached(block) else []
+        read = self.runner.groups(layers, next(self._inputs(block))) if layers and self.runner.reached(block) else []
+        groups = apart(read, (kind for each in layers for kind in wanted[each.module]))
         kinds = {id(group): tuple({kind: 0 for each in group for kind in wanted[each.module]}) for group in groups}
         for part in group_by_bytes(groups, lambda group: _bytes(group, kinds[id(group)]), MOST_STATISTICS):
             own = [(group[0], kinds[id(group)]) for group in part]

@@ -286,7 +286,7 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
     activations = min(threads, _BATCHES_AT_A_TIME) * batch * 3 * inner * 4
     statistics, solving = 0, layer
     for unit in plan.units:
-        gathered: dict[tuple[int, str], int] = {}  # layers of a fused unit read one input
+        gathered: dict[tuple[int, str], int] = {}  # layers of a fused unit read one input, and mostly share statistics
         for each in unit.tensors if unit.block is not None else ():
             if each.spec and (kinds := each.spec.method.statistics):
                 own = sum(kind.nbytes(each.shape[1]) for kind in kinds)
@@ -294,7 +294,8 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
                 solve = max(_FACTORED * own, _SOLVED * each.shape[1] * rows)
                 solving = max(solving, solve + _DEQUANTIZED * prod(each.shape))
                 if not each.target.expert:
-                    gathered[each.shape[1], fused_unit(each.module)] = own
+                    alone = any(kind.by_gradient for kind in kinds)
+                    gathered[each.shape[1], each.module if alone else fused_unit(each.module)] = own
         statistics = max(statistics, sum(gathered.values()))
     steps = [2 * max(sizes), outside + max(logits, max(sizes)), 2 * max(sizes) + activations + statistics + solving]
     if not recipe.sequential:  # blocks are solved from statistics on the disk
@@ -353,6 +354,8 @@ def _quantize_work(
     if tokens:
         batches = max(1, tokens // BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]))
         whole = 2.0 + (2.0 if recipe.transform else 0.0) + (1.0 if judged else 0.0)
+        if any(kind.by_gradient for spec in recipe.specs() for kind in spec.statistics):
+            whole += 2.0  # a backward pass takes as long as two forward passes
         if not units:
             whole += 1.0 if recipe.static_cache else 0.0
             learned = max((spec.method.learning_passes(batches) for spec in recipe.rules.specs()), default=0.0)

@@ -31,6 +31,7 @@ class InputRange:
     """
 
     multiplies_inputs = False
+    by_gradient = False
 
     def __init__(self, in_features: int, device: torch.device):
         self.tokens = 0

@@ -29,6 +29,7 @@ class Largest:
     """The largest magnitude of each input, float32 [in]."""
 
     multiplies_inputs = False
+    by_gradient = False
 
     @staticmethod
     def nbytes(in_features: int) -> int:

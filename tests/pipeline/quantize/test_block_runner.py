@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from bitpress.pipeline.errors import CheckpointError, NumericsError
 from bitpress.pipeline.methods.gptq import GPTQ
-from bitpress.pipeline.methods.hessian import Hessian
+from bitpress.pipeline.methods.hessian import GradientHessian, Hessian
 from bitpress.pipeline.quantize import block_runner as module
-from bitpress.pipeline.quantize.block_runner import BlockRunner, BlockView, divide, work_on
+from bitpress.pipeline.quantize.block_runner import BlockRunner, BlockView, apart, divide, work_on
 from bitpress.pipeline.quantize.plan import Plan, PlannedTensor, make_plan
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint
@@ -519,3 +519,56 @@ class TestBlockView:
         spoiled[3, 5] = torch.nan
         with pytest.raises(NumericsError, match=r"c_fc\.weight: 1 of 16384 values are NaN or infinite"):
             view.set(name, spoiled)
+
+
+class TestByGradient:
+    """Inputs weighted by how an error of the layer's output moves the block's."""
+
+    def test_weights_of_tokens(self, tiny: Tiny) -> None:
+        """The gradient is that by a shift of the layer's outputs, which is 0 here."""
+        (runner, plan), states = start(tiny("llama")), []
+        for entries in blocks(runner, plan, states):
+            for entry in entries:
+                inputs, shifts = [], []
+
+                def shifted(module: Any, x: Any, y: Tensor, inputs: Any = inputs, shifts: Any = shifts) -> Tensor:
+                    inputs.append(x[0].detach().flatten(0, -2).double())
+                    shifts.append(torch.zeros_like(y, requires_grad=True))
+                    return y + shifts[-1]
+
+                expected = torch.zeros(entry.shape[1], entry.shape[1], dtype=torch.float64)
+                with runner.layer(entry).register_forward_hook(shifted):
+                    for number, batch in enumerate(states):
+                        outputs = runner.differentiable(number, batch)
+                        generator = torch.Generator().manual_seed(number)
+                        signs = 2 * torch.randint(0, 2, outputs.shape, generator=generator, dtype=torch.int8) - 1
+                        sizes = outputs.detach().norm(dim=-1, keepdim=True)
+                        (signs * outputs / sizes).sum().backward()
+                        importance = shifts[-1].grad.double().square().flatten(0, -2).sum(-1)
+                        expected += inputs[-1].t() @ (importance.unsqueeze(1) * inputs[-1])
+                (found,) = runner.collect([(entry, (GradientHessian,))], states)
+                matrix, dead = found[GradientHessian].matrix().double(), found[GradientHessian].dead()
+                matrix[dead, dead] = 0
+                size = expected.diagonal().sqrt()
+                # sums of 72 float32 products, of factors with a few roundings each
+                assert ((matrix - expected).abs() <= 1e-5 * torch.outer(size, size)).all(), entry.module
+                assert found[GradientHessian].tokens == WINDOWS * CONTEXT
+
+    def test_beside_other_statistics(self, tiny: Tiny) -> None:
+        """A layer's other statistics are of the inputs as they are."""
+        (runner, plan), states = start(tiny("llama")), []
+        for entries in blocks(runner, plan, states):
+            layers = list(itertools.chain.from_iterable(runner.groups(entries, states[0])))
+            both = runner.collect([(each, (Hessian, GradientHessian)) for each in layers], states)
+            alone = runner.collect([(each, (Hessian,)) for each in layers], states)
+            for one, other in zip(both, alone, strict=True):
+                assert torch.equal(one[Hessian].matrix(), other[Hessian].matrix())
+                assert not torch.equal(one[GradientHessian].matrix(), other[Hessian].matrix())
+
+    def test_layers_of_one_input_stand_alone(self, tiny: Tiny) -> None:
+        (runner, plan), states = start(tiny("llama")), []
+        for entries in blocks(runner, plan, states):
+            groups = runner.groups(entries, states[0])
+            assert [len(group) for group in groups] == [3, 1, 2, 1]
+            assert apart(groups, [Hessian]) == groups
+            assert apart(groups, [Hessian, GradientHessian]) == [[each] for group in groups for each in group]

@@ -147,6 +147,7 @@ class TestTakenUpAgain:
             ({"calibration": Calibration("a text", OTHER_TEXT.ids, 5)}, "quantize.calibration.seed: was 0, is 5"),
             ({"options": {"damping": 0.5}}, "quantize.gptq.damping: was "),
             ({"options": {"true_sequential": True}}, "quantize.gptq.true_sequential: was False, is True"),
+            ({"options": {"by_gradient": True}}, "quantize.gptq.by_gradient: was False, is True"),
         ],
     )
     def test_what_changed_is_refused_by_name(
@@ -295,10 +296,23 @@ DIVIDED: dict[str, tuple[str, dict[str, Any]]] = {
     "layers": ("llama", {}),
     "stages": ("gpt2", {"options": {"true_sequential": True}}),
     "experts": ("mixtral", {"num_hidden_layers": 2}),
+    "gradients": ("llama", {"options": {"by_gradient": True}}),
+    "gradients of unquantized blocks": ("llama", {"options": {"by_gradient": True}, "sequential": False}),
     "inputs": ("llama", {"method": "auto", "scheme": "int8-static"}),
     "transform": ("llama", {"transform": "awq"}),
+    "gradients of what is scaled": ("llama", {"options": {"by_gradient": True}, "transform": "awq"}),
     "blocks": ("llama", {"sequential": False}),
     "budget": ("llama", {"method": "auto", "scheme": "auto", "budget": "5 bits", "choices": ["int3-g32"]}),
+    "gradients of a search": (
+        "llama",
+        {
+            "method": "gptq",
+            "scheme": "auto",
+            "budget": "5 bits",
+            "choices": ["int3-g32"],
+            "options": {"by_gradient": True},
+        },
+    ),
 }
 
 
