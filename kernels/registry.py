@@ -9,8 +9,11 @@ from .base import Kernel
 from .discovery import discover
 from .qtensor import QTensor
 
-# Of each choice that is no kernel's name: to how few bits a kernel may round the inputs of weight-only schemes.
-AUTOMATIC = {"auto": 16, "auto-int8": 8, "auto-bf16": None}
+# Of each choice that is no kernel's name: to how few bits a kernel may round the inputs of weight-only schemes, ordinary
+# ones and outliers; None: to none.
+AUTOMATIC: dict[str, tuple[int, int] | None] = {
+    "auto": (8, 16), "auto-int16": (16, 16), "auto-int8": (8, 8), "auto-bf16": None,
+}  # fmt: skip
 _PACKAGES = ("bitpress.kernels.cpu", "bitpress.kernels.triton", "bitpress.kernels.external")
 
 
@@ -32,9 +35,10 @@ def select(qtensor: QTensor, dtype: torch.dtype, device: torch.device, wanted: s
     """The first kernel that can serve this weight, or the one that is asked for by name.
 
     Args:
-        wanted: a kernel's name; or one of AUTOMATIC: "auto" for kernels that round the inputs of weight-only schemes to
-            16 bits at least, which adds next to nothing to what the weights lose; "auto-int8" for faster ones that may
-            round them to 8 bits; "auto-bf16" for those that leave them alone.
+        wanted: a kernel's name; or one of AUTOMATIC: "auto" for kernels that round the inputs of weight-only schemes by
+            so little that it adds next to nothing to what the weights lose; "auto-int16" for those that round all to 16
+            bits; "auto-int8" for faster ones that may round outliers to 8 bits, too, and with them what lies beside
+            them; "auto-bf16" for those that leave inputs alone.
 
     Raises:
         ValueError: `wanted` is unknown, or cannot serve this weight; the message says why.
@@ -54,10 +58,15 @@ def select(qtensor: QTensor, dtype: torch.dtype, device: torch.device, wanted: s
         reason = kernel.unsupported(qtensor, dtype, device)
         bits = kernel.input_bits
         weight_only = reason is None and qtensor.scheme.activations is None
-        if weight_only and bits is not None and (least is None or bits < least):
-            expected = "that stay as they are" if least is None else f"of at least {least} bits"
-            reason = f"rounds inputs to {bits} bits; {wanted} asks for inputs {expected}"
+        if weight_only and bits is not None and (least is None or bits[0] < least[0] or bits[1] < least[1]):
+            reason = f"rounds inputs to {_words(bits)}; {wanted} asks for {_words(least)}"
         if reason is None:
             return Selection(kernel, rejected)
         rejected[kernel.name] = reason
     raise AssertionError("the reference kernel serves everything")
+
+
+def _words(bits: tuple[int, int] | None) -> str:
+    if bits is None:
+        return "inputs that stay as they are"
+    return f"{bits[0]} bits" if bits[0] == bits[1] else f"{bits[0]} bits, and outliers to {bits[1]}"

@@ -239,7 +239,7 @@ class TorchDynamic(Kernel):
     serves: ClassVar[tuple[Serves, ...]] = (Serves("int8-dynamic", Integer, (8,), Int8Token),)
     engine: ClassVar[str]
     dtype: ClassVar[torch.dtype] = torch.float32
-    input_bits: ClassVar[int | None] = 8
+    input_bits: ClassVar[tuple[int, int] | None] = (8, 8)
 
     def unsupported(self, qtensor: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         if reason := self.unserved(qtensor.scheme):

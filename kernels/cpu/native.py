@@ -1,9 +1,10 @@
 """Weights of 2 to 8 bits, NF4, FP4 and FP8 on the CPU, by csrc/: VNNI and AMX where the machine has them.
 
 Inputs are quantized as they come, one scale per row and group of weights (at most 128 features; the whole row for
-int8-dynamic, as that scheme has it), products summed in int32 and scaled in float32. 16 bits are the default; 8 bits
-are faster, and may lose more than the weights of an int4 file did. Or inputs stay as they are, always beside FP8
-weights, which are no whole numbers: E4M3 spans 18 bits.
+int8-dynamic, as that scheme has it), products summed in int32 and scaled in float32. By default ordinary inputs have 8
+bits and outliers 16, which adds next to nothing to what weights of 4 bits or less lose; beside weights of 8 bits all
+have 16. 8 bits for all may lose more than the weights of an int4 file did. Or inputs stay as they are, always beside
+FP8 weights, which are no whole numbers: E4M3 spans 18 bits.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from ..weights.nf4 import NF4, NF4_BLOCK
 from ..weights.nvfp4 import NVFP4
 from .library import Library, library, pending
 
-INT8, INT16, FLOAT32 = range(3)  # what inputs are rounded to, as csrc/ numbers it
+INT8, INT16, FLOAT32, MIXED = range(4)  # what inputs are rounded to, as csrc/ numbers it
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc/ numbers them
 _INT4, _TABLE, _INT8, _FP8 = range(4)
 _NF4, _FP4 = range(2)  # tables
@@ -76,7 +77,7 @@ class NativeInt8(Kernel):
         Serves("nvfp4", NVFP4),
         Serves("int8-dynamic", Integer, (8,), Int8Token),
     )
-    input_bits: ClassVar[int | None] = 8
+    input_bits: ClassVar[tuple[int, int] | None] = (8, 8)
     inputs: ClassVar[int] = INT8
 
     def __init__(self, instructions: str | None = None):
@@ -159,13 +160,13 @@ class NativeInt16(NativeInt8):
     code book and scales are rounded as NativeInt8 does it.
     """
 
-    rank: ClassVar[int] = 11
+    rank: ClassVar[int] = 12
     name: ClassVar[str] = "native-int16"
     serves: ClassVar[tuple[Serves, ...]] = (
         *(each for each in NativeInt8.serves if each.activations is None),
         Serves("int4-g128-int8-dynamic and others of 2 to 4 bits", Integer, (2, 3, 4), Int8Token),
     )
-    input_bits: ClassVar[int | None] = 16
+    input_bits: ClassVar[tuple[int, int] | None] = (16, 16)
     inputs: ClassVar[int] = INT16
 
     def unserved(self, scheme: Scheme) -> str | None:
@@ -180,11 +181,30 @@ class NativeInt16(NativeInt8):
         return super().linear(packed.scheme.activations.apply(x, stored), packed, bias).to(x.dtype)
 
 
+class NativeMixed(NativeInt16):
+    """Inputs quantized to INT8, and outliers among them to INT16.
+
+    LLM.int8 (arXiv 2208.07339) keeps whole features in 16 bits; here it is single inputs. The usual input of a step has
+    a code of 22 or more, and one whose code exceeds 127 gets 16 bits. So each input changes by at most 1/44 of the
+    usual size (the square of the mean of roots), or by 1/65278 of the largest if that is more: `wide_scale` in
+    csrc/generic.h. docs/measurements.md has what it costs, and how 22 was chosen.
+    """
+
+    rank: ClassVar[int] = 11
+    name: ClassVar[str] = "native-mixed"
+    serves: ClassVar[tuple[Serves, ...]] = (
+        Serves("integer weights of 2 to 4 bits", Integer, (2, 3, 4)),
+        *(each for each in NativeInt8.serves if each.activations is None and each.weight is not Integer),
+    )
+    input_bits: ClassVar[tuple[int, int] | None] = (8, 16)
+    inputs: ClassVar[int] = MIXED
+
+
 class NativeExact(NativeInt16):
     """Inputs stay as they are, or as the scheme rounds them: weights are dequantized in registers, and multiplied in
     float32."""
 
-    rank: ClassVar[int] = 12
+    rank: ClassVar[int] = 13
     name: ClassVar[str] = "native-bf16"
     serves: ClassVar[tuple[Serves, ...]] = (
         *NativeInt16.serves,
@@ -196,7 +216,7 @@ class NativeExact(NativeInt16):
         Serves("fp8-static", Float8, (), Fp8Tensor),
         Serves("fp8-tensor-static", Float8Tensor, (), Fp8Tensor),
     )
-    input_bits: ClassVar[int | None] = None
+    input_bits: ClassVar[tuple[int, int] | None] = None
     inputs: ClassVar[int] = FLOAT32
 
     def exact(self) -> Kernel | None:
@@ -476,4 +496,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("bitpress::linear_cpu", _backward, setup_context=_remember, lib=_ops)
 
 
-PLUGINS = (NativeInt8(), NativeInt16(), NativeExact())
+PLUGINS = (NativeInt8(), NativeMixed(), NativeInt16(), NativeExact())

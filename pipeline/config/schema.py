@@ -283,7 +283,8 @@ class Eval(_Strict):
 
 
 class Cpu(_Strict):
-    activations: Literal["int16", "int8", "bf16"] = "int16"  # what weight-only kernels round inputs to; bf16: nothing
+    # what weight-only kernels round inputs to; mixed: to 8 bits and outliers to 16; bf16: nothing
+    activations: Literal["mixed", "int16", "int8", "bf16"] = "mixed"
 
 
 class Gates(_Strict):
@@ -378,7 +379,7 @@ class Run(_Strict):
 
     @model_validator(mode="after")
     def _kernel_for_activations(self) -> "Run":
-        if self.cpu.activations != "int16" and self.eval.kernel == AUTO:
+        if self.cpu.activations != "mixed" and self.eval.kernel == AUTO:
             self.eval = self.eval.model_copy(update={"kernel": f"auto-{self.cpu.activations}"})
         return self
 

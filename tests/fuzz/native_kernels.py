@@ -65,7 +65,7 @@ BASES = (
 BOUND = {torch.float32: 2.0**-10, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-7}
 CODEBOOK = 2.0**-6  # NF4's code book in int8
 JUMPS = 2.0**-5  # of a rounded cache's codes, at a difference in a key's last bit
-KINDS = (native.NativeInt8, native.NativeInt16, native.NativeExact)
+KINDS = (native.NativeInt8, native.NativeMixed, native.NativeInt16, native.NativeExact)
 LAYERS = 10  # one call of so many is a step of a decoder layer
 CACHES = ("fp8", "fp8-head", "int8", "int8-g2", "int8-g16", "int8-g32", "int8-g64", "int4-g16", "int4-g32")
 LAYER_SCHEMES = ("int3-g32", "int4-g32", "int4-g64-asym", "int8-channel", "int8-g128", "nf4", "mxfp4", "nvfp4", "fp8")
@@ -225,7 +225,8 @@ def _compare(call: Call, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tens
         # Inputs share a scale with a group of weights, of at most 128; int8-dynamic has one for the row.
         step = native._grouping(Scheme.parse(call.scheme), call.shape[1])[0]
         padded = torch.nn.functional.pad(x, (0, -x.shape[1] % step)).unflatten(-1, (-1, step)).float()
-        codes, scales = quantize_rows(padded) if bits == 8 else _wide_rows(padded)
+        counts = (x.shape[1] - step * torch.arange(padded.shape[-2])).clamp(max=step)
+        codes, scales = quantize_rows(padded) if bits == (8, 8) else _wide_rows(padded, counts, bits == (8, 16))
         x = (codes.double() * scales.double()).flatten(-2)[:, : x.shape[1]]
     product = x @ weight.t() + (0 if bias is None else bias.double())
     terms = (x.square() @ weight.square().t()).sum() + (0 if bias is None else bias.double().square().sum() * len(x))
@@ -236,9 +237,14 @@ def _compare(call: Call, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tens
     assert error <= bound * terms.sqrt() + torch.finfo(call.dtype).tiny * y.numel(), f"error {error / terms.sqrt()}"
 
 
-def _wide_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """INT16 codes and scales of each row [..., in], as NativeInt16 has them."""
-    scales = x.abs().amax(-1, keepdim=True) / 32639
+def _wide_rows(x: Tensor, counts: Tensor, mixed: bool) -> tuple[Tensor, Tensor]:
+    """INT16 codes and scales of steps [..., step], as NativeInt16 or NativeMixed has them. counts: their real inputs."""
+    most = x.abs().amax(-1, keepdim=True)
+    scales = most / 32639
+    if mixed:
+        usual = (x.abs().sqrt().sum(-1, keepdim=True) / counts.unsqueeze(-1)).square() / 22
+        three_bits = (usual.view(torch.int32) & -(1 << 20)).view(torch.float32)  # of the mantissa
+        scales = scales.maximum(three_bits.minimum(most / 127))
     scales[scales < torch.finfo(torch.float32).tiny] = 1
     return (x * (1 / scales)).round(), scales
 
@@ -426,7 +432,7 @@ def perform_layer(call: LayerCall, loaded: Library) -> None:
     if call.values == "nan":
         assert not y[0, 0].isfinite().any(), "NaN came out finite"
         assert y[1:].isfinite().all(), "NaN came out of another sequence"
-    elif kernel.input_bits != 8 and not (
+    elif (kernel.input_bits is None or kernel.input_bits[0] > 8) and not (
         call.experts > 2 and call.values != "normal"
     ):  # a code of 8 bits may jump at a
         # difference in the last bit, and so may the choice between experts that are liked about as much

@@ -102,7 +102,7 @@ PLUGINS = (Eager(),)
 """
 
 
-NATIVE = ["native-int8", "native-int16", "native-bf16"]
+NATIVE = ["native-int8", "native-mixed", "native-int16", "native-bf16"]
 
 
 @pytest.fixture

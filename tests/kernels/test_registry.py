@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitpress.kernels.activations.int8_token import quantize_rows
 from bitpress.kernels.base import Kernel
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.registry import registry, select
+
+from .cpu.test_native import rounded
 
 Make = Callable[..., QTensor]
 
@@ -35,7 +36,6 @@ SHAPES = {
 }
 KERNELS = [kernel.name for kernel in registry()]
 SERVES = {"torch-int4": "int4", "torch-int8": "int8-dynamic", "bnb-nf4": "nf4"}  # how a scheme's name begins; else all
-STEPS = {"int2-g32": 32, "int4-g32": 32, "int4-g64": 64, "int4-g96": 96, "int8-g32": 32, "nf4": 64}  # else 128
 CASES = [
     (kernel, scheme, shape)
     for kernel in KERNELS
@@ -51,14 +51,8 @@ def kernel_named(name: str) -> Kernel:
 
 def read_inputs(name: str, q: QTensor, x: Tensor) -> Tensor:
     """float64 [rows, in]: what a kernel makes of its inputs before it multiplies."""
-    if q.scheme.activations is None and name != "native-int8":  # of 16 bits the tolerance takes no notice
-        return x.double()
-    step = x.shape[-1]
-    if q.scheme.activations is None:
-        step = next((step for begin, step in STEPS.items() if q.scheme.name.startswith(begin)), 128)
-    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % step)).unflatten(-1, (-1, step))
-    codes, scales = quantize_rows(padded)
-    return (codes.double() * scales.double()).flatten(-2)[..., : x.shape[-1]]
+    bits = kernel_named(name).input_bits if q.scheme.activations is None else (8, 8)
+    return x.double() if bits is None else rounded(x, q.scheme.name, bits)
 
 
 def relative_rms(found: Tensor, q: QTensor, x: Tensor, bias: Tensor | float = 0, name: str = "") -> float:
@@ -144,6 +138,8 @@ def test_forms_of_input(make_qtensor: Make, generator: torch.Generator, name: st
         ("int4-g32", "native-int8"),
         ("int8-dynamic", "native-int8"),
         ("nf4", "native-int8"),
+        ("int4-g32", "native-mixed"),
+        ("nf4", "native-mixed"),
         ("int4-g32", "native-int16"),
         ("nf4", "native-int16"),
         ("int4-g64", "native-bf16"),
@@ -226,14 +222,30 @@ def test_select_falls_back_and_says_why(make_qtensor: Make) -> None:
 @pytest.mark.parametrize(
     ("wanted", "kernel", "rejected"),
     [
-        ("auto", "native-int16", {"native-int8": "rounds inputs to 8 bits; auto asks for inputs of at least 16 bits"}),
+        (
+            "auto",
+            "native-mixed",
+            {"native-int8": "rounds inputs to 8 bits; auto asks for 8 bits, and outliers to 16"},
+        ),
+        (
+            "auto-int16",
+            "native-int16",
+            {
+                "native-int8": "rounds inputs to 8 bits; auto-int16 asks for 16 bits",
+                "native-mixed": "rounds inputs to 8 bits, and outliers to 16; auto-int16 asks for 16 bits",
+            },
+        ),
         ("auto-int8", "native-int8", {}),
         (
             "auto-bf16",
             "native-bf16",
             {
-                f"native-int{n}": f"rounds inputs to {n} bits; auto-bf16 asks for inputs that stay as they are"
-                for n in (8, 16)
+                f"native-{kind}": f"rounds inputs to {words}; auto-bf16 asks for inputs that stay as they are"
+                for kind, words in (
+                    ("int8", "8 bits"),
+                    ("mixed", "8 bits, and outliers to 16"),
+                    ("int16", "16 bits"),
+                )
             },
         ),
     ],
@@ -257,7 +269,7 @@ def test_select_by_name(make_qtensor: Make) -> None:
     assert select(q, torch.bfloat16, CPU, "reference").rejected == {}
     with pytest.raises(
         ValueError,
-        match=r"kernel 'torch-int5' is unknown; use auto, auto-int8, auto-bf16, or one of native-int8, .*ref",
+        match=r"kernel 'torch-int5' is unknown; use auto, auto-int16, auto-int8, auto-bf16, or one of native.*ref",
     ):
         select(q, torch.bfloat16, CPU, "torch-int5")
     with pytest.raises(

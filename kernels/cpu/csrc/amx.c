@@ -89,9 +89,9 @@ AMX static void begin(const Weight *w, int64_t count) {
 AMX static void end(void) { _tile_release(); }
 
 /* out[rows][2][16] (+)= sums[rows][2][16] * input scales * weight scales. 8-bit weights still have their
- * zero points in them: zero * sum(x codes) is taken off first. int16 inputs: sums are 256 * sums + low. */
+ * zero points in them: zero * sum(x codes) is taken off first. high: NULL, or 256 times it is added. */
 AMX static void fold(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, int64_t s, int more,
-                     const int32_t *sums, const int32_t *low, float *out) {
+                     const int32_t *sums, const int32_t *high, float *out) {
     const int64_t groups = w->padded / w->group, first = (row / PAIR * in->steps + s) * PAIR;
     const float *input_scales = in->scales + first;
     const int32_t *input_sums = in->sums + first, zero = w->zeros ? 0 : (int32_t)w->zero;
@@ -112,9 +112,9 @@ AMX static void fold(const Weight *w, const Input *in, int64_t block, int64_t ro
         for (int j = 0; j < 2; j++) {
             float *to = out + m * PAIR + j * BLOCK;
             __m512i codes = _mm512_loadu_si512(sums + m * PAIR + j * BLOCK);
-            if (low) {
-                const __m512i rest = _mm512_loadu_si512(low + m * PAIR + j * BLOCK);
-                codes = _mm512_add_epi32(_mm512_slli_epi32(codes, 8), rest);
+            if (high) {
+                const __m512i more_codes = _mm512_loadu_si512(high + m * PAIR + j * BLOCK);
+                codes = _mm512_add_epi32(_mm512_slli_epi32(more_codes, 8), codes);
             }
             if (offset) codes = _mm512_sub_epi32(codes, _mm512_set1_epi32(zero * input_sums[m]));
             __m512 sum = _mm512_cvtepi32_ps(codes);
@@ -159,14 +159,14 @@ AMX static void fold(const Weight *w, const Input *in, int64_t block, int64_t ro
     }
 
 /* Where one step spans many stretches (int8-dynamic), `out` holds int32 sums until the last. int16 inputs, whose steps
- * are short, are multiplied as two of int8. */
+ * are short, are multiplied as two of int8 where there are outliers. */
 AMX static void tile(const Weight *w, const Input *in, int64_t block, int64_t from, int64_t to, const int8_t *panel,
                      int64_t row, int64_t count, float *out) {
-    _Alignas(64) int32_t sums[PAIR * PAIR], low_sums[PAIR * PAIR];
+    _Alignas(64) int32_t sums[PAIR * PAIR], high_sums[PAIR * PAIR];
     const int spans = w->step > STRETCH;
     const int64_t features = tile_features(w), step = spans ? to - from : w->step;
     const int64_t first = row * CHUNK * chunks(w->padded);
-    const int8_t *x = in->codes + first, *low = in->low ? in->low + first : NULL, *left = panel, *right = panel + BLOCK * CHUNK;
+    const int8_t *x = in->codes + first, *high = in->high ? in->high + first : NULL, *left = panel, *right = panel + BLOCK * CHUNK;
     int64_t stride = PAIR * CHUNK;
     if (w->code == INT8) {
         left = (const int8_t *)w->codes + (block * w->padded + from) * BLOCK;
@@ -174,11 +174,13 @@ AMX static void tile(const Weight *w, const Input *in, int64_t block, int64_t fr
         stride = BLOCK * CHUNK;
     }
     for (int64_t start = from; start < to; start += step) {
-        if (low) {
+        uint32_t outliers = 0;
+        for (int64_t m = 0; high && m < count; m++) outliers |= in->outliers[(row / PAIR * in->steps + start / w->step) * PAIR + m];
+        if (outliers) {
             ZERO_TILES
-            if (w->code == INT8) PRODUCTS(_tile_dpbsud, low)
-            else PRODUCTS(_tile_dpbssd, low)
-            EACH_TILE(_tile_stored, low_sums, count)
+            if (w->code == INT8) PRODUCTS(_tile_dpbsud, high)
+            else PRODUCTS(_tile_dpbssd, high)
+            EACH_TILE(_tile_stored, high_sums, count)
         }
         if (spans && from) {
             EACH_TILE(_tile_loadd, (int32_t *)out, count)
@@ -188,7 +190,7 @@ AMX static void tile(const Weight *w, const Input *in, int64_t block, int64_t fr
         if (w->code == INT8) PRODUCTS(_tile_dpbsud, x)
         else PRODUCTS(_tile_dpbssd, x)
         EACH_TILE(_tile_stored, spans && to < w->padded ? (int32_t *)out : sums, count)
-        if (!spans) fold(w, in, block, row, count, start / w->step, start > 0, sums, low ? low_sums : NULL, out);
+        if (!spans) fold(w, in, block, row, count, start / w->step, start > 0, sums, outliers ? high_sums : NULL, out);
         else if (to == w->padded) fold(w, in, block, row, count, 0, 0, sums, NULL, out);
     }
 }

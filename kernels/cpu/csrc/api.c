@@ -34,7 +34,7 @@ static int always(void) { return 1; }
 static const Instructions sets[] = {
 #if defined(__x86_64__)
     {"amx-int8", has_amx_int8, &avx512_kernels, &amx_tiles},
-    {"avx512-vnni", has_avx512_vnni, &avx512_kernels, NULL},
+    {"avx512-vnni", has_avx512_vnni, &avx512_kernels, &avx512_tiles},
     {"avx2", has_avx2, &avx2_kernels, NULL},
 #elif defined(__aarch64__)
     {"neon-i8mm", has_neon_i8mm, &neon_i8mm_kernels, NULL},
@@ -216,7 +216,7 @@ typedef struct {
     const Kernels *k;
     const Tiles *tiles; /* NULL where rows are few */
     Output outputs[MOST_FACTORS];
-    int count, needs_sums; /* needs_sums: of float32 inputs, for zero points */
+    int count, needs_sums, split; /* needs_sums: of float32 inputs, for zero points; split: see Input */
     Input in;
     const void *x;
     const int32_t *order;
@@ -226,8 +226,8 @@ typedef struct {
     atomic_int failed;
 } Product;
 
-/* `floats` and `codes` have space for a row. */
-static void prepare_row(const Product *p, int64_t row, float *floats, int16_t *codes) {
+/* `floats` has space for a row. */
+static void prepare_row(const Product *p, int64_t row, float *floats) {
     const Input *in = &p->in;
     const char *x = (const char *)p->x + row * p->in_features * p->item;
     const float *values = (const float *)x;
@@ -250,31 +250,28 @@ static void prepare_row(const Product *p, int64_t row, float *floats, int16_t *c
     }
     const int64_t tile_bytes = PAIR * CHUNK, tiled = row / PAIR * tile_bytes * chunks(in->padded) + row % PAIR * CHUNK;
     const int64_t at = p->tiles ? row / PAIR * in->steps * PAIR + row % PAIR : row * in->steps;
+    const int64_t to = p->tiles ? tiled : row * in->padded, stride = p->tiles ? tile_bytes : CHUNK;
     const int64_t apart = p->tiles ? PAIR : 1;
-    if (p->inputs == INPUTS_INT8) {
-        p->k->quantize(values, p->in_features, in->padded, p->step, in->codes + (p->tiles ? tiled : row * in->padded),
-                       p->tiles ? tile_bytes : CHUNK, in->scales + at, in->sums + at, apart);
-        return;
-    }
-    p->k->quantize_wide(values, p->in_features, in->padded, p->step, p->tiles ? codes : in->wide + row * in->padded,
-                        in->scales + at, in->sums + at, apart);
-    for (int64_t i = 0; p->tiles && i < in->padded; i++) {
-        const int64_t to = tiled + i / CHUNK * tile_bytes + i % CHUNK;
-        const int16_t code = codes[wide_place(i)];
-        in->low[to] = (int8_t)(((code + 128) & 255) - 128);
-        in->codes[to] = (int8_t)((code - in->low[to]) / 256);
-    }
+    const int mixed = p->inputs == INPUTS_MIXED;
+    if (p->inputs == INPUTS_INT8)
+        p->k->quantize(values, p->in_features, in->padded, p->step, in->codes + to, stride, in->scales + at, in->sums + at,
+                       apart);
+    else if (p->split)
+        p->k->quantize_split(values, p->in_features, in->padded, p->step, mixed, in->codes + to, in->high + to, stride,
+                             in->scales + at, in->sums + at, in->outliers + at, apart);
+    else
+        p->k->quantize_wide(values, p->in_features, in->padded, p->step, mixed, in->wide + to, in->scales + at,
+                            in->sums + at, apart);
 }
 
 static void prepare_rows(void *context) {
     Product *p = context;
-    float *floats = malloc((size_t)p->in.padded * (4 + 2));
+    float *floats = malloc((size_t)p->in.padded * 4);
     if (!floats) {
         p->failed = 1;
         return;
     }
-    int16_t *codes = (int16_t *)(floats + p->in.padded);
-    for (int64_t row; (row = atomic_fetch_add(&p->next, 1)) < p->in.rows;) prepare_row(p, row, floats, codes);
+    EACH_CLAIMED(row, p->in.rows, p->next) prepare_row(p, row, floats);
     free(floats);
 }
 
@@ -289,7 +286,7 @@ static void finish_rows(const Product *p, const Output *o, int64_t block, int64_
 static void multiply_rows(const Product *p, const Output *o, int64_t block, int64_t blocks, int64_t row, int64_t rows) {
     float out[MAX_ROWS * PAIR];
     void (*const some)(const Weight *, const Input *, int64_t, int64_t, int64_t, float *) =
-        p->inputs == INPUTS_FLOAT32 ? p->k->exact : p->inputs == INPUTS_INT16 ? p->k->wide_rows : p->k->rows;
+        p->inputs == INPUTS_FLOAT32 ? p->k->exact : p->inputs == INPUTS_INT8 || p->split ? p->k->rows : p->k->wide_rows;
     for (int64_t b = block; b < block + blocks; b += 2)
         for (int64_t m = row; m < row + rows; m += MAX_ROWS) {
             const int64_t count = minimum(MAX_ROWS, row + rows - m);
@@ -322,9 +319,7 @@ static void multiply_tiles(const Product *p, const Output *o, int64_t block, int
             }
         }
     p->tiles->end();
-    for (int64_t m = 0; m < rows; m++)
-        for (int64_t b = 0; b < blocks; b += 2)
-            finish_rows(p, o, block + b, row + m, 1, sums + (b * BLOCK * rows + m * PAIR));
+    for (int64_t b = 0; b < blocks; b += 2) finish_rows(p, o, block + b, row, rows, sums + b * BLOCK * rows);
 }
 
 static void multiply(void *context) {
@@ -355,7 +350,7 @@ static void multiply(void *context) {
 /* Tasks large enough to be worth claiming and to use what is in cache, small enough that threads end together. */
 static void split(const Product *p, Output *o, int threads) {
     const int64_t pairs = blocks_of(&o->w) / 2, rows = p->in.rows;
-    const int64_t item = p->inputs == INPUTS_FLOAT32 ? 4 : p->inputs == INPUTS_INT16 ? 2 : 1;
+    const int64_t item = p->inputs == INPUTS_FLOAT32 ? 4 : p->inputs == INPUTS_INT8 ? 1 : 2;
     const int64_t fitting = maximum(MAX_ROWS, INPUT_BYTES / (o->w.padded * item) / MAX_ROWS * MAX_ROWS);
     o->rows_per_task = minimum(rows, p->tiles ? MOST_ROWS : fitting);
     const int64_t down = (rows + o->rows_per_task - 1) / o->rows_per_task;
@@ -376,15 +371,16 @@ static int carve(Product *p, char **memory) {
     const int64_t code = aligned(exact ? 0 : padded_rows * chunks(in->padded) * CHUNK);
     const int64_t numbers = aligned(padded_rows * (exact ? in->groups : in->steps) * 4);
     const int64_t value = aligned(exact ? in->rows * in->padded * 4 : 0);
-    const int64_t total = code * (p->inputs == INPUTS_INT16 ? 2 : 1) + 2 * numbers + value;
+    const int64_t total = code * (p->inputs == INPUTS_INT8 ? 1 : 2) + 3 * numbers + value;
     if (!(*memory = aligned_alloc(64, (size_t)total + 64))) return 1;
     in->scales = (float *)*memory;
     in->sums = (int32_t *)(*memory + numbers);
+    in->outliers = (uint32_t *)(*memory + 2 * numbers);
     in->value_sums = (float *)*memory;
-    in->values = (float *)(*memory + 2 * numbers);
-    in->codes = (int8_t *)(*memory + 2 * numbers);
+    in->values = (float *)(*memory + 3 * numbers);
+    in->codes = (int8_t *)(*memory + 3 * numbers);
     in->wide = (int16_t *)in->codes;
-    in->low = p->inputs == INPUTS_INT16 ? in->codes + code : NULL;
+    in->high = p->split ? in->codes + code : NULL;
     return 0;
 }
 
@@ -416,17 +412,19 @@ static int alike(const Weight *a, const Weight *b) {
 
 int bitpress_products(const Factor *factors, int count, const void *x, const int32_t *order, int64_t rows, int64_t dtype,
              int inputs, int kernel, int threads) {
-    if (kernel < 0 || kernel >= bitpress_kernel_count() || inputs < INPUTS_INT8 || inputs > INPUTS_FLOAT32) return 2;
+    if (kernel < 0 || kernel >= bitpress_kernel_count() || inputs < INPUTS_INT8 || inputs > INPUTS_MIXED) return 2;
     const Instructions *set = &sets[kernel];
     int status = 0;
     for (int from = 0, to = 0; rows && from < count && !status; from = to) {
         Product p = {.k = set->kernels, .tiles = inputs == INPUTS_FLOAT32 || rows <= MAX_ROWS ? NULL : set->tiles,
                      .in = {.rows = rows}, .x = x, .order = order, .dtype = dtype, .item = dtype == FLOAT32 ? 4 : 2,
                      .inputs = (Inputs)inputs};
+        p.split = p.tiles ? inputs != INPUTS_INT8 : inputs == INPUTS_MIXED && p.k->quantize_split;
         for (; to < count && p.count < MOST_FACTORS; to++) {
             if (((const Header *)factors[to].packed)->magic != MAGIC) return 2;
             const Weight w = weight_of(factors[to].packed);
-            if ((inputs == INPUTS_INT16 && w.step > 128) || (inputs != INPUTS_FLOAT32 && w.code == FP8)) return 2;
+            const int wide = inputs == INPUTS_INT16 || inputs == INPUTS_MIXED;
+            if ((wide && w.step > 128) || (inputs != INPUTS_FLOAT32 && w.code == FP8)) return 2;
             if (p.count && !alike(&w, &p.outputs[0].w)) break;
             p.outputs[p.count++] = (Output){.w = w, .bias = factors[to].bias, .y = factors[to].y};
         }
@@ -437,8 +435,8 @@ int bitpress_products(const Factor *factors, int count, const void *x, const int
 
 /* y [rows][out_features] = x [rows][in_features] times the weight + bias (float32 [out_features], or NULL).
  *
- * x and y have the dtype. inputs: one of Inputs; int16 needs steps of at most 128, and FP8 weights need float32. Returns
- * 0; 1: out of memory; 2: no such weight, inputs or kernel.
+ * x and y have the dtype. inputs: one of Inputs; int16 and mixed need steps of at most 128, and FP8 weights need float32.
+ * Returns 0; 1: out of memory; 2: no such weight, inputs or kernel.
  */
 EXPORT int bitpress_linear(const void *packed, const void *x, int64_t rows, int64_t dtype, const float *bias, void *y,
                            int inputs, int kernel, int threads) {

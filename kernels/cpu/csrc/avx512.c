@@ -36,9 +36,11 @@ AVX512_INLINE __m512 group_scales(const Weight *w, int64_t index) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w->scales + index * BLOCK)));
 }
 
-AVX512_INLINE __m512 group_zeros(const Weight *w, int64_t index) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->zeros + index * BLOCK))));
+AVX512_INLINE __m512i whole_zeros(const Weight *w, int64_t index) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->zeros + index * BLOCK)));
 }
+
+AVX512_INLINE __m512 group_zeros(const Weight *w, int64_t index) { return _mm512_cvtepi32_ps(whole_zeros(w, index)); }
 
 /* Bytes that codes of 4 bits select; 128 is added, so that they have no sign. */
 AVX512_INLINE __m512i unsigned_table(const Weight *w) {
@@ -57,7 +59,31 @@ AVX512_INLINE void store_totals(const Weight *w, const __m512 *totals, const int
         }
 }
 
-/* dpbusd multiplies unsigned bytes by signed ones: weights are unsigned, and zero * sum(x codes) is taken off.
+/* The high bytes of step s of `count` rows, which have these outliers, times one block, whose codes of that step are given:
+ * 256 times that is added to sums[apart] of each row. Within rows_of it would take registers from what is always done. */
+AVX512 static __attribute__((noinline)) void add_high(const Weight *w, const Input *in, const uint8_t *codes, int64_t row,
+                                                      int64_t s, uint32_t outliers, int64_t count, int64_t apart,
+                                                      __m512i *sums) {
+    const int8_t *high = in->high + row * in->padded + s * w->step;
+    const __m512i table = unsigned_table(w);
+    __m512i products[MAX_ROWS] = {0};
+    for (; outliers; outliers &= outliers - 1) {
+        const int four = __builtin_ctz(outliers);
+        __m512i weights = _mm512_loadu_si512(codes + (w->code == INT8 ? four : four / 2) * 64);
+        if (w->code != INT8) {
+            if (four % 2) weights = _mm512_srli_epi16(weights, 4);
+            weights = _mm512_and_si512(weights, _mm512_set1_epi8(15));
+        }
+        if (w->code == TABLE) weights = _mm512_shuffle_epi8(table, weights);
+        for (int64_t m = 0; m < count; m++)
+            products[m] = _mm512_dpbusd_epi32(products[m], weights, four_inputs(high + m * in->padded + 4 * four));
+    }
+    for (int64_t m = 0; m < count; m++)
+        sums[m * apart] = _mm512_add_epi32(sums[m * apart], _mm512_slli_epi32(products[m], 8));
+}
+
+/* dpbusd multiplies unsigned bytes by signed ones: weights are unsigned, and zero * sum(x codes) is taken off. High bytes of
+ * split inputs are multiplied only where there are outliers.
  *
  * `count` rows, `wide` blocks side by side: more sums at a time hide the instructions' latency, and more streams of
  * codes the memory's. These and `kind` are constants wherever this is used, so that each gets code of its own. */
@@ -82,6 +108,12 @@ AVX512_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int6
                 even[m * wide + j] = _mm512_set1_epi32(-zero * sums[m * in->steps]);
                 odd[m * wide + j] = _mm512_setzero_si512();
             }
+        if (in->high) {
+            uint32_t outliers = 0;
+            for (int m = 0; m < count; m++) outliers |= in->outliers[(row + m) * in->steps + s];
+            if (outliers)
+                for (int j = 0; j < wide; j++) add_high(w, in, codes + j * apart, row, s, outliers, count, wide, even + j);
+        }
         for (int64_t k = 0; k < w->step; k += 8) {
             __m512i first[WIDEST], second[WIDEST];
             for (int j = 0; j < wide; j++) {
@@ -346,33 +378,60 @@ AVX512 static void quantize(const float *x, int64_t in_features, int64_t padded,
     }
 }
 
-/* See generic_quantize_wide. Sixteen at a time. */
-AVX512 static void quantize_wide(const float *x, int64_t in_features, int64_t padded, int64_t step, int16_t *codes,
-                                 float *scales, int32_t *sums, int64_t apart) {
+/* See generic_quantize_wide. Sixteen at a time, to `codes`, or where that is NULL split. */
+AVX512_INLINE void quantize_16_bits(const float *x, int64_t in_features, int64_t padded, int64_t step, int mixed,
+                                    int16_t *codes, int8_t *low, int8_t *high, int64_t stride, float *scales,
+                                    int32_t *sums, uint32_t *outliers, int64_t apart) {
     const __m512i sign_off = _mm512_set1_epi32(0x7fffffff);
     for (int64_t start = 0, s = 0; start < padded; start += step, s++) {
         const int64_t end = start + step < in_features ? start + step : in_features;
         __m512i most = _mm512_setzero_si512();
+        __m512 roots = _mm512_setzero_ps();
         for (int64_t i = start; i < end; i += 16) {
             const __mmask16 here = end - i < 16 ? (__mmask16)((1 << (end - i)) - 1) : 0xffff;
-            most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_maskz_loadu_epi32(here, x + i), sign_off));
+            const __m512i size = _mm512_and_si512(_mm512_maskz_loadu_epi32(here, x + i), sign_off);
+            most = _mm512_max_epu32(most, size);
+            if (mixed) roots = _mm512_add_ps(roots, _mm512_sqrt_ps(_mm512_castsi512_ps(size)));
         }
         const uint32_t top = _mm512_reduce_max_epu32(most);
-        float scale = bits_to_float(top) / WIDE_MOST;
-        if (scale < 0x1p-126f) scale = 1;
+        const float scale = wide_scale(top, _mm512_reduce_add_ps(roots), end - start, mixed);
         const int finite = top < 0x7f800000;
         const __m512 inverse = _mm512_set1_ps(finite ? 1 / scale : 0);
         __m512i sum = _mm512_setzero_si512();
+        uint32_t wide = 0;
         for (int64_t i = start; i < start + step; i += 16) {
             const int64_t left = finite ? end - i : 0;
             const __mmask16 here = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1 << left) - 1);
             const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(here, x + i), inverse));
             sum = _mm512_add_epi32(sum, code);
-            _mm256_storeu_si256((__m256i *)(codes + i), _mm512_cvtepi32_epi16(_mm512_shuffle_epi32(code, _MM_PERM_DBCA)));
+            if (codes) {
+                _mm256_storeu_si256((__m256i *)(codes + i), _mm512_cvtepi32_epi16(_mm512_shuffle_epi32(code, _MM_PERM_DBCA)));
+                continue;
+            }
+            const int64_t to = i / CHUNK * stride + i % CHUNK; /* code = 256 * upper + what its lowest byte is with a sign */
+            const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(128)), 8);
+            _mm_storeu_si128((__m128i *)(low + to), _mm512_cvtepi32_epi8(code));
+            _mm_storeu_si128((__m128i *)(high + to), _mm512_cvtepi32_epi8(upper));
+            const __m512i fours = _mm512_or_si512(upper, _mm512_shuffle_epi32(upper, _MM_PERM_BADC));
+            const uint32_t any = _mm512_test_epi32_mask(fours, fours) & 0x3333; /* two of each four stand for all */
+            const uint32_t of_four = (any | any >> 1) & 0x1111;
+            wide |= ((of_four | of_four >> 3 | of_four >> 6 | of_four >> 9) & 15) << (i - start) / 4;
         }
         scales[s * apart] = scale;
         sums[s * apart] = _mm512_reduce_add_epi32(sum);
+        if (!codes) outliers[s * apart] = wide;
     }
+}
+
+AVX512 static void quantize_wide(const float *x, int64_t in_features, int64_t padded, int64_t step, int mixed,
+                                 int16_t *codes, float *scales, int32_t *sums, int64_t apart) {
+    quantize_16_bits(x, in_features, padded, step, mixed, codes, NULL, NULL, 0, scales, sums, NULL, apart);
+}
+
+AVX512 static void quantize_split(const float *x, int64_t in_features, int64_t padded, int64_t step, int mixed,
+                                  int8_t *codes, int8_t *high, int64_t stride, float *scales, int32_t *sums,
+                                  uint32_t *outliers, int64_t apart) {
+    quantize_16_bits(x, in_features, padded, step, mixed, NULL, codes, high, stride, scales, sums, outliers, apart);
 }
 
 AVX512 static void widen(const void *x, DType dtype, int64_t count, float *out) {
@@ -444,6 +503,123 @@ AVX512 static void dequantize(const Weight *w, int64_t block, int64_t from, int6
 
 AVX512 static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
 
+/* Codes of 4 bits, or what a table has for them, as unsigned bytes: [2][(to - from) / 4][BLOCK][4]. */
+AVX512 static void unpack(const Weight *w, int64_t block, int64_t from, int64_t to, int64_t ahead, int8_t *panel) {
+    if (w->code == INT8) return;
+    const __m512i nibble = _mm512_set1_epi8(15), table = unsigned_table(w);
+    for (int64_t j = 0; j < 2; j++) {
+        const uint8_t *codes = w->codes + ((block + j) * w->padded + from) * BLOCK / 2;
+        int8_t *bytes = panel + j * STRETCH * BLOCK;
+        for (int64_t k = from; k < to; k += 8, codes += 64, bytes += 128) {
+            const __m512i both = _mm512_loadu_si512(codes);
+            _mm_prefetch((const char *)codes + ahead, _MM_HINT_T1);
+            __m512i first = _mm512_and_si512(both, nibble), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+            if (w->code == TABLE) first = _mm512_shuffle_epi8(table, first), second = _mm512_shuffle_epi8(table, second);
+            _mm512_storeu_si512(bytes, first);
+            _mm512_storeu_si512(bytes + 64, second);
+        }
+    }
+}
+
+/* Four features of `count` rows, x of each CHUNK bytes after the one before, times a pair of blocks. */
+AVX512_INLINE void multiply_four(__m512i *sums, const int8_t *x, const int8_t *left, const int8_t *right, const int count) {
+    const __m512i first = _mm512_loadu_si512(left), second = _mm512_loadu_si512(right);
+    for (int m = 0; m < count; m++) { /* with the intrinsic, GCC 12 moves registers as often as it multiplies */
+        const __m512i four = four_inputs(x + m * CHUNK);
+        sums[2 * m] = _mm512_dpbusd_epi32(sums[2 * m], first, four);
+        sums[2 * m + 1] = _mm512_dpbusd_epi32(sums[2 * m + 1], second, four);
+    }
+}
+
+/* Where feature k of a row of tiled codes is. */
+AVX512_INLINE uint64_t tiled_at(uint64_t k) { return k / CHUNK * PAIR * CHUNK + k % CHUNK; }
+
+AVX512_INLINE void multiply_step(__m512i *sums, const int8_t *x, const int8_t *left, const int8_t *right, int64_t start,
+                                 int64_t step, const int count) {
+    for (uint64_t k = (uint64_t)start; k < (uint64_t)(start + step); k += 16) { /* 16 features lie in one chunk */
+        const int8_t *some = x + tiled_at(k);
+        for (uint64_t i = 0; i < 16; i += 4)
+            multiply_four(sums, some + i, left + (k + i) * BLOCK, right + (k + i) * BLOCK, count);
+    }
+}
+
+/* Tiles.tile of `count` rows, a constant wherever this is used. High bytes are multiplied only where one of these rows has
+ * outliers. See amx.c on steps that span many stretches. */
+AVX512_INLINE void tile_of(const Weight *w, const Input *in, int64_t block, int64_t from, int64_t to, const int8_t *panel,
+                           int64_t row, const int count, float *out) {
+    const int64_t groups = w->padded / w->group, spans = w->step > STRETCH, step = spans ? to - from : w->step;
+    const int64_t inputs = row / PAIR * PAIR * CHUNK * chunks(w->padded) + row % PAIR * CHUNK;
+    const int8_t *x = in->codes + inputs, *high = in->high ? in->high + inputs : NULL;
+    const int8_t *left = panel - from * BLOCK, *right = left + STRETCH * BLOCK; /* of feature 0 */
+    if (w->code == INT8) left = (const int8_t *)w->codes + block * w->padded * BLOCK, right = left + w->padded * BLOCK;
+    for (int64_t start = from; start < to; start += step) {
+        const int64_t s = spans ? 0 : start / w->step, first = (row / PAIR * in->steps + s) * PAIR + row % PAIR;
+        const float *scales = in->scales + first;
+        const int32_t *input_sums = in->sums + first;
+        __m512i sums[2 * MAX_ROWS];
+        uint32_t outliers = 0;
+        for (int m = 0; high && m < count; m++) outliers |= in->outliers[first + m];
+        if (outliers) {
+            for (int i = 0; i < 2 * count; i++) sums[i] = _mm512_setzero_si512();
+            if (__builtin_popcount(outliers) * 8 > step) { /* every other four, or more */
+                multiply_step(sums, high, left, right, start, step, count);
+            } else {
+                for (uint32_t rest = outliers; rest; rest &= rest - 1) {
+                    const uint64_t k = (uint64_t)start + 4 * (uint64_t)__builtin_ctz(rest);
+                    multiply_four(sums, high + tiled_at(k), left + k * BLOCK, right + k * BLOCK, count);
+                }
+            }
+        }
+        for (int j = 0; j < 2; j++) {
+            __m512i zeros = _mm512_setzero_si512();
+            if (w->zeros) zeros = whole_zeros(w, (block + j) * groups + s * w->step / w->group);
+            for (int m = 0; m < count; m++) {
+                __m512i *sum = sums + 2 * m + j;
+                const __m512i off = w->zeros ? _mm512_mullo_epi32(zeros, _mm512_set1_epi32(-input_sums[m]))
+                                             : _mm512_set1_epi32(-(int32_t)w->zero * input_sums[m]);
+                if (spans && from) *sum = _mm512_loadu_si512(out + m * PAIR + j * BLOCK);
+                else *sum = outliers ? _mm512_add_epi32(_mm512_slli_epi32(*sum, 8), off) : off;
+            }
+        }
+        multiply_step(sums, x, left, right, start, step, count);
+        if (spans && to < w->padded) {
+            for (int i = 0; i < 2 * count; i++) _mm512_storeu_si512(out + i / 2 * PAIR + i % 2 * BLOCK, sums[i]);
+            return;
+        }
+        for (int j = 0; j < 2; j++) {
+            const __m512 group_scale = group_scales(w, (block + j) * groups + s * w->step / w->group);
+            for (int m = 0; m < count; m++) {
+                float *total = out + m * PAIR + j * BLOCK;
+                const __m512 scale = _mm512_mul_ps(group_scale, _mm512_set1_ps(scales[m]));
+                const __m512 before = s ? _mm512_loadu_ps(total) : _mm512_setzero_ps();
+                _mm512_storeu_ps(total, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[2 * m + j]), scale, before));
+            }
+        }
+    }
+    for (int i = 0; w->code == TABLE && to == w->padded && i < 2 * count; i++) {
+        float *total = out + i / 2 * PAIR + i % 2 * BLOCK;
+        _mm512_storeu_ps(total, _mm512_mul_ps(_mm512_loadu_ps(total), _mm512_set1_ps(1 / w->table->steps)));
+    }
+}
+
+#define TILE(count)                                                                                            \
+    case count: tile_of(w, in, block, from, to, panel, row + m, count, out + m * PAIR); break
+
+AVX512 static void tile(const Weight *w, const Input *in, int64_t block, int64_t from, int64_t to, const int8_t *panel,
+                        int64_t row, int64_t count, float *out) {
+    for (int64_t m = 0; m < count; m += MAX_ROWS)
+        switch (count - m) {
+        TILE(1); TILE(2); TILE(3); TILE(4); TILE(5); TILE(6); TILE(7);
+        default: tile_of(w, in, block, from, to, panel, row + m, MAX_ROWS, out + m * PAIR);
+        }
+}
+
+static void begin(const Weight *w, int64_t count) { (void)w, (void)count; }
+static void end(void) {}
+
+const Tiles avx512_tiles = {.unpack = unpack, .tile = tile, .begin = begin, .end = end};
+
 const Kernels avx512_kernels = {.rows = rows, .wide_rows = wide_rows, .exact = exact, .quantize = quantize,
-    .quantize_wide = quantize_wide, .widen = widen, .finish = finish, .read = read_words, .dequantize = dequantize};
+    .quantize_wide = quantize_wide, .quantize_split = quantize_split, .widen = widen, .finish = finish,
+    .read = read_words, .dequantize = dequantize};
 #endif

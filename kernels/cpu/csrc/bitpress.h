@@ -25,10 +25,18 @@ HOLD_TEXT
 #define STRETCH 512 /* input features of a panel of unpacked weights: 16 KiB, a third of a first cache */
 #define MAX_ROWS 8  /* input rows that a rows kernel takes at once */
 
+/* `row` is each number below `rows` that this thread claims, CLAIM of them at once: a claim takes about as long as the work
+ * of some rows. */
+#define CLAIM 4
+#define EACH_CLAIMED(row, rows, next)                                                                \
+    for (int64_t row##_from; (row##_from = atomic_fetch_add(&(next), CLAIM)) < (rows);)             \
+        for (int64_t row = row##_from; row < row##_from + CLAIM && row < (rows); row++)
+
 typedef enum { INT4, TABLE, INT8, FP8 } Code;
 typedef enum { NF4, FP4 } TableName;
 typedef enum { FLOAT32, FLOAT16, BFLOAT16 } DType;
-typedef enum { INPUTS_INT8, INPUTS_INT16, INPUTS_FLOAT32 } Inputs; /* what inputs are rounded to before they are multiplied */
+/* What inputs are rounded to before they are multiplied. */
+typedef enum { INPUTS_INT8, INPUTS_INT16, INPUTS_FLOAT32, INPUTS_MIXED } Inputs;
 
 /* What 4-bit codes stand for: values, and these times steps as whole numbers, rounded where steps cannot make them whole. */
 typedef struct {
@@ -60,22 +68,26 @@ typedef struct {
  *
  * Either int8 or int16: x = code * scale, with sums[step] of the codes; scales float32 and sums int32 [rows][steps], or if
  * tiled [rows / 32][steps][32]. int8: codes [rows][padded], or if tiled [rows / 32][ceil(padded / 64)][32][64]. int16:
- * wide [rows][padded], of each four in the order 0, 2, 1, 3; or if tiled 256 * codes + low, both as int8's are.
+ * wide [rows][padded], of each four in the order 0, 2, 1, 3; or split: 256 * high + codes, both as int8's are, and in
+ * `outliers`, as sums are, a bit for each four inputs of the step: whether one of their `high` is not 0. Tiled ones are
+ * split.
  * Or float32: values [rows][padded], with sums of each group, [rows][padded / group].
  */
 typedef struct {
     int64_t rows, padded, steps, groups;
-    int8_t *codes, *low; /* low: NULL where inputs are int8 */
+    int8_t *codes, *high; /* high: NULL where inputs are int8 */
     int16_t *wide;
     float *scales;
     int32_t *sums;
+    uint32_t *outliers;
     float *values, *value_sums;
 } Input;
 
 /* What every set of instructions has. */
 typedef struct {
     /* Rows row .. row + count (at most MAX_ROWS) times a pair of blocks: out float32 [count][PAIR], without the
-     * multiplier. `rows` takes int8 inputs, `wide_rows` int16 ones, `exact` float32 ones. */
+     * multiplier. `rows` takes int8 inputs, and split ones where there is `quantize_split`; `wide_rows` int16 ones, `exact`
+     * float32 ones. */
     void (*rows)(const Weight *, const Input *, int64_t block, int64_t row, int64_t count, float *out);
     void (*wide_rows)(const Weight *, const Input *, int64_t block, int64_t row, int64_t count, float *out);
     void (*exact)(const Weight *, const Input *, int64_t block, int64_t row, int64_t count, float *out);
@@ -83,9 +95,12 @@ typedef struct {
      * from those of the next. */
     void (*quantize)(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes, int64_t stride,
                      float *scales, int32_t *sums, int64_t apart);
-    /* One row to int16 as Input.wide has it, likewise. */
-    void (*quantize_wide)(const float *x, int64_t in_features, int64_t padded, int64_t step, int16_t *codes,
+    /* One row to int16 as Input.wide has it, likewise. mixed: see wide_scale. */
+    void (*quantize_wide)(const float *x, int64_t in_features, int64_t padded, int64_t step, int mixed, int16_t *codes,
                           float *scales, int32_t *sums, int64_t apart);
+    /* One row to int16, split: 64 codes, and 64 high bytes, then the next `stride` bytes on. NULL: there is none. */
+    void (*quantize_split)(const float *x, int64_t in_features, int64_t padded, int64_t step, int mixed, int8_t *codes,
+                           int8_t *high, int64_t stride, float *scales, int32_t *sums, uint32_t *outliers, int64_t apart);
     void (*widen)(const void *x, DType dtype, int64_t count, float *out);
     /* y = values * multiplier (NULL: 1) + bias (NULL: 0), in dtype. */
     void (*finish)(const float *values, const float *multiplier, const float *bias, int64_t count, DType dtype, void *y);
@@ -95,9 +110,9 @@ typedef struct {
     void (*dequantize)(const Weight *, int64_t block, int64_t from, int64_t to, float *out);
 } Kernels;
 
-/* What multiplies many rows of integer inputs faster than `rows` and `wide_rows` do. */
+/* What multiplies many rows of integer inputs faster than `rows` and `wide_rows` do, where Kernels have `quantize_split`. */
 typedef struct {
-    /* Features from .. to of a pair of blocks as a panel, int8 [ceil((to - from) / 64)][2][16][BLOCK][4]. What comes
+    /* Features from .. to of a pair of blocks as a panel of PAIR * STRETCH bytes, in an order of the set's own. What comes
      * next lies `ahead` bytes after these codes. 8-bit weights need no panel. */
     void (*unpack)(const Weight *, int64_t block, int64_t from, int64_t to, int64_t ahead, int8_t *panel);
     /* Up to 32 rows of tiled codes times that panel, added to out float32 [count][PAIR], or from 0 on in its place. */
@@ -127,7 +142,7 @@ int bitpress_products(const Factor *factors, int count, const void *x, const int
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels, avx512_kernels;
-extern const Tiles amx_tiles;
+extern const Tiles avx512_tiles, amx_tiles;
 int has_avx2(void);
 int has_avx512_vnni(void);
 int has_amx_int8(void);
@@ -151,6 +166,9 @@ static const Table tables[] = {
 /* The largest int16 code that is 256 * a + b with a and b in int8. At most 128 products with codes of at most 255 fit
  * their sum in int32. */
 #define WIDE_MOST 32639
+
+/* Of mixed inputs: the usual size of a step's codes is to be at least so large. See wide_scale. */
+#define MIXED_USUAL 22
 
 /* Where input i is in Input.wide: of each four in the order 0, 2, 1, 3, so that masks and shifts of 16 bits bring the
  * bytes of four weights to the two inputs that each 32-bit lane multiplies. */

@@ -90,19 +90,43 @@ INLINE void generic_quantize(const float *x, int64_t in_features, int64_t padded
     }
 }
 
+/* The scale of a step's int16 codes. most: the size of its largest input, as bits; roots: the sum of the square roots of the
+ * sizes of all `count`.
+ *
+ * Codes of 16 bits take the finest scale at which the largest fits. Mixed ones take a coarser: that at which the usual input's
+ * code is MIXED_USUAL, or if it is finer that at which the largest is 127. So nearly all codes fit 8 bits, and outliers need 16.
+ * The usual size is the square of the roots' mean, which an outlier moves little: one of 128 inputs that is a thousand times as
+ * large as the others makes it 1.5 times as large, and their mean 9 times. The scale's mantissa has three bits, so that it
+ * does not depend on the order of the sum. */
+INLINE float wide_scale(uint32_t most, float roots, int64_t count, int mixed) {
+    const float largest = bits_to_float(most), root = roots / (float)count;
+    float scale = largest / WIDE_MOST;
+    if (mixed && most < 0x7f800000) {
+        const float usual = bits_to_float(float_to_bits(root * root / MIXED_USUAL) & 0xfff00000), narrow = largest / 127;
+        const float coarse = usual < narrow ? usual : narrow;
+        scale = coarse > scale ? coarse : scale;
+    }
+    return scale < 0x1p-126f ? 1 : scale;
+}
+
+enum { SUMS = 16 }; /* roots are summed up in so many lanes */
+
 /* Symmetric int16 of each step, see generic_quantize. x is multiplied by 1 / scale, not divided: the two differ by less
  * than a hundredth of a code. */
-INLINE void generic_quantize_wide(const float *x, int64_t in_features, int64_t padded, int64_t step, int16_t *codes,
-                                  float *scales, int32_t *sums, int64_t apart) {
+INLINE void generic_quantize_wide(const float *x, int64_t in_features, int64_t padded, int64_t step, int mixed,
+                                  int16_t *codes, float *scales, int32_t *sums, int64_t apart) {
     for (int64_t start = 0, s = 0; start < padded; start += step, s++) {
         int64_t end = start + step < in_features ? start + step : in_features;
         uint32_t most = 0;
+        float roots[SUMS] = {0};
         for (int64_t i = start; i < end; i++) {
             uint32_t bits = float_to_bits(x[i]) & 0x7fffffff;
             most = bits > most ? bits : most;
+            if (mixed) roots[i % SUMS] += sqrtf(bits_to_float(bits));
         }
-        float scale = bits_to_float(most) / WIDE_MOST;
-        if (scale < 0x1p-126f) scale = 1;
+        for (int half = SUMS / 2; half; half /= 2)
+            for (int i = 0; i < half; i++) roots[i] += roots[i + half];
+        const float scale = wide_scale(most, roots[0], end - start, mixed);
         int finite = most < 0x7f800000;
         const float inverse = 1 / scale;
         int32_t sum = 0;
@@ -168,9 +192,9 @@ INLINE void generic_dequantize(const Weight *w, int64_t block, int64_t from, int
                                 int64_t stride, float *scales, int32_t *sums, int64_t apart) {                            \
         generic_quantize(x, in_features, padded, step, codes, stride, scales, sums, apart);                               \
     }                                                                                                                     \
-    TARGET static void quantize_wide(const float *x, int64_t in_features, int64_t padded, int64_t step, int16_t *codes,   \
-                                     float *scales, int32_t *sums, int64_t apart) {                                       \
-        generic_quantize_wide(x, in_features, padded, step, codes, scales, sums, apart);                                  \
+    TARGET static void quantize_wide(const float *x, int64_t in_features, int64_t padded, int64_t step, int mixed,        \
+                                     int16_t *codes, float *scales, int32_t *sums, int64_t apart) {                       \
+        generic_quantize_wide(x, in_features, padded, step, mixed, codes, scales, sums, apart);                           \
     }                                                                                                                     \
     TARGET static void widen(const void *x, DType dtype, int64_t count, float *out) {                                     \
         generic_widen(x, dtype, count, out);                                                                              \

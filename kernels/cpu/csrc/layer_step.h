@@ -614,7 +614,7 @@ LOCAL int64_t NAME(token_of)(const Rows *r, int64_t row) {
 TARGET static void NAME(read_rows)(void *context) {
     Rows *r = context;
     const int64_t hidden = r->l->linears[QUERY].in, item = r->s->dtype == FLOAT32 ? 4 : 2;
-    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;)
+    EACH_CLAIMED(row, r->rows, r->next)
         generic_widen((const char *)r->s->x + NAME(token_of)(r, row) * hidden * item, (DType)r->s->dtype, hidden,
                       r->x + row * hidden);
 }
@@ -622,7 +622,7 @@ TARGET static void NAME(read_rows)(void *context) {
 TARGET static void NAME(begin_rows)(void *context) {
     Rows *r = context;
     const int64_t hidden = r->l->linears[QUERY].in;
-    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
+    EACH_CLAIMED(row, r->rows, r->next) {
         memcpy(r->normed + row * hidden, r->x + row * hidden, (size_t)hidden * 4);
         NAME(norm_parts)(r->normed + row * hidden, hidden, &r->l->norms[BEFORE_ATTENTION]);
     }
@@ -633,7 +633,7 @@ TARGET static void NAME(rotate_rows)(void *context) {
     const Layer *l = r->l;
     const Context *c = r->c;
     const int64_t dim = l->dim, rotated = c->rotated, item = r->s->dtype == FLOAT32 ? 4 : 2;
-    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
+    EACH_CLAIMED(row, r->rows, r->next) {
         const int64_t at = (row / r->count * c->apart + (r->from + row % r->count) * rotated) * item;
         float *cosine = r->rotation + row * 2 * dim, *sine = cosine + dim;
         float *q = r->q + row * r->query_apart, *k = r->k + row * r->key_apart;
@@ -653,7 +653,7 @@ TARGET static void NAME(rotate_rows)(void *context) {
 TARGET static void NAME(continue_rows)(void *context) {
     Rows *r = context;
     const int64_t hidden = r->l->linears[QUERY].in;
-    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
+    EACH_CLAIMED(row, r->rows, r->next) {
         float *x = r->x + row * hidden, *normed = r->normed + row * hidden;
         NAME(norm_parts)(normed, hidden, &r->l->norms[AFTER_ATTENTION]);
         for (int64_t i = 0; i < hidden; i++) x[i] += normed[i];
@@ -665,7 +665,7 @@ TARGET static void NAME(continue_rows)(void *context) {
 TARGET static void NAME(activate_rows)(void *context) {
     Rows *r = context;
     const int64_t inner = r->inner;
-    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->inner_rows;) {
+    EACH_CLAIMED(row, r->inner_rows, r->next) {
         float *gate = r->gate + row * r->inner_apart;
         const float *up = r->up ? r->up + row * r->inner_apart : NULL;
         if (r->l->activation == SILU) NAME(activate)(gate, up, inner, SILU);
@@ -679,7 +679,7 @@ TARGET static void NAME(activate_rows)(void *context) {
 TARGET static void NAME(end_rows)(void *context) {
     Rows *r = context;
     const int64_t hidden = r->l->linears[QUERY].in;
-    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
+    EACH_CLAIMED(row, r->rows, r->next) {
         float *x = r->x + row * hidden, *normed = r->normed + row * hidden;
         NAME(norm_parts)(normed, hidden, &r->l->norms[AFTER_MLP]);
         for (int64_t i = 0; i < hidden; i++) x[i] += normed[i];
@@ -689,7 +689,7 @@ TARGET static void NAME(end_rows)(void *context) {
 TARGET static void NAME(write_rows)(void *context) {
     Rows *r = context;
     const int64_t hidden = r->l->linears[QUERY].in, item = r->s->dtype == FLOAT32 ? 4 : 2;
-    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
+    EACH_CLAIMED(row, r->rows, r->next) {
         float *x = r->x + row * hidden;
         NAME(norm_parts)(x, hidden, &r->s->norm);
         narrow(x, hidden, (DType)r->s->dtype, (char *)r->s->y + NAME(token_of)(r, row) * hidden * item);
@@ -713,7 +713,7 @@ TARGET static void NAME(route_rows)(void *context) {
     Rows *r = context;
     const Experts *e = r->l->experts;
     const int64_t hidden = r->l->linears[QUERY].in;
-    for (int64_t row; (row = atomic_fetch_add(&r->next, 1)) < r->rows;) {
+    EACH_CLAIMED(row, r->rows, r->next) {
         float *shares = r->shares + row * r->routes, sum = 0;
         int32_t *chosen = r->chosen + row * e->active;
         NAME(score)((NAME(States)){e->router, 0, e->count, hidden}, r->normed + row * hidden, 1, 1, 1, FLOAT32, r->routes,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitpress.kernels.cpu import library as native_library
-from bitpress.kernels.cpu.native import DTYPES, INT8, INT16, NativeExact, NativeInt8, NativeInt16
+from bitpress.kernels.cpu.native import DTYPES, INT8, INT16, NativeExact, NativeInt8, NativeInt16, NativeMixed
 from bitpress.kernels.qtensor import QTensor
 
 from .test_native import CASES, CPU, bound, found_library, relative, rounded
@@ -97,10 +97,12 @@ def test_products(
     """As test_native.py has it."""
     q = make_qtensor(scheme, *shape, torch.float16) if scheme.startswith("int") else make_qtensor(scheme, *shape)
     weight = q.dequantize().double()
-    for kernel, rows in itertools.product((NativeInt8(), NativeInt16(), NativeExact()), ROWS):
+    for kernel, rows in itertools.product((NativeInt8(), NativeMixed(), NativeInt16(), NativeExact()), ROWS):
         if kernel.unsupported(q, torch.float32, CPU) or (instructions == "portable" and rows not in (1, 3)):
             continue
         x = torch.randn(rows, shape[1], generator=generator)
+        if q.scheme.weight.description().type != "codebook":  # one large term would show its code's rounding
+            x[::3, 5::41] *= 40
         inputs = x.double() if kernel.input_bits is None else rounded(x, scheme, kernel.input_bits)
         y = machine.linear(instructions, kernel, q, x)
         assert relative(y, inputs, weight) <= bound(kernel, q), (kernel.name, rows)

@@ -92,9 +92,9 @@ def test_an_interrupted_evaluation_goes_on_and_ends_in_the_same_last_bit(
     assert json.dumps(answer["quality"]) == json.dumps(whole)
 
 
-@pytest.mark.parametrize(("kernel", "share"), [("auto", 1e-3), ("auto-int8", 0.1)])
+@pytest.mark.parametrize(("kernel", "share"), [("auto", 0.02), ("auto-int16", 1e-3), ("auto-int8", 0.1)])
 def test_what_rounded_inputs_cost_is_measured_against_the_same_model(ask: Any, kernel: str, share: float) -> None:
-    """16 bits, the default, add next to nothing to what 4-bit weights lose; 8 bits are seen."""
+    """What the default adds to what 4-bit weights lose is small, with 16 bits next to nothing; 8 bits are seen."""
     answer = ask(kernel=kernel)
     cost = answer["kernels"]["rounded_inputs"]
     if not any(name.startswith("native") for name in answer["kernels"]["selected"]):
@@ -102,7 +102,7 @@ def test_what_rounded_inputs_cost_is_measured_against_the_same_model(ask: Any, k
         return
     assert cost["layers"] == sum(answer["kernels"]["selected"].values())
     assert abs(cost["kl_mean"]) < share * answer["quality"]["kl_mean"]
-    assert kernel == "auto" or cost["kl_mean"] > 1e-3 * answer["quality"]["kl_mean"]
+    assert kernel != "auto-int8" or cost["kl_mean"] > 1e-3 * answer["quality"]["kl_mean"]
 
 
 @pytest.mark.usefixtures("crowded", "each_committed")
