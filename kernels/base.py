@@ -66,7 +66,8 @@ class Kernel(Protocol):
 
     rank: the place among the kernels, lower (faster) first. serves: the schemes that it can multiply by; what is not
     listed it refuses. input_bits: to how many bits it rounds the inputs of schemes that leave them alone, ordinary ones
-    and outliers among them; None: it leaves them alone too. only_calls_library: it is another library's operator, and little else.
+    and outliers among them; None: it leaves them alone too. only_calls_library: it is another library's operator, and
+    little else.
     last_resort: it serves everything, slowly, and no benchmark times it unless asked to. package: what must be
     installed for it, and is imported when a weight needs it; "" for nothing.
     """

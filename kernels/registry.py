@@ -9,8 +9,8 @@ from .base import Kernel
 from .discovery import discover
 from .qtensor import QTensor
 
-# Of each choice that is no kernel's name: to how few bits a kernel may round the inputs of weight-only schemes, ordinary
-# ones and outliers; None: to none.
+# Of each choice that is no kernel's name: to how few bits a kernel may round the inputs of weight-only schemes,
+# ordinary ones and outliers; None: to none.
 AUTOMATIC: dict[str, tuple[int, int] | None] = {
     "auto": (8, 16), "auto-int16": (16, 16), "auto-int8": (8, 8), "auto-bf16": None,
 }  # fmt: skip

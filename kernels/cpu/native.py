@@ -185,16 +185,18 @@ class NativeMixed(NativeInt16):
     """Inputs quantized to INT8, and outliers among them to INT16.
 
     LLM.int8 (arXiv 2208.07339) keeps whole features in 16 bits; here it is single inputs. The usual input of a step has
-    a code of 22 or more, and one whose code exceeds 127 gets 16 bits. So each input changes by at most 1/44 of the
+    a code of 18 or more, and one whose code exceeds 127 gets 16 bits. So each input changes by at most 1/36 of the
     usual size (the square of the mean of roots), or by 1/65278 of the largest if that is more: `wide_scale` in
-    csrc/generic.h. docs/measurements.md has what it costs, and how 22 was chosen.
+    csrc/generic.h. docs/measurements.md has what it costs, and how 18 was chosen.
     """
 
     rank: ClassVar[int] = 11
     name: ClassVar[str] = "native-mixed"
     serves: ClassVar[tuple[Serves, ...]] = (
         Serves("integer weights of 2 to 4 bits", Integer, (2, 3, 4)),
-        *(each for each in NativeInt8.serves if each.activations is None and each.weight is not Integer),
+        Serves("nf4, nf4-dq", NF4),
+        Serves("mxfp4", MXFP4),
+        Serves("nvfp4", NVFP4),
     )
     input_bits: ClassVar[tuple[int, int] | None] = (8, 16)
     inputs: ClassVar[int] = MIXED

@@ -238,11 +238,11 @@ def _compare(call: Call, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tens
 
 
 def _wide_rows(x: Tensor, counts: Tensor, mixed: bool) -> tuple[Tensor, Tensor]:
-    """INT16 codes and scales of steps [..., step], as NativeInt16 or NativeMixed has them. counts: their real inputs."""
+    """INT16 codes and scales of steps [..., step] as NativeInt16 or NativeMixed has them; counts: how many are real."""
     most = x.abs().amax(-1, keepdim=True)
     scales = most / 32639
     if mixed:
-        usual = (x.abs().sqrt().sum(-1, keepdim=True) / counts.unsqueeze(-1)).square() / 22
+        usual = (x.abs().sqrt().sum(-1, keepdim=True) / counts.unsqueeze(-1)).square() / 18
         three_bits = (usual.view(torch.int32) & -(1 << 20)).view(torch.float32)  # of the mantissa
         scales = scales.maximum(three_bits.minimum(most / 127))
     scales[scales < torch.finfo(torch.float32).tiny] = 1

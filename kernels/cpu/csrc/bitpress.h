@@ -168,7 +168,7 @@ static const Table tables[] = {
 #define WIDE_MOST 32639
 
 /* Of mixed inputs: the usual size of a step's codes is to be at least so large. See wide_scale. */
-#define MIXED_USUAL 22
+#define MIXED_USUAL 18
 
 /* Where input i is in Input.wide: of each four in the order 0, 2, 1, 3, so that masks and shifts of 16 bits bring the
  * bytes of four weights to the two inputs that each 32-bit lane multiplies. */

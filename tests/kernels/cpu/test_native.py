@@ -82,7 +82,7 @@ def wide_scales(x: Tensor, counts: Tensor, mixed: bool) -> Tensor:
     most = x.abs().amax(-1, keepdim=True)
     scales = most / 32639
     if mixed:
-        usual = (x.abs().sqrt().sum(-1, keepdim=True) / counts.unsqueeze(-1)).square() / 22
+        usual = (x.abs().sqrt().sum(-1, keepdim=True) / counts.unsqueeze(-1)).square() / 18
         three_bits = (usual.view(torch.int32) & -(1 << 20)).view(torch.float32)  # of the mantissa
         scales = scales.maximum(three_bits.minimum(most / 127))
     return scales

@@ -618,3 +618,15 @@ def test_a_dense_head_of_few_rows_is_the_librarys(pressed: Callable[[Any], Path]
         want = torch.nn.functional.linear(x, model.lm_head.weight)
         assert distance(model.lm_head(x), want) < 2**-8
     assert rows == [1, 4]
+
+
+@torch.inference_mode()
+def test_rows_that_lie_apart_reach_the_head_side_by_side(
+    pressed: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch would copy the head's weight for each sequence."""
+    model, own, contiguous = load(pressed(CONFIGS["llama"]), "bfloat16"), torch.nn.functional.linear, []
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *a: contiguous.append(x.is_contiguous()) or own(x, *a))
+    states = torch.randn(8, 5, 64).bfloat16()
+    assert distance(model.lm_head(states[:, -1:]), own(states[:, -1:], model.lm_head.weight)) < 2**-8
+    assert contiguous == [True]
