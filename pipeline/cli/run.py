@@ -180,7 +180,10 @@ def quantize(
         list[str] | None, typer.Option(help="key=value, an option of the method; may be repeated.")
     ] = None,
     observer: Annotated[
-        str, typer.Option(help="Of the range of int8-static's inputs: mse (auto), percentile or minmax.")
+        str,
+        typer.Option(
+            help="Of the range of int8-static's inputs: mse, percentile, minmax, or for each layer what is best."
+        ),
     ] = "auto",
     kv_cache: Annotated[
         str | None,

@@ -33,6 +33,7 @@ FORMAT_VERSION = 2
 DISTILL_VERSION = 1  # goes up whenever the same start would be trained to other bytes
 CACHE_VERSION = 1  # goes up whenever the same keys and values would get other scales
 BUDGET_VERSION = 2  # goes up whenever the same probes would give other choices, or these would be solved otherwise
+OBSERVER_VERSION = 2  # goes up whenever the same inputs would be given another range
 KEEP_INPUTS_VERSION = 1  # goes up whenever the same errors would be measured or judged otherwise
 # What a budget chooses from: 2.1 to 8 bits. Finer groups than 32 cost what the next width does.
 CHOICES = (
@@ -55,7 +56,7 @@ class Recipe:
     device: where calibrated methods do their work. more_devices: like it, among which batches of text and the layers of
     a block are divided; bytes are the same as with the first one alone.
     transform: what is done to each block before the methods; None for nothing.
-    observer: how the range of static inputs is chosen; None for the first way that their type has.
+    observer: how the range of static inputs is chosen; None for what is best for the block's outputs.
     keep_inputs: at most this share of the layers that quantize their inputs leave them alone; see quantize/inputs.py.
     budget: a size to meet; each layer that `rules.layers` does not name gets one of `choices`, None to keep it.
     cache: what keys and values are rounded to in the cache of attention; None to leave them.
@@ -183,6 +184,8 @@ class Recipe:
             described |= {"transform": self.transform.name, "transform.version": self.transform.version}
         if self.observer:
             described |= {"observer": self.observer}
+        elif any(spec.scheme.static for spec in self.specs()):
+            described |= {"observer.version": OBSERVER_VERSION}
         if self.keep_inputs:
             described |= {"keep_inputs": self.keep_inputs, "keep_inputs.version": KEEP_INPUTS_VERSION}
         if self.cache:

@@ -29,6 +29,7 @@ from ..system.progress import OnStep
 from ..system.threads import divided
 from ..transforms.base import Transformed
 from .block_runner import BlockRunner, BlockView, TrainableBlock, apart
+from .inputs import best_observer
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
 from .spec import LayerSpec
@@ -361,6 +362,9 @@ class CalibratedBlocks:
         devices = self.runner.divide(groups)
         wanted = [(group, kinds, device) for group, device in zip(groups, devices) if (kinds := _kinds(group))]
         collected = self._collect(block, wanted, unquantized)
+        observers: dict[str, str] = {}
+        for (group, _, _), statistics in zip(wanted, collected):
+            observers |= self._observers(block, group, statistics)
         items = (  # statistics are freed after their group
             (group, device, collected.pop(0) if _kinds(group) else {}) for group, device in zip(groups, devices)
         )
@@ -369,12 +373,33 @@ class CalibratedBlocks:
             item: tuple[Sequence[PlannedTensor], torch.device, Statistics],
         ) -> list[tuple[PlannedTensor, QTensor, Diagnostics]]:
             group, device, statistics = item
-            own = replace(self.recipe, device=str(device))
-            return [
-                (each, *quantize_calibrated(each, weight(each.info.name), self.plan, statistics, own)) for each in group
-            ]
+            solved = []
+            for each in group:
+                observer = self.recipe.observer or observers.get(each.module)
+                own = replace(self.recipe, device=str(device), observer=observer)
+                solved.append((each, *quantize_calibrated(each, weight(each.info.name), self.plan, statistics, own)))
+            return solved
 
         yield from chain.from_iterable(divided(solve, items, devices))
+
+    def _observers(self, block: int, group: Sequence[PlannedTensor], statistics: Statistics) -> dict[str, str]:
+        """Layer -> how the range of its static inputs is chosen: as is best for the outputs of the block as it is.
+
+        There is none for experts, which are many, and for a recipe that names an observer.
+        """
+        observers: dict[str, str] = {}
+        types = dict.fromkeys(its for each in group if each.spec and (its := each.spec.scheme.static))
+        if self.recipe.observer or group[0].target.expert:
+            return observers
+        for activations in types:
+            planned = [each for each in group if each.spec and each.spec.scheme.static == activations]
+            weights: dict[str, Any] = {each.info.name: self.runner.layer(each).weight.data for each in planned}
+            view = BlockView(self.runner, planned, weights, lambda: self._inputs(block))
+            seen = {kind: statistics[kind] for kind in activations.statistics}
+            if all(each.tokens for each in seen.values()):
+                layers = list(dict.fromkeys(each.module for each in planned))
+                observers |= dict.fromkeys(layers, best_observer(view, layers, activations, seen))
+        return observers
 
     def _collect(
         self, block: int, groups: Sequence[tuple[Sequence[PlannedTensor], Kinds, torch.device]], unquantized: bool

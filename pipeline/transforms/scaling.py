@@ -179,16 +179,34 @@ def _product(rounded: Tensor, scheme: Scheme, scale: Tensor, sample: Tensor) -> 
     activations = scheme.activations
     if activations is None:
         return lambda x: (x / scale) @ rounded.t()
-    own = _input_tensors(scheme, sample / scale)
+    own = _input_tensors(scheme, sample / scale, rounded)
     return lambda x: activations.apply(x / scale, own) @ rounded.t()
 
 
-def _input_tensors(scheme: Scheme, inputs: Tensor) -> dict[str, Tensor]:
-    """What static activations would store for these inputs; {} for dynamic ones."""
-    if scheme.static is None:
+def _input_tensors(scheme: Scheme, inputs: Tensor, rounded: Tensor) -> dict[str, Tensor]:
+    """What static activations would store for these inputs; {} for dynamic ones.
+
+    Of all observers, the one that is best for the outputs: a scale makes weights large where inputs were, so what
+    little is left of these inputs counts much.
+
+    Args:
+        inputs: [tokens, in]. rounded: the weight [out, in] that they meet.
+    """
+    static = scheme.static
+    if static is None:
         return {}
-    statistics = {kind: kind(inputs.shape[1], inputs.device) for kind in scheme.static.statistics}
+    statistics = {kind: kind(inputs.shape[1], inputs.device) for kind in static.statistics}
     for statistic in statistics.values():
         statistic.add(inputs)
-    own = scheme.static.tensors(statistics, scheme.static.observers[0])
-    return {name: tensor.to(inputs.device) for name, tensor in own.items()}
+    expected = inputs @ rounded.t()
+    size = expected.square().sum(1)
+
+    def error(own: dict[str, Tensor]) -> float:
+        lost = (static.apply(inputs, own) @ rounded.t() - expected).square().sum(1)
+        return ((lost / size.clamp(min=1e-30)).mean() + lost.sum() / size.sum().clamp(min=1e-30)).item()
+
+    choices = []
+    for observer in static.observers:
+        own = static.tensors(statistics, observer)
+        choices.append({name: tensor.to(inputs.device) for name, tensor in own.items()})
+    return min(choices, key=error)

@@ -19,7 +19,7 @@ class Smooth(Scaling):
 
     name = "smooth"
     rank = 10
-    version = 3
+    version = 4
     about = "moves what is hard to round in a layer's inputs into its weights; for schemes that quantize inputs"
 
     def propose(self, inputs: InputRange, weights: Tensor) -> Iterator[tuple[str, Tensor]]:

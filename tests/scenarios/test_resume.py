@@ -159,9 +159,10 @@ class TestKilledWhileCalibrating:
             ({}, 1),
             ({"transform": "awq"}, 23),
             ({"transform": "smooth", "scheme": "int8-dynamic", "keep_inputs": 0.5, "kv_cache": "int8"}, 13),
+            ({"transform": "smooth", "scheme": "int8-static"}, 37),
             ({"scheme": "int2-g32", "distill": 3}, 29),
         ],
-        ids=["gptq", "awq+gptq", "smooth+gptq, inputs kept, cache", "gptq, distilled"],
+        ids=["gptq", "awq+gptq", "smooth+gptq, inputs kept, cache", "smooth+gptq, static", "gptq, distilled"],
     )
     def test_at_every_write_sync_and_rename(
         self,

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from bitpress.kernels.activations.int8_tensor import InputCounts, Int8Tensor
 from bitpress.kernels.activations.int8_token import Int8Token
 from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.errors import ConfigError
-from bitpress.pipeline.quantize.inputs import InputError, input_errors, with_inputs_kept
+from bitpress.pipeline.quantize.inputs import InputError, best_observer, input_errors, with_inputs_kept
 from bitpress.pipeline.quantize.plan import make_plan
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint
@@ -77,3 +78,35 @@ def test_a_recipe_has_inputs_to_keep() -> None:
     with pytest.raises(ConfigError, match="keep_inputs: a budget chooses the scheme"):
         Recipe.make({"budget": "4.25 bits", "keep_inputs": "5%"})
     assert "keep_inputs" not in Recipe.make("int8-dynamic").to_dict()
+
+
+class OneLayer:
+    """A block that is one layer, as far as an observer is chosen by it."""
+
+    def __init__(self, inputs: Tensor, weight: Tensor):
+        self.inputs, self.weight = inputs, weight
+
+    def tensor(self, name: str) -> Tensor:
+        assert name == "down.weight"
+        return self.weight
+
+    def error(self, products: dict[str, Callable[[Tensor], Tensor]]) -> float:
+        expected = self.inputs @ self.weight.t()
+        lost = products["down"](self.inputs) - expected
+        return (lost.square().sum() / expected.square().sum()).item()
+
+
+@pytest.mark.parametrize(("large", "observer"), [(1.0, "mse"), (100.0, "minmax")])
+def test_the_outputs_choose_the_observer(large: float, observer: str) -> None:
+    """One input of 262,144 is 20, the others are of the order of 1. The least squared error of inputs cuts it off.
+
+    Where the weights that it meets are large, that is what must not be done.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(1 << 15, 8, generator=generator), torch.randn(4, 8, generator=generator)
+    inputs[7, 0] = 20
+    weight[:, 0] *= large
+    counts = InputCounts(8, inputs.device)
+    counts.add(inputs)
+    block: Any = OneLayer(inputs, weight)
+    assert best_observer(block, ["down"], Int8Tensor(), {InputCounts: counts}) == observer
