@@ -186,8 +186,8 @@ def _product(rounded: Tensor, scheme: Scheme, scale: Tensor, sample: Tensor) -> 
 def _input_tensors(scheme: Scheme, inputs: Tensor, rounded: Tensor) -> dict[str, Tensor]:
     """What static activations would store for these inputs; {} for dynamic ones.
 
-    Of all observers, the one that is best for the outputs: a scale makes weights large where inputs were, so what
-    little is left of these inputs counts much.
+    It is what the observer that is best for the outputs would store. A scale makes weights large where inputs were, so
+    what little is left of these inputs counts much.
 
     Args:
         inputs: [tokens, in]. rounded: the weight [out, in] that they meet.
