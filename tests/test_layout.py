@@ -28,7 +28,8 @@ ORDER = {
     " -> quantize, checkpoints -> transforms -> methods, models -> formats, data -> hub"
     " -> system, config, storage -> errors",
     "kernels": "bench -> decoder_layer -> linear -> registry -> cpu, triton, external, reference -> base -> qtensor"
-    " -> scheme -> weights, activations -> packing -> kv_cache -> caches -> discovery, user_cache",
+    " -> scheme -> weights, activations -> packing -> kv_cache -> caches -> discovery, user_cache,"
+    " onednn",
     "eval": "report -> measure",
 }
 ALONE = {"demo_model"}  # a script beside its model: it imports nothing of ours, and nothing of ours imports it

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import onednn
 from ..activations.fp8 import Fp8Group, Fp8Tensor, Fp8Token
 from ..activations.int8_token import Int8Token
 from ..base import Kernel, PackedWeight, Serves
@@ -447,13 +448,12 @@ def _linear(
 def _multiply_dequantized(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, instructions: int
 ) -> Tensor:
-    """torch's own product with the weight, a piece at a time, so that the pieces stay in cache."""
+    """torch's or oneDNN's product with the weight, a piece at a time, so that the pieces stay in cache."""
     y = x.new_empty(*x.shape[:-1], out_features)
     for start in range(0, out_features, _PIECE):
         count = min(_PIECE, out_features - start)
-        y[..., start : start + count] = F.linear(
-            x, dequantize(packed, x.dtype, instructions, start, count, x.shape[-1])
-        )
+        weight = dequantize(packed, x.dtype, instructions, start, count, x.shape[-1])
+        y[..., start : start + count] = onednn.linear(x, weight)
     return y if bias is None else y + bias.to(y.dtype)
 
 

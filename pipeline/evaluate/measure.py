@@ -32,6 +32,7 @@ from bitpress.eval.measure.protocols import Window, beginning
 from bitpress.eval.measure.sample import sample
 from bitpress.eval.report.words import size
 from bitpress.kernels.linear import inputs_left_alone
+from bitpress.kernels.onednn import Products
 
 from ..config.schema import AUTO, Eval, Speed
 from ..data.text import Text, read_text
@@ -232,7 +233,7 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
         _free()
         _predict(job, text)
         model = job.load()
-    with job.numbers():
+    with job.numbers(), Products():
         with inputs_left_alone(model):
             answer |= _quality(job, model, text, reason)
         answer["kernels"]["rounded_inputs"] = _rounded_inputs(model, text)

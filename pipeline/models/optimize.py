@@ -31,6 +31,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bitpress.eval.measure.cache import cache_name
+from bitpress.kernels import onednn
 from bitpress.kernels.caches.base import Codes
 from bitpress.kernels.cpu.native import DTYPES, FLOAT32, dense_linear, dense_unsupported
 from bitpress.kernels.decoder_layer import (
@@ -51,8 +52,9 @@ from .next_token import NextToken, choose_tokens
 from .structure import decoder
 
 _ROOM = 256  # tokens that a cache grows by, at least; an eighth of what it holds where that is more
-# Inputs of 16 bits that are to stay as they are: from so many rows on, torch's product with a dequantized weight is the
-# faster one. A layer of SmolLM2 on Zen 4 takes 36 ms by it and 49 in one call for 512 rows, 8.2 and 5.7 for 64.
+# Inputs that are to stay as they are, of 16 bits, or of 32 where oneDNN multiplies them: from so many rows on, a
+# product with a dequantized weight is the faster one. A layer of SmolLM2 on Zen 4 takes 36 ms by it and 49 in one call
+# for 512 rows of bfloat16, 8.2 and 5.7 for 64.
 _LONG = 192
 _STATES = ("keys", "values", "room", "_start", "_length", "_states")
 # Up to so many rows, and numbers in them, a dense head's product is the library's. On two cores of Zen 4, with torch's:
@@ -459,10 +461,8 @@ def _native_takes(x: Tensor, native: NativeLayers, module: nn.Module) -> bool:
         return False
     if x.requires_grad or (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())):
         return False
-    inputs = native.inputs()
-    return None not in inputs and not (
-        FLOAT32 in inputs and x.dtype != torch.float32 and x.shape[0] * x.shape[1] >= _LONG
-    )
+    inputs, slow = native.inputs(), x.dtype == torch.float32 and not onednn.faster()
+    return None not in inputs and not (FLOAT32 in inputs and not slow and x.shape[0] * x.shape[1] >= _LONG)
 
 
 class _Decoding:
