@@ -115,9 +115,8 @@ class RecipeDefaults(_Strict):
     keep_inputs: Share = Field(
         0.0, ge=0, le=1
     )  # of the layers that quantize inputs, 5% at most leave them alone: the worst
-    observer: str = (
-        AUTO  # mse, percentile or minmax: how static inputs get a range; auto: what suits the block's outputs
-    )
+    # how static inputs get a range: mse, percentile or minmax; auto: for each layer what suits its block's outputs
+    observer: str = AUTO
     kv_cache: str | None = None  # fp8, int8, int8-g64, int4-g64: keys and values are rounded to it; None: as they are
     calibration: Calibrate | None = None  # None: the defaults above, where a method needs any
     sequential: bool = True  # each block learns on what the quantized ones before it put out; false: unquantized ones
