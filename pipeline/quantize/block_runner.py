@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bitpress.kernels.linear import QExperts
 from bitpress.kernels.qtensor import QTensor
@@ -562,37 +563,38 @@ class BlockRunner:
         while wave := list(islice(batches, self._workers)):
             yield wave
 
-    @contextlib.contextmanager
-    def _hooked(self, layers: Sequence[PlannedTensor], note: Callable[[PlannedTensor, Any], None]) -> Iterator[None]:
+    def _hooked(
+        self, layers: Sequence[PlannedTensor], note: Callable[[PlannedTensor, Any], None]
+    ) -> contextlib.AbstractContextManager[None]:
         """note(layer, input) at each call of a layer's module."""
-        handles = [
+        return _until_left(
             self.layer(planned).register_forward_pre_hook(
                 lambda _, inputs, planned=planned: note(planned, inputs[0]) if inputs else None
             )
             for planned in layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        )
 
-    @contextlib.contextmanager
     def _watched(
         self, layers: Sequence[PlannedTensor], note: Callable[[PlannedTensor, Tensor, Tensor], None]
-    ) -> Iterator[None]:
+    ) -> contextlib.AbstractContextManager[None]:
         """note(layer, input, output) at each call of a layer's module."""
-        handles = [
+        return _until_left(
             self.layer(planned).register_forward_hook(
                 lambda _, inputs, output, planned=planned: note(planned, inputs[0], output) if inputs else None
             )
             for planned in layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        )
+
+
+@contextlib.contextmanager
+def _until_left(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are registered on entering, and removed on leaving."""
+    handles = list(hooks)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class BlockView:

@@ -120,9 +120,10 @@ def best_observer(
         layers: their names in the files. activations: static ones. statistics: of these inputs.
     """
 
+    weights = {layer: block.tensor(f"{layer}.weight").to(torch.float32) for layer in layers}
+
     def error(observer: str) -> float:
         own = activations.tensors(statistics, observer)
-        weights = {layer: block.tensor(f"{layer}.weight").to(torch.float32) for layer in layers}
         return block.error({layer: _product(activations, own, weight) for layer, weight in weights.items()})
 
     return min(activations.observers, key=error)

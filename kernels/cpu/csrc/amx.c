@@ -29,7 +29,8 @@ int has_amx_int8(void) {
 #endif
 }
 
-/* 4-bit weights as signed bytes, their zero points taken off. 8-bit ones are left as they are: they lie as tiles do. */
+/* 4-bit weights as signed bytes, their zero points taken off: int8 [ceil((to - from) / 64)][2][16][BLOCK][4]. 8-bit ones are
+ * left as they are: they lie as tiles do. */
 AMX static void unpack(const Weight *w, int64_t block, int64_t from, int64_t to, int64_t ahead, int8_t *panel) {
     if (w->code == INT8) return;
     const __m512i nibble = _mm512_set1_epi8(15);

@@ -48,6 +48,12 @@ AVX512_INLINE __m512i unsigned_table(const Weight *w) {
     return _mm512_xor_si512(_mm512_broadcast_i32x4(codes), _mm512_set1_epi8((char)0x80));
 }
 
+/* Codes of 4 bits in the low halves of bytes, or what the table has for them, as unsigned bytes. */
+AVX512_INLINE __m512i low_halves(__m512i both, __m512i table, const int64_t kind) {
+    const __m512i codes = _mm512_and_si512(both, _mm512_set1_epi8(15));
+    return kind == TABLE ? _mm512_shuffle_epi8(table, codes) : codes;
+}
+
 /* Writes the totals [count, wide] of rows and blocks to out. A table's are sums of its steps. */
 AVX512_INLINE void store_totals(const Weight *w, const __m512 *totals, const int count, const int wide, const Code kind,
                                 float *out) {
@@ -70,11 +76,7 @@ AVX512 static __attribute__((noinline)) void add_high(const Weight *w, const Inp
     for (; outliers; outliers &= outliers - 1) {
         const int four = __builtin_ctz(outliers);
         __m512i weights = _mm512_loadu_si512(codes + (w->code == INT8 ? four : four / 2) * 64);
-        if (w->code != INT8) {
-            if (four % 2) weights = _mm512_srli_epi16(weights, 4);
-            weights = _mm512_and_si512(weights, _mm512_set1_epi8(15));
-        }
-        if (w->code == TABLE) weights = _mm512_shuffle_epi8(table, weights);
+        if (w->code != INT8) weights = low_halves(four % 2 ? _mm512_srli_epi16(weights, 4) : weights, table, w->code);
         for (int64_t m = 0; m < count; m++)
             products[m] = _mm512_dpbusd_epi32(products[m], weights, four_inputs(high + m * in->padded + 4 * four));
     }
@@ -91,7 +93,6 @@ AVX512_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int6
                            const int wide, const Code kind, float *out) {
     const int64_t groups = w->padded / w->group, steps = w->group / w->step;
     const int64_t apart = BLOCK * (w->padded / code_bytes(w)); /* bytes from one block's codes to the next one's */
-    const __m512i nibble = _mm512_set1_epi8(15);
     const __m512i table = unsigned_table(w);
     const uint8_t *codes = w->codes + block * apart;
     const int8_t *x = in->codes + row * in->padded;
@@ -126,12 +127,8 @@ AVX512_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int6
                     continue;
                 }
                 const __m512i both = _mm512_loadu_si512(at);
-                first[j] = _mm512_and_si512(both, nibble);
-                second[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-                if (kind == TABLE) {
-                    first[j] = _mm512_shuffle_epi8(table, first[j]);
-                    second[j] = _mm512_shuffle_epi8(table, second[j]);
-                }
+                first[j] = low_halves(both, table, kind);
+                second[j] = low_halves(_mm512_srli_epi16(both, 4), table, kind);
             }
             codes += kind == INT8 ? 128 : 64;
             for (int m = 0; m < count; m++) {
@@ -506,17 +503,15 @@ AVX512 static uint64_t read_words(const uint64_t *from, int64_t words) { return 
 /* Codes of 4 bits, or what a table has for them, as unsigned bytes: [2][(to - from) / 4][BLOCK][4]. */
 AVX512 static void unpack(const Weight *w, int64_t block, int64_t from, int64_t to, int64_t ahead, int8_t *panel) {
     if (w->code == INT8) return;
-    const __m512i nibble = _mm512_set1_epi8(15), table = unsigned_table(w);
+    const __m512i table = unsigned_table(w);
     for (int64_t j = 0; j < 2; j++) {
         const uint8_t *codes = w->codes + ((block + j) * w->padded + from) * BLOCK / 2;
         int8_t *bytes = panel + j * STRETCH * BLOCK;
         for (int64_t k = from; k < to; k += 8, codes += 64, bytes += 128) {
             const __m512i both = _mm512_loadu_si512(codes);
             _mm_prefetch((const char *)codes + ahead, _MM_HINT_T1);
-            __m512i first = _mm512_and_si512(both, nibble), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-            if (w->code == TABLE) first = _mm512_shuffle_epi8(table, first), second = _mm512_shuffle_epi8(table, second);
-            _mm512_storeu_si512(bytes, first);
-            _mm512_storeu_si512(bytes + 64, second);
+            _mm512_storeu_si512(bytes, low_halves(both, table, w->code));
+            _mm512_storeu_si512(bytes + 64, low_halves(_mm512_srli_epi16(both, 4), table, w->code));
         }
     }
 }
@@ -524,7 +519,7 @@ AVX512 static void unpack(const Weight *w, int64_t block, int64_t from, int64_t 
 /* Four features of `count` rows, x of each CHUNK bytes after the one before, times a pair of blocks. */
 AVX512_INLINE void multiply_four(__m512i *sums, const int8_t *x, const int8_t *left, const int8_t *right, const int count) {
     const __m512i first = _mm512_loadu_si512(left), second = _mm512_loadu_si512(right);
-    for (int m = 0; m < count; m++) { /* with the intrinsic, GCC 12 moves registers as often as it multiplies */
+    for (int m = 0; m < count; m++) {
         const __m512i four = four_inputs(x + m * CHUNK);
         sums[2 * m] = _mm512_dpbusd_epi32(sums[2 * m], first, four);
         sums[2 * m + 1] = _mm512_dpbusd_epi32(sums[2 * m + 1], second, four);

@@ -75,7 +75,7 @@ typedef struct {
  */
 typedef struct {
     int64_t rows, padded, steps, groups;
-    int8_t *codes, *high; /* high: NULL where inputs are int8 */
+    int8_t *codes, *high; /* high: NULL where they are not split */
     int16_t *wide;
     float *scales;
     int32_t *sums;
