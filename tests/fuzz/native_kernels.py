@@ -27,8 +27,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fixtures"))
 
 import torch
+from native_inputs import wide_codes
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -226,7 +228,7 @@ def _compare(call: Call, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tens
         step = native._grouping(Scheme.parse(call.scheme), call.shape[1])[0]
         padded = torch.nn.functional.pad(x, (0, -x.shape[1] % step)).unflatten(-1, (-1, step)).float()
         counts = (x.shape[1] - step * torch.arange(padded.shape[-2])).clamp(max=step)
-        codes, scales = quantize_rows(padded) if bits == (8, 8) else _wide_rows(padded, counts, bits == (8, 16))
+        codes, scales = quantize_rows(padded) if bits == (8, 8) else wide_codes(padded, counts, bits == (8, 16))
         x = (codes.double() * scales.double()).flatten(-2)[:, : x.shape[1]]
     product = x @ weight.t() + (0 if bias is None else bias.double())
     terms = (x.square() @ weight.square().t()).sum() + (0 if bias is None else bias.double().square().sum() * len(x))
@@ -235,18 +237,6 @@ def _compare(call: Call, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tens
     error = (y - product)[finite].norm()
     bound = max(BOUND[call.dtype], CODEBOOK if call.scheme.startswith("nf4") else 0)
     assert error <= bound * terms.sqrt() + torch.finfo(call.dtype).tiny * y.numel(), f"error {error / terms.sqrt()}"
-
-
-def _wide_rows(x: Tensor, counts: Tensor, mixed: bool) -> tuple[Tensor, Tensor]:
-    """INT16 codes and scales of steps [..., step] as NativeInt16 or NativeMixed has them; counts: how many are real."""
-    most = x.abs().amax(-1, keepdim=True)
-    scales = most / 32639
-    if mixed:
-        usual = (x.abs().sqrt().sum(-1, keepdim=True) / counts.unsqueeze(-1)).square() / 18
-        three_bits = (usual.view(torch.int32) & -(1 << 20)).view(torch.float32)  # of the mantissa
-        scales = scales.maximum(three_bits.minimum(most / 127))
-    scales[scales < torch.finfo(torch.float32).tiny] = 1
-    return (x * (1 / scales)).round(), scales
 
 
 def named(kernel: str) -> type[native.NativeInt8]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_inputs import wide_codes
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -204,10 +205,8 @@ def int8_rows(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tens
 def mixed_groups(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Each 128 features of a row in 8 bits and outliers in 16, as the native kernel has them by default."""
     groups = inputs[0].unflatten(-1, (-1, 128))
-    most, usual = groups.abs().amax(-1, keepdim=True), groups.abs().sqrt().mean(-1, keepdim=True).square() / 18
-    three_bits = (usual.view(torch.int32) & -(1 << 20)).view(torch.float32)  # of the mantissa
-    scales = (most / 32639).maximum(three_bits.minimum(most / 127))
-    return ((groups / scales).round().mul(scales).flatten(-2), *inputs[1:])
+    codes, scales = wide_codes(groups, torch.full(groups.shape[:-1], 128), mixed=True)
+    return ((codes * scales).flatten(-2), *inputs[1:])
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_inputs import wide_codes
 from torch import Tensor
 
 from bitpress.kernels.activations.int8_token import quantize_rows
@@ -74,20 +75,6 @@ def instructions(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def wide_scales(x: Tensor, counts: Tensor, mixed: bool) -> Tensor:
-    """Scales of INT16 codes, as NativeInt16 or NativeMixed has them: of x [..., step] to [..., 1].
-
-    counts: how many inputs of each step there are; the others are 0.
-    """
-    most = x.abs().amax(-1, keepdim=True)
-    scales = most / 32639
-    if mixed:
-        usual = (x.abs().sqrt().sum(-1, keepdim=True) / counts.unsqueeze(-1)).square() / 18
-        three_bits = (usual.view(torch.int32) & -(1 << 20)).view(torch.float32)  # of the mantissa
-        scales = scales.maximum(three_bits.minimum(most / 127))
-    return scales
-
-
 def rounded(x: Tensor, scheme: str, bits: tuple[int, int] = (8, 8)) -> Tensor:
     """float64 [rows, in]: x to INT8, INT16 or a mixture of them and back, by steps, or by rows for int8-dynamic."""
     if scheme == "int8-dynamic":
@@ -97,8 +84,7 @@ def rounded(x: Tensor, scheme: str, bits: tuple[int, int] = (8, 8)) -> Tensor:
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % step)).unflatten(-1, (-1, step))
     if bits != (8, 8):
         counts = (x.shape[-1] - step * torch.arange(padded.shape[-2])).clamp(max=step)
-        scales = wide_scales(padded, counts, mixed=bits == (8, 16))
-        codes = (padded * (1 / scales.masked_fill(scales == 0, 1))).round()
+        codes, scales = wide_codes(padded, counts, mixed=bits == (8, 16))
     else:
         codes, scales = quantize_rows(padded)
     return (codes.double() * scales.double()).flatten(-2)[..., : x.shape[-1]]
