@@ -23,7 +23,7 @@ from bitpress.pipeline.models.packed import Packing
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 from bitpress.pipeline.storage.packed_file import FOLDER, PackedFile, packed_files
 
-from ..storage.test_packed_file import rewrite
+from ..storage.test_packed_file import header_of, rewrite
 
 Logits = Callable[..., torch.Tensor]
 LAYER = "model.layers.0.mlp.down_proj"
@@ -203,8 +203,7 @@ def test_headers_that_somebody_made_up(how: str, optimized: Path, packed: Path, 
 
 def test_any_bytes_are_safe(optimized: Path, packed: Path, caplog: Any, logits: Logits) -> None:
     """Bytes of the packed weights' own headers are compared; all others are numbers, and wrong ones at worst."""
-    header = json.loads(packed.read_bytes()[packed.read_bytes().index(b'{"key"') :].rpartition(b"}")[0] + b"}")
-    _, (size,), at = header["tensors"][f"{LAYER}/data"]
+    _, (size,), at = header_of(packed)["tensors"][f"{LAYER}/data"]
     content = packed.read_bytes()
     packed.write_bytes(content[: at + 8] + b"\x41" + content[at + 9 :])
     loading.load(optimized)

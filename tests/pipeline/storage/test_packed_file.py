@@ -39,11 +39,18 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "a.packed"
 
 
+def header_of(path: Path) -> dict[str, Any]:
+    """The header as it is written, "tensors" among it."""
+    content = path.read_bytes()
+    start, length, _, _ = _FOOTER.unpack(content[-_FOOTER.size :])
+    return dict(json.loads(content[start : start + length]))
+
+
 def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """The header changed, and its place and hash made to fit it: what somebody writes who means harm."""
     content = path.read_bytes()
-    start, length, _, magic = _FOOTER.unpack(content[-_FOOTER.size :])
-    header = json.loads(content[start : start + length])
+    start, _, _, magic = _FOOTER.unpack(content[-_FOOTER.size :])
+    header = header_of(path)
     changed = change(header)
     text = json.dumps(header if changed is None else changed).encode()
     path.write_bytes(content[:start] + text + _FOOTER.pack(start, len(text), hashlib.sha256(text).digest(), magic))
