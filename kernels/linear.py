@@ -96,15 +96,18 @@ def _refuse_to_move(dtype: torch.dtype, device: torch.device, fn: Callable[[Tens
 
 
 @contextmanager
-def inputs_left_alone(model: nn.Module) -> Iterator[int]:
+def inputs_left_alone(model: nn.Module, of_all_schemes: bool = False) -> Iterator[int]:
     """Meanwhile, layers of weight-only schemes whose kernel rounds its inputs use its exact kernel instead.
 
     Yields how many layers these are.
+
+    Args:
+        of_all_schemes: layers whose scheme rounds inputs do so, too, where there is such a kernel.
     """
     rounding: list[tuple[QLinear, Selection]] = []
     try:
         for layer in model.modules():
-            if isinstance(layer, QLinear) and layer.scheme.activations is None:
+            if isinstance(layer, QLinear) and (of_all_schemes or layer.scheme.activations is None):
                 own = layer.selection
                 if (exact := own.kernel.exact()) is not None:
                     rounding.append((layer, own))

@@ -207,7 +207,7 @@ def _is_ours(path: Path) -> bool:
 def _load(path: Path, origin: str) -> Library:
     lib = ctypes.CDLL(str(path))
     lib.bitpress_kernel_name.restype = ctypes.c_char_p
-    lib.bitpress_layout.argtypes = [_POINTER, *[_INT64] * 9]
+    lib.bitpress_layout.argtypes = [_POINTER, *[_INT64] * 11]
     lib.bitpress_layout.restype = _INT64
     lib.bitpress_use_huge_pages.argtypes = [_POINTER, _INT64]
     lib.bitpress_page_in.argtypes = [_POINTER, _INT64]

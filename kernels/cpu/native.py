@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import onednn
+from ..activations.base import Activations
 from ..activations.fp8 import Fp8Group, Fp8Tensor, Fp8Token
+from ..activations.int8_tensor import Int8Tensor, Int8TensorAsymmetric
 from ..activations.int8_token import Int8Token
 from ..base import Kernel, PackedWeight, Serves
 from ..packing import pack, unpack
@@ -57,7 +59,7 @@ _EXACT_ROWS = 48
 
 class NativeWeight(PackedWeight):
     """`data` uint8 [bytes]: a header and what csrc/bitpress.h calls Weight. `instructions`: which set multiplies. Other
-    buffers are what the inputs' type stores."""
+    buffers are what the inputs' type stores, where inputs are rounded before csrc/ gets them."""
 
     data: Tensor
     instructions: int
@@ -77,6 +79,8 @@ class NativeInt8(Kernel):
         Serves("mxfp4", MXFP4),
         Serves("nvfp4", NVFP4),
         Serves("int8-dynamic", Integer, (8,), Int8Token),
+        Serves("int8-static", Integer, (8,), Int8Tensor),
+        Serves("int8-static-asym", Integer, (8,), Int8TensorAsymmetric),
     )
     input_bits: ClassVar[tuple[int, int] | None] = (8, 8)
     inputs: ClassVar[int] = INT8
@@ -108,7 +112,7 @@ class NativeInt8(Kernel):
         return f"{native.instructions[self.chosen()]}, {native.origin}"
 
     def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
-        static = qtensor.scheme.static
+        static = _apart(qtensor.scheme)
         stored = {name: qtensor.extra[name] for name in (static.layout() if static else ())}
         return self._packed(qtensor, data=_pack(_shared(), qtensor), **stored)
 
@@ -120,7 +124,7 @@ class NativeInt8(Kernel):
     def restore(self, qtensor: QTensor, tensors: Mapping[str, Tensor]) -> PackedWeight:
         """`data` must begin with the very header that this weight gets: all that the library finds anything by. Every
         code, scale and zero point is a number to it, whatever its bits."""
-        static = qtensor.scheme.static
+        static = _apart(qtensor.scheme)
         if tensors.keys() != {"data", *(static.layout() if static else ())}:
             raise ValueError(f"it holds {', '.join(sorted(tensors))}")
         data, (header, size, _) = tensors["data"], _layout(_shared(), qtensor)
@@ -231,6 +235,11 @@ def rounds_inputs(scheme: Scheme) -> bool:
     return scheme.activations is not None and (scheme.joined or scheme.weight.description().type == "float")
 
 
+def _apart(scheme: Scheme) -> Activations | None:
+    """The type of inputs whose tensors are kept beside the packed weight; None: there are none, or they are in it."""
+    return scheme.static if rounds_inputs(scheme) else None
+
+
 def inputs_of(kernel: Kernel) -> int | None:
     """What a native kernel rounds inputs to, as csrc/ numbers it; None of another kernel."""
     return kernel.inputs if isinstance(kernel, NativeInt8) else None
@@ -264,7 +273,11 @@ def _layout(native: Library, qtensor: QTensor) -> tuple[Tensor, int, bool]:
     header = torch.zeros(_HEADER, dtype=torch.uint8)
     table = _NF4 if kind == "codebook" else _FP4  # of code books, NF4 is the only one that is served
     layout = (out_features, in_features, group, step, code, table, zero)
-    size = native.lib.bitpress_layout(header.data_ptr(), *layout, not single, qtensor.zeros is not None)
+    static = None if rounds_inputs(scheme) else scheme.static
+    has_shifts = static is not None and not static.description().get("symmetric", True)
+    size = native.lib.bitpress_layout(
+        header.data_ptr(), *layout, not single, qtensor.zeros is not None, static is not None, has_shifts
+    )
     assert size > 0, layout
     return header, size, single
 
@@ -286,6 +299,7 @@ def _pack(native: Library, qtensor: QTensor) -> Tensor:
     words, strides = codes.shape[1], codes.stride()
     native.lib.bitpress_pack(packed.data_ptr(), codes.data_ptr(), words, *strides, is_nf4, torch.get_num_threads())
     _fill_scales(packed, qtensor, single)
+    _fill_inputs(packed, qtensor)
     return packed
 
 
@@ -350,6 +364,23 @@ def _fill_scales(packed: Tensor, qtensor: QTensor, single: bool) -> None:
     if qtensor.zeros is not None:
         _put(packed, zero_at, qtensor.zeros)
     packed[multiplier_at:].view(torch.float32)[:out_features] = multiplier * factor
+
+
+def _fill_inputs(packed: Tensor, qtensor: QTensor) -> None:
+    """The scale and the zero point of inputs that all share one, and what the zero point adds to sums of products."""
+    scheme, offsets = qtensor.scheme, packed[:_HEADER].view(torch.int64).tolist()
+    inputs_at, shifts_at = offsets[14:]
+    if not inputs_at:
+        return
+    assert scheme.static is not None
+    _, scale, zero = scheme.static.codes(torch.zeros(1, 1), qtensor.extra)
+    inputs = packed[inputs_at:].view(torch.float32)
+    inputs[0] = scale.item()
+    if zero is not None:
+        inputs[1] = zero.item()
+        weight_zeros = scheme.middle if qtensor.zeros is None else qtensor.zeros.to(torch.int64)
+        sums = (unpack(qtensor.codes, 8, qtensor.shape[1]).to(torch.int64) - weight_zeros).sum(1)
+        packed[shifts_at:].view(torch.int32)[: len(sums)] = zero.to(torch.int64) * sums
 
 
 def _put(packed: Tensor, at: int, values: Tensor) -> None:

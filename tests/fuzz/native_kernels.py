@@ -59,7 +59,8 @@ BATCH = 100  # calls of one process
 PATTERN = 0xA5
 DTYPES = tuple(native.DTYPES)
 BASES = (
-    "int2", "int3", "int4", "int8", "int4-asym", "int8-asym", "int8-dynamic", "nf4", "nf4-dq", "mxfp4", "nvfp4", "fp8",
+    "int2", "int3", "int4", "int8", "int4-asym", "int8-asym", "int8-dynamic", "int8-static",
+    "int8-static-asym", "nf4", "nf4-dq", "mxfp4", "nvfp4", "fp8",
     "fp8-b128", "fp8-tensor",
 )  # fmt: skip
 # RMS, relative to what independent terms would add up to; see tests/kernels/cpu/test_native.py. Outputs are rounded to
@@ -70,7 +71,10 @@ JUMPS = 2.0**-5  # of a rounded cache's codes, at a difference in a key's last b
 KINDS = (native.NativeInt8, native.NativeMixed, native.NativeInt16, native.NativeExact)
 LAYERS = 10  # one call of so many is a step of a decoder layer
 CACHES = ("fp8", "fp8-head", "int8", "int8-g2", "int8-g16", "int8-g32", "int8-g64", "int4-g16", "int4-g32")
-LAYER_SCHEMES = ("int3-g32", "int4-g32", "int4-g64-asym", "int8-channel", "int8-g128", "nf4", "mxfp4", "nvfp4", "fp8")
+LAYER_SCHEMES = (
+    "int3-g32", "int4-g32", "int4-g64-asym", "int8-channel", "int8-g128", "int8-dynamic", "int8-static",
+    "int8-static-asym", "nf4", "mxfp4", "nvfp4", "fp8",
+)  # fmt: skip
 
 
 class Guarded:
@@ -129,21 +133,22 @@ class Call:
 def make_call(number: int, seed: int, runnable: list[str]) -> Call:
     generator = random.Random(f"{seed} {number}")
     base = generator.choice(BASES)
+    quantizes_inputs = base.startswith(("int8-dynamic", "int8-static"))
     name, asym, _ = base.partition("-asym")
     columns = generator.choice((1, 2, 7, 31, 32, 33, 64, 127, 200, 509, 640, 1151))
     if base.startswith("nf4"):
         columns, name = 64 * generator.randrange(1, 12), base
     elif base in ("mxfp4", "nvfp4"):
         columns, name = (32 if base == "mxfp4" else 16) * generator.randrange(1, 30), base
-    elif base.startswith("fp8"):
+    elif base.startswith("fp8") or quantizes_inputs:
         name = base
-    elif base != "int8-dynamic":
+    else:
         group = generator.choice((32, 64, 96, 128, 256, None))
         name = f"{name}-{'channel' if group is None else f'g{group}'}{asym}"
         columns = columns if group is None else group * generator.randrange(1, 8)
     out = generator.choice((1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129))
     rows = generator.choice((1, 2, 3, 7, 8, 9, 16, 17, 33, 47, 64, 65))
-    kind = native.NativeInt8 if base == "int8-dynamic" else generator.choice(KINDS)
+    kind = native.NativeInt8 if quantizes_inputs else generator.choice(KINDS)
     kind = native.NativeExact if base.startswith("fp8") else kind
     return Call(
         number, seed, name, (out, columns), rows, generator.choice(DTYPES), generator.random() < 0.3, kind.name,
@@ -213,17 +218,21 @@ def perform(call: Call, loaded: Library) -> None:
     assert torch.equal(packed, before), "the weight was written to"
     expected = qtensor.dequantize()
     assert torch.allclose(weight, expected[first : first + count], rtol=2.0**-10, atol=1e-6), "dequantized wrongly"
-    _compare(call, x, y, bias, expected.double())
+    _compare(call, qtensor, x, y, bias, expected.double())
 
 
-def _compare(call: Call, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tensor) -> None:
-    """Rows with NaN or Inf spoil no other; the others are near the product in float64."""
-    good = x.isfinite().all(1)
+def _compare(call: Call, qtensor: QTensor, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tensor) -> None:
+    """Rows with NaN or Inf spoil no other; the others are near the product in float64. A static range has an end, which
+    Inf is rounded to as all that is beyond."""
+    static = qtensor.scheme.static
+    good = ~x.isnan().any(1) if static else x.isfinite().all(1)
     assert good.all() or not y[~good].isfinite().all(), "NaN or Inf came out finite"
     x, y = x[good].double(), y[good].double()
     if not len(x):
         return
-    if (bits := named(call.kernel).input_bits) is not None:
+    if static:
+        x = static.apply(x.float(), qtensor.extra).double()
+    elif (bits := named(call.kernel).input_bits) is not None:
         # Inputs share a scale with a group of weights, of at most 128; int8-dynamic has one for the row.
         step = native._grouping(Scheme.parse(call.scheme), call.shape[1])[0]
         padded = torch.nn.functional.pad(x, (0, -x.shape[1] % step)).unflatten(-1, (-1, step)).float()
@@ -282,6 +291,8 @@ class LayerCall:
 def make_layer_call(number: int, seed: int, runnable: list[str]) -> LayerCall:
     generator = random.Random(f"layer {seed} {number}")
     step = {"int4-g64-asym": 64, "int8-g128": 128, "nf4": 64}.get(scheme := generator.choice(LAYER_SCHEMES), 32)
+    kind = native.NativeExact if scheme == "fp8" else generator.choice(KINDS)
+    kind = native.NativeInt8 if Scheme.parse(scheme).activations else kind
     dim, key_heads = generator.choice((16, 32, 48, 64, 112, 128)), generator.choice((1, 2, 3))
     heads = key_heads * generator.choice((1, 2, 3, 5))
     while heads * dim % step:  # what o reads consists of whole groups
@@ -294,8 +305,7 @@ def make_layer_call(number: int, seed: int, runnable: list[str]) -> LayerCall:
         number, seed, scheme, first, count, heads, key_heads, dim, step * generator.randrange(1, 4),
         step * generator.randrange(1, 6), length, generator.choice((1, 2, 7)), generator.random() < 0.5,
         generator.choice(ACTIVATIONS), generator.choice(DTYPES),
-        (native.NativeExact if scheme == "fp8" else generator.choice(KINDS)).name,
-        generator.choice((1, 1, 2, 3)), generator.choice(runnable),
+        kind.name, generator.choice((1, 1, 2, 3)), generator.choice(runnable),
         generator.choice(("normal", "normal", "zero", "huge", "nan")), generator.random() < 0.7,
         *(generator.random() < 0.4 for _ in range(4)), generator.choice((None, None, 2.5)),
         generator.choice((0, 0, 1, 2, 5, 17)), generator.random() < 0.5,
@@ -321,7 +331,7 @@ def perform_layer(call: LayerCall, loaded: Library) -> None:
     def linear(out_features: int, in_features: int) -> QLinear:
         scheme = Scheme.parse(call.scheme)
         shape = (out_features, in_features)
-        qtensor = QTensor.of(scheme, shape, scheme.weight.random(shape, generator))
+        qtensor = QTensor.of(scheme, shape, scheme.random(shape, generator))
         if call.scheme == "mxfp4":
             qtensor.scales.sub_(in_features.bit_length() // 2)
         elif call.scheme == "nvfp4":
@@ -332,7 +342,7 @@ def perform_layer(call: LayerCall, loaded: Library) -> None:
         if call.extras and scheme.weight.holds_order:
             qtensor = replace(qtensor, order=torch.randperm(in_features, generator=generator).to(torch.int32))
         bias = copied(torch.randn(out_features, generator=generator)) if call.extras else None
-        layer = QLinear(qtensor, bias, torch.float32, "native-bf16")
+        layer = QLinear(qtensor, bias, torch.float32, "auto" if scheme.activations else "native-bf16")
         layer.selection = Selection(kernel, {})
         layer.packed.instructions = kernel.chosen()
         return layer

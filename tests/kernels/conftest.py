@@ -57,8 +57,9 @@ def make_qtensor(generator: torch.Generator) -> Callable[..., QTensor]:
         groups, levels = scheme.groups(in_features), 1 << scheme.bits
         codes = pack(randint(levels, out_features, in_features), scheme.bits)
         scales = (rand(out_features, groups) * 2 / levels).to(scale_dtype)
+        zeros = None if scheme.symmetric else randint(levels, out_features, groups)
         return QTensor(
-            scheme, shape, codes, scales, None if scheme.symmetric else randint(levels, out_features, groups)
+            scheme, shape, codes, scales, zeros, extra=scheme.static.random(generator) if scheme.static else {}
         )
 
     return make

@@ -48,15 +48,16 @@ def make_parts(make_qtensor: Callable[..., QTensor], generator: torch.Generator)
         cap: float | None = None,
         experts: int = 0,
         shared: bool = False,
+        scheme: str = "int4-g32",
     ) -> Parts:
         def linear(out_features: int, in_features: int) -> QLinear:
-            qtensor = make_qtensor("int4-g32", out_features, in_features)
+            qtensor = make_qtensor(scheme, out_features, in_features)
             qtensor = replace(qtensor, scales=qtensor.scales / in_features**0.5)
             if extras:
                 order = torch.randperm(in_features, generator=generator).to(torch.int32)
                 qtensor = replace(qtensor, order=order)
             bias = torch.randn(out_features, generator=generator).to(torch.bfloat16) if extras else None
-            layer = QLinear(qtensor, bias, torch.float32, "native-bf16")
+            layer = QLinear(qtensor, bias, torch.float32, "auto" if qtensor.scheme.activations else "native-bf16")
             layer.selection = Selection(kernel or NativeExact(), {})
             layer.packed.instructions = layer.selection.kernel.chosen()
             return layer
@@ -426,6 +427,18 @@ def test_with_quantized_inputs(make_parts: MakeParts):
     """A difference in the last bit may round an input's code to its neighbour: 1/127 of the largest in its group."""
     check(make_parts(kernel=NativeInt8()), 20, torch.float32, 1e-2)
     check(make_parts(kernel=NativeInt16()), 20, torch.float32, 1e-4)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("scheme", ["int8-static", "int8-static-asym"])
+def test_with_a_range_of_inputs_for_each_layer(scheme: str, instructions: str, make_parts: MakeParts):
+    """q, k and v read the same inputs by ranges of their own; gate and up by one."""
+    parts = make_parts(kernel=NativeInt8(instructions), scheme=scheme)
+    gate, up = (parts.linears[number].packed.data for number in (4, 5))
+    inputs_at = gate[:128].view(torch.int64)[14]
+    up[inputs_at : inputs_at + 4] = gate[inputs_at : inputs_at + 4]
+    check(parts, 20, torch.float32, 2e-2)
+    check(parts, 3, torch.float32, 2e-2, count=40)
 
 
 def test_each_linear_layer_has_its_own_inputs(make_parts: MakeParts):

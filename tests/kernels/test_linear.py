@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from bitpress.eval.measure.memory import resident_bytes
 from bitpress.kernels import registry as kernel_registry
 from bitpress.kernels.base import Kernel, PackedWeight
-from bitpress.kernels.linear import QEmbedding, QExperts, QLinear, join_projections
+from bitpress.kernels.cpu.library import library
+from bitpress.kernels.linear import QEmbedding, QExperts, QLinear, inputs_left_alone, join_projections
 from bitpress.kernels.packing import pack
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.reference import Reference
@@ -251,3 +252,20 @@ def test_joined_is_what_the_whole_would_be(
 def test_scales_with_code_books_of_their_own_are_not_joined(make_qtensor: Make) -> None:
     kernel = next(kernel for kernel in JOINING if kernel.name == "triton-nf4")
     assert kernel.join([kernel.pack(make_qtensor("nf4-dq", 8, 256), torch.float16) for _ in range(2)]) is None
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static", "int8-static-asym"])
+def test_inputs_that_a_scheme_rounds_are_left_alone_on_request(make_qtensor: Make, scheme: str) -> None:
+    if isinstance(reason := library(), str):
+        pytest.skip(reason)
+    q, x = make_qtensor(scheme, 33, 64), torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    layer, exact = QLinear(q, None, torch.float32), x @ q.dequantize().t()
+    rounding = layer(x)
+    with inputs_left_alone(layer) as count:
+        assert torch.equal(layer(x), rounding)
+        assert count == 0
+    with inputs_left_alone(layer, of_all_schemes=True) as count:
+        torch.testing.assert_close(layer(x), exact, rtol=1e-4, atol=1e-4)  # the order of sums
+        assert count == 1
+    assert torch.equal(layer(x), rounding)
+    assert (rounding - exact).abs().max() > 1e-2

@@ -31,16 +31,20 @@ SHAPES = {
     "int8-g128-asym": [(33, 256)],
     "int8-channel": [(1, 1), (31, 300)],
     "int8-dynamic": [(1, 1), (1, 64), (13, 1), (13, 31), (63, 65), (64, 64), (65, 63), (257, 129)],
+    "int8-static": [(1, 1), (63, 65)],
+    "int8-static-asym": [(13, 31), (257, 129)],
     "nf4": [(1, 1), (13, 31), (31, 64), (32, 64), (33, 128), (544, 192), (64, 96)],
     "nf4-dq": [(1, 64), (31, 65), (64, 128), (96, 192), (577, 64)],
 }
 KERNELS = [kernel.name for kernel in registry()]
-SERVES = {"torch-int4": "int4", "torch-int8": "int8-dynamic", "bnb-nf4": "nf4"}  # how a scheme's name begins; else all
+SERVES: dict[str, tuple[str, ...]] = {  # how a scheme's name begins; else all
+    "torch-int4": ("int4",), "torch-int8": ("int8-dynamic", "int8-static"), "bnb-nf4": ("nf4",)
+}  # fmt: skip
 CASES = [
     (kernel, scheme, shape)
     for kernel in KERNELS
     for scheme, shapes in SHAPES.items()
-    if scheme.startswith(SERVES.get(kernel, ""))
+    if scheme.startswith(SERVES.get(kernel, ("",)))
     for shape in shapes
 ]
 
@@ -52,7 +56,7 @@ def kernel_named(name: str) -> Kernel:
 def read_inputs(name: str, q: QTensor, x: Tensor) -> Tensor:
     """float64 [rows, in]: what a kernel makes of its inputs before it multiplies."""
     bits = kernel_named(name).input_bits if q.scheme.activations is None else (8, 8)
-    return x.double() if bits is None else rounded(x, q.scheme.name, bits)
+    return x.double() if bits is None else rounded(x, q, bits)
 
 
 def relative_rms(found: Tensor, q: QTensor, x: Tensor, bias: Tensor | float = 0, name: str = "") -> float:
@@ -137,6 +141,8 @@ def test_forms_of_input(make_qtensor: Make, generator: torch.Generator, name: st
         ("nf4", "bnb-nf4"),
         ("int4-g32", "native-int8"),
         ("int8-dynamic", "native-int8"),
+        ("int8-static", "native-int8"),
+        ("int8-static-asym", "native-int8"),
         ("nf4", "native-int8"),
         ("int4-g32", "native-mixed"),
         ("nf4", "native-mixed"),
@@ -160,6 +166,25 @@ def test_nan_in_the_input_shows(make_qtensor: Make, scheme: str, name: str, rows
     y = kernel.linear(x, kernel.pack(q, torch.bfloat16), None)
     assert y[1].isnan().all()
     assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static", "int8-static-asym"])
+@pytest.mark.parametrize("name", ["torch-int8", "native-int8"])
+def test_int8_is_exact_at_the_ends_of_its_range(make_qtensor: Make, scheme: str, name: str) -> None:
+    """Codes of -128 and 127 on both sides, infinities among the inputs of a range that has an end."""
+    q, kernel = make_qtensor(scheme, 64, 96), kernel_named(name)
+    if reason := kernel.unsupported(q, torch.float32, CPU):
+        pytest.skip(reason)
+    q.codes.fill_(0)
+    q.codes[::2] = -1  # the code 255
+    q.scales.fill_(1)
+    x = torch.full((9, 96), -127.0)
+    x[1::2] = 127
+    if q.scheme.static:
+        q.extra["input_scale"].fill_(0.5)
+        x[3:5] *= torch.inf
+    expected = kernel_named("reference").linear(x, kernel_named("reference").pack(q, torch.float32), None)
+    assert torch.equal(kernel.linear(x, kernel.pack(q, torch.float32), None), expected)
 
 
 @pytest.mark.parametrize("name", ["torch-int8", "native-int8"])

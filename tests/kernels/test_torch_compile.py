@@ -16,7 +16,7 @@ Make = Callable[..., QTensor]
 
 LAYERS = 2
 TRITON = [kernel.name for kernel in registry() if kernel.name.startswith("triton")]
-SCHEMES = ("int4-g32-asym", "int4-g128", "int8-dynamic", "int8-g32", "nf4", "nf4-dq", "fp8")
+SCHEMES = ("int4-g32-asym", "int4-g128", "int8-dynamic", "int8-static", "int8-g32", "nf4", "nf4-dq", "fp8")
 
 
 def llama(make_qtensor: Make, scheme: str, kernel: str, dtype: torch.dtype) -> nn.Module:

@@ -114,7 +114,7 @@ EXPORT int bitpress_page_in(void *start, int64_t bytes) {
 typedef struct {
     int64_t magic, out_features, in_features, padded, group, step, code, zero;
     int64_t codes, scales, zeros, multiplier; /* bytes from the header's start; 0: there is none */
-    int64_t bytes, table, unused[2];
+    int64_t bytes, table, inputs, shifts;
 } Header;
 
 static Weight weight_of(const void *packed) {
@@ -125,7 +125,9 @@ static Weight weight_of(const void *packed) {
                     .codes = (const uint8_t *)(base + h->codes),
                     .scales = h->scales ? (const uint16_t *)(base + h->scales) : NULL,
                     .zeros = h->zeros ? (const uint8_t *)(base + h->zeros) : NULL,
-                    .multiplier = (const float *)(base + h->multiplier), .table = &tables[h->table]};
+                    .multiplier = (const float *)(base + h->multiplier),
+                    .inputs = h->inputs ? (const float *)(base + h->inputs) : NULL,
+                    .shifts = h->shifts ? (const int32_t *)(base + h->shifts) : NULL, .table = &tables[h->table]};
 }
 
 static int64_t blocks_of(const Weight *w) { return (w->out_features + PAIR - 1) / PAIR * 2; }
@@ -133,11 +135,13 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 static int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Fills the header; returns the bytes that the whole takes, -1 where the numbers do not fit together. */
+/* has_inputs: whether inputs have a scale that is stored; has_shifts: whether they have a zero point, too.
+ * Fills the header; returns the bytes that the whole takes, -1 where the numbers do not fit together. */
 EXPORT int64_t bitpress_layout(void *packed, int64_t out_features, int64_t in_features, int64_t group, int64_t step,
-                               int64_t code, int64_t table, int64_t zero, int64_t has_scales, int64_t has_zeros) {
+                               int64_t code, int64_t table, int64_t zero, int64_t has_scales, int64_t has_zeros,
+                               int64_t has_inputs, int64_t has_shifts) {
     if (out_features < 1 || in_features < 1 || step < 16 || step % 16 || group % step || code < INT4 || code > FP8 ||
-        table < NF4 || table > FP4)
+        table < NF4 || table > FP4 || (has_inputs && (code != INT8 || step != group || step < in_features)))
         return -1;
     const int64_t padded = (in_features + group - 1) / group * group;
     const Weight w = {.out_features = out_features, .padded = padded, .code = code};
@@ -149,6 +153,8 @@ EXPORT int64_t bitpress_layout(void *packed, int64_t out_features, int64_t in_fe
     if (has_scales) h.scales = end, end = aligned(end + outputs * groups * 2);
     if (has_zeros) h.zeros = end, end = aligned(end + outputs * groups);
     h.multiplier = end, end = aligned(end + outputs * 4);
+    if (has_inputs) h.inputs = end, end = aligned(end + 2 * 4);
+    if (has_inputs && has_shifts) h.shifts = end, end = aligned(end + outputs * 4);
     h.bytes = end;
     memcpy(packed, &h, sizeof h);
     return end;
@@ -253,7 +259,10 @@ static void prepare_row(const Product *p, int64_t row, float *floats) {
     const int64_t to = p->tiles ? tiled : row * in->padded, stride = p->tiles ? tile_bytes : CHUNK;
     const int64_t apart = p->tiles ? PAIR : 1;
     const int mixed = p->inputs == INPUTS_MIXED;
-    if (p->inputs == INPUTS_INT8)
+    if (p->outputs[0].w.inputs)
+        p->k->quantize_static(values, p->in_features, in->padded, p->outputs[0].w.inputs, in->codes + to, stride, in->scales + at,
+                              in->sums + at);
+    else if (p->inputs == INPUTS_INT8)
         p->k->quantize(values, p->in_features, in->padded, p->step, in->codes + to, stride, in->scales + at, in->sums + at,
                        apart);
     else if (p->split)
@@ -407,7 +416,9 @@ static int multiply_alike(Product *p, int threads) {
 }
 
 static int alike(const Weight *a, const Weight *b) {
-    return a->in_features == b->in_features && a->padded == b->padded && a->group == b->group && a->step == b->step;
+    const int fixed = a->inputs || b->inputs;
+    return a->in_features == b->in_features && a->padded == b->padded && a->group == b->group && a->step == b->step &&
+           (!fixed || (a->inputs && b->inputs && !memcmp(a->inputs, b->inputs, 2 * sizeof(float))));
 }
 
 int bitpress_products(const Factor *factors, int count, const void *x, const int32_t *order, int64_t rows, int64_t dtype,
@@ -424,7 +435,7 @@ int bitpress_products(const Factor *factors, int count, const void *x, const int
             if (((const Header *)factors[to].packed)->magic != MAGIC) return 2;
             const Weight w = weight_of(factors[to].packed);
             const int wide = inputs == INPUTS_INT16 || inputs == INPUTS_MIXED;
-            if ((wide && w.step > 128) || (inputs != INPUTS_FLOAT32 && w.code == FP8)) return 2;
+            if ((wide && w.step > 128) || (inputs != INPUTS_FLOAT32 && w.code == FP8) || (w.inputs && inputs != INPUTS_INT8 && inputs != INPUTS_FLOAT32)) return 2;
             if (p.count && !alike(&w, &p.outputs[0].w)) break;
             p.outputs[p.count++] = (Output){.w = w, .bias = factors[to].bias, .y = factors[to].y};
         }
@@ -435,7 +446,8 @@ int bitpress_products(const Factor *factors, int count, const void *x, const int
 
 /* y [rows][out_features] = x [rows][in_features] times the weight + bias (float32 [out_features], or NULL).
  *
- * x and y have the dtype. inputs: one of Inputs; int16 and mixed need steps of at most 128, and FP8 weights need float32.
+ * x and y have the dtype. inputs: one of Inputs; int16 and mixed need steps of at most 128, FP8 weights need float32.
+ * int8 inputs whose scale is stored with the weight are rounded by that.
  * Returns 0; 1: out of memory; 2: no such weight, inputs or kernel.
  */
 EXPORT int bitpress_linear(const void *packed, const void *x, int64_t rows, int64_t dtype, const float *bias, void *y,

@@ -52,6 +52,13 @@ AVX2_INLINE __m256i products(__m256i codes, __m256i x, const Code kind) {
     return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
 }
 
+/* Sums of products of four signed bytes each, of any values: -128 times -128 fits no sum of pairs in int16. */
+AVX2_INLINE __m256i whole_products(__m256i codes, __m256i x) {
+    const __m256i even = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+    return _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srai_epi16(codes, 8), _mm256_srai_epi16(x, 8)));
+}
+
 AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_t row, const int count,
                          const Code kind, float *out) {
     const int64_t groups = w->padded / w->group, steps = w->group / w->step;
@@ -72,7 +79,10 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
                                             : _mm256_set1_ps((float)w->zero - off);
             for (int64_t last = s + steps; s < last; s++, x += w->step) {
                 __m256i sums[AT_ONCE];
-                for (int m = 0; m < count; m++) sums[m] = _mm256_setzero_si256();
+                __m256i shift = _mm256_setzero_si256();
+                if (w->shifts)
+                    shift = _mm256_loadu_si256((const __m256i *)(w->shifts + (block + half / 2) * BLOCK + half % 2 * 8));
+                for (int m = 0; m < count; m++) sums[m] = _mm256_sub_epi32(_mm256_setzero_si256(), shift);
                 for (int64_t k = 0; k < w->step; k += per_load, codes += 64) {
                     const __m256i both = _mm256_loadu_si256((const __m256i *)codes);
                     _mm_prefetch((const char *)codes + 2048, _MM_HINT_T0);
@@ -84,6 +94,10 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
                     }
                     for (int m = 0; m < count; m++) {
                         const int8_t *here = x + m * in->padded + k;
+                        if (kind == INT8 && w->inputs) { /* codes of -128 */
+                            sums[m] = _mm256_add_epi32(sums[m], whole_products(first, four_inputs(here)));
+                            continue;
+                        }
                         __m256i pairs = products(first, four_inputs(here), kind);
                         if (kind == INT4)
                             pairs = _mm256_add_epi16(pairs, products(second, four_inputs(here + 4), kind));

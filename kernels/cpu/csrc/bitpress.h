@@ -53,6 +53,9 @@ typedef struct {
  *   high one; of 8 bits, uint8 [blocks][padded / 4][BLOCK][4]. blocks is even, padded a multiple of step.
  * scales: float16 [blocks][padded / group][BLOCK], or NULL: 1 everywhere. zeros: uint8, likewise, or NULL: `zero`.
  * multiplier: float32 [out_features].
+ * inputs: NULL, or the scale and the zero point by which all inputs are rounded to int8. shifts: int32, a number for each
+ *   output of the blocks, taken off its sum of products: the zero point times the sum of code - zero; or NULL: 0. Where
+ *   there are inputs, step, group and padded are one.
  * step: the inputs that share an activation scale, a multiple of 16 that divides group; group divides padded.
  */
 typedef struct {
@@ -60,7 +63,8 @@ typedef struct {
     const uint8_t *codes;
     const uint16_t *scales;
     const uint8_t *zeros;
-    const float *multiplier;
+    const float *multiplier, *inputs;
+    const int32_t *shifts;
     const Table *table; /* of TABLE */
 } Weight;
 
@@ -95,6 +99,9 @@ typedef struct {
      * from those of the next. */
     void (*quantize)(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes, int64_t stride,
                      float *scales, int32_t *sums, int64_t apart);
+    /* One row to int8, likewise, in one step and by the scale and the zero point in inputs[2]. */
+    void (*quantize_static)(const float *x, int64_t in_features, int64_t padded, const float *inputs, int8_t *codes,
+                            int64_t stride, float *scale, int32_t *sum);
     /* One row to int16 as Input.wide has it, likewise. mixed: see wide_scale. */
     void (*quantize_wide)(const float *x, int64_t in_features, int64_t padded, int64_t step, int mixed, int16_t *codes,
                           float *scales, int32_t *sums, int64_t apart);

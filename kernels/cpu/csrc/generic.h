@@ -90,6 +90,32 @@ INLINE void generic_quantize(const float *x, int64_t in_features, int64_t padded
     }
 }
 
+/* codes = x / scale rounded, ties to even, plus the zero point, at most 127 and at least -128. A row with NaN gets a scale
+ * that shows it. Comparisons are such that whatever inputs[2] is, a code is of int8. */
+INLINE void generic_quantize_static(const float *x, int64_t in_features, int64_t padded, const float *inputs, int8_t *codes,
+                                    int64_t stride, float *scale, int32_t *sum) {
+    uint32_t most = 0;
+    int32_t total = 0;
+    for (int64_t i = 0; i < in_features; i++) {
+        const uint32_t bits = float_to_bits(x[i]) & 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    for (int64_t start = 0; start < padded; start += CHUNK) {
+        const int64_t count = in_features - start < CHUNK ? in_features - start : CHUNK;
+        int8_t *to = codes + start / CHUNK * stride;
+        for (int64_t i = 0; i < count; i++) {
+            float code = rintf(x[start + i] / inputs[0]) + inputs[1];
+            code = code > -128 ? code : -128;
+            code = code < 127 ? code : 127;
+            to[i] = (int8_t)(int32_t)code;
+            total += (int32_t)code;
+        }
+        for (int64_t i = count > 0 ? count : 0; i < CHUNK && start + i < padded; i++) to[i] = 0;
+    }
+    *scale = most > 0x7f800000 ? NAN : inputs[0];
+    *sum = total;
+}
+
 /* The scale of a step's int16 codes. most: the size of its largest input, as bits; roots: the sum of the square roots of the
  * sizes of all `count`.
  *
@@ -192,6 +218,10 @@ INLINE void generic_dequantize(const Weight *w, int64_t block, int64_t from, int
                                 int64_t stride, float *scales, int32_t *sums, int64_t apart) {                            \
         generic_quantize(x, in_features, padded, step, codes, stride, scales, sums, apart);                               \
     }                                                                                                                     \
+    TARGET static void quantize_static(const float *x, int64_t in_features, int64_t padded, const float *inputs,          \
+                                       int8_t *codes, int64_t stride, float *scale, int32_t *sum) {                       \
+        generic_quantize_static(x, in_features, padded, inputs, codes, stride, scale, sum);                               \
+    }                                                                                                                     \
     TARGET static void quantize_wide(const float *x, int64_t in_features, int64_t padded, int64_t step, int mixed,        \
                                      int16_t *codes, float *scales, int32_t *sums, int64_t apart) {                       \
         generic_quantize_wide(x, in_features, padded, step, mixed, codes, scales, sums, apart);                           \
@@ -208,7 +238,7 @@ INLINE void generic_dequantize(const Weight *w, int64_t block, int64_t from, int
     }                                                                                                                     \
     TARGET static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
 #define GENERIC_MEMBERS                                                                                    \
-    .quantize = quantize, .quantize_wide = quantize_wide, .widen = widen, .finish = finish, .read = read_words, \
-    .dequantize = dequantize
+    .quantize = quantize, .quantize_static = quantize_static, .quantize_wide = quantize_wide, .widen = widen, \
+    .finish = finish, .read = read_words, .dequantize = dequantize
 
 #endif

@@ -78,12 +78,14 @@ LOCAL void NAME(rows_of)(const Weight *w, const Input *in, int64_t block, int64_
             for (int q = 0; q < quads; q++) {
                 const int64_t group = ((block + from / BLOCK) * groups + s / steps) * BLOCK + from % BLOCK + 4 * q;
                 const float32x4_t group_scale = four_scales(w, group);
+                const int64_t first = (block + from / BLOCK) * BLOCK + from % BLOCK + 4 * q;
+                const int32x4_t shift = w->shifts ? vld1q_s32(w->shifts + first) : vdupq_n_s32(0);
                 const int32x4_t zero = kind == TABLE ? vdupq_n_s32(0) : four_zeros(w, group, kind == INT8 ? 128 : 0);
                 for (int m = 0; m < count; m++) {
                     const int two = m / 2 * 2 + 1 < count;
                     int32x4_t sum = NAME(sum)(low[m / 2][q], m % 2, two);
                     if (wide) sum = vaddq_s32(sum, vshlq_n_s32(NAME(sum)(high[m / 2][q], m % 2, two), 8));
-                    sum = vmlsq_n_s32(sum, zero, in->sums[(row + m) * in->steps + s]);
+                    sum = vmlsq_n_s32(vsubq_s32(sum, shift), zero, in->sums[(row + m) * in->steps + s]);
                     const float32x4_t scale = vmulq_n_f32(group_scale, in->scales[(row + m) * in->steps + s]);
                     totals[m][q] = vfmaq_f32(totals[m][q], vcvtq_f32_s32(sum), scale);
                 }

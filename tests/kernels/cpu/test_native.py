@@ -46,6 +46,8 @@ SHAPES = {  # a block is 16 outputs, a pair 32; steps are 32 to 128 inputs, a st
     "int8-g128-asym": [(37, 640)],
     "int8-channel-asym": [(17, 131)],
     "int8-dynamic": [(1, 1), (15, 17), (33, 509), (47, 1151), (32, 4096)],
+    "int8-static": [(1, 1), (33, 509), (32, 4096)],
+    "int8-static-asym": [(1, 1), (15, 17), (47, 1151), (32, 4096)],
     "nf4": [(1, 64), (33, 192), (47, 704)],
     "nf4-dq": [(65, 128)],
     "mxfp4": [(1, 32), (33, 544)],
@@ -75,8 +77,14 @@ def instructions(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def rounded(x: Tensor, scheme: str, bits: tuple[int, int] = (8, 8)) -> Tensor:
-    """float64 [rows, in]: x to INT8, INT16 or a mixture of them and back, by steps, or by rows for int8-dynamic."""
+def rounded(x: Tensor, q: QTensor, bits: tuple[int, int] = (8, 8)) -> Tensor:
+    """float64 [rows, in]: x to INT8, INT16 or a mixture of them and back, by steps, or by rows for int8-dynamic, or by
+    the scale and the zero point of a static scheme."""
+    scheme = q.scheme.name
+    if scheme.startswith("int8-static"):
+        zero = int(q.extra.get("input_zero_point", torch.zeros(1)))
+        codes = ((x.float() / q.extra["input_scale"]).round() + zero).clamp(-128, 127)
+        return (codes - zero).double() * q.extra["input_scale"].double()
     if scheme == "int8-dynamic":
         step = x.shape[-1]
     else:
@@ -126,7 +134,7 @@ def test_products(
             if q.scheme.weight.description().type != "codebook":  # one large term would show its code's rounding
                 x[::3, 5::41] *= 40
             y = kernel.linear(x, packed, None)
-            inputs = x.double() if kernel.input_bits is None else rounded(x, scheme, kernel.input_bits)
+            inputs = x.double() if kernel.input_bits is None else rounded(x, q, kernel.input_bits)
             assert relative(y, inputs, weight) <= bound(kernel, q), (kernel.name, rows)
 
 
@@ -202,6 +210,7 @@ def test_every_code_of_e4m3(make_qtensor: Make, instructions: str) -> None:
     ("kind", "scheme"),
     [
         (NativeInt8, "int8-dynamic"),
+        (NativeInt8, "int8-static-asym"),
         (NativeMixed, "int4-g128"),
         (NativeMixed, "nf4"),
         (NativeInt16, "int4-g128"),
@@ -226,15 +235,33 @@ def test_rows_do_not_depend_on_their_company(
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [(NativeInt8, "int8-dynamic"), (NativeInt16, "int8-channel-asym")])
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [(NativeInt8, "int8-dynamic"), (NativeInt8, "int8-static-asym"), (NativeInt16, "int8-channel-asym")],
+)
 def test_instruction_sets_quantize_alike(make_qtensor: Make, kind: type[NativeInt8], scheme: str) -> None:
     """Halves and near-halves included: a code that flipped would show. Sums of steps are added in their order."""
     q = make_qtensor(scheme, 8, 512)
+    if q.scheme.static:
+        q.extra["input_scale"].fill_(1)
     x = torch.arange(-255, 257, dtype=torch.float32).div(2).repeat(3, 1) * torch.tensor([[1.0], [0.3], [1e-6]])
     x[:, ::128] = x[:, ::128].abs().amax(1, keepdim=True)
     outputs = [kind(name).linear(x, kind().pack(q, x.dtype), None) for name in found_library().runnable]
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=0, atol=0 if kind is NativeInt8 else 2e-6)
+
+
+@pytest.mark.parametrize("scheme", ["int8-static", "int8-static-asym"])
+def test_restored_ranges_of_inputs_may_hold_anything(make_qtensor: Make, instructions: str, scheme: str) -> None:
+    """They come from files: whatever they are, codes are of int8 and nothing else is spoilt."""
+    q, kernel = make_qtensor(scheme, 33, 130), NativeInt8(instructions)
+    x = torch.randn(9, 130, generator=torch.Generator().manual_seed(0))
+    for values in ((0.0, 0.0), (torch.nan, torch.nan), (torch.inf, -torch.inf), (1e-40, 1e38), (-1.0, 300.0)):
+        packed = kernel.pack(q, torch.float32).get_buffer("data").clone()
+        at = int(packed[:128].view(torch.int64)[14])
+        packed[at : at + 8].view(torch.float32).copy_(torch.tensor(values))
+        restored = kernel.restore(QTensor.without_content(q.scheme, q.shape), {"data": native.copied(packed)})
+        assert kernel.linear(x, restored, None).shape == (9, 33)
 
 
 @pytest.mark.parametrize("kind", [NativeMixed, NativeInt16, NativeExact])
@@ -262,7 +289,7 @@ def test_many_threads_and_a_narrow_weight(make_qtensor: Make, generator: torch.G
         y = kernel.linear(x, kernel.pack(q, torch.float32), None)
     finally:
         torch.set_num_threads(threads)
-    assert relative(y, rounded(x, "int4-g64"), q.dequantize().double()) <= 2.0**-20
+    assert relative(y, rounded(x, q), q.dequantize().double()) <= 2.0**-20
 
 
 def test_op_is_sound_under_compilation(make_qtensor: Make) -> None:
@@ -355,10 +382,10 @@ def test_the_layout_has_a_number() -> None:
         tensors = {each: filled(size, kinds[0]) for each, (size, kinds) in scheme.layout(shape).items()}
         data = native._pack(found_library(), QTensor.of(scheme, shape, tensors))
         digest.update(data.numpy().tobytes())
-    assert (native._LAYOUT, digest.hexdigest()[:16]) == (1, "4c3e7d4929cbc3db")
+    assert (native._LAYOUT, digest.hexdigest()[:16]) == (1, "c8d7dae6a2b9422f")
 
 
-@pytest.mark.parametrize("scheme", ["int4-g128-asym", "int8-dynamic", "fp8-static"])
+@pytest.mark.parametrize("scheme", ["int4-g128-asym", "int8-dynamic", "int8-static-asym", "fp8-static"])
 def test_packed_weights_are_restored(make_qtensor: Make, scheme: str) -> None:
     kernel = NativeExact() if scheme.startswith("fp8") else NativeInt8()
     qtensor = make_qtensor(scheme, 33, 256)

@@ -103,7 +103,7 @@ def test_products(
         x = torch.randn(rows, shape[1], generator=generator)
         if q.scheme.weight.description().type != "codebook":  # one large term would show its code's rounding
             x[::3, 5::41] *= 40
-        inputs = x.double() if kernel.input_bits is None else rounded(x, scheme, kernel.input_bits)
+        inputs = x.double() if kernel.input_bits is None else rounded(x, q, kernel.input_bits)
         y = machine.linear(instructions, kernel, q, x)
         assert relative(y, inputs, weight) <= bound(kernel, q), (kernel.name, rows)
 
