@@ -90,7 +90,7 @@ class TorchInt8(Kernel):
 def _product_cpu(codes: Tensor, packed: Int8Weight) -> Tensor:
     """int8 [rows, in] -> float32 [rows, out], the channels' scales applied.
 
-    oneDNN gets the codes as uint8 with the zero point 128: signed ones it multiplies in a plain loop on some CPUs (Zen 5
+    oneDNN gets codes as uint8 with the zero point 128: signed ones it multiplies in a plain loop on some CPUs (Zen 5
     and torch 2.13: 512 rows by 1536 x 576 take 29 s, and 1 ms as uint8).
     """
     rows = len(codes)
