@@ -45,7 +45,7 @@ class GPTQ(Method):
     passes: of coordinate descent over scales and codes afterwards.
     true_sequential: within a block, each layer is calibrated on inputs that the quantized layers before it gave.
     by_gradient: a token counts in a layer's Hessian by how much an error of the layer's output for it moves what the
-        block puts out; else all tokens count the same.
+        block puts out; else all tokens count the same. It takes half as long again: a backward pass through each block.
     """
 
     damping: Annotated[float, Field(gt=0, le=1)] = 1e-4
@@ -53,7 +53,7 @@ class GPTQ(Method):
     rounds: Annotated[int, Field(ge=1, le=10)] = 2
     passes: Annotated[int, Field(ge=0, le=10)] = 1
     true_sequential: bool = False
-    by_gradient: bool = False
+    by_gradient: bool = True
 
     name: ClassVar[str] = "gptq"
     rank: ClassVar[int] = 30

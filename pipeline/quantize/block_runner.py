@@ -38,6 +38,7 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time
 _MOST_AT_A_TIME = 4  # batches: one for each core where there are few, but their activations are all in memory
 _WIDE = 4096  # inputs from which on a statistic is best summed by all threads together
 _HELD_OUT = 8  # one batch of so many judges what is learned from the others
+_LEAST_WEIGHT = 1e-8  # of a token, by gradient: where all are 0, as before a layer of zeros, all tokens count alike
 _MOST_DROPPED = 0.01  # of a layer's tokens may have infinite activations
 
 
@@ -486,8 +487,9 @@ class BlockRunner:
             inputs = seen.inputs  # a GPU's gradients come in a thread of their own
 
             def weigh(gradient: Tensor) -> None:
-                size = gradient.to(torch.float32).square().sum(-1, keepdim=True).sqrt()
-                inputs.append((id(planned), True, (x.detach().to(torch.float32) * size).to(x.dtype)))
+                size = gradient.to(torch.float32).square().sum(-1, keepdim=True).sqrt().clamp(min=_LEAST_WEIGHT)
+                dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # float16 has no room below
+                inputs.append((id(planned), True, (x.detach().to(torch.float32) * size).to(dtype)))
 
             output.register_hook(weigh)
 

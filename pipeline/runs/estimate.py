@@ -355,7 +355,7 @@ def _quantize_work(
         batches = max(1, tokens // BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]))
         whole = 2.0 + (2.0 if recipe.transform else 0.0) + (1.0 if judged else 0.0)
         if any(kind.by_gradient for spec in recipe.specs() for kind in spec.statistics):
-            whole += 2.0  # a backward pass takes as long as two forward passes
+            whole += 1.0  # a backward pass, which makes no gradients of weights
         if not units:
             whole += 1.0 if recipe.static_cache else 0.0
             learned = max((spec.method.learning_passes(batches) for spec in recipe.rules.specs()), default=0.0)

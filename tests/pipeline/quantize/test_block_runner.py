@@ -459,7 +459,7 @@ class TestBlockView:
         (layer,), scale = folding.group.layers, torch.randint(-3, 3, (128,)).float().exp2()
         judged = view.as_quantized(layer, scale)
         view.fold(folding, scale)
-        scheme, hessian = view.scheme(layer), view.collect(Hessian)[-1]
+        scheme, hessian = view.scheme(layer), view.collect(GradientHessian)[-1]
         assert scheme
         weight = view.tensor(f"{layer}.weight")
         expected, _ = GPTQ().quantize(weight.float(), scheme, torch.float32, (hessian,))
@@ -553,6 +553,16 @@ class TestByGradient:
                 # sums of 72 float32 products, of factors with a few roundings each
                 assert ((matrix - expected).abs() <= 1e-5 * torch.outer(size, size)).all(), entry.module
                 assert found[GradientHessian].tokens == WINDOWS * CONTEXT
+
+    def test_where_nothing_moves_the_block_all_tokens_count_alike(self, tiny: Tiny) -> None:
+        """As in layers before one of zeros, by which blocks are left out or new ones begin."""
+        (runner, plan), states = start(tiny("llama")), []
+        for entries in blocks(runner, plan, states):
+            layers = {entry.module.rpartition(".")[2]: entry for entry in entries}
+            runner.set_weight(layers["down_proj"], torch.zeros(layers["down_proj"].shape))
+            (found,) = runner.collect([(layers["gate_proj"], (Hessian, GradientHessian))], states)
+            alike, weighted = (found[kind].matrix() for kind in (Hessian, GradientHessian))
+            torch.testing.assert_close(weighted / weighted.norm(), alike / alike.norm())
 
     def test_beside_other_statistics(self, tiny: Tiny) -> None:
         """A layer's other statistics are of the inputs as they are."""

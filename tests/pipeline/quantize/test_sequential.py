@@ -147,7 +147,7 @@ class TestTakenUpAgain:
             ({"calibration": Calibration("a text", OTHER_TEXT.ids, 5)}, "quantize.calibration.seed: was 0, is 5"),
             ({"options": {"damping": 0.5}}, "quantize.gptq.damping: was "),
             ({"options": {"true_sequential": True}}, "quantize.gptq.true_sequential: was False, is True"),
-            ({"options": {"by_gradient": True}}, "quantize.gptq.by_gradient: was False, is True"),
+            ({"options": {"by_gradient": False}}, "quantize.gptq.by_gradient: was True, is False"),
         ],
     )
     def test_what_changed_is_refused_by_name(
@@ -293,26 +293,16 @@ def test_how_many_hessians_are_in_memory_changes_no_byte(
 
 # what is divided: layers of a block and of its stages, experts, other statistics, foldings, blocks that do not wait
 DIVIDED: dict[str, tuple[str, dict[str, Any]]] = {
-    "layers": ("llama", {}),
+    "layers": ("llama", {"options": {"by_gradient": False}}),
     "stages": ("gpt2", {"options": {"true_sequential": True}}),
     "experts": ("mixtral", {"num_hidden_layers": 2}),
-    "gradients": ("llama", {"options": {"by_gradient": True}}),
-    "gradients of unquantized blocks": ("llama", {"options": {"by_gradient": True}, "sequential": False}),
+    "gradients": ("llama", {}),
+    "gradients of unquantized blocks": ("llama", {"sequential": False}),
     "inputs": ("llama", {"method": "auto", "scheme": "int8-static"}),
-    "transform": ("llama", {"transform": "awq"}),
-    "gradients of what is scaled": ("llama", {"options": {"by_gradient": True}, "transform": "awq"}),
-    "blocks": ("llama", {"sequential": False}),
+    "transform": ("llama", {"options": {"by_gradient": False}, "transform": "awq"}),
+    "gradients of what is scaled": ("llama", {"transform": "awq"}),
+    "blocks": ("llama", {"options": {"by_gradient": False}, "sequential": False}),
     "budget": ("llama", {"method": "auto", "scheme": "auto", "budget": "5 bits", "choices": ["int3-g32"]}),
-    "gradients of a search": (
-        "llama",
-        {
-            "method": "gptq",
-            "scheme": "auto",
-            "budget": "5 bits",
-            "choices": ["int3-g32"],
-            "options": {"by_gradient": True},
-        },
-    ),
 }
 
 
@@ -355,7 +345,7 @@ class TestOrder:
         self, tiny: Any, out: Path, sequential: bool, learn: Learn, hessians: dict[str, Tensor]
     ) -> None:
         """All of them (true_sequential), or those of the blocks before theirs."""
-        learn(tiny("llama"), out, options={"true_sequential": sequential})
+        learn(tiny("llama"), out, options={"true_sequential": sequential, "by_gradient": False})
         model, given = load_model(Checkpoint(out), torch.device("cpu"), "float32", "reference"), {}
 
         def note(name: str, x: Tensor) -> None:
