@@ -22,7 +22,9 @@ from typing import Any
 
 from bitpress.kernels.scheme import Scheme
 
+from ..config.load import load_typed_recipe
 from ..errors import BitpressError, ConfigError, nearest
+from ..quantize.recipe import Recipe
 from ..storage import files
 from ..system import children
 from .cost import Cost, measured
@@ -34,13 +36,17 @@ _HAS_MODULE = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys
 
 @dataclass(frozen=True)
 class Program:
-    """name: as --peer calls it. module: what its Python must be able to import. script: what that Python runs."""
+    """name: as --peer calls it. module: what its Python must be able to import. script: what that Python runs.
+
+    peer: whether it is another program than bitpress.
+    """
 
     name: str
     module: str
     script: Path
     python: str = sys.executable
     options: dict[str, Any] = field(default_factory=dict)
+    peer: bool = True
 
     def installed(self) -> bool:
         """Whether `python` finds the program; it is not imported.
@@ -58,9 +64,18 @@ class Program:
             raise ConfigError(f"{self.name}: {self.python} cannot be run: {error.strerror}") from error
 
 
-def bitpress(method: str) -> Program:
-    """bitpress itself, quantizing by a method."""
-    return Program("bitpress", "bitpress", _HERE / "bitpress_job.py", options={"method": method})
+def bitpress(recipe: str) -> Program:
+    """bitpress itself, quantizing by a recipe, as `--recipe` takes it.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    settings = load_typed_recipe(recipe)
+    Recipe.make(settings)
+    options = {"recipe": settings.model_dump(exclude_unset=True)}
+    return Program(
+        f"bitpress {settings.name or recipe}", "bitpress", _HERE / "bitpress_job.py", options=options, peer=False
+    )
 
 
 def other_programs() -> dict[str, tuple[str, Path]]:

@@ -1,5 +1,6 @@
 """The same job by bitpress and by other programs, in turns: what each costs, and how good its result is."""
 
+import re
 import shutil
 import statistics
 from collections.abc import Callable
@@ -30,11 +31,13 @@ News = Callable[[str], None]
 class Result:
     """What one program needed, and how good its result is.
 
+    peer: whether it is another program than bitpress.
     costs: one for each run. seconds: for each run, the time of quantizing alone by the program's own clock.
     quality: as `bitpress eval` reports it; None where it was not asked for. error: why the program is out.
     """
 
     name: str
+    peer: bool = True
     versions: dict[str, str] = field(default_factory=dict)
     costs: list[Cost] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -44,6 +47,11 @@ class Result:
     def median(self, key: str) -> float:
         """The median over all runs of one field of Cost."""
         return statistics.median(getattr(cost, key) for cost in self.costs)
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder of what it wrote."""
+        return re.sub(r"[^\w.-]+", "-", self.name)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,14 +96,14 @@ def race(programs: list[Program], job: Job, repeats: int, folder: Path, news: Ne
     Another program that fails is out, and its error is in its result.
 
     Args:
-        programs: bitpress first.
+        programs: a recipe of bitpress first, with which the others are compared.
         folder: for checkpoints and logs, a few times the model's size.
     Raises:
         BitpressError: bitpress itself failed, or measuring did.
     """
     tokens = folder / "tokens.safetensors"
     files.write_safetensors(tokens, {"ids": job.calibration.ids.contiguous()})
-    results = {program.name: Result(program.name) for program in programs}
+    results = {program.name: Result(program.name, program.peer) for program in programs}
     for number in range(repeats):
         for program in programs:
             if not results[program.name].error:
@@ -107,13 +115,13 @@ def race(programs: list[Program], job: Job, repeats: int, folder: Path, news: Ne
 
 
 def _once(program: Program, job: Job, tokens: Path, result: Result, label: str, news: News) -> None:
-    output = tokens.parent / program.name
+    output = tokens.parent / result.folder
     for leftover in (output, output.with_name(f"{output.name}.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         answer, cost = run(program, request(job.model, tokens, output, job.scheme, job.seed))
     except BitpressError as error:
-        if program.name == "bitpress":
+        if not program.peer:
             raise
         result.error = str(error)
         news(f"{label}: {error}")
@@ -129,9 +137,9 @@ def _judge(result: Result, job: Job, text: Eval, folder: Path, news: News) -> No
     if result.error:
         return
     try:
-        result.quality = measure(folder / result.name, job.model, text, "auto", folder)["quality"]
+        result.quality = measure(folder / result.folder, job.model, text, "auto", folder)["quality"]
     except Exception as error:  # whatever another program wrote: ours and the others are not to blame
-        if result.name == "bitpress":
+        if not result.peer:
             raise
         reason = unexpected(error, folder)
         result.error = f"not measured: {reason}"
@@ -139,7 +147,7 @@ def _judge(result: Result, job: Job, text: Eval, folder: Path, news: News) -> No
 
 
 def rows(results: list[Result]) -> tuple[list[str], list[list[str]]]:
-    """A table's header and cells; ratios are to the first program, bitpress."""
+    """A table's header and cells; ratios are to the first one."""
     judged = any(result.quality for result in results)
     header = ["program", "wall s", "ratio", "quantizing s", "CPU s", "ratio", "peak RSS MB", "ratio"]
     header += ["mean KL", "perplexity"] if judged else []

@@ -36,8 +36,13 @@ def bench() -> None:
 def quantize(
     model: Annotated[str, typer.Argument(help="A Hub id or a local folder.")],
     calibration: Annotated[str, typer.Option(help="Text to calibrate on: a file, or org/name:config:split.")],
-    scheme: Annotated[str, typer.Option(help="int4-g128, int3-channel-asym, …")] = "int4-g128",
-    method: Annotated[str, typer.Option(help="bitpress's; the other programs run GPTQ, or their own.")] = "gptq",
+    scheme: Annotated[str, typer.Option(help="The other programs': int4-g128, int3-channel-asym, …")] = "int4-g128",
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="bitpress's: in a word, or as '{scheme: int3-g128, distill: 50}', for gptq/SCHEME; repeatable."
+        ),
+    ] = None,
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 128,
     context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     seed: Annotated[int | None, typer.Option(help="Draws the windows; the text's first ones by default.")] = None,
@@ -57,7 +62,8 @@ def quantize(
     from ..system.progress import quiet_libraries
 
     quiet_libraries()
-    programs = [bitpress(method), *find(peer or [])]
+    recipes = recipe or [f"gptq/{scheme}"]
+    programs = [*map(bitpress, recipes), *find(peer or [])]
     judge = {"text": text, "context": context, "windows": text_windows} if text else None
     job = make_job(
         model, scheme, {"text": calibration, "windows": windows, "context": context, "seed": seed}, judge, seed or 0
@@ -66,7 +72,7 @@ def quantize(
         results = race(programs, job, repeats, Path(folder), news)
     where = machine(pick_device("auto"))
     if as_json:
-        about = {"scheme": scheme, "method": method, "calibration": job.calibration.to_dict(), "machine": where}
+        about = {"scheme": scheme, "recipes": recipes, "calibration": job.calibration.to_dict(), "machine": where}
         print_json({**about, "results": [result.to_dict() for result in results]})
         return
     _show(*rows(results))

@@ -1,6 +1,6 @@
 """bitpress's own part in a comparison with other programs. bench/programs.py lists the request's keys.
 
-Options: "method".
+Options: "recipe", its keys and values.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 def main() -> None:
     from safetensors.torch import load_file
 
+    from bitpress.pipeline.config.load import load_recipe
     from bitpress.pipeline.data.calibration import Calibration
     from bitpress.pipeline.quantize.artifact import quantize
     from bitpress.pipeline.quantize.recipe import Recipe
@@ -23,7 +24,7 @@ def main() -> None:
 
     request = json.loads(Path(sys.argv[1]).read_text())
     start = time.perf_counter()
-    recipe = Recipe.make({"scheme": request["scheme"], "method": request["options"]["method"]})
+    recipe = Recipe.make(load_recipe(request["options"]["recipe"]))
     if recipe.calibrated:
         ids = load_file(request["tokens"])["ids"]
         device = str(pick_device("auto"))  # as the other programs, which take a GPU where there is one

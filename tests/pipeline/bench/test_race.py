@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,8 @@ def cost(wall: float) -> Cost:
 
 
 def test_the_table_has_medians_and_ratios_to_bitpress():
-    ours = Result("bitpress", {"bitpress": "0.1"}, [cost(1), cost(3), cost(2)], [1.5, 1.0, 2.0], QUALITY)
-    theirs = Result("peer", {"peer": "9", "torch": "2"}, [cost(5)], [4.0], dict(QUALITY, kl_mean=None))
+    ours = Result("bitpress", False, {"bitpress": "0.1"}, [cost(1), cost(3), cost(2)], [1.5, 1.0, 2.0], QUALITY)
+    theirs = Result("peer", True, {"peer": "9", "torch": "2"}, [cost(5)], [4.0], dict(QUALITY, kl_mean=None))
     header, rows = race.rows([ours, theirs, Result("broken", error="exit code 1")])
     assert header == [
         "program", "wall s", "ratio", "quantizing s", "CPU s", "ratio", "peak RSS MB", "ratio", "mean KL", "perplexity"
@@ -91,7 +92,7 @@ def test_the_table_has_medians_and_ratios_to_bitpress():
 
 
 def test_speed_alone_has_no_columns_of_quality():
-    header, rows = race.rows([Result("bitpress", {}, [cost(1)], [1.0])])
+    header, rows = race.rows([Result("bitpress", False, {}, [cost(1)], [1.0])])
     assert header[-2:] == ["peak RSS MB", "ratio"]
     assert len(rows[0]) == len(header)
 
@@ -123,8 +124,9 @@ def test_a_peer_that_fails_is_out_and_says_why(fake: Callable[..., Program], job
 
 
 def test_bitpress_failing_ends_the_race(fake: Callable[..., Program], job: Job, tmp_path: Path):
+    ours = replace(fake("bitpress", fail=True), peer=False)
     with pytest.raises(BitpressError, match="no luck today"):
-        race.race([fake("bitpress", fail=True), fake("two")], job, 1, tmp_path, print)
+        race.race([ours, fake("two")], job, 1, tmp_path, print)
 
 
 def test_a_program_that_ends_without_an_answer_has_failed(fake: Callable[..., Program], job: Job, tmp_path: Path):
@@ -206,13 +208,15 @@ def test_the_command(
     monkeypatch.setattr(programs, "other_programs", lambda: {"fake": ("json", fake("fake").script)})
     monkeypatch.setattr(race, "measure", measure)
     code, out, err = bench(
-        tiny_llama, "--scheme", "int4-g32", "--method", "absmax", "--calibration", text, "--windows", 4,
+        tiny_llama, "--recipe", "int4-g32", "--recipe", "{name: halved, scheme: int4-g64, method: gptq}",
+        "--calibration", text, "--windows", 4,
         "--context", 16, "--text", text, "--json",
     )  # fmt: skip
     assert code == 0, err
     found = json.loads(out)
-    ours, theirs = found["results"]
-    assert (ours["name"], theirs["name"]) == ("bitpress", "fake")
+    ours, second, theirs = found["results"]
+    assert [each["name"] for each in found["results"]] == ["bitpress int4-g32", "bitpress halved", "fake"]
+    assert second["costs"]
     assert found["calibration"]["tokens"] == 64
     assert ours["costs"][0]["wall"] > ours["seconds"][0] > 0
     assert ours["quality"] == QUALITY
@@ -224,7 +228,7 @@ def test_the_command(
 def test_the_command_prints_a_table(
     tiny_llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch, bench: Callable[..., tuple[int, str, str]]
 ):
-    result = Result("bitpress", {"bitpress": "0.1"}, [cost(1)], [1.0])
+    result = Result("bitpress", False, {"bitpress": "0.1"}, [cost(1)], [1.0])
     monkeypatch.setattr(race, "race", lambda *given: [result])
     given = (tiny_llama, "--scheme", "int4-g32", "--calibration", text, "--windows", 4, "--context", 16)
     code, out, err = bench(*given)
