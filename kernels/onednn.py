@@ -39,6 +39,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return product
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [m, k] times b [k, n] -> [m, n], by the faster of the two ways."""
+    return linear(a, b.t())
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """total [m, n] += alpha * a [m, k] times b [k, n], in place, likewise; returns total."""
+    if total.dtype == torch.float32 and total.device.type == "cpu" and faster():
+        return total.add_(product(a, b), alpha=alpha)
+    return total.addmm_(a, b, alpha=alpha)
+
+
 class Products(TorchFunctionMode):
     """Meanwhile, F.linear is `linear`, and so is every nn.Linear.
 

@@ -217,6 +217,7 @@ def _load(path: Path, origin: str) -> Library:
     lib.bitpress_dense.argtypes = [_POINTER, _POINTER, _POINTER, *[_INT64] * 4, _INT, _INT]
     lib.bitpress_read.argtypes = [_POINTER, _INT64, _INT, _INT]
     lib.bitpress_read.restype = ctypes.c_uint64
+    lib.bitpress_columns.argtypes = [_POINTER, _POINTER, _INT64, *[_POINTER] * 6, _INT64, _INT64, _INT, _INT]
     lib.bitpress_set_fork_join(_torchs_threads())
     kernels = range(lib.bitpress_kernel_count())
     names = tuple(lib.bitpress_kernel_name(index).decode() for index in kernels)

@@ -20,9 +20,11 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from bitpress.kernels.cpu import gptq_columns as native_columns
+from bitpress.kernels.onednn import add_product, product
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
-from bitpress.kernels.triton import gptq_columns
+from bitpress.kernels.triton import gptq_columns as triton_columns
 from bitpress.kernels.weights.grid import CodeGrid, grid_of
 
 from ..system.threads import map_threads
@@ -161,7 +163,7 @@ class _Solver:
         sums = [error.pow(2).sum().item(), weight.pow(2).sum().item()]
         for part in (error, weight):
             part = part.masked_fill(self.dead.unsqueeze(1), 0)
-            sums.append((self.matrix @ part).mul_(part).sum().item())
+            sums.append(product(self.matrix, part).mul_(part).sum().item())
         zeros = None if grid.zeros is None else grid.zeros.t()
         tensors = self.kind.pack(codes.t(), grid.scales.t().contiguous(), zeros)
         return tensors, (sums[0], sums[1], sums[2], sums[3])
@@ -218,17 +220,17 @@ class _Solver:
             end = min(start + _BLOCK, len(left))
             self.round_block(slice(start, end), left, grid, codes, errors)
             loss += errors[: end - start].square().sum(0)
-            left[end:].addmm_(upper[start:end, end:].t(), errors[: end - start], alpha=-1)
+            add_product(left[end:], upper[start:end, end:].t(), errors[: end - start], alpha=-1)
         return codes[self.inverse], left[self.inverse], loss
 
     def round_block(self, part: slice, left: Tensor, grid: _Grid, codes: Tensor, errors: Tensor) -> None:
         """Round these columns of left [K, R], one after the other, each with the compensations of those before it:
         the inner loop of Algorithm 1. Sets codes [K, R], and errors [columns, R] to each error over its U_jj."""
         upper, start, end = self.factor.upper, part.start, part.stop
-        if self.kind.whole and gptq_columns.problem(left.device) is None:
-            steps = (grid.scales, grid.low, grid.high)
+        if self.kind.whole and (loop := _loop(left.device)):
+            tables = (grid.scales, grid.low, grid.high)
             block, groups = upper[part, part], self.group_of[part]
-            gptq_columns.round_columns(left[part], block, steps, groups, codes[part], errors[: end - start])
+            loop.round_columns(left[part], block, tables, groups, codes[part], errors[: end - start])
             return
         pivots = upper[part, part].diagonal().unsqueeze(1)
         unit, errors, groups = upper[part, part] / pivots, errors[: end - start], self.group_of[part]
@@ -252,7 +254,7 @@ class _Solver:
         Each group's scale, then each of its codes, is set to its best value with all others fixed. Zero points stay.
         """
         error = weight - self.values(codes, grid)
-        slope = torch.addmm(error, self.matrix, error, beta=self.added)  # minus half the gradient of the loss
+        slope = add_product(error * self.added, self.matrix, error)  # minus half the gradient of the loss
         fitted = []
         for group, start in enumerate(range(0, len(weight), self.group_size)):
             part = slice(start, start + self.group_size)
@@ -261,11 +263,11 @@ class _Solver:
             before = codes[part] * grid.scales[group]
             scale = self.refit(codes[part], slope[part], inner, grid.scales[group])
             moved = (scale - grid.scales[group]) * codes[part]
-            local = torch.addmm(slope[part], inner, moved, alpha=-1)
+            local = add_product(slope[part].clone(), inner, moved, alpha=-1)
             limits = (grid.low[group], grid.high[group])
             _settle(self.kind, codes[part], local, inner, scale, limits)
             change = codes[part] * scale - before
-            slope.addmm_(self.matrix[:, part], change, alpha=-1)
+            add_product(slope, self.matrix[:, part], change, alpha=-1)
             slope[part].sub_(change, alpha=self.added)
             fitted.append(scale)
         return codes, replace(grid, scales=torch.stack(fitted))
@@ -273,11 +275,16 @@ class _Solver:
     def refit(self, codes: Tensor, slope: Tensor, inner: Tensor, scale: Tensor) -> Tensor:
         """The best scale [R] of a group for its codes [g, R], rounded to what is stored; the old one if no better."""
         rise = (codes * slope).sum(0)
-        bend = (codes * (inner @ codes)).sum(0)
+        bend = (codes * product(inner, codes)).sum(0)
         fitted = self.kind.representable(scale + rise / bend)
         step = fitted - scale
         better = (fitted > 0) & torch.isfinite(fitted) & (step * (2 * rise - step * bend) > 0)
         return torch.where(better, fitted, scale)
+
+
+def _loop(device: torch.device) -> Any:
+    """What goes over columns at once on this device; None where torch does, one operation after the other."""
+    return next((each for each in (triton_columns, native_columns) if each.problem(device) is None), None)
 
 
 def _settle(
@@ -292,7 +299,7 @@ def _settle(
         end = min(start + _BLOCK, len(codes))
         changes = torch.empty_like(codes[start:end])
         _settle_block(kind, slice(start, end), codes, slope, inner, (scale, *limits), changes)
-        slope[end:].addmm_(inner[end:, start:end], changes, alpha=-1)
+        add_product(slope[end:], inner[end:, start:end], changes, alpha=-1)
 
 
 def _settle_block(
@@ -306,10 +313,10 @@ def _settle_block(
 ) -> None:
     """Do the same for these columns alone; changes [columns, R] is set to how their values change."""
     start, end = part.start, part.stop
-    if kind.whole and gptq_columns.problem(codes.device) is None:
+    if kind.whole and (loop := _loop(codes.device)):
         scale, low, high = (each.unsqueeze(0) for each in grid)
         groups = torch.zeros(end - start, dtype=torch.int32, device=codes.device)
-        gptq_columns.settle_columns(slope[part], inner[part, part], (scale, low, high), groups, codes[part], changes)
+        loop.settle_columns(slope[part], inner[part, part], (scale, low, high), groups, codes[part], changes)
         return
     scale, *limits = grid
     pivots = inner[part, part].diagonal().tolist()

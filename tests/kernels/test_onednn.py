@@ -40,6 +40,21 @@ def test_products(wanted: list[tuple[int, ...]], shape: tuple[int, ...], biased:
     assert wanted == ([shape] if x.numel() >= 16 * shape[-1] else [])
 
 
+@torch.inference_mode()
+def test_sums_with_products(wanted: list[tuple[int, ...]]) -> None:
+    """In place, also in a part of a tensor; factors may lie transposed."""
+    generator = torch.Generator().manual_seed(0)
+    whole, a, b = (torch.randn(shape, generator=generator) for shape in ((40, 9), (33, 20), (33, 9)))
+    total = whole[10:30]
+    expected = total.double() - 0.5 * (a.t().double() @ b.double())
+    assert onednn.add_product(total, a.t(), b, alpha=-0.5) is total
+    assert wanted == [(20, 33)]
+    torch.testing.assert_close(whole[10:30].double(), expected, rtol=0, atol=1e-5)
+    wide = onednn.add_product(torch.zeros(33, 9, dtype=torch.float64), torch.eye(33, dtype=torch.float64), b.double())
+    assert torch.equal(wide, b.double())  # of another dtype: by torch
+    assert len(wanted) == 1
+
+
 def test_what_is_left_to_torch(wanted: list[tuple[int, ...]]) -> None:
     """A product that is trained, one of another dtype, of few rows, of none."""
     weight = torch.randn(8, 8, requires_grad=True)

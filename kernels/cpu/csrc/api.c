@@ -520,3 +520,14 @@ EXPORT uint64_t bitpress_read(const void *from, int64_t bytes, int kernel, int t
     parallel(read_pieces, &r, threads);
     return r.sum;
 }
+
+/* See Columns; on this thread. Returns 0, or 2: no such kernel. */
+EXPORT int bitpress_columns(float *left, const float *factor, int64_t stride, const float *scales, const float *low,
+                            const float *high, const int32_t *groups, float *codes, float *steps, int64_t count,
+                            int64_t rows, int settle, int kernel) {
+    if (kernel < 0 || kernel >= bitpress_kernel_count() || !sets[kernel].available()) return 2;
+    const Columns c = {.left = left, .codes = codes, .steps = steps, .factor = factor, .scales = scales, .low = low,
+                       .high = high, .groups = groups, .count = count, .rows = rows, .stride = stride, .settle = settle};
+    sets[kernel].kernels->columns(&c);
+    return 0;
+}

@@ -607,6 +607,8 @@ AVX512_INLINE void tile_of(const Weight *w, const Input *in, int64_t block, int6
     }
 }
 
+AVX512 static void columns(const Columns *c) { generic_columns(c); }
+
 #define TILE(count)                                                                                            \
     case count: tile_of(w, in, block, from, to, panel, row + m, count, out + m * PAIR); break
 
@@ -626,5 +628,5 @@ const Tiles avx512_tiles = {.unpack = unpack, .tile = tile, .begin = begin, .end
 
 const Kernels avx512_kernels = {.rows = rows, .wide_rows = wide_rows, .exact = exact, .quantize = quantize,
     .quantize_static = quantize_static, .quantize_wide = quantize_wide, .quantize_split = quantize_split, .widen = widen, .finish = finish,
-    .read = read_words, .dequantize = dequantize};
+    .read = read_words, .dequantize = dequantize, .columns = columns};
 #endif

@@ -87,6 +87,21 @@ typedef struct {
     float *values, *value_sums;
 } Input;
 
+/* GPTQ's inner loop (arXiv 2210.17323, algorithm 1): `count` columns of a weight, each of so many rows, are rounded one after
+ * the other, and each makes up for the steps of those before it. settle: by coordinate descent on the codes instead.
+ *
+ * left: [count][rows], the weights, or minus half the gradient; afterwards each column as it was when its turn came.
+ * factor: [count][stride], of which what lies above the diagonal, and the diagonal, is read.
+ * scales, low, high: [groups][rows], and groups: [count], each column's row of them. Limits are whole numbers of int32.
+ * codes: [count][rows]. steps: [count][rows], the error over the diagonal, or the change of the code times its scale. */
+typedef struct {
+    float *left, *codes, *steps;
+    const float *factor, *scales, *low, *high;
+    const int32_t *groups;
+    int64_t count, rows, stride;
+    int settle;
+} Columns;
+
 /* What every set of instructions has. */
 typedef struct {
     /* Rows row .. row + count (at most MAX_ROWS) times a pair of blocks: out float32 [count][PAIR], without the
@@ -115,6 +130,8 @@ typedef struct {
     uint64_t (*read)(const uint64_t *from, int64_t words);
     /* Features from .. to, multiples of 8, of one block of the weight, float32 [BLOCK][to - from]. */
     void (*dequantize)(const Weight *, int64_t block, int64_t from, int64_t to, float *out);
+    /* See Columns. */
+    void (*columns)(const Columns *);
 } Kernels;
 
 /* What multiplies many rows of integer inputs faster than `rows` and `wide_rows` do, where Kernels have `quantize_split`. */

@@ -211,6 +211,49 @@ INLINE void generic_dequantize(const Weight *w, int64_t block, int64_t from, int
     }
 }
 
+enum { LANES = 16, TURN = 64 }; /* rows whose columns are in registers */
+typedef float Lanes __attribute__((vector_size(LANES * 4)));
+
+/* One column of `count` rows, at most TURN, from `row` on. No product is fused with a sum, so every set finds the same bits. */
+INLINE void one_column(const Columns *c, int64_t j, int64_t row, int64_t count) {
+    const int64_t at = j * c->rows + row, table = c->groups[j] * c->rows + row;
+    const float pivot = c->factor[j * c->stride + j], inverse = 1 / pivot;
+    float left[TURN] = {0};
+    memcpy(left, c->left + at, (size_t)count * 4);
+    if (count == TURN) {
+        Lanes sums[TURN / LANES];
+        memcpy(sums, left, sizeof sums);
+        for (int64_t i = 0; i < j; i++) {
+            const float factor = c->factor[i * c->stride + j];
+            Lanes steps[TURN / LANES];
+            memcpy(steps, c->steps + i * c->rows + row, sizeof steps);
+            for (int n = 0; n < TURN / LANES; n++) sums[n] -= factor * steps[n];
+        }
+        memcpy(left, sums, sizeof sums);
+    } else {
+        for (int64_t i = 0; i < j; i++) {
+            const float factor = c->factor[i * c->stride + j], *steps = c->steps + i * c->rows + row;
+            for (int64_t n = 0; n < count; n++) left[n] -= factor * steps[n];
+        }
+    }
+    memcpy(c->left + at, left, (size_t)count * 4);
+    for (int64_t n = 0; n < count; n++) {
+        const float scale = c->scales[table + n], low = c->low[table + n], high = c->high[table + n];
+        const float before = c->codes[at + n];
+        float code = c->settle ? before + left[n] * inverse / scale : left[n] / scale;
+        code = code > low ? code : low; /* and so for NaN */
+        code = code < high ? code : high;
+        code = rintf(code);
+        c->steps[at + n] = c->settle ? (code - before) * scale : (left[n] - code * scale) / pivot;
+        c->codes[at + n] = code;
+    }
+}
+
+INLINE void generic_columns(const Columns *c) {
+    for (int64_t row = 0; row < c->rows; row += TURN)
+        for (int64_t j = 0; j < c->count; j++) one_column(c, j, row, c->rows - row < TURN ? c->rows - row : TURN);
+}
+
 /* What an instruction set leaves to the compiler: the functions of Kernels that have the bodies above, as static functions of
  * its file with TARGET as their attribute, and the designators of Kernels that name them. */
 #define GENERIC_FUNCTIONS(TARGET)                                                                                         \
@@ -236,9 +279,10 @@ INLINE void generic_dequantize(const Weight *w, int64_t block, int64_t from, int
     TARGET static void dequantize(const Weight *w, int64_t block, int64_t from, int64_t to, float *out) {                 \
         generic_dequantize(w, block, from, to, out);                                                                      \
     }                                                                                                                     \
+    TARGET static void columns(const Columns *c) { generic_columns(c); }                                                  \
     TARGET static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
 #define GENERIC_MEMBERS                                                                                    \
     .quantize = quantize, .quantize_static = quantize_static, .quantize_wide = quantize_wide, .widen = widen, \
-    .finish = finish, .read = read_words, .dequantize = dequantize
+    .finish = finish, .read = read_words, .dequantize = dequantize, .columns = columns
 
 #endif

@@ -1,33 +1,45 @@
-"""The Triton program against GPTQ's formulas: on a GPU where there is one, and in Triton's interpreter on any CPU."""
+"""GPTQ's loop over columns against its formulas: in C on a CPU, as a Triton program on a GPU and in its interpreter."""
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from bitpress.kernels.cpu import gptq_columns as native_columns
+from bitpress.kernels.cpu.library import Library, library
 from bitpress.kernels.packing import unpack
 from bitpress.kernels.scheme import Scheme
-from bitpress.kernels.triton import gptq_columns
-from bitpress.kernels.triton.gptq_columns import MAX_COLUMNS, problem, round_columns, settle_columns
+from bitpress.kernels.triton import gptq_columns as triton_columns
+from bitpress.kernels.triton.gptq_columns import MAX_COLUMNS
 from bitpress.pipeline.methods.gptq import GPTQ
 from bitpress.pipeline.methods.hessian import Hessian
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_CUDA = not INTERPRETED and torch.cuda.is_available() and problem(torch.device("cuda")) is None
+ON_CUDA = not INTERPRETED and torch.cuda.is_available() and triton_columns.problem(torch.device("cuda")) is None
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
-TRITON = gptq_columns.triton is not None
+TRITON = triton_columns.triton is not None
+LOOP: Any = triton_columns if INTERPRETED or ON_CUDA else native_columns
 
-runs = pytest.mark.skipif(
-    not (INTERPRETED or ON_CUDA), reason="here it runs in test_in_the_interpreter only, if at all"
-)
+runs = pytest.mark.skipif(LOOP is native_columns and isinstance(library(), str), reason="no native library")
 needs_triton = pytest.mark.skipif(
     not TRITON or INTERPRETED, reason="Triton is not installed; there is none but on Linux"
 )
 GROUPS = 3
-SHAPES = [(1, 1), (1, 17), (7, 1), (15, 16), (16, 13), (17, 33), (127, 13), (MAX_COLUMNS, 15)]  # columns, rows
+SHAPES = [
+    (1, 1),
+    (1, 17),
+    (7, 1),
+    (15, 16),
+    (16, 13),
+    (17, 33),
+    (127, 13),
+    (MAX_COLUMNS, 15),
+    (33, 150),
+]  # columns, rows
 EVERY = pytest.mark.parametrize(("columns", "rows"), SHAPES)
 EPSILON = 2.0**-23
 
@@ -97,7 +109,7 @@ def test_rounding(columns: int, rows: int, symmetric: bool):
         guarded(weight, columns, rows, at=61), guarded(None, columns, rows), guarded(None, columns, rows, at=63),
     )  # fmt: skip
     tables = tuple(guarded(table, GROUPS, rows)[0] for table in grid)
-    round_columns(left, within_nan(upper), tables, groups.to(DEVICE), codes, errors)
+    LOOP.round_columns(left, within_nan(upper), tables, groups.to(DEVICE), codes, errors)
     for pair in ((left, left_all), (codes, codes_all), (errors, errors_all)):
         check_guards(*pair)
     left, codes, errors = left.cpu(), codes.cpu(), errors.cpu()
@@ -122,7 +134,7 @@ def test_settling(columns: int, rows: int, symmetric: bool):
         guarded(gradient, columns, rows), guarded(start, columns, rows, at=62), guarded(None, columns, rows),
     )  # fmt: skip
     tables = tuple(guarded(table, GROUPS, rows)[0] for table in grid)
-    settle_columns(slope, within_nan(inner), tables, groups.to(DEVICE), codes, changes)
+    LOOP.settle_columns(slope, within_nan(inner), tables, groups.to(DEVICE), codes, changes)
     for pair in ((slope, slope_all), (codes, codes_all), (changes, changes_all)):
         check_guards(*pair)
     slope, codes, changes = slope.cpu(), codes.cpu(), changes.cpu()
@@ -146,7 +158,8 @@ def test_ties_go_to_the_even_code():
     weight = (torch.randint(-20, 20, (columns, rows), generator=generator) + 0.5) * scale[groups.long()]
     left = weight.to(DEVICE, copy=True)
     codes, errors = torch.full_like(left, float("nan")), torch.full_like(left, float("nan"))
-    round_columns(left, upper.to(DEVICE), tuple(table.to(DEVICE) for table in grid), groups.to(DEVICE), codes, errors)
+    tables = tuple(table.to(DEVICE) for table in grid)
+    LOOP.round_columns(left, upper.to(DEVICE), tables, groups.to(DEVICE), codes, errors)
     wide, ties = weight.double(), 0
     for j, group in enumerate(groups.tolist()):
         ideal = wide[j] / scale[group]
@@ -168,8 +181,9 @@ def test_gptq_finds_what_it_finds_without(name: str, monkeypatch: pytest.MonkeyP
     weight = random_normal(5, columns).to(DEVICE)
     weight[1, 16:32] = 0
     found = []
-    for answer in (None, "not this time"):
-        monkeypatch.setattr(gptq_columns, "problem", lambda device, answer=answer: answer)
+    for chosen in (LOOP, None):
+        for each in (triton_columns, native_columns):
+            monkeypatch.setattr(each, "problem", lambda device, own=each is chosen: None if own else "not this time")
         qtensor, diagnostics = GPTQ().quantize(weight, Scheme.parse(name), torch.float16, (hessian,))
         codes = unpack(qtensor.codes, qtensor.scheme.bits, columns)
         found.append((codes, diagnostics.output_error))
@@ -177,6 +191,26 @@ def test_gptq_finds_what_it_finds_without(name: str, monkeypatch: pytest.MonkeyP
     # One tie decided otherwise changes the codes after it, in its row; there is seldom one among so few.
     assert (codes == expected).all(1).sum() >= 4
     assert error == pytest.approx(by_torch, rel=0.02)
+
+
+@pytest.mark.skipif(LOOP is not native_columns or isinstance(library(), str), reason="no native library, or Triton")
+@pytest.mark.parametrize("settle", [False, True])
+def test_all_instruction_sets_give_the_same_bits(settle: bool, monkeypatch: pytest.MonkeyPatch):
+    columns, rows, found = 65, 200, []
+    inner, grid, groups = problem_of(columns, rows, symmetric=False)
+    native = library()
+    assert isinstance(native, Library)
+    for index, runs_here in enumerate(native.available):
+        if runs_here:
+            alone = replace(native, available=tuple(number == index for number in range(len(native.available))))
+            monkeypatch.setattr(native_columns, "library", lambda alone=alone: alone)
+            left, codes = random_normal(columns, rows), torch.zeros(columns, rows)
+            steps = torch.empty_like(left)
+            loop = native_columns.settle_columns if settle else native_columns.round_columns
+            loop(left, inner, grid, groups, codes, steps)
+            found.append((left, codes, steps))
+    assert all(torch.equal(one, other) for each in found for one, other in zip(each, found[0], strict=True))
+    assert found[0][1].unique().numel() > 8
 
 
 @needs_triton
@@ -191,12 +225,12 @@ def test_compiled_code_keeps_the_tile_in_registers(capability: int, settle: bool
     pointers = ["left_at", "factor_at", "scale_at", "low_at", "high_at", "codes_at", "steps_at"]
     kinds = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(["rows", "columns", "stride"], "i32")
     kinds["groups_at"] = "*i32"
-    constants: dict[str, Any] = {"BLOCK": MAX_COLUMNS, "ROWS": gptq_columns._ROWS}
+    constants: dict[str, Any] = {"BLOCK": MAX_COLUMNS, "ROWS": triton_columns._ROWS}
     if settle:
         kinds["before_at"] = "*fp32"
     else:
         constants["before_at"] = None
-    program = compiled(gptq_columns._columns, kinds, constants, capability, num_warps=gptq_columns._WARPS)
+    program = compiled(triton_columns._columns, kinds, constants, capability, num_warps=triton_columns._WARPS)
     assert program.stack == program.count("STL") == program.count("LDL") == 0
     assert 56 <= program.registers <= 72
     assert program.count("MUFU.RCP") > 0  # where IEEE's division begins
@@ -204,6 +238,9 @@ def test_compiled_code_keeps_the_tile_in_registers(capability: int, settle: bool
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch):
-    assert problem(torch.device("cpu")) == "runs on CUDA, not on cpu"
-    monkeypatch.setattr(gptq_columns, "unsupported_machine", lambda: "Triton is not installed")
-    assert problem(torch.device("cuda")) == "Triton is not installed"
+    assert triton_columns.problem(torch.device("cpu")) == "runs on CUDA, not on cpu"
+    monkeypatch.setattr(triton_columns, "unsupported_machine", lambda: "Triton is not installed")
+    assert triton_columns.problem(torch.device("cuda")) == "Triton is not installed"
+    assert native_columns.problem(torch.device("cuda")) == "runs on CPUs, not on cuda"
+    monkeypatch.setattr(native_columns, "library", lambda: "no native library: there is no compiler")
+    assert native_columns.problem(torch.device("cpu")) == "no native library: there is no compiler"
