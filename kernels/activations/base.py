@@ -27,6 +27,7 @@ class Activations(Protocol):
     dynamic: scales are computed from each input, nothing is stored, and nothing below `apply` is ever asked for.
     statistics: what has to be gathered of a calibration text (as a method's `statistics`); () for dynamic ones.
     observers: ways to choose what is stored from the statistics, the default first.
+    tried: those among which the outputs decide where a recipe names none.
 
     A type may have two members more, for schemes that are not listed by name: `suffix`, which a scheme's name has after
     that of its weight type and a hyphen, and goes_with(type, bits), whether there are such schemes of weights that are
@@ -39,6 +40,7 @@ class Activations(Protocol):
     schemes: ClassVar[dict[str, str]]
     statistics: ClassVar[tuple[type, ...]]
     observers: ClassVar[tuple[str, ...]]
+    tried: ClassVar[tuple[str, ...]]
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> "Self | None":

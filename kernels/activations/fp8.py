@@ -34,6 +34,7 @@ class _Fp8:
     dynamic: ClassVar[bool] = True
     statistics: ClassVar[tuple[type, ...]] = ()
     observers: ClassVar[tuple[str, ...]] = ()
+    tried: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Any:
@@ -112,6 +113,7 @@ class Fp8Tensor(_Fp8):
     statistics: ClassVar[tuple[type, ...]] = (InputCounts,)
     # E4M3's steps grow with the value: nothing is won by cutting the largest inputs off, as it is for integers.
     observers: ClassVar[tuple[str, ...]] = ("minmax", "mse", "percentile")
+    tried: ClassVar[tuple[str, ...]] = ("minmax", "mse")
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> "Fp8Tensor | None":

@@ -82,6 +82,10 @@ class Int8Tensor:
     schemes: ClassVar[dict[str, str]] = {"int8-static": "int8-channel"}
     statistics: ClassVar[tuple[type, ...]] = (InputCounts,)
     observers: ClassVar[tuple[str, ...]] = ("mse", "percentile", "minmax")
+    # What is cut off costs several times what the same error of outputs costs when it comes of rounding. In layer 4 of
+    # SmolLM2-135M a percentile cuts at 1.7, and the least squared error at 3.1. The block's error is 0.0006 and 0.0005
+    # by these, KL 0.0026 and 0.0008 (at 3.4).
+    tried: ClassVar[tuple[str, ...]] = ("mse", "minmax")
     symmetric: ClassVar[bool] = True
 
     @classmethod

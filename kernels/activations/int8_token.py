@@ -31,6 +31,7 @@ class Int8Token:
     suffix: ClassVar[str] = "int8-dynamic"
     statistics: ClassVar[tuple[type, ...]] = ()
     observers: ClassVar[tuple[str, ...]] = ()
+    tried: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     def goes_with(weight_type: str, bits: int) -> bool:

@@ -112,7 +112,8 @@ def _products(block: BlockView, observer: str | None) -> dict[str, Callable[[Ten
 def best_observer(
     block: BlockView, layers: Sequence[str], activations: Activations, statistics: Mapping[type, Any]
 ) -> str:
-    """The observer by which rounding the inputs of some layers, and nothing else, moves the block's outputs least.
+    """The observer, of those that are tried, by which rounding the inputs of some layers, and nothing else, moves the
+    block's outputs least.
 
     One for all layers: they read one input, and servers fuse them.
 
@@ -126,7 +127,7 @@ def best_observer(
         own = activations.tensors(statistics, observer)
         return block.error({layer: _product(activations, own, weight) for layer, weight in weights.items()})
 
-    return min(activations.observers, key=error)
+    return min(activations.tried, key=error)
 
 
 def _product(activations: Activations, own: Mapping[str, Tensor], weight: Tensor) -> Callable[[Tensor], Tensor]:

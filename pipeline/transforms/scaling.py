@@ -206,7 +206,7 @@ def _input_tensors(scheme: Scheme, inputs: Tensor, rounded: Tensor) -> dict[str,
         return ((lost / size.clamp(min=1e-30)).mean() + lost.sum() / size.sum().clamp(min=1e-30)).item()
 
     choices = []
-    for observer in static.observers:
+    for observer in static.tried:
         own = static.tensors(statistics, observer)
         choices.append({name: tensor.to(inputs.device) for name, tensor in own.items()})
     return min(choices, key=error)

@@ -96,8 +96,17 @@ class OneLayer:
         return (lost.square().sum() / expected.square().sum()).item()
 
 
-@pytest.mark.parametrize(("large", "observer"), [(1.0, "mse"), (100.0, "minmax")])
-def test_the_outputs_choose_the_observer(large: float, observer: str) -> None:
+class Widest(Int8Tensor):
+    """Has other observers, which are for those who name them."""
+
+    tried = ("minmax",)
+
+
+@pytest.mark.parametrize(
+    ("activations", "large", "observer"),
+    [(Int8Tensor(), 1.0, "mse"), (Int8Tensor(), 100.0, "minmax"), (Widest(), 1.0, "minmax")],
+)
+def test_the_outputs_choose_the_observer(activations: Int8Tensor, large: float, observer: str) -> None:
     """One input of 262,144 is 20, the others are of the order of 1. The least squared error of inputs cuts it off.
 
     Where the weights that it meets are large, that is what must not be done.
@@ -109,4 +118,4 @@ def test_the_outputs_choose_the_observer(large: float, observer: str) -> None:
     counts = InputCounts(8, inputs.device)
     counts.add(inputs)
     block: Any = OneLayer(inputs, weight)
-    assert best_observer(block, ["down"], Int8Tensor(), {InputCounts: counts}) == observer
+    assert best_observer(block, ["down"], activations, {InputCounts: counts}) == observer
