@@ -31,12 +31,32 @@ def faster() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in], plus bias [out] -> [..., out]: F.linear, by the faster of the two ways."""
     many = x.dim() > 0 and x.numel() >= _FEW * x.shape[-1] > 0
-    plain = type(x) is Tensor and weight.dim() == 2 and x.dtype == weight.dtype == torch.float32
-    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if not (many and plain and faster()) or tracked or x.device.type != "cpu" or torch.compiler.is_compiling():
+    kinds = type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter)  # others multiply by ways of their own
+    plain = kinds and weight.dim() == 2 and x.dtype == weight.dtype == torch.float32
+    if not (many and plain and faster()) or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        tracked: Tensor = _Tracked.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return tracked
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
+
+
+class _Tracked(torch.autograd.Function):
+    """The same with gradients, which are such products, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = gradients[0].flatten(0, -2)
+        own = product(rows, weight).view_as(x) if ctx.needs_input_grad[0] else None
+        of_weight = product(rows.t(), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        return own, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -52,7 +72,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tens
 
 
 class Products(TorchFunctionMode):
-    """Meanwhile, F.linear is `linear`, and so is every nn.Linear.
+    """Meanwhile, F.linear is `linear` on this thread, and so is every nn.Linear.
 
     with Products():
         logits = model(ids).logits

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bitpress.kernels.linear import QExperts
+from bitpress.kernels.onednn import Products
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 
@@ -243,7 +244,8 @@ class BlockRunner:
         """
         self._resumed = block, outputs.to(self.device)
         try:
-            return self.model(input_ids=ids.to(self.device), use_cache=False).logits
+            with Products():
+                return self.model(input_ids=ids.to(self.device), use_cache=False).logits
         finally:
             self._resumed = None
 
@@ -329,7 +331,8 @@ class BlockRunner:
         if not self.reached(self._number):
             return inputs.to(self.device)
         call = self._calls[batch][self._number]
-        return _hidden(self._block(inputs.to(self.device), *call.arguments, **call.options))
+        with Products():
+            return _hidden(self._block(inputs.to(self.device), *call.arguments, **call.options))
 
     def _forwards(self, differentiable: bool = False) -> Callable[[tuple[int, Tensor]], Tensor]:
         """A function of (number of a batch, its inputs) that gives the outputs of the block as it is now.
@@ -349,7 +352,10 @@ class BlockRunner:
                 return self.differentiable(number, inputs)
             call = self._calls[number][self._number]
             block = copies[self.devices.index(device)]
-            return _hidden(block(inputs.to(device), *_moved(call.arguments, device), **_moved(call.options, device)))
+            with Products():
+                return _hidden(
+                    block(inputs.to(device), *_moved(call.arguments, device), **_moved(call.options, device))
+                )
 
         return forward
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from bitpress.eval.measure import scores
+from bitpress.kernels.onednn import Products
 from bitpress.kernels.qtensor import QTensor
 
 from ..data.calibration import hold_out
@@ -277,7 +278,8 @@ class Search:
                 )
                 for block in blocks
             ]
-            baseline = [runner.model(input_ids=batch, use_cache=False).logits for batch in batches]
+            with Products():
+                baseline = [runner.model(input_ids=batch, use_cache=False).logits for batch in batches]
             for handle in handles:
                 handle.remove()
             called = [block for block in blocks if outputs[block]]  # text does not go through others
@@ -335,11 +337,13 @@ class Search:
         """
         with ExitStack() as stack:
             runner = self._model(stack, self.plan, self.read)
-            baseline = [runner.model(input_ids=ids, use_cache=False).logits for ids in self._batches(runner)]
+            with Products():
+                baseline = [runner.model(input_ids=ids, use_cache=False).logits for ids in self._batches(runner)]
         with ExitStack() as stack:
             runner = self._model(stack, plan, lambda planned: weight(planned, torch.float32))
             others = (runner.model(input_ids=ids, use_cache=False).logits for ids in self._batches(runner))
-            return _divergence(baseline, others)
+            with Products():
+                return _divergence(baseline, others)
 
     @cached_property
     def front(self) -> Front:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitpress.kernels.onednn import Products
 from bitpress.kernels.qtensor import QTensor
 
 from ..config.schema import Distill
@@ -129,7 +130,8 @@ class Student:
     def __call__(self, ids: Tensor) -> Tensor:
         """Logits [context, vocabulary] for token ids [context], float32."""
         model = self._runner.model
-        return model(input_ids=ids.unsqueeze(0).to(self._runner.device), use_cache=False).logits[0].float()
+        with Products():
+            return model(input_ids=ids.unsqueeze(0).to(self._runner.device), use_cache=False).logits[0].float()
 
     @contextmanager
     def weights(self, learned: Mapping[str, Tensor]) -> Iterator[None]:

@@ -55,13 +55,32 @@ def test_sums_with_products(wanted: list[tuple[int, ...]]) -> None:
     assert len(wanted) == 1
 
 
+@pytest.mark.parametrize("trained", ["x", "weight", "bias", "all"])
+def test_gradients(wanted: list[tuple[int, ...]], trained: str) -> None:
+    """As of float64, of what asks for one."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 20, 17), "weight": (24, 17), "bias": (24,)}
+    wide = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    asked = list(shapes) if trained == "all" else [trained]
+    slope = torch.randn(2, 20, 24, generator=generator, dtype=torch.float64)
+    found = {}
+    for dtype, function in ((torch.float32, onednn.linear), (torch.float64, torch.nn.functional.linear)):
+        own = {name: tensor.to(dtype).requires_grad_(name in asked) for name, tensor in wide.items()}
+        function(*own.values()).mul(slope.to(dtype)).sum().backward()
+        found[dtype] = {name: tensor.grad for name, tensor in own.items()}
+    assert wanted[0] == (2, 20, 17)
+    for name, expected in found[torch.float64].items():
+        if expected is None:
+            assert found[torch.float32][name] is None
+        else:
+            torch.testing.assert_close(found[torch.float32][name].double(), expected, rtol=0, atol=1e-4)
+
+
 def test_what_is_left_to_torch(wanted: list[tuple[int, ...]]) -> None:
-    """A product that is trained, one of another dtype, of few rows, of none."""
-    weight = torch.randn(8, 8, requires_grad=True)
-    onednn.linear(torch.randn(20, 8), weight).sum().backward()
-    assert weight.grad is not None
+    """A product of another dtype, of few rows, of none."""
+    weight = torch.randn(8, 8)
     for x in (torch.randn(20, 8, dtype=torch.float64), torch.randn(15, 8), torch.randn(8), torch.randn(0, 8)):
-        own = weight.detach().to(x.dtype)
+        own = weight.to(x.dtype)
         assert torch.equal(onednn.linear(x, own), torch.nn.functional.linear(x, own))
     assert wanted == []
 
