@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (many and plain and faster()) or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        tracked: Tensor = _Tracked.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        tracked: Tensor = _Tracked.apply(x, weight, bias)
         return tracked
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
