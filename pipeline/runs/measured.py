@@ -18,8 +18,8 @@ class Measured:
 MEASURED = (
     Measured("smooth+int8-dynamic", 0.0003),
     Measured("int8-g128", 0.0006),
-    Measured("gptq/int4-g128", 0.0062),
-    Measured("gptq/int3-g128", 0.0156),
+    Measured("gptq/int4-g128", 0.0058),
+    Measured("gptq/int3-g128", 0.0150),
     Measured("int4-g128", 0.039),
-    Measured("gptq/int2-g64", 0.0546),
+    Measured("gptq/int2-g64", 0.0506),
 )
