@@ -15,6 +15,7 @@ Python runs it as `python SCRIPT REQUEST.json`. The request's keys:
 import importlib.util
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,11 @@ class Program:
     python: str = sys.executable
     options: dict[str, Any] = field(default_factory=dict)
     peer: bool = True
+
+    @property
+    def folder(self) -> str:
+        """A name for the folder of what it writes."""
+        return re.sub(r"[^\w.-]+", "-", self.name)
 
     def installed(self) -> bool:
         """Whether `python` finds the program; it is not imported.

@@ -1,6 +1,5 @@
 """The same job by bitpress and by other programs, in turns: what each costs, and how good its result is."""
 
-import re
 import shutil
 import statistics
 from collections.abc import Callable
@@ -31,13 +30,11 @@ News = Callable[[str], None]
 class Result:
     """What one program needed, and how good its result is.
 
-    peer: whether it is another program than bitpress.
     costs: one for each run. seconds: for each run, the time of quantizing alone by the program's own clock.
     quality: as `bitpress eval` reports it; None where it was not asked for. error: why the program is out.
     """
 
     name: str
-    peer: bool = True
     versions: dict[str, str] = field(default_factory=dict)
     costs: list[Cost] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -47,11 +44,6 @@ class Result:
     def median(self, key: str) -> float:
         """The median over all runs of one field of Cost."""
         return statistics.median(getattr(cost, key) for cost in self.costs)
-
-    @property
-    def folder(self) -> str:
-        """The name of the folder of what it wrote."""
-        return re.sub(r"[^\w.-]+", "-", self.name)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,19 +95,19 @@ def race(programs: list[Program], job: Job, repeats: int, folder: Path, news: Ne
     """
     tokens = folder / "tokens.safetensors"
     files.write_safetensors(tokens, {"ids": job.calibration.ids.contiguous()})
-    results = {program.name: Result(program.name, program.peer) for program in programs}
+    results = {program.name: Result(program.name) for program in programs}
     for number in range(repeats):
         for program in programs:
             if not results[program.name].error:
                 _once(program, job, tokens, results[program.name], f"run {number + 1} of {repeats}", news)
     if job.text:
-        for result in results.values():
-            _judge(result, job, job.text, folder, news)
+        for program in programs:
+            _judge(program, results[program.name], job, job.text, folder, news)
     return list(results.values())
 
 
 def _once(program: Program, job: Job, tokens: Path, result: Result, label: str, news: News) -> None:
-    output = tokens.parent / result.folder
+    output = tokens.parent / program.folder
     for leftover in (output, output.with_name(f"{output.name}.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -132,14 +124,14 @@ def _once(program: Program, job: Job, tokens: Path, result: Result, label: str, 
     news(f"{label}: {program.name} took {cost.wall:.1f} s")
 
 
-def _judge(result: Result, job: Job, text: Eval, folder: Path, news: News) -> None:
+def _judge(program: Program, result: Result, job: Job, text: Eval, folder: Path, news: News) -> None:
     """Measure KL and perplexity of the last run's checkpoint, where bitpress can load it."""
     if result.error:
         return
     try:
-        result.quality = measure(folder / result.folder, job.model, text, "auto", folder)["quality"]
+        result.quality = measure(folder / program.folder, job.model, text, "auto", folder)["quality"]
     except Exception as error:  # whatever another program wrote: ours and the others are not to blame
-        if not result.peer:
+        if not program.peer:
             raise
         reason = unexpected(error, folder)
         result.error = f"not measured: {reason}"

@@ -244,10 +244,14 @@ class BlockRunner:
         """
         self._resumed = block, outputs.to(self.device)
         try:
-            with Products():
-                return self.model(input_ids=ids.to(self.device), use_cache=False).logits
+            return self.whole_logits(ids)
         finally:
             self._resumed = None
+
+    def whole_logits(self, ids: Tensor) -> Tensor:
+        """Logits [windows, context, vocabulary] of a model that is in memory as a whole, for these ids."""
+        with Products():
+            return self.model(input_ids=ids.to(self.device), use_cache=False).logits
 
     def load_block(self, number: int, weights: Iterable[tuple[PlannedTensor, Tensor]]) -> None:
         """Put a block back in its place, with its weights as the files store them."""
@@ -330,9 +334,7 @@ class BlockRunner:
         """The same, for a gradient by the weights that `with_weights` put into the block."""
         if not self.reached(self._number):
             return inputs.to(self.device)
-        call = self._calls[batch][self._number]
-        with Products():
-            return _hidden(self._block(inputs.to(self.device), *call.arguments, **call.options))
+        return _outputs(self._block, inputs.to(self.device), self._calls[batch][self._number])
 
     def _forwards(self, differentiable: bool = False) -> Callable[[tuple[int, Tensor]], Tensor]:
         """A function of (number of a batch, its inputs) that gives the outputs of the block as it is now.
@@ -351,11 +353,8 @@ class BlockRunner:
             if device == self.device or not self.reached(self._number):
                 return self.differentiable(number, inputs)
             call = self._calls[number][self._number]
-            block = copies[self.devices.index(device)]
-            with Products():
-                return _hidden(
-                    block(inputs.to(device), *_moved(call.arguments, device), **_moved(call.options, device))
-                )
+            moved = _Call(_moved(call.arguments, device), _moved(call.options, device))
+            return _outputs(copies[self.devices.index(device)], inputs.to(device), moved)
 
         return forward
 
@@ -920,8 +919,10 @@ def _moved(value: Any, device: torch.device) -> Any:
     return type(value)(_moved(each, device) for each in value) if isinstance(value, tuple | list) else value
 
 
-def _hidden(output: Any) -> Tensor:
-    """The hidden states among a block's outputs."""
+def _outputs(block: nn.Module, inputs: Tensor, call: _Call) -> Tensor:
+    """The hidden states that a block puts out."""
+    with Products():
+        output = block(inputs, *call.arguments, **call.options)
     return output[0] if isinstance(output, tuple | list) else output
 
 

@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from bitpress.eval.measure import scores
-from bitpress.kernels.onednn import Products
 from bitpress.kernels.qtensor import QTensor
 
 from ..data.calibration import hold_out
@@ -254,11 +253,6 @@ class Search:
         stack.enter_context(runner.whole_model(blocks))
         return runner
 
-    @staticmethod
-    def _batches(runner: BlockRunner) -> list[Tensor]:
-        """The windows held out, on the model's device."""
-        return [batch.to(runner.device) for batch in runner.batches]
-
     @torch.no_grad()
     def _probe(self, on_step: OnStep, total: int) -> None:
         """Measure each unit at each choice, in a model whose other layers are unquantized.
@@ -268,7 +262,7 @@ class Search:
         with ExitStack() as stack:
             runner = self._model(stack, self.plan, self.read)
             blocks = sorted({unit.block for unit in self.plan.units if unit.block is not None})
-            batches = self._batches(runner)
+            batches = runner.batches
             outputs: dict[int, list[Tensor]] = {block: [] for block in blocks}
             handles = [
                 runner.block(block).register_forward_hook(
@@ -278,8 +272,7 @@ class Search:
                 )
                 for block in blocks
             ]
-            with Products():
-                baseline = [runner.model(input_ids=batch, use_cache=False).logits for batch in batches]
+            baseline = [runner.whole_logits(batch) for batch in batches]
             for handle in handles:
                 handle.remove()
             called = [block for block in blocks if outputs[block]]  # text does not go through others
@@ -296,7 +289,7 @@ class Search:
                             own, _ = self.solution(replace(planned, spec=spec))
                             runner.set_weight(planned, own.dequantize(torch.float32))
                         logits = (
-                            runner.model(input_ids=ids, use_cache=False).logits
+                            runner.whole_logits(ids)
                             if before is None
                             else runner.logits_after(before, outputs[before][n], ids)
                             for n, ids in enumerate(batches)
@@ -337,13 +330,10 @@ class Search:
         """
         with ExitStack() as stack:
             runner = self._model(stack, self.plan, self.read)
-            with Products():
-                baseline = [runner.model(input_ids=ids, use_cache=False).logits for ids in self._batches(runner)]
+            baseline = [runner.whole_logits(ids) for ids in runner.batches]
         with ExitStack() as stack:
             runner = self._model(stack, plan, lambda planned: weight(planned, torch.float32))
-            others = (runner.model(input_ids=ids, use_cache=False).logits for ids in self._batches(runner))
-            with Products():
-                return _divergence(baseline, others)
+            return _divergence(baseline, (runner.whole_logits(ids) for ids in runner.batches))
 
     @cached_property
     def front(self) -> Front:

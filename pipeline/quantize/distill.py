@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitpress.kernels.onednn import Products
 from bitpress.kernels.qtensor import QTensor
 
 from ..config.schema import Distill
@@ -129,9 +128,7 @@ class Student:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Logits [context, vocabulary] for token ids [context], float32."""
-        model = self._runner.model
-        with Products():
-            return model(input_ids=ids.unsqueeze(0).to(self._runner.device), use_cache=False).logits[0].float()
+        return self._runner.whole_logits(ids.unsqueeze(0))[0].float()
 
     @contextmanager
     def weights(self, learned: Mapping[str, Tensor]) -> Iterator[None]:

@@ -88,6 +88,24 @@ def problem_of(columns: int, rows: int, symmetric: bool) -> tuple[Tensor, tuple[
     return matrix, grid, torch.randint(0, GROUPS, (columns,), dtype=torch.int32, generator=generator)
 
 
+def run_guarded(
+    function: Callable[..., None], values: Tensor, start: Tensor | None, factor: Tensor, grid: Any, groups: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns as they were at their turns, codes and steps, [columns, rows] on the CPU, where all lies amid NaN.
+
+    Args:
+        start: the codes before; None where there are none.
+    """
+    shape = values.shape
+    pairs = guarded(values, *shape, at=61), guarded(start, *shape, at=62), guarded(None, *shape, at=63)
+    tables = tuple(guarded(table, *table.shape)[0] for table in grid)
+    left, codes, steps = (inside for inside, _ in pairs)
+    function(left, within_nan(factor), tables, groups.to(DEVICE), codes, steps)
+    for pair in pairs:
+        check_guards(*pair)
+    return left.cpu(), codes.cpu(), steps.cpu()
+
+
 def compensated(start: Tensor, factor: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """What each column should have been at its turn, float64, given the steps that were taken before; and how far off
     it may be: each of the sums before it rounds once, its product too where it is not fused."""
@@ -105,14 +123,7 @@ def test_rounding(columns: int, rows: int, symmetric: bool):
     matrix, grid, groups = problem_of(columns, rows, symmetric)
     upper = torch.linalg.cholesky(torch.linalg.inv(matrix.double()), upper=True).float()
     weight = random_normal(columns, rows)
-    (left, left_all), (codes, codes_all), (errors, errors_all) = (
-        guarded(weight, columns, rows, at=61), guarded(None, columns, rows), guarded(None, columns, rows, at=63),
-    )  # fmt: skip
-    tables = tuple(guarded(table, GROUPS, rows)[0] for table in grid)
-    LOOP.round_columns(left, within_nan(upper), tables, groups.to(DEVICE), codes, errors)
-    for pair in ((left, left_all), (codes, codes_all), (errors, errors_all)):
-        check_guards(*pair)
-    left, codes, errors = left.cpu(), codes.cpu(), errors.cpu()
+    left, codes, errors = run_guarded(LOOP.round_columns, weight, None, upper, grid, groups)
     expected, tolerance = compensated(weight, upper, errors)
     assert ((left - expected).abs() <= tolerance).all()
     scale, low, high = (table[groups.long()] for table in grid)
@@ -130,14 +141,7 @@ def test_settling(columns: int, rows: int, symmetric: bool):
     scale, low, high = (table[groups.long()] for table in grid)
     start = (3 * random_normal(columns, rows)).round().clamp(low, high)
     gradient = 0.3 * random_normal(columns, rows)
-    (slope, slope_all), (codes, codes_all), (changes, changes_all) = (
-        guarded(gradient, columns, rows), guarded(start, columns, rows, at=62), guarded(None, columns, rows),
-    )  # fmt: skip
-    tables = tuple(guarded(table, GROUPS, rows)[0] for table in grid)
-    LOOP.settle_columns(slope, within_nan(inner), tables, groups.to(DEVICE), codes, changes)
-    for pair in ((slope, slope_all), (codes, codes_all), (changes, changes_all)):
-        check_guards(*pair)
-    slope, codes, changes = slope.cpu(), codes.cpu(), changes.cpu()
+    slope, codes, changes = run_guarded(LOOP.settle_columns, gradient, start, inner, grid, groups)
     expected, tolerance = compensated(gradient, inner, changes)
     assert ((slope - expected).abs() <= tolerance).all()
     ideal = start + slope * (1 / inner.diagonal().unsqueeze(1)) / scale

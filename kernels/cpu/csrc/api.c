@@ -260,8 +260,8 @@ static void prepare_row(const Product *p, int64_t row, float *floats) {
     const int64_t apart = p->tiles ? PAIR : 1;
     const int mixed = p->inputs == INPUTS_MIXED;
     if (p->outputs[0].w.inputs)
-        p->k->quantize_static(values, p->in_features, in->padded, p->outputs[0].w.inputs, in->codes + to, stride, in->scales + at,
-                              in->sums + at);
+        p->k->quantize_static(values, p->in_features, in->padded, p->outputs[0].w.inputs, in->codes + to, stride,
+                              in->scales + at, in->sums + at);
     else if (p->inputs == INPUTS_INT8)
         p->k->quantize(values, p->in_features, in->padded, p->step, in->codes + to, stride, in->scales + at, in->sums + at,
                        apart);
@@ -435,7 +435,8 @@ int bitpress_products(const Factor *factors, int count, const void *x, const int
             if (((const Header *)factors[to].packed)->magic != MAGIC) return 2;
             const Weight w = weight_of(factors[to].packed);
             const int wide = inputs == INPUTS_INT16 || inputs == INPUTS_MIXED;
-            if ((wide && w.step > 128) || (inputs != INPUTS_FLOAT32 && w.code == FP8) || (w.inputs && inputs != INPUTS_INT8 && inputs != INPUTS_FLOAT32)) return 2;
+            if (wide && (w.step > 128 || w.inputs)) return 2;
+            if (inputs != INPUTS_FLOAT32 && w.code == FP8) return 2;
             if (p.count && !alike(&w, &p.outputs[0].w)) break;
             p.outputs[p.count++] = (Output){.w = w, .bias = factors[to].bias, .y = factors[to].y};
         }

@@ -80,7 +80,7 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
             for (int64_t last = s + steps; s < last; s++, x += w->step) {
                 __m256i sums[AT_ONCE];
                 __m256i shift = _mm256_setzero_si256();
-                if (w->shifts)
+                if (kind == INT8 && w->shifts)
                     shift = _mm256_loadu_si256((const __m256i *)(w->shifts + (block + half / 2) * BLOCK + half % 2 * 8));
                 for (int m = 0; m < count; m++) sums[m] = _mm256_sub_epi32(_mm256_setzero_si256(), shift);
                 for (int64_t k = 0; k < w->step; k += per_load, codes += 64) {

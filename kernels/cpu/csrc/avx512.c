@@ -111,7 +111,8 @@ AVX512_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int6
         __m512i even[WIDEST * MAX_ROWS], odd[WIDEST * MAX_ROWS];
         for (int m = 0; m < count; m++)
             for (int j = 0; j < wide; j++) {
-                even[m * wide + j] = shifted(w, block + j, _mm512_set1_epi32(-zero * sums[m * in->steps]));
+                even[m * wide + j] = _mm512_set1_epi32(-zero * sums[m * in->steps]);
+                if (kind == INT8) even[m * wide + j] = shifted(w, block + j, even[m * wide + j]);
                 odd[m * wide + j] = _mm512_setzero_si512();
             }
         if (in->high) {
@@ -627,6 +628,6 @@ static void end(void) {}
 const Tiles avx512_tiles = {.unpack = unpack, .tile = tile, .begin = begin, .end = end};
 
 const Kernels avx512_kernels = {.rows = rows, .wide_rows = wide_rows, .exact = exact, .quantize = quantize,
-    .quantize_static = quantize_static, .quantize_wide = quantize_wide, .quantize_split = quantize_split, .widen = widen, .finish = finish,
-    .read = read_words, .dequantize = dequantize, .columns = columns};
+    .quantize_static = quantize_static, .quantize_wide = quantize_wide, .quantize_split = quantize_split, .widen = widen,
+    .finish = finish, .read = read_words, .dequantize = dequantize, .columns = columns};
 #endif

@@ -211,30 +211,17 @@ INLINE void generic_dequantize(const Weight *w, int64_t block, int64_t from, int
     }
 }
 
-enum { LANES = 16, TURN = 64 }; /* rows whose columns are in registers */
-typedef float Lanes __attribute__((vector_size(LANES * 4)));
+enum { TURN = 64 }; /* rows whose columns are in registers */
 
 /* One column of `count` rows, at most TURN, from `row` on. No product is fused with a sum, so every set finds the same bits. */
-INLINE void one_column(const Columns *c, int64_t j, int64_t row, int64_t count) {
+INLINE void one_column(const Columns *c, int64_t j, int64_t row, const int64_t count) {
     const int64_t at = j * c->rows + row, table = c->groups[j] * c->rows + row;
     const float pivot = c->factor[j * c->stride + j], inverse = 1 / pivot;
-    float left[TURN] = {0};
+    float left[TURN];
     memcpy(left, c->left + at, (size_t)count * 4);
-    if (count == TURN) {
-        Lanes sums[TURN / LANES];
-        memcpy(sums, left, sizeof sums);
-        for (int64_t i = 0; i < j; i++) {
-            const float factor = c->factor[i * c->stride + j];
-            Lanes steps[TURN / LANES];
-            memcpy(steps, c->steps + i * c->rows + row, sizeof steps);
-            for (int n = 0; n < TURN / LANES; n++) sums[n] -= factor * steps[n];
-        }
-        memcpy(left, sums, sizeof sums);
-    } else {
-        for (int64_t i = 0; i < j; i++) {
-            const float factor = c->factor[i * c->stride + j], *steps = c->steps + i * c->rows + row;
-            for (int64_t n = 0; n < count; n++) left[n] -= factor * steps[n];
-        }
+    for (int64_t i = 0; i < j; i++) {
+        const float factor = c->factor[i * c->stride + j], *steps = c->steps + i * c->rows + row;
+        for (int64_t n = 0; n < count; n++) left[n] -= factor * steps[n];
     }
     memcpy(c->left + at, left, (size_t)count * 4);
     for (int64_t n = 0; n < count; n++) {
@@ -250,8 +237,10 @@ INLINE void one_column(const Columns *c, int64_t j, int64_t row, int64_t count) 
 }
 
 INLINE void generic_columns(const Columns *c) {
-    for (int64_t row = 0; row < c->rows; row += TURN)
-        for (int64_t j = 0; j < c->count; j++) one_column(c, j, row, c->rows - row < TURN ? c->rows - row : TURN);
+    int64_t row = 0;
+    for (; row + TURN <= c->rows; row += TURN)
+        for (int64_t j = 0; j < c->count; j++) one_column(c, j, row, TURN);
+    for (int64_t j = 0; row < c->rows && j < c->count; j++) one_column(c, j, row, c->rows - row);
 }
 
 /* What an instruction set leaves to the compiler: the functions of Kernels that have the bodies above, as static functions of

@@ -79,7 +79,7 @@ LOCAL void NAME(rows_of)(const Weight *w, const Input *in, int64_t block, int64_
                 const int64_t group = ((block + from / BLOCK) * groups + s / steps) * BLOCK + from % BLOCK + 4 * q;
                 const float32x4_t group_scale = four_scales(w, group);
                 const int64_t first = (block + from / BLOCK) * BLOCK + from % BLOCK + 4 * q;
-                const int32x4_t shift = w->shifts ? vld1q_s32(w->shifts + first) : vdupq_n_s32(0);
+                const int32x4_t shift = kind == INT8 && w->shifts ? vld1q_s32(w->shifts + first) : vdupq_n_s32(0);
                 const int32x4_t zero = kind == TABLE ? vdupq_n_s32(0) : four_zeros(w, group, kind == INT8 ? 128 : 0);
                 for (int m = 0; m < count; m++) {
                     const int two = m / 2 * 2 + 1 < count;

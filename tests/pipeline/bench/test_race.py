@@ -78,8 +78,8 @@ def cost(wall: float) -> Cost:
 
 
 def test_the_table_has_medians_and_ratios_to_bitpress():
-    ours = Result("bitpress", False, {"bitpress": "0.1"}, [cost(1), cost(3), cost(2)], [1.5, 1.0, 2.0], QUALITY)
-    theirs = Result("peer", True, {"peer": "9", "torch": "2"}, [cost(5)], [4.0], dict(QUALITY, kl_mean=None))
+    ours = Result("bitpress", {"bitpress": "0.1"}, [cost(1), cost(3), cost(2)], [1.5, 1.0, 2.0], QUALITY)
+    theirs = Result("peer", {"peer": "9", "torch": "2"}, [cost(5)], [4.0], dict(QUALITY, kl_mean=None))
     header, rows = race.rows([ours, theirs, Result("broken", error="exit code 1")])
     assert header == [
         "program", "wall s", "ratio", "quantizing s", "CPU s", "ratio", "peak RSS MB", "ratio", "mean KL", "perplexity"
@@ -92,7 +92,7 @@ def test_the_table_has_medians_and_ratios_to_bitpress():
 
 
 def test_speed_alone_has_no_columns_of_quality():
-    header, rows = race.rows([Result("bitpress", False, {}, [cost(1)], [1.0])])
+    header, rows = race.rows([Result("bitpress", {}, [cost(1)], [1.0])])
     assert header[-2:] == ["peak RSS MB", "ratio"]
     assert len(rows[0]) == len(header)
 
@@ -228,7 +228,7 @@ def test_the_command(
 def test_the_command_prints_a_table(
     tiny_llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch, bench: Callable[..., tuple[int, str, str]]
 ):
-    result = Result("bitpress", False, {"bitpress": "0.1"}, [cost(1)], [1.0])
+    result = Result("bitpress", {"bitpress": "0.1"}, [cost(1)], [1.0])
     monkeypatch.setattr(race, "race", lambda *given: [result])
     given = (tiny_llama, "--scheme", "int4-g32", "--calibration", text, "--windows", 4, "--context", 16)
     code, out, err = bench(*given)
