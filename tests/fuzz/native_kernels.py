@@ -7,7 +7,8 @@ Each buffer ends, or begins, at a page that cannot be touched, so that one byte 
 of its own pages is filled with a pattern, which has to be there afterwards. The result is compared with float64. With
 --sanitized, the library is built with AddressSanitizer and UndefinedBehaviorSanitizer, and everything runs under them,
 AMX emulated.
-Each tenth call is a step of a whole decoder layer, on one token or many, of one sequence or several.
+Each tenth call is a step of a whole decoder layer, on one token or many, of one sequence or several; the one before it
+is GPTQ's loop over the columns of a block.
 """
 
 import argparse
@@ -35,8 +36,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitpress.kernels.activations.int8_token import quantize_rows
+from bitpress.kernels.cpu import gptq_columns, native
 from bitpress.kernels.cpu import library as native_library
-from bitpress.kernels.cpu import native
 from bitpress.kernels.cpu.library import Library, library
 from bitpress.kernels.decoder_layer import (
     ACTIVATIONS,
@@ -69,7 +70,7 @@ BOUND = {torch.float32: 2.0**-10, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-
 CODEBOOK = 2.0**-6  # NF4's code book in int8
 JUMPS = 2.0**-5  # of a rounded cache's codes, at a difference in a key's last bit
 KINDS = (native.NativeInt8, native.NativeMixed, native.NativeInt16, native.NativeExact)
-LAYERS = 10  # one call of so many is a step of a decoder layer
+TURNS = 10  # one call of so many is a step of a decoder layer, and one a loop over columns
 CACHES = ("fp8", "fp8-head", "int8", "int8-g2", "int8-g16", "int8-g32", "int8-g64", "int4-g16", "int4-g32")
 LAYER_SCHEMES = (
     "int3-g32", "int4-g32", "int4-g64-asym", "int8-channel", "int8-g128", "int8-dynamic", "int8-static",
@@ -551,6 +552,99 @@ def _layer(
     return x + normed(y, parts.norms[3])
 
 
+@dataclass(frozen=True)
+class ColumnsCall:
+    """One loop over the columns of a block. gap: numbers between one row of the factor and the next."""
+
+    number: int
+    seed: int
+    columns: int
+    rows: int
+    gap: int
+    groups: int
+    settle: bool
+    instructions: str
+    values: str
+    at_end: bool
+
+
+def make_columns_call(number: int, seed: int, runnable: list[str]) -> ColumnsCall:
+    generator = random.Random(f"columns {seed} {number}")
+    columns, rows = (1, 2, 7, 16, 33, 64, 127, 128), (1, 2, 15, 63, 64, 65, 129, 300)
+    return ColumnsCall(
+        number, seed, generator.choice(columns), generator.choice(rows), generator.choice((0, 0, 1, 5)),
+        generator.choice((1, 2, 5)), generator.random() < 0.5, generator.choice(runnable),
+        generator.choice(("normal", "normal", "zero", "huge", "nan")), generator.random() < 0.7,
+    )  # fmt: skip
+
+
+def perform_columns(call: ColumnsCall, loaded: Library) -> None:
+    """The loop between guard pages; what it does not need to read, below the factor's diagonal and beside it, is NaN.
+
+    Raises:
+        AssertionError: a result that is wrong, or something was written beside a buffer.
+    """
+    generator, guarded = torch.Generator().manual_seed(call.number), Guarded()
+    shape, count = (call.columns, call.rows), call.columns
+
+    def copied(tensor: Tensor) -> Tensor:
+        return guarded.copy(tensor, call.at_end, 4)
+
+    factor = torch.full((count, count + call.gap), torch.nan)
+    factor[:, :count] = torch.randn(count, count, generator=generator) / count**0.5
+    factor[:, :count].diagonal().abs_().add_(0.5)
+    factor[:, :count].masked_fill_(torch.ones(count, count).tril(-1).bool(), torch.nan)
+    factor = copied(factor.flatten()[: count * (count + call.gap) - call.gap])  # the last row's gap is not there
+    upper = factor.as_strided((count, count), (count + call.gap, 1))
+    grid = tuple(
+        copied(table)
+        for table in (
+            torch.rand(call.groups, call.rows, generator=generator) + 0.2,
+            -torch.randint(0, 16, (call.groups, call.rows), generator=generator).float(),
+            torch.randint(0, 16, (call.groups, call.rows), generator=generator).float(),
+        )
+    )
+    groups = copied(torch.randint(0, call.groups, (count,), generator=generator, dtype=torch.int32))
+    start = torch.randn(shape, generator=generator) * {"zero": 0.0, "huge": 2.0**120}.get(call.values, 4.0)
+    if call.values == "nan":
+        start[count // 2, call.rows // 2] = torch.nan
+    before = torch.randint(-3, 4, shape, generator=generator).float() if call.settle else torch.full(shape, torch.nan)
+    left, codes, steps = copied(start), copied(before), guarded.empty(shape, torch.float32, call.at_end, 4)
+    kept = [each.clone() for each in (factor, *grid, groups)]
+    alone = replace(loaded, available=tuple(each == call.instructions for each in loaded.instructions))
+    original = gptq_columns.library
+    gptq_columns.library = lambda: alone
+    try:
+        loop = gptq_columns.settle_columns if call.settle else gptq_columns.round_columns
+        loop(left, upper, grid, groups, codes, steps)
+    finally:
+        gptq_columns.library = original
+    guarded.check()
+    for each, was in zip((factor, *grid, groups), kept):
+        assert torch.equal(each.nan_to_num(7), was.nan_to_num(7)), "an input was written to"
+    good = ~start.isnan().any(0)
+    assert codes.isfinite().all(), "a code is no number"
+    scale, low, high = (table[groups.long()] for table in grid)
+    ideal = before + left * (1 / upper.diagonal().unsqueeze(1)) / scale if call.settle else left / scale
+    rounded_codes = ideal.maximum(low).minimum(high).round()
+    assert torch.equal(codes[:, good], rounded_codes[:, good]), "other codes than those nearest"
+    if call.values == "huge":
+        return
+    wide, strict = steps[:, good].double(), upper.double().triu(1).nan_to_num()
+    expected = start[:, good].double() - strict.t() @ wide
+    most = start[:, good].double().abs() + strict.abs().t() @ wide.abs()
+    assert ((left[:, good] - expected).abs() <= 2.0**-23 * count * most).all(), "other compensations"
+    exact = (codes - before) * scale if call.settle else (left - codes * scale) / upper.diagonal().unsqueeze(1)
+    assert torch.allclose(steps[:, good], exact[:, good], rtol=2.0**-20, atol=2.0**-20), "other steps"
+
+
+def make(number: int, seed: int, runnable: list[str]) -> Call | LayerCall | ColumnsCall:
+    turn = number % TURNS
+    if turn == TURNS - 1:
+        return make_layer_call(number, seed, runnable)
+    return (make_columns_call if turn == TURNS - 2 else make_call)(number, seed, runnable)
+
+
 def run_batch(first: int, count: int, seed: int, loaded: Library) -> list[str]:
     """Sentences on what went wrong in calls first .. first + count, made in processes of their own."""
     findings = []
@@ -563,10 +657,13 @@ def run_batch(first: int, count: int, seed: int, loaded: Library) -> list[str]:
             try:
                 for number in range(first, first + count):
                     counter[:8] = number.to_bytes(8, "little")
-                    if number % LAYERS == LAYERS - 1:
-                        perform_layer(make_layer_call(number, seed, loaded.runnable), loaded)
+                    call = make(number, seed, loaded.runnable)
+                    if isinstance(call, LayerCall):
+                        perform_layer(call, loaded)
+                    elif isinstance(call, ColumnsCall):
+                        perform_columns(call, loaded)
                     else:
-                        perform(make_call(number, seed, loaded.runnable), loaded)
+                        perform(call, loaded)
             except BaseException as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 code = 9
@@ -575,7 +672,6 @@ def run_batch(first: int, count: int, seed: int, loaded: Library) -> list[str]:
         if not code:
             break
         number = int.from_bytes(counter[:8], "little")
-        make = make_layer_call if number % LAYERS == LAYERS - 1 else make_call
         how = signal.Signals(-code).name if code < 0 else "see above"
         findings.append(
             f"{how}: {make(number, seed, loaded.runnable)}\n"

@@ -70,6 +70,14 @@ def found_library() -> Library:
 INSTRUCTIONS = getattr(library(), "instructions", ("none",))
 
 
+def test_the_library_can_be_built():
+    """Other tests skip where there is no library; that is right only where nothing can build one."""
+    found = library()
+    if isinstance(found, str) and (sys.byteorder != "little" or native_library.compiler() is None):
+        pytest.skip(found)
+    assert isinstance(found, Library), found
+
+
 @pytest.fixture(params=INSTRUCTIONS)
 def instructions(request: pytest.FixtureRequest) -> str:
     if request.param not in found_library().runnable:
