@@ -29,7 +29,7 @@ ORDER = {
     " -> system, config, storage -> errors",
     "kernels": "bench -> decoder_layer -> linear -> registry -> cpu, triton, external, reference -> base -> qtensor"
     " -> scheme -> weights, activations -> packing -> kv_cache -> caches -> discovery, user_cache,"
-    " onednn",
+    " products",
     "eval": "report -> measure",
 }
 ALONE = {"demo_model"}  # a script beside its model: it imports nothing of ours, and nothing of ours imports it

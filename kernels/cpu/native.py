@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import onednn
+from .. import products
 from ..activations.base import Activations
 from ..activations.fp8 import Fp8Group, Fp8Tensor, Fp8Token
 from ..activations.int8_tensor import Int8Tensor, Int8TensorAsymmetric
@@ -484,7 +484,7 @@ def _multiply_dequantized(
     for start in range(0, out_features, _PIECE):
         count = min(_PIECE, out_features - start)
         weight = dequantize(packed, x.dtype, instructions, start, count, x.shape[-1])
-        y[..., start : start + count] = onednn.linear(x, weight)
+        y[..., start : start + count] = products.linear(x, weight)
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -32,7 +32,7 @@ from bitpress.eval.measure.protocols import Window, beginning
 from bitpress.eval.measure.sample import sample
 from bitpress.eval.report.words import size
 from bitpress.kernels.linear import inputs_left_alone
-from bitpress.kernels.onednn import Products
+from bitpress.kernels.products import Products
 
 from ..config.schema import AUTO, Eval, Speed
 from ..data.text import Text, read_text

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from bitpress.kernels.cpu import gptq_columns as native_columns
-from bitpress.kernels.onednn import add_product, product
+from bitpress.kernels.products import add_product, product
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 from bitpress.kernels.triton import gptq_columns as triton_columns

@@ -31,7 +31,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bitpress.eval.measure.cache import cache_name
-from bitpress.kernels import onednn
+from bitpress.kernels import products
 from bitpress.kernels.caches.base import Codes
 from bitpress.kernels.cpu.native import DTYPES, FLOAT32, dense_linear, dense_unsupported
 from bitpress.kernels.decoder_layer import (
@@ -461,7 +461,7 @@ def _native_takes(x: Tensor, native: NativeLayers, module: nn.Module) -> bool:
         return False
     if x.requires_grad or (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())):
         return False
-    inputs, slow = native.inputs(), x.dtype == torch.float32 and not onednn.faster()
+    inputs, slow = native.inputs(), x.dtype == torch.float32 and not products.faster(x.dtype)
     return None not in inputs and not (FLOAT32 in inputs and not slow and x.shape[0] * x.shape[1] >= _LONG)
 
 

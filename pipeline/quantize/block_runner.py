@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bitpress.kernels.linear import QExperts
-from bitpress.kernels.onednn import Products
+from bitpress.kernels.products import Products
 from bitpress.kernels.qtensor import QTensor
 from bitpress.kernels.scheme import Scheme
 

@@ -18,7 +18,7 @@ import torch
 
 from bitpress.eval.measure import scores
 from bitpress.kernels.linear import inputs_left_alone
-from bitpress.kernels.onednn import Products
+from bitpress.kernels.products import Products
 from bitpress.pipeline.config.schema import Eval
 from bitpress.pipeline.data.text import read_text
 from bitpress.pipeline.evaluate.resume import WindowStore

@@ -316,19 +316,19 @@ def test_generates_the_same_for_batches_and_padding(
     assert len(steps) == 2 * 8
 
 
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("faster", [False, True])
 def test_logits_without_a_cache(
-    model: PreTrainedModel, steps: list[int], monkeypatch: pytest.MonkeyPatch, onednn: bool
+    model: PreTrainedModel, steps: list[int], monkeypatch: pytest.MonkeyPatch, faster: bool
 ):
     """As an evaluation asks for them, with inputs left alone or rounded as the kernel does it."""
-    monkeypatch.setattr(optimize.onednn, "faster", lambda: onednn)
+    monkeypatch.setattr(optimize.products, "faster", lambda dtype: faster)
     with torch.inference_mode():
         want = plain(model)(input_ids=ids(70), use_cache=False).logits
         steps.clear()
         assert distance(model(input_ids=ids(70), use_cache=False).logits, want) < TOLERANCE
         many = ids(70).expand(8, -1)  # more rows than go through all layers at a time
         assert distance(model(input_ids=many, use_cache=False).logits, want.expand(8, -1, -1)) < TOLERANCE
-    assert steps == [0, 0] * (1 if onednn else 2)  # whose products with many rows are the faster ones
+    assert steps == [0, 0] * (1 if faster else 2)  # whose products with many rows are the faster ones
 
 
 def test_inputs_are_rounded_as_the_kernel_says_at_the_time(pressed: Callable[[Any], Path], steps: list[int]):
