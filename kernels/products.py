@@ -43,7 +43,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     many = x.dim() > 0 and x.numel() >= _FEW * x.shape[-1] > 0
     kinds = type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter)  # others multiply by ways of their own
     plain = kinds and weight.dim() == 2 and x.dtype == weight.dtype
-    if not (many and plain and x.device.type == "cpu" and faster(x.dtype)) or torch.compiler.is_compiling():
+    ours = many and plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not ours or not faster(x.dtype):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         tracked: Tensor = _Tracked.apply(x, weight, bias)

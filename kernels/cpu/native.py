@@ -523,7 +523,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The weight and the bias are constants; inputs that were rounded count as if they had not been."""
     (packed,) = ctx.saved_tensors
     weight = dequantize(packed, grad.dtype, ctx.instructions, 0, grad.shape[-1], ctx.in_features)
-    return grad @ weight, None, None, None, None, None
+    return products.linear(grad, weight.t()), None, None, None, None, None
 
 
 torch.library.register_autograd("bitpress::linear_cpu", _backward, setup_context=_remember, lib=_ops)

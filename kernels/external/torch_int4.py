@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..base import Kernel, PackedWeight, Serves
 from ..packing import unpack
+from ..products import product
 from ..qtensor import QTensor
 from ..weights.integer import Integer
 
@@ -146,7 +147,7 @@ def _multiply_dequantized(x: Tensor, packed: Int4Weight, block: int) -> Tensor:
         centred -= offsets[:, None, piece]
         weight = centred.to(x.dtype)
         weight *= scales[:, None, piece]
-        y[:, piece] = x @ weight.view(in_features, -1)
+        y[:, piece] = product(x, weight.view(in_features, -1))
     return y
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from bitpress.eval.measure import speed
+from bitpress.kernels.products import product
 
 from ..quantize.spec import LayerSpec
 from ..storage import files
@@ -125,7 +126,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _product(matrix: torch.Tensor) -> None:
-    matrix @ matrix
+    product(matrix, matrix)
     if matrix.is_cuda:
         torch.cuda.synchronize()
 
