@@ -208,7 +208,9 @@ def test_a_transform_comes_before_all_solutions(learn, outliers, tmp_path):
     assert scaled
     assert manifest["recipe"]["transform"] == "awq"
     kept = [line["name"] for line in manifest["coverage"]["kept"] if line["name"].endswith("layernorm.weight")]
-    assert any(not torch.equal(Checkpoint(out).read(name), Checkpoint(outliers).read(name)) for name in kept)
+    after_norms = any(name.endswith(("q_proj", "gate_proj")) for line in scaled for name in line["layers"])
+    changed = any(not torch.equal(Checkpoint(out).read(name), Checkpoint(outliers).read(name)) for name in kept)
+    assert changed == after_norms  # which layers gain by a scale, the machine's rounding has a say in
     ids = Checkpoint.single(tmp_path / "out.partial" / REFERENCE_LOGITS).read("ids")[None]
     q, p = (load(folder, dtype="float32")[0](input_ids=ids).logits.log_softmax(-1) for folder in (out, outliers))
     assert (p.exp() * (p - q)).sum(-1).mean().item() < 3 * manifest["budget"]["measured_kl"]
