@@ -1,4 +1,4 @@
-"""Products of matrices, on CPUs where torch takes a slower way than it has to.
+"""Products of matrices, and attention, on CPUs where torch takes a slower way than it has to.
 
 - float32: torch gives them to MKL, which is slow on other processors than Intel's. oneDNN comes with torch, too, and
   sums up in float32 as well. On two cores of Zen 5, 512 rows times [1536, 576] run at 205 billion products a second by
@@ -6,7 +6,7 @@
 - bfloat16 and float16 on processors for which oneDNN has no such products: bfloat16 needs AVX512, float16 more than
   that. There torch goes through a loop that is seven times slower than float32's product of the same matrices (512
   rows times [2048, 2048] on Zen 3). So both are widened to float32, in which products of two such numbers are exact,
-  and the sums are rounded, as torch's loop does it.
+  and the sums are rounded, as torch's loop does it. Attention is made of such products.
 """
 
 import functools
@@ -100,8 +100,24 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tens
     return total.addmm_(a, b, alpha=alpha)
 
 
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *others: Any, **options: Any
+) -> Tensor:
+    """F.scaled_dot_product_attention of query [..., rows, features], by the faster of the two ways."""
+    dtype, rows = query.dtype, query.shape[-2]
+    half = dtype in (torch.bfloat16, torch.float16) and query.device.type == "cpu" and rows >= _FEW
+    if not half or torch.compiler.is_compiling() or not faster(dtype):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *others, **options)
+    mask = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
+    wide = (each.float() for each in (query, key, value))
+    return F.scaled_dot_product_attention(*wide, mask, *others, **options).to(dtype)
+
+
+_FASTER: dict[Any, Callable[..., Tensor]] = {F.linear: linear, F.scaled_dot_product_attention: attention}
+
+
 class Products(TorchFunctionMode):
-    """Meanwhile, F.linear is `linear` on this thread, and so is every nn.Linear.
+    """Meanwhile, F.linear is `linear` on this thread, and so is every nn.Linear; attention likewise.
 
     with Products():
         logits = model(ids).logits
@@ -110,4 +126,4 @@ class Products(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return (linear if function is F.linear else function)(*args, **(kwargs or {}))
+        return _FASTER.get(function, function)(*args, **(kwargs or {}))

@@ -118,6 +118,31 @@ def test_gradients_of_two_bytes(wanted: list[tuple[int, ...]], dtype: torch.dtyp
         torch.testing.assert_close(mine.grad, exact.grad.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [None, torch.bool, torch.float16])
+def test_attention(wanted: list[tuple[int, ...]], dtype: torch.dtype, masked: torch.dtype | None) -> None:
+    """Of float64, rounded once, and its gradients; masks are bool, or of the dtype of the queries."""
+    generator = torch.Generator().manual_seed(0)
+    own = [torch.randn(2, heads, 20, 16, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+    wide = [tensor.detach().double().requires_grad_() for tensor in own]
+    seen = torch.rand(2, 1, 20, 20, generator=generator) < 0.9
+    added = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -1000.0)
+    how = {"is_causal": True} if masked is None else {"attn_mask": seen if masked == torch.bool else added}
+    with products.Products():
+        found = nn.functional.scaled_dot_product_attention(*own, **how, enable_gqa=True)
+    how = {
+        key: value.double() if torch.is_tensor(value) and value.dtype == dtype else value for key, value in how.items()
+    }
+    expected = nn.functional.scaled_dot_product_attention(*wide, **how, enable_gqa=True)
+    assert found.dtype == dtype
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=0.51 * step, atol=1e-6)
+    found.backward(torch.ones_like(found))
+    expected.backward(torch.ones_like(expected))
+    for mine, exact in zip(own, wide, strict=True):
+        torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=0.51 * step, atol=1e-5)  # type: ignore[union-attr]
+
+
 @torch.inference_mode()
 def test_modules_of_a_model(wanted: list[tuple[int, ...]]) -> None:
     model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(2, 20, 8)
