@@ -225,18 +225,19 @@ def measure_task(request: dict[str, Any]) -> dict[str, Any]:
     }
     answer["dtype"] = str(model.dtype).removeprefix("torch.")
     answer["sample"] = {"prompt": job.settings.prompt, "text": job.sample(model)}
-    answer["tasks"] = _tasks(job, model)
-    answer["warnings"] = [*job.other_tokens(), *_bos_warnings(job, model, text, plan.bos)]
-    reason = job.crowding()
-    if reason:
-        del model  # one after the other, where both do not fit
-        _free()
-        _predict(job, text)
-        model = job.load()
-    with job.numbers(), Products():
-        with inputs_left_alone(model):
-            answer |= _quality(job, model, text, reason)
-        answer["kernels"]["rounded_inputs"] = _rounded_inputs(model, text)
+    with Products():
+        answer["tasks"] = _tasks(job, model)
+        answer["warnings"] = [*job.other_tokens(), *_bos_warnings(job, model, text, plan.bos)]
+        reason = job.crowding()
+        if reason:
+            del model  # one after the other, where both do not fit
+            _free()
+            _predict(job, text)
+            model = job.load()
+        with job.numbers():
+            with inputs_left_alone(model):
+                answer |= _quality(job, model, text, reason)
+            answer["kernels"]["rounded_inputs"] = _rounded_inputs(model, text)
     answer["quality"] |= statistics.summarize(answer.pop("scores"), plan.units)
     answer["sample"] |= {"baseline_text": answer.pop("baseline_text")}
     return answer

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bitpress.kernels.linear import QEmbedding, QLinear
+from bitpress.kernels.products import Products
 
 from ..errors import ConfigError, NumericsError
 from ..formats import open_quantized
@@ -59,7 +60,7 @@ def in_memory_logits(checkpoint: Checkpoint, recipe: Recipe, ids: Tensor, device
     for path in plan.cache.shapes if plan.cache else ():
         assert plan.cache
         intercept(model.get_submodule(path), CacheRounding(plan.cache.cache))  # it is dynamic: nothing was calibrated
-    return model(input_ids=ids.unsqueeze(0).to(device), use_cache=False).logits[0].cpu()
+    return _logits(model, ids)
 
 
 @torch.inference_mode()
@@ -74,7 +75,7 @@ def verify_task(request: dict[str, Any]) -> dict[str, Any]:
         model = load_model(artifact, pick_device(request["device"]), request["dtype"], "reference", step)
     reference = Checkpoint.single(Path(request["reference"]))
     ids, expected = reference.read("ids"), reference.read("logits")
-    logits = model(input_ids=ids.unsqueeze(0).to(model.device), use_cache=False).logits[0].cpu()
+    logits = _logits(model, ids)
     difference = (logits.double() - expected.double()).abs().max().item() / expected.double().abs().max().item()
     tolerance = _TOLERANCE[model.dtype]
     if not difference <= tolerance:
@@ -117,3 +118,10 @@ def verify_artifact(
     finally:
         if not recipe.calibration:
             reference.unlink()
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits [tokens, vocabulary] of one sequence, on the CPU."""
+    with Products():
+        logits: Tensor = model(input_ids=ids.unsqueeze(0).to(model.device), use_cache=False).logits
+    return logits[0].cpu()
