@@ -246,32 +246,35 @@ INLINE void generic_columns(const Columns *c) {
 /* What an instruction set leaves to the compiler: the functions of Kernels that have the bodies above, as static functions of
  * its file with TARGET as their attribute, and the designators of Kernels that name them. */
 #define GENERIC_FUNCTIONS(TARGET)                                                                                         \
-    TARGET static void quantize(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes,         \
-                                int64_t stride, float *scales, int32_t *sums, int64_t apart) {                            \
-        generic_quantize(x, in_features, padded, step, codes, stride, scales, sums, apart);                               \
-    }                                                                                                                     \
     TARGET static void quantize_static(const float *x, int64_t in_features, int64_t padded, const float *inputs,          \
                                        int8_t *codes, int64_t stride, float *scale, int32_t *sum) {                       \
         generic_quantize_static(x, in_features, padded, inputs, codes, stride, scale, sum);                               \
     }                                                                                                                     \
-    TARGET static void quantize_wide(const float *x, int64_t in_features, int64_t padded, int64_t step, int mixed,        \
-                                     int16_t *codes, float *scales, int32_t *sums, int64_t apart) {                       \
-        generic_quantize_wide(x, in_features, padded, step, mixed, codes, scales, sums, apart);                           \
-    }                                                                                                                     \
     TARGET static void widen(const void *x, DType dtype, int64_t count, float *out) {                                     \
         generic_widen(x, dtype, count, out);                                                                              \
-    }                                                                                                                     \
-    TARGET static void finish(const float *values, const float *multiplier, const float *bias, int64_t count, DType dtype, \
-                              void *y) {                                                                                  \
-        generic_finish(values, multiplier, bias, count, dtype, y);                                                        \
     }                                                                                                                     \
     TARGET static void dequantize(const Weight *w, int64_t block, int64_t from, int64_t to, float *out) {                 \
         generic_dequantize(w, block, from, to, out);                                                                      \
     }                                                                                                                     \
     TARGET static void columns(const Columns *c) { generic_columns(c); }                                                  \
     TARGET static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
-#define GENERIC_MEMBERS                                                                                    \
-    .quantize = quantize, .quantize_static = quantize_static, .quantize_wide = quantize_wide, .widen = widen, \
-    .finish = finish, .read = read_words, .dequantize = dequantize, .columns = columns
+#define GENERIC_MEMBERS \
+    .quantize_static = quantize_static, .widen = widen, .read = read_words, .dequantize = dequantize, .columns = columns
+
+/* Likewise, of what surrounds each product. */
+#define GENERIC_ROUNDING(TARGET)                                                                                          \
+    TARGET static void quantize(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes,         \
+                                int64_t stride, float *scales, int32_t *sums, int64_t apart) {                            \
+        generic_quantize(x, in_features, padded, step, codes, stride, scales, sums, apart);                               \
+    }                                                                                                                     \
+    TARGET static void quantize_wide(const float *x, int64_t in_features, int64_t padded, int64_t step, int mixed,        \
+                                     int16_t *codes, float *scales, int32_t *sums, int64_t apart) {                       \
+        generic_quantize_wide(x, in_features, padded, step, mixed, codes, scales, sums, apart);                           \
+    }                                                                                                                     \
+    TARGET static void finish(const float *values, const float *multiplier, const float *bias, int64_t count, DType dtype, \
+                              void *y) {                                                                                  \
+        generic_finish(values, multiplier, bias, count, dtype, y);                                                        \
+    }
+#define ROUNDING_MEMBERS .quantize = quantize, .quantize_wide = quantize_wide, .finish = finish
 
 #endif

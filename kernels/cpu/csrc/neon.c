@@ -132,9 +132,12 @@ static void exact(const Weight *w, const Input *in, int64_t block, int64_t row, 
 }
 
 GENERIC_FUNCTIONS()
+GENERIC_ROUNDING()
 
-const Kernels neon_i8mm_kernels = {.rows = rows_i8mm, .wide_rows = wide_rows_i8mm, .exact = exact, GENERIC_MEMBERS};
-const Kernels neon_dotprod_kernels = {.rows = rows_dotprod, .wide_rows = wide_rows_dotprod, .exact = exact, GENERIC_MEMBERS};
+const Kernels neon_i8mm_kernels = {.rows = rows_i8mm, .wide_rows = wide_rows_i8mm, .exact = exact, GENERIC_MEMBERS,
+    ROUNDING_MEMBERS};
+const Kernels neon_dotprod_kernels = {.rows = rows_dotprod, .wide_rows = wide_rows_dotprod, .exact = exact, GENERIC_MEMBERS,
+    ROUNDING_MEMBERS};
 #else
 #include "neon_rows.h" /* its text alone */
 #endif

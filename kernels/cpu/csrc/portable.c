@@ -57,5 +57,7 @@ static void exact(const Weight *w, const Input *in, int64_t block, int64_t row, 
 }
 
 GENERIC_FUNCTIONS()
+GENERIC_ROUNDING()
 
-const Kernels portable_kernels = {.rows = rows, .wide_rows = wide_rows, .exact = exact, GENERIC_MEMBERS};
+const Kernels portable_kernels = {.rows = rows, .wide_rows = wide_rows, .exact = exact, GENERIC_MEMBERS,
+    ROUNDING_MEMBERS};
