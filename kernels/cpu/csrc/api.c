@@ -140,7 +140,8 @@ static int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 EXPORT int64_t bitpress_layout(void *packed, int64_t out_features, int64_t in_features, int64_t group, int64_t step,
                                int64_t code, int64_t table, int64_t zero, int64_t has_scales, int64_t has_zeros,
                                int64_t has_inputs, int64_t has_shifts) {
-    if (out_features < 1 || in_features < 1 || step < 16 || step % 16 || group % step || code < INT4 || code > FP8 ||
+    if (out_features < 1 || in_features < 1 || step < 16 || step % (code == INT4 ? 32 : 16) || group % step ||
+        code < INT4 || code > FP8 ||
         table < NF4 || table > FP4 || (has_inputs && (code != INT8 || step != group || step < in_features)))
         return -1;
     const int64_t padded = (in_features + group - 1) / group * group;

@@ -11,6 +11,7 @@ HOLD_TEXT
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX2_INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 #define AT_ONCE 4 /* rows; more would not fit 16 registers */
+#define AHEAD 2048 /* bytes that codes are fetched ahead: the hardware's own fetching stops at the end of a page */
 
 int has_avx2(void) {
     __builtin_cpu_init();
@@ -102,12 +103,25 @@ AVX2_INLINE void four_codes(const uint8_t *at, int upper, __m256i table, const B
     }
 }
 
-/* `count` rows times a pair of blocks, 16 outputs at a time. Zero points and shifts are taken off in the sums; of bytes 128 is
- * taken off already, and a table has none. High bytes of split inputs are multiplied only where there are outliers. */
+/* What each row's sums of products begin with: minus the zero points, of a group of a block's weights, times the sum of the
+ * inputs. Bytes have lost 128 already, and a table has no zero point. */
+AVX2_INLINE void begin_sums(const Weight *w, const int32_t *input_sums, int64_t apart, int64_t group, const int count,
+                            const Bytes kind, __m256i *sums) {
+    const int32_t off = kind == BYTES || kind == ALL_BYTES ? 128 : 0;
+    for (int i = 0; i < 2 * count; i++) {
+        const int32_t sum = input_sums[i / 2 * apart];
+        if (kind == LOOKED_UP) sums[i] = _mm256_setzero_si256();
+        else if (!w->zeros) sums[i] = _mm256_set1_epi32((off - (int32_t)w->zero) * sum);
+        else sums[i] = _mm256_mullo_epi32(_mm256_sub_epi32(_mm256_set1_epi32(off), whole_zeros(w, group, i % 2)), _mm256_set1_epi32(sum));
+    }
+}
+
+/* `count` rows times a pair of blocks, 16 outputs at a time. High bytes of split inputs are multiplied only where there are
+ * outliers. */
 AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_t row, const int count, const Bytes kind,
                          float *out) {
     const int64_t groups = w->padded / w->group, steps = w->group / w->step;
-    const int bytes = kind == BYTES || kind == ALL_BYTES, off = bytes ? 128 : 0;
+    const int bytes = kind == BYTES || kind == ALL_BYTES, run = kind == NIBBLES ? 32 : 16; /* which divides the step */
     const __m256i table = signed_table(w), once = _mm256_set1_epi16(1), times_256 = _mm256_set1_epi16(256);
     for (int j = 0; j < 2; j++) {
         const uint8_t *codes = w->codes + (block + j) * BLOCK * (w->padded / code_bytes(w));
@@ -118,19 +132,13 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
         for (int64_t s = 0; s < groups * steps; s++, x += w->step, high += w->step) {
             const int64_t group = (block + j) * groups + (steps == 1 ? s : s / steps), at = row * in->steps + s;
             __m256i sums[2 * AT_ONCE];
-            uint32_t outliers = 0;
-            for (int m = 0; m < count; m++) {
-                const int32_t input_sum = in->sums[at + m * in->steps];
-                for (int half = 0; half < 2; half++) {
-                    __m256i begin = _mm256_set1_epi32(kind == LOOKED_UP ? 0 : (off - (int32_t)w->zero) * input_sum);
-                    if (w->zeros) begin = _mm256_mullo_epi32(
-                        _mm256_sub_epi32(_mm256_set1_epi32(off), whole_zeros(w, group, half)), _mm256_set1_epi32(input_sum));
-                    if (bytes && w->shifts) begin = _mm256_sub_epi32(
-                        begin, _mm256_loadu_si256((const __m256i *)(w->shifts + (block + j) * BLOCK) + half));
-                    sums[2 * m + half] = begin;
-                }
-                if (in->high) outliers |= in->outliers[at + m * in->steps];
+            begin_sums(w, in->sums + at, in->steps, group, count, kind, sums);
+            for (int i = 0; bytes && w->shifts && i < 2 * count; i++) {
+                const __m256i *shifts = (const __m256i *)(w->shifts + (block + j) * BLOCK);
+                sums[i] = _mm256_sub_epi32(sums[i], _mm256_loadu_si256(shifts + i % 2));
             }
+            uint32_t outliers = 0;
+            for (int m = 0; in->high && m < count; m++) outliers |= in->outliers[at + m * in->steps];
             __m256i four[2];
             while (outliers) {
                 for (int n = 0; n < 8 && outliers; n++, outliers &= outliers - 1) {
@@ -140,16 +148,15 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
                 }
                 join_pairs(pairs, count, kind, times_256, sums);
             }
-            for (int64_t k = 0; k < w->step;) {
-                for (const int64_t end = k + 32 < w->step ? k + 32 : w->step; k < end; codes += 64) {
-                    _mm_prefetch((const char *)codes + 2048, _MM_HINT_T0);
+            for (int64_t k = 0; k < w->step; k += run) {
+                UNROLL
+                for (int i = 0; i < run; i += bytes ? 4 : 8, codes += 64) {
+                    _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
                     four_codes(codes, 0, table, kind, four);
-                    multiply_four(four, x + k, in->padded, count, kind, once, pairs, sums);
-                    k += 4;
+                    multiply_four(four, x + k + i, in->padded, count, kind, once, pairs, sums);
                     if (bytes) continue;
                     four_codes(codes, 1, table, kind, four);
-                    multiply_four(four, x + k, in->padded, count, kind, once, pairs, sums);
-                    k += 4;
+                    multiply_four(four, x + k + i + 4, in->padded, count, kind, once, pairs, sums);
                 }
                 join_pairs(pairs, count, kind, once, sums);
             }
@@ -187,7 +194,7 @@ AVX2_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block, i
                     sums[2 * m + half] = _mm256_mullo_epi32(zero, _mm256_set1_epi32(-in->sums[at + m * in->steps]));
                 }
             for (int64_t k = 0; k < w->step; codes += 64) {
-                _mm_prefetch((const char *)codes + 2048, _MM_HINT_T0);
+                _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
                 for (int upper = 0; upper < (kind == INT8 ? 1 : 2); upper++, k += 4) {
                     __m256i first[2], second[2];
                     for (int half = 0; half < 2; half++) {

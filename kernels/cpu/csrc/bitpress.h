@@ -56,7 +56,8 @@ typedef struct {
  * inputs: NULL, or the scale and the zero point by which all inputs are rounded to int8. shifts: int32, a number for each
  *   output of the blocks, taken off its sum of products: the zero point times the sum of code - zero; or NULL: 0. Where
  *   there are inputs, step, group and padded are one.
- * step: the inputs that share an activation scale, a multiple of 16 that divides group; group divides padded.
+ * step: the inputs that share an activation scale, a multiple of 16, of 32 for INT4, that divides group; group divides
+ *   padded.
  */
 typedef struct {
     int64_t out_features, in_features, padded, group, step, code, zero;

@@ -10,6 +10,7 @@
 HOLD_TEXT
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 4") /* loops over constants, so that their arrays become registers */
 
 INLINE float bits_to_float(uint32_t bits) {
     float value;

@@ -297,7 +297,6 @@ static void run(void (*body)(void *), Rows *r, int worthwhile) {
     parallel(body, r, worthwhile ? r->s->threads : 1);
 }
 
-#define UNROLL _Pragma("GCC unroll 4") /* loops over constants, so that their arrays become registers */
 #if defined(__x86_64__)
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define NAME(name) name##_avx512
