@@ -11,6 +11,7 @@ HOLD_TEXT
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX2_INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
 #define AT_ONCE 4 /* rows; more would not fit 16 registers */
+#define IN_THIS_ORDER(sum) __asm__("" : "+x"(sum)) /* other orders of sums take more registers than there are */
 #define AHEAD 2048 /* bytes that codes are fetched ahead: the hardware's own fetching stops at the end of a page */
 
 int has_avx2(void) {
@@ -76,7 +77,7 @@ AVX2_INLINE void multiply_four(const __m256i codes[2], const int8_t *x, int64_t 
         for (int i = 2 * m, half = 0; half < 2; i++, half++)
             if (kind == NIBBLES) {
                 pairs[i] = _mm256_add_epi16(pairs[i], pairs_of(codes[half], four, kind));
-                __asm__("" : "+x"(pairs[i])); /* in this order: other orders of sums take more registers than there are */
+                IN_THIS_ORDER(pairs[i]);
             } else if (kind != ALL_BYTES)
                 sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs_of(codes[half], four, kind), factor));
             else
@@ -125,11 +126,11 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
     const __m256i table = signed_table(w), once = _mm256_set1_epi16(1), times_256 = _mm256_set1_epi16(256);
     for (int j = 0; j < 2; j++) {
         const uint8_t *codes = w->codes + (block + j) * BLOCK * (w->padded / code_bytes(w));
-        const int8_t *x = in->codes + row * in->padded, *high = in->high + row * in->padded;
+        const int8_t *x = in->codes + row * in->padded;
         __m256 totals[2 * AT_ONCE];
         __m256i pairs[2 * AT_ONCE];
         for (int i = 0; i < 2 * count; i++) totals[i] = _mm256_setzero_ps(), pairs[i] = _mm256_setzero_si256();
-        for (int64_t s = 0; s < groups * steps; s++, x += w->step, high += w->step) {
+        for (int64_t s = 0; s < groups * steps; s++, x += w->step) {
             const int64_t group = (block + j) * groups + (steps == 1 ? s : s / steps), at = row * in->steps + s;
             __m256i sums[2 * AT_ONCE];
             begin_sums(w, in->sums + at, in->steps, group, count, kind, sums);
@@ -144,7 +145,8 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
                 for (int n = 0; n < 8 && outliers; n++, outliers &= outliers - 1) {
                     const int which = __builtin_ctz(outliers);
                     four_codes(codes + (bytes ? which : which / 2) * 64, which % 2, table, kind, four);
-                    multiply_four(four, high + 4 * which, in->padded, count, kind, times_256, pairs, sums);
+                    const int8_t *high = in->high + row * in->padded + s * w->step + 4 * which;
+                    multiply_four(four, high, in->padded, count, kind, times_256, pairs, sums);
                 }
                 join_pairs(pairs, count, kind, times_256, sums);
             }
@@ -193,23 +195,27 @@ AVX2_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block, i
                     const __m256i zero = w->zeros ? whole_zeros(w, group, half) : _mm256_set1_epi32((int32_t)w->zero);
                     sums[2 * m + half] = _mm256_mullo_epi32(zero, _mm256_set1_epi32(-in->sums[at + m * in->steps]));
                 }
-            for (int64_t k = 0; k < w->step; codes += 64) {
-                _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
-                for (int upper = 0; upper < (kind == INT8 ? 1 : 2); upper++, k += 4) {
+            for (int64_t k = 0; k < w->step; k += 16) {
+                UNROLL
+                for (int i = 0; i < 16; i += 4) {
+                    const int upper = kind != INT8 && i % 8;
                     __m256i first[2], second[2];
+                    if (!upper) _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
                     for (int half = 0; half < 2; half++) {
                         __m256i four = _mm256_loadu_si256((const __m256i *)codes + half);
                         if (kind != INT8) four = _mm256_and_si256(upper ? _mm256_srli_epi16(four, 4) : four, nibble);
                         if (kind == TABLE) four = _mm256_shuffle_epi8(table, four);
                         first[half] = _mm256_and_si256(four, even), second[half] = _mm256_srli_epi16(four, 8);
                     }
+                    if (kind == INT8 || upper) codes += 64;
                     for (int m = 0; m < count; m++) {
-                        const int16_t *here = x + m * in->padded + k;
+                        const int16_t *here = x + m * in->padded + k + i;
                         const __m256i x_first = two_inputs(here), x_second = two_inputs(here + 2);
                         for (int half = 0; half < 2; half++) {
                             __m256i *sum = sums + 2 * m + half;
                             *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(first[half], x_first));
                             *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(second[half], x_second));
+                            IN_THIS_ORDER(*sum);
                         }
                     }
                 }
