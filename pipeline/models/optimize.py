@@ -60,6 +60,9 @@ _STATES = ("keys", "values", "room", "_start", "_length", "_states")
 # Up to so many rows, and numbers in them, a dense head's product is the library's. On two cores of Zen 4, with torch's:
 # 1 row of SmolLM2 (49152 x 576) 1.7 and 3.7 ms, 4 rows 2.4 and 4.1; of 32000 x 2048 3.6 and 6.8, 4 rows 10.0 and 6.4.
 _HEAD_ROWS, _HEAD_NUMBERS = 4, 4096
+# Where oneDNN has no product of bfloat16, torch's takes 3 to 4 times as long. On two cores of Zen 3 (AVX2), with
+# torch's: 8 rows of SmolLM2 10.7 and 32.3 ms, 32 rows 27.5 and 120; of 32000 x 2048 24 and 61, 32 rows 67 and 231.
+_HEAD_ROWS_ALONE = 32
 _PASSED = {"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "position_embeddings"}
 _CAPTURING = "transformers.utils.output_capturing"  # whose hooks stay, but do nothing unless outputs are asked for
 
@@ -734,6 +737,11 @@ class WholeDecoder:
         return all("decoding" in step.layer.__dict__ for step in self.steps)
 
 
+def _multiplies_bfloat16() -> bool:
+    """Whether oneDNN, where torch has it, has products of bfloat16 on this machine: on x86 it wants AVX512."""
+    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class _Head:
     """A dense head whose product with a few rows is the library's: it takes as long as the weight is read."""
 
@@ -742,7 +750,10 @@ class _Head:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.head.weight
-        few = 0 < x.numel() <= min(_HEAD_ROWS * x.shape[-1], _HEAD_NUMBERS)
+        most = min(_HEAD_ROWS * x.shape[-1], _HEAD_NUMBERS)
+        if x.dtype == torch.bfloat16 and not _multiplies_bfloat16():
+            most = _HEAD_ROWS_ALONE * x.shape[-1]
+        few = 0 < x.numel() <= most
         tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         plain = type(x) is Tensor and x.dtype == weight.dtype and not torch.compiler.is_compiling()
         if few and plain and not tracked and not dense_unsupported(weight):
