@@ -1,8 +1,8 @@
 """Products of matrices, and attention, on CPUs where torch takes a slower way than it has to.
 
-- float32: torch gives them to MKL, which is slow on other processors than Intel's. oneDNN comes with torch, too, and
+- float32: torch gives them to MKL, which uses AVX512 on Intel's processors alone. oneDNN comes with torch, too, and
   sums up in float32 as well. On two cores of Zen 5, 512 rows times [1536, 576] run at 205 billion products a second by
-  oneDNN and at 74 by MKL, times [8192, 2048] at 208 and 86.
+  oneDNN and at 74 by MKL, times [8192, 2048] at 208 and 86. With AVX2 alone (Zen 3) the two are as fast.
 - bfloat16 and float16 on processors for which oneDNN has no such products: bfloat16 needs AVX512, float16 more than
   that. There torch goes through a loop that is seven times slower than float32's product of the same matrices (512
   rows times [2048, 2048] on Zen 3). So both are widened to float32, in which products of two such numbers are exact,
@@ -29,10 +29,9 @@ def faster(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     if dtype == torch.float32:
-        vectors = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        wide = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
         info = Path("/proc/cpuinfo")
-        other = info.exists() and "GenuineIntel" not in info.read_text()
-        return bool(torch.backends.mkl.is_available()) and vectors and other
+        return wide and info.exists() and "GenuineIntel" not in info.read_text()
     if dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()

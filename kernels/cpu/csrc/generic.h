@@ -202,12 +202,48 @@ INLINE float value_at(const Weight *w, int64_t block, int64_t n, int64_t k) {
     return w->code == TABLE ? w->table->values[code] : (float)(code - zero_at(w, block, n, k));
 }
 
+/* What words of four bytes stand for that lie BLOCK words apart: inputs of one output that share a scale, 8 of 4 bits or 4
+ * bytes to a word. An even number of bytes' words. */
+INLINE void dequantize_words(const uint8_t *codes, int64_t words, float scale, int32_t zero, const float *values,
+                             const Code kind, float *out) {
+    typedef uint8_t Bytes __attribute__((vector_size(8)));
+    typedef uint32_t Lanes __attribute__((vector_size(32)));
+    typedef int32_t Whole __attribute__((vector_size(32)));
+    typedef float Floats __attribute__((vector_size(32)));
+    const int bytes = kind == INT8 || kind == FP8;
+    for (int64_t i = 0; i < words; i += 1 + bytes, out += 8) {
+        uint32_t eight[2];
+        memcpy(eight, codes + i * BLOCK * 4, 4);
+        if (bytes) memcpy(eight + 1, codes + (i + 1) * BLOCK * 4, 4);
+        else eight[1] = eight[0] >> 4 & 0x0f0f0f0f, eight[0] &= 0x0f0f0f0f;
+        Bytes narrow;
+        memcpy(&narrow, eight, 8);
+        const Lanes code = __builtin_convertvector(narrow, Lanes);
+        Floats value;
+        if (kind == TABLE) for (int b = 0; b < 8; b++) value[b] = values[code[b]];
+        else if (kind == FP8) value = (Floats)((Lanes)((Floats)((code & 127) << 20) * 0x1p120f) | (code & 128) << 24);
+        else value = __builtin_convertvector((Whole)code - zero, Floats);
+        value *= scale;
+        memcpy(out, &value, 32);
+    }
+}
+
 INLINE void generic_dequantize(const Weight *w, int64_t block, int64_t from, int64_t to, float *out) {
-    for (int64_t n = 0; n < BLOCK; n++) {
-        int64_t o = block * BLOCK + n;
-        float multiplier = o < w->out_features ? w->multiplier[o] : 0;
-        for (int64_t k = from; k < to; k++) {
-            out[n * (to - from) + k - from] = multiplier * scale_at(w, block, n, k) * value_at(w, block, n, k);
+    const int64_t per_byte = code_bytes(w), width = to - from;
+    const uint8_t *codes = w->codes + block * BLOCK * (w->padded / per_byte);
+    for (int64_t k = from, end; k < to; k = end) {
+        end = (k / w->group + 1) * w->group < to ? (k / w->group + 1) * w->group : to;
+        const uint8_t *here = codes + k / per_byte * BLOCK;
+        const int64_t words = (end - k) / (4 * per_byte);
+        for (int64_t n = 0; n < BLOCK; n++, here += 4) {
+            const int64_t o = block * BLOCK + n;
+            const float scale = (o < w->out_features ? w->multiplier[o] : 0) * scale_at(w, block, n, k);
+            const int32_t zero = zero_at(w, block, n, k);
+            float *values = out + n * width + k - from;
+            if (w->code == INT4) dequantize_words(here, words, scale, zero, NULL, INT4, values);
+            else if (w->code == TABLE) dequantize_words(here, words, scale, zero, w->table->values, TABLE, values);
+            else if (w->code == FP8) dequantize_words(here, words, scale, zero, NULL, FP8, values);
+            else dequantize_words(here, words, scale, zero, NULL, INT8, values);
         }
     }
 }
