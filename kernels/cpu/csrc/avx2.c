@@ -4,6 +4,7 @@
 HOLD_TEXT
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include "generic.h"
@@ -16,7 +17,8 @@ HOLD_TEXT
 
 int has_avx2(void) {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    unsigned a, b, c, d; /* f16c is no name that every compiler knows */
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
 AVX2_INLINE __m256i four_inputs(const int8_t *x) {
