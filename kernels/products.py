@@ -108,8 +108,8 @@ def attention(
     if not half or torch.compiler.is_compiling() or not faster(dtype):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *others, **options)
     mask = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
-    wide = (each.float() for each in (query, key, value))
-    return F.scaled_dot_product_attention(*wide, mask, *others, **options).to(dtype)
+    query, key, value = (each.float() for each in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, mask, *others, **options).to(dtype)
 
 
 _FASTER: dict[Any, Callable[..., Tensor]] = {F.linear: linear, F.scaled_dot_product_attention: attention}
