@@ -737,11 +737,6 @@ class WholeDecoder:
         return all("decoding" in step.layer.__dict__ for step in self.steps)
 
 
-def _multiplies_bfloat16() -> bool:
-    """Whether oneDNN, where torch has it, has products of bfloat16 on this machine: on x86 it wants AVX512."""
-    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 class _Head:
     """A dense head whose product with a few rows is the library's: it takes as long as the weight is read."""
 
@@ -751,7 +746,7 @@ class _Head:
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.head.weight
         most = min(_HEAD_ROWS * x.shape[-1], _HEAD_NUMBERS)
-        if x.dtype == torch.bfloat16 and not _multiplies_bfloat16():
+        if x.dtype == torch.bfloat16 and products.faster(x.dtype):
             most = _HEAD_ROWS_ALONE * x.shape[-1]
         few = 0 < x.numel() <= most
         tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

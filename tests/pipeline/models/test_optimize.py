@@ -621,7 +621,7 @@ def test_a_dense_head_of_few_rows_is_the_librarys(
     rows: list[int] = []
     own = optimize.dense_linear
     monkeypatch.setattr(optimize, "dense_linear", lambda x, weight: rows.append(len(x)) or own(x, weight))
-    monkeypatch.setattr(optimize, "_multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(optimize.products, "faster", lambda dtype: not multiplies)
     for batch in (1, 4, 5, 32, 33):
         x = torch.randn(batch, 1, 64).bfloat16()
         want = torch.nn.functional.linear(x, model.lm_head.weight)
@@ -635,7 +635,7 @@ def test_rows_that_lie_apart_reach_the_head_side_by_side(
 ) -> None:
     """torch would copy the head's weight for each sequence."""
     model, own, contiguous = load(pressed(CONFIGS["llama"]), "bfloat16"), torch.nn.functional.linear, []
-    monkeypatch.setattr(optimize, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(optimize.products, "faster", lambda dtype: False)
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *a: contiguous.append(x.is_contiguous()) or own(x, *a))
     states = torch.randn(8, 5, 64).bfloat16()
     assert distance(model.lm_head(states[:, -1:]), own(states[:, -1:], model.lm_head.weight)) < 2**-8
