@@ -4,9 +4,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .base import Kernel, PackedWeight, Serves
-from .products import linear
 from .qtensor import QTensor
 
 
@@ -38,8 +38,8 @@ class Reference(Kernel):
         activations = qtensor.scheme.activations
         if activations is None:
             bias = None if bias is None else bias.to(x.dtype)
-            return linear(x, qtensor.dequantize(x.dtype), bias)
-        y = linear(activations.apply(x, dict(qtensor.tensors())), qtensor.dequantize(torch.float32))
+            return F.linear(x, qtensor.dequantize(x.dtype), bias)
+        y = F.linear(activations.apply(x, dict(qtensor.tensors())), qtensor.dequantize(torch.float32))
         return (y if bias is None else y + bias.to(torch.float32)).to(x.dtype)
 
 
