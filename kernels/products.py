@@ -50,12 +50,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return tracked
     if x.dtype != torch.float32:
         return _widened(x, weight, bias)
-    return _float32(x, weight, bias)
-
-
-def _float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not faster(torch.float32):
-        return F.linear(x, weight, bias)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
 
@@ -66,7 +60,7 @@ def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     wide, step = x.float(), max(1, _PIECE // weight.shape[1])
     for start in range(0, len(weight), step):
         own = slice(start, start + step)
-        y[..., own] = _float32(wide, weight[own].float(), None if bias is None else bias[own].float())
+        y[..., own] = linear(wide, weight[own].float(), None if bias is None else bias[own].float())
     return y
 
 

@@ -106,16 +106,32 @@ AVX2_INLINE void four_codes(const uint8_t *at, int upper, __m256i table, const B
     }
 }
 
-/* What each row's sums of products begin with: minus the zero points, of a group of a block's weights, times the sum of the
- * inputs. Bytes have lost 128 already, and a table has no zero point. */
-AVX2_INLINE void begin_sums(const Weight *w, const int32_t *input_sums, int64_t apart, int64_t group, const int count,
-                            const Bytes kind, __m256i *sums) {
-    const int32_t off = kind == BYTES || kind == ALL_BYTES ? 128 : 0;
+/* What each row's sums of products begin with in step `at`: minus the zero points, of a group of a block's weights of which
+ * `off` is taken already, times the sum of the inputs. */
+AVX2_INLINE void begin_sums(const Weight *w, const Input *in, int64_t at, int64_t group, const int count, const int32_t off,
+                            __m256i *sums) {
     for (int i = 0; i < 2 * count; i++) {
-        const int32_t sum = input_sums[i / 2 * apart];
-        if (kind == LOOKED_UP) sums[i] = _mm256_setzero_si256();
-        else if (!w->zeros) sums[i] = _mm256_set1_epi32((off - (int32_t)w->zero) * sum);
+        const int32_t sum = in->sums[at + i / 2 * in->steps];
+        if (!w->zeros) sums[i] = _mm256_set1_epi32((off - (int32_t)w->zero) * sum);
         else sums[i] = _mm256_mullo_epi32(_mm256_sub_epi32(_mm256_set1_epi32(off), whole_zeros(w, group, i % 2)), _mm256_set1_epi32(sum));
+    }
+}
+
+/* totals += the sums of step `at`, by the scales of the group and of the inputs. */
+AVX2_INLINE void add_scaled(const Weight *w, const Input *in, int64_t at, int64_t group, const int count, const __m256i *sums,
+                            __m256 *totals) {
+    for (int half = 0; half < 2; half++)
+        for (int m = 0; m < count; m++) {
+            const __m256 scale = _mm256_mul_ps(group_scales(w, group, half), _mm256_set1_ps(in->scales[at + m * in->steps]));
+            totals[2 * m + half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[2 * m + half]), scale, totals[2 * m + half]);
+        }
+}
+
+/* The rows' totals of a block; those of a table's codes count its steps. */
+AVX2_INLINE void store_totals(const Weight *w, const int looked_up, __m256 *totals, const int count, float *out) {
+    for (int i = 0; i < 2 * count; i++) {
+        if (looked_up) totals[i] = _mm256_mul_ps(totals[i], _mm256_set1_ps(1 / w->table->steps));
+        _mm256_storeu_ps(out + i / 2 * PAIR + i % 2 * 8, totals[i]);
     }
 }
 
@@ -135,7 +151,8 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
         for (int64_t s = 0; s < groups * steps; s++, x += w->step) {
             const int64_t group = (block + j) * groups + (steps == 1 ? s : s / steps), at = row * in->steps + s;
             __m256i sums[2 * AT_ONCE];
-            begin_sums(w, in->sums + at, in->steps, group, count, kind, sums);
+            if (kind != LOOKED_UP) begin_sums(w, in, at, group, count, bytes ? 128 : 0, sums);
+            else for (int i = 0; i < 2 * count; i++) sums[i] = _mm256_setzero_si256(); /* a table has no zero point */
             for (int i = 0; bytes && w->shifts && i < 2 * count; i++) {
                 const __m256i *shifts = (const __m256i *)(w->shifts + (block + j) * BLOCK);
                 sums[i] = _mm256_sub_epi32(sums[i], _mm256_loadu_si256(shifts + i % 2));
@@ -164,16 +181,9 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
                 }
                 join_pairs(pairs, count, kind, once, sums);
             }
-            for (int half = 0; half < 2; half++)
-                for (int m = 0; m < count; m++) {
-                    const __m256 scale = _mm256_mul_ps(group_scales(w, group, half), _mm256_set1_ps(in->scales[at + m * in->steps]));
-                    totals[2 * m + half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[2 * m + half]), scale, totals[2 * m + half]);
-                }
+            add_scaled(w, in, at, group, count, sums, totals);
         }
-        for (int i = 0; i < 2 * count; i++) {
-            if (kind == LOOKED_UP) totals[i] = _mm256_mul_ps(totals[i], _mm256_set1_ps(1 / w->table->steps));
-            _mm256_storeu_ps(out + i / 2 * PAIR + j * BLOCK + i % 2 * 8, totals[i]);
-        }
+        store_totals(w, kind == LOOKED_UP, totals, count, out + j * BLOCK);
     }
 }
 
@@ -192,11 +202,7 @@ AVX2_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block, i
         for (int64_t s = 0; s < groups * steps; s++, x += w->step) {
             const int64_t group = (block + j) * groups + (steps == 1 ? s : s / steps), at = row * in->steps + s;
             __m256i sums[2 * AT_ONCE];
-            for (int half = 0; half < 2; half++)
-                for (int m = 0; m < count; m++) {
-                    const __m256i zero = w->zeros ? whole_zeros(w, group, half) : _mm256_set1_epi32((int32_t)w->zero);
-                    sums[2 * m + half] = _mm256_mullo_epi32(zero, _mm256_set1_epi32(-in->sums[at + m * in->steps]));
-                }
+            begin_sums(w, in, at, group, count, 0, sums);
             for (int64_t k = 0; k < w->step; k += 16) {
                 UNROLL
                 for (int i = 0; i < 16; i += 4) {
@@ -222,16 +228,9 @@ AVX2_INLINE void wide_rows_of(const Weight *w, const Input *in, int64_t block, i
                     }
                 }
             }
-            for (int half = 0; half < 2; half++)
-                for (int m = 0; m < count; m++) {
-                    const __m256 scale = _mm256_mul_ps(group_scales(w, group, half), _mm256_set1_ps(in->scales[at + m * in->steps]));
-                    totals[2 * m + half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[2 * m + half]), scale, totals[2 * m + half]);
-                }
+            add_scaled(w, in, at, group, count, sums, totals);
         }
-        for (int i = 0; i < 2 * count; i++) {
-            if (kind == TABLE) totals[i] = _mm256_mul_ps(totals[i], _mm256_set1_ps(1 / w->table->steps));
-            _mm256_storeu_ps(out + i / 2 * PAIR + j * BLOCK + i % 2 * 8, totals[i]);
-        }
+        store_totals(w, kind == TABLE, totals, count, out + j * BLOCK);
     }
 }
 
