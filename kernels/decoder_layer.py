@@ -26,7 +26,7 @@ from .registry import Selection
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 
-# What codes of a rounded cache are in csrc/layer.c, by their type, their bits, and whether features have groups.
+# What codes of a rounded cache are in csrc/layer.h, by their type, their bits, and whether features have groups.
 _CACHED = {("int", 8, False): 1, ("int", 8, True): 1, ("int", 4, True): 2, ("float", 8, False): 3}
 _CODE_DTYPES = (None, torch.int8, torch.uint8, torch.float8_e4m3fn)
 
@@ -156,7 +156,7 @@ class Coding:
     """How a cache holds what is rounded on its way into it: as codes, which attention reads as they lie.
 
     Attributes:
-        number: which codes these are in csrc/layer.c.
+        number: which codes these are in csrc/layer.h.
         group: the features of a token and head that share a scale, float16; 0: all tokens of a head share one.
     """
 
@@ -165,7 +165,7 @@ class Coding:
 
 
 def coding(cache: CacheType, dim: int) -> Coding | str:
-    """How a cache of this type holds heads of `dim` features, or why csrc/layer.c does not read it."""
+    """How a cache of this type holds heads of `dim` features, or why csrc/layer.h does not read it."""
     if problems := cache.problems(dim):
         return problems[0]
     says = cache.description()
@@ -265,7 +265,7 @@ def _functions() -> tuple["ctypes._NamedFuncPointer", "ctypes._NamedFuncPointer"
 
 
 class NativeLayer:
-    """Supported Parts, as csrc/layer.c reads them: biases and norms as they are now, kernels likewise."""
+    """Supported Parts, as csrc/layer.h reads them: biases and norms as they are now, kernels likewise."""
 
     def __init__(self, parts: Parts):
         self.parts = parts
@@ -336,14 +336,14 @@ class _Addresses:
 
 
 def _fill_linear(to: _Linear, linear: QLinear, address: _Addresses) -> None:
-    """Describe a linear layer to csrc/layer.c, but for the order of its inputs and what they are rounded to."""
+    """Describe a linear layer to csrc/layer.h, but for the order of its inputs and what they are rounded to."""
     to.packed = address(linear.packed.get_buffer("data"))
     to.bias = None if linear.bias is None else address(linear.bias.detach().to(torch.float32))
     to.in_features, to.out_features = linear.in_features, linear.out_features
 
 
 def _norm_structure(norm: Norm, address: _Addresses) -> _Norm:
-    """A norm, as csrc/layer.c reads it."""
+    """A norm, as csrc/layer.h reads it."""
     bias = None if norm.bias is None else address(norm.bias)
     return _Norm(address(norm.weight), bias, norm.weight.numel(), norm.centered, norm.eps)
 
@@ -397,7 +397,7 @@ class NativeLayers:
 
 
 def _contexts(contexts: Sequence[Context], count: int) -> "ctypes.Array[_Context]":
-    """Contexts of a step of `count` tokens, as csrc/layer.c reads them."""
+    """Contexts of a step of `count` tokens, as csrc/layer.h reads them."""
     own = (_Context * len(contexts))()
     for to, context in zip(own, contexts):
         keys, values = context.keys, context.values

@@ -27,23 +27,25 @@ typedef struct {
     int (*available)(void);
     const Kernels *kernels;
     const Tiles *tiles; /* or NULL */
+    const Layers *layers;
 } Instructions;
 
 static int always(void) { return 1; }
 
 static const Instructions sets[] = {
 #if defined(__x86_64__)
-    {"amx-int8", has_amx_int8, &avx512_kernels, &amx_tiles},
-    {"avx512-vnni", has_avx512_vnni, &avx512_kernels, &avx512_tiles},
-    {"avx2", has_avx2, &avx2_kernels, NULL},
+    {"amx-int8", has_amx_int8, &avx512_kernels, &amx_tiles, &avx512_layers},
+    {"avx512-vnni", has_avx512_vnni, &avx512_kernels, &avx512_tiles, &avx512_layers},
+    {"avx2", has_avx2, &avx2_kernels, NULL, &avx2_layers},
 #elif defined(__aarch64__)
-    {"neon-i8mm", has_neon_i8mm, &neon_i8mm_kernels, NULL},
-    {"neon-dotprod", has_neon_dotprod, &neon_dotprod_kernels, NULL},
+    {"neon-i8mm", has_neon_i8mm, &neon_i8mm_kernels, NULL, &plain_layers},
+    {"neon-dotprod", has_neon_dotprod, &neon_dotprod_kernels, NULL, &plain_layers},
 #endif
-    {"portable", always, &portable_kernels, NULL}};
+    {"portable", always, &portable_kernels, NULL, &plain_layers}};
 
 EXPORT int bitpress_kernel_count(void) { return sizeof sets / sizeof *sets; }
 EXPORT const char *bitpress_kernel_name(int index) { return sets[index].name; }
+const Layers *layers_by(int64_t kernel) { return kernel >= 0 && kernel < bitpress_kernel_count() ? sets[kernel].layers : NULL; }
 EXPORT int bitpress_kernel_available(int index) { return sets[index].available(); }
 
 /* ---- threads ---- */

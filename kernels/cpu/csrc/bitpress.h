@@ -1,7 +1,8 @@
 /* Multiplication by quantized weights on the CPU: what the files of this library share.
  *
  * api.c is what Python calls: it packs weights, splits the work over threads and picks an instruction set.
- * portable.c, avx2.c, avx512.c, amx.c and neon.c hold one set of kernels each; layer.c runs a whole decoder layer.
+ * portable.c, avx2.c, avx512.c, amx.c and neon.c hold one set of kernels each. layer.c is what Python calls of whole decoder
+ * layers, which layer_plain.c, layer_avx2.c and layer_avx512.c run.
  */
 #ifndef BITPRESS_H
 #define BITPRESS_H
@@ -164,9 +165,14 @@ const char *bitpress_kernel_name(int index);
 int bitpress_products(const Factor *factors, int count, const void *x, const int32_t *order, int64_t rows, int64_t dtype,
              int inputs, int kernel, int threads);
 
+typedef struct Layers Layers; /* see layer.h */
+const Layers *layers_by(int64_t kernel); /* or NULL: there is no such kernel */
+
 extern const Kernels portable_kernels;
+extern const Layers plain_layers;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels, avx512_kernels;
+extern const Layers avx2_layers, avx512_layers;
 extern const Tiles avx512_tiles, amx_tiles;
 int has_avx2(void);
 int has_avx512_vnni(void);

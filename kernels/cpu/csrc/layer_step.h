@@ -1,24 +1,46 @@
-/* The layer of layer.c, which includes this once for each instruction set: TARGET is its attribute, LANES the floats of
- * its registers, EVEN and ODD the places of every other lane of two of them, NAME(x) a name of its own.
- * MULTIPLY_ADD(x, y, z) is x * y + z, of registers x and z and a number y; of MULTIPLY_ADD_ALL y is a register, too. */
+/* Decoder layers for one width of registers, of the file that includes this: TARGET is its functions' attribute, LANES the
+ * floats of its registers, EVEN and ODD the places of every other lane of two of them. MULTIPLY_ADD(x, y, z) is x * y + z,
+ * of registers x and z and a number y; of MULTIPLY_ADD_ALL y is a register, too. */
 
 HOLD_TEXT
 
 #define LOCAL TARGET static inline __attribute__((always_inline))
-#define V NAME(Floats)
 
 typedef float V __attribute__((vector_size(4 * LANES)));
-typedef uint32_t NAME(Words) __attribute__((vector_size(4 * LANES)));
-typedef uint16_t NAME(Halves) __attribute__((vector_size(2 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
-LOCAL V NAME(load)(const void *from, int64_t at, const DType dtype) {
+/* The outputs of those of `count` linear layers that there are, which read the same `rows` of x; those whose order and
+ * inputs agree, at once. */
+static int multiply(const Rows *r, const Linear *linears, int count, int64_t rows, const float *x, float *const *y) {
+    int status = 0;
+    while (count && !linears[count - 1].packed) count--;
+    for (int from = 0, to = 0; from < count && !status; from = to) {
+        Factor factors[3];
+        for (; to < count && linears[to].order == linears[from].order && linears[to].inputs == linears[from].inputs; to++)
+            factors[to - from] = (Factor){linears[to].packed, linears[to].bias, y[to]};
+        status = bitpress_products(factors, to - from, x, linears[from].order, rows, FLOAT32, (int)linears[from].inputs,
+                          (int)r->l->kernel, r->s->threads);
+    }
+    return status;
+}
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* `body` on all rows, or tasks, of r: by several threads where these do so much. */
+static void run(void (*body)(void *), Rows *r, int worthwhile) {
+    atomic_init(&r->next, 0);
+    parallel(body, r, worthwhile ? r->s->threads : 1);
+}
+
+LOCAL V load(const void *from, int64_t at, const DType dtype) {
     V value;
     if (dtype == FLOAT32) {
         memcpy(&value, (const float *)from + at, sizeof value);
     } else if (dtype == BFLOAT16) {
-        NAME(Halves) halves;
+        Halves halves;
         memcpy(&halves, (const uint16_t *)from + at, sizeof halves);
-        const NAME(Words) bits = __builtin_convertvector(halves, NAME(Words)) << 16;
+        const Words bits = __builtin_convertvector(halves, Words) << 16;
         memcpy(&value, &bits, sizeof value);
     } else {
         float lanes[LANES];
@@ -28,19 +50,19 @@ LOCAL V NAME(load)(const void *from, int64_t at, const DType dtype) {
     return value;
 }
 
-LOCAL void NAME(store)(float *to, V value) { memcpy(to, &value, sizeof value); }
+LOCAL void store(float *to, V value) { memcpy(to, &value, sizeof value); }
 
 /* Neighbours of two registers are added: first a's, then b's. */
 #if defined(__clang__)
 #define ADD_NEIGHBOURS(a, b) (__builtin_shufflevector(a, b, EVEN) + __builtin_shufflevector(a, b, ODD))
 #else
-#define ADD_NEIGHBOURS(a, b) (__builtin_shuffle(a, b, (NAME(Words)){EVEN}) + __builtin_shuffle(a, b, (NAME(Words)){ODD}))
+#define ADD_NEIGHBOURS(a, b) (__builtin_shuffle(a, b, (Words){EVEN}) + __builtin_shuffle(a, b, (Words){ODD}))
 #endif
 
 /* The first of `count` registers, a constant, each of whose lanes is the sum of LANES / count lanes that lay together: those
  * of the first register come first. */
 #define FOLD(type, name)                                                    \
-    LOCAL type NAME(name)(type *sums, const int count) {                    \
+    LOCAL type name(type *sums, const int count) {                    \
         if (count > 8)                                                      \
             _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) sums[i] = ADD_NEIGHBOURS(sums[2 * i], sums[2 * i + 1]); \
         if (count > 4)                                                      \
@@ -50,11 +72,11 @@ LOCAL void NAME(store)(float *to, V value) { memcpy(to, &value, sizeof value); }
         return count > 1 ? ADD_NEIGHBOURS(sums[0], sums[1]) : sums[0];      \
     }
 FOLD(V, fold)
-FOLD(NAME(Words), fold_words)
+FOLD(Words, fold_words)
 
 /* x / root mean square(x) * weight (arXiv 1910.07467, equation 4, with eps added to the mean), or x less its mean and plus a
  * bias (LayerNorm, arXiv 1607.06450, equation 4); y may be x. */
-TARGET static void NAME(norm)(const float *x, const Norm *n, float *y) {
+TARGET static void norm(const float *x, const Norm *n, float *y) {
     const int64_t count = n->features;
     float squares[LANES] = {0}, sum = 0, mean = 0;
     int64_t i = 0;
@@ -73,15 +95,15 @@ TARGET static void NAME(norm)(const float *x, const Norm *n, float *y) {
 }
 
 /* All parts of a row that a norm takes, where there is one. */
-TARGET static void NAME(norm_parts)(float *x, int64_t features, const Norm *n) {
-    for (int64_t i = 0; n->weight && i < features; i += n->features) NAME(norm)(x + i, n, x + i);
+TARGET static void norm_parts(float *x, int64_t features, const Norm *n) {
+    for (int64_t i = 0; n->weight && i < features; i += n->features) norm(x + i, n, x + i);
 }
 
 /* Rows of a dense weight, or keys: `length` of them, [length][dim], from number `first` on. */
 typedef struct {
     const void *data;
     int64_t first, length, dim;
-} NAME(States);
+} States;
 
 #define KEYS (LANES == 16 ? 4 : 2) /* that meet a query at once: their sums fit the registers */
 
@@ -89,9 +111,9 @@ typedef struct {
 typedef struct {
     const char *one, *other;
     int64_t bytes;
-} NAME(Ahead);
+} Ahead;
 
-LOCAL void NAME(fetch)(const NAME(Ahead) ahead, int64_t row) {
+LOCAL void fetch(const Ahead ahead, int64_t row) {
     for (int64_t i = row * ahead.bytes; i < (row + 1) * ahead.bytes; i += 64) {
         __builtin_prefetch(ahead.one + i);
         __builtin_prefetch(ahead.other + i);
@@ -101,8 +123,8 @@ LOCAL void NAME(fetch)(const NAME(Ahead) ahead, int64_t row) {
 /* Scores of `count` queries, a constant, over all keys, up to `width` of [count][stride]; those beyond the last are
  * -infinity. LANES divides width, which is larger than the number of keys by less than LANES, or by more if nobody reads
  * these. together: so many keys, a constant, meet the queries at once; 1 where they are read from memory. */
-LOCAL void NAME(score)(const NAME(States) keys, const float *q, float scale, const int count, const int together,
-                       const DType dtype, int64_t width, int64_t stride, float *scores, const NAME(Ahead) ahead) {
+LOCAL void score(const States keys, const float *q, float scale, const int count, const int together,
+                       const DType dtype, int64_t width, int64_t stride, float *scores, const Ahead ahead) {
     for (int64_t s = 0; s < width; s += LANES) {
         V sums[TOGETHER][LANES];
         for (int i = 0; i < LANES; i += together) {
@@ -112,24 +134,24 @@ LOCAL void NAME(score)(const NAME(States) keys, const float *q, float scale, con
             for (int n = 0; n < together; n++) {
                 const int64_t row = s + i + n < keys.length ? s + i + n : keys.length - 1;
                 rows[n] = keys.first + row * keys.dim;
-                NAME(fetch)(ahead, row);
+                fetch(ahead, row);
             }
             for (int64_t j = 0; j < keys.dim; j += LANES) {
                 V own[KEYS];
                 UNROLL
-                for (int n = 0; n < together; n++) own[n] = NAME(load)(keys.data, rows[n] + j, dtype);
+                for (int n = 0; n < together; n++) own[n] = load(keys.data, rows[n] + j, dtype);
                 UNROLL
                 for (int g = 0; g < count; g++) {
-                    const V query = NAME(load)(q + g * keys.dim, j, FLOAT32);
+                    const V query = load(q + g * keys.dim, j, FLOAT32);
                     UNROLL
                     for (int n = 0; n < together; n++) sum[g][n] = MULTIPLY_ADD_ALL(own[n], query, sum[g][n]);
                 }
             }
             UNROLL
-            for (int g = 0; g < count; g++) sums[g][i / together] = NAME(fold)(sum[g], together);
+            for (int g = 0; g < count; g++) sums[g][i / together] = fold(sum[g], together);
         }
         UNROLL
-        for (int g = 0; g < count; g++) NAME(store)(scores + g * stride + s, NAME(fold)(sums[g], LANES / together) * scale);
+        for (int g = 0; g < count; g++) store(scores + g * stride + s, fold(sums[g], LANES / together) * scale);
     }
     UNROLL
     for (int g = 0; g < count; g++)
@@ -137,7 +159,7 @@ LOCAL void NAME(score)(const NAME(States) keys, const float *q, float scale, con
 }
 
 /* Scores to probabilities: exp(score - the largest), divided by their sum. */
-LOCAL void NAME(softmax)(float *scores, int64_t count) {
+LOCAL void softmax(float *scores, int64_t count) {
     float most[LANES], sums[LANES] = {0}, top = -INFINITY, sum = 0;
     for (int j = 0; j < LANES; j++) most[j] = -INFINITY;
     for (int64_t s = 0; s < count; s += LANES)
@@ -152,7 +174,7 @@ LOCAL void NAME(softmax)(float *scores, int64_t count) {
 
 /* Rows row .. row + count of the cache's keys or values, which are of one head of a sequence, as float32: in `room`
  * [count][dim], or where they lie. */
-TARGET static const float *NAME(expand)(const Rows *r, const void *data, const void *scales, int64_t row, int64_t count,
+TARGET static const float *expand(const Rows *r, const void *data, const void *scales, int64_t row, int64_t count,
                                         float *room) {
     const Context *c = r->c;
     const int64_t dim = r->l->dim, group = c->group ? c->group : dim;
@@ -178,37 +200,37 @@ TARGET static const float *NAME(expand)(const Rows *r, const void *data, const v
 }
 
 /* The row of the cache that is token number `token` of a sequence's key head. */
-LOCAL int64_t NAME(cache_row)(const Rows *r, int64_t sequence, int64_t key_head, int64_t token) {
+LOCAL int64_t cache_row(const Rows *r, int64_t sequence, int64_t key_head, int64_t token) {
     return (sequence * r->l->key_heads + key_head) * r->c->capacity + token - r->c->start;
 }
 
 /* `wide` registers of each row of out [count][apart] += weights [count][PIECE] times values [length][dim]. */
-LOCAL void NAME(mix_columns)(const float *values, int64_t length, int64_t dim, const float *weights, const int count,
+LOCAL void mix_columns(const float *values, int64_t length, int64_t dim, const float *weights, const int count,
                              const int wide, float *out, int64_t apart) {
     V sums[TOGETHER][2];
     UNROLL
     for (int g = 0; g < count; g++)
         UNROLL
-        for (int n = 0; n < wide; n++) sums[g][n] = NAME(load)(out + g * apart, n * LANES, FLOAT32);
+        for (int n = 0; n < wide; n++) sums[g][n] = load(out + g * apart, n * LANES, FLOAT32);
     for (int64_t s = 0; s < length; s++)
         UNROLL
         for (int n = 0; n < wide; n++) {
-            const V value = NAME(load)(values + s * dim, n * LANES, FLOAT32);
+            const V value = load(values + s * dim, n * LANES, FLOAT32);
             UNROLL
             for (int g = 0; g < count; g++) sums[g][n] = MULTIPLY_ADD(value, weights[g * PIECE + s], sums[g][n]);
         }
     UNROLL
     for (int g = 0; g < count; g++)
         UNROLL
-        for (int n = 0; n < wide; n++) NAME(store)(out + g * apart + n * LANES, sums[g][n]);
+        for (int n = 0; n < wide; n++) store(out + g * apart + n * LANES, sums[g][n]);
 }
 
-LOCAL void NAME(mix)(const float *values, int64_t length, int64_t dim, const float *weights, const int count, float *out,
+LOCAL void mix(const float *values, int64_t length, int64_t dim, const float *weights, const int count, float *out,
                      int64_t apart) {
     int64_t j = 0;
     for (; j + 2 * LANES <= dim; j += 2 * LANES)
-        NAME(mix_columns)(values + j, length, dim, weights, count, 2, out + j, apart);
-    if (j < dim) NAME(mix_columns)(values + j, length, dim, weights, count, 1, out + j, apart);
+        mix_columns(values + j, length, dim, weights, count, 2, out + j, apart);
+    if (j < dim) mix_columns(values + j, length, dim, weights, count, 1, out + j, apart);
 }
 
 /* What a thread has for its tasks of attend_tokens. */
@@ -218,16 +240,16 @@ typedef struct {
     float *scales; /* [groups][PIECE] */
     int16_t *q, weights[TOGETHER * PIECE];
 #endif
-} NAME(Room);
+} Room;
 
 #if LANES == 16 /* INT8 codes are multiplied as they are, by queries and weights of 16 bits: half of the instructions */
 /* Whether integers do it for this cache. */
-LOCAL int NAME(in_integers)(const Rows *r) {
+LOCAL int in_integers(const Rows *r) {
     return r->c->cached == CODES8 && r->l->dim % 32 == 0 && r->c->group % 32 == 0;
 }
 
 /* Scales of so many rows as float32 [groups][PIECE], of each row alike where the cache has no groups. */
-LOCAL void NAME(widen_scales)(const Rows *r, const void *scales, int64_t row, int64_t count, float *out) {
+LOCAL void widen_scales(const Rows *r, const void *scales, int64_t row, int64_t count, float *out) {
     const int64_t groups = r->c->group ? r->l->dim / r->c->group : 1;
     const uint16_t *halves = (const uint16_t *)scales + row * groups;
     for (int64_t m = 0; m < groups; m++)
@@ -235,49 +257,49 @@ LOCAL void NAME(widen_scales)(const Rows *r, const void *scales, int64_t row, in
             out[m * PIECE + i] = r->c->group ? _cvtsh_ss(halves[i * groups + m]) : ((const float *)scales)[row / r->c->capacity];
 }
 
-LOCAL __m512i NAME(codes)(const int8_t *from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from)); }
+LOCAL __m512i widened(const int8_t *from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from)); }
 
 /* As score, of int8 codes [length][dim]. q float32 [count][dim]. */
-LOCAL void NAME(score_codes)(const Rows *r, const int8_t *codes, int64_t length, const float *q, const int count,
-                             NAME(Room) *room, const NAME(Ahead) ahead) {
+LOCAL void score_codes(const Rows *r, const int8_t *codes, int64_t length, const float *q, const int count,
+                             Room *room, const Ahead ahead) {
     const int64_t dim = r->l->dim, group = r->c->group ? r->c->group : dim, groups = dim / group;
     float scales[TOGETHER];
     for (int g = 0; g < count; g++) scales[g] = r->l->scale * to_int16(q + g * dim, dim, room->q + g * dim);
     for (int64_t s = 0; s < length; s += LANES)
         for (int64_t m = 0; m < groups; m++) {
-            NAME(Words) sums[TOGETHER][LANES / KEYS];
+            Words sums[TOGETHER][LANES / KEYS];
             for (int i = 0; i < LANES; i += KEYS) {
                 const int8_t *rows[KEYS];
-                NAME(Words) products[TOGETHER][KEYS];
+                Words products[TOGETHER][KEYS];
                 UNROLL
                 for (int n = 0; n < KEYS; n++) {
                     const int64_t row = s + i + n < length ? s + i + n : length - 1;
                     rows[n] = codes + row * dim + m * group;
-                    if (!m) NAME(fetch)(ahead, row);
+                    if (!m) fetch(ahead, row);
                 }
                 UNROLL
                 for (int g = 0; g < count; g++)
                     UNROLL
-                    for (int n = 0; n < KEYS; n++) products[g][n] = (NAME(Words)){0};
+                    for (int n = 0; n < KEYS; n++) products[g][n] = (Words){0};
                 for (int64_t j = 0; j < group; j += 32) {
                     __m512i own[KEYS];
                     UNROLL
-                    for (int n = 0; n < KEYS; n++) own[n] = NAME(codes)(rows[n] + j);
+                    for (int n = 0; n < KEYS; n++) own[n] = widened(rows[n] + j);
                     UNROLL
                     for (int g = 0; g < count; g++) {
                         const __m512i query = _mm512_loadu_si512(room->q + g * dim + m * group + j);
                         UNROLL
                         for (int n = 0; n < KEYS; n++)
-                            products[g][n] = (NAME(Words))_mm512_dpwssd_epi32((__m512i)products[g][n], own[n], query);
+                            products[g][n] = (Words)_mm512_dpwssd_epi32((__m512i)products[g][n], own[n], query);
                     }
                 }
                 UNROLL
-                for (int g = 0; g < count; g++) sums[g][i / KEYS] = NAME(fold_words)(products[g], KEYS);
+                for (int g = 0; g < count; g++) sums[g][i / KEYS] = fold_words(products[g], KEYS);
             }
             const __m512 scale = _mm512_loadu_ps(room->scales + m * PIECE + s); /* beyond the last key: never read */
             for (int g = 0; g < count; g++) {
                 float *to = room->scores + g * PIECE + s;
-                const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)NAME(fold_words)(sums[g], LANES / KEYS)), scale);
+                const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)fold_words(sums[g], LANES / KEYS)), scale);
                 const __m512 before = m ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
                 _mm512_storeu_ps(to, _mm512_fmadd_ps(sum, _mm512_set1_ps(scales[g]), before));
             }
@@ -288,7 +310,7 @@ LOCAL void NAME(score_codes)(const Rows *r, const int8_t *codes, int64_t length,
 
 /* As mix, of int8 codes [length][dim] and the room's scores. Two rows at a time, so that a register's lanes each multiply
  * both by their weights. */
-LOCAL void NAME(mix_codes)(const Rows *r, const int8_t *codes, int64_t length, const int count, NAME(Room) *room,
+LOCAL void mix_codes(const Rows *r, const int8_t *codes, int64_t length, const int count, Room *room,
                            float *out, int64_t apart) {
     const int64_t dim = r->l->dim, group = r->c->group ? r->c->group : dim, groups = dim / group;
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -307,8 +329,8 @@ LOCAL void NAME(mix_codes)(const Rows *r, const int8_t *codes, int64_t length, c
             UNROLL
             for (int g = 0; g < count; g++) low[g] = high[g] = _mm512_setzero_si512();
             for (int64_t s = 0; s < length; s += 2) {
-                const __m512i a = NAME(codes)(codes + s * dim + j);
-                const __m512i b = NAME(codes)(codes + (s + 1 < length ? s + 1 : s) * dim + j);
+                const __m512i a = widened(codes + s * dim + j);
+                const __m512i b = widened(codes + (s + 1 < length ? s + 1 : s) * dim + j);
                 const __m512i even = _mm512_unpacklo_epi16(a, b), odd = _mm512_unpackhi_epi16(a, b);
                 UNROLL
                 for (int g = 0; g < count; g++) {
@@ -331,28 +353,28 @@ LOCAL void NAME(mix_codes)(const Rows *r, const int8_t *codes, int64_t length, c
 #endif
 
 /* A token's attention to keys from .. to, at most PIECE, of `count` heads that share them; see Rows.parts. */
-LOCAL void NAME(attend_piece)(const Rows *r, int64_t sequence, int64_t head, int64_t key_head, int64_t from, int64_t to,
-                              const int count, NAME(Room) *room, float *parts, int64_t apart) {
+LOCAL void attend_piece(const Rows *r, int64_t sequence, int64_t head, int64_t key_head, int64_t from, int64_t to,
+                              const int count, Room *room, float *parts, int64_t apart) {
     const Layer *l = r->l;
     const Context *c = r->c;
     const int64_t dim = l->dim, length = to - from, width = (length + LANES - 1) / LANES * LANES;
-    const int64_t row = NAME(cache_row)(r, sequence, key_head, from);
+    const int64_t row = cache_row(r, sequence, key_head, from);
     const int64_t bytes = c->cached == CODES4 ? dim / 2 : c->cached ? dim : dim * (r->s->dtype == FLOAT32 ? 4 : 2);
     const char *all_keys = (const char *)c->keys + row * bytes, *all_values = (const char *)c->values + row * bytes;
     const float *q = r->q + sequence * r->query_apart + head * dim;
 #if LANES == 16
-    const int integers = NAME(in_integers)(r);
+    const int integers = in_integers(r);
     if (integers) {
-        NAME(widen_scales)(r, c->key_scales, row, length, room->scales);
-        const NAME(Ahead) ahead = {all_keys + EXPANDED * bytes, all_values, bytes};
-        NAME(score_codes)(r, (const int8_t *)all_keys, length, q, count, room, ahead);
+        widen_scales(r, c->key_scales, row, length, room->scales);
+        const Ahead ahead = {all_keys + EXPANDED * bytes, all_values, bytes};
+        score_codes(r, (const int8_t *)all_keys, length, q, count, room, ahead);
     } else
 #endif
     for (int64_t s = 0; s < length; s += EXPANDED) {
         const int64_t some = length - s < EXPANDED ? length - s : EXPANDED;
-        const float *keys = NAME(expand)(r, c->keys, c->key_scales, row + s, some, room->expanded);
-        const NAME(Ahead) ahead = {all_keys + (s + EXPANDED) * bytes, all_values + s * bytes, bytes};
-        NAME(score)((NAME(States)){keys, 0, some, dim}, q, l->scale, count, KEYS, FLOAT32, (some + LANES - 1) / LANES * LANES,
+        const float *keys = expand(r, c->keys, c->key_scales, row + s, some, room->expanded);
+        const Ahead ahead = {all_keys + (s + EXPANDED) * bytes, all_values + s * bytes, bytes};
+        score((States){keys, 0, some, dim}, q, l->scale, count, KEYS, FLOAT32, (some + LANES - 1) / LANES * LANES,
                     PIECE, room->scores + s, ahead);
     }
     for (int g = 0; g < count; g++) {
@@ -373,20 +395,20 @@ LOCAL void NAME(attend_piece)(const Rows *r, int64_t sequence, int64_t head, int
     }
 #if LANES == 16
     if (integers) {
-        NAME(widen_scales)(r, c->value_scales, row, length, room->scales);
-        NAME(mix_codes)(r, (const int8_t *)all_values, length, count, room, parts, apart);
+        widen_scales(r, c->value_scales, row, length, room->scales);
+        mix_codes(r, (const int8_t *)all_values, length, count, room, parts, apart);
     } else
 #endif
     for (int64_t s = 0; s < length; s += EXPANDED) {
         const int64_t some = length - s < EXPANDED ? length - s : EXPANDED;
-        const float *values = NAME(expand)(r, c->values, c->value_scales, row + s, some, room->expanded);
-        NAME(mix)(values, some, dim, room->scores + s, count, parts, apart);
+        const float *values = expand(r, c->values, c->value_scales, row + s, some, room->expanded);
+        mix(values, some, dim, room->scores + s, count, parts, apart);
     }
 }
 
 /* One token of each sequence: up to TOGETHER heads of it and PIECE keys are a task, so that threads share a long cache
  * (Flash-Decoding, pytorch.org/blog/flash-decoding). */
-LOCAL void NAME(attend_tokens)(Rows *r, NAME(Room) *room) {
+LOCAL void attend_tokens(Rows *r, Room *room) {
     const Layer *l = r->l;
     const int64_t group = l->heads / l->key_heads, some = (group + TOGETHER - 1) / TOGETHER, end = r->s->length + r->from + 1;
     const int64_t tasks = r->rows * l->key_heads * some * r->pieces, apart = r->pieces * (l->dim + 2);
@@ -397,15 +419,15 @@ LOCAL void NAME(attend_tokens)(Rows *r, NAME(Room) *room) {
         float *parts = r->parts + ((sequence * l->heads + head) * r->pieces + piece) * (l->dim + 2);
         const int64_t heads = group - unit * TOGETHER;
         if (from >= end) continue;
-        if (heads >= TOGETHER) NAME(attend_piece)(r, sequence, head, key_head, from, to, TOGETHER, room, parts, apart);
-        else if (heads == 3) NAME(attend_piece)(r, sequence, head, key_head, from, to, 3, room, parts, apart);
-        else if (heads == 2) NAME(attend_piece)(r, sequence, head, key_head, from, to, 2, room, parts, apart);
-        else NAME(attend_piece)(r, sequence, head, key_head, from, to, 1, room, parts, apart);
+        if (heads >= TOGETHER) attend_piece(r, sequence, head, key_head, from, to, TOGETHER, room, parts, apart);
+        else if (heads == 3) attend_piece(r, sequence, head, key_head, from, to, 3, room, parts, apart);
+        else if (heads == 2) attend_piece(r, sequence, head, key_head, from, to, 2, room, parts, apart);
+        else attend_piece(r, sequence, head, key_head, from, to, 1, room, parts, apart);
     }
 }
 
 /* Each head's parts to what it mixed; a padding token, which sees no key, has none. */
-TARGET static void NAME(join_parts)(void *context) {
+TARGET static void join_parts(void *context) {
     Rows *r = context;
     const Layer *l = r->l;
     const int64_t dim = l->dim, end = r->s->length + r->from + 1;
@@ -425,56 +447,56 @@ TARGET static void NAME(join_parts)(void *context) {
 }
 
 /* Some rows times outputs from .. to of a dense weight. */
-LOCAL void NAME(dense_rows)(const Dense *d, int64_t from, int64_t to, int64_t row, const int count, const DType dtype,
+LOCAL void dense_rows(const Dense *d, int64_t from, int64_t to, int64_t row, const int count, const DType dtype,
                             float *sums) {
-    const NAME(States) weight = {d->weight, from * d->in_features, to - from, d->in_features};
+    const States weight = {d->weight, from * d->in_features, to - from, d->in_features};
     const int64_t item = dtype == FLOAT32 ? 4 : 2;
-    NAME(score)(weight, d->x + row * d->in_features, 1, count, 1, dtype, OUTPUTS, OUTPUTS, sums,
-                (NAME(Ahead)){0});
+    score(weight, d->x + row * d->in_features, 1, count, 1, dtype, OUTPUTS, OUTPUTS, sums,
+                (Ahead){0});
     for (int64_t g = 0; g < count; g++)
         narrow(sums + g * OUTPUTS, to - from, dtype, (char *)d->y + ((row + g) * d->out_features + from) * item);
 }
 
-LOCAL void NAME(dense_outputs)(Dense *d, const DType dtype) {
+LOCAL void dense_outputs(Dense *d, const DType dtype) {
     float sums[TOGETHER * OUTPUTS];
     for (int64_t from; (from = OUTPUTS * atomic_fetch_add(&d->next, 1)) < d->out_features;) {
         const int64_t to = from + OUTPUTS < d->out_features ? from + OUTPUTS : d->out_features;
         int64_t row = 0;
-        for (; row + TOGETHER <= d->rows; row += TOGETHER) NAME(dense_rows)(d, from, to, row, TOGETHER, dtype, sums);
+        for (; row + TOGETHER <= d->rows; row += TOGETHER) dense_rows(d, from, to, row, TOGETHER, dtype, sums);
         const int64_t left = d->rows - row;
-        if (left == 3) NAME(dense_rows)(d, from, to, row, 3, dtype, sums);
-        else if (left == 2) NAME(dense_rows)(d, from, to, row, 2, dtype, sums);
-        else if (left == 1) NAME(dense_rows)(d, from, to, row, 1, dtype, sums);
+        if (left == 3) dense_rows(d, from, to, row, 3, dtype, sums);
+        else if (left == 2) dense_rows(d, from, to, row, 2, dtype, sums);
+        else if (left == 1) dense_rows(d, from, to, row, 1, dtype, sums);
     }
 }
 
-TARGET static void NAME(dense)(void *context) {
+TARGET static void dense(void *context) {
     Dense *d = context;
-    if (d->dtype == FLOAT32) NAME(dense_outputs)(d, FLOAT32);
-    else if (d->dtype == FLOAT16) NAME(dense_outputs)(d, FLOAT16);
-    else NAME(dense_outputs)(d, BFLOAT16);
+    if (d->dtype == FLOAT32) dense_outputs(d, FLOAT32);
+    else if (d->dtype == FLOAT16) dense_outputs(d, FLOAT16);
+    else dense_outputs(d, BFLOAT16);
 }
 
 #define WIDE (LANES == 16 ? 4 : 2) /* registers of a row of products: with four rows they are half of all */
 
 /* c [rows][columns] (+)= a [rows][inner] times b [inner][columns], rows and columns of a few registers: constants. */
-LOCAL void NAME(block)(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, const int rows,
+LOCAL void block(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, const int rows,
                        const int wide, const int more, float *c, int64_t c_stride) {
     V sums[4][WIDE];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < wide; j++)
-            sums[i][j] = more ? NAME(load)(c + i * c_stride, j * LANES, FLOAT32) : (V){0};
+            sums[i][j] = more ? load(c + i * c_stride, j * LANES, FLOAT32) : (V){0};
     for (int64_t k = 0; k < inner; k++)
         for (int j = 0; j < wide; j++) {
-            const V right = NAME(load)(b + k * b_stride, j * LANES, FLOAT32);
+            const V right = load(b + k * b_stride, j * LANES, FLOAT32);
             for (int i = 0; i < rows; i++) sums[i][j] = MULTIPLY_ADD(right, a[i * a_stride + k], sums[i][j]);
         }
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < wide; j++) NAME(store)(c + i * c_stride + j * LANES, sums[i][j]);
+        for (int j = 0; j < wide; j++) store(c + i * c_stride + j * LANES, sums[i][j]);
 }
 
 /* As block, of any number of rows, and of columns that LANES divides. */
-LOCAL void NAME(product)(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, int64_t rows,
+LOCAL void product(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, int64_t rows,
                          int64_t columns, const int more, float *c, int64_t c_stride) {
     for (int64_t j = 0; j < columns;) {
         const int wide = columns - j >= WIDE * LANES;
@@ -482,10 +504,10 @@ LOCAL void NAME(product)(const float *a, int64_t a_stride, const float *b, int64
             const float *left = a + i * a_stride, *right = b + j;
             float *to = c + i * c_stride + j;
             const int four = rows - i >= 4;
-            if (four && wide) NAME(block)(left, a_stride, right, b_stride, inner, 4, WIDE, more, to, c_stride);
-            else if (four) NAME(block)(left, a_stride, right, b_stride, inner, 4, 1, more, to, c_stride);
-            else if (wide) NAME(block)(left, a_stride, right, b_stride, inner, 1, WIDE, more, to, c_stride);
-            else NAME(block)(left, a_stride, right, b_stride, inner, 1, 1, more, to, c_stride);
+            if (four && wide) block(left, a_stride, right, b_stride, inner, 4, WIDE, more, to, c_stride);
+            else if (four) block(left, a_stride, right, b_stride, inner, 4, 1, more, to, c_stride);
+            else if (wide) block(left, a_stride, right, b_stride, inner, 1, WIDE, more, to, c_stride);
+            else block(left, a_stride, right, b_stride, inner, 1, 1, more, to, c_stride);
             i += four ? 4 : 1;
         }
         j += wide ? WIDE * LANES : LANES;
@@ -495,20 +517,20 @@ LOCAL void NAME(product)(const float *a, int64_t a_stride, const float *b, int64
 /* Room of one thread for a tile of attention. keys are transposed [dim][TILE], expanded [TILE][dim]. */
 typedef struct {
     float *q, *keys, *weights, *out, *expanded, most[TILE], sum[TILE];
-} NAME(Tile);
+} Tile;
 
 /* Up to TILE queries (token by token, the heads of one key head) of a sequence, over all keys that one of them sees: a tile
  * of keys at a time, with the largest score and the sum so far (FlashAttention, arXiv 2205.14135, algorithm 1). Tiles
  * begin at multiples of TILE from the sequence's first key, so that other sequences change nothing. */
-LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, int64_t from, int64_t count,
-                             NAME(Tile) *t) {
+LOCAL void attend_tile(const Rows *r, int64_t sequence, int64_t key_head, int64_t from, int64_t count,
+                             Tile *t) {
     const Layer *l = r->l;
     const int64_t group = l->heads / l->key_heads, dim = l->dim, filled = r->s->length + r->from;
     const int64_t first = r->s->first ? r->s->first[sequence] : 0;
     const int64_t begin = first + (first_seen(r, sequence, filled + from / group) - first) / TILE * TILE;
     const int64_t end = filled + (from + count - 1) / group + 1; /* beyond the last key of the last query */
     const int64_t gone = larger(r->c->start - begin, 0); /* keys of the first tile that the cache no longer has */
-    const int64_t length = end - begin, row = NAME(cache_row)(r, sequence, key_head, begin);
+    const int64_t length = end - begin, row = cache_row(r, sequence, key_head, begin);
     for (int64_t i = 0; i < count; i++) {
         const float *q = r->q + (sequence * r->count + (from + i) / group) * r->query_apart;
         const int64_t head = key_head * group + (from + i) % group;
@@ -521,15 +543,15 @@ LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, 
         const int64_t width = length - start < TILE ? length - start : TILE;
         const int64_t lost = gone - start < 0 ? 0 : gone - start < width ? gone - start : width, left = width - lost;
         const float *keys = t->expanded, *values = t->expanded;
-        if (left) keys = NAME(expand)(r, r->c->keys, r->c->key_scales, row + start + lost, left, t->expanded);
+        if (left) keys = expand(r, r->c->keys, r->c->key_scales, row + start + lost, left, t->expanded);
         for (int64_t j = 0; j < dim; j += LANES)
             for (int64_t k = 0; k < TILE; k++) {
                 float lanes[LANES] = {0};
-                if (k >= lost && k < width) NAME(store)(lanes, NAME(load)(keys + (k - lost) * dim, j, FLOAT32));
+                if (k >= lost && k < width) store(lanes, load(keys + (k - lost) * dim, j, FLOAT32));
                 for (int n = 0; n < LANES; n++) t->keys[(j + n) * TILE + k] = lanes[n];
             }
-        if (left) values = NAME(expand)(r, r->c->values, r->c->value_scales, row + start + lost, left, t->expanded);
-        NAME(product)(t->q, dim, t->keys, TILE, dim, count, TILE, 0, t->weights, TILE);
+        if (left) values = expand(r, r->c->values, r->c->value_scales, row + start + lost, left, t->expanded);
+        product(t->q, dim, t->keys, TILE, dim, count, TILE, 0, t->weights, TILE);
         for (int64_t i = 0; i < count; i++) {
             const int64_t token = filled + (from + i) / group;
             const int64_t own = token + 1 - begin - start; /* keys that this query may see */
@@ -559,7 +581,7 @@ LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, 
             t->sum[i] = t->sum[i] * factor + sum;
             for (int64_t j = 0; j < dim; j++) t->out[i * dim + j] *= factor;
         }
-        NAME(product)(t->weights + lost, TILE, values, dim, left, count, dim, 1, t->out, dim);
+        product(t->weights + lost, TILE, values, dim, left, count, dim, 1, t->out, dim);
     }
     for (int64_t i = 0; i < count; i++) {
         const int64_t row = sequence * r->count + (from + i) / group, head = key_head * group + (from + i) % group;
@@ -568,16 +590,16 @@ LOCAL void NAME(attend_tile)(const Rows *r, int64_t sequence, int64_t key_head, 
     }
 }
 
-LOCAL void NAME(attend_tiles)(Rows *r, NAME(Tile) *t) {
+LOCAL void attend_tiles(Rows *r, Tile *t) {
     const Layer *l = r->l;
     const int64_t queries = r->count * (l->heads / l->key_heads), tiles = (queries + TILE - 1) / TILE;
     for (int64_t task; (task = atomic_fetch_add(&r->next, 1)) < r->s->batch * l->key_heads * tiles;) {
         const int64_t from = (tiles - 1 - task % tiles) * TILE, count = queries - from < TILE ? queries - from : TILE;
-        NAME(attend_tile)(r, task / tiles / l->key_heads, task / tiles % l->key_heads, from, count, t);
+        attend_tile(r, task / tiles / l->key_heads, task / tiles % l->key_heads, from, count, t);
     }
 }
 
-TARGET static void NAME(attend)(void *context) {
+TARGET static void attend(void *context) {
     Rows *r = context;
     const int64_t tile = TILE * r->l->dim, rooms = r->count == 1 ? EXPANDED * r->l->dim + PIECE * r->l->dim / LANES + 2 * r->l->dim
                                                                  : 4 * tile + TILE * TILE;
@@ -587,48 +609,48 @@ TARGET static void NAME(attend)(void *context) {
         return;
     }
     if (r->count == 1) {
-        NAME(Room) room = {.expanded = memory};
+        Room room = {.expanded = memory};
 #if LANES == 16
         room.scales = memory + EXPANDED * r->l->dim, room.q = (int16_t *)(room.scales + PIECE * r->l->dim / LANES);
 #endif
-        NAME(attend_tokens)(r, &room);
+        attend_tokens(r, &room);
     } else {
-        NAME(Tile) t = {.q = memory, .keys = memory + tile, .expanded = memory + 2 * tile, .out = memory + 3 * tile,
+        Tile t = {.q = memory, .keys = memory + tile, .expanded = memory + 2 * tile, .out = memory + 3 * tile,
                         .weights = memory + 4 * tile};
-        NAME(attend_tiles)(r, &t);
+        attend_tiles(r, &t);
     }
     free(memory);
 }
 
-LOCAL void NAME(activate)(float *gate, const float *up, int64_t count, const Activation activation) {
+LOCAL void activate(float *gate, const float *up, int64_t count, const Activation activation) {
     if (up) for (int64_t i = 0; i < count; i++) gate[i] = activated(gate[i], activation) * up[i];
     else for (int64_t i = 0; i < count; i++) gate[i] = activated(gate[i], activation);
 }
 
 /* Which of the step's tokens a row is. */
-LOCAL int64_t NAME(token_of)(const Rows *r, int64_t row) {
+LOCAL int64_t token_of(const Rows *r, int64_t row) {
     return row / r->count * r->s->count + r->from + row % r->count;
 }
 
 /* What a row needs before the first layer; before, between and after a layer's products; and after the last layer. */
-TARGET static void NAME(read_rows)(void *context) {
+TARGET static void read_rows(void *context) {
     Rows *r = context;
     const int64_t hidden = r->l->linears[QUERY].in, item = r->s->dtype == FLOAT32 ? 4 : 2;
     EACH_CLAIMED(row, r->rows, r->next)
-        generic_widen((const char *)r->s->x + NAME(token_of)(r, row) * hidden * item, (DType)r->s->dtype, hidden,
+        generic_widen((const char *)r->s->x + token_of(r, row) * hidden * item, (DType)r->s->dtype, hidden,
                       r->x + row * hidden);
 }
 
-TARGET static void NAME(begin_rows)(void *context) {
+TARGET static void begin_rows(void *context) {
     Rows *r = context;
     const int64_t hidden = r->l->linears[QUERY].in;
     EACH_CLAIMED(row, r->rows, r->next) {
         memcpy(r->normed + row * hidden, r->x + row * hidden, (size_t)hidden * 4);
-        NAME(norm_parts)(r->normed + row * hidden, hidden, &r->l->norms[BEFORE_ATTENTION]);
+        norm_parts(r->normed + row * hidden, hidden, &r->l->norms[BEFORE_ATTENTION]);
     }
 }
 
-TARGET static void NAME(rotate_rows)(void *context) {
+TARGET static void rotate_rows(void *context) {
     Rows *r = context;
     const Layer *l = r->l;
     const Context *c = r->c;
@@ -637,8 +659,8 @@ TARGET static void NAME(rotate_rows)(void *context) {
         const int64_t at = (row / r->count * c->apart + (r->from + row % r->count) * rotated) * item;
         float *cosine = r->rotation + row * 2 * dim, *sine = cosine + dim;
         float *q = r->q + row * r->query_apart, *k = r->k + row * r->key_apart;
-        NAME(norm_parts)(q, l->heads * dim, &l->norms[OF_QUERIES]);
-        NAME(norm_parts)(k, l->key_heads * dim, &l->norms[OF_KEYS]);
+        norm_parts(q, l->heads * dim, &l->norms[OF_QUERIES]);
+        norm_parts(k, l->key_heads * dim, &l->norms[OF_KEYS]);
         if (rotated) {
             generic_widen((const char *)c->cos + at, (DType)r->s->dtype, rotated, cosine);
             generic_widen((const char *)c->sin + at, (DType)r->s->dtype, rotated, sine);
@@ -650,75 +672,75 @@ TARGET static void NAME(rotate_rows)(void *context) {
     }
 }
 
-TARGET static void NAME(continue_rows)(void *context) {
+TARGET static void continue_rows(void *context) {
     Rows *r = context;
     const int64_t hidden = r->l->linears[QUERY].in;
     EACH_CLAIMED(row, r->rows, r->next) {
         float *x = r->x + row * hidden, *normed = r->normed + row * hidden;
-        NAME(norm_parts)(normed, hidden, &r->l->norms[AFTER_ATTENTION]);
+        norm_parts(normed, hidden, &r->l->norms[AFTER_ATTENTION]);
         for (int64_t i = 0; i < hidden; i++) x[i] += normed[i];
         memcpy(normed, x, (size_t)hidden * 4);
-        NAME(norm_parts)(normed, hidden, &r->l->norms[BEFORE_MLP]);
+        norm_parts(normed, hidden, &r->l->norms[BEFORE_MLP]);
     }
 }
 
-TARGET static void NAME(activate_rows)(void *context) {
+TARGET static void activate_rows(void *context) {
     Rows *r = context;
     const int64_t inner = r->inner;
     EACH_CLAIMED(row, r->inner_rows, r->next) {
         float *gate = r->gate + row * r->inner_apart;
         const float *up = r->up ? r->up + row * r->inner_apart : NULL;
-        if (r->l->activation == SILU) NAME(activate)(gate, up, inner, SILU);
-        else if (r->l->activation == GELU_TANH) NAME(activate)(gate, up, inner, GELU_TANH);
-        else if (r->l->activation == GELU) NAME(activate)(gate, up, inner, GELU);
-        else NAME(activate)(gate, up, inner, RELU);
+        if (r->l->activation == SILU) activate(gate, up, inner, SILU);
+        else if (r->l->activation == GELU_TANH) activate(gate, up, inner, GELU_TANH);
+        else if (r->l->activation == GELU) activate(gate, up, inner, GELU);
+        else activate(gate, up, inner, RELU);
         if (r->activated != r->gate) memcpy(r->activated + row * inner, gate, (size_t)inner * 4);
     }
 }
 
-TARGET static void NAME(end_rows)(void *context) {
+TARGET static void end_rows(void *context) {
     Rows *r = context;
     const int64_t hidden = r->l->linears[QUERY].in;
     EACH_CLAIMED(row, r->rows, r->next) {
         float *x = r->x + row * hidden, *normed = r->normed + row * hidden;
-        NAME(norm_parts)(normed, hidden, &r->l->norms[AFTER_MLP]);
+        norm_parts(normed, hidden, &r->l->norms[AFTER_MLP]);
         for (int64_t i = 0; i < hidden; i++) x[i] += normed[i];
     }
 }
 
-TARGET static void NAME(write_rows)(void *context) {
+TARGET static void write_rows(void *context) {
     Rows *r = context;
     const int64_t hidden = r->l->linears[QUERY].in, item = r->s->dtype == FLOAT32 ? 4 : 2;
     EACH_CLAIMED(row, r->rows, r->next) {
         float *x = r->x + row * hidden;
-        NAME(norm_parts)(x, hidden, &r->s->norm);
-        narrow(x, hidden, (DType)r->s->dtype, (char *)r->s->y + NAME(token_of)(r, row) * hidden * item);
+        norm_parts(x, hidden, &r->s->norm);
+        narrow(x, hidden, (DType)r->s->dtype, (char *)r->s->y + token_of(r, row) * hidden * item);
     }
 }
 
 /* y [rows][hidden] = what gate, up and down make of x. */
-TARGET static int NAME(mlp)(Rows *r, const Linear *linears, int64_t rows, const float *x, float *y) {
+TARGET static int mlp(Rows *r, const Linear *linears, int64_t rows, const float *x, float *y) {
     const Linear *gate = linears, *up = linears + 1, *down = linears + 2;
     const int fused = !up->packed && gate->out == 2 * down->in;
     r->inner = down->in, r->inner_rows = rows, r->inner_apart = gate->out;
     r->up = fused ? r->gate + r->inner : up->packed ? r->gate + rows * r->inner : NULL;
     r->activated = fused ? r->gate + rows * gate->out : r->gate;
     int failed = multiply(r, linears, 2, rows, x, (float *[]){r->gate, r->up});
-    run(NAME(activate_rows), r, rows > 1 && rows * r->inner >= MIN_ROWS);
+    run(activate_rows, r, rows > 1 && rows * r->inner >= MIN_ROWS);
     return failed | multiply(r, down, 1, rows, r->activated, &y);
 }
 
 /* Which experts a row goes to, and with what shares. */
-TARGET static void NAME(route_rows)(void *context) {
+TARGET static void route_rows(void *context) {
     Rows *r = context;
     const Experts *e = r->l->experts;
     const int64_t hidden = r->l->linears[QUERY].in;
     EACH_CLAIMED(row, r->rows, r->next) {
         float *shares = r->shares + row * r->routes, sum = 0;
         int32_t *chosen = r->chosen + row * e->active;
-        NAME(score)((NAME(States)){e->router, 0, e->count, hidden}, r->normed + row * hidden, 1, 1, 1, FLOAT32, r->routes,
-                    r->routes, shares, (NAME(Ahead)){0});
-        NAME(softmax)(shares, r->routes);
+        score((States){e->router, 0, e->count, hidden}, r->normed + row * hidden, 1, 1, 1, FLOAT32, r->routes,
+                    r->routes, shares, (Ahead){0});
+        softmax(shares, r->routes);
         for (int64_t i = 0; i < e->active; i++) {
             int64_t best = 0;
             for (int64_t n = 1; n < e->count; n++) best = shares[n] > shares[best] ? n : best;
@@ -732,10 +754,10 @@ TARGET static void NAME(route_rows)(void *context) {
 }
 
 /* normed becomes what its experts make of each row. An expert takes all of its rows at once. */
-TARGET static int NAME(consult)(Rows *r, int many) {
+TARGET static int consult(Rows *r, int many) {
     const Experts *e = r->l->experts;
     const int64_t hidden = r->l->linears[QUERY].in;
-    run(NAME(route_rows), r, many);
+    run(route_rows, r, many);
     memset(r->sum, 0, (size_t)(r->rows * hidden) * 4);
     int failed = 0;
     for (int64_t n = 0; n <= e->count && !failed; n++) {
@@ -749,7 +771,7 @@ TARGET static int NAME(consult)(Rows *r, int many) {
             if (sent) memcpy(r->gathered + own++ * hidden, r->normed + row * hidden, (size_t)hidden * 4);
         }
         if (!own) continue;
-        failed = NAME(mlp)(r, linears, own, r->gathered, r->outputs);
+        failed = mlp(r, linears, own, r->gathered, r->outputs);
         own = 0;
         for (int64_t row = 0; row < r->rows; row++) {
             float share = 1;
@@ -758,42 +780,42 @@ TARGET static int NAME(consult)(Rows *r, int many) {
             if (!sent) continue;
             if (!shared) share = r->shares[row * r->routes + n];
             else if (e->shared_gate) {
-                float score[LANES];
-                const NAME(States) gate = {e->shared_gate, 0, 1, hidden};
-                NAME(score)(gate, r->normed + row * hidden, 1, 1, 1, FLOAT32, LANES, LANES, score, (NAME(Ahead)){0});
-                share = 1 / (1 + exponential(-score[0]));
+                float scores[LANES];
+                const States gate = {e->shared_gate, 0, 1, hidden};
+                score(gate, r->normed + row * hidden, 1, 1, 1, FLOAT32, LANES, LANES, scores, (Ahead){0});
+                share = 1 / (1 + exponential(-scores[0]));
             }
             const float *output = r->outputs + own++ * hidden;
             for (int64_t i = 0; i < hidden; i++) r->sum[row * hidden + i] += share * output[i];
         }
     }
-    float *given = r->normed;
-    r->normed = r->sum, r->sum = given;
+    float *inputs = r->normed;
+    r->normed = r->sum, r->sum = inputs;
     return failed;
 }
 
-TARGET static int NAME(layer)(Rows *r) {
+TARGET static int layer(Rows *r) {
     const Layer *l = r->l;
     const int64_t hidden = l->linears[QUERY].in, end = r->s->length + r->from + r->count;
     const int64_t queries = l->heads * l->dim, keys = l->key_heads * l->dim, length = end - r->c->start;
     const int many = r->rows > 1 && r->rows * hidden >= MIN_ROWS, apart = !!l->linears[KEY].packed;
     r->query_apart = l->linears[QUERY].out, r->key_apart = apart ? keys : r->query_apart;
     r->k = r->q + (apart ? r->rows : 1) * queries, r->v = r->k + (apart ? r->rows : 1) * keys;
-    run(NAME(begin_rows), r, many);
+    run(begin_rows, r, many);
     int failed = multiply(r, l->linears, 3, r->rows, r->normed, (float *[]){r->q, r->k, r->v});
-    run(NAME(rotate_rows), r, many);
-    run(NAME(attend), r, r->rows * l->heads * l->dim * length >= MIN_ATTENTION);
-    if (r->count == 1) run(NAME(join_parts), r, r->rows * l->heads * l->dim * r->pieces >= MIN_ROWS);
+    run(rotate_rows, r, many);
+    run(attend, r, r->rows * l->heads * l->dim * length >= MIN_ATTENTION);
+    if (r->count == 1) run(join_parts, r, r->rows * l->heads * l->dim * r->pieces >= MIN_ROWS);
     failed |= r->failed | multiply(r, l->linears + OUTPUT, 1, r->rows, r->mixed, &r->normed);
-    run(NAME(continue_rows), r, many);
-    if (l->experts) failed |= NAME(consult)(r, many);
-    else failed |= NAME(mlp)(r, l->linears + GATE, r->rows, r->normed, r->normed);
-    run(NAME(end_rows), r, many);
+    run(continue_rows, r, many);
+    if (l->experts) failed |= consult(r, many);
+    else failed |= mlp(r, l->linears + GATE, r->rows, r->normed, r->normed);
+    run(end_rows, r, many);
     return failed;
 }
 
 /* Some tokens at a time go through all layers: later ones read the keys and values of earlier ones from the caches. */
-TARGET static int NAME(layers)(const Layer *const *layers, int64_t count, const Step *s) {
+TARGET static int layers(const Layer *const *layers, int64_t count, const Step *s) {
     const int64_t hidden = layers[0]->linears[QUERY].in;
     int64_t inner = 0, all = 0, some = 0, dim = 0, heads = 0, routes = 0, active = 0;
     for (int64_t i = 0; i < count; i++) {
@@ -824,28 +846,14 @@ TARGET static int NAME(layers)(const Layer *const *layers, int64_t count, const 
         r.rows = s->batch * r.count;
         r.pieces = (s->length + r.from + PIECE) / PIECE;
         const int many = r.rows > 1 && r.rows * hidden >= MIN_ROWS;
-        run(NAME(read_rows), &r, many);
+        run(read_rows, &r, many);
         for (int64_t i = 0; i < count && !failed; i++) {
             r.l = layers[i], r.c = &s->contexts[i];
             r.routes = r.l->experts ? (r.l->experts->count + LANES - 1) / LANES * LANES : 0;
-            failed = NAME(layer)(&r);
+            failed = layer(&r);
         }
-        run(NAME(write_rows), &r, many);
+        run(write_rows, &r, many);
     }
     free(memory);
     return failed;
 }
-
-#undef WIDE
-#undef ADD_NEIGHBOURS
-#undef FOLD
-#undef KEYS
-#undef MULTIPLY_ADD_ALL
-#undef TARGET
-#undef NAME
-#undef LANES
-#undef MULTIPLY_ADD
-#undef EVEN
-#undef ODD
-#undef LOCAL
-#undef V
