@@ -27,16 +27,16 @@ DEFAULT_RECIPE = "int4-g128"
 
 
 def recipe_keys(recipe: str | None, budget: str | None, choices: list[str] | None) -> dict[str, Any]:
-    """The keys of a recipe of which its text, a budget and choices are given.
+    """The keys of a recipe that is typed, see load_typed_recipe, or of a budget and choices.
 
     Raises:
-        ConfigError: the text and the budget both say what becomes of a layer.
+        ConfigError: the recipe is none, or it and the budget both say what becomes of a layer.
     """
-    from ..config.schema import recipe_parts
+    from ..config.load import load_typed_recipe
     from ..errors import ConfigError
 
     if budget is None:
-        parts: dict[str, Any] = dict(recipe_parts(recipe or DEFAULT_RECIPE))
+        parts = load_typed_recipe(recipe or DEFAULT_RECIPE).model_dump(exclude_unset=True)
     elif recipe:
         raise ConfigError(f"--recipe {recipe} and --budget {budget}: a budget chooses the schemes; give one of the two")
     else:

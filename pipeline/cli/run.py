@@ -155,7 +155,10 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
     recipe: Annotated[
         str | None,
-        typer.Option(help="[transform+][method/]scheme: int4-g128 (by default), gptq/int3-channel, int8, 4.25bits, …"),
+        typer.Option(
+            help="[transform+][method/]scheme: int4-g128 (by default), gptq/int3-channel, int8, 4.25bits, …; or "
+            "its keys, as in a config: '{scheme: int4-g128, method: gptq}'. Other options are added to these."
+        ),
     ] = None,
     budget: BudgetText = None,
     choice: Choices = None,
@@ -231,18 +234,22 @@ def quantize(
     from ..api import quantize as quantize_api
     from ..checkpoints.doctor import remember_headers
     from ..config.load import load_layers, load_options
+    from ..config.schema import RecipeSettings
 
     quiet_libraries()
-    settings = {**recipe_keys(recipe, budget, choice), "format": format, "dtype": dtype}
-    settings |= {"template": str(template)} if template else {}
-    settings |= {"layers": load_layers(layer or []), "options": load_options(option or [])}
-    settings |= {"fit_groups": fit_groups, "allow_split_fused": allow_split_fused}
-    settings |= {"max_fallback_layers": max_fallback_layers, "observer": observer, "sequential": not no_sequential}
+    settings = recipe_keys(recipe, budget, choice)
+    typed = {
+        "format": format, "dtype": dtype, "observer": observer, "sequential": not no_sequential,
+        "max_fallback_layers": max_fallback_layers, "fit_groups": fit_groups, "allow_split_fused": allow_split_fused,
+        "template": str(template) if template else None, "kv_cache": kv_cache, "distill": distill,
+    }  # fmt: skip
+    settings |= {key: value for key, value in typed.items() if value != RecipeSettings.model_fields[key].default}
     settings |= load_options([f"keep_inputs={keep_inputs}"] if keep_inputs else [])
-    settings |= {"kv_cache": kv_cache} if kv_cache else {}
-    settings |= {"distill": distill} if distill else {}
-    settings |= calibration_keys(calibration, windows, context, seed)
-    name = (budget or recipe or DEFAULT_RECIPE) + (f", key-value cache {kv_cache}" if kv_cache else "")
+    parts = {"layers": load_layers(layer or []), "options": load_options(option or [])}
+    parts |= calibration_keys(calibration, windows, context, seed)
+    settings |= {key: {**(settings.get(key) or {}), **values} for key, values in parts.items() if values}
+    name = budget or settings.get("name") or recipe or DEFAULT_RECIPE
+    name += f", key-value cache {kv_cache}" if kv_cache else ""
     with progress(f"quantizing to {name}") as step:
         artifact = quantize_api(model, settings, output, revision, device, step, keep, gpus)
     remember_headers(artifact.folder)

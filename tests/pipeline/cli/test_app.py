@@ -268,6 +268,8 @@ class TestOptions:
             (["--recipe", "absmx/int4-g32"], "method 'absmx' is unknown; did you mean absmax?"),
             (["--recipe", "int4-g32", "--format", "gtpq"], "format 'gtpq' is unknown; did you mean gptq?"),
             (["--recipe", "nf4/int4-g32"], "nf4"),
+            (["--recipe", "{schem: int4-g32}"], "did you mean scheme?"),
+            (["--recipe", "{scheme: int4-g32"], "expected keys of a recipe in YAML"),
             (["--recipe", "int4-g32-asym", "--format", "gptq"], "gptq"),
             (["--recipe", "int4-g32", "--layer", "nothing*=none"], "nothing* matches no tensor"),
             (["--recipe", "int4-g32", "--revision", "main"], "is a local folder, which has no revision main"),
@@ -323,8 +325,31 @@ class TestOptions:
         assert recipe["options"] == {"damping": 1e-3, "order": "plain"}
         assert (recipe["method"], recipe["scheme"], recipe["max_fallback_layers"]) == ("student", "int4-g128", 2)
         assert recipe["layers"] == {"*.down_proj": "int8-g128", "model.layers.0.*": "none"}
-        assert (recipe["fit_groups"], recipe["allow_split_fused"]) == (True, False)
+        assert recipe["fit_groups"]
+        assert "allow_split_fused" not in recipe
         assert recipe["calibration"] == {"text": "a.txt", "windows": 3, "context": 64, "seed": None}
+
+    @pytest.mark.usefixtures("student")
+    def test_quantize_adds_what_is_typed_to_a_recipes_keys(
+        self, bitpress: Bitpress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        given: list[Any] = []
+        monkeypatch.setattr(
+            "bitpress.pipeline.api.quantize", lambda *arguments: given.extend(arguments) or Artifact(tmp_path, "")
+        )
+        keys = "{scheme: int4-g128, method: student, format: gguf, sequential: false, options: {damping: 1}, "
+        keys += "layers: {'*.down_proj': int8-g128}, calibration: {text: a.txt, windows: 3}}"
+        options = ["--option", "order=plain", "--layer", "model.layers.0.*=none", "--windows", 4]
+        assert bitpress("quantize", "model", "-o", tmp_path, "--recipe", keys, *options).code == 0
+        assert given[1] == {
+            "scheme": "int4-g128",
+            "method": "student",
+            "format": "gguf",
+            "sequential": False,
+            "options": {"damping": 1, "order": "plain"},
+            "layers": {"*.down_proj": "int8-g128", "model.layers.0.*": "none"},
+            "calibration": {"text": "a.txt", "windows": 4},
+        }
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
