@@ -12,7 +12,6 @@
 
 HOLD_TEXT
 
-#define EXPORT __attribute__((visibility("default")))
 #define MAGIC 0x3173736572706962 /* "bipress1" */
 #define FEW_ROWS 64              /* of a task: up to so many, its weights are read in the order in which they lie */
 #define MOST_ROWS 256            /* of a task, so that its inputs stay in a core's second cache */
@@ -45,8 +44,11 @@ static const Instructions sets[] = {
 
 EXPORT int bitpress_kernel_count(void) { return sizeof sets / sizeof *sets; }
 EXPORT const char *bitpress_kernel_name(int index) { return sets[index].name; }
-const Layers *layers_by(int64_t kernel) { return kernel >= 0 && kernel < bitpress_kernel_count() ? sets[kernel].layers : NULL; }
 EXPORT int bitpress_kernel_available(int index) { return sets[index].available(); }
+
+const Layers *layers_by(int64_t kernel) {
+    return kernel >= 0 && kernel < bitpress_kernel_count() ? sets[kernel].layers : NULL;
+}
 
 /* ---- threads ---- */
 

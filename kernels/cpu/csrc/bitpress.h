@@ -20,6 +20,7 @@
 
 HOLD_TEXT
 
+#define EXPORT __attribute__((visibility("default")))
 #define BLOCK 16    /* output features that lie together: int32 lanes of a 512-bit register, columns of an AMX tile */
 #define PAIR 32     /* blocks come in pairs, so that two tiles share their inputs */
 #define CHUNK 64    /* input features of an AMX tile */

@@ -3,8 +3,6 @@
 
 HOLD_TEXT
 
-#define EXPORT __attribute__((visibility("default")))
-
 /* `count` layers of as many features, one after the other, all by one kernel. Returns 0; 1: out of memory; 2: no such
  * weight or kernel. */
 EXPORT int bitpress_layers_step(const Layer *const *layers, int64_t count, const Step *s) {

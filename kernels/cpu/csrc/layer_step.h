@@ -124,7 +124,7 @@ LOCAL void fetch(const Ahead ahead, int64_t row) {
  * -infinity. LANES divides width, which is larger than the number of keys by less than LANES, or by more if nobody reads
  * these. together: so many keys, a constant, meet the queries at once; 1 where they are read from memory. */
 LOCAL void score(const States keys, const float *q, float scale, const int count, const int together,
-                       const DType dtype, int64_t width, int64_t stride, float *scores, const Ahead ahead) {
+                 const DType dtype, int64_t width, int64_t stride, float *scores, const Ahead ahead) {
     for (int64_t s = 0; s < width; s += LANES) {
         V sums[TOGETHER][LANES];
         for (int i = 0; i < LANES; i += together) {
@@ -175,7 +175,7 @@ LOCAL void softmax(float *scores, int64_t count) {
 /* Rows row .. row + count of the cache's keys or values, which are of one head of a sequence, as float32: in `room`
  * [count][dim], or where they lie. */
 TARGET static const float *expand(const Rows *r, const void *data, const void *scales, int64_t row, int64_t count,
-                                        float *room) {
+                                  float *room) {
     const Context *c = r->c;
     const int64_t dim = r->l->dim, group = c->group ? c->group : dim;
     const DType dtype = (DType)r->s->dtype;
@@ -206,7 +206,7 @@ LOCAL int64_t cache_row(const Rows *r, int64_t sequence, int64_t key_head, int64
 
 /* `wide` registers of each row of out [count][apart] += weights [count][PIECE] times values [length][dim]. */
 LOCAL void mix_columns(const float *values, int64_t length, int64_t dim, const float *weights, const int count,
-                             const int wide, float *out, int64_t apart) {
+                       const int wide, float *out, int64_t apart) {
     V sums[TOGETHER][2];
     UNROLL
     for (int g = 0; g < count; g++)
@@ -226,7 +226,7 @@ LOCAL void mix_columns(const float *values, int64_t length, int64_t dim, const f
 }
 
 LOCAL void mix(const float *values, int64_t length, int64_t dim, const float *weights, const int count, float *out,
-                     int64_t apart) {
+               int64_t apart) {
     int64_t j = 0;
     for (; j + 2 * LANES <= dim; j += 2 * LANES)
         mix_columns(values + j, length, dim, weights, count, 2, out + j, apart);
@@ -261,7 +261,7 @@ LOCAL __m512i widened(const int8_t *from) { return _mm512_cvtepi8_epi16(_mm256_l
 
 /* As score, of int8 codes [length][dim]. q float32 [count][dim]. */
 LOCAL void score_codes(const Rows *r, const int8_t *codes, int64_t length, const float *q, const int count,
-                             Room *room, const Ahead ahead) {
+                       Room *room, const Ahead ahead) {
     const int64_t dim = r->l->dim, group = r->c->group ? r->c->group : dim, groups = dim / group;
     float scales[TOGETHER];
     for (int g = 0; g < count; g++) scales[g] = r->l->scale * to_int16(q + g * dim, dim, room->q + g * dim);
@@ -311,7 +311,7 @@ LOCAL void score_codes(const Rows *r, const int8_t *codes, int64_t length, const
 /* As mix, of int8 codes [length][dim] and the room's scores. Two rows at a time, so that a register's lanes each multiply
  * both by their weights. */
 LOCAL void mix_codes(const Rows *r, const int8_t *codes, int64_t length, const int count, Room *room,
-                           float *out, int64_t apart) {
+                     float *out, int64_t apart) {
     const int64_t dim = r->l->dim, group = r->c->group ? r->c->group : dim, groups = dim / group;
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
@@ -354,7 +354,7 @@ LOCAL void mix_codes(const Rows *r, const int8_t *codes, int64_t length, const i
 
 /* A token's attention to keys from .. to, at most PIECE, of `count` heads that share them; see Rows.parts. */
 LOCAL void attend_piece(const Rows *r, int64_t sequence, int64_t head, int64_t key_head, int64_t from, int64_t to,
-                              const int count, Room *room, float *parts, int64_t apart) {
+                        const int count, Room *room, float *parts, int64_t apart) {
     const Layer *l = r->l;
     const Context *c = r->c;
     const int64_t dim = l->dim, length = to - from, width = (length + LANES - 1) / LANES * LANES;
@@ -375,7 +375,7 @@ LOCAL void attend_piece(const Rows *r, int64_t sequence, int64_t head, int64_t k
         const float *keys = expand(r, c->keys, c->key_scales, row + s, some, room->expanded);
         const Ahead ahead = {all_keys + (s + EXPANDED) * bytes, all_values + s * bytes, bytes};
         score((States){keys, 0, some, dim}, q, l->scale, count, KEYS, FLOAT32, (some + LANES - 1) / LANES * LANES,
-                    PIECE, room->scores + s, ahead);
+              PIECE, room->scores + s, ahead);
     }
     for (int g = 0; g < count; g++) {
         float *scores = room->scores + g * PIECE, *part = parts + g * apart, lanes[LANES], top = -INFINITY, sum = 0;
@@ -448,11 +448,11 @@ TARGET static void join_parts(void *context) {
 
 /* Some rows times outputs from .. to of a dense weight. */
 LOCAL void dense_rows(const Dense *d, int64_t from, int64_t to, int64_t row, const int count, const DType dtype,
-                            float *sums) {
+                      float *sums) {
     const States weight = {d->weight, from * d->in_features, to - from, d->in_features};
     const int64_t item = dtype == FLOAT32 ? 4 : 2;
     score(weight, d->x + row * d->in_features, 1, count, 1, dtype, OUTPUTS, OUTPUTS, sums,
-                (Ahead){0});
+          (Ahead){0});
     for (int64_t g = 0; g < count; g++)
         narrow(sums + g * OUTPUTS, to - from, dtype, (char *)d->y + ((row + g) * d->out_features + from) * item);
 }
@@ -481,7 +481,7 @@ TARGET static void dense(void *context) {
 
 /* c [rows][columns] (+)= a [rows][inner] times b [inner][columns], rows and columns of a few registers: constants. */
 LOCAL void block(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, const int rows,
-                       const int wide, const int more, float *c, int64_t c_stride) {
+                 const int wide, const int more, float *c, int64_t c_stride) {
     V sums[4][WIDE];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < wide; j++)
@@ -497,7 +497,7 @@ LOCAL void block(const float *a, int64_t a_stride, const float *b, int64_t b_str
 
 /* As block, of any number of rows, and of columns that LANES divides. */
 LOCAL void product(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t inner, int64_t rows,
-                         int64_t columns, const int more, float *c, int64_t c_stride) {
+                   int64_t columns, const int more, float *c, int64_t c_stride) {
     for (int64_t j = 0; j < columns;) {
         const int wide = columns - j >= WIDE * LANES;
         for (int64_t i = 0; i < rows;) {
@@ -523,7 +523,7 @@ typedef struct {
  * of keys at a time, with the largest score and the sum so far (FlashAttention, arXiv 2205.14135, algorithm 1). Tiles
  * begin at multiples of TILE from the sequence's first key, so that other sequences change nothing. */
 LOCAL void attend_tile(const Rows *r, int64_t sequence, int64_t key_head, int64_t from, int64_t count,
-                             Tile *t) {
+                       Tile *t) {
     const Layer *l = r->l;
     const int64_t group = l->heads / l->key_heads, dim = l->dim, filled = r->s->length + r->from;
     const int64_t first = r->s->first ? r->s->first[sequence] : 0;
@@ -739,7 +739,7 @@ TARGET static void route_rows(void *context) {
         float *shares = r->shares + row * r->routes, sum = 0;
         int32_t *chosen = r->chosen + row * e->active;
         score((States){e->router, 0, e->count, hidden}, r->normed + row * hidden, 1, 1, 1, FLOAT32, r->routes,
-                    r->routes, shares, (Ahead){0});
+              r->routes, shares, (Ahead){0});
         softmax(shares, r->routes);
         for (int64_t i = 0; i < e->active; i++) {
             int64_t best = 0;

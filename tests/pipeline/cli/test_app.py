@@ -309,19 +309,21 @@ class TestOptions:
         assert "Traceback" not in found.err
         assert not list(tmp_path.iterdir())
 
-    @pytest.mark.usefixtures("student")
-    def test_quantize_passes_on_what_was_typed(
-        self, bitpress: Bitpress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ):
-        given: list[Any] = []
+    @pytest.fixture
+    def passed_on(self, student: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """What `bitpress quantize` passes on, which nothing is made of."""
+        arguments: list[Any] = []
         monkeypatch.setattr(
-            "bitpress.pipeline.api.quantize", lambda *arguments: given.extend(arguments) or Artifact(tmp_path, "")
+            "bitpress.pipeline.api.quantize", lambda *own: arguments.extend(own) or Artifact(tmp_path, "")
         )
+        return arguments
+
+    def test_quantize_passes_on_what_was_typed(self, bitpress: Bitpress, tmp_path: Path, passed_on: list[Any]):
         options = ["--calibration", "a.txt", "--windows", 3, "--context", 64, "--seed", "null"]
         options += ["--option", "damping=1e-3", "--option", "order=plain", "--max-fallback-layers", 2]
         options += ["--layer", "*.down_proj=int8-g128", "--layer", "model.layers.0.*=none", "--fit-groups"]
         assert bitpress("quantize", "model", "-o", tmp_path, "--recipe", "student/int4-g128", *options).code == 0
-        recipe = given[1]
+        recipe = passed_on[1]
         assert recipe["options"] == {"damping": 1e-3, "order": "plain"}
         assert (recipe["method"], recipe["scheme"], recipe["max_fallback_layers"]) == ("student", "int4-g128", 2)
         assert recipe["layers"] == {"*.down_proj": "int8-g128", "model.layers.0.*": "none"}
@@ -329,19 +331,14 @@ class TestOptions:
         assert "allow_split_fused" not in recipe
         assert recipe["calibration"] == {"text": "a.txt", "windows": 3, "context": 64, "seed": None}
 
-    @pytest.mark.usefixtures("student")
     def test_quantize_adds_what_is_typed_to_a_recipes_keys(
-        self, bitpress: Bitpress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, bitpress: Bitpress, tmp_path: Path, passed_on: list[Any]
     ):
-        given: list[Any] = []
-        monkeypatch.setattr(
-            "bitpress.pipeline.api.quantize", lambda *arguments: given.extend(arguments) or Artifact(tmp_path, "")
-        )
         keys = "{scheme: int4-g128, method: student, format: gguf, sequential: false, options: {damping: 1}, "
         keys += "layers: {'*.down_proj': int8-g128}, calibration: {text: a.txt, windows: 3}}"
         options = ["--option", "order=plain", "--layer", "model.layers.0.*=none", "--windows", 4]
         assert bitpress("quantize", "model", "-o", tmp_path, "--recipe", keys, *options).code == 0
-        assert given[1] == {
+        assert passed_on[1] == {
             "scheme": "int4-g128",
             "method": "student",
             "format": "gguf",
