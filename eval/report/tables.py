@@ -69,13 +69,13 @@ def budget_tables(prefix: str, chosen: Mapping[str, Any], measured: float | None
         f"For the choice {chosen['predicted_kl']:.5f} is predicted"
     )
     if (together := chosen.get("solutions_kl")) is not None:  # records of before have no such figure
-        note += f"; all its solutions together, as they were probed, measure {together:.5f} on them"
+        note += f"; all its solutions together measure {together:.5f} on them"
     note += "."
     if "measured_kl" in chosen:
         note += f" The finished artifact measures {chosen['measured_kl']:.5f} on them"
         note += f", and {measured:.5f} on the text of this report." if measured is not None else "."
     units = [
-        [unit["name"], unit["choice"], f"{unit['bits']:.3f}", f"{unit['kl']:.6f}", _probes(unit["probes"])]
+        [unit["name"], unit["choice"], f"{unit['bits']:.3f}", f"{unit['kl']:.6f}", _costs(unit)]
         for unit in chosen["units"]
     ]
     header = ["unit", "choice", "bits/weight", "KL alone", "KL of every choice"]
@@ -99,8 +99,9 @@ def _everywhere(uniform: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, said))
 
 
-def _probes(probes: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {kl:.2g}" for name, kl in probes.items())
+def _costs(unit: Mapping[str, Any]) -> str:
+    costs = unit.get("costs") or unit["probes"]  # records of before say probes
+    return ", ".join(f"{name} {kl:.2g}" for name, kl in costs.items())
 
 
 def recipe_table(runs: Sequence[ReportedRun]) -> Table:

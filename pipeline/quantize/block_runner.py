@@ -147,12 +147,12 @@ class BlockRunner:
         self._workers = max(threads, len(self.devices))
         self._calls: list[dict[int, _Call]] = []  # of each batch: block -> what it is called with
         self._first: Tensor | None = None  # block 0's inputs, as last seen
-        self._resumed: tuple[int, Tensor] | None = None  # a block and what it puts out, whatever it reads
+        self._outputs: Tensor | None = None  # of the last block, whatever it reads
 
     def _passed(self, number: int, hidden: Tensor, call: _Call) -> Tensor:
         """Note a stand-in's call; returns the stand-in's output."""
-        if self._resumed is not None:
-            return self._resumed[1] if number == self._resumed[0] else hidden
+        if self._outputs is not None:
+            return self._outputs if number == max(self._calls[0]) else hidden
         calls = self._calls[-1]
         if not calls:
             self._first, self._version = hidden, hidden._version
@@ -234,19 +234,15 @@ class BlockRunner:
     def logits(self, outputs: Tensor) -> Tensor:
         """What the model makes of the last block's outputs for the first windows: [windows, context, vocabulary]."""
         with self.outside_in_memory():
-            return self.logits_after(max(self._calls[0]), outputs, self.batches[0][: len(outputs)]).cpu()
+            return self.head(outputs, self.batches[0][: len(outputs)]).cpu()
 
-    @torch.no_grad()
-    def logits_after(self, block: int, outputs: Tensor, ids: Tensor) -> Tensor:
-        """Logits [windows, context, vocabulary] for these ids, where a block puts out `outputs`.
-
-        It and the blocks before it are not loaded, the blocks after it are; for all, see outside_in_memory.
-        """
-        self._resumed = block, outputs.to(self.device)
+    def head(self, outputs: Tensor, ids: Tensor) -> Tensor:
+        """The same for any ids [windows, context], with a gradient; for as long as the rest is outside_in_memory."""
+        self._outputs = outputs.to(self.device)
         try:
             return self.whole_logits(ids)
         finally:
-            self._resumed = None
+            self._outputs = None
 
     def whole_logits(self, ids: Tensor) -> Tensor:
         """Logits [windows, context, vocabulary] of a model that is in memory as a whole, for these ids."""
@@ -315,15 +311,6 @@ class BlockRunner:
             self.load_block(number, weights)
         with self.outside_in_memory():
             yield self.model
-
-    def drop_block(self, number: int) -> None:
-        """Let go of one block of a whole model; `logits_after` stands in for it."""
-        self._block, self._number = self._real[number], number
-        self.unload_block()
-
-    def block(self, number: int) -> nn.Module:
-        """The module of a block."""
-        return self._blocks[number]
 
     @torch.no_grad()
     def forward(self, batch: int, inputs: Tensor) -> Tensor:
@@ -540,6 +527,30 @@ class BlockRunner:
                         "inputs; use a float32 or bfloat16 checkpoint, or other calibration text"
                     )
         return [statistics[id(planned)] for planned in layers]
+
+    def gradients(
+        self, layers: Sequence[PlannedTensor], inputs: Iterable[Tensor], by_outputs: Iterable[Tensor]
+    ) -> tuple[list[Tensor], dict[str, list[tuple[Tensor, Tensor]]]]:
+        """The gradient by the block's inputs; and what its layers read, with the gradient by what they put out.
+
+        Args:
+            inputs: of the block, batch by batch. by_outputs: the gradient by the block's outputs, likewise.
+        Returns:
+            The first batch by batch. By layer and call, its inputs [tokens, in] and the gradient [tokens, out]; a layer
+            that text does not go through has none.
+        """
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {planned.module: [] for planned in layers}
+
+        def note(planned: PlannedTensor, x: Tensor, output: Tensor) -> None:
+            read, own = x.detach().flatten(0, -2), seen[planned.module]
+            output.register_hook(lambda gradient: own.append((read, gradient.flatten(0, -2))))
+
+        by_inputs = []
+        with self._watched(layers, note), torch.enable_grad():
+            for number, (batch, gradient) in enumerate(zip(inputs, by_outputs, strict=True)):
+                batch = batch.to(self.device).detach().requires_grad_()
+                by_inputs += torch.autograd.grad(self.differentiable(number, batch), batch, gradient)
+        return by_inputs, seen
 
     def outputs(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
         """The block's outputs, batch by batch."""

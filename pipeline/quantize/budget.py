@@ -4,22 +4,21 @@ Three steps, each of which survives a crash. The first two are done once for all
 
 - Solve. The unquantized model goes through the calibration tokens once, block by block. Each layer is quantized by each
   choice from the same statistics, and all solutions are kept. A few calibration windows are held out.
-- Probe. What one unit costs is measured, not derived from its weights' errors: the KL divergence of the model in which
-  this unit alone is quantized, on the windows held out, in float32. On windows that the solutions were fitted to, each
-  would seem to cost less than it does on other text, and few bits would seem so most. A unit is what servers fuse and
-  so must have one scheme: q, k and v; gate and up; all experts of a block.
+- Weigh. What each layer costs at each choice, in KL divergence of the model, is told by the gradient of the model's
+  logits on the windows held out: see costs.py. On windows that the solutions were fitted to, each would seem to cost
+  less than it does on other text, and layers with many inputs would seem so most. A unit is what servers fuse and so
+  must have one scheme: q, k and v; gate and up; all experts of a block.
 - Choose. Divergences of small errors add up over layers (HIGGS, arXiv 2411.17525, theorem 1), so the least sum within a
   size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes. Errors
   of many units together are more than the sum; so what is best by it is measured beside one choice for all units.
 
 Then the model is quantized by what was chosen, block by block, each on what the quantized blocks before it put out, as
 any calibrated recipe is: later blocks make up for some of the errors of earlier ones. With `sequential: false` the
-solutions that were probed are packed as they are.
+solutions that were searched are packed as they are.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -47,15 +46,17 @@ from ..storage.fingerprint import digest, open_work
 from ..system.progress import OnStep
 from ..transforms.base import Transformed
 from .block_runner import BlockRunner
+from .costs import costs_by_gradient
 from .plan import Plan, PlannedTensor, make_plan, patterns
 from .recipe import Recipe, fingerprint, order_of_sums
 from .sequential import CalibratedBlocks, clear_states
 from .spec import KEPT, LayerSpec, Rules
 from .statistics import SHARED, SharedStatistics
 
-PROBE_TOKENS = 2048  # that a probe reads: on llama-12m the sum of such probes was within a few percent of what it says
+HELD_OUT_TOKENS = 8192  # of the calibration text, at most, which tell costs and judge what was chosen
 _MOST_POINTS = 1 << 16  # of the curve that are held; beyond, sizes are told apart to 1/65536 of the largest
 _CURVE = 40  # points of the curve that are recorded
+_READ = "read"  # the folder of what blocks read while costs are told
 _TRANSFORMED = "transformed"  # in the names of tensors in a block's solutions, before those in the files
 _LINE = 1024  # bytes of config.json, index and manifest for a layer, at most
 _FEW = 1 << 16  # bytes of what else these files hold
@@ -132,11 +133,11 @@ class Front:
 
 
 class Search:
-    """The solutions and probes of one model and one calibration, in a folder of their own.
+    """The solutions and costs of one model and one calibration, in a folder of their own.
 
     A recipe's budget takes no part in them: all budgets that have the rest in common share them.
-    held_out: the calibration windows that probes read and solutions are not fitted to, int64 [windows, context].
-    fitted: the calibration without these. A single window is both.
+    held_out: calibration windows that costs are told on, and what is chosen is judged by, int64 [windows, context].
+    fitted: the calibration without these, which solutions are fitted to. A single window is both.
     """
 
     def __init__(self, checkpoint: Checkpoint, source: dict[str, Any], recipe: Recipe, folder: Path):
@@ -151,7 +152,7 @@ class Search:
         self.checkpoint, self.recipe = checkpoint, replace(recipe, fit_groups=True, allow_split_fused=True)
         self.plan, self.units = plan_search(checkpoint, recipe)
         ids = recipe.calibration.ids
-        fitted, self.held_out = hold_out(ids, max(1, PROBE_TOKENS // ids.shape[1]))
+        fitted, self.held_out = hold_out(ids, max(1, HELD_OUT_TOKENS // ids.shape[1]))
         self.fitted = replace(recipe.calibration, ids=fitted)
         self._solving = replace(self.recipe, calibration=self.fitted)
         origin = fingerprint(checkpoint, source, recipe) | order_of_sums(recipe)
@@ -164,20 +165,27 @@ class Search:
         self.statistics = SharedStatistics(self.plan, source, self._solving, folder)
         self.journal = journal.Journal(self.folder / journal.NAME)
         self._solved = {line["block"]: line for line in self.journal.entries if "solutions" in line}
-        self._probed = {line["unit"]: line["kl"] for line in self.journal.entries if "kl" in line}
+        self._costs: dict[str, list[float]] = {}
+        for line in self.journal.entries:
+            self._costs |= line.get("costs", {})
         self._measured = {line["choice"]: line["measured"] for line in self.journal.entries if "measured" in line}
 
     def run(self, on_step: OnStep = lambda done, total: None) -> None:
-        """Solve and probe what is not there yet.
+        """Solve what is not solved yet, and tell what it costs.
 
         Args:
-            on_step: called with (blocks done, twice as many blocks).
+            on_step: called with (passes over blocks done, three times as many as there are blocks).
         """
-        blocks = [unit for unit in self.plan.units if unit.block is not None]
-        self._solve(on_step, 2 * len(blocks))
-        if any(unit.name not in self._probed for unit in self.units):
-            self._probe(on_step, 2 * len(blocks))
-        on_step(2 * len(blocks), 2 * len(blocks))
+        blocks = sum(unit.block is not None for unit in self.plan.units)
+        self._solve(on_step, 3 * blocks)
+        if not self._costs:
+            self._weigh(lambda done, total: on_step(blocks + done, 3 * blocks))
+        on_step(3 * blocks, 3 * blocks)
+
+    @cached_property
+    def _choices(self) -> dict[str, list[LayerSpec]]:
+        """What each layer may be quantized by."""
+        return {planned.module: [spec for spec in unit.specs if spec] for unit in self.units for planned in unit.layers}
 
     def _file(self, block: int) -> Path:
         return self.folder / f"{block:05d}.safetensors"
@@ -196,15 +204,12 @@ class Search:
         if first and not blocks.state(units[first].block or 0).exists():
             first = 0
         files.preflight(self.folder, blocks.nbytes() + sum(sum(unit.sizes(self.plan)) for unit in self.units))
-        choices = {
-            planned.module: [spec for spec in unit.specs if spec] for unit in self.units for planned in unit.layers
-        }
         for number, unit in enumerate(units[first:], first):
             assert unit.block is not None
             on_step(number, total)
             tensors: dict[str, Tensor] = {}
             reports: dict[str, dict[str, Any]] = {}
-            for planned, qtensor, diagnostics in blocks.solve_block(unit, choices):
+            for planned, qtensor, diagnostics in blocks.solve_block(unit, self._choices):
                 key = _key(planned)
                 tensors |= {f"{key}/{name}": tensor.cpu() for name, tensor in qtensor.tensors()}
                 reports[key] = asdict(diagnostics)
@@ -241,65 +246,24 @@ class Search:
         lines = self._solved[block].get("transform", [])
         return [Transformed(**{**line, "layers": tuple(line["layers"])}) for line in lines]
 
-    def _model(self, stack: ExitStack, plan: Plan, read: Callable[[PlannedTensor], Tensor]) -> BlockRunner:
-        """A whole model in float32: the rounding of bfloat16 would hide what 8 bits cost."""
-        outside = [planned for planned in plan.tensors if planned.block is None]
-        runner = BlockRunner(plan.checkpoint, outside, self.held_out, torch.float32, self.recipe.device, read)
-        blocks = (
-            (unit.block, ((planned, read(planned)) for planned in unit.tensors))
-            for unit in plan.units
-            if unit.block is not None
-        )
-        stack.enter_context(runner.whole_model(blocks))
-        return runner
-
-    @torch.no_grad()
-    def _probe(self, on_step: OnStep, total: int) -> None:
-        """Measure each unit at each choice, in a model whose other layers are unquantized.
-
-        Blocks before the unit's are not run again: what they put out is the same for all its choices.
-        """
-        with ExitStack() as stack:
-            runner = self._model(stack, self.plan, self.read)
-            blocks = sorted({unit.block for unit in self.plan.units if unit.block is not None})
-            batches = runner.batches
-            outputs: dict[int, list[Tensor]] = {block: [] for block in blocks}
-            handles = [
-                runner.block(block).register_forward_hook(
-                    lambda _, inputs, output, own=outputs[block]: own.append(
-                        output[0] if isinstance(output, tuple | list) else output
-                    )
-                )
-                for block in blocks
-            ]
-            baseline = [runner.whole_logits(batch) for batch in batches]
-            for handle in handles:
-                handle.remove()
-            called = [block for block in blocks if outputs[block]]  # text does not go through others
-            for number, block in enumerate(blocks):
-                on_step(len(blocks) + number, total)
-                before = max((other for other in called if other < block), default=None)
-                for unit in (unit for unit in self.units if unit.block == block and unit.name not in self._probed):
-                    lost = []
-                    for spec in unit.specs:
-                        if spec is None or block not in called:
-                            lost.append(0.0)
-                            continue
-                        for planned in unit.layers:
-                            own, _ = self.solution(replace(planned, spec=spec))
-                            runner.set_weight(planned, own.dequantize(torch.float32))
-                        logits = (
-                            runner.whole_logits(ids)
-                            if before is None
-                            else runner.logits_after(before, outputs[before][n], ids)
-                            for n, ids in enumerate(batches)
-                        )
-                        lost.append(_divergence(baseline, logits))
-                    for planned in unit.layers:
-                        runner.set_tensor(planned, self.read(planned))
-                    self.journal.append({"unit": unit.name, "kl": lost})
-                    self._probed[unit.name] = lost
-                runner.drop_block(block)
+    def _weigh(self, on_step: OnStep) -> None:
+        """Tell what each unit costs at each choice, by the gradient of the unquantized model."""
+        units = {planned.module: unit for unit in self.units for planned in unit.layers}
+        costs = {unit.name: [0.0] * len(unit.specs) for unit in self.units}
+        for planned, cost in costs_by_gradient(
+            self.plan,
+            self._choices,
+            self.held_out,
+            self.recipe.device,
+            self.read,
+            lambda planned: self.solution(planned)[0],
+            self.folder / _READ,
+            on_step,
+        ):
+            unit = units[planned.module]
+            costs[unit.name][unit.specs.index(planned.spec)] += cost
+        self.journal.append({"costs": costs})
+        self._costs = costs
 
     def measure(self, chosen: Sequence[int]) -> float:
         """The mean KL divergence of the model with all these solutions, on the windows held out, in nats."""
@@ -328,18 +292,41 @@ class Search:
             weight: gives a tensor of its plan as an unquantized checkpoint's files would hold it, a layer's in the
                 dtype asked for.
         """
-        with ExitStack() as stack:
-            runner = self._model(stack, self.plan, self.read)
-            baseline = [runner.whole_logits(ids) for ids in runner.batches]
-        with ExitStack() as stack:
-            runner = self._model(stack, plan, lambda planned: weight(planned, torch.float32))
-            return _divergence(baseline, (runner.whole_logits(ids) for ids in runner.batches))
+        expected, outputs = self._unquantized
+        runner, own = self._last_outputs(plan, lambda planned: weight(planned, torch.float32))
+        total = 0.0
+        with expected.outside_in_memory(), runner.outside_in_memory():
+            for number, ids in enumerate(self.held_out.split(1)):  # a window at a time: logits are large
+                p, q = expected.head(outputs[number], ids)[0], runner.head(own[number], ids)[0]
+                total += _divergence(p, q).double().sum().item()
+        return total / self.held_out.numel()
+
+    @cached_property
+    def _unquantized(self) -> tuple[BlockRunner, Sequence[Tensor]]:
+        return self._last_outputs(self.plan, self.read)
+
+    def _last_outputs(
+        self, plan: Plan, read: Callable[[PlannedTensor], Tensor]
+    ) -> tuple[BlockRunner, Sequence[Tensor]]:
+        """What the last block of a model puts out for each window held out, one block in memory at a time.
+
+        It is of float32: the rounding of bfloat16 would hide what 8 bits cost.
+        """
+        outside = [planned for planned in plan.tensors if planned.block is None]
+        runner = BlockRunner(plan.checkpoint, outside, self.held_out, torch.float32, self.recipe.device, read)
+        hidden = list(runner.embed())
+        for unit in plan.units:
+            if unit.block is not None:
+                runner.load_block(unit.block, ((planned, read(planned)) for planned in unit.tensors))
+                hidden = list(runner.outputs(hidden))
+                runner.unload_block()
+        return runner, torch.cat(hidden).split(1)
 
     @cached_property
     def front(self) -> Front:
         """The curve of KL against the bytes of all units."""
         sizes = [unit.sizes(self.plan) for unit in self.units]
-        return Front.of(sizes, [self._probed[unit.name] for unit in self.units])
+        return Front.of(sizes, [self._costs[unit.name] for unit in self.units])
 
     @property
     def weights(self) -> int:
@@ -370,13 +357,13 @@ class Search:
         return sum(unit.sizes(self.plan)[own] for unit, own in zip(self.units, chosen, strict=True))
 
     def predicted(self, chosen: Sequence[int]) -> float:
-        """The sum of the probes of each unit's choice."""
-        return math.fsum(self._probed[unit.name][own] for unit, own in zip(self.units, chosen, strict=True))
+        """The sum of what each unit's choice costs."""
+        return math.fsum(self._costs[unit.name][own] for unit, own in zip(self.units, chosen, strict=True))
 
     def choose(self) -> "Choice":
         """The best choice within the recipe's budget.
 
-        Probes do not tell how errors of many units act together. So the best sum is measured as a whole, beside the
+        Costs do not tell how errors of many units act together. So the best sum is measured as a whole, beside the
         best uniform choice that fits, and the one that diverges less is taken.
 
         Raises:
@@ -424,8 +411,8 @@ class Choice:
     def to_dict(self) -> dict[str, Any]:
         """The choice and the curve that it is of, in plain values; sizes in bytes, divergences in nats.
 
-        Bits are per weight of the units. The divergences are means over the tokens that the probes read: predicted
-        ones are sums of probes, "solutions_kl" is of the model with all the solutions that were probed.
+        Bits are per weight of the units. Divergences are means over tokens: predicted ones are sums of what units cost,
+        "solutions_kl" is of the model with all the solutions, on the windows held out.
         """
         search, front = self.search, self.search.front
         sizes = [*np.linspace(front.nbytes[0], front.nbytes[-1], _CURVE), search.nbytes(self.chosen)]
@@ -448,8 +435,8 @@ class Choice:
                     "name": unit.name,
                     "choice": _name(unit.specs[own]),
                     "bits": 8 * unit.sizes(search.plan)[own] / unit.weights,
-                    "kl": search._probed[unit.name][own],
-                    "probes": dict(zip(map(_name, unit.specs), search._probed[unit.name], strict=True)),
+                    "kl": search._costs[unit.name][own],
+                    "costs": dict(zip(map(_name, unit.specs), search._costs[unit.name], strict=True)),
                 }
                 for unit, own in units
             ],
@@ -570,12 +557,10 @@ def _name(spec: LayerSpec | None) -> str:
     return spec.scheme.name if spec else KEPT
 
 
-def _divergence(baseline: Sequence[Tensor], others: Iterator[Tensor]) -> float:
-    """The mean KL divergence of logits [windows, context, vocabulary] from the baseline's, batch by batch, in nats."""
-    total, tokens = 0.0, 0
-    for one, other in zip(baseline, others, strict=True):
-        for p, q in scores.rows(one.flatten(0, 1), other.flatten(0, 1)):
-            probabilities, own, _ = scores.best(p)
-            total += scores.divergence(probabilities, p, q, own - torch.logsumexp(q, -1)).double().sum().item()
-            tokens += len(p)
-    return total / tokens
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """The KL divergence of each token's logits q [tokens, vocabulary] from p, in nats, [tokens]."""
+    rows = []
+    for own, other in scores.rows(p, q):
+        probabilities, best, _ = scores.best(own)
+        rows.append(scores.divergence(probabilities, own, other, best - torch.logsumexp(other, -1)))
+    return torch.cat(rows)

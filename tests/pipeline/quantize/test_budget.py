@@ -100,7 +100,7 @@ def test_an_artifact_of_bytes(budgeted, tiny_llama):
 
 def test_another_budget_costs_its_packing_alone_or_one_more_solution(budgeted, monkeypatch):
     budgeted("4 bits")
-    for kind, name in ((CalibratedBlocks, "solve_block"), (Search, "_probe")):
+    for kind, name in ((CalibratedBlocks, "solve_block"), (Search, "_weigh")):
         monkeypatch.setattr(kind, name, lambda *a: pytest.fail("it was done before"))
     assert read_json(budgeted("5 bits") / MANIFEST)["budget"]["bits"] <= 5
     monkeypatch.setattr(CalibratedBlocks, "_collect", lambda *a: pytest.fail("all was solved before"))
@@ -109,7 +109,7 @@ def test_another_budget_costs_its_packing_alone_or_one_more_solution(budgeted, m
 
 
 def test_what_was_chosen_is_solved_as_a_recipe_of_the_same_schemes(budgeted, learn, tiny_llama, tmp_path):
-    """Block after block, on what the quantized ones before put out; it learns from no window that probes read."""
+    """Block after block, on what the quantized ones before put out; it learns from no window that costs are told on."""
     manifest = read_json((out := budgeted("4 bits")) / MANIFEST)
     schemes = {layer["name"]: layer["scheme"] for layer in manifest["coverage"]["layers"]}
     ids = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -121,19 +121,19 @@ def test_what_was_chosen_is_solved_as_a_recipe_of_the_same_schemes(budgeted, lea
     assert manifest["budget"]["measured_kl"] != manifest["budget"]["solutions_kl"]
 
 
-def test_probes_read_what_no_solution_was_fitted_to(learn, tiny_llama, tmp_path):
+def test_costs_are_told_on_what_no_solution_was_fitted_to(learn, tiny_llama, tmp_path):
     ids = torch.randint(3, 96, (8, 16), generator=torch.Generator().manual_seed(1))
     settings = {"method": "auto", "scheme": "auto", "budget": "4 bits", "choices": CHOICES}
-    solutions, probes = [], []
+    solutions, costs = [], []
     for number, text in enumerate((ids, torch.cat((ids[:7], ids[7:].flip(1))))):
         calibration = Calibration("a text", text, 0)
         learn(tiny_llama, tmp_path / f"{number}", shared=tmp_path / "kept", calibration=calibration, **settings)
         (folder,) = {path.parent for path in (tmp_path / "kept").glob("*/00000.safetensors")} - {*solutions}
         solutions.append(folder)
-        probes.append([unit["probes"] for unit in read_json(tmp_path / f"{number}" / MANIFEST)["budget"]["units"]])
+        costs.append([unit["costs"] for unit in read_json(tmp_path / f"{number}" / MANIFEST)["budget"]["units"]])
     first, second = ([sha256_file(path) for path in sorted(own.glob("*.safetensors"))] for own in solutions)
     assert first == second
-    assert probes[0] != probes[1]
+    assert costs[0] != costs[1]
 
 
 def test_one_scheme_for_all_is_taken_where_it_measures_better(budgeted, monkeypatch):

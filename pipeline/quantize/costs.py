@@ -1,0 +1,123 @@
+"""What quantizing a layer costs in KL divergence, told by the gradient of the model's logits.
+
+To the second order, a token's KL divergence is half of d^T F d: d is the error of its logits, and F = diag(p) - p p^T
+the Fisher information of its probabilities p. For a random vector v whose mean of v v^T is F, that is half of the mean
+of (v . d)^2. To the first order, v . d is a sum of g * e over the tokens that came before, the layers, and the outputs
+of each: e is the error of an output, and g the gradient of v . logits by it. Errors of rounding have no sign in common,
+so what the sum's square is on average is the sum of the squares. So a layer costs half of the sum of (g * e)^2 over all
+outputs, for each token of the text (as the diagonal Fisher information in BRECQ, arXiv 2102.05426, section 3.3).
+
+One pass forward and one back through the blocks tell the costs of all layers by all choices. One block is in memory at
+a time; what each block reads lies on the disk.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitpress.kernels.qtensor import QTensor
+
+from ..storage import files
+from ..storage.checkpoint import Checkpoint
+from ..system.progress import OnStep
+from .block_runner import BlockRunner
+from .plan import Plan, PlannedTensor
+from .spec import LayerSpec
+
+_HIDDEN = "hidden"
+
+
+def costs_by_gradient(
+    plan: Plan,
+    choices: Mapping[str, Sequence[LayerSpec]],
+    ids: Tensor,
+    device: str,
+    read: Callable[[PlannedTensor], Tensor],
+    solution: Callable[[PlannedTensor], QTensor],
+    folder: Path,
+    on_step: OnStep,
+) -> Iterator[tuple[PlannedTensor, float]]:
+    """Each layer by each of its choices, with the mean KL divergence over tokens that it costs, in nats.
+
+    Blocks come last to first. A layer that text alone does not go through costs nothing.
+
+    Args:
+        choices: layer -> specs. ids: int64 [windows, context], the text.
+        read: gives a tensor of the plan before it is quantized.
+        solution: gives a layer as it was quantized by the spec that it has. folder: for what blocks read; it is emptied.
+        on_step: called with (blocks done, twice as many blocks).
+    """
+    blocks = [unit for unit in plan.units if unit.block is not None]
+    outside = [planned for planned in plan.tensors if planned.block is None]
+
+    def start() -> BlockRunner:
+        return BlockRunner(plan.checkpoint, outside, ids, plan.activation_dtype, device, read)
+
+    runner = start()
+    counts = list(map(len, runner.batches))
+
+    def inputs(number: int) -> Iterator[Tensor]:
+        return Checkpoint.single(folder / f"{number:05d}.safetensors").read_rows(_HIDDEN, counts)
+
+    files.make_folder(folder)
+    hidden = list(runner.embed())
+    for number, unit in enumerate(blocks):
+        on_step(number, 2 * len(blocks))
+        shape = (*ids.shape, hidden[0].shape[-1])
+        files.write_rows(folder / f"{number:05d}.safetensors", _HIDDEN, hidden[0].dtype, shape, iter(hidden))
+        runner.load_block(unit.block or 0, ((planned, read(planned)) for planned in unit.tensors))
+        hidden = list(runner.outputs(inputs(number)))
+        runner.unload_block()
+    gradients = _gradients_of_logits(runner, hidden)
+    runner = start()  # each block is loaded once more
+    for _ in runner.embed():  # only what blocks are called with is wanted
+        pass
+    for number, unit in reversed(list(enumerate(blocks))):
+        on_step(2 * len(blocks) - 1 - number, 2 * len(blocks))
+        runner.load_block(unit.block or 0, ((planned, read(planned)) for planned in unit.tensors))
+        layers = [planned for planned in unit.tensors if planned.module in choices]
+        gradients, seen = runner.gradients(layers, inputs(number), gradients)
+        for planned in layers:
+            weight = planned.turned(read(planned)).to(runner.device, torch.float32)
+            for spec in choices[planned.module]:
+                quantized = replace(planned, spec=spec)
+                qtensor = solution(quantized).to(runner.device)
+                squares = ((_error(x, qtensor, weight) * g).square().sum().item() for x, g in seen[planned.module])
+                yield quantized, math.fsum(squares) / (2 * ids.numel())
+        runner.unload_block()
+    files.remove_folder(folder)
+
+
+def _error(x: Tensor, qtensor: QTensor, weight: Tensor) -> Tensor:
+    """What a quantized layer puts out for inputs [tokens, in], less what the weight [out, in] makes of them; float32."""
+    x, quantized = x.to(torch.float32), qtensor.dequantize(torch.float32)
+    error = x @ (quantized - weight).t()
+    if (activations := qtensor.scheme.activations) is not None:
+        error += (activations.apply(x, qtensor.extra) - x) @ quantized.t()
+    return error
+
+
+def _gradients_of_logits(runner: BlockRunner, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of v . logits by the last block's outputs, batch by batch, summed over all tokens.
+
+    v = s - p (1 . s) with s = sqrt(p) * random signs: then the mean of v v^T is diag(p) - p p^T.
+    """
+    gradients, generator = [], torch.Generator().manual_seed(0)
+    with runner.outside_in_memory():
+        for batch, ids in zip(outputs, runner.batches, strict=True):
+            rows = []
+            for hidden, own in zip(batch.split(1), ids.split(1)):  # a window at a time: logits are large
+                hidden = hidden.to(runner.device).detach().requires_grad_()
+                with torch.enable_grad():
+                    logits = runner.head(hidden, own)
+                p = logits.detach().to(torch.float32).softmax(-1)
+                signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8).to(p)
+                s = p.sqrt() * (2 * signs - 1)
+                v = s - p * s.sum(-1, keepdim=True)
+                rows += torch.autograd.grad(logits, hidden, v.to(logits.dtype))
+            gradients.append(torch.cat(rows))
+    return gradients
