@@ -61,7 +61,7 @@ def plan(
 ) -> None:
     """What the jobs of a config will take, or what a budget would choose for each layer of a model.
 
-    For a config, only headers are read. For a budget, layers are solved and probed: that gives the curve of KL against
+    For a config, only headers are read. For a budget, layers are solved and weighed: that gives the curve of KL against
     size. No model is written.
     """
     settings: dict[str, Any] = {

@@ -261,7 +261,7 @@ def quantize(
 def clean(
     run: Annotated[Path, typer.Argument(help="The folder of a run: runs/NAME; or of one checkpoint.")],
 ) -> None:
-    """Delete what can be made again: a run's statistics, solutions and probes for further budgets, and packed weights.
+    """Delete what can be made again: a run's statistics, solutions and costs for further budgets, and packed weights.
     Artifacts and reports stay."""
     from ..api import clean as clean_api
 

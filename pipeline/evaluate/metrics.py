@@ -193,7 +193,7 @@ class Kernels(_Part):
 
 class BudgetPoint(_Part):
     """A point of the curve of KL against size: bits per weight of the layers that have a choice, the bytes of the whole
-    artifact, and the divergence that the probes' sum predicts."""
+    artifact, and the divergence that the sum of the layers' costs predicts."""
 
     bits: Positive = None
     nbytes: Count = None
@@ -201,7 +201,7 @@ class BudgetPoint(_Part):
 
 
 class Budget(BudgetPoint):
-    """What a budget chose. solutions_kl: of the model with all the solutions that were probed, on the tokens that the
+    """What a budget chose. solutions_kl: of the model with all the solutions that were weighed, on the tokens that the
     prediction is of. measured_kl: of the artifact, on the same."""
 
     budget: str

@@ -545,7 +545,7 @@ class BlockRunner:
             read, own = x.detach().flatten(0, -2), seen[planned.module]
             output.register_hook(lambda gradient: own.append((read, gradient.flatten(0, -2))))
 
-        by_inputs = []
+        by_inputs: list[Tensor] = []
         with self._watched(layers, note), torch.enable_grad():
             for number, (batch, gradient) in enumerate(zip(inputs, by_outputs, strict=True)):
                 batch = batch.to(self.device).detach().requires_grad_()

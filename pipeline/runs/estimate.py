@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from ..formats.names import fused_unit
 from ..models.structure import TensorNames, skeleton
 from ..quantize.block_runner import BATCH_TOKENS, divide, work_on
-from ..quantize.budget import PROBE_TOKENS, BudgetUnit, plan_search
+from ..quantize.budget import HELD_OUT_TOKENS, BudgetUnit, plan_search
 from ..quantize.distill import CHECKS, MOST_HELD_OUT
 from ..quantize.plan import Plan, PlannedTensor, blocks_at_a_time, make_plan
 from ..quantize.recipe import Recipe
@@ -266,8 +266,8 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
     Steps are: units read, made and being written, several at a time where blocks do not depend on each other; the
     tensors outside the blocks in the model, for its embeddings and its logits; a calibrated block with the activations
     of a few batches, the statistics of its layers, and what solving the hungriest of them takes. Methods that learn add
-    a block's gradients; a budget's probes hold the whole model in float32; distillation holds that, what is learned,
-    and what the gradient of a window needs.
+    a block's gradients; a budget holds what a block's layers read for its windows held out, and their gradients;
+    distillation holds the whole model in float32, what is learned, and what the gradient of a window needs.
     """
     sizes = [
         sum(each.info.nbytes + (plan.stored_bytes(each) if each.spec else 0) for each in unit.tensors)
@@ -308,16 +308,38 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
         ]
         steps[2] += _LEARNED * max(learned)
     total = _PROCESS + max(steps)
-    whole = 4 * sum(prod(tensor.info.shape) for tensor in plan.tensors)
     if units:
-        total = max(total, _PROCESS + whole + _LOGITS * PROBE_TOKENS * config.vocab_size)
+        told = 4 * _held_out(_calibration_tokens(recipe, settings, plan.model.config)) * _widths(units, config)
+        total = max(total, _PROCESS + 2 * max(sizes) + max(activations, logits) + told + layer)
+        total = max(total, _PROCESS + 4 * outside + 2 * max(sizes) + activations, _PROCESS + 4 * outside + 4 * logits)
     if recipe.distill:
+        whole = 4 * sum(prod(tensor.info.shape) for tensor in plan.tensors)
         trained = _DISTILLED * sum(prod(tensor.shape) for tensor in plan.quantized)
         tokens = longest(plan.model.config, calibration_of(settings).context)
         depth = len({tensor.block for tensor in plan.quantized})
         kept = 4 * tokens * 8 * inner * depth  # of a window, for its gradient
         total = max(total, _PROCESS + whole + trained + kept + 2 * _LOGITS * tokens * config.vocab_size)
     return total
+
+
+def _held_out(tokens: int) -> int:
+    """How many of a budget's calibration tokens are held out: an eighth, and a window at least."""
+    return min(HELD_OUT_TOKENS, tokens // 8 or tokens)
+
+
+def _widths(units: list[BudgetUnit], config: Any) -> int:
+    """Inputs and outputs of a block's layers, for a token; of experts, those that it goes through."""
+    widths: dict[int, float] = {}
+    for unit in units:
+        dense = [planned for planned in unit.layers if planned.target.expert is None]
+        experts = [planned for planned in unit.layers if planned.target.expert]
+        own = float(sum(sum(planned.shape) for planned in dense))
+        if experts:
+            share = getattr(config, "num_experts_per_tok", None) or len(experts)
+            number = len({planned.target.expert[0] for planned in experts if planned.target.expert})
+            own += min(1.0, share / number) * sum(sum(planned.shape) for planned in experts)
+        widths[unit.block] = widths.get(unit.block, 0.0) + own
+    return round(max(widths.values(), default=0))
 
 
 def _by_gradient(recipe: Recipe) -> bool:
@@ -340,10 +362,10 @@ def _quantize_work(
     artifact: int,
     gpus: int,
 ) -> Work:
-    """The work of making an artifact or, for the units of a budget, of solving them by each choice and probing each.
+    """The work of making an artifact or, for the units of a budget, of solving and weighing them by each choice.
 
     Passes over calibration text are divided by the number of GPUs; statistics and solutions as the layers of a block
-    can be. One GPU does the rest: what learns from a whole block, a budget's probes, distillation.
+    can be. One GPU does the rest: what learns from a whole block, a budget's costs, distillation.
     """
     inside, source = _inside(plan), sum(tensor.info.nbytes for tensor in plan.tensors)
     if recipe.budget and not recipe.sequential and not units:  # what was searched is packed
@@ -374,9 +396,10 @@ def _quantize_work(
             for tensor in inputs.values()
             if tensor.spec and tensor.spec.method.statistics
         ) * (2 if judged else 1)
-    reading = min(PROBE_TOKENS, tokens)
-    if units:
-        products += sum(len(unit.specs) for unit in units) * inside * reading  # half of the blocks, on average
+    reading = _held_out(tokens)
+    if units:  # there, there once more and back; a product by each choice; and three models are measured
+        each = sum(len(unit.specs) * unit.weights for unit in units)
+        products += 2.0 * reading * (6 * inside + each)
     elif recipe.budget:  # the finished model is measured beside the unquantized one
         products += 4.0 * inside * reading
     if recipe.distill and not units:

@@ -263,7 +263,7 @@ def _estimated(
 
 
 def _shared_searches(jobs: list[JobPlan], recipes: Mapping[str, RecipeSettings]) -> list[JobPlan]:
-    """The jobs, of which budgets that differ in their size alone solve and probe once, in the first one."""
+    """The jobs, of which budgets that differ in their size alone search once, in the first one."""
     seen: set[tuple[Path, str]] = set()
     result = []
     for job in jobs:
