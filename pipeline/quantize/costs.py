@@ -12,7 +12,6 @@ One pass forward and one back through the blocks tell the costs of all layers by
 a time; what each block reads lies on the disk.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,78 +48,70 @@ def costs_by_gradient(
     Args:
         choices: layer -> specs. ids: int64 [windows, context], the text.
         read: gives a tensor of the plan before it is quantized.
-        solution: gives a layer as it was quantized by the spec that it has. folder: for what blocks read; it is emptied.
+        solution: gives a layer as it was quantized by the spec that it has.
+        folder: for what blocks read; it is there for as long as this lasts.
         on_step: called with (blocks done, twice as many blocks).
     """
-    blocks = [unit for unit in plan.units if unit.block is not None]
+    blocks = [(unit.block, unit.tensors) for unit in plan.units if unit.block is not None]
     outside = [planned for planned in plan.tensors if planned.block is None]
 
-    def start() -> BlockRunner:
+    def start() -> BlockRunner:  # a batch for each window: squares are those of a window's sums, and logits are large
         return BlockRunner(plan.checkpoint, outside, ids, plan.activation_dtype, device, read, len(ids))
 
+    def path(number: int) -> Path:
+        return folder / f"{number:05d}.safetensors"
+
     runner = start()
-    counts = list(map(len, runner.batches))
-
-    def inputs(number: int) -> Iterator[Tensor]:
-        return Checkpoint.single(folder / f"{number:05d}.safetensors").read_rows(_HIDDEN, counts)
-
     files.make_folder(folder)
     hidden = list(runner.embed())
-    for number, unit in enumerate(blocks):
+    for number, (block, tensors) in enumerate(blocks):
         on_step(number, 2 * len(blocks))
-        shape = (*ids.shape, hidden[0].shape[-1])
-        files.write_rows(folder / f"{number:05d}.safetensors", _HIDDEN, hidden[0].dtype, shape, iter(hidden))
-        runner.load_block(unit.block or 0, ((planned, read(planned)) for planned in unit.tensors))
-        hidden = list(runner.outputs(inputs(number)))
+        files.write_rows(path(number), _HIDDEN, hidden[0].dtype, (*ids.shape, hidden[0].shape[-1]), hidden)
+        runner.load_block(block, ((planned, read(planned)) for planned in tensors))
+        hidden = list(runner.outputs(hidden))
         runner.unload_block()
     gradients = _gradients_of_logits(runner, hidden)
     runner = start()  # each block is loaded once more
     for _ in runner.embed():  # only what blocks are called with is wanted
         pass
-    for number, unit in reversed(list(enumerate(blocks))):
+    for number, (block, tensors) in reversed(list(enumerate(blocks))):
         on_step(2 * len(blocks) - 1 - number, 2 * len(blocks))
-        runner.load_block(unit.block or 0, ((planned, read(planned)) for planned in unit.tensors))
-        layers = [planned for planned in unit.tensors if planned.module in choices]
-        gradients, seen = runner.gradients(layers, inputs(number), gradients)
+        runner.load_block(block, ((planned, read(planned)) for planned in tensors))
+        layers = [planned for planned in tensors if planned.module in choices]
+        inputs = Checkpoint.single(path(number)).read_rows(_HIDDEN, [1] * len(ids))
+        gradients, seen = runner.gradients(layers, inputs, gradients)
         for planned in layers:
             weight = planned.turned(read(planned)).to(runner.device, torch.float32)
             for spec in choices[planned.module]:
                 quantized = replace(planned, spec=spec)
                 qtensor = solution(quantized).to(runner.device)
-                squares = (
-                    (_error(x, qtensor, weight) * g).sum(0).square().sum().item() for x, g in seen[planned.module]
-                )
-                yield quantized, math.fsum(squares) / (2 * ids.numel())
+                own, squares = qtensor.dequantize(torch.float32), 0.0
+                for x, gradient in seen[planned.module]:
+                    x = x.to(torch.float32)
+                    error = x @ (own - weight).t()
+                    if (activations := spec.scheme.activations) is not None:
+                        error += (activations.apply(x, qtensor.extra) - x) @ own.t()
+                    squares += (error * gradient).sum(0).square().sum().item()
+                yield quantized, squares / (2 * ids.numel())
         runner.unload_block()
     files.remove_folder(folder)
 
 
-def _error(x: Tensor, qtensor: QTensor, weight: Tensor) -> Tensor:
-    """What a quantized layer puts out for inputs [tokens, in], less what the weight [out, in] makes of them; float32."""
-    x, quantized = x.to(torch.float32), qtensor.dequantize(torch.float32)
-    error = x @ (quantized - weight).t()
-    if (activations := qtensor.scheme.activations) is not None:
-        error += (activations.apply(x, qtensor.extra) - x) @ quantized.t()
-    return error
-
-
 def _gradients_of_logits(runner: BlockRunner, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of v . logits by the last block's outputs, batch by batch, summed over all tokens.
+    """The gradient of v . logits, summed over a window's tokens, by the last block's outputs, for each window.
 
     v = s - p (1 . s) with s = sqrt(p) * random signs: then the mean of v v^T is diag(p) - p p^T.
     """
-    gradients, generator = [], torch.Generator().manual_seed(0)
+    gradients: list[Tensor] = []
+    generator = torch.Generator().manual_seed(0)
     with runner.outside_in_memory():
-        for batch, ids in zip(outputs, runner.batches, strict=True):
-            rows = []
-            for hidden, own in zip(batch.split(1), ids.split(1)):  # a window at a time: logits are large
-                hidden = hidden.to(runner.device).detach().requires_grad_()
-                with torch.enable_grad():
-                    logits = runner.head(hidden, own)
-                p = logits.detach().to(torch.float32).softmax(-1)
-                signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8).to(p)
-                s = p.sqrt() * (2 * signs - 1)
-                v = s - p * s.sum(-1, keepdim=True)
-                rows += torch.autograd.grad(logits, hidden, v.to(logits.dtype))
-            gradients.append(torch.cat(rows))
+        for hidden, ids in zip(outputs, runner.batches, strict=True):
+            hidden = hidden.to(runner.device).detach().requires_grad_()
+            with torch.enable_grad():
+                logits = runner.head(hidden, ids)
+            p = logits.detach().to(torch.float32).softmax(-1)
+            signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8).to(p)
+            s = p.sqrt() * (2 * signs - 1)
+            v = s - p * s.sum(-1, keepdim=True)
+            gradients += torch.autograd.grad(logits, hidden, v.to(logits.dtype))
     return gradients

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bitpress.kernels.qtensor import QTensor
-from bitpress.pipeline.quantize import block_runner
 from bitpress.pipeline.quantize.costs import costs_by_gradient
 from bitpress.pipeline.quantize.plan import Plan, PlannedTensor, make_plan
 from bitpress.pipeline.quantize.recipe import Recipe
