@@ -229,7 +229,7 @@ def test_a_batch_goes_through_a_copy_on_its_device(name: str, tiny: Tiny) -> Non
     first, second = map(runner._forwards(), enumerate(states))
     assert (first.device.type, second.device.type) == ("cpu", "meta")
     assert second.shape == states[1].shape
-    assert all(parameter.device.type == "cpu" for parameter in runner.block(0).parameters())
+    assert all(parameter.device.type == "cpu" for parameter in runner.model.get_submodule(runner.path)[0].parameters())
 
 
 def test_the_heaviest_layers_are_divided_first(tiny: Tiny) -> None:
