@@ -4,8 +4,8 @@ Three steps, each of which survives a crash. The first two are done once for all
 
 - Solve. The unquantized model goes through the calibration tokens once, block by block. Each layer is quantized by each
   choice from the same statistics, and all solutions are kept. A few calibration windows are held out.
-- Weigh. What each layer costs at each choice, in KL divergence of the model, is told by the gradient of the model's
-  logits on the windows held out: see costs.py. On windows that the solutions were fitted to, each would seem to cost
+- Weigh. What each layer costs at each choice, in KL divergence of the model, is estimated from the gradient of
+  the model's logits on the windows held out: see costs.py. On windows that the solutions were fitted to, each would seem to cost
   less than it does on other text, and layers with many inputs would seem so most. A unit is what servers fuse and so
   must have one scheme: q, k and v; gate and up; all experts of a block.
 - Choose. Divergences of small errors add up over layers (HIGGS, arXiv 2411.17525, theorem 1), so the least sum within a
@@ -56,7 +56,7 @@ from .statistics import SHARED, SharedStatistics
 HELD_OUT_TOKENS = 8192  # of the calibration text, at most, which tell costs and judge what was chosen
 _MOST_POINTS = 1 << 16  # of the curve that are held; beyond, sizes are told apart to 1/65536 of the largest
 _CURVE = 40  # points of the curve that are recorded
-_READ = "read"  # the folder of what blocks read while costs are told
+_READ = "read"  # the folder of what blocks read while costs are estimated
 _TRANSFORMED = "transformed"  # in the names of tensors in a block's solutions, before those in the files
 _LINE = 1024  # bytes of config.json, index and manifest for a layer, at most
 _FEW = 1 << 16  # bytes of what else these files hold
@@ -136,7 +136,7 @@ class Search:
     """The solutions and costs of one model and one calibration, in a folder of their own.
 
     A recipe's budget takes no part in them: all budgets that have the rest in common share them.
-    held_out: calibration windows that costs are told on, and what is chosen is judged by, int64 [windows, context].
+    held_out: calibration windows that costs are estimated on, and what is chosen is judged by, int64 [windows, context].
     fitted: the calibration without these, which solutions are fitted to. A single window is both.
     """
 
@@ -171,7 +171,7 @@ class Search:
         self._measured = {line["choice"]: line["measured"] for line in self.journal.entries if "measured" in line}
 
     def run(self, on_step: OnStep = lambda done, total: None) -> None:
-        """Solve what is not solved yet, and tell what it costs.
+        """Solve what is not solved yet, and estimate what it costs.
 
         Args:
             on_step: called with (passes over blocks done, three times as many as there are blocks).
@@ -247,7 +247,7 @@ class Search:
         return [Transformed(**{**line, "layers": tuple(line["layers"])}) for line in lines]
 
     def _weigh(self, on_step: OnStep) -> None:
-        """Tell what each unit costs at each choice, by the gradient of the unquantized model."""
+        """Estimate what each unit costs at each choice from the gradient of the unquantized model."""
         units = {planned.module: unit for unit in self.units for planned in unit.layers}
         costs = {unit.name: [0.0] * len(unit.specs) for unit in self.units}
         for planned, cost in costs_by_gradient(

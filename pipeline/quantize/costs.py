@@ -1,4 +1,4 @@
-"""What quantizing a layer costs in KL divergence, told by the gradient of the model's logits.
+"""What quantizing a layer costs in KL divergence, estimated from the gradient of the model's logits.
 
 To the second order, a token's KL divergence is half of d^T F d: d is the error of its logits, and F = diag(p) - p p^T
 the Fisher information of its probabilities p. For a random vector v whose mean of v v^T is F, that is half of the mean
@@ -8,7 +8,7 @@ are squares of sums over tokens: the tokens' errors come of the same weights, an
 different outputs' have no sign in common. (BRECQ, arXiv 2102.05426, section 3.3, adds the squares of tokens, too: the
 diagonal Fisher information. On a Llama with random weights that is a quarter of what v_proj costs.)
 
-One pass forward and one back through the blocks tell the costs of all layers by all choices. One block is in memory at
+One pass forward and one back through the blocks give the costs of all layers by all choices. One block is in memory at
 a time; what each block reads lies on the disk.
 """
 

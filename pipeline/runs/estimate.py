@@ -309,8 +309,8 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
         steps[2] += _LEARNED * max(learned)
     total = _PROCESS + max(steps)
     if units:
-        told = 4 * _held_out(_calibration_tokens(recipe, settings, plan.model.config)) * _widths(units, config)
-        total = max(total, _PROCESS + 2 * max(sizes) + max(activations, logits) + told + layer)
+        gradients = 4 * _held_out(_calibration_tokens(recipe, settings, plan.model.config)) * _widths(units, config)
+        total = max(total, _PROCESS + 2 * max(sizes) + max(activations, logits) + gradients + layer)
         total = max(total, _PROCESS + 4 * outside + 2 * max(sizes) + activations, _PROCESS + 4 * outside + 4 * logits)
     if recipe.distill:
         whole = 4 * sum(prod(tensor.info.shape) for tensor in plan.tensors)

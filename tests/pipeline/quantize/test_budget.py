@@ -109,7 +109,7 @@ def test_another_budget_costs_its_packing_alone_or_one_more_solution(budgeted, m
 
 
 def test_what_was_chosen_is_solved_as_a_recipe_of_the_same_schemes(budgeted, learn, tiny_llama, tmp_path):
-    """Block after block, on what the quantized ones before put out; it learns from no window that costs are told on."""
+    """Block after block, on what the quantized ones before put out; it learns from no window that costs are estimated on."""
     manifest = read_json((out := budgeted("4 bits")) / MANIFEST)
     schemes = {layer["name"]: layer["scheme"] for layer in manifest["coverage"]["layers"]}
     ids = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -121,7 +121,7 @@ def test_what_was_chosen_is_solved_as_a_recipe_of_the_same_schemes(budgeted, lea
     assert manifest["budget"]["measured_kl"] != manifest["budget"]["solutions_kl"]
 
 
-def test_costs_are_told_on_what_no_solution_was_fitted_to(learn, tiny_llama, tmp_path):
+def test_costs_are_estimated_on_what_no_solution_was_fitted_to(learn, tiny_llama, tmp_path):
     ids = torch.randint(3, 96, (8, 16), generator=torch.Generator().manual_seed(1))
     settings = {"method": "auto", "scheme": "auto", "budget": "4 bits", "choices": CHOICES}
     solutions, costs = [], []

@@ -1,4 +1,4 @@
-"""What quantizing a layer is said to cost, against the KL divergence of a model in which it alone is quantized."""
+"""What quantizing a layer is estimated to cost, against the KL divergence of a model in which it alone is quantized."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +34,7 @@ def rounded(checkpoint: Checkpoint, layer: PlannedTensor) -> QTensor:
     return layer.spec.method.quantize(weight, layer.spec.scheme, torch.float32, ())[0]
 
 
-def told(folder: Path, choices: list[LayerSpec], work: Path) -> dict[tuple[str, str], float]:
+def estimated(folder: Path, choices: list[LayerSpec], work: Path) -> dict[tuple[str, str], float]:
     """The cost of each layer by each choice."""
     checkpoint, plan = planned(folder)
     news: list[tuple[int, int]] = []
@@ -66,7 +66,7 @@ def test_the_cost_of_a_layer_is_the_divergence_of_a_model_with_it(name: str, tin
     """Of transformers' own, with nothing but the layer quantized, weights and inputs."""
     checkpoint, plan = planned(tiny(name))
     choices = [LayerSpec.parse(f"absmax/{scheme}") for scheme in ("int3-g32", "int4-channel", "int8-dynamic")]
-    costs = told(tiny(name), choices, tmp_path / "read")
+    costs = estimated(tiny(name), choices, tmp_path / "read")
     model, other = (AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float32) for _ in range(2))
     expected = {}
     for layer in plan.quantized:
@@ -92,7 +92,7 @@ def test_costs_add_up_to_the_divergence_of_all(
 ) -> None:
     folder, spec = tiny(architecture), LayerSpec.parse("absmax/int4-channel")
     checkpoint, plan = planned(folder)
-    costs = told(folder, [spec], tmp_path / "read")
+    costs = estimated(folder, [spec], tmp_path / "read")
     quantized = copy_of(folder, "quantized")
     tensors = load_file(quantized / "model.safetensors")
     for layer in plan.quantized:
