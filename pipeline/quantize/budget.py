@@ -4,10 +4,10 @@ Three steps, each of which survives a crash. The first two are done once for all
 
 - Solve. The unquantized model goes through the calibration tokens once, block by block. Each layer is quantized by each
   choice from the same statistics, and all solutions are kept. A few calibration windows are held out.
-- Weigh. What each layer costs at each choice, in KL divergence of the model, is estimated from the gradient of
-  the model's logits on the windows held out: see costs.py. On windows that the solutions were fitted to, each would seem to cost
-  less than it does on other text, and layers with many inputs would seem so most. A unit is what servers fuse and so
-  must have one scheme: q, k and v; gate and up; all experts of a block.
+- Weigh. What each layer costs at each choice, in KL divergence of the model, is estimated from the gradient of the
+  model's logits on the windows held out: see costs.py. On windows that the solutions were fitted to, each would seem to
+  cost less than it does on other text, and layers with many inputs would seem so most. A unit is what servers fuse and
+  so must have one scheme: q, k and v; gate and up; all experts of a block.
 - Choose. Divergences of small errors add up over layers (HIGGS, arXiv 2411.17525, theorem 1), so the least sum within a
   size is a knapsack problem. It is solved exactly, for all sizes at once: that is the curve of KL against bytes. Errors
   of many units together are more than the sum; so what is best by it is measured beside one choice for all units.
@@ -136,7 +136,7 @@ class Search:
     """The solutions and costs of one model and one calibration, in a folder of their own.
 
     A recipe's budget takes no part in them: all budgets that have the rest in common share them.
-    held_out: calibration windows that costs are estimated on, and what is chosen is judged by, int64 [windows, context].
+    held_out: calibration windows that estimate costs, and judge what is chosen, int64 [windows, context].
     fitted: the calibration without these, which solutions are fitted to. A single window is both.
     """
 

@@ -2,8 +2,8 @@
 
 What a method such as GPTQ learns of a layer's inputs does not depend on the scheme that the layer will get. So one pass
 of the unquantized model over the calibration tokens serves every recipe that is not sequential. Another serves every
-budget: its costs are estimated on windows that no solution was fitted to. A sequential recipe reads what its own quantized
-blocks put out, so it shares the first block alone: what that block reads is the same for all of them.
+budget: its costs are estimated on windows that no solution was fitted to. A sequential recipe reads what its own
+quantized blocks put out, so it shares the first block alone: what that block reads is the same for all of them.
 
 What is loaded is what was gathered, to the bit. So an artifact is the same whether its recipe shared or not.
 """

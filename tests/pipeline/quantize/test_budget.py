@@ -109,7 +109,7 @@ def test_another_budget_costs_its_packing_alone_or_one_more_solution(budgeted, m
 
 
 def test_what_was_chosen_is_solved_as_a_recipe_of_the_same_schemes(budgeted, learn, tiny_llama, tmp_path):
-    """Block after block, on what the quantized ones before put out; it learns from no window that costs are estimated on."""
+    """Block after block, on what the quantized ones before put out; it learns from no window that estimates costs."""
     manifest = read_json((out := budgeted("4 bits")) / MANIFEST)
     schemes = {layer["name"]: layer["scheme"] for layer in manifest["coverage"]["layers"]}
     ids = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
