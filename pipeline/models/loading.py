@@ -63,9 +63,15 @@ def load(
     require_tokenizer(folder)
     for remark in checkpoint.remarks:
         _log.warning(remark)
-    loaded = load_model(checkpoint, pick_device(device), dtype, kernel, on_step, packed=True)
+    chosen = pick_device(device)
     with no_collection():
-        return loaded, load_tokenizer(folder)
+        coming = Coming(folder) if chosen.type == "cpu" else None
+    loaded = load_model(checkpoint, chosen, dtype, kernel, on_step, coming)
+    with no_collection():
+        tokenizer = load_tokenizer(folder)  # while the last of the packed weights come from the disk
+    if coming:
+        coming.wait()
+    return loaded, tokenizer
 
 
 def calibrate_on(checkpoint: Checkpoint, settings: Calibrate) -> Calibration:
@@ -83,18 +89,19 @@ def load_model(
     dtype: str,
     kernel: str = "auto",
     on_step: OnStep = lambda done, total: None,
-    packed: bool = False,
+    coming: Coming | None = None,
 ) -> PreTrainedModel:
     """The model of a checkpoint, quantized or not.
 
     Args:
         on_step: called with (quantized layers done, layers in all).
-        packed: use packed weights that lie beside it; what measures or verifies the checkpoint reads its own files.
+        coming: packed weights to be used, which are all in memory once it was waited for; what measures or verifies the
+            checkpoint reads its own files.
     """
     wanted = _dtype(dtype)
     checkpoint.fetch()
     if quantization_section(checkpoint) is not None:
-        return _load_quantized(checkpoint, device, wanted, kernel, on_step, packed)
+        return _load_quantized(checkpoint, device, wanted, kernel, on_step, coming)
     return load_dense(checkpoint, device, wanted)
 
 
@@ -122,10 +129,9 @@ def _load_quantized(
     dtype: torch.dtype | None,
     kernel: str,
     on_step: OnStep,
-    packed: bool,
+    coming: Coming | None,
 ) -> PreTrainedModel:
     with no_collection():  # of what is small; weights that are read and packed would be kept too long
-        coming = Coming(checkpoint.folder) if packed and device.type == "cpu" else None
         contents = read_quantized(checkpoint, dtype)
         weights = open_packed(coming, checkpoint, contents, kernel) if coming else None
         if weights:
@@ -163,8 +169,6 @@ def _build(
     trials = Trials(packed.trials if packed else {})
     optimize_for_decoding(model, trials)
     attach(model, checkpoint, contents)
-    if packed:
-        packed.wait()
     return model, filled, trials
 
 

@@ -50,28 +50,16 @@ class PackedWeights:
     Attributes:
         layers: layer -> makes its module. plain: parameter or buffer -> its tensor, of those that are not quantized.
         trials: what trials of decoder layers showed, if it still holds; see optimize.Trials.
-        ready: whether all of the file could be brought into memory, once that is done.
     """
 
-    file: PackedFile
     layers: Mapping[str, MakeLayer]
     plain: Mapping[str, Tensor]
     trials: Mapping[str, str | None]
-    ready: Future[bool]
 
     def fill(self, model: PreTrainedModel) -> None:
         """Put what is not quantized into the model's skeleton."""
         for name, tensor in self.plain.items():
             set_tensor(model, ParameterPath(name), tensor, CPU)
-
-    def wait(self) -> None:
-        """Return when all of the file is in memory.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-        if not self.ready.result():
-            raise CheckpointError(f"{self.file.path} cannot be read to its end; delete it, and load again")
 
 
 def packed_name(contents: QuantizedCheckpoint, kernel: str) -> str | None:
@@ -124,6 +112,7 @@ class Coming:
     def __init__(self, folder: Path):
         self.paths = packed_files(folder)
         self._opened: dict[Path, Opened] = {}
+        self.used: Opened | None = None
         if len(self.paths) == 1:
             with contextlib.suppress(PackedFileError):  # it is told of when the file is wanted
                 self.open(self.paths[0])
@@ -140,6 +129,15 @@ class Coming:
             self._opened[path] = Opened(file, executor.submit(page_in, file.whole()), huge)
             executor.shutdown(wait=False)
         return self._opened[path]
+
+    def wait(self) -> None:
+        """Return when all of the file that is used is in memory.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        if self.used and not self.used.ready.result():
+            raise CheckpointError(f"{self.used.file.path} cannot be read to its end; delete it, and load again")
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,8 @@ def _open(
         raise PackedFileError("its trials are none")
     if file.header.get("programs") != programs():
         trials = {}
-    return PackedWeights(file, layers, plain, trials, opened.ready)
+    coming.used = opened
+    return PackedWeights(layers, plain, trials)
 
 
 def _state(model: PreTrainedModel) -> dict[str, Tensor]:
