@@ -12,6 +12,7 @@ One pass forward and one back through the blocks give the costs of all layers by
 a time; what each block reads lies on the disk.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from bitpress.kernels.qtensor import QTensor
 
+from ..errors import NumericsError
 from ..storage import files
 from ..storage.checkpoint import Checkpoint
 from ..system.progress import OnStep
@@ -51,6 +53,8 @@ def costs_by_gradient(
         solution: gives a layer as it was quantized by the spec that it has.
         folder: for what blocks read; it is there for as long as this lasts.
         on_step: called with (blocks done, twice as many blocks).
+    Raises:
+        NumericsError: a cost is NaN or infinite.
     """
     blocks = [(unit.block, unit.tensors) for unit in plan.units if unit.block is not None]
     outside = [planned for planned in plan.tensors if planned.block is None]
@@ -92,6 +96,11 @@ def costs_by_gradient(
                     if (activations := spec.scheme.activations) is not None:
                         error += (activations.apply(x, qtensor.extra) - x) @ own.t()
                     squares += (error * gradient).sum(0).square().sum().item()
+                if not math.isfinite(squares):
+                    raise NumericsError(
+                        f"{planned.module}: what {spec.name} costs is NaN or infinite on the calibration text; its "
+                        "inputs overflow, or the model's logits do; use a float32 or bfloat16 checkpoint, or other text"
+                    )
                 yield quantized, squares / (2 * ids.numel())
         runner.unload_block()
     files.remove_folder(folder)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bitpress.kernels.qtensor import QTensor
+from bitpress.pipeline.errors import NumericsError
 from bitpress.pipeline.quantize.costs import costs_by_gradient
 from bitpress.pipeline.quantize.plan import Plan, PlannedTensor, make_plan
 from bitpress.pipeline.quantize.recipe import Recipe
@@ -101,3 +102,14 @@ def test_costs_add_up_to_the_divergence_of_all(
     save_file(tensors, quantized / "model.safetensors", {"format": "pt"})
     own = (AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in (folder, quantized))
     assert sum(costs.values()) == pytest.approx(divergence(*own), rel=0.25)
+
+
+def test_a_cost_that_is_no_number_is_refused(tiny: Tiny, copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy_of(tiny("llama"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] *= 1e38  # logits overflow, what blocks read does not
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(NumericsError, match="costs is NaN or infinite on the calibration text"):
+        estimated(folder, [LayerSpec.parse("absmax/int4-channel")], tmp_path / "read")
