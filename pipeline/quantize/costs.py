@@ -68,6 +68,7 @@ def costs_by_gradient(
     runner = start()
     files.make_folder(folder)
     hidden = list(runner.embed())
+    files.preflight(folder, len(blocks) * sum(each.nbytes for each in hidden))
     for number, (block, tensors) in enumerate(blocks):
         on_step(number, 2 * len(blocks))
         files.write_rows(path(number), _HIDDEN, hidden[0].dtype, (*ids.shape, hidden[0].shape[-1]), hidden)

@@ -32,7 +32,7 @@ from .spec import KEPT, LayerSpec, Rules
 FORMAT_VERSION = 2
 DISTILL_VERSION = 1  # goes up whenever the same start would be trained to other bytes
 CACHE_VERSION = 1  # goes up whenever the same keys and values would get other scales
-BUDGET_VERSION = 2  # goes up whenever the same probes would give other choices, or these would be solved otherwise
+BUDGET_VERSION = 3  # goes up whenever the same solutions would give other choices, or these would be solved otherwise
 OBSERVER_VERSION = 3  # goes up whenever the same inputs would be given another range
 KEEP_INPUTS_VERSION = 1  # goes up whenever the same errors would be measured or judged otherwise
 # What a budget chooses from: 2.1 to 8 bits. Finer groups than 32 cost what the next width does.
