@@ -228,9 +228,9 @@ class Search:
         assert planned.spec
         assert planned.block is not None
         key, stored = _key(planned), Checkpoint.single(self._file(planned.block))
-        layout = planned.spec.scheme.weight.layout((planned.shape[0], planned.shape[1]))
-        tensors = {name: stored.read(f"{key}/{name}") for name in layout}
-        qtensor = QTensor.of(planned.spec.scheme, (planned.shape[0], planned.shape[1]), tensors)
+        scheme, shape = planned.spec.scheme, (planned.shape[0], planned.shape[1])
+        tensors = {name: stored.read(f"{key}/{name}") for name in scheme.layout(shape)}
+        qtensor = QTensor.of(scheme, shape, tensors)
         return qtensor, Diagnostics(**self._solved[planned.block]["solutions"][key])
 
     def read(self, planned: PlannedTensor) -> Tensor:

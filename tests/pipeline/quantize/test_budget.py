@@ -216,6 +216,16 @@ def test_a_transform_comes_before_all_solutions(learn, outliers, tmp_path):
     assert (p.exp() * (p - q)).sum(-1).mean().item() < 3 * manifest["budget"]["measured_kl"]
 
 
+@pytest.mark.parametrize("sequential", [True, False])
+def test_static_inputs_are_among_the_choices(budgeted, sequential):
+    """What their rounding costs takes part in the choice; what was calibrated of them is kept with the solutions."""
+    out = budgeted("7 bits", choices=["int4-channel", "int8-static"], sequential=sequential)
+    manifest = read_json(out / MANIFEST)
+    assert {layer["scheme"] for layer in manifest["coverage"]["layers"]} == {"int4-channel", "int8-static"}
+    assert any(name.endswith("input_scale") for name in Checkpoint(out).tensors)
+    assert load(out)[0](input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
+
+
 def test_blocks_are_learned_within_a_budget(budgeted):
     manifest = read_json(budgeted("4 bits", method="tune", options={"steps": 2}) / MANIFEST)
     assert [line["block"] for line in manifest["coverage"]["tuned"]] == [0, 1]
