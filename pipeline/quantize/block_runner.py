@@ -112,7 +112,7 @@ class BlockRunner:
         Args:
             outside: the tensors outside the blocks. ids: int64 [windows, context].
             dtype: of weights and activations. device: where blocks run.
-            read: gives a tensor outside the blocks as the model is to have it; by default as the files hold it.
+            read: gives a tensor as the model is to have it, where no caller gives it; by default as the files hold it.
             least_batches: into which the windows are divided, as far as there are as many windows.
             more_devices: like `device`, among which batches, and the statistics of layers, are divided.
         """
@@ -300,15 +300,30 @@ class BlockRunner:
             self.unload_block()
         on_step(len(blocks), len(blocks))
 
-    @contextlib.contextmanager
-    def whole_model(self, units: Iterable[tuple[int, Iterable[tuple[PlannedTensor, Tensor]]]]) -> Iterator[nn.Module]:
-        """The model with all its weights in memory, for as long as this lasts; `embed` is not needed for it.
+    @torch.no_grad()
+    def last_outputs(
+        self, units: Iterable[Unit], note: Callable[[int, list[Tensor]], None] = lambda done, inputs: None
+    ) -> list[Tensor]:
+        """What the last block puts out, batch by batch, one block in memory at a time; `embed` is not needed for it.
 
         Args:
-            units: each block's number, and its tensors as for load_block.
+            note: called with the blocks done and the next one's inputs.
         """
-        for number, weights in units:
-            self.load_block(number, weights)
+        hidden = list(self.embed())
+        blocks = [(unit.block, unit.tensors) for unit in units if unit.block is not None]
+        for done, (block, tensors) in enumerate(blocks):
+            note(done, hidden)
+            self.load_block(block, ((planned, self._read(planned)) for planned in tensors))
+            hidden = list(self.outputs(hidden))
+            self.unload_block()
+        return hidden
+
+    @contextlib.contextmanager
+    def whole_model(self, units: Iterable[Unit]) -> Iterator[nn.Module]:
+        """The model with all its weights in memory, for as long as this lasts; `embed` is not needed for it."""
+        for unit in units:
+            if unit.block is not None:
+                self.load_block(unit.block, ((planned, self._read(planned)) for planned in unit.tensors))
         with self.outside_in_memory():
             yield self.model
 

@@ -152,7 +152,7 @@ class Search:
         self.checkpoint, self.recipe = checkpoint, replace(recipe, fit_groups=True, allow_split_fused=True)
         self.plan, self.units = plan_search(checkpoint, recipe)
         ids = recipe.calibration.ids
-        fitted, self.held_out = hold_out(ids, max(1, HELD_OUT_TOKENS // ids.shape[1]))
+        fitted, self.held_out = fitted_and_held_out(ids)
         self.fitted = replace(recipe.calibration, ids=fitted)
         self._solving = replace(self.recipe, calibration=self.fitted)
         origin = fingerprint(checkpoint, source, recipe) | order_of_sums(recipe)
@@ -297,8 +297,11 @@ class Search:
         total = 0.0
         with expected.outside_in_memory(), runner.outside_in_memory():
             for number, ids in enumerate(self.held_out.split(1)):  # a window at a time: logits are large
-                p, q = expected.head(outputs[number], ids)[0], runner.head(own[number], ids)[0]
-                total += _divergence(p, q).double().sum().item()
+                logits = expected.head(outputs[number], ids)[0], runner.head(own[number], ids)[0]
+                for p, q in scores.rows(*logits):
+                    probabilities, normalizer, _ = scores.best(p)
+                    lost = scores.divergence(probabilities, p, q, normalizer - torch.logsumexp(q, -1))
+                    total += lost.double().sum().item()
         return total / self.held_out.numel()
 
     @cached_property
@@ -314,13 +317,7 @@ class Search:
         """
         outside = [planned for planned in plan.tensors if planned.block is None]
         runner = BlockRunner(plan.checkpoint, outside, self.held_out, torch.float32, self.recipe.device, read)
-        hidden = list(runner.embed())
-        for unit in plan.units:
-            if unit.block is not None:
-                runner.load_block(unit.block, ((planned, read(planned)) for planned in unit.tensors))
-                hidden = list(runner.outputs(hidden))
-                runner.unload_block()
-        return runner, torch.cat(hidden).split(1)
+        return runner, torch.cat(runner.last_outputs(plan.units)).split(1)
 
     @cached_property
     def front(self) -> Front:
@@ -451,6 +448,11 @@ class Choice:
         }
 
 
+def fitted_and_held_out(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Calibration windows that solutions are fitted to, and those that are held out: int64 [windows, context]."""
+    return hold_out(ids, max(1, HELD_OUT_TOKENS // ids.shape[1]))
+
+
 def search(
     checkpoint: Checkpoint,
     source: dict[str, Any],
@@ -555,12 +557,3 @@ def _key(planned: PlannedTensor) -> str:
 
 def _name(spec: LayerSpec | None) -> str:
     return spec.scheme.name if spec else KEPT
-
-
-def _divergence(p: Tensor, q: Tensor) -> Tensor:
-    """The KL divergence of each token's logits q [tokens, vocabulary] from p, in nats, [tokens]."""
-    rows = []
-    for own, other in scores.rows(p, q):
-        probabilities, best, _ = scores.best(own)
-        rows.append(scores.divergence(probabilities, own, other, best - torch.logsumexp(other, -1)))
-    return torch.cat(rows)

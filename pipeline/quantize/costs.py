@@ -65,28 +65,27 @@ def costs_by_gradient(
     def path(number: int) -> Path:
         return folder / f"{number:05d}.safetensors"
 
+    def keep(number: int, inputs: list[Tensor]) -> None:
+        on_step(number, 2 * len(blocks))
+        if number == 0:
+            files.preflight(folder, len(blocks) * sum(each.nbytes for each in inputs))
+        files.write_rows(path(number), _HIDDEN, inputs[0].dtype, (*ids.shape, inputs[0].shape[-1]), inputs)
+
     runner = start()
     files.make_folder(folder)
-    hidden = list(runner.embed())
-    files.preflight(folder, len(blocks) * sum(each.nbytes for each in hidden))
-    for number, (block, tensors) in enumerate(blocks):
-        on_step(number, 2 * len(blocks))
-        files.write_rows(path(number), _HIDDEN, hidden[0].dtype, (*ids.shape, hidden[0].shape[-1]), hidden)
-        runner.load_block(block, ((planned, read(planned)) for planned in tensors))
-        hidden = list(runner.outputs(hidden))
-        runner.unload_block()
-    gradients = _gradients_of_logits(runner, hidden)
+    gradients = _gradients_of_logits(runner, runner.last_outputs(plan.units, keep))
     runner = start()  # each block is loaded once more
     for _ in runner.embed():  # only what blocks are called with is wanted
         pass
     for number, (block, tensors) in reversed(list(enumerate(blocks))):
         on_step(2 * len(blocks) - 1 - number, 2 * len(blocks))
-        runner.load_block(block, ((planned, read(planned)) for planned in tensors))
+        weights = {planned.info.name: read(planned) for planned in tensors}
+        runner.load_block(block, ((planned, weights[planned.info.name]) for planned in tensors))
         layers = [planned for planned in tensors if planned.module in choices]
         inputs = Checkpoint.single(path(number)).read_rows(_HIDDEN, [1] * len(ids))
         gradients, seen = runner.gradients(layers, inputs, gradients)
         for planned in layers:
-            weight = planned.turned(read(planned)).to(runner.device, torch.float32)
+            weight = planned.turned(weights[planned.info.name]).to(runner.device, torch.float32)
             for spec in choices[planned.module]:
                 quantized = replace(planned, spec=spec)
                 qtensor = solution(quantized).to(runner.device)

@@ -290,13 +290,7 @@ def distill(plan: Plan, recipe: Recipe, start: Quantized, folder: Path, on_step:
         )
     outside = [replace(planned, spec=None) for planned in plan.tensors if planned.block is None]
     runner = BlockRunner(plan.checkpoint, outside, ids[:1], torch.float32, recipe.device)
-    read = plan.checkpoint.read
-    blocks = (
-        (unit.block, ((planned, read(planned.info.name)) for planned in unit.tensors))
-        for unit in plan.units
-        if unit.block is not None
-    )
-    with runner.whole_model(blocks):
+    with runner.whole_model(plan.units):
         scales = {
             planned.module: LearnedScales(start.layers[planned.module].to(runner.device))
             for planned in plan.quantized

@@ -525,14 +525,9 @@ def save_reference_logits(
     assert recipe.calibration
     dtype = plan.activation_dtype
     outside = [planned for planned in plan.tensors if planned.block is None]
-    ids, read = recipe.calibration.ids[:1], lambda planned: weight(planned, dtype)
-    runner = BlockRunner(plan.checkpoint, outside, ids, dtype, recipe.device, read)
-    (hidden,) = runner.embed()
-    for unit in plan.units:
-        if unit.block is not None:
-            runner.load_block(unit.block, ((planned, read(planned)) for planned in unit.tensors))
-            hidden = runner.forward(0, hidden)
-            runner.unload_block()
+    ids = recipe.calibration.ids[:1]
+    runner = BlockRunner(plan.checkpoint, outside, ids, dtype, recipe.device, lambda planned: weight(planned, dtype))
+    (hidden,) = runner.last_outputs(plan.units)
     _write_reference_logits(work / REFERENCE_LOGITS, ids[0], runner.logits(hidden)[0])
 
 

@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from ..formats.names import fused_unit
 from ..models.structure import TensorNames, skeleton
 from ..quantize.block_runner import BATCH_TOKENS, divide, work_on
-from ..quantize.budget import HELD_OUT_TOKENS, BudgetUnit, plan_search
+from ..quantize.budget import BudgetUnit, fitted_and_held_out, plan_search
 from ..quantize.distill import CHECKS, MOST_HELD_OUT
 from ..quantize.plan import Plan, PlannedTensor, blocks_at_a_time, make_plan
 from ..quantize.recipe import Recipe
@@ -309,9 +309,10 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
         steps[2] += _LEARNED * max(learned)
     total = _PROCESS + max(steps)
     if units:
-        gradients = 4 * _held_out(_calibration_tokens(recipe, settings, plan.model.config)) * _widths(units, config)
-        total = max(total, _PROCESS + 2 * max(sizes) + max(activations, logits) + gradients + layer)
-        total = max(total, _PROCESS + 4 * outside + 2 * max(sizes) + activations, _PROCESS + 4 * outside + 4 * logits)
+        gradients = 4 * _held_out(settings, plan.model.config) * _widths(units, config)
+        measured = 4 * outside + max(2 * max(sizes) + activations, 4 * logits)
+        weighed = 2 * max(sizes) + max(activations, logits) + gradients + layer
+        total = max(total, _PROCESS + max(weighed, measured))
     if recipe.distill:
         whole = 4 * sum(prod(tensor.info.shape) for tensor in plan.tensors)
         trained = _DISTILLED * sum(prod(tensor.shape) for tensor in plan.quantized)
@@ -322,9 +323,11 @@ def _quantize_memory(plan: Plan, recipe: Recipe, settings: RecipeSettings, units
     return total
 
 
-def _held_out(tokens: int) -> int:
-    """How many of a budget's calibration tokens are held out: an eighth, and a window at least."""
-    return min(HELD_OUT_TOKENS, tokens // 8 or tokens)
+def _held_out(settings: RecipeSettings, config: Any) -> int:
+    """How many of a budget's calibration tokens are held out."""
+    chosen = calibration_of(settings)
+    ids = torch.empty(chosen.windows, longest(config, chosen.context), dtype=torch.int64, device="meta")
+    return fitted_and_held_out(ids)[1].numel()
 
 
 def _widths(units: list[BudgetUnit], config: Any) -> int:
@@ -396,7 +399,7 @@ def _quantize_work(
             for tensor in inputs.values()
             if tensor.spec and tensor.spec.method.statistics
         ) * (2 if judged else 1)
-    reading = _held_out(tokens)
+    reading = _held_out(settings, plan.model.config) if recipe.budget else 0
     if units:  # there, there once more and back; a product by each choice; and three models are measured
         each = sum(len(unit.specs) * unit.weights for unit in units)
         products += 2.0 * reading * (6 * inside + each)
