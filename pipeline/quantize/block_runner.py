@@ -27,7 +27,7 @@ from ..errors import CheckpointError, NumericsError
 from ..methods.base import Folding, LayerGroup, Method, Statistic
 from ..methods.hessian import bfloat16_products
 from ..models.modules import assembled_tensors, converted_tensors, dense_layer, replace_layers, set_tensor
-from ..models.structure import TensorNames, decoder, skeleton, towers, weight_kind
+from ..models.structure import TensorNames, decoder, replace_module, skeleton, tied, towers, weight_kind
 from ..storage.checkpoint import Checkpoint
 from ..storage.finite import check_finite
 from ..system.progress import OnStep
@@ -35,6 +35,9 @@ from ..system.threads import divided, pool
 from .foldings import probe, rows_of_inputs, segments
 from .plan import PlannedTensor, Unit
 
+Stored = Tensor | QTensor  # as the files hold it, or a quantized layer's weight
+
+PROBE_TOKENS = 64
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # that go through a block at a time: what caches, and what memory likes
 _MOST_AT_A_TIME = 4  # batches: one for each core where there are few, but their activations are all in memory
 _WIDE = 4096  # inputs from which on a statistic is best summed by all threads together
@@ -89,11 +92,44 @@ class _StandIn(nn.Module):
         return self._note(hidden_states, _Call(arguments, options)).as_subclass(_Passed)
 
 
+class _RoundedInputs(nn.Module):
+    """Stands for a layer whose scheme rounds inputs, and multiplies as the reference kernel does: in float32.
+
+    A gradient passes the rounding as if there were none.
+    """
+
+    def __init__(self, qtensor: QTensor, transposed: bool, bias: Tensor | None):
+        """Dequantize the weight.
+
+        Args:
+            transposed: the weight is held as [in, out], like that of the layer that this stands for.
+        """
+        super().__init__()
+        assert qtensor.scheme.activations
+        weight = qtensor.dequantize(torch.float32)
+        self.weight = nn.Parameter(weight.t() if transposed else weight, requires_grad=False)
+        self.bias, self.transposed, self.activations = bias, transposed, qtensor.scheme.activations
+        for name, tensor in qtensor.extra.items():
+            self.register_buffer(name, tensor)
+        self.stored = tuple(qtensor.extra)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounded = self.activations.apply(x.detach(), {name: self.get_buffer(name) for name in self.stored})
+        if torch.is_grad_enabled() and x.requires_grad:
+            wide = x.to(torch.float32)
+            rounded = wide + (rounded - wide).detach()
+        weight = self.weight.to(torch.float32)
+        y = nn.functional.linear(rounded, weight.t() if self.transposed else weight)
+        return (y if self.bias is None else y + self.bias.to(torch.float32)).to(x.dtype)
+
+
 class BlockRunner:
     """The blocks of a checkpoint's model, and what each is called with for the token ids [windows, context].
 
     `embed` comes first; then `load_block`, any of the block's methods, and `unload_block`, for block after block.
     path: of the list of blocks in the model.
+    probe: the first ids [1, tokens], which go through the blocks by themselves, too, as a batch after all others. They
+        are multiplied in the order in which a reloaded model multiplies them, so that it can be compared to the bit.
     """
 
     def __init__(
@@ -103,7 +139,7 @@ class BlockRunner:
         ids: Tensor,
         dtype: torch.dtype,
         device: str,
-        read: Callable[[PlannedTensor], Tensor] | None = None,
+        read: Callable[[PlannedTensor], Stored] | None = None,
         least_batches: int = 1,
         more_devices: Sequence[str] = (),
     ):
@@ -145,7 +181,8 @@ class BlockRunner:
         self.batches = ids.split(max(1, min(windows, len(ids) // least_batches)))
         threads = min(torch.get_num_threads(), _MOST_AT_A_TIME) if self.device.type == "cpu" else 1
         self._workers = max(threads, len(self.devices))
-        self._calls: list[dict[int, _Call]] = []  # of each batch: block -> what it is called with
+        self.probe, self.probe_inputs = ids[:1, :PROBE_TOKENS], torch.empty(0)
+        self._calls: list[dict[int, _Call]] = []  # of each batch, and of the probe: block -> what it is called with
         self._first: Tensor | None = None  # block 0's inputs, as last seen
         self._outputs: Tensor | None = None  # of the last block, whatever it reads
 
@@ -175,11 +212,18 @@ class BlockRunner:
     @contextlib.contextmanager
     def outside_in_memory(self) -> Iterator[None]:
         """The model has its embeddings, its last norm and its head for as long as this lasts, and no tower."""
-        held = []
+        held, rounding = [], []
         places = {planned.info.name: planned for planned in self._outside}
         targets = {name: planned.target for name, planned in places.items()}
-        converted = converted_tensors(self.names, targets, lambda name: self._read(places[name]))
-        plain = ((planned.target, self._read(planned)) for planned in self._outside if planned.target.converter is None)
+
+        def read(planned: PlannedTensor) -> Tensor:
+            stored = self._read(planned)
+            if isinstance(stored, QTensor) and stored.scheme.activations:
+                rounding.append((planned, stored))
+            return self._as_stored(planned, stored)
+
+        converted = converted_tensors(self.names, targets, lambda name: read(places[name]))
+        plain = ((planned.target, read(planned)) for planned in self._outside if planned.target.converter is None)
         for target, tensor in chain(plain, converted):
             set_tensor(self.model, target, tensor, self.device)
             held.append(target.parameter)
@@ -190,9 +234,19 @@ class BlockRunner:
                 f"{type(self.model).__name__} ties weights of some of its blocks to those of others, so they cannot "
                 "be learned one after the other; use a method that needs no calibration"
             ) from error
+        heads = {}
+        for planned, qtensor in rounding:
+            own = planned.target.parameter
+            copies = [copy for copy, origin in tied(self.model).items() if origin == own]
+            for name in copies if planned.kind == "embedding" else [own]:
+                path = name.removesuffix(".weight")
+                heads[path] = self.model.get_submodule(path)
+                self._place(path, qtensor, planned)
         try:
             yield
         finally:
+            for path, module in heads.items():
+                replace_module(self.model, path, module)
             for name in {*held, *dict(self.model.all_tied_weights_keys)}:
                 path, _, leaf = name.rpartition(".")
                 module = self.model.get_submodule(path)
@@ -203,13 +257,15 @@ class BlockRunner:
     def embed(self) -> Iterator[Tensor]:
         """The inputs of block 0, [windows, context, hidden] batch by batch; notes what every block is called with.
 
+        Once all were taken, `probe_inputs` has those of the probe.
+
         Raises:
             CheckpointError: the model does more between its blocks than to hand on what one puts out to the next.
         """
         self._calls.clear()
         self._first = None
         with self.outside_in_memory():
-            for batch in self.batches:
+            for batch in (*self.batches, self.probe):
                 self._calls.append({})
                 reason: str | None = None
                 try:
@@ -228,16 +284,16 @@ class BlockRunner:
                         "cannot be told; use a method that needs no calibration"
                     )
                 assert self._first is not None
-                yield self._first
-
-    @torch.no_grad()
-    def logits(self, outputs: Tensor) -> Tensor:
-        """What the model makes of the last block's outputs for the first windows: [windows, context, vocabulary]."""
-        with self.outside_in_memory():
-            return self.head(outputs, self.batches[0][: len(outputs)]).cpu()
+                if batch is not self.probe:
+                    yield self._first
+                else:
+                    self.probe_inputs = self._first
 
     def head(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """The same for any ids [windows, context], with a gradient; for as long as the rest is outside_in_memory."""
+        """What the model makes of the last block's outputs for ids [windows, context]: logits, with a gradient.
+
+        It goes as long as the rest is outside_in_memory.
+        """
         self._outputs = outputs.to(self.device)
         try:
             return self.whole_logits(ids)
@@ -249,11 +305,14 @@ class BlockRunner:
         with Products():
             return self.model(input_ids=ids.to(self.device), use_cache=False).logits
 
-    def load_block(self, number: int, weights: Iterable[tuple[PlannedTensor, Tensor]]) -> None:
-        """Put a block back in its place, with its weights as the files store them."""
+    def load_block(self, number: int, weights: Iterable[tuple[PlannedTensor, Stored]]) -> None:
+        """Put a block back in its place, with its weights as the files store them, or quantized ones."""
         self._blocks[number] = block = self._real[number]
-        experts, parts = {}, {}
-        for planned, tensor in weights:
+        experts, parts, rounding = {}, {}, []
+        for planned, stored in weights:
+            tensor = self._as_stored(planned, stored)
+            if isinstance(stored, QTensor) and stored.scheme.activations:
+                rounding.append((planned, stored))
             if planned.target.expert and weight_kind(self.model, planned.target):
                 experts[planned.target] = dense_layer(tensor.to(self.device, self.dtype))
             elif planned.target.expert or planned.target.converter is not None:
@@ -265,6 +324,8 @@ class BlockRunner:
         for target, tensor in assembled_tensors(self.names, targets, lambda name: parts[name][1]):
             set_tensor(self.model, target, tensor, self.device)
         self._block, self._number = block, number
+        for planned, qtensor in rounding:
+            self.set_quantized(planned, qtensor)
 
     def unload_block(self) -> None:
         """Let go of the block's weights."""
@@ -328,6 +389,17 @@ class BlockRunner:
             yield self.model
 
     @torch.no_grad()
+    def forward_probe(self, inputs: Tensor) -> Tensor:
+        """The block's outputs for the probe's inputs [1, tokens, hidden]."""
+        return self.differentiable(len(self.batches), inputs)
+
+    @torch.no_grad()
+    def probe_logits(self, outputs: Tensor) -> Tensor:
+        """What the model makes of the last block's outputs for the probe, [tokens, vocabulary]."""
+        with self.outside_in_memory():
+            return self.head(outputs, self.probe)[0].cpu()
+
+    @torch.no_grad()
     def forward(self, batch: int, inputs: Tensor) -> Tensor:
         """The block's outputs for its inputs [windows, context, hidden] of one batch."""
         return self.differentiable(batch, inputs)
@@ -389,9 +461,29 @@ class BlockRunner:
         elif self.names.known(target.parameter):
             set_tensor(self.model, target, tensor, self.device)
 
-    def set_weight(self, planned: PlannedTensor, weight: Tensor) -> None:
-        """Replace a layer's weight by `weight` [out, in]."""
-        self.set_tensor(planned, planned.turned(weight))
+    def set_quantized(self, planned: PlannedTensor, qtensor: QTensor) -> None:
+        """From now on a layer of the block is what the reference kernel makes of it: its inputs may be rounded, too."""
+        if qtensor.scheme.activations is None:
+            self.set_tensor(planned, self._as_stored(planned, qtensor))
+        elif planned.target.expert:
+            experts = self.model.get_submodule(planned.target.parameter)
+            assert isinstance(experts, QExperts)
+            expert, piece, _ = planned.target.expert
+            pieces = experts.experts[expert]
+            assert isinstance(pieces, nn.ModuleList)
+            pieces[piece] = _RoundedInputs(qtensor.to(self.device), False, None)
+        elif self.names.known(planned.target.parameter):
+            self._place(planned.target.parameter.removesuffix(".weight"), qtensor, planned)
+
+    def _place(self, path: str, qtensor: QTensor, planned: PlannedTensor) -> None:
+        """Put a layer that rounds its inputs where the model has another."""
+        bias = getattr(self.model.get_submodule(path), "bias", None)
+        layer = _RoundedInputs(qtensor.to(self.device), planned.kind == "conv1d", bias)
+        replace_module(self.model, path, layer)
+
+    def _as_stored(self, planned: PlannedTensor, stored: Stored) -> Tensor:
+        """A tensor as the files of an unquantized checkpoint hold it."""
+        return planned.turned(stored.dequantize(self.dtype)) if isinstance(stored, QTensor) else stored
 
     @contextlib.contextmanager
     def with_weights(self, weights: Sequence[tuple[PlannedTensor, Tensor]]) -> Iterator[None]:

@@ -45,7 +45,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.fingerprint import digest, open_work
 from ..system.progress import OnStep
 from ..transforms.base import Transformed
-from .block_runner import BlockRunner
+from .block_runner import BlockRunner, Stored
 from .costs import costs_by_gradient
 from .plan import Plan, PlannedTensor, make_plan, patterns
 from .recipe import Recipe, fingerprint, order_of_sums
@@ -275,25 +275,24 @@ class Search:
                 for planned in unit.layers
             }
 
-            def weight(planned: PlannedTensor, dtype: torch.dtype) -> Tensor:
+            def read(planned: PlannedTensor) -> Stored:
                 if (spec := specs.get(planned.info.name)) is None:
                     return self.read(planned)
-                return planned.turned(self.solution(replace(planned, spec=spec))[0].dequantize(dtype))
+                return self.solution(replace(planned, spec=spec))[0]
 
-            self._measured[key] = self.divergence(self.plan, weight)
+            self._measured[key] = self.divergence(self.plan, read)
             self.journal.append({"choice": key, "measured": self._measured[key]})
         return self._measured[key]
 
     @torch.no_grad()
-    def divergence(self, plan: Plan, weight: Callable[[PlannedTensor, torch.dtype], Tensor]) -> float:
-        """The mean KL divergence of a quantized model on the windows held out, in nats; no inputs or keys are rounded.
+    def divergence(self, plan: Plan, read: Callable[[PlannedTensor], Stored]) -> float:
+        """The mean KL divergence of a quantized model on the windows held out, in nats; no keys are rounded.
 
         Args:
-            weight: gives a tensor of its plan as an unquantized checkpoint's files would hold it, a layer's in the
-                dtype asked for.
+            read: gives a tensor or a quantized layer of its plan.
         """
         expected, outputs = self._unquantized
-        runner, own = self._last_outputs(plan, lambda planned: weight(planned, torch.float32))
+        runner, own = self._last_outputs(plan, read)
         total = 0.0
         with expected.outside_in_memory(), runner.outside_in_memory():
             for number, ids in enumerate(self.held_out.split(1)):  # a window at a time: logits are large
@@ -309,7 +308,7 @@ class Search:
         return self._last_outputs(self.plan, self.read)
 
     def _last_outputs(
-        self, plan: Plan, read: Callable[[PlannedTensor], Tensor]
+        self, plan: Plan, read: Callable[[PlannedTensor], Stored]
     ) -> tuple[BlockRunner, Sequence[Tensor]]:
         """What the last block of a model puts out for each window held out, one block in memory at a time.
 

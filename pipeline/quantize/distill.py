@@ -32,7 +32,7 @@ from ..models.structure import weight_kind
 from ..storage import files, journal
 from ..storage.checkpoint import Checkpoint
 from ..system.progress import OnStep
-from .block_runner import BlockRunner
+from .block_runner import BlockRunner, Stored
 from .plan import Plan, PlannedTensor
 from .recipe import Recipe
 
@@ -59,11 +59,8 @@ class Quantized:
         }
         return Quantized(layers, {t.info.name: checkpoint.read(t.info.name) for t in plan.tensors if not t.spec})
 
-    def weight(self, planned: PlannedTensor, dtype: torch.dtype) -> Tensor:
-        """A tensor as the files of an unquantized checkpoint would hold it; a layer's is dequantized to `dtype`."""
-        if planned.spec is None:
-            return self.others[planned.info.name]
-        return planned.turned(self.layers[planned.module].dequantize(dtype))
+    def __getitem__(self, planned: PlannedTensor) -> Stored:
+        return self.layers[planned.module] if planned.spec else self.others[planned.info.name]
 
 
 class _Norm:
@@ -108,7 +105,8 @@ class Student:
             elif planned.target.expert or planned.target.converter or not runner.names.known(planned.target.parameter):
                 continue  # no transform changes these, so they are what they are in the unquantized model
             else:
-                parameter = runner.model.get_parameter(planned.target.parameter)
+                path, _, leaf = planned.target.parameter.rpartition(".")
+                parameter = runner.model.get_submodule(path)._parameters.get(leaf)  # None for a buffer
             if parameter is None or parameter.is_meta:
                 continue
             self._places[name] = places[id(parameter)]  # a head that is tied to an embedding is in two places

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitpress.kernels.kv_cache import static
 from bitpress.kernels.qtensor import QTensor
@@ -28,7 +28,7 @@ from ..storage.finite import check_finite
 from ..system.progress import OnStep
 from ..system.threads import divided
 from ..transforms.base import Transformed
-from .block_runner import BlockRunner, BlockView, TrainableBlock, apart
+from .block_runner import PROBE_TOKENS, BlockRunner, BlockView, Stored, TrainableBlock, apart
 from .inputs import best_observer
 from .plan import Plan, PlannedTensor, Unit
 from .recipe import Recipe
@@ -45,7 +45,6 @@ from .weights import (
 )
 
 REFERENCE_LOGITS = "reference_logits.safetensors"
-REFERENCE_TOKENS = 64
 # Bytes of experts' statistics that are in memory at a time. 128 experts of Qwen3-MoE have Hessians of 4.6 GB, which
 # take nine passes over the tokens so.
 MOST_STATISTICS = 1 << 29
@@ -111,10 +110,10 @@ class CalibratedBlocks:
         self.changed: dict[str, Tensor] = {}
         self.transformed: list[Transformed] = []
 
-    def _read_outside(self, planned: PlannedTensor) -> Tensor:
+    def _read_outside(self, planned: PlannedTensor) -> Stored:
         """A tensor outside the blocks as the artifact will give it back."""
         tensor = self.checkpoint.read(planned.info.name)
-        return quantize_outside(planned, tensor, self.plan)[0].dequantize() if planned.spec else tensor
+        return quantize_outside(planned, tensor, self.plan)[0] if planned.spec else tensor
 
     def state(self, block: int) -> Path:
         """The file of a block's inputs."""
@@ -133,17 +132,37 @@ class CalibratedBlocks:
                 path.unlink()
         inputs = self.runner.embed()
         if block == 0:
-            self._write(self.state(0), inputs)
+            self._write_state(0, inputs, lambda: self.runner.probe_inputs)
         else:
             for _ in inputs:  # the state of this block exists; only the calls are wanted
                 pass
         self._embedded = True
 
-    def _write(self, path: Path, batches: Iterator[Tensor]) -> dict[str, Any]:
-        """Write hidden states, such as a block's inputs; returns the file's size and hash."""
+    def _write(self, path: Path, batches: Iterator[Tensor], more: int = 0) -> dict[str, Any]:
+        """Write hidden states, of as many windows as there are and some more; returns the file's size and hash."""
         first = next(batches)
-        shape = (*self.ids.shape, first.shape[-1])
+        windows, context = self.ids.shape
+        shape = (windows + more, context, first.shape[-1])
         return files.write_rows(path, _HIDDEN, first.dtype, shape, chain([first], batches))
+
+    def _write_state(self, block: int, batches: Iterator[Tensor], probe: Callable[[], Tensor]) -> dict[str, Any]:
+        """Write a block's inputs, and after them the probe's, as a window whose other tokens are 0."""
+
+        def window() -> Iterator[Tensor]:
+            own = probe()
+            yield nn.functional.pad(own, (0, 0, 0, self.ids.shape[1] - own.shape[1]))
+
+        return self._write(self.state(block), chain(batches, window()), 1)
+
+    def _go_on(self, block: int) -> dict[str, Any]:
+        """Write the next block's inputs, which the block as it is puts out."""
+        outputs = self.runner.outputs(self._inputs(block))
+        return self._write_state(block + 1, outputs, lambda: self.runner.forward_probe(self._probe(block)))
+
+    def _probe(self, block: int) -> Tensor:
+        """The probe's inputs of a block, [1, tokens, hidden]."""
+        (window,) = Checkpoint.single(self.state(block)).read_rows(_HIDDEN, [1], len(self.ids))
+        return window[:, : self.runner.probe.shape[1]]
 
     def _inputs(self, block: int) -> Iterator[Tensor]:
         """A block's inputs, batch by batch."""
@@ -211,11 +230,11 @@ class CalibratedBlocks:
         if self.transform:
             line["transform"] = [asdict(each) for each in transformed]
         if block == self.last:
-            outputs = self.runner.forward(0, next(self._inputs(block)))
+            outputs = self.runner.forward_probe(self._probe(block))
             self.runner.unload_block()
             self._save_reference_logits(outputs)
         else:
-            line["state"] = self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
+            line["state"] = self._go_on(block)
             self.runner.unload_block()
         return line
 
@@ -301,7 +320,7 @@ class CalibratedBlocks:
             lines.append(tuned)
             for name, (planned, weight) in own.items():
                 quantized[name] = planned, learned[name], diagnosed(planned, weight, learned[name], quantized[name][2])
-                self.runner.set_weight(planned, learned[name].dequantize(self.runner.dtype))
+                self.runner.set_quantized(planned, learned[name])
         for planned, qtensor, diagnostics in quantized.values():
             shard.add(planned, qtensor, diagnostics)
         expected.unlink()
@@ -323,7 +342,7 @@ class CalibratedBlocks:
                 del weights[planned.info.name]
                 qtensor, diagnostics = self.solved.solution(planned)
                 yield planned, qtensor, diagnostics
-                self.runner.set_weight(planned, qtensor.dequantize(self.runner.dtype))
+                self.runner.set_quantized(planned, qtensor)
             return
         if not self.runner.reached(block):
             for planned in layers:
@@ -343,7 +362,7 @@ class CalibratedBlocks:
                     finished.append(solution[:2])
                     yield solution
             for planned, qtensor in finished:  # not before: all passes of a stage see the same block
-                self.runner.set_weight(planned, qtensor.dequantize(self.runner.dtype))
+                self.runner.set_quantized(planned, qtensor)
 
     def _solved(
         self,
@@ -463,7 +482,7 @@ class CalibratedBlocks:
                 own = replace(planned, spec=spec)
                 yield own, *quantize_unreached(own, weights[planned.info.name], self.plan)
         if block != self.last:
-            self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
+            self._go_on(block)
         self.runner.unload_block()
 
     def statistics(
@@ -490,45 +509,40 @@ class CalibratedBlocks:
             own = [(group[0], kinds[id(group)]) for group in part]
             yield part, self.runner.collect(own, self._inputs(block), self.runner.divide(part))
         if block != self.last:
-            self._write(self.state(block + 1), self.runner.outputs(self._inputs(block)))
+            self._go_on(block)
         self.runner.unload_block()
 
     def _save_reference_logits(self, outputs: Tensor) -> None:
         """Save the logits of this very model, never written and reloaded: the reloaded artifact must give the same.
 
         Args:
-            outputs: of the last block, for the first batch.
+            outputs: of the last block, for the probe.
         """
-        _write_reference_logits(self.reference_logits, self.ids[0], self.runner.logits(outputs[:1])[0])
+        _write_reference_logits(self.reference_logits, self.runner, outputs)
 
     def committed(self, block: int) -> None:
         """Delete what a block read, once its shard is safe."""
         self.state(block).unlink(missing_ok=True)
 
 
-def _write_reference_logits(path: Path, ids: Tensor, logits: Tensor) -> None:
-    """Write the first of a window's ids [context] and logits [context, vocabulary]."""
-    count = min(REFERENCE_TOKENS, len(ids))
-    files.write_safetensors(path, {"ids": ids[:count].clone(), "logits": logits[:count].clone()})
+def _write_reference_logits(path: Path, runner: BlockRunner, outputs: Tensor) -> None:
+    """Write the probe's ids [tokens] and its logits [tokens, vocabulary], of what the last block put out for it."""
+    files.write_safetensors(path, {"ids": runner.probe[0].clone(), "logits": runner.probe_logits(outputs)})
 
 
 @torch.no_grad()
-def save_reference_logits(
-    plan: Plan, recipe: Recipe, work: Path, weight: Callable[[PlannedTensor, torch.dtype], Tensor]
-) -> None:
+def save_reference_logits(plan: Plan, recipe: Recipe, work: Path, read: Callable[[PlannedTensor], Stored]) -> None:
     """Save the logits of a quantized model, block by block; see CalibratedBlocks.
 
     Args:
-        work: the folder of the reference logits.
-        weight: gives a tensor of it as a checkpoint's files would have it, a dequantized layer in the dtype asked for.
+        work: the folder of the reference logits. read: gives a tensor or a quantized layer of it.
     """
     assert recipe.calibration
-    dtype = plan.activation_dtype
     outside = [planned for planned in plan.tensors if planned.block is None]
-    ids = recipe.calibration.ids[:1]
-    runner = BlockRunner(plan.checkpoint, outside, ids, dtype, recipe.device, lambda planned: weight(planned, dtype))
-    (hidden,) = runner.last_outputs(plan.units)
-    _write_reference_logits(work / REFERENCE_LOGITS, ids[0], runner.logits(hidden)[0])
+    ids = recipe.calibration.ids[:1, :PROBE_TOKENS]
+    runner = BlockRunner(plan.checkpoint, outside, ids, plan.activation_dtype, recipe.device, read)
+    (outputs,) = runner.last_outputs(plan.units)
+    _write_reference_logits(work / REFERENCE_LOGITS, runner, outputs)
 
 
 def _kinds(group: Iterable[PlannedTensor]) -> Kinds:

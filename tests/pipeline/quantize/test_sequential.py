@@ -384,20 +384,53 @@ class TestReferenceLogits:
             {"artifact": str(artifact), "reference": str(reference), "device": "cpu", "dtype": "float32"}
         )
 
-    def test_the_artifact_is_what_was_in_memory(self, tiny: Any, out: Path, learn: Learn) -> None:
-        learn(tiny("llama"), out)
-        assert self.check(out) == {"tokens": 16, "max_difference": pytest.approx(0, abs=1e-6), "tolerance": 1e-5}
-
-    @pytest.mark.parametrize("suffix", ["q_proj.scales", "down_proj.qweight", "input_layernorm.weight", "lm_head"])
-    def test_the_check_fails_where_it_is_not(
-        self, tiny: Any, out: Path, suffix: str, learn: Learn, edit_tensors: Any
+    @pytest.mark.parametrize(
+        ("name", "changes"),
+        [
+            ("llama", {}),
+            ("gemma2", {"scheme": "int8-static"}),
+            ("gpt2", {"scheme": "int8-static-asym", "layers": {"*mlp*": "fp8-static"}}),
+            ("llama", {"scheme": "fp8-dynamic", "layers": {"lm_head": "int8-dynamic"}}),
+            ("llama", {"scheme": "int8-dynamic", "method": "tune", "options": {"steps": 4}}),
+            ("mixtral", {"scheme": "int8-dynamic", "transform": "smooth"}),
+            ("gpt2", {"scheme": "int8-dynamic", "distill": {"steps": 2, "windows": 1}}),
+            ("qwen2", {"budget": "5.5 bits", "choices": ["int4-g32-int8-dynamic", "int8-dynamic", "int4-g32"]}),
+            ("llama", {"budget": "8.48 bits", "choices": ["int8-static", "int8-static-asym"], "sequential": False}),
+        ],
+        ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value.values())) or "int4-g32",
+    )
+    def test_the_artifact_is_what_was_in_memory(
+        self, name: str, changes: dict[str, Any], tiny: Any, out: Path, learn: Learn
     ) -> None:
-        learn(tiny("llama"), out)
+        """To the bit, as the same tokens go through it in the same order: inputs are rounded in memory, too."""
+        learn(tiny(name), out, **({"method": "auto", "scheme": "auto"} if "budget" in changes else {}) | changes)
+        found = self.check(out)
+        assert (found["tokens"], found["max_difference"]) == (16, 0)
+        rounded = any(
+            layer["scheme"].endswith(("dynamic", "static", "asym"))
+            for layer in read_json(out / "bitpress.json")["coverage"]["layers"]
+        )
+        assert found["tolerance"] == (3e-2 if rounded else 1e-5)
+
+    @pytest.mark.parametrize(
+        ("scheme", "suffix", "factor"),
+        [
+            ("int4-g32", "q_proj.scales", 1.01),
+            ("int4-g32", "down_proj.qweight", 1.01),
+            ("int4-g32", "input_layernorm.weight", 1.01),
+            ("int4-g32", "lm_head", 1.01),
+            ("int8-static", "input_scale", 0.5),
+        ],
+    )
+    def test_the_check_fails_where_it_is_not(
+        self, tiny: Any, out: Path, scheme: str, suffix: str, factor: float, learn: Learn, edit_tensors: Any
+    ) -> None:
+        learn(tiny("llama"), out, scheme=scheme)
 
         def spoil(tensors: dict[str, Tensor]) -> None:
             for name in tensors:
                 if suffix in name:
-                    tensors[name] = tensors[name] * 1.01 if tensors[name].is_floating_point() else tensors[name] ^ 1
+                    tensors[name] = tensors[name] * factor if tensors[name].is_floating_point() else tensors[name] ^ 1
 
         for path in out.glob("*.safetensors"):
             edit_tensors(path, spoil)
