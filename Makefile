@@ -1,5 +1,5 @@
 # make demo: see what it does.  make test: the test suite.  make check: what CI holds a change to.
-# make fuzz: damaged checkpoints, and kernels between guard pages, for a minute.
+# make fuzz: damaged checkpoints, recipes at random, and kernels between guard pages, for a minute and a half.
 # make docs: the pages of docs/ as a site, in build/docs.
 # make wheel: the release in dist/, tried in fresh environments; Linux on x86-64, with gcc and binutils.
 # make interop: the files of bitpress in other programs, and theirs in bitpress.
@@ -41,6 +41,7 @@ FUZZ ?= --minutes 0.5 --seed 0
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz/native_kernels.py $(FUZZ)
 	$(BIN)/python tests/fuzz/checkpoints.py $(FUZZ)
+	$(BIN)/python tests/fuzz/recipes.py $(FUZZ)
 
 interop: $(INSTALLED) $(PEERS:%=.venv-%/.installed)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
