@@ -178,7 +178,7 @@ def quantize(
     budget: dict[str, Any] = {}
     if chosen:
         written_weights = Quantized.read(open_quantized(folder), plan)
-        budget = chosen.to_dict() | {"measured_kl": chosen.search.divergence(plan, written_weights.__getitem__)}
+        budget = chosen.to_dict() | {"measured_kl": chosen.search.divergence(plan, written_weights.stored)}
     layers = [layer for line in lines for layer in line["layers"]]
     tuned = [each for line in lines for each in line.get("tuned", [])]
     manifest = {
@@ -285,16 +285,16 @@ def _quantize_and_distill(
     writer = plan.format.writer(folder, plan.dtype, len(plan.units))
     for number, unit in enumerate(plan.units):
         for planned in unit.tensors:
-            writer.add(planned.module if planned.spec else planned.info.name, final[planned])
+            writer.add(planned.module if planned.spec else planned.info.name, final.stored(planned))
         writer.adopt(writer.cut(number).write())
     files = _close(writer, checkpoint, plan, folder)
-    save_reference_logits(plan, recipe, work, final.__getitem__)
+    save_reference_logits(plan, recipe, work, final.stored)
     manifest = read_json(begun / MANIFEST)
     for layer in manifest["coverage"]["layers"]:  # errors of the weights that were there before
         for figure in ("relative_error", "output_error") if layer["name"] in learned.layers else ():
             layer.pop(figure, None)
     if chosen := settled.chosen:
-        manifest["budget"]["measured_kl"] = chosen.search.divergence(plan, final.__getitem__)
+        manifest["budget"]["measured_kl"] = chosen.search.divergence(plan, final.stored)
     manifest |= {
         "fingerprint": fingerprint(checkpoint, source, recipe),
         "recipe": recipe.to_dict() | {"format": plan.format.name},

@@ -59,7 +59,8 @@ class Quantized:
         }
         return Quantized(layers, {t.info.name: checkpoint.read(t.info.name) for t in plan.tensors if not t.spec})
 
-    def __getitem__(self, planned: PlannedTensor) -> Stored:
+    def stored(self, planned: PlannedTensor) -> Stored:
+        """A tensor, or a quantized layer."""
         return self.layers[planned.module] if planned.spec else self.others[planned.info.name]
 
 

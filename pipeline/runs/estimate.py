@@ -154,6 +154,8 @@ def quantized(job: JobPlan, run: Run, checkpoint: Checkpoint, recipe: Recipe, se
     hidden = getattr(config.get_text_config(), "hidden_size", 0)
     disk = artifact + 4 * tokens * hidden * plan.activation_dtype.itemsize
     disk += sum(sum(unit.sizes(plan)) for unit in units)
+    if recipe.distill:
+        disk += artifact  # what it begins with; its state is small beside that
     if beside > total:
         disk += stored_predictions.bytes_per_token() * (text.tokens or 0)
     specs = {spec.name: spec for unit in units for spec in unit.specs if spec}
