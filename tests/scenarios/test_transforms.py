@@ -46,8 +46,9 @@ def test_reloaded_it_is_the_model_that_was_in_memory(
 ) -> None:
     learn(outliers, tmp_path / "out", **recipe_parts(text), keep_inputs=keep_inputs)
     reference = tmp_path / "out.partial" / "reference_logits.safetensors"
-    request = {"artifact": tmp_path / "out", "reference": reference, "device": "cpu", "dtype": "bfloat16"}
-    assert verify_task(request)["tokens"] == 16
+    request = {"artifact": tmp_path / "out", "reference": reference, "stored": True}
+    found = verify_task({**request, "device": "cpu", "dtype": "bfloat16"})
+    assert (found["tokens"], found["max_difference"]) == (16, 0)
     schemes = {layer["scheme"] for layer in read_json(tmp_path / "out" / "bitpress.json")["coverage"]["layers"]}
     assert schemes == {text.rpartition("/")[2].removeprefix("smooth+"), *(["int8-channel"] if keep_inputs else [])}
     assert diagnose(tmp_path / "out").faults == []

@@ -381,7 +381,7 @@ class TestReferenceLogits:
         """As in a fresh process."""
         reference = artifact.with_name("out.partial") / "reference_logits.safetensors"
         return verify.verify_task(
-            {"artifact": str(artifact), "reference": str(reference), "device": "cpu", "dtype": "float32"}
+            {"artifact": artifact, "reference": reference, "stored": True, "device": "cpu", "dtype": "float32"}
         )
 
     @pytest.mark.parametrize(
