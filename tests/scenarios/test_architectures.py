@@ -47,7 +47,13 @@ def test_learned_reloads_as_in_memory(architecture: str, method: dict[str, Any],
     text = Calibration("a text", torch.randint(3, 96, (16, 16), generator=torch.Generator().manual_seed(2)), 0)
     assert learn(tiny(architecture), tmp_path / "out", calibration=text, **method) == []
     reference = str(tmp_path / "out.partial" / "reference_logits.safetensors")
-    request = {"artifact": str(tmp_path / "out"), "reference": reference, "device": "cpu", "dtype": "float32"}
+    request = {
+        "artifact": tmp_path / "out",
+        "reference": reference,
+        "stored": True,
+        "device": "cpu",
+        "dtype": "float32",
+    }
     assert verify_task(request)["tokens"] == 16
     layers = read_json(tmp_path / "out" / "bitpress.json")["coverage"]["layers"]
     assert all(layer["tokens"] == 256 and 0 < layer["output_error"] < layer["relative_error"] for layer in layers)

@@ -136,7 +136,13 @@ def test_each_expert_is_calibrated_by_its_own_tokens(name: str, fused: Any, lear
     text = Calibration("a text", torch.randint(3, 96, (16, 16), generator=torch.Generator().manual_seed(2)), 0)
     notes = learn(fused(name), tmp_path / "out", calibration=text)
     reference = str(tmp_path / "out.partial" / "reference_logits.safetensors")
-    request = {"artifact": str(tmp_path / "out"), "reference": reference, "device": "cpu", "dtype": "float32"}
+    request = {
+        "artifact": tmp_path / "out",
+        "reference": reference,
+        "stored": True,
+        "device": "cpu",
+        "dtype": "float32",
+    }
     assert verify_task(request)["tokens"] == 16
     layers = read_json(tmp_path / "out" / "bitpress.json")["coverage"]["layers"]
     experts = [layer for layer in layers if any(part.isdigit() for part in layer["name"].split(".")[3:])]

@@ -120,6 +120,7 @@ def test_the_transformed_model_computes_what_the_original_computed(
         {
             "artifact": str(out),
             "reference": str(tmp_path / "out.partial" / "reference_logits.safetensors"),
+            "stored": True,
             "device": "cpu",
             "dtype": "float32",
         }

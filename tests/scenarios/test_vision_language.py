@@ -168,7 +168,13 @@ def test_calibrated_on_text_alone(
 ) -> None:
     notes = learn(vision_language(name), tmp_path / "out")
     reference = str(tmp_path / "out.partial" / "reference_logits.safetensors")
-    request = {"artifact": str(tmp_path / "out"), "reference": reference, "device": "cpu", "dtype": "float32"}
+    request = {
+        "artifact": tmp_path / "out",
+        "reference": reference,
+        "stored": True,
+        "device": "cpu",
+        "dtype": "float32",
+    }
     assert verify_task(request)["max_difference"] < 1e-6
     layers = read_json(tmp_path / "out" / "bitpress.json")["coverage"]["layers"]
     unread = [layer["name"] for layer in layers if layer["tokens"] == 0]
