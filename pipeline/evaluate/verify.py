@@ -26,7 +26,6 @@ from ..system.device import pick_device
 from ..system.progress import progress
 from . import worker
 
-PROBE_TOKENS = 64
 # How far apart two forwards of the same weights may be, relative to the largest logit: nothing differs but which
 # process runs, so what is left is the order of sums in the matrix library; a few units of the last place per block.
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

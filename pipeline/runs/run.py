@@ -17,12 +17,12 @@ from ..evaluate.conditions import Conditions
 from ..evaluate.metrics import METRICS, read_metrics
 from ..evaluate.process import Say
 from ..evaluate.results import RESULTS, write_report
-from ..evaluate.verify import PROBE_TOKENS
 from ..evaluate.windows import windows
 from ..hub.download import resolve
 from ..models.pretrained import load_tokenizer
 from ..models.structure import skeleton
 from ..publish.upload import prepare, send
+from ..quantize.block_runner import PROBE_TOKENS
 from ..quantize.recipe import Recipe
 from ..storage import files
 from ..storage.artifacts import is_checkpoint

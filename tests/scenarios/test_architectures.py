@@ -14,7 +14,7 @@ from bitpress.pipeline.api import quantize
 from bitpress.pipeline.checkpoints.coverage import coverage_of
 from bitpress.pipeline.data.calibration import Calibration
 from bitpress.pipeline.errors import CheckpointError, ConfigError
-from bitpress.pipeline.evaluate.verify import in_memory_logits, verify_task
+from bitpress.pipeline.evaluate.verify import in_memory_logits
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import INDEX, Checkpoint, read_json
@@ -42,19 +42,13 @@ def test_reloads_as_in_memory(architecture: str, scheme: str, tiny, tmp_path: Pa
 
 
 @pytest.mark.parametrize("method", [{}, {"options": {"true_sequential": True}, "scheme": "int3-g32"}])
-def test_learned_reloads_as_in_memory(architecture: str, method: dict[str, Any], tiny, learn, tmp_path: Path) -> None:
+def test_learned_reloads_as_in_memory(
+    architecture: str, method: dict[str, Any], tiny, learn, proved, tmp_path: Path
+) -> None:
     """By gptq, against the logits of the very model that it worked on; what it knows of the inputs pays."""
     text = Calibration("a text", torch.randint(3, 96, (16, 16), generator=torch.Generator().manual_seed(2)), 0)
     assert learn(tiny(architecture), tmp_path / "out", calibration=text, **method) == []
-    reference = str(tmp_path / "out.partial" / "reference_logits.safetensors")
-    request = {
-        "artifact": tmp_path / "out",
-        "reference": reference,
-        "stored": True,
-        "device": "cpu",
-        "dtype": "float32",
-    }
-    assert verify_task(request)["tokens"] == 16
+    assert proved(tmp_path / "out")["tokens"] == 16
     layers = read_json(tmp_path / "out" / "bitpress.json")["coverage"]["layers"]
     assert all(layer["tokens"] == 256 and 0 < layer["output_error"] < layer["relative_error"] for layer in layers)
 

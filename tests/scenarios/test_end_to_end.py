@@ -18,9 +18,10 @@ from bitpress.eval.measure import scores, statistics
 from bitpress.eval.measure.protocols import halves
 from bitpress.pipeline.config.schema import Eval, Model, Run
 from bitpress.pipeline.errors import ConfigError, DiskError, NumericsError
-from bitpress.pipeline.evaluate import verify, worker
+from bitpress.pipeline.evaluate import worker
 from bitpress.pipeline.hub.download import resolve
 from bitpress.pipeline.models.loading import load
+from bitpress.pipeline.quantize.block_runner import PROBE_TOKENS
 from bitpress.pipeline.runs.run import Outcome, execute, summarize
 from bitpress.pipeline.storage import files as store
 
@@ -148,7 +149,7 @@ class TestFinished:
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_reloads_as_it_was_in_memory(self, metrics: dict[str, dict[str, Any]], scheme: str) -> None:
         found = metrics[scheme]["reload"]
-        assert found["tokens"] == verify.PROBE_TOKENS
+        assert found["tokens"] == PROBE_TOKENS
         assert found["max_difference"] <= found["tolerance"] <= 1e-5
 
     @pytest.mark.parametrize(("scheme", "limit"), [("int4-g128", 4.3), ("int8-dynamic", 8.1)])

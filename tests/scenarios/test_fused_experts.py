@@ -16,7 +16,7 @@ from bitpress.eval.measure.protocols import halves
 from bitpress.pipeline.api import convert, quantize
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.data.calibration import Calibration
-from bitpress.pipeline.evaluate.verify import in_memory_logits, verify_task
+from bitpress.pipeline.evaluate.verify import in_memory_logits
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.models.modules import names_of_experts, part_experts
 from bitpress.pipeline.models.quantized import read_quantized
@@ -131,19 +131,13 @@ def test_reloads_as_transformers_runs_its_weights(name: str, scheme: str, fused:
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "llama4", "qwen3_moe", "jetmoe", "dbrx"])
-def test_each_expert_is_calibrated_by_its_own_tokens(name: str, fused: Any, learn: Any, tmp_path: Path) -> None:
+def test_each_expert_is_calibrated_by_its_own_tokens(
+    name: str, fused: Any, learn: Any, proved: Any, tmp_path: Path
+) -> None:
     """Against the logits of the very model that gptq worked on, whose experts were dense."""
     text = Calibration("a text", torch.randint(3, 96, (16, 16), generator=torch.Generator().manual_seed(2)), 0)
     notes = learn(fused(name), tmp_path / "out", calibration=text)
-    reference = str(tmp_path / "out.partial" / "reference_logits.safetensors")
-    request = {
-        "artifact": tmp_path / "out",
-        "reference": reference,
-        "stored": True,
-        "device": "cpu",
-        "dtype": "float32",
-    }
-    assert verify_task(request)["tokens"] == 16
+    assert proved(tmp_path / "out")["tokens"] == 16
     layers = read_json(tmp_path / "out" / "bitpress.json")["coverage"]["layers"]
     experts = [layer for layer in layers if any(part.isdigit() for part in layer["name"].split(".")[3:])]
     tokens = {layer["tokens"] for layer in experts}

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bitpress.kernels.discovery import discover
 from bitpress.pipeline import api, methods
-from bitpress.pipeline.evaluate import verify
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json
 
@@ -100,7 +99,7 @@ def relative(folder: Path, source: Path) -> float:
 @pytest.mark.usefixtures("smooth")
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "phi3", "gpt_neox"])
 def test_the_transformed_model_computes_what_the_original_computed(
-    name: str, tiny: Callable[..., Path], tmp_path: Path, learn: Callable[..., Any]
+    name: str, tiny: Callable[..., Path], tmp_path: Path, learn: Callable[..., Any], proved: Callable[..., Any]
 ) -> None:
     """As well as INT8 allows; without the norms' part, the logits would be others altogether."""
     source, out = tiny(name), tmp_path / "out"
@@ -116,12 +115,4 @@ def test_the_transformed_model_computes_what_the_original_computed(
     layers = read_json(out / "bitpress.json")["coverage"]["layers"]
     assert {layer["method"] for layer in layers} == {"smooth"}
     assert all(layer["note"].startswith("inputs up to") for layer in layers if ".experts." not in layer["name"])
-    verify.verify_task(
-        {
-            "artifact": str(out),
-            "reference": str(tmp_path / "out.partial" / "reference_logits.safetensors"),
-            "stored": True,
-            "device": "cpu",
-            "dtype": "float32",
-        }
-    )
+    proved(out)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.config.schema import recipe_parts
 from bitpress.pipeline.errors import ConfigError
-from bitpress.pipeline.evaluate.verify import verify_task
 from bitpress.pipeline.models.loading import load_model
 from bitpress.pipeline.quantize.recipe import Recipe
 from bitpress.pipeline.storage.checkpoint import Checkpoint, read_json
@@ -42,12 +42,10 @@ def test_smoothing_takes_the_outliers_out_of_the_inputs(outliers: Path, tmp_path
     [("awq+gptq/int4-g32", 0.0), ("smooth+gptq/int8-dynamic", 0.2), ("smooth+int8-static", 0.2)],
 )
 def test_reloaded_it_is_the_model_that_was_in_memory(
-    text: str, keep_inputs: float, outliers: Path, tmp_path: Path, learn: Learn
+    text: str, keep_inputs: float, outliers: Path, tmp_path: Path, learn: Learn, proved: Any
 ) -> None:
     learn(outliers, tmp_path / "out", **recipe_parts(text), keep_inputs=keep_inputs)
-    reference = tmp_path / "out.partial" / "reference_logits.safetensors"
-    request = {"artifact": tmp_path / "out", "reference": reference, "stored": True}
-    found = verify_task({**request, "device": "cpu", "dtype": "bfloat16"})
+    found = proved(tmp_path / "out", "bfloat16")
     assert (found["tokens"], found["max_difference"]) == (16, 0)
     schemes = {layer["scheme"] for layer in read_json(tmp_path / "out" / "bitpress.json")["coverage"]["layers"]}
     assert schemes == {text.rpartition("/")[2].removeprefix("smooth+"), *(["int8-channel"] if keep_inputs else [])}

@@ -377,13 +377,6 @@ def test_three_state_files_at_most(source: Path, out: Path, learn: Learn, monkey
 
 
 class TestReferenceLogits:
-    def check(self, artifact: Path) -> dict[str, Any]:
-        """As in a fresh process."""
-        reference = artifact.with_name("out.partial") / "reference_logits.safetensors"
-        return verify.verify_task(
-            {"artifact": artifact, "reference": reference, "stored": True, "device": "cpu", "dtype": "float32"}
-        )
-
     @pytest.mark.parametrize(
         ("name", "changes"),
         [
@@ -400,11 +393,11 @@ class TestReferenceLogits:
         ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value.values())) or "int4-g32",
     )
     def test_the_artifact_is_what_was_in_memory(
-        self, name: str, changes: dict[str, Any], tiny: Any, out: Path, learn: Learn
+        self, name: str, changes: dict[str, Any], tiny: Any, out: Path, learn: Learn, proved: Any
     ) -> None:
         """To the bit, as the same tokens go through it in the same order: inputs are rounded in memory, too."""
         learn(tiny(name), out, **({"method": "auto", "scheme": "auto"} if "budget" in changes else {}) | changes)
-        found = self.check(out)
+        found = proved(out)
         assert (found["tokens"], found["max_difference"]) == (16, 0)
         rounded = any(
             layer["scheme"].endswith(("dynamic", "static", "asym"))
@@ -423,7 +416,15 @@ class TestReferenceLogits:
         ],
     )
     def test_the_check_fails_where_it_is_not(
-        self, tiny: Any, out: Path, scheme: str, suffix: str, factor: float, learn: Learn, edit_tensors: Any
+        self,
+        tiny: Any,
+        out: Path,
+        scheme: str,
+        suffix: str,
+        factor: float,
+        learn: Learn,
+        edit_tensors: Any,
+        proved: Any,
     ) -> None:
         learn(tiny("llama"), out, scheme=scheme)
 
@@ -435,7 +436,7 @@ class TestReferenceLogits:
         for path in out.glob("*.safetensors"):
             edit_tensors(path, spoil)
         with pytest.raises(NumericsError, match="reloaded from its files it gives other logits than in memory"):
-            self.check(out)
+            proved(out)
 
     def test_is_asked_for_where_it_is_gone(self, tiny: Any, out: Path, learn: Learn) -> None:
         learn(tiny("llama"), out)
