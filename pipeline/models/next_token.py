@@ -11,6 +11,7 @@ of scores, goes through transformers' loop.
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -25,6 +26,8 @@ from bitpress.kernels.cpu.native import dense_unsupported
 from bitpress.kernels.decoder_layer import Context, NativeDecoder, head_unsupported
 from bitpress.kernels.linear import QLinear
 
+from .fusing import Trials, Unfit
+
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _OTHERS = ("assistant_model", "custom_generate", "tokenizer", "synced_gpus", "negative_prompt_ids", "position_ids")
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
@@ -35,17 +38,13 @@ _TRIAL = (3, 5, 2, 7)  # tokens, the first of them a prompt
 Read = Callable[[int], tuple[int, Tensor, Tensor]]
 
 
-class _Unfit(Exception):
-    """Why a model's `generate` is left as it is."""
-
-
 class NextToken:
     """What chooses the next tokens of a model whose decoder runs in one call.
 
     Args:
         whole: the WholeDecoder of optimize.py, which imports this file.
     Raises:
-        _Unfit: its embedding or head are others.
+        Unfit: its embedding or head are others.
     """
 
     def __init__(self, model: PreTrainedModel, whole: Any):
@@ -57,9 +56,9 @@ class NextToken:
         elif "decoding" in getattr(self.head, "__dict__", {}):
             reason, weight, self.dtype = dense_unsupported(self.head.weight), self.head.weight, self.head.weight.dtype
         else:
-            raise _Unfit("its head is not a linear layer that the library multiplies by")
+            raise Unfit("its head is not a linear layer that the library multiplies by")
         if reason is not None:
-            raise _Unfit(reason)
+            raise Unfit(reason)
         rows = self.embed.weight if type(self.embed) is nn.Embedding and self.embed.max_norm is None else None
         if rows is not None and (rows.dtype != self.dtype or not rows.is_contiguous() or whole.positions is not None):
             rows = None
@@ -143,34 +142,40 @@ class NextToken:
         return read
 
 
-@torch.inference_mode()
-def choose_tokens(model: PreTrainedModel, whole: Any) -> str | None:
+def choose_tokens(model: PreTrainedModel, whole: Any, trials: Trials) -> str | None:
     """Let `generate` have one call a token, or say in a few words why it does not.
 
     It does after some tokens had the same logits, to the bit, as by the model's own forward.
     """
     if "generate" in model.__dict__:
         return "its generate was replaced"
-    name = cache_name(model) or "past_key_values"
     try:
         own = NextToken(model, whole)
-        theirs, ours = DynamicCache(config=model.config), DynamicCache(config=model.config)
-        run: Any = model
-        for cache in (theirs, ours):
-            run(input_ids=torch.tensor([_TRIAL[:1]]), **{name: cache}, use_cache=True)
-        read = own.reader(ours, 1)
-        for token in _TRIAL[1:]:
-            expected = run(input_ids=torch.tensor([[token]]), **{name: theirs}, use_cache=True).logits[:, -1]
-            best, largest, logits = read(token)
-            if not torch.equal(logits, expected) or best != int(expected.argmax(-1)) or largest != expected.amax():
-                raise _Unfit("the model computes something else than its decoder and a head")
-    except _Unfit as reason:
+        trials.run("tokens", functools.partial(_try_tokens, own))
+    except Unfit as reason:
         return str(reason)
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        return f"the model cannot be tried: {error}"
     model.decoding = own  # type: ignore[assignment]
     model.generate = MethodType(_generate, model)  # type: ignore[assignment]
     return None
+
+
+@torch.inference_mode()
+def _try_tokens(own: NextToken) -> None:
+    """Raises Unfit: a token's logits are others than by the model's own forward, or it cannot be run so."""
+    model: Any = own.model
+    name = cache_name(model) or "past_key_values"
+    try:
+        theirs, ours = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        for cache in (theirs, ours):
+            model(input_ids=torch.tensor([_TRIAL[:1]]), **{name: cache}, use_cache=True)
+        read = own.reader(ours, 1)
+        for token in _TRIAL[1:]:
+            expected = model(input_ids=torch.tensor([[token]]), **{name: theirs}, use_cache=True).logits[:, -1]
+            best, largest, logits = read(token)
+            if not torch.equal(logits, expected) or best != int(expected.argmax(-1)) or largest != expected.amax():
+                raise Unfit("the model computes something else than its decoder and a head")
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        raise Unfit(f"the model cannot be tried: {error}") from error
 
 
 def _generate(model: Any, *arguments: Any, **options: Any) -> Any:

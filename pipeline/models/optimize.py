@@ -18,9 +18,9 @@ import inspect
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -47,6 +47,7 @@ from bitpress.kernels.decoder_layer import (
 )
 from bitpress.kernels.linear import QExperts, QLinear, inputs_left_alone, join_projections
 
+from .fusing import Fusing, Trials, Unfit
 from .kv_cache import CacheRounding, interceptions
 from .next_token import NextToken, choose_tokens
 from .structure import decoder
@@ -112,48 +113,6 @@ _CONVERTED = (
 )  # numbers of a parameter that is made float32 for the trial: no embeddings, whose rows are looked up
 
 
-@dataclass(frozen=True)
-class Fusing:
-    """How many of the model's `of` decoder layers run in one call. why: reason against it -> number of layers.
-
-    apart: why all layers together do not run in one call, though each does; None if they do, or some layers do not.
-    around: why the embedding and the head do not run in that call; None if they do, or there is no such call.
-    """
-
-    fused: int
-    of: int
-    why: dict[str, int]
-    apart: str | None = None
-    around: str | None = None
-
-
-class _Unfit(Exception):
-    """Why a layer is left as it is."""
-
-
-class Trials:
-    """What trials of a model's parts showed. What is known from the same weights and programs is not tried again.
-
-    Attributes:
-        outcomes: trial -> why not, None where all agreed.
-    """
-
-    def __init__(self, known: Mapping[str, str | None] | None = None):
-        self.outcomes = dict(known or {})
-
-    def run(self, name: str, trial: Callable[[], None]) -> None:
-        """Raises _Unfit where the trial does, or did."""
-        if name not in self.outcomes:
-            try:
-                trial()
-            except _Unfit as reason:
-                self.outcomes[name] = str(reason)
-                raise
-            self.outcomes[name] = None
-        elif (why := self.outcomes[name]) is not None:
-            raise _Unfit(why)
-
-
 def optimize_for_decoding(model: PreTrainedModel, trials: Trials | None = None) -> None:
     """Speed up a model whose layers are all in place.
 
@@ -189,7 +148,7 @@ def fuse(model: PreTrainedModel, trials: Trials | None = None) -> Fusing:
             with _in_float32(layer):
                 step = _Decoding(layer, _parts(layer), rotary, masks, caches[0])
                 trials.run(f"layer {number}", functools.partial(_try_layer, step, *caches))
-        except _Unfit as reason:
+        except Unfit as reason:
             why[str(reason)] += 1
         else:
             steps.append(step)
@@ -202,15 +161,12 @@ def fuse(model: PreTrainedModel, trials: Trials | None = None) -> Fusing:
         whole = WholeDecoder(base, steps, path.rpartition(".")[2])
         with _in_float32(base), _small_window(whole.config):
             trials.run("decoder", functools.partial(_try_whole, base, whole))
-            if whole.output is None:  # it was tried before
-                with torch.inference_mode():
-                    whole.output = type(type(base).forward(base, torch.zeros(1, 1, dtype=torch.int64), use_cache=False))
-    except _Unfit as reason:
+    except Unfit as reason:
         apart = str(reason)
     else:
         base.decoding = whole  # type: ignore[assignment]
         base.forward = MethodType(_forward_of_all, base)
-        around = choose_tokens(model, whole)
+        around = choose_tokens(model, whole, trials)
     return Fusing(len(layers), len(layers), {}, apart, around)
 
 
@@ -474,26 +430,26 @@ class _Decoding:
     Args:
         cache: such as the model makes; tells whether the layer has a window.
     Raises:
-        _Unfit: the library cannot run these parts.
+        Unfit: the library cannot run these parts.
     """
 
     def __init__(self, layer: nn.Module, parts: Parts, rotary: nn.Module | None, masks: _Masks, cache: DynamicCache):
         if reason := parts.unsupported():
-            raise _Unfit(reason)
+            raise Unfit(reason)
         if any("forward" in module.__dict__ for module in layer.modules()):
-            raise _Unfit("its forward was replaced")
+            raise Unfit("its forward was replaced")
         changes = interceptions(layer)
         self.interceptions = list(changes)  # hooks that the one call does the work of
         self.rounding: CacheRounding | None = None  # what rounds keys and values on their way to the cache
         self.coding: Coding | None = None  # how the cache holds them then
         for change in changes.values():
             if not isinstance(change, CacheRounding) or self.rounding is not None:
-                raise _Unfit("its keys and values are changed on their way to the cache")
+                raise Unfit("its keys and values are changed on their way to the cache")
             scales = [scale for place in (0, 1) if (scale := change.scale(place)) is not None]
             if any(scale.numel() not in (1, parts.key_heads) for scale in scales):
-                raise _Unfit(f"its cache has no scale for each of {parts.key_heads} heads")
+                raise Unfit(f"its cache has no scale for each of {parts.key_heads} heads")
             if isinstance(how := coding(change.cache, parts.dim), str):
-                raise _Unfit(how)
+                raise Unfit(how)
             self.rounding, self.coding = change, how
         self.layer, self.parts, self.masks = layer, parts, masks
         self.native = NativeLayers([NativeLayer(parts)])
@@ -505,7 +461,7 @@ class _Decoding:
         kinds = self.rotary is not None and "layer_type" in inspect.signature(self.rotary.forward).parameters
         self.kind = self.config.layer_types[self.index] if kinds else None  # of several tables of the rotation
         if self.index >= len(cache.layers):
-            raise _Unfit("its cache is not one of its own")
+            raise Unfit("its cache is not one of its own")
         self.slides = isinstance(cache.layers[self.index], DynamicSlidingWindowLayer)
         self.children: list[tuple[dict, dict]] | None = None
         self.hooks: list[dict] = []
@@ -640,7 +596,7 @@ class WholeDecoder:
         self.embed, self.positions, self.norm, norm = _around(base, layers)
         self.native = NativeLayers([step.native.layers[0] for step in steps], norm)
         self.config: Any = steps[0].config
-        self.output: Any = None  # the class of what the decoder returns
+        self.output = _output(base, layers)
         self.cache = cache_name(base) or "past_key_values"  # what its forward and its output call it
         self.children: list[dict] | None = None
         self.compared: list[dict] = []
@@ -771,9 +727,9 @@ def _fuse_head(model: PreTrainedModel, trials: Trials) -> None:
     def trial() -> None:
         x = torch.randn(1, head.in_features, generator=torch.Generator().manual_seed(0)).to(head.weight.dtype)
         if not _close(step(x).float(), nn.Linear.forward(head, x).float(), _HEAD_TOLERANCE):
-            raise _Unfit("the library's product differs")
+            raise Unfit("the library's product differs")
 
-    with suppress(_Unfit):
+    with suppress(Unfit):
         trials.run("head", trial)
         head.decoding = step
         head.forward = MethodType(_forward_of_head, head)
@@ -788,7 +744,7 @@ def _around(base: nn.Module, layers: str) -> tuple[str, str | None, str, Norm]:
     """What is around a decoder's layers: its embeddings, those of positions, its last norm, and what that computes.
 
     Raises:
-        _Unfit: there is something else.
+        Unfit: there is something else.
     """
     parts = {name for name, module in base.named_children() if not isinstance(module, _NOTHING)}
     for embed, positions, norm, rotary in _DECODERS:
@@ -796,11 +752,29 @@ def _around(base: nn.Module, layers: str) -> tuple[str, str | None, str, Norm]:
             break
     else:
         expected = ", ".join(name for name in (_DECODERS[0][0], layers, *_DECODERS[0][2:]) if name)
-        raise _Unfit(f"the decoder has {', '.join(sorted(parts))}, and a Llama's {expected}")
+        raise Unfit(f"the decoder has {', '.join(sorted(parts))}, and a Llama's {expected}")
     if "forward" in base.__dict__:
-        raise _Unfit("the decoder's forward was replaced")
+        raise Unfit("the decoder's forward was replaced")
     with _in_float32(base.get_submodule(norm)):
         return embed, positions, norm, _norm(norm, base.get_submodule(norm))
+
+
+@torch.inference_mode()
+def _output(base: nn.Module, layers: str) -> Any:
+    """The class of what a decoder returns. It is run without its layers, as to read them all takes long.
+
+    Raises:
+        Unfit: it cannot be run so.
+    """
+    own: Any = type(base).forward
+    kept = base._modules[layers]
+    base._modules[layers] = nn.ModuleList()
+    try:
+        return type(own(base, torch.zeros(1, 1, dtype=torch.int64), use_cache=False))
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        raise Unfit(f"the decoder cannot be run without its layers: {error}") from error
+    finally:
+        base._modules[layers] = kept
 
 
 @torch.inference_mode()
@@ -810,7 +784,7 @@ def _try_whole(base: nn.Module, whole: WholeDecoder) -> None:
     In float32 nothing is rounded between two layers, so both agree to the last bits of the norm.
 
     Raises:
-        _Unfit: they differ, or the decoder cannot be run by itself.
+        Unfit: they differ, or the decoder cannot be run by itself.
     """
     own: Any = type(base).forward
     embed: Any = base.get_submodule(whole.embed)
@@ -824,23 +798,22 @@ def _try_whole(base: nn.Module, whole: WholeDecoder) -> None:
         texts: list[dict[str, Any]] = [{"input_ids": ids[:, :1]}, {"inputs_embeds": x[:, :1]}]
         by_ids, by_rows = (own(base, use_cache=False, **text).last_hidden_state for text in texts)
         if not torch.equal(by_ids, by_rows):
-            raise _Unfit("the decoder does more with its embeddings than to look them up")
+            raise Unfit("the decoder does more with its embeddings than to look them up")
         start = 0
         for piece in _PIECES:
             end = start + piece
             arguments = {"inputs_embeds": x[:, start:end].float(), "attention_mask": seen[:, :end].long()}
             expected = own(base, **{whole.cache: theirs}, use_cache=True, **arguments)
-            whole.output = type(expected)
             ours_too: dict[str, Any] = {whole.cache: ours, **arguments}
             got = whole(None, use_cache=True, **ours_too)
             if got is None:
-                raise _Unfit("the decoder's arguments are not those of a Llama's")
+                raise Unfit("the decoder's arguments are not those of a Llama's")
             real = seen[:, start:end]
             if not _close(got.last_hidden_state[real], expected.last_hidden_state[real], _EXACT_TOLERANCE):
-                raise _Unfit("the decoder computes something else than its layers and a norm")
+                raise Unfit("the decoder computes something else than its layers and a norm")
             start = end
     except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        raise _Unfit(f"the decoder cannot be tried by itself: {error}") from error
+        raise Unfit(f"the decoder cannot be tried by itself: {error}") from error
 
 
 def _cache_in(arguments: dict[str, Any]) -> Any:
@@ -852,7 +825,7 @@ def _attention_of(layer: nn.Module) -> Any:
     """The part of a layer that attention is done by: that which the first of its linear layers belongs to.
 
     Raises:
-        _Unfit: it has none.
+        Unfit: it has none.
     """
     names = _names(dict(layer.named_modules()), _ATTENTIONS)
     return layer.get_submodule(str(names[0]).rpartition(".")[0])
@@ -862,13 +835,13 @@ def _names(modules: dict[str, nn.Module], rows: tuple[tuple[str | None, ...], ..
     """The first row all of whose names are modules.
 
     Raises:
-        _Unfit: there is none; says what is missing of the row that most of is there.
+        Unfit: there is none; says what is missing of the row that most of is there.
     """
     missing = [[name for name in row if name and name not in modules] for row in rows]
     shares = [len(absent) / sum(name is not None for name in row) for absent, row in zip(missing, rows)]
     best = shares.index(min(shares))
     if missing[best]:
-        raise _Unfit(f"it has no {missing[best][0]}")
+        raise Unfit(f"it has no {missing[best][0]}")
     return rows[best]
 
 
@@ -876,7 +849,7 @@ def _parts(layer: nn.Module) -> Parts:
     """The parts of a layer, by its modules' names and by what they compute.
 
     Raises:
-        _Unfit: a part is missing, or the layer has another one.
+        Unfit: a part is missing, or the layer has another one.
     """
     modules = dict(layer.named_modules())
     attention = _attention_of(layer)
@@ -894,18 +867,18 @@ def _parts(layer: nn.Module) -> Parts:
     for name, module in modules.items():
         holds = not name or any(each.startswith(f"{name}.") for each in used)
         if not holds and not isinstance(module, _NOTHING) and not f"{name}.".startswith(tuple(f"{u}." for u in used)):
-            raise _Unfit(f"it has a {name}, which no layer that can be fused has")
+            raise Unfit(f"it has a {name}, which no layer that can be fused has")
     for name in (*names, *mlp):
         if name and not isinstance(modules[name], QLinear):
-            raise _Unfit(f"{name} is not quantized")
+            raise Unfit(f"{name} is not quantized")
     dim, scale = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
     says = isinstance(getattr(attention, "layer_idx", None), int) and hasattr(attention, "config")
     if not isinstance(dim, int) or not isinstance(scale, float) or not says:
-        raise _Unfit("attention does not say its head_dim, scaling, layer_idx and config")
+        raise Unfit("attention does not say its head_dim, scaling, layer_idx and config")
     cap = getattr(attention, "attn_logit_softcapping", None)
     kind = attention.config._attn_implementation
     if kind != ("sdpa" if cap is None else "eager"):
-        raise _Unfit(f"attention is {kind}, not {'sdpa' if cap is None else 'eager'}")
+        raise Unfit(f"attention is {kind}, not {'sdpa' if cap is None else 'eager'}")
     linears: Any = tuple(None if name is None else modules[name] for name in (*names, *mlp))
     norms = tuple(None if name is None else _norm(name, modules[name]) for name in (*around, *heads))
     outputs, mixed = linears[0].out_features, linears[3].in_features
@@ -918,26 +891,26 @@ def _experts(modules: dict[str, nn.Module]) -> Experts:
     """The experts of a layer, and how its router sends tokens to them.
 
     Raises:
-        _Unfit: it does so in another way.
+        Unfit: it does so in another way.
     """
     router, gates, downs = (modules.get(name) for name in _EXPERTS)
     weight = getattr(router, "weight", None)
     if router is None or not isinstance(weight, Tensor) or downs is None:
-        raise _Unfit(f"its experts have no {' or '.join(_EXPERTS[:1] + _EXPERTS[2:])}")
+        raise Unfit(f"its experts have no {' or '.join(_EXPERTS[:1] + _EXPERTS[2:])}")
     if not isinstance(gates, QExperts) or not isinstance(downs, QExperts) or gates.interleaved:
-        raise _Unfit("its experts are not quantized, or gates and ups alternate")
+        raise Unfit("its experts are not quantized, or gates and ups alternate")
     linears: Any = []
     each_gate: Any
     for each_gate, down in zip(gates.experts, downs.experts):
         expert: list[Any] = [*each_gate, *([None] if len(each_gate) == 1 else []), *down.children()]
         if len(expert) != 3 or not all(each is None or isinstance(each, QLinear) for each in expert):
-            raise _Unfit("some experts are not quantized")
+            raise Unfit("some experts are not quantized")
         linears.append(tuple(expert))
     hidden = weight.shape[1]
     x = torch.randn(16, hidden, generator=torch.Generator().manual_seed(0))
     outputs: Any = router(x)
     if not isinstance(outputs, tuple) or len(outputs) != 3:
-        raise _Unfit("its router does not say which experts it chose")
+        raise Unfit("its router does not say which experts it chose")
     _, shares, chosen = outputs
     probabilities = (x @ weight.float().t()).softmax(-1)
     top, expected = probabilities.topk(shares.shape[-1], dim=-1)
@@ -945,7 +918,7 @@ def _experts(modules: dict[str, nn.Module]) -> Experts:
     if renormalized:
         top = top / top.sum(-1, keepdim=True)
     if not torch.equal(chosen, expected) or not _close(shares, top, _EXACT_TOLERANCE):
-        raise _Unfit("its router computes something else than the softmax of a product")
+        raise Unfit("its router computes something else than the softmax of a product")
     shared = modules.get(_SHARED_GATE)
     gate = None if shared is None else getattr(shared, "weight", None)
     if shared is not None:
@@ -957,11 +930,11 @@ def _norm(name: str, module: nn.Module) -> Norm:
     """The weight, bias and epsilon of an RMS norm or a LayerNorm. What counts is the output: some store weights less 1.
 
     Raises:
-        _Unfit: it computes something else.
+        Unfit: it computes something else.
     """
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
-        raise _Unfit(f"{name} is not a norm with a weight")
+        raise Unfit(f"{name} is not a norm with a weight")
     count = weight.numel()
     signs = torch.ones(count)
     signs[::2] = -1  # of mean 0 and mean square 1, for the even counts that layers have
@@ -973,23 +946,23 @@ def _norm(name: str, module: nn.Module) -> Norm:
         norm = Norm(scales, eps, bias if bias.any() else None, centered)
         if _close(module(x), y * torch.rsqrt(y.square().mean() + eps) * scales + bias, _EXACT_TOLERANCE):
             return norm
-    raise _Unfit(f"{name} is neither an RMS norm nor a LayerNorm")
+    raise Unfit(f"{name} is neither an RMS norm nor a LayerNorm")
 
 
 def _activation(name: str | None, modules: dict[str, nn.Module]) -> str:
     """The name of an activation function, by what it computes.
 
     Raises:
-        _Unfit: NativeLayer has no such function.
+        Unfit: NativeLayer has no such function.
     """
     if name is None:
-        raise _Unfit(f"it has no {_ACT[0]}")
+        raise Unfit(f"it has no {_ACT[0]}")
     x = torch.linspace(-8, 8, 1001)
     functions = (F.silu(x), F.gelu(x, approximate="tanh"), F.gelu(x), F.relu(x))
     for activation, expected in zip(ACTIVATIONS, functions):
         if _close(modules[name](x), expected, _EXACT_TOLERANCE):
             return activation
-    raise _Unfit(f"{name} is {type(modules[name]).__name__}")
+    raise Unfit(f"{name} is {type(modules[name]).__name__}")
 
 
 @contextmanager
@@ -1041,11 +1014,11 @@ def _try(step: _Decoding, theirs: Any, ours: Any) -> None:
     Args:
         theirs, ours: caches in which nothing of this layer is yet.
     Raises:
-        _Unfit: they differ, or the layer cannot be run by itself.
+        Unfit: they differ, or the layer cannot be run by itself.
     """
     layer, config = step.layer, step.config
     if step.rotary is None and "position_embeddings" in step.names:
-        raise _Unfit("the model has no rotary_emb")
+        raise Unfit("the model has no rotary_emb")
     count, first = sum(_PIECES), torch.tensor(_FIRST)
     x = torch.randn(len(first), count, step.native.hidden, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(_POSITION, _POSITION + count).unsqueeze(0)
@@ -1073,13 +1046,13 @@ def _try(step: _Decoding, theirs: Any, ours: Any) -> None:
                     layer, rows, position_ids=positions[:, start:end], use_cache=True, **{name: theirs}, **arguments
                 )
                 if not step.serves(rows, {name: ours, **arguments}):
-                    raise _Unfit(f"its cache is a {type(ours.layers[step.index]).__name__}")
+                    raise Unfit(f"its cache is a {type(ours.layers[step.index]).__name__}")
                 got = step(rows, {name: ours, **arguments})
                 real = places[start:end] >= first.unsqueeze(1)
                 _compare((got - rows)[real], (expected - rows)[real])
                 start = end
         except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-            raise _Unfit(f"it cannot be tried by itself: {error}") from error
+            raise Unfit(f"it cannot be tried by itself: {error}") from error
     for states in ("keys", "values"):
         own, right = (getattr(cache.layers[step.index], states) for cache in (ours, theirs))
         real = (places[-own.shape[2] :] >= first.unsqueeze(1)).unsqueeze(1).expand(own.shape[:3])
@@ -1092,7 +1065,7 @@ def _try_cap(step: _Decoding, tried: Any) -> None:
     Args:
         tried: the cache that its own forward left.
     Raises:
-        _Unfit: outputs differ.
+        Unfit: outputs differ.
     """
     attention, parts = _attention_of(step.layer), step.parts
     keys = tried.layers[step.index].keys
@@ -1112,4 +1085,4 @@ def _try_cap(step: _Decoding, tried: Any) -> None:
 
 def _compare(got: Tensor, expected: Tensor) -> None:
     if not _close(got, expected, _TOLERANCE):
-        raise _Unfit("it computes something else than its parts say")
+        raise Unfit("it computes something else than its parts say")

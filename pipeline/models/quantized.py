@@ -1,7 +1,8 @@
 """What the files of a quantized checkpoint hold, from headers."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +13,7 @@ from ..errors import CheckpointError, listing
 from ..formats import quantization_section, quantized_cache, read_config
 from ..formats.base import CACHE_SCALES, Format
 from ..storage.checkpoint import Checkpoint
+from ..system.remembered import remembered
 from .kv_cache import StoredCache, stored_cache
 from .structure import ParameterPath, TensorNames, skeleton, tied, tied_copies, weight_kind
 
@@ -56,8 +58,9 @@ def read_quantized(
     """
     format, rules = read_config(checkpoint)
     model = skeleton(checkpoint, dtype) if model is None else model
-    names = TensorNames(model)
-    quantized = _quantized_layers(checkpoint, format, model, names)
+    candidates = _candidates(checkpoint, format)
+    names = _names(checkpoint, format, model, candidates)
+    quantized = _quantized_layers(checkpoint, format, model, names, candidates)
     owned = {f"{layer}.{suffix}" for layer in quantized for suffix in format.suffixes}
     plain = {name: names.target(name) for name in checkpoint.tensors if name not in owned}
     cache: StoredCache | None = None
@@ -88,14 +91,39 @@ def read_quantized(
     return QuantizedCheckpoint(format, model, names, quantized, schemes, kinds, shapes, plain, shared, cache)
 
 
+def _candidates(checkpoint: Checkpoint, format: Format) -> list[str]:
+    """What has a tensor that a quantized layer of this format has, and others have not."""
+    telling = [f".{suffix}" for suffix in format.suffixes if suffix != "weight"]
+    named = (name.removesuffix(suffix) for name in checkpoint.tensors for suffix in telling if name.endswith(suffix))
+    return list(dict.fromkeys(named))
+
+
+def _names(checkpoint: Checkpoint, format: Format, model: PreTrainedModel, candidates: list[str]) -> TensorNames:
+    """The names of a checkpoint's tensors and layers, remembered since it was loaded before.
+
+    Raises:
+        CheckpointError: see TensorNames.target.
+    """
+    parts = {f"{layer}.{suffix}" for layer in candidates for suffix in format.suffixes}
+    asked = [f"{layer}.weight" for layer in candidates] + [name for name in checkpoint.tensors if name not in parts]
+
+    def ask() -> dict[str, Any]:
+        fresh = TensorNames(model)
+        return {name: astuple(fresh.target(name)) for name in asked}
+
+    key = {"config": checkpoint.config, "model": type(model).__name__, "names": asked}
+    known = remembered("names", key, ask, keep=lambda answer: True)
+    places = {
+        name: ParameterPath(parameter, expert and tuple(expert), *others)
+        for name, (parameter, expert, *others) in known.items()
+    }
+    return TensorNames(model, places)
+
+
 def _quantized_layers(
-    checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: TensorNames
+    checkpoint: Checkpoint, format: Format, model: PreTrainedModel, names: TensorNames, candidates: list[str]
 ) -> dict[str, ParameterPath]:
     """Every layer with the format's marker, and every linear layer that has lost it but not the rest: its weight."""
-    telling = [f".{suffix}" for suffix in format.suffixes if suffix != "weight"]
-    candidates = dict.fromkeys(
-        name.removesuffix(suffix) for name in checkpoint.tensors for suffix in telling if name.endswith(suffix)
-    )
     layers, marked = {}, set(format.layers(checkpoint.tensors))
     for layer in candidates:
         target = names.target(f"{layer}.weight")

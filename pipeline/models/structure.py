@@ -6,6 +6,7 @@ vision-language model is built whole, and its decoder blocks are those of its te
 """
 
 import copy
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -30,6 +31,7 @@ from transformers.core_model_loading import (
     Transpose,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     apply_renamings,
     build_glob_alternation,
     rename_source_key,
@@ -225,24 +227,27 @@ def towers(model: PreTrainedModel) -> list[str]:
 
 
 class TensorNames:
-    """Translates a checkpoint's tensor names into the model's, by transformers' own rules of renaming and merging."""
+    """Translates a checkpoint's tensor names into the model's, by transformers' own rules of renaming and merging.
 
-    def __init__(self, model: PreTrainedModel):
-        transforms = get_model_conversion_mapping(model)
-        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    Args:
+        model: on any device. known: answers of `target` that were kept, of a model with the same config.
+    """
+
+    def __init__(self, model: PreTrainedModel, known: Mapping[str, ParameterPath] | None = None):
+        self._known = known or {}
+        self._model = model
         self._prefix = model.base_model_prefix
         self._parameters = dict(model.named_parameters())
         self.experts = expert_layouts(model)  # of every parameter that holds experts
         self.merged: set[str] = set()  # parameters that transformers itself makes of one tensor per expert
-        self._rename_pieces()
+        if self.experts:
+            self._rename_pieces()
         self._pieces = {
             (path.rpartition(".")[0], piece, layout.bias): ParameterPath(path, (0, number, len(layout.pieces)))
             for path, layout in self.experts.items()
             for number, piece in enumerate(layout.pieces)
         }
         self._tied = tied(model)
-        self._model = model
         stored = model.state_dict(keep_vars=True)  # without the buffers that a model computes when it is built
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
         self._state = {**self._parameters, **buffers}
@@ -250,6 +255,19 @@ class TensorNames:
             self._state.setdefault(name, self._state[origin])
         self._blocks = decoder(model)
         self.block_count = len(list(model.get_submodule(self._blocks).children()))
+
+    @functools.cached_property
+    def _transforms(self) -> list[WeightTransform]:
+        """transformers' rules. It makes those of all architectures at once, which takes a sixth of a second."""
+        return get_model_conversion_mapping(self._model)
+
+    @functools.cached_property
+    def _renamings(self) -> list[WeightRenaming]:
+        return [each for each in self._transforms if isinstance(each, WeightRenaming)]
+
+    @functools.cached_property
+    def _converters(self) -> list[WeightConverter]:
+        return [each for each in self._transforms if isinstance(each, WeightConverter)]
 
     def _rename_pieces(self) -> None:
         """Call experts' layers as the files of this architecture do where they hold them one by one: w1 and w3, say."""
@@ -268,6 +286,8 @@ class TensorNames:
         Raises:
             CheckpointError: transformers would rework this tensor in a way that bitpress does not follow.
         """
+        if name in self._known:
+            return self._known[name]
         renamed, pattern = rename_source_key(
             name, self._renamings, self._converters, base_model_prefix=self._prefix, meta_state_dict=self._state
         )

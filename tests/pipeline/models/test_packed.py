@@ -14,12 +14,14 @@ import torch
 
 from bitpress.kernels.cpu import native
 from bitpress.kernels.cpu.library import Library, library
+from bitpress.kernels.decoder_layer import NativeDecoder, NativeLayers
 from bitpress.pipeline import api
 from bitpress.pipeline.checkpoints.describe import describe
 from bitpress.pipeline.checkpoints.doctor import diagnose
 from bitpress.pipeline.errors import ConfigError
-from bitpress.pipeline.models import loading, modules, optimize
+from bitpress.pipeline.models import loading, modules, structure
 from bitpress.pipeline.models.packed import Packing
+from bitpress.pipeline.models.quantized import read_quantized
 from bitpress.pipeline.storage.checkpoint import Checkpoint
 from bitpress.pipeline.storage.packed_file import FOLDER, PackedFile, packed_files
 
@@ -217,15 +219,43 @@ def test_any_bytes_are_safe(optimized: Path, packed: Path, caplog: Any, logits: 
 
 
 def test_trials_are_not_repeated(optimized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as bitpress, torch and transformers are the same; what each layer's showed stays what it was."""
-    tried: list[Any] = []
-    own = optimize._try
-    monkeypatch.setattr(optimize, "_try", lambda *arguments: tried.append(1) or own(*arguments))
-    fusing: Any = loading.load(optimized)[0].fusing
-    assert (fusing.fused, fusing.of, fusing.apart, tried) == (2, 2, None, [])
+    """As long as bitpress, torch and transformers are the same, nothing runs; what trials showed stays what it was."""
+    ran: list[str] = []
+    for kind, name in ((NativeLayers, "step"), (NativeDecoder, "next"), (torch.nn.Linear, "forward")):
+        own = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *given, own=own, name=name: ran.append(name) or own(*given))
+    model: Any = loading.load(optimized)[0]
+    fusing = model.fusing
+    assert (fusing.fused, fusing.of, fusing.apart, fusing.around, ran) == (2, 2, None, None, [])
+    model.generate(torch.tensor([[3, 5]]), max_new_tokens=3)
+    assert ran.count("next") == 2
     monkeypatch.setattr("bitpress.pipeline.models.packed.programs", lambda: {"transformers": "99"})
+    ran.clear()
     assert loading.load(optimized)[0].fusing == fusing
-    assert len(tried) == 2
+    assert set(ran) == {"step", "next", "forward"}
+
+
+@pytest.mark.parametrize(
+    ("model", "asked"), [("llama", "get_model_conversion_mapping"), ("mixtral", "rename_source_key")]
+)
+def test_names_are_worked_out_once(
+    model: str, asked: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers is not asked for them any more; another config is another question."""
+    monkeypatch.setattr("bitpress.pipeline.system.remembered.folder", lambda: tmp_path / "answers")
+    folder = tmp_path / "artifact"
+    api.quantize(tiny(model), "int8-dynamic", folder)
+    first = read_quantized(Checkpoint(folder))
+
+    def ask(*arguments: Any, **named: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(structure, asked, ask)
+    again = read_quantized(Checkpoint(folder))
+    assert (again.plain, again.quantized, again.schemes) == (first.plain, first.quantized, first.schemes)
+    edit(folder / "config.json", note=1)
+    with pytest.raises(AssertionError):
+        read_quantized(Checkpoint(folder))
 
 
 def test_where_users_look(optimized: Path, packed: Path, artifact: Path) -> None:
