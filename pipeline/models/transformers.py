@@ -21,9 +21,11 @@ from ..config.schema import RecipeSettings
 from ..errors import CheckpointError, ConfigError
 from ..formats import open_quantized, quantization_section
 from ..storage.checkpoint import Checkpoint
+from .fusing import Trials
 from .kv_cache import round_cache
 from .modules import experts_of, joined_experts, quantized_layers, replace_layers, set_tensor
 from .optimize import optimize_for_decoding
+from .packed import Coming, open_packed
 from .quantized import QuantizedCheckpoint, read_quantized
 from .structure import ParameterPath, replace_module
 
@@ -76,7 +78,8 @@ class _Waiting(nn.Module):
 class BitpressQuantizer(HfQuantizer):
     """Quantized layers on bitpress's kernels.
 
-    On models over several devices each layer runs where it lies, those on the CPU on the CPU's kernels.
+    On models over several devices each layer runs where it lies, those on the CPU on the CPU's kernels. A model that is
+    on the CPU as a whole maps the packed weights that lie beside its files; what is not quantized comes from the files.
 
     Raises, in from_pretrained and save_pretrained:
         BitpressError: as `load` does; layers on the disk, or files that changed since they were read.
@@ -125,13 +128,23 @@ class BitpressQuantizer(HfQuantizer):
         if split:
             remove_hook_from_submodules(model)
         devices = {path: module.room.device for path, module in model.named_modules() if isinstance(module, _Waiting)}
-        layers = quantized_layers(self.checkpoint, self.contents, lambda target: devices[_path(target)])
+        on_cpu = not split and {device.type for device in devices.values()} == {"cpu"}
+        coming = Coming(self.checkpoint.folder) if on_cpu else None
+        packed = open_packed(coming, self.checkpoint, self.contents, "auto") if coming else None
+        layers = quantized_layers(
+            self.checkpoint,
+            self.contents,
+            lambda target: devices[_path(target)],
+            restored=packed.layers if packed else None,
+        )
         replace_layers(model, self.contents.names, layers)
         for target, tensor in joined_experts(self.contents.names, self._unmerged(), self.checkpoint.read):
             set_tensor(model, target, tensor, model.get_parameter(target.parameter).device)
         if self.contents.cache:
             round_cache(model, self.checkpoint, self.contents.cache)
-        optimize_for_decoding(model)
+        optimize_for_decoding(model, Trials(packed.trials) if packed else None)
+        if coming:
+            coming.wait()
         if split:
             dispatch_model(model, places, main_device="cpu" if "cpu" in places.values() else None)
         return model

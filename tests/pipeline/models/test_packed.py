@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from bitpress.kernels.cpu import native
 from bitpress.kernels.cpu.library import Library, library
@@ -59,9 +60,9 @@ def packed(optimized: Path) -> Path:
 
 @pytest.fixture
 def mapped(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], bool]:
-    """mapped(folder): whether loading it reads no quantized layer."""
+    """mapped(folder): whether loading it, by bitpress or by transformers, reads no quantized layer."""
 
-    def load(folder: Path) -> bool:
+    def load(folder: Path, by: Callable[[Path], Any] = loading.load) -> bool:
         read: list[str] = []
         own = modules.read_layer
 
@@ -71,7 +72,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], bool]:
 
         with monkeypatch.context() as patch:
             patch.setattr(modules, "read_layer", reading)
-            loading.load(folder)
+            by(folder)
         return not read
 
     return load
@@ -92,6 +93,21 @@ def test_the_same_logits(
         shutil.move(packed.parent.with_name("aside"), packed.parent)
 
 
+@pytest.mark.usefixtures("registered")
+def test_from_pretrained(optimized: Path, packed: Path, logits: Logits, mapped: Any, caplog: Any) -> None:
+    found: list[Any] = []
+    assert mapped(optimized, lambda folder: found.append(AutoModelForCausalLM.from_pretrained(folder)))
+    assert not caplog.records
+    (model,) = found
+    with torch.inference_mode():
+        ours = model(torch.arange(32).unsqueeze(0)).logits
+    assert torch.equal(ours.double().flatten(), logits(optimized))
+    assert (model.fusing.fused, model.fusing.around) == (2, None)
+    os.utime(Checkpoint(optimized).files[0])
+    assert not mapped(optimized, AutoModelForCausalLM.from_pretrained)
+    assert "changed since" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("model", "recipe"),
     [
@@ -100,7 +116,8 @@ def test_the_same_logits(
         ("gemma2", {"scheme": "int4-g32", "layers": {"*.down_proj": "int8-g32", "*.o_proj": "none"}}),
     ],
 )
-def test_other_models(model: str, recipe: Any, tiny: Any, tmp_path: Path, logits: Logits) -> None:
+@pytest.mark.usefixtures("registered")
+def test_other_models(model: str, recipe: Any, tiny: Any, tmp_path: Path, logits: Logits, mapped: Any) -> None:
     folder = tmp_path / "artifact"
     api.quantize(tiny(model), recipe, folder)
     before = logits(folder)
@@ -108,6 +125,10 @@ def test_other_models(model: str, recipe: Any, tiny: Any, tmp_path: Path, logits
     assert packing.left == {}
     assert packing.layers > 0
     assert torch.equal(logits(folder), before)
+    found: list[Any] = []
+    assert mapped(folder, lambda folder: found.append(AutoModelForCausalLM.from_pretrained(folder)))
+    with torch.inference_mode():
+        assert torch.equal(found[0](torch.arange(32).unsqueeze(0)).logits.flatten().double(), before)
 
 
 def test_orders_of_inputs(optimized: Path, packed: Path, logits: Logits, caplog: Any, monkeypatch: Any) -> None:
