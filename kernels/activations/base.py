@@ -88,3 +88,15 @@ class Activations(Protocol):
 
     def random(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Random tensors, for inputs that are of the order of 1."""
+
+
+def straight_through(activations: Activations, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """x [..., in] as `activations.apply` rounds it, float32; a gradient passes as if nothing were rounded.
+
+    This is the straight-through estimator (Bengio et al., arXiv 1308.3432).
+    """
+    rounded = activations.apply(x.detach(), tensors)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return rounded
+    wide = x.to(torch.float32)
+    return wide + (rounded - wide).detach()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bitpress.kernels.activations.base import straight_through
 from bitpress.kernels.linear import QExperts
 from bitpress.kernels.products import Products
 from bitpress.kernels.qtensor import QTensor
@@ -114,10 +115,7 @@ class _RoundedInputs(nn.Module):
         self.stored = tuple(qtensor.extra)
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded = self.activations.apply(x.detach(), {name: self.get_buffer(name) for name in self.stored})
-        if torch.is_grad_enabled() and x.requires_grad:
-            wide = x.to(torch.float32)
-            rounded = wide + (rounded - wide).detach()
+        rounded = straight_through(self.activations, x, {name: self.get_buffer(name) for name in self.stored})
         weight = self.weight.to(torch.float32)
         y = nn.functional.linear(rounded, weight.t() if self.transposed else weight)
         return (y if self.bias is None else y + self.bias.to(torch.float32)).to(x.dtype)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitpress.kernels.activations.base import straight_through
 from bitpress.kernels.qtensor import QTensor
 
 from ..config.schema import Distill
@@ -140,8 +141,7 @@ class Student:
             for name, (activations, tensors) in self._inputs.items():
 
                 def rounded(module: nn.Module, arguments: Any, own: Any = activations, stored: Any = tensors) -> Any:
-                    x = arguments[0]
-                    return (x + (own.apply(x.detach(), stored) - x).detach(), *arguments[1:])
+                    return (straight_through(own, arguments[0], stored), *arguments[1:])
 
                 for module, _ in self._places[name]:
                     stack.callback(module.register_forward_pre_hook(rounded).remove)
