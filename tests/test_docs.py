@@ -127,7 +127,8 @@ def test_commands_are_commands(page: str, typed: str, whole: bool):
         command, words = inner, words[1:]
     assert command is not group, f"{page}: {typed}: there is no such command"
     values = command.make_context(typed, list(words), parent=context, resilient_parsing=not whole).params
-    if recipe := values.get("recipe"):
+    recipes = values.get("recipe") or []
+    for recipe in recipes if isinstance(recipes, list) else [recipes]:
         assert load_recipe(recipe).spec, f"{page}: {typed}"
     for rule in values.get("layer") or []:
         assert LayerSpec.parse(rule.partition("=")[2]) or rule.endswith("=none"), f"{page}: {typed}"
