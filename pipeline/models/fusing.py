@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+# What a model may raise that is called in another way than its own code would call it.
+FAILURES = (TypeError, ValueError, AttributeError, IndexError, KeyError)
+
 
 @dataclass(frozen=True)
 class Fusing:
@@ -20,7 +23,7 @@ class Fusing:
 
 
 class Unfit(Exception):
-    """Why a layer is left as it is."""
+    """Why a part of a model, or its `generate`, is left as it is."""
 
 
 class Trials:

@@ -26,7 +26,7 @@ from bitpress.kernels.cpu.native import dense_unsupported
 from bitpress.kernels.decoder_layer import Context, NativeDecoder, head_unsupported
 from bitpress.kernels.linear import QLinear
 
-from .fusing import Trials, Unfit
+from .fusing import FAILURES, Trials, Unfit
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _OTHERS = ("assistant_model", "custom_generate", "tokenizer", "synced_gpus", "negative_prompt_ids", "position_ids")
@@ -174,7 +174,7 @@ def _try_tokens(own: NextToken) -> None:
             best, largest, logits = read(token)
             if not torch.equal(logits, expected) or best != int(expected.argmax(-1)) or largest != expected.amax():
                 raise Unfit("the model computes something else than its decoder and a head")
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+    except FAILURES as error:
         raise Unfit(f"the model cannot be tried: {error}") from error
 
 

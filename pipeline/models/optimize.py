@@ -47,7 +47,7 @@ from bitpress.kernels.decoder_layer import (
 )
 from bitpress.kernels.linear import QExperts, QLinear, inputs_left_alone, join_projections
 
-from .fusing import Fusing, Trials, Unfit
+from .fusing import FAILURES, Fusing, Trials, Unfit
 from .kv_cache import CacheRounding, interceptions
 from .next_token import NextToken, choose_tokens
 from .structure import decoder
@@ -138,7 +138,7 @@ def fuse(model: PreTrainedModel, trials: Trials | None = None) -> Fusing:
     try:
         with _small_window(config):
             caches = DynamicCache(config=config), DynamicCache(config=config)  # for the trials of all layers
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+    except FAILURES as error:
         return Fusing(0, len(layers), {f"it has no key-value cache that is known: {error}": len(layers)})
     why: Counter[str] = Counter()
     masks = _Masks()
@@ -771,7 +771,7 @@ def _output(base: nn.Module, layers: str) -> Any:
     base._modules[layers] = nn.ModuleList()
     try:
         return type(own(base, torch.zeros(1, 1, dtype=torch.int64), use_cache=False))
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+    except (*FAILURES, RuntimeError) as error:
         raise Unfit(f"the decoder cannot be run without its layers: {error}") from error
     finally:
         base._modules[layers] = kept
@@ -812,7 +812,7 @@ def _try_whole(base: nn.Module, whole: WholeDecoder) -> None:
             if not _close(got.last_hidden_state[real], expected.last_hidden_state[real], _EXACT_TOLERANCE):
                 raise Unfit("the decoder computes something else than its layers and a norm")
             start = end
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+    except FAILURES as error:
         raise Unfit(f"the decoder cannot be tried by itself: {error}") from error
 
 
@@ -1051,7 +1051,7 @@ def _try(step: _Decoding, theirs: Any, ours: Any) -> None:
                 real = places[start:end] >= first.unsqueeze(1)
                 _compare((got - rows)[real], (expected - rows)[real])
                 start = end
-        except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        except FAILURES as error:
             raise Unfit(f"it cannot be tried by itself: {error}") from error
     for states in ("keys", "values"):
         own, right = (getattr(cache.layers[step.index], states) for cache in (ours, theirs))

@@ -2,7 +2,6 @@
 
 from dataclasses import astuple, dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -99,25 +98,21 @@ def _candidates(checkpoint: Checkpoint, format: Format) -> list[str]:
 
 
 def _names(checkpoint: Checkpoint, format: Format, model: PreTrainedModel, candidates: list[str]) -> TensorNames:
-    """The names of a checkpoint's tensors and layers, remembered since it was loaded before.
+    """The names of a checkpoint's tensors and layers; they are worked out once, and then remembered.
 
     Raises:
         CheckpointError: see TensorNames.target.
     """
+    names = TensorNames(model)
     parts = {f"{layer}.{suffix}" for layer in candidates for suffix in format.suffixes}
     asked = [f"{layer}.weight" for layer in candidates] + [name for name in checkpoint.tensors if name not in parts]
-
-    def ask() -> dict[str, Any]:
-        fresh = TensorNames(model)
-        return {name: astuple(fresh.target(name)) for name in asked}
-
     key = {"config": checkpoint.config, "model": type(model).__name__, "names": asked}
-    known = remembered("names", key, ask, keep=lambda answer: True)
-    places = {
-        name: ParameterPath(parameter, expert and tuple(expert), *others)
-        for name, (parameter, expert, *others) in known.items()
-    }
-    return TensorNames(model, places)
+    answer = remembered(
+        "names", key, lambda: {name: astuple(names.target(name)) for name in asked}, keep=lambda answer: True
+    )
+    for name, (parameter, expert, *others) in answer.items():
+        names.known_targets[name] = ParameterPath(parameter, expert and tuple(expert), *others)
+    return names
 
 
 def _quantized_layers(

@@ -229,12 +229,11 @@ def towers(model: PreTrainedModel) -> list[str]:
 class TensorNames:
     """Translates a checkpoint's tensor names into the model's, by transformers' own rules of renaming and merging.
 
-    Args:
-        model: on any device. known: answers of `target` that were kept, of a model with the same config.
+    known_targets: answers of `target` that were kept, of a model with the same config; it gives these back.
     """
 
-    def __init__(self, model: PreTrainedModel, known: Mapping[str, ParameterPath] | None = None):
-        self._known = known or {}
+    def __init__(self, model: PreTrainedModel):
+        self.known_targets: dict[str, ParameterPath] = {}
         self._model = model
         self._prefix = model.base_model_prefix
         self._parameters = dict(model.named_parameters())
@@ -286,8 +285,8 @@ class TensorNames:
         Raises:
             CheckpointError: transformers would rework this tensor in a way that bitpress does not follow.
         """
-        if name in self._known:
-            return self._known[name]
+        if name in self.known_targets:
+            return self.known_targets[name]
         renamed, pattern = rename_source_key(
             name, self._renamings, self._converters, base_model_prefix=self._prefix, meta_state_dict=self._state
         )

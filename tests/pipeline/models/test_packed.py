@@ -78,6 +78,19 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], bool]:
     return load
 
 
+@pytest.fixture
+def by_transformers(registered: None, mapped: Any) -> Callable[[Path], Any]:
+    """by_transformers(folder): the model that from_pretrained makes of packed weights, and its logits as `logits`."""
+
+    def load(folder: Path) -> tuple[Any, torch.Tensor]:
+        models: list[Any] = []
+        assert mapped(folder, lambda folder: models.append(AutoModelForCausalLM.from_pretrained(folder)))
+        with torch.inference_mode():
+            return models[0], models[0](torch.arange(32).unsqueeze(0)).logits.flatten().double()
+
+    return load
+
+
 @pytest.mark.parametrize("huge", [True, False])
 def test_the_same_logits(
     huge: bool, optimized: Path, packed: Path, logits: Logits, mapped: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
@@ -93,15 +106,10 @@ def test_the_same_logits(
         shutil.move(packed.parent.with_name("aside"), packed.parent)
 
 
-@pytest.mark.usefixtures("registered")
-def test_from_pretrained(optimized: Path, packed: Path, logits: Logits, mapped: Any, caplog: Any) -> None:
-    found: list[Any] = []
-    assert mapped(optimized, lambda folder: found.append(AutoModelForCausalLM.from_pretrained(folder)))
+def test_from_pretrained(optimized: Path, logits: Logits, by_transformers: Any, mapped: Any, caplog: Any) -> None:
+    model, theirs = by_transformers(optimized)
     assert not caplog.records
-    (model,) = found
-    with torch.inference_mode():
-        ours = model(torch.arange(32).unsqueeze(0)).logits
-    assert torch.equal(ours.double().flatten(), logits(optimized))
+    assert torch.equal(theirs, logits(optimized))
     assert (model.fusing.fused, model.fusing.around) == (2, None)
     os.utime(Checkpoint(optimized).files[0])
     assert not mapped(optimized, AutoModelForCausalLM.from_pretrained)
@@ -116,8 +124,7 @@ def test_from_pretrained(optimized: Path, packed: Path, logits: Logits, mapped: 
         ("gemma2", {"scheme": "int4-g32", "layers": {"*.down_proj": "int8-g32", "*.o_proj": "none"}}),
     ],
 )
-@pytest.mark.usefixtures("registered")
-def test_other_models(model: str, recipe: Any, tiny: Any, tmp_path: Path, logits: Logits, mapped: Any) -> None:
+def test_other_models(model: str, recipe: Any, tiny: Any, tmp_path: Path, logits: Logits, by_transformers: Any) -> None:
     folder = tmp_path / "artifact"
     api.quantize(tiny(model), recipe, folder)
     before = logits(folder)
@@ -125,10 +132,7 @@ def test_other_models(model: str, recipe: Any, tiny: Any, tmp_path: Path, logits
     assert packing.left == {}
     assert packing.layers > 0
     assert torch.equal(logits(folder), before)
-    found: list[Any] = []
-    assert mapped(folder, lambda folder: found.append(AutoModelForCausalLM.from_pretrained(folder)))
-    with torch.inference_mode():
-        assert torch.equal(found[0](torch.arange(32).unsqueeze(0)).logits.flatten().double(), before)
+    assert torch.equal(by_transformers(folder)[1], before)
 
 
 def test_orders_of_inputs(optimized: Path, packed: Path, logits: Logits, caplog: Any, monkeypatch: Any) -> None:
