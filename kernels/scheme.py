@@ -119,6 +119,11 @@ class Scheme:
         """The activations where they are static, so that something of them is calibrated and stored; else None."""
         return None if self.activations is None or self.activations.dynamic else self.activations
 
+    @property
+    def shifts_inputs(self) -> bool:
+        """Whether inputs are rounded with zero points."""
+        return self.activations is not None and not self.activations.description().get("symmetric", True)
+
     def layout(self, shape: tuple[int, int]) -> Layout:
         """The tensors of a weight of this shape, and of its inputs."""
         return {**self.weight.layout(shape), **(self.static.layout() if self.static else {})}

@@ -53,7 +53,7 @@ class Activations(Protocol):
         """x [..., in] as codes, their scales, and their zero point or None: x is about scales * (codes - zero point).
 
         Scales are float32: [..., 1], [1] where all inputs share one, or [..., in] where features of a row have their
-        own. The zero point is [1].
+        own. The zero point is int8 as scales are: [..., 1] or [1].
 
         Args:
             tensors: those of `layout`, as the layer stores them.

@@ -23,7 +23,7 @@ from .. import products
 from ..activations.base import Activations
 from ..activations.fp8 import Fp8Group, Fp8Tensor, Fp8Token
 from ..activations.int8_tensor import Int8Tensor, Int8TensorAsymmetric
-from ..activations.int8_token import Int8Token
+from ..activations.int8_token import Int8Token, Int8TokenAsymmetric
 from ..base import Kernel, PackedWeight, Serves
 from ..packing import pack, unpack
 from ..qtensor import QTensor
@@ -41,7 +41,7 @@ _INT4, _TABLE, _INT8, _FP8 = range(4)
 _NF4, _FP4 = range(2)  # tables
 
 # The number of the layout of packed weights: a new one whenever _pack makes other bytes of the same weight.
-_LAYOUT = 1
+_LAYOUT = 2
 
 _STEP = 128  # features that share an activation scale, where a group of weights has no fewer
 _HEADER = 128  # bytes
@@ -79,6 +79,7 @@ class NativeInt8(Kernel):
         Serves("mxfp4", MXFP4),
         Serves("nvfp4", NVFP4),
         Serves("int8-dynamic", Integer, (8,), Int8Token),
+        Serves("int8-dynamic-asym", Integer, (8,), Int8TokenAsymmetric),
         Serves("int8-static", Integer, (8,), Int8Tensor),
         Serves("int8-static-asym", Integer, (8,), Int8TensorAsymmetric),
     )
@@ -273,10 +274,10 @@ def _layout(native: Library, qtensor: QTensor) -> tuple[Tensor, int, bool]:
     header = torch.zeros(_HEADER, dtype=torch.uint8)
     table = _NF4 if kind == "codebook" else _FP4  # of code books, NF4 is the only one that is served
     layout = (out_features, in_features, group, step, code, table, zero)
-    static = None if rounds_inputs(scheme) else scheme.static
-    has_shifts = static is not None and not static.description().get("symmetric", True)
+    apart = rounds_inputs(scheme)
+    has_inputs, has_shifts = not apart and scheme.static is not None, not apart and scheme.shifts_inputs
     size = native.lib.bitpress_layout(
-        header.data_ptr(), *layout, not single, qtensor.zeros is not None, static is not None, has_shifts
+        header.data_ptr(), *layout, not single, qtensor.zeros is not None, has_inputs, has_shifts
     )
     assert size > 0, layout
     return header, size, single
@@ -367,20 +368,18 @@ def _fill_scales(packed: Tensor, qtensor: QTensor, single: bool) -> None:
 
 
 def _fill_inputs(packed: Tensor, qtensor: QTensor) -> None:
-    """The scale and the zero point of inputs that all share one, and what the zero point adds to sums of products."""
+    """The scale and the zero point of inputs that all share one, and what zero points multiply."""
     scheme, offsets = qtensor.scheme, packed[:_HEADER].view(torch.int64).tolist()
     inputs_at, shifts_at = offsets[14:]
-    if not inputs_at:
-        return
-    assert scheme.static is not None
-    _, scale, zero = scheme.static.codes(torch.zeros(1, 1), qtensor.extra)
-    inputs = packed[inputs_at:].view(torch.float32)
-    inputs[0] = scale.item()
-    if zero is not None:
-        inputs[1] = zero.item()
+    if inputs_at:
+        assert scheme.static is not None
+        _, scale, zero = scheme.static.codes(torch.zeros(1, 1), qtensor.extra)
+        inputs = packed[inputs_at:].view(torch.float32)
+        inputs[0], inputs[1] = scale.item(), 0 if zero is None else zero.item()
+    if shifts_at:
         weight_zeros = scheme.middle if qtensor.zeros is None else qtensor.zeros.to(torch.int64)
         sums = (unpack(qtensor.codes, 8, qtensor.shape[1]).to(torch.int64) - weight_zeros).sum(1)
-        packed[shifts_at:].view(torch.int32)[: len(sums)] = zero.to(torch.int64) * sums
+        packed[shifts_at:].view(torch.int32)[: len(sums)] = sums
 
 
 def _put(packed: Tensor, at: int, values: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..activations.int8_tensor import Int8Tensor, Int8TensorAsymmetric
-from ..activations.int8_token import Int8Token
+from ..activations.int8_token import Int8Token, Int8TokenAsymmetric
 from ..base import Kernel, PackedWeight, Serves
 from ..packing import unpack
 from ..qtensor import QTensor
@@ -19,8 +19,8 @@ _CUDA_MIN_ROWS = 17  # torch._int_mm on CUDA wants more than 16 rows, and multip
 class Int8Weight(PackedWeight):
     """`weight`: int8 [out, in], oneDNN's own layout on CPU; `scales`: float32 [out]; `zeros`: int64 [out], CPU only.
 
-    `input_scale`, `input_zero_point`: of static activations, as the layer stores them; `shift`: float32 [out], what the
-    zero point adds to each output. Other layers do not have them.
+    `input_scale`, `input_zero_point`: of static activations, as the layer stores them; `shifts`: float32 [out], what a
+    zero point of 1 adds to each output, where inputs have zero points. Other layers do not have them.
     """
 
     weight: Tensor
@@ -35,6 +35,7 @@ class TorchInt8(Kernel):
     name: ClassVar[str] = "torch-int8"
     serves: ClassVar[tuple[Serves, ...]] = (
         Serves("int8-dynamic", Integer, (8,), Int8Token),
+        Serves("int8-dynamic-asym", Integer, (8,), Int8TokenAsymmetric),
         Serves("int8-static", Integer, (8,), Int8Tensor),
         Serves("int8-static-asym", Integer, (8,), Int8TensorAsymmetric),
     )
@@ -62,8 +63,8 @@ class TorchInt8(Kernel):
         inputs = {
             name: qtensor.extra[name] for name in (qtensor.scheme.static.layout() if qtensor.scheme.static else ())
         }
-        if (zero := inputs.get("input_zero_point")) is not None:
-            inputs["shift"] = weight.sum(1, dtype=torch.int64).to(torch.float32) * zero * scales
+        if qtensor.scheme.shifts_inputs:
+            inputs["shifts"] = weight.sum(1, dtype=torch.int64).to(torch.float32) * scales
         if weight.is_cuda:
             return Int8Weight(qtensor, weight=weight, scales=scales, **inputs)
         packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
@@ -80,7 +81,7 @@ class TorchInt8(Kernel):
         codes, row_scales, zero = packed.scheme.activations.codes(rows, dict(packed.named_buffers()))
         y = _product_cuda(codes, packed) if codes.is_cuda else _product_cpu(codes, packed)
         if zero is not None:
-            y -= packed.get_buffer("shift")
+            y -= zero * packed.get_buffer("shifts")
         y *= row_scales
         if bias is not None:
             y += bias

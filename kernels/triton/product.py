@@ -84,6 +84,17 @@ if triton is not None:
         return tl.max(most, 0), tl.max(missing, 0)
 
     @triton.jit
+    def row_range(x_at, row, ins, BLOCK: tl.constexpr):
+        """The least and the largest number in a row of x and 0, float32; and 1 where it holds NaN, else 0."""
+        place = tl.arange(0, BLOCK)
+        low, high, missing = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
+        for start in range(0, ins, BLOCK):
+            x = tl.load(x_at + row * ins + start + place, mask=start + place < ins, other=0.0).to(tl.float32)
+            low, high = tl.minimum(low, x), tl.maximum(high, x)
+            missing |= (x != x).to(tl.int32)
+        return tl.min(low, 0), tl.max(high, 0), tl.max(missing, 0)
+
+    @triton.jit
     def scales_of(most, missing, LARGEST: tl.constexpr):
         """Scales by which these magnitudes become LARGEST: 1 where they are nearly 0, NaN where an input was NaN."""
         scales = tl.div_rn(most, LARGEST)

@@ -154,7 +154,7 @@ BudgetName = Annotated[str, BeforeValidator(_budget)]
 
 # Recipes that are known by one word. The figures behind int8 are in docs/transforms.md, under INT8.
 NAMED_RECIPES: dict[str, dict[str, Any]] = {
-    "int8": {"transform": "smooth", "method": "gptq", "scheme": "int8-dynamic", "keep_inputs": 0.05},
+    "int8": {"transform": "smooth", "method": "gptq", "scheme": "int8-dynamic-asym", "keep_inputs": 0.05},
 }
 
 

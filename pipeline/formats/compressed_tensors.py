@@ -329,6 +329,10 @@ def _vllm(scheme: Scheme, experts: bool, ordered: bool) -> Iterator[Reason]:
             yield "limited", "its Humming kernels run this on GPUs from compute capability 7.5; it was not tried"
         elif experts and scheme.static:
             yield "no", "it has no experts whose inputs are rounded by stored scales; it has them of int8-dynamic"
+        elif scheme.shifts_inputs:
+            if experts:
+                yield "unknown", "experts whose inputs have zero points were not tried"
+            yield "yes", "on NVIDIA's GPUs and CPUs; its kernel for AMD's GPUs knows no zero points of inputs"
         elif experts:
             yield WITH_AMX
     else:
@@ -392,6 +396,8 @@ def _sglang(scheme: Scheme, ordered: bool) -> Iterator[Reason]:
             yield "unknown", "plain elements with inputs left alone are not documented"
         elif scheme.static:
             yield "yes", "it rounds each token's inputs by a scale of their own, and leaves the stored one unused"
+        elif scheme.shifts_inputs:
+            yield "yes", "it rounds each token's inputs without a zero point"
         return
     if scheme.bits not in _MARLIN_BITS:
         yield "unknown", f"{scheme.bits} bits are not documented"

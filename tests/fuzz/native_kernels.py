@@ -60,8 +60,8 @@ BATCH = 100  # calls of one process
 PATTERN = 0xA5
 DTYPES = tuple(native.DTYPES)
 BASES = (
-    "int2", "int3", "int4", "int8", "int4-asym", "int8-asym", "int8-dynamic", "int8-static",
-    "int8-static-asym", "nf4", "nf4-dq", "mxfp4", "nvfp4", "fp8",
+    "int2", "int3", "int4", "int8", "int4-asym", "int8-asym", "int8-dynamic", "int8-dynamic-asym",
+    "int8-static", "int8-static-asym", "nf4", "nf4-dq", "mxfp4", "nvfp4", "fp8",
     "fp8-b128", "fp8-tensor",
 )  # fmt: skip
 # RMS, relative to what independent terms would add up to; see tests/kernels/cpu/test_native.py. Outputs are rounded to
@@ -73,8 +73,8 @@ KINDS = (native.NativeInt8, native.NativeMixed, native.NativeInt16, native.Nativ
 TURNS = 10  # one call of so many is a step of a decoder layer, and one a loop over columns
 CACHES = ("fp8", "fp8-head", "int8", "int8-g2", "int8-g16", "int8-g32", "int8-g64", "int4-g16", "int4-g32")
 LAYER_SCHEMES = (
-    "int3-g32", "int4-g32", "int4-g64-asym", "int8-channel", "int8-g128", "int8-dynamic", "int8-static",
-    "int8-static-asym", "nf4", "mxfp4", "nvfp4", "fp8",
+    "int3-g32", "int4-g32", "int4-g64-asym", "int8-channel", "int8-g128", "int8-dynamic", "int8-dynamic-asym",
+    "int8-static", "int8-static-asym", "nf4", "mxfp4", "nvfp4", "fp8",
 )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ INTEGERS = (
 FLOATS = ("nvfp4", "mxfp4", "fp8-block", "fp8", "nf4")
 ROUNDED_INPUTS = (
     "int8-dynamic",
+    "int8-dynamic-asym",
     "int8-static",
     "int8-static-asym",
     "fp8-dynamic",

@@ -94,6 +94,7 @@ OURS = [
     ("demo", "int4-g128-asym", "compressed-tensors", LLMCOMPRESSOR),
     ("demo", "int4-g128-asym", "compressed-tensors", TRANSFORMERS),
     ("demo", "int8-dynamic", "compressed-tensors", TRANSFORMERS),
+    ("demo", "int8-dynamic-asym", "compressed-tensors", TRANSFORMERS),
     ("demo", "int4-g128-int8-dynamic", "compressed-tensors", TRANSFORMERS),
     ("demo", "fp8-static", "compressed-tensors", TRANSFORMERS),
     ("demo", "mixed", "compressed-tensors", TRANSFORMERS),

@@ -116,6 +116,7 @@ VLLM: list[tuple[str, str, str, str | None]] = [
     ("demo", "int8-channel", CT, NO_KERNEL),
     ("demo", "int8-g128-asym", CT, NO_KERNEL),
     ("demo", "int8-dynamic", CT, None),
+    ("demo", "int8-dynamic-asym", CT, None),
     ("demo", "int8-static", CT, None),
     ("demo", "int8-static-asym", CT, None),
     ("demo", "fp8-dynamic", CT, None),

@@ -430,7 +430,7 @@ def test_with_quantized_inputs(make_parts: MakeParts):
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-@pytest.mark.parametrize("scheme", ["int8-static", "int8-static-asym"])
+@pytest.mark.parametrize("scheme", ["int8-dynamic-asym", "int8-static", "int8-static-asym"])
 def test_with_a_range_of_inputs_for_each_layer(scheme: str, instructions: str, make_parts: MakeParts):
     """q, k and v read the same inputs by ranges of their own; gate and up by one."""
     parts = make_parts(kernel=NativeInt8(instructions), scheme=scheme)

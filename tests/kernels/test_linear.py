@@ -254,7 +254,7 @@ def test_scales_with_code_books_of_their_own_are_not_joined(make_qtensor: Make) 
     assert kernel.join([kernel.pack(make_qtensor("nf4-dq", 8, 256), torch.float16) for _ in range(2)]) is None
 
 
-@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static", "int8-static-asym"])
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-dynamic-asym", "int8-static", "int8-static-asym"])
 def test_inputs_that_a_scheme_rounds_are_left_alone_on_request(make_qtensor: Make, scheme: str) -> None:
     if isinstance(reason := library(), str):
         pytest.skip(reason)

@@ -33,6 +33,7 @@ SHAPES = {
     "int8-dynamic": [(1, 1), (1, 64), (13, 1), (13, 31), (63, 65), (64, 64), (65, 63), (257, 129)],
     "int8-static": [(1, 1), (63, 65)],
     "int8-static-asym": [(13, 31), (257, 129)],
+    "int8-dynamic-asym": [(1, 1), (13, 31), (257, 129)],
     "nf4": [(1, 1), (13, 31), (31, 64), (32, 64), (33, 128), (544, 192), (64, 96)],
     "nf4-dq": [(1, 64), (31, 65), (64, 128), (96, 192), (577, 64)],
 }
@@ -168,7 +169,7 @@ def test_nan_in_the_input_shows(make_qtensor: Make, scheme: str, name: str, rows
     assert y[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static", "int8-static-asym"])
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-dynamic-asym", "int8-static", "int8-static-asym"])
 @pytest.mark.parametrize("name", ["torch-int8", "native-int8"])
 def test_int8_is_exact_at_the_ends_of_its_range(make_qtensor: Make, scheme: str, name: str) -> None:
     """Codes of -128 and 127 on both sides, infinities among the inputs of a range that has an end."""
@@ -213,7 +214,7 @@ def test_int8_rows_are_independent(make_qtensor: Make, generator: torch.Generato
         ("torch-int4", "int4-g48", (64, 96), torch.bfloat16, "cpu", "group_size 48 is not a multiple of 32"),
         ("torch-int4", "int4-channel", (64, 31), torch.bfloat16, "cpu", "in_features 31 is not divisible by 32"),
         ("torch-int4", "int4-g32", (64, 64), torch.bfloat16, "meta", "x86 CPUs and NVIDIA GPUs"),
-        ("torch-int8", "int8-channel", (64, 64), torch.float32, "cpu", "serves int8-dynamic, int8-static"),
+        ("torch-int8", "int8-channel", (64, 64), torch.float32, "cpu", "serves int8-dynamic, int8-dynamic-asym"),
         ("torch-int8", "int8-dynamic", (64, 64), torch.int32, "cpu", "inputs are torch.int32"),
         ("torch-int8", "int8-dynamic", (64, 64), torch.float32, "meta", "not on meta"),
         ("torch-int8", "int8-dynamic", (63, 64), torch.float32, "cuda", "not divisible by 8"),

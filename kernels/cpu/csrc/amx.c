@@ -118,7 +118,10 @@ AMX static void fold(const Weight *w, const Input *in, int64_t block, int64_t ro
                 codes = _mm512_add_epi32(_mm512_slli_epi32(more_codes, 8), codes);
             }
             if (offset) codes = _mm512_sub_epi32(codes, _mm512_set1_epi32(zero * input_sums[m]));
-            if (w->shifts) codes = _mm512_sub_epi32(codes, _mm512_loadu_si512(w->shifts + (block + j) * BLOCK));
+            if (w->shifts) {
+                const __m512i shifts = _mm512_loadu_si512(w->shifts + (block + j) * BLOCK);
+                codes = _mm512_sub_epi32(codes, _mm512_mullo_epi32(shifts, _mm512_set1_epi32(in->zeros[first + m])));
+            }
             __m512 sum = _mm512_cvtepi32_ps(codes);
             if (varying) sum = _mm512_fnmadd_ps(zeros[j], _mm512_set1_ps((float)input_sums[m]), sum);
             const __m512 before = more ? _mm512_loadu_ps(to) : _mm512_setzero_ps();

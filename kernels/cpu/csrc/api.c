@@ -139,14 +139,14 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 static int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* has_inputs: whether inputs have a scale that is stored; has_shifts: whether they have a zero point, too.
+/* has_inputs: whether inputs have a scale that is stored; has_shifts: whether they have a zero point, stored or not.
  * Fills the header; returns the bytes that the whole takes, -1 where the numbers do not fit together. */
 EXPORT int64_t bitpress_layout(void *packed, int64_t out_features, int64_t in_features, int64_t group, int64_t step,
                                int64_t code, int64_t table, int64_t zero, int64_t has_scales, int64_t has_zeros,
                                int64_t has_inputs, int64_t has_shifts) {
     if (out_features < 1 || in_features < 1 || step < 16 || step % (code == INT4 ? 32 : 16) || group % step ||
         code < INT4 || code > FP8 ||
-        table < NF4 || table > FP4 || (has_inputs && (code != INT8 || step != group || step < in_features)))
+        table < NF4 || table > FP4 || ((has_inputs || has_shifts) && (code != INT8 || step != group || step < in_features)))
         return -1;
     const int64_t padded = (in_features + group - 1) / group * group;
     const Weight w = {.out_features = out_features, .padded = padded, .code = code};
@@ -159,7 +159,7 @@ EXPORT int64_t bitpress_layout(void *packed, int64_t out_features, int64_t in_fe
     if (has_zeros) h.zeros = end, end = aligned(end + outputs * groups);
     h.multiplier = end, end = aligned(end + outputs * 4);
     if (has_inputs) h.inputs = end, end = aligned(end + 2 * 4);
-    if (has_inputs && has_shifts) h.shifts = end, end = aligned(end + outputs * 4);
+    if (has_shifts) h.shifts = end, end = aligned(end + outputs * 4);
     h.bytes = end;
     memcpy(packed, &h, sizeof h);
     return end;
@@ -264,10 +264,13 @@ static void prepare_row(const Product *p, int64_t row, float *floats) {
     const int64_t to = p->tiles ? tiled : row * in->padded, stride = p->tiles ? tile_bytes : CHUNK;
     const int64_t apart = p->tiles ? PAIR : 1;
     const int mixed = p->inputs == INPUTS_MIXED;
-    if (p->outputs[0].w.inputs)
-        p->k->quantize_static(values, p->in_features, in->padded, p->outputs[0].w.inputs, in->codes + to, stride,
-                              in->scales + at, in->sums + at);
-    else if (p->inputs == INPUTS_INT8)
+    const Weight *w = &p->outputs[0].w;
+    if (w->inputs || w->shifts) {
+        float range[2];
+        if (!w->inputs) p->k->fit_range(values, p->in_features, range);
+        p->k->quantize_static(values, p->in_features, in->padded, w->inputs ? w->inputs : range, in->codes + to, stride,
+                              in->scales + at, in->sums + at, in->zeros + at);
+    } else if (p->inputs == INPUTS_INT8)
         p->k->quantize(values, p->in_features, in->padded, p->step, in->codes + to, stride, in->scales + at, in->sums + at,
                        apart);
     else if (p->split)
@@ -390,6 +393,7 @@ static int carve(Product *p, char **memory) {
     in->scales = (float *)*memory;
     in->sums = (int32_t *)(*memory + numbers);
     in->outliers = (uint32_t *)(*memory + 2 * numbers);
+    in->zeros = (int32_t *)in->outliers; /* of int8 inputs, which have no outliers */
     in->value_sums = (float *)*memory;
     in->values = (float *)(*memory + 3 * numbers);
     in->codes = (int8_t *)(*memory + 3 * numbers);
@@ -423,7 +427,7 @@ static int multiply_alike(Product *p, int threads) {
 static int alike(const Weight *a, const Weight *b) {
     const int fixed = a->inputs || b->inputs;
     return a->in_features == b->in_features && a->padded == b->padded && a->group == b->group && a->step == b->step &&
-           (!fixed || (a->inputs && b->inputs && !memcmp(a->inputs, b->inputs, 2 * sizeof(float))));
+           !a->shifts == !b->shifts && (!fixed || (a->inputs && b->inputs && !memcmp(a->inputs, b->inputs, 2 * sizeof(float))));
 }
 
 int bitpress_products(const Factor *factors, int count, const void *x, const int32_t *order, int64_t rows, int64_t dtype,
@@ -440,7 +444,7 @@ int bitpress_products(const Factor *factors, int count, const void *x, const int
             if (((const Header *)factors[to].packed)->magic != MAGIC) return 2;
             const Weight w = weight_of(factors[to].packed);
             const int wide = inputs == INPUTS_INT16 || inputs == INPUTS_MIXED;
-            if (wide && (w.step > 128 || w.inputs)) return 2;
+            if (wide && (w.step > 128 || w.inputs || w.shifts)) return 2;
             if (inputs != INPUTS_FLOAT32 && w.code == FP8) return 2;
             if (p.count && !alike(&w, &p.outputs[0].w)) break;
             p.outputs[p.count++] = (Output){.w = w, .bias = factors[to].bias, .y = factors[to].y};

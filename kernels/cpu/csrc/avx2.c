@@ -155,7 +155,8 @@ AVX2_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int64_
             else for (int i = 0; i < 2 * count; i++) sums[i] = _mm256_setzero_si256(); /* a table has no zero point */
             for (int i = 0; bytes && w->shifts && i < 2 * count; i++) {
                 const __m256i *shifts = (const __m256i *)(w->shifts + (block + j) * BLOCK);
-                sums[i] = _mm256_sub_epi32(sums[i], _mm256_loadu_si256(shifts + i % 2));
+                const __m256i zero = _mm256_set1_epi32(in->zeros[row + i / 2]);
+                sums[i] = _mm256_sub_epi32(sums[i], _mm256_mullo_epi32(_mm256_loadu_si256(shifts + i % 2), zero));
             }
             uint32_t outliers = 0;
             for (int m = 0; in->high && m < count; m++) outliers |= in->outliers[at + m * in->steps];
@@ -292,7 +293,7 @@ AVX2_INLINE void exact_of(const Weight *w, const Input *in, int64_t block, int64
 AVX2 static void some_rows(const Weight *w, const Input *in, int64_t block, int64_t row, int64_t count, float *out) {
     if (w->code == INT4) EACH_COUNT(rows_of, NIBBLES)
     else if (w->code == TABLE) EACH_COUNT(rows_of, LOOKED_UP)
-    else if (w->inputs || in->high) EACH_COUNT(rows_of, ALL_BYTES)
+    else if (w->inputs || w->shifts || in->high) EACH_COUNT(rows_of, ALL_BYTES)
     else EACH_COUNT(rows_of, BYTES)
 }
 

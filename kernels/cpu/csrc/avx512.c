@@ -42,9 +42,11 @@ AVX512_INLINE __m512i whole_zeros(const Weight *w, int64_t index) {
 
 AVX512_INLINE __m512 group_zeros(const Weight *w, int64_t index) { return _mm512_cvtepi32_ps(whole_zeros(w, index)); }
 
-/* What a block's sums begin with, less its shifts. */
-AVX512_INLINE __m512i shifted(const Weight *w, int64_t block, __m512i sums) {
-    return w->shifts ? _mm512_sub_epi32(sums, _mm512_loadu_si512(w->shifts + block * BLOCK)) : sums;
+/* What a block's sums begin with, less what the zero point adds that the row has at this place. */
+AVX512_INLINE __m512i shifted(const Weight *w, int64_t block, const Input *in, int64_t at, __m512i sums) {
+    if (!w->shifts) return sums;
+    const __m512i shifts = _mm512_loadu_si512(w->shifts + block * BLOCK);
+    return _mm512_sub_epi32(sums, _mm512_mullo_epi32(shifts, _mm512_set1_epi32(in->zeros[at])));
 }
 
 /* Bytes that codes of 4 bits select; 128 is added, so that they have no sign. */
@@ -112,7 +114,7 @@ AVX512_INLINE void rows_of(const Weight *w, const Input *in, int64_t block, int6
         for (int m = 0; m < count; m++)
             for (int j = 0; j < wide; j++) {
                 even[m * wide + j] = _mm512_set1_epi32(-zero * sums[m * in->steps]);
-                if (kind == INT8) even[m * wide + j] = shifted(w, block + j, even[m * wide + j]);
+                if (kind == INT8) even[m * wide + j] = shifted(w, block + j, in, row + m, even[m * wide + j]);
                 odd[m * wide + j] = _mm512_setzero_si512();
             }
         if (in->high) {
@@ -381,10 +383,12 @@ AVX512 static void quantize(const float *x, int64_t in_features, int64_t padded,
     }
 }
 
-AVX512 static void quantize_static(const float *x, int64_t in_features, int64_t padded, const float *inputs, int8_t *codes,
-                                   int64_t stride, float *scale, int32_t *sum) {
-    generic_quantize_static(x, in_features, padded, inputs, codes, stride, scale, sum);
+AVX512 static void quantize_static(const float *x, int64_t in_features, int64_t padded, const float *range, int8_t *codes,
+                                   int64_t stride, float *scale, int32_t *sum, int32_t *zero) {
+    generic_quantize_static(x, in_features, padded, range, codes, stride, scale, sum, zero);
 }
+
+AVX512 static void fit_range(const float *x, int64_t in_features, float *range) { generic_fit_range(x, in_features, range); }
 
 /* See generic_quantize_wide. Sixteen at a time, to `codes`, or where that is NULL split. */
 AVX512_INLINE void quantize_16_bits(const float *x, int64_t in_features, int64_t padded, int64_t step, int mixed,
@@ -582,7 +586,8 @@ AVX512_INLINE void tile_of(const Weight *w, const Input *in, int64_t block, int6
             for (int m = 0; m < count; m++) {
                 __m512i *sum = sums + 2 * m + j;
                 const __m512i off = w->zeros ? _mm512_mullo_epi32(zeros, _mm512_set1_epi32(-input_sums[m]))
-                                             : shifted(w, block + j, _mm512_set1_epi32(-(int32_t)w->zero * input_sums[m]));
+                                             : shifted(w, block + j, in, first + m,
+                                                       _mm512_set1_epi32(-(int32_t)w->zero * input_sums[m]));
                 if (spans && from) *sum = _mm512_loadu_si512(out + m * PAIR + j * BLOCK);
                 else *sum = outliers ? _mm512_add_epi32(_mm512_slli_epi32(*sum, 8), off) : off;
             }
@@ -628,6 +633,6 @@ static void end(void) {}
 const Tiles avx512_tiles = {.unpack = unpack, .tile = tile, .begin = begin, .end = end};
 
 const Kernels avx512_kernels = {.rows = rows, .wide_rows = wide_rows, .exact = exact, .quantize = quantize,
-    .quantize_static = quantize_static, .quantize_wide = quantize_wide, .quantize_split = quantize_split, .widen = widen,
+    .quantize_static = quantize_static, .fit_range = fit_range, .quantize_wide = quantize_wide, .quantize_split = quantize_split, .widen = widen,
     .finish = finish, .read = read_words, .dequantize = dequantize, .columns = columns};
 #endif

@@ -55,9 +55,9 @@ typedef struct {
  *   high one; of 8 bits, uint8 [blocks][padded / 4][BLOCK][4]. blocks is even, padded a multiple of step.
  * scales: float16 [blocks][padded / group][BLOCK], or NULL: 1 everywhere. zeros: uint8, likewise, or NULL: `zero`.
  * multiplier: float32 [out_features].
- * inputs: NULL, or the scale and the zero point by which all inputs are rounded to int8. shifts: int32, a number for each
- *   output of the blocks, taken off its sum of products: the zero point times the sum of code - zero; or NULL: 0. Where
- *   there are inputs, step, group and padded are one.
+ * inputs: NULL, or the scale and the zero point by which all inputs are rounded to int8. shifts: int32, for each output of
+ *   the blocks the sum of code - zero: this times a row's zero point is taken off its sum of products; or NULL: rows have
+ *   no zero points. Without inputs each row has its own range. Where there are either, step, group and padded are one.
  * step: the inputs that share an activation scale, a multiple of 16, of 32 for INT4, that divides group; group divides
  *   padded.
  */
@@ -74,7 +74,8 @@ typedef struct {
 /* Rows of inputs as kernels read them, filled with zeros up to `padded` features.
  *
  * Either int8 or int16: x = code * scale, with sums[step] of the codes; scales float32 and sums int32 [rows][steps], or if
- * tiled [rows / 32][steps][32]. int8: codes [rows][padded], or if tiled [rows / 32][ceil(padded / 64)][32][64]. int16:
+ * tiled [rows / 32][steps][32]. int8: codes [rows][padded], or if tiled [rows / 32][ceil(padded / 64)][32][64]; for weights
+ * with shifts x = (code - zero) * scale, with zeros as sums are. int16:
  * wide [rows][padded], of each four in the order 0, 2, 1, 3; or split: 256 * high + codes, both as int8's are, and in
  * `outliers`, as sums are, a bit for each four inputs of the step: whether one of their `high` is not 0. Tiled ones are
  * split.
@@ -85,7 +86,7 @@ typedef struct {
     int8_t *codes, *high; /* high: NULL where they are not split */
     int16_t *wide;
     float *scales;
-    int32_t *sums;
+    int32_t *sums, *zeros;
     uint32_t *outliers;
     float *values, *value_sums;
 } Input;
@@ -117,9 +118,11 @@ typedef struct {
      * from those of the next. */
     void (*quantize)(const float *x, int64_t in_features, int64_t padded, int64_t step, int8_t *codes, int64_t stride,
                      float *scales, int32_t *sums, int64_t apart);
-    /* One row to int8, likewise, in one step and by the scale and the zero point in inputs[2]. */
-    void (*quantize_static)(const float *x, int64_t in_features, int64_t padded, const float *inputs, int8_t *codes,
-                            int64_t stride, float *scale, int32_t *sum);
+    /* One row to int8, likewise, in one step and by the scale and the zero point in range[2]. */
+    void (*quantize_static)(const float *x, int64_t in_features, int64_t padded, const float *range, int8_t *codes,
+                            int64_t stride, float *scale, int32_t *sum, int32_t *zero);
+    /* The scale and the zero point that fit a row, to range[2]. */
+    void (*fit_range)(const float *x, int64_t in_features, float *range);
     /* One row to int16 as Input.wide has it, likewise. mixed: see wide_scale. */
     void (*quantize_wide)(const float *x, int64_t in_features, int64_t padded, int64_t step, int mixed, int16_t *codes,
                           float *scales, int32_t *sums, int64_t apart);

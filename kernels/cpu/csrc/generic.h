@@ -91,10 +91,16 @@ INLINE void generic_quantize(const float *x, int64_t in_features, int64_t padded
     }
 }
 
+/* A number of int8, whatever the value. */
+INLINE int32_t within_int8(float value) {
+    value = value > -128 ? value : -128;
+    return (int32_t)(value < 127 ? value : 127);
+}
+
 /* codes = x / scale rounded, ties to even, plus the zero point, at most 127 and at least -128. A row with NaN gets a scale
- * that shows it. Comparisons are such that whatever inputs[2] is, a code is of int8. */
-INLINE void generic_quantize_static(const float *x, int64_t in_features, int64_t padded, const float *inputs, int8_t *codes,
-                                    int64_t stride, float *scale, int32_t *sum) {
+ * that shows it. */
+INLINE void generic_quantize_static(const float *x, int64_t in_features, int64_t padded, const float *range, int8_t *codes,
+                                    int64_t stride, float *scale, int32_t *sum, int32_t *zero) {
     uint32_t most = 0;
     int32_t total = 0;
     for (int64_t i = 0; i < in_features; i++) {
@@ -105,16 +111,32 @@ INLINE void generic_quantize_static(const float *x, int64_t in_features, int64_t
         const int64_t count = in_features - start < CHUNK ? in_features - start : CHUNK;
         int8_t *to = codes + start / CHUNK * stride;
         for (int64_t i = 0; i < count; i++) {
-            float code = rintf(x[start + i] / inputs[0]) + inputs[1];
-            code = code > -128 ? code : -128;
-            code = code < 127 ? code : 127;
-            to[i] = (int8_t)(int32_t)code;
-            total += (int32_t)code;
+            const int32_t code = within_int8(rintf(x[start + i] / range[0]) + range[1]);
+            to[i] = (int8_t)code;
+            total += code;
         }
         for (int64_t i = count > 0 ? count : 0; i < CHUNK && start + i < padded; i++) to[i] = 0;
     }
-    *scale = most > 0x7f800000 ? NAN : inputs[0];
+    *scale = most > 0x7f800000 ? NAN : range[0];
     *sum = total;
+    *zero = within_int8(range[1]);
+}
+
+/* scale = (largest - least) / 255, where the range holds 0; zero = -128 - least / scale, rounded. A range of zeros, or so
+ * narrow that its scale would be subnormal, has scale 1; a row with NaN or infinity one that shows it. */
+INLINE void generic_fit_range(const float *x, int64_t in_features, float *range) {
+    int32_t least = 0, most = 0; /* bits of numbers; of negative ones all but the sign are turned, so that they are in order */
+    for (int64_t i = 0; i < in_features; i++) {
+        int32_t bits = (int32_t)float_to_bits(x[i]);
+        bits ^= bits >> 31 & 0x7fffffff;
+        least = bits < least ? bits : least;
+        most = bits > most ? bits : most;
+    }
+    const float low = bits_to_float((uint32_t)(least ^ (least >> 31 & 0x7fffffff))), high = bits_to_float((uint32_t)most);
+    float scale = (high - low) / 255;
+    if (scale < 0x1p-126f) scale = 1;
+    range[0] = scale;
+    range[1] = rintf(-128 - low / scale);
 }
 
 /* The scale of a step's int16 codes. most: the size of its largest input, as bits; roots: the sum of the square roots of the
@@ -283,9 +305,12 @@ INLINE void generic_columns(const Columns *c) {
 /* What an instruction set leaves to the compiler: the functions of Kernels that have the bodies above, as static functions of
  * its file with TARGET as their attribute, and the designators of Kernels that name them. */
 #define GENERIC_FUNCTIONS(TARGET)                                                                                         \
-    TARGET static void quantize_static(const float *x, int64_t in_features, int64_t padded, const float *inputs,          \
-                                       int8_t *codes, int64_t stride, float *scale, int32_t *sum) {                       \
-        generic_quantize_static(x, in_features, padded, inputs, codes, stride, scale, sum);                               \
+    TARGET static void quantize_static(const float *x, int64_t in_features, int64_t padded, const float *range,           \
+                                       int8_t *codes, int64_t stride, float *scale, int32_t *sum, int32_t *zero) {        \
+        generic_quantize_static(x, in_features, padded, range, codes, stride, scale, sum, zero);                          \
+    }                                                                                                                     \
+    TARGET static void fit_range(const float *x, int64_t in_features, float *range) {                                     \
+        generic_fit_range(x, in_features, range);                                                                         \
     }                                                                                                                     \
     TARGET static void widen(const void *x, DType dtype, int64_t count, float *out) {                                     \
         generic_widen(x, dtype, count, out);                                                                              \
@@ -296,7 +321,7 @@ INLINE void generic_columns(const Columns *c) {
     TARGET static void columns(const Columns *c) { generic_columns(c); }                                                  \
     TARGET static uint64_t read_words(const uint64_t *from, int64_t words) { return generic_read(from, words); }
 #define GENERIC_MEMBERS \
-    .quantize_static = quantize_static, .widen = widen, .read = read_words, .dequantize = dequantize, .columns = columns
+    .quantize_static = quantize_static, .fit_range = fit_range, .widen = widen, .read = read_words, .dequantize = dequantize, .columns = columns
 
 /* Likewise, of what surrounds each product. */
 #define GENERIC_ROUNDING(TARGET)                                                                                          \

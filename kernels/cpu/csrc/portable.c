@@ -17,7 +17,7 @@ static void rows(const Weight *w, const Input *in, int64_t block, int64_t row, i
             for (int64_t s = 0; s < in->steps; s++) {
                 int32_t sum = 0;
                 for (int64_t k = s * w->step; k < (s + 1) * w->step; k++) sum += x[k] * signed_code(w, block, n, k);
-                if (w->shifts) sum = (int32_t)((uint32_t)sum - (uint32_t)w->shifts[block * BLOCK + n]);
+                if (w->shifts) sum = (int32_t)((uint32_t)sum - (uint32_t)in->zeros[row + m] * (uint32_t)w->shifts[block * BLOCK + n]);
                 total += (float)sum * (scale_at(w, block, n, s * w->step) * in->scales[(row + m) * in->steps + s]);
             }
             out[m * PAIR + n] = w->code == TABLE ? total / w->table->steps : total;

@@ -18,7 +18,7 @@ import torch
 from native_inputs import wide_codes
 from torch import Tensor
 
-from bitpress.kernels.activations.int8_token import quantize_rows
+from bitpress.kernels.activations.int8_token import quantize_rows, quantize_rows_asymmetric
 from bitpress.kernels.cpu import library as native_library
 from bitpress.kernels.cpu import native
 from bitpress.kernels.cpu.library import Library, library
@@ -46,6 +46,7 @@ SHAPES = {  # a block is 16 outputs, a pair 32; steps are 32 to 128 inputs, a st
     "int8-g128-asym": [(37, 640)],
     "int8-channel-asym": [(17, 131)],
     "int8-dynamic": [(1, 1), (15, 17), (33, 509), (47, 1151), (32, 4096)],
+    "int8-dynamic-asym": [(1, 1), (15, 17), (47, 1151), (32, 4096)],
     "int8-static": [(1, 1), (33, 509), (32, 4096)],
     "int8-static-asym": [(1, 1), (15, 17), (47, 1151), (32, 4096)],
     "nf4": [(1, 64), (33, 192), (47, 704)],
@@ -93,6 +94,9 @@ def rounded(x: Tensor, q: QTensor, bits: tuple[int, int] = (8, 8)) -> Tensor:
         zero = int(q.extra.get("input_zero_point", torch.zeros(1)))
         codes = ((x.float() / q.extra["input_scale"]).round() + zero).clamp(-128, 127)
         return (codes - zero).double() * q.extra["input_scale"].double()
+    if scheme == "int8-dynamic-asym":
+        codes, scales, zeros = quantize_rows_asymmetric(x)
+        return (codes.double() - zeros.double()) * scales.double()
     if scheme == "int8-dynamic":
         step = x.shape[-1]
     else:
@@ -218,6 +222,7 @@ def test_every_code_of_e4m3(make_qtensor: Make, instructions: str) -> None:
     ("kind", "scheme"),
     [
         (NativeInt8, "int8-dynamic"),
+        (NativeInt8, "int8-dynamic-asym"),
         (NativeInt8, "int8-static-asym"),
         (NativeMixed, "int4-g128"),
         (NativeMixed, "nf4"),
@@ -245,7 +250,12 @@ def test_rows_do_not_depend_on_their_company(
 
 @pytest.mark.parametrize(
     ("kind", "scheme"),
-    [(NativeInt8, "int8-dynamic"), (NativeInt8, "int8-static-asym"), (NativeInt16, "int8-channel-asym")],
+    [
+        (NativeInt8, "int8-dynamic"),
+        (NativeInt8, "int8-dynamic-asym"),
+        (NativeInt8, "int8-static-asym"),
+        (NativeInt16, "int8-channel-asym"),
+    ],
 )
 def test_instruction_sets_quantize_alike(make_qtensor: Make, kind: type[NativeInt8], scheme: str) -> None:
     """Halves and near-halves included: a code that flipped would show. Sums of steps are added in their order."""
@@ -390,10 +400,12 @@ def test_the_layout_has_a_number() -> None:
         tensors = {each: filled(size, kinds[0]) for each, (size, kinds) in scheme.layout(shape).items()}
         data = native._pack(found_library(), QTensor.of(scheme, shape, tensors))
         digest.update(data.numpy().tobytes())
-    assert (native._LAYOUT, digest.hexdigest()[:16]) == (1, "c8d7dae6a2b9422f")
+    assert (native._LAYOUT, digest.hexdigest()[:16]) == (2, "99e4660b08654441")
 
 
-@pytest.mark.parametrize("scheme", ["int4-g128-asym", "int8-dynamic", "int8-static-asym", "fp8-static"])
+@pytest.mark.parametrize(
+    "scheme", ["int4-g128-asym", "int8-dynamic", "int8-dynamic-asym", "int8-static-asym", "fp8-static"]
+)
 def test_packed_weights_are_restored(make_qtensor: Make, scheme: str) -> None:
     kernel = NativeExact() if scheme.startswith("fp8") else NativeInt8()
     qtensor = make_qtensor(scheme, 33, 256)

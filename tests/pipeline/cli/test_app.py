@@ -404,7 +404,7 @@ class TestList:
         found = json.loads(bitpress("list", "--json").out)
         assert {"schemes", "methods", "formats", "executors"} < found.keys()
         assert {"absmax", "nf4"} <= found["methods"].keys()
-        assert "int8-dynamic" in found["recipes"]["int8"]["about"]
+        assert "int8-dynamic-asym" in found["recipes"]["int8"]["about"]
         assert "gptq" in found["formats"]
         assert found["schemes"]["int4-g128"]["about"].startswith("4.12 bits per weight")
         kernels = next(value for key, value in found.items() if key.startswith("kernels on "))
