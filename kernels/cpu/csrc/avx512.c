@@ -633,6 +633,6 @@ static void end(void) {}
 const Tiles avx512_tiles = {.unpack = unpack, .tile = tile, .begin = begin, .end = end};
 
 const Kernels avx512_kernels = {.rows = rows, .wide_rows = wide_rows, .exact = exact, .quantize = quantize,
-    .quantize_static = quantize_static, .fit_range = fit_range, .quantize_wide = quantize_wide, .quantize_split = quantize_split, .widen = widen,
-    .finish = finish, .read = read_words, .dequantize = dequantize, .columns = columns};
+    .quantize_static = quantize_static, .fit_range = fit_range, .quantize_wide = quantize_wide,
+    .quantize_split = quantize_split, .widen = widen, .finish = finish, .read = read_words, .dequantize = dequantize, .columns = columns};
 #endif

@@ -85,7 +85,8 @@ LOCAL void NAME(rows_of)(const Weight *w, const Input *in, int64_t block, int64_
                     const int two = m / 2 * 2 + 1 < count;
                     int32x4_t sum = NAME(sum)(low[m / 2][q], m % 2, two);
                     if (wide) sum = vaddq_s32(sum, vshlq_n_s32(NAME(sum)(high[m / 2][q], m % 2, two), 8));
-                    sum = vmlsq_n_s32(vmlsq_n_s32(sum, shift, w->shifts ? in->zeros[row + m] : 0), zero, in->sums[(row + m) * in->steps + s]);
+                    sum = vmlsq_n_s32(sum, shift, w->shifts ? in->zeros[row + m] : 0);
+                    sum = vmlsq_n_s32(sum, zero, in->sums[(row + m) * in->steps + s]);
                     const float32x4_t scale = vmulq_n_f32(group_scale, in->scales[(row + m) * in->steps + s]);
                     totals[m][q] = vfmaq_f32(totals[m][q], vcvtq_f32_s32(sum), scale);
                 }
