@@ -351,7 +351,6 @@ def outputs(section: dict[str, Any]) -> None:
         ("int4-g32-asym", group(dynamic=True), "weights that are dynamic"),
         ("int4-g32-asym", lambda section: section.update(kv_cache_scheme=8), "kv_cache_scheme is 8"),
         ("int4-g32-asym", lambda section: section.update(sparsity_config={"format": "sparse-24"}), "'sparse-24'"),
-        ("int8-dynamic", inputs(symmetric=False), "input activations of"),
         ("int8-dynamic", inputs(dynamic=False), "input activations of"),
         ("int8-dynamic", inputs(dynamic="local"), "input activations of"),
         ("int8-dynamic", inputs(type="float"), "fp8-token activations go with fp8 or fp8-tensor weights, not"),
