@@ -231,10 +231,10 @@ def _compare(call: Call, qtensor: QTensor, x: Tensor, y: Tensor, bias: Tensor | 
     x, y = x[good].double(), y[good].double()
     if not len(x):
         return
-    if static:
-        x = static.apply(x.float(), qtensor.extra).double()
+    if (activations := qtensor.scheme.activations) is not None:
+        x = activations.apply(x.float(), qtensor.extra).double()
     elif (bits := named(call.kernel).input_bits) is not None:
-        # Inputs share a scale with a group of weights, of at most 128; int8-dynamic has one for the row.
+        # Inputs share a scale with a group of weights, of at most 128.
         step = native._grouping(Scheme.parse(call.scheme), call.shape[1])[0]
         padded = torch.nn.functional.pad(x, (0, -x.shape[1] % step)).unflatten(-1, (-1, step)).float()
         counts = (x.shape[1] - step * torch.arange(padded.shape[-2])).clamp(max=step)
