@@ -30,7 +30,8 @@ except ImportError:  # it comes with torch's CUDA builds, not with its CPU ones
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ALIGNED = 16  # bytes of one copy: rows are filled up to them with zeros
-_MOST_INPUTS = 1 << 16  # of at most 255 * 128 each, which add up to less than 2^31
+_MOST_INPUTS = 1 << 17  # of 127 * 128 each, which add up to less than 2^31
+_MOST_SHIFTED = 1 << 16  # of 255 * 128: likewise, where inputs have zero points
 _BLOCK = 4096  # of x, at once: 8 warps read 16 bytes a thread, twice
 
 # A row's scales and 16384 codes are more than 64 rows or 128 outputs need at a time; what counts is how much of the
@@ -79,8 +80,9 @@ class TritonInt8(Kernel):
             return reason
         if dtype not in _DTYPES:
             return f"inputs are {dtype}, expected float16, bfloat16 or float32"
-        if qtensor.shape[1] > _MOST_INPUTS:
-            return f"in_features {qtensor.shape[1]} is more than {_MOST_INPUTS}: sums of products could exceed int32"
+        most = _MOST_SHIFTED if qtensor.scheme.shifts_inputs else _MOST_INPUTS
+        if qtensor.shape[1] > most:
+            return f"in_features {qtensor.shape[1]} is more than {most}: sums of products could exceed int32"
         return unsupported_device(device)
 
     def pack(self, qtensor: QTensor, dtype: torch.dtype) -> PackedWeight:
@@ -100,8 +102,7 @@ class TritonInt8(Kernel):
         if x.dtype not in _DTYPES or x.shape[-1] != packed.shape[1]:  # the kernels trust them
             expected = f"[..., {packed.shape[1]}] of float16, bfloat16 or float32"
             raise ValueError(f"inputs are {list(x.shape)} of {x.dtype}, expected {expected}")
-        sums = dict(packed.named_buffers()).get("sums")
-        return torch.ops.bitpress.linear_int8(x, packed.weight, packed.scales, sums, bias)
+        return torch.ops.bitpress.linear_int8(x, packed.weight, packed.scales, getattr(packed, "sums", None), bias)
 
 
 def configs(rows: int, outs: int, zero_points: bool) -> tuple[Config, ...]:
@@ -119,15 +120,15 @@ def _linear(x: Tensor, weight: Tensor, scales: Tensor, sums: Tensor | None, bias
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = x.new_empty(len(flat), outs)
     if len(flat):
-        codes, row_scales, zeros = quantize(flat, symmetric=sums is None)
+        zero_points = sums is not None
+        codes, row_scales, zeros = quantize(flat, symmetric=not zero_points)
         operands = _Operands(codes, weight, row_scales, scales, zeros, sums)
 
         def run(config: Config) -> None:
             _launch(config, operands, bias, y)
 
-        asymmetric = sums is not None
-        bucket = f"{outs}x{weight.shape[1]}x{row_bucket(len(flat))}, {x.dtype}{', zero points' if asymmetric else ''}"
-        run(choose("int8", bucket, configs(len(flat), outs, asymmetric), run, x.device))
+        bucket = f"{outs}x{weight.shape[1]}x{row_bucket(len(flat))}, {x.dtype}{', zero points' if zero_points else ''}"
+        run(choose("int8", bucket, configs(len(flat), outs, zero_points), run, x.device))
     return y.view(*x.shape[:-1], outs)
 
 

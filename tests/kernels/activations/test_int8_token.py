@@ -26,7 +26,7 @@ def test_quantize_rows_at_the_edges() -> None:
 
 
 def test_asymmetric_rows() -> None:
-    """Ranges hold 0, which is exact: those of one sign reach to it, as torch's own product of per-token ranges does."""
+    """Ranges hold 0, which is exact: those of one sign reach to it."""
     x = torch.tensor([[0.0, 0.0], [-1.0, 254.0], [3.0, 5.0], [-510.0, -4.0]])
     codes, scales, zeros = quantize_rows_asymmetric(x)
     assert scales.flatten().tolist() == [1.0, 1.0, pytest.approx(5 / 255), 2.0]

@@ -65,6 +65,7 @@ def test_rows_are_quantized_as_by_the_reference(
     assert torch.equal(scales.nan_to_num(nan=-1), expected_scales.nan_to_num(nan=-1))
     if zeros is None:
         assert expected_zeros is None
+        assert not codes[:, ins:].any()
     else:
         assert expected_zeros is not None
         assert torch.equal(zeros[finite], expected_zeros.flatten()[finite].to(torch.int32))
@@ -203,8 +204,10 @@ def test_reasons(make_qtensor: Make) -> None:
     kernel, cpu = TritonInt8(), torch.device("cpu")
     q = make_qtensor("int8-channel", 64, 64)
     assert "int8-dynamic and int8-dynamic-asym only" in kernel.unsupported(q, torch.bfloat16, cpu)
-    q = make_qtensor("int8-dynamic", 1, (1 << 16) + 1)
+    q = make_qtensor("int8-dynamic", 1, (1 << 17) + 1)
     assert "inputs are torch.float64" in kernel.unsupported(q, torch.float64, cpu)
+    assert "in_features 131073 is more than 131072" in kernel.unsupported(q, torch.bfloat16, cpu)
+    q = make_qtensor("int8-dynamic-asym", 1, (1 << 16) + 1)
     assert "in_features 65537 is more than 65536" in kernel.unsupported(q, torch.bfloat16, cpu)
     q = make_qtensor("int8-dynamic", 64, 64)
     assert kernel.unsupported(q, torch.bfloat16, cpu) == "runs on NVIDIA GPUs, not on cpu"
